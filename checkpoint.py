@@ -1,0 +1,309 @@
+"""A path to a model's config, quantisation scheme and tensors, each known by where it lies.
+
+Start at Checkpoint. It reads only headers when made: our `model.pth`, Hugging Face's safetensors
+or .bin, in one file or in shards, all become one table, our tensor name -> Record. load_into then
+reads each tensor once, straight to where it will stay. save_checkpoint writes `model.pth`.
+File formats are in formats.py, Hugging Face's names in hf.py.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hf
+from formats import Part, index_file, read_part, staging_buffer, write_aligned
+
+PREPARED = "model.pth"
+HUGGING_FACE = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A tensor of the model: the parts that files store, stacked along the first dimension."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first, *others = (part.shape for part in self.parts)
+        return (first[0] + sum(o[0] for o in others), *first[1:]) if others else first
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+class Checkpoint:
+    """What a path holds: config, args, scheme (None: not quantised) and records by our names.
+
+    path: a directory (its model.pth, else its Hugging Face weights), or one of those files.
+    Raises FileNotFoundError saying what is there instead, and ValueError for a file that is
+    truncated, corrupt, unsafe or of an unsupported kind.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = find_weights(path)
+        self.directory = self.path.parent  # where config.json and the tokenizer lie
+        said: dict[str, Any] = {}
+        parts: dict[str, Part] = {}
+        for file in shards(self.path):
+            more_said, more_parts = index_file(file)
+            said |= more_said
+            parts |= more_parts
+        self.config = said["config"] if said else read_json(self.directory / "config.json")
+        self.scheme = said.get("scheme")
+        self.args = hf.model_args(self.config)
+        if said:
+            self.records = {name: Record((part,)) for name, part in parts.items()}
+        else:
+            self.records = translate(parts.values())
+        if self.args.tied and self.scheme is None and "output.weight" in self.records:
+            # One table under two names; a file holds either or both.
+            head = self.records.pop("output.weight")
+            self.records.setdefault("tok_embeddings.weight", head)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for record in self.records.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in."""
+        sizes = Counter()
+        for record in self.records.values():
+            sizes[record.dtype] += record.nbytes * record.dtype.is_floating_point
+        return max(sizes, key=sizes.get)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor on the CPU; dtype None: as stored."""
+        record = self.records[name]
+        out = torch.empty(record.shape, dtype=dtype or record.dtype, device="cpu")
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor, stage: Tensor | None = None) -> None:
+        """Fill `out`, contiguous and of the record's shape, on any device and of any dtype.
+
+        On the CPU and in the stored dtype the file is read into `out` itself. Else the bytes
+        pass through `stage`, a staging_buffer to be shared by the tensors of one thread.
+        Raises ValueError where the file ends too early.
+        """
+        parts = self.records[name].parts
+        pieces = out.detach().view(-1).split([part.numel for part in parts])
+        stage = staging_buffer(out.device) if stage is None else stage
+        for part, piece in zip(parts, pieces, strict=True):
+            read_part(part, piece, stage)
+
+    def load_into(
+        self,
+        model: nn.Module,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Give a model built on the meta device its weights; each is allocated once.
+
+        dtype is that of floating-point parameters, None: as stored; buffers and integers keep
+        the dtype that the model declares. progress is called with the bytes read of each tensor.
+        Raises ValueError as `check` does, MemoryError before anything is allocated.
+        """
+        self.check(model)
+        skeleton = stored_tensors(model)
+        final = {name: final_dtype(t, dtype or self.dtype) for name, (t, _) in skeleton.items()}
+        check_memory(sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items()), device)
+        stage = staging_buffer(torch.device(device))
+        for name, (tensor, aliases) in skeleton.items():
+            value = torch.empty(tensor.shape, dtype=final[name], device=device)
+            self.read_into(name, value, stage)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            for alias in aliases:
+                module, _, leaf = alias.rpartition(".")
+                setattr(model.get_submodule(module), leaf, value)
+            if progress:
+                progress(self.records[name].nbytes)
+        model.to(device)  # what is left: the buffers that no checkpoint stores
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError naming the tensors that the model and the file disagree about."""
+        have = {name: record.shape for name, record in self.records.items()}
+        want = {name: tuple(t.shape) for name, (t, _) in stored_tensors(model).items()}
+        faults = [f"{name} is missing" for name in want.keys() - have.keys()]
+        faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]
+        faults += [
+            f"{name} has shape {list(have[name])} and should have {list(want[name])}"
+            for name in want.keys() & have.keys()
+            if want[name] != have[name]
+        ]
+        if faults:
+            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+            listed = "; ".join(sorted(faults)[:5])
+            raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
+
+
+def translate(parts: Iterable[Part]) -> dict[str, Record]:
+    """Tensors under Hugging Face's names -> under ours, the parts of wqkv together."""
+    found: dict[str, dict[int, Part]] = {}
+    for part in parts:
+        if place := hf.tensor_name(part.name):
+            name, index = place
+            found.setdefault(name, {})[index] = part
+    for name, by_index in found.items():
+        if len({part.shape[1:] for part in by_index.values()}) > 1:
+            shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in by_index.values())
+            raise ValueError(f"{name} cannot be put together from {shapes}")
+    return {name: Record(tuple(p for _, p in sorted(by.items()))) for name, by in found.items()}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
+    """What a checkpoint of the model stores: first name -> the tensor and all its names."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {aliases[0]: (state[aliases[0]], aliases) for aliases in names.values()}
+
+
+def final_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    floating = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    return dtype if floating else tensor.dtype
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: dict[str, Any],
+    scheme: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+    values: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write a `model.pth`: all of it or, whatever happens, nothing.
+
+    config: Hugging Face's keys. scheme: how the tensors are quantised. tensors: by our names.
+    With `values`, only shapes and dtypes are taken from `tensors` (meta tensors will do), and
+    each value is written as the iterable yields it, in any order: one is in memory at a time.
+    Raises ValueError where the disk is too small, or values and tensors do not match.
+    """
+    path = Path(path)
+    needed = sum(t.numel() * t.itemsize for t in tensors.values())
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise ValueError(f"{path} needs {size_text(needed)}, {size_text(free)} of disk is free")
+    temporary = path.with_name(path.name + ".tmp")
+    said = {"config": config, "scheme": scheme}
+    try:
+        write_aligned(temporary, said, tensors, tensors.items() if values is None else values)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(directory: Path) -> None:
+    """A rename is durable once its directory is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:
+    """The file itself, or the first of `names` in a directory; FileNotFoundError helps on."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    nearest = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    entries = sorted(p.name for p in nearest.iterdir())[:12]
+    prepared = sorted(str(p) for p in Path("checkpoints").rglob(PREPARED))[:12]
+    raise FileNotFoundError(
+        f"{path} {'holds no weights' if path.is_dir() else 'does not exist'}; "
+        f"{nearest} holds: {', '.join(entries) or 'nothing'}; "
+        f"prepared here: {', '.join(prepared) or 'none'}; ./scripts/prepare.sh REPO prepares one"
+    )
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that hold the tensors: those an index names, else the file itself."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    index = read_json(path)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{path} has no weight_map: download it again")
+    files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{path.parent} lacks {', '.join(absent)}, named in {path.name}: "
+            "run scripts/download.py again, it fetches what is missing"
+        )
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it belongs beside the weights")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object: download it again")
+    return value
+
+
+def check_memory(needed: int, device: str | torch.device) -> None:
+    """Raises MemoryError saying how many bytes are needed and how many there are."""
+    available = available_memory(torch.device(device))
+    if needed > available:
+        raise MemoryError(
+            f"the weights need {size_text(needed)} on {device}, {size_text(available)} is free: "
+            "choose a smaller --dtype or a quantised checkpoint"
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now; all there are where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return min(int(fields["MemAvailable"].split()[0]) * 1024, *cgroup_headroom(), 2**63)
+
+
+def cgroup_headroom() -> Iterator[int]:
+    """What each limit that this process lives under leaves; page cache counts as free."""
+    own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
+    leaf = Path("/sys/fs/cgroup", own)
+    for group in (leaf, *leaf.parents):
+        limit = group / "memory.max"
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(stat["inactive_file"]) + int(stat["active_file"])
+            yield int(most) - int((group / "memory.current").read_text()) + cached
+
+
+def size_text(nbytes: float) -> str:
+    """1234567 -> '1.23 MB'."""
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"

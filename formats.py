@@ -1,0 +1,230 @@
+"""A file of weights as named byte ranges, in both formats that checkpoints come in.
+
+Start at index_file: it reads a header only and says where each tensor lies, as a Part. read_part
+brings the bytes to where they will stay, and write_aligned makes a torch.save file whose tensors
+begin at multiples of 4096 bytes, so that mmap, O_DIRECT and reading a slice need no second copy.
+
+safetensors: 8 bytes of header length, a JSON header, the data (github.com/huggingface/safetensors).
+torch.save: a zip that stores a pickle and each tensor uncompressed; never unpickled beyond
+weights_only.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.serialization import config as serialization
+
+ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
+STAGING = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
+LARGEST_CALL = 2**30  # bytes; Linux moves less than 2**31 in one call
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+Index = tuple[dict[str, Any], dict[str, "Part"]]  # what the file says of itself; its tensors
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as a file stores it: contiguous bytes, or held in memory where it has none."""
+
+    name: str  # in the file
+    file: Path
+    offset: int  # bytes from the start of the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    held: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def index_file(file: Path) -> Index:
+    """({"config": ..., "scheme": ...} of our own files, else {}; the tensors by name).
+
+    Raises ValueError for a file that is truncated, corrupt, unsafe or of an unknown dtype.
+    """
+    return index_safetensors(file) if file.suffix == ".safetensors" else index_pickle(file)
+
+
+def index_safetensors(file: Path) -> Index:
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        if not 8 < start <= size:
+            raise ValueError(f"{file} is truncated or no safetensors file: download it again")
+        text = f.read(start - 8)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        parts = {name: safetensors_part(name, file, start, e) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} has an unusable header ({error}): download it again") from error
+    expected = max((part.offset + part.nbytes for part in parts.values()), default=start)
+    if size != expected:
+        raise ValueError(f"{file} is {size} bytes long and should be {expected}: download it again")
+    return {}, parts
+
+
+def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"the dtype {entry['dtype']} of {name} is not supported")
+    begin, end = entry["data_offsets"]
+    part = Part(name, file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    if begin < 0 or end - begin != part.nbytes:
+        raise ValueError(f"{name} is {list(part.shape)} and lies in bytes {begin} to {end}")
+    return part
+
+
+def index_pickle(file: Path) -> Index:
+    """{"config", "scheme", "tensors"} as write_aligned makes it, or a bare state dict."""
+    content = load_pickle(file, map_location="meta")
+    said = content if {"config", "scheme", "tensors"} <= content.keys() else {}
+    tensors = said.get("tensors", content)
+    parts = {n: pickle_part(n, file, t) for n, t in tensors.items() if isinstance(t, Tensor)}
+    if not said and any(".wqkv." in name for name in parts):
+        # gpt-fast's names are ours, but it rotates neighbouring channels where model.py rotates
+        # halves: its file would load, and generate nonsense.
+        raise ValueError(
+            f"{file} is not of this project: make it from the Hugging Face files beside it, with "
+            f"scripts/convert_hf_checkpoint.py --checkpoint_dir {file.parent}"
+        )
+    if any(part.offset < 0 for part in parts.values()):
+        held = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+        held = held["tensors"] if said else held
+        parts = {n: p if p.offset >= 0 else replace(p, held=held[n]) for n, p in parts.items()}
+    return {key: value for key, value in said.items() if key != "tensors"}, parts
+
+
+def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
+    """Offset -1: not contiguous, or in a file from before torch 1.6, which is no zip."""
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    plain = start is not None and tensor.is_contiguous()
+    offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
+    return Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
+
+
+def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
+    try:
+        content = torch.load(file, weights_only=True, **options)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler fed garbage raises whatever it stumbles over
+        raise ValueError(
+            f"{file} cannot be read: it is truncated or corrupt, or holds more than tensors, "
+            "which is refused because it could run code; download it again, as safetensors "
+            "where there is a choice"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def staging_buffer(device: torch.device) -> Tensor:
+    """What read_part passes bytes through on their way to another dtype or to the device.
+
+    One serves a whole load. A new one for each tensor would leave holes between the weights:
+    the peak was 1.7 times their size in one load out of six.
+    """
+    return torch.empty(STAGING, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+
+
+def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
+    """Fill `out`, flat and of the part's length, on any device and of any dtype.
+
+    On the CPU and in the stored dtype the file is read into `out` itself.
+    Raises ValueError where the file ends too early.
+    """
+    if part.held is not None:
+        out.copy_(part.held.reshape(-1))
+        return
+    in_place = out.device.type == "cpu" and out.dtype == part.dtype
+    stage = out if in_place else stage.view(part.dtype)
+    with open(part.file, "rb", buffering=0) as f:
+        for start in range(0, part.numel, max(1, len(stage))):
+            piece = out[start : start + len(stage)]
+            staged = stage[: len(piece)]
+            moved = transfer(os.preadv, f, staged, part.offset + start * part.dtype.itemsize)
+            if moved < staged.nbytes:
+                raise ValueError(
+                    f"{part.file} ends within {part.name}: download or convert it again"
+                )
+            if not in_place:
+                piece.copy_(staged)
+
+
+def write_aligned(
+    file: Path,
+    said: dict[str, Any],
+    tensors: dict[str, Tensor],
+    values: Iterable[tuple[str, Tensor]],
+) -> None:
+    """A torch.save file of {**said, "tensors": tensors}, each tensor's bytes taken from values.
+
+    Only shapes and dtypes are taken from `tensors`. One value is in memory at a time.
+    Raises ValueError where the two do not match.
+    """
+    write_skeleton(file, said, tensors)
+    _, parts = index_pickle(file)
+    with open(file, "r+b", buffering=0) as f:
+        for name, value in values:
+            if name not in parts:
+                raise ValueError(f"{name} was given twice, or is not among the tensors")
+            part = parts.pop(name)
+            if tuple(value.shape) != part.shape:
+                raise ValueError(f"{name} has shape {list(value.shape)}, not {list(part.shape)}")
+            value = value.detach().to("cpu", part.dtype).contiguous()
+            transfer(os.pwritev, f, value, part.offset)
+        if parts:
+            raise ValueError(f"no value was given for {', '.join(parts)}")
+        os.fsync(f.fileno())
+
+
+def write_skeleton(file: Path, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """All that torch.save writes but the tensors' bytes: a hole is left for each.
+
+    The zip's checksums are those of nothing; torch's reader does not look at them.
+    """
+    with FakeTensorMode():
+        holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
+    aligned = serialization.patch("save.storage_alignment", ALIGNMENT)
+    with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({**said, "tensors": holes}, file)
+
+
+def transfer(call: Callable[..., int], file: BinaryIO, tensor: Tensor, offset: int) -> int:
+    """Read (os.preadv) or write (os.pwritev) the memory of a contiguous CPU tensor.
+
+    Returns the bytes moved: fewer than the tensor's only where the file ends.
+    """
+    view, done = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
+    while done < len(view):
+        moved = call(file.fileno(), [view[done : done + LARGEST_CALL]], offset + done)
+        if moved == 0:
+            break
+        done += moved
+    return done

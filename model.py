@@ -1,0 +1,315 @@
+"""Llama and OPT as one Transformer.
+
+Read from the top: ModelArgs (what a checkpoint's config.json says), Transformer, Block,
+Attention, the feed-forwards, then the positions and the KV cache. The two families differ in
+four choices (norm, feed-forward, positions, biases), each a class picked from a table in a
+constructor; no forward asks which family it serves.
+
+Shapes: B rows of a batch, T new tokens per row, S visible cache slots, D dim, H query heads,
+G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
+
+A token at position p of its row lives in cache slot p. Rows of different lengths are padded on
+the right: what a pad writes lies in a slot that no query of its row may see yet, and the row's
+own later token overwrites it before any can.
+
+Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.09864) and grouped
+query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context they were trained on."""
+
+    kind: str  # a key of ROPE_SCALINGS
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model. `hf.model_args` reads it from a Hugging Face config."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    context: int  # positions the model can attend over
+    embed_dim: int  # width of the embedding table; differs from dim in OPT-350m only
+    norm: str = "rms"  # a key of NORMS
+    norm_eps: float = 1e-5
+    norm_affine: bool = True
+    norm_first: bool = True  # False: normalise after each residual sum (OPT-350m)
+    final_norm: bool = True
+    feed_forward: str = "gated"  # a key of FEED_FORWARDS
+    activation: str = "silu"  # a key of ACTIVATIONS
+    positions: str = "rotary"  # a key of POSITIONS
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False  # wqkv and wo
+    mlp_bias: bool = False  # w1, w2, w3
+    tied: bool = False  # output head shares the embedding table
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out; all state that outlives a call is in the caches passed in."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        block = PreNormBlock if args.norm_first else PostNormBlock
+        resized = args.embed_dim != args.dim
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.embed_dim)
+        self.project_in = (
+            Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
+        )
+        self.positions = POSITIONS[args.positions](args)
+        self.layers = nn.ModuleList(block(args) for _ in range(args.n_layers))
+        self.norm = make_norm(args) if args.final_norm else nn.Identity()
+        self.project_out = (
+            Linear(args.dim, args.embed_dim, bias=False) if resized else nn.Identity()
+        )
+        self.output = Linear(args.embed_dim, args.vocab_size, bias=False)
+        if args.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        pos: Tensor,
+        slots: Tensor,
+        caches: Iterable["KVCache"],
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits after each new token, reading and extending the caches.
+
+        tokens: (B, T) ids. pos: (B, T), the position of each in its row.
+        slots: (S,) = arange(S), the cache slots that attention reads, S > pos.max(); what lies
+        beyond S costs nothing. caches: one per layer. last: (B,) picks one of the T tokens of
+        each row before the output head, the widest product of all.
+        Returns (B, T, V), or (B, 1, V) with `last`.
+        """
+        x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
+        x, rotation = self.positions(x, pos)
+        mask = self.mask(pos, slots, x.dtype)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, rotation, mask, pos, cache)
+        if last is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), last].unsqueeze(1)  # (B, 1, D)
+        return self.output(self.project_out(self.norm(x)))
+
+    def mask(self, pos: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a query may see: 0, else -inf. (B, T), (S,) -> (B, 1, R*T, S); see Attention."""
+        hidden = slots > pos.unsqueeze(-1)  # (B, T, S)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
+        mask = mask.masked_fill(hidden, -math.inf)
+        return mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1).unsqueeze(1)
+
+    def make_caches(self, batch: int, length: int) -> list["KVCache"]:
+        """Empty caches on the model's device, in its dtype: `length` slots for each row."""
+        weight, args = self.tok_embeddings.weight, self.args
+        shape = (batch, length, args.n_kv_heads, args.head_dim)
+        return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
+
+
+class PreNormBlock(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FEED_FORWARDS[args.feed_forward](args)
+        self.attention_norm = make_norm(args)
+        self.ffn_norm = make_norm(args)
+
+    # One compiled body serves every layer, so compile time does not grow with depth.
+    @torch.compiler.nested_compile_region
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, mask, pos, cache)
+        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
+
+
+class PostNormBlock(PreNormBlock):
+    @torch.compiler.nested_compile_region
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+    ) -> Tensor:
+        x = self.attention_norm(x + self.attention(x, rotation, mask, pos, cache))
+        return self.ffn_norm(x + self.feed_forward(x))  # (B, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
+        self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
+        self.wo = Linear(self.widths[0], args.dim, bias=args.attention_bias)
+        self.rotate = POSITIONS[args.positions].rotate
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
+        )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
+        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
+        k, v = cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
+        G = k.shape[2]
+        # The R query heads that share a key/value head become rows of one query, so that keys
+        # and values are read once and never expanded.
+        q = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+        y = y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).reshape(B, T, -1)  # (B, T, H*E)
+        return self.wo(y)
+
+
+class GatedFeedForward(nn.Module):
+    """Llama's: w2(act(w1 x) * w3 x)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.w2 = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+        self.w3 = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.activation = ACTIVATIONS[args.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+
+
+class PlainFeedForward(nn.Module):
+    """OPT's: w2(act(w1 x))."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.w2 = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+        self.activation = ACTIVATIONS[args.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)))
+
+
+class Linear(nn.Linear):
+    """A dense layer, (..., in_features) -> (..., out_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU,
+        # ATen's matrix-vector kernel reads them 1.2 to 1.3 times as fast as the GEMM behind
+        # F.linear; for more rows, other dtypes and GPUs F.linear is as good or better.
+        one_row = x.numel() == self.in_features
+        if one_row and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            y = torch.ops.gpt_flex.matvec(self.weight, x.flatten())  # (out_features,)
+            y = y if self.bias is None else y + self.bias
+            return y.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.weight, self.bias)
+
+
+# Inductor would replace torch.mv by a loop of its own, which reads at two thirds of the speed.
+torch.library.define("gpt_flex::matvec", "(Tensor weight, Tensor x) -> Tensor")
+torch.library.impl("gpt_flex::matvec", "cpu")(torch.mv)
+torch.library.register_fake("gpt_flex::matvec")(lambda weight, x: x.new_empty(weight.shape[0]))
+
+
+class RotaryPositions(nn.Module):
+    """Adds nothing to the embeddings; turns each pair of query and key channels by an angle."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        # Stays real when the model is built on the meta device: no checkpoint stores it.
+        channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
+        freqs = 1.0 / args.rope_theta ** (channels / args.head_dim)  # (E/2,)
+        if args.rope_scaling is not None:
+            freqs = ROPE_SCALINGS[args.rope_scaling.kind](freqs, args.rope_scaling)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Rotation]:
+        angles = pos[..., None, None] * self.freqs  # (B, T, 1, E/2)
+        return x, (angles.cos(), angles.sin())
+
+    @staticmethod
+    def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+        """(B, T, heads, E) -> same. Channel i pairs with i + E/2, as in Hugging Face files."""
+        cos, sin = rotation
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class LearnedPositions(nn.Embedding):
+    """A table added to the embeddings; queries and keys are left alone."""
+
+    OFFSET = 2  # OPT's tables begin with two rows that no position uses
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args.context + self.OFFSET, args.dim)
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Rotation]:
+        return x + super().forward(pos + self.OFFSET), None
+
+    @staticmethod
+    def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+        return x
+
+
+def scale_linear(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    """Positions squeezed by `factor` (arXiv 2306.15595)."""
+    return freqs / scaling.factor
+
+
+def scale_llama3(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: slow channels squeezed by `factor`, fast ones kept, a ramp between."""
+    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns over the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (kept + (1 - kept) / scaling.factor)
+
+
+def make_norm(args: ModelArgs) -> nn.Module:
+    return NORMS[args.norm](args.dim, args.norm_eps, args.norm_affine)
+
+
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+FEED_FORWARDS = {"gated": GatedFeedForward, "plain": PlainFeedForward}
+POSITIONS = {"rotary": RotaryPositions, "learned": LearnedPositions}
+ROPE_SCALINGS = {"linear": scale_linear, "llama3": scale_llama3}
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer: (B, slots, G, E) each, slot = position.
+
+    A module only so that the compiler takes k and v for buffers that stay where they are: a
+    CUDA graph then writes to them in place, and new caches of the same shape need no new graph.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device))
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` slots."""
+        rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
+        self.k[rows, pos] = k
+        self.v[rows, pos] = v
+        return self.k[:, :visible], self.v[:, :visible]  # (B, visible, G, E)

@@ -1,0 +1,207 @@
+"""Train the embedded demo models: one tokenizer, a Llama, its small draft, and an OPT.
+
+    python scripts/train_demo.py --text stories.txt prose.txt --val held_out.txt
+
+Writes checkpoints/demo, demo-draft and demo-opt in Hugging Face layout, and a log of the
+training beside each. Documents in the texts are separated by a line <|endoftext|>. The models
+are toys a few megabytes long: they exist so that every command and test of this project has a
+really trained model to run on, not to be useful.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from hf import export_tensors, model_args
+from model import Transformer
+
+VOCAB, CONTEXT, BOS, EOS = 2048, 512, 0, 1
+SHARED = {
+    "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "bos_token_id": BOS,
+    "eos_token_id": EOS, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LLAMA = SHARED | {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+CONFIGS = {
+    "demo": LLAMA | {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "demo-opt": SHARED | {
+        "architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu",
+        "hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 12, "do_layer_norm_before": True, "enable_bias": True,
+        "dropout": 0.0, "pad_token_id": EOS,
+    },
+    "demo-draft": LLAMA | {
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+
+class NoCache(nn.Module):
+    """Training sees whole windows from position 0: attention needs no memory of earlier calls."""
+
+    def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_documents(paths: list[Path]) -> list[str]:
+    documents = [d.strip() for p in paths for d in p.read_text().split("<|endoftext|>")]
+    return [d for d in documents if d]
+
+
+def token_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
+    """Every document as <s> ... </s>, end to end: (N,)."""
+    encoded = tokenizer.encode_batch(documents)
+    return torch.tensor([i for e in encoded for i in (BOS, *e.ids, EOS)])
+
+
+def loss(model: Transformer, windows: Tensor, device: str) -> Tensor:
+    """Mean cross-entropy in nats per token. windows: (B, CONTEXT + 1)."""
+    tokens, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+    slots = torch.arange(CONTEXT, device=device)
+    caches = [NoCache()] * model.args.n_layers
+    with torch.autocast(device, dtype=torch.bfloat16):
+        logits = model(tokens, slots.expand_as(tokens), slots, caches)  # (B, T, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, stream: Tensor, device: str, windows: int = 128) -> float:
+    windows = stream[: windows * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    return sum(loss(model, w, device).item() for w in windows.split(16)) / len(windows.split(16))
+
+
+def baselines(train: Tensor, val: Tensor) -> dict[str, float]:
+    """Held-out nats per token of a uniform guess and of the training text's token frequencies."""
+    counts = torch.bincount(train, minlength=VOCAB).float() + 1
+    return {
+        "uniform": math.log(VOCAB),
+        "unigram": -(counts / counts.sum()).log()[val].mean().item(),
+    }
+
+
+def initialise(model: Transformer) -> None:
+    """Small normal weights; the two layers that write to the residual stream smaller still."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("wo.weight", "w2.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.args.n_layers) if residual else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
+def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Transformer:
+    model = Transformer(model_args(CONFIGS[name])).to(args.device)
+    initialise(model)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    warmup = 1 + args.steps // 50
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min((n + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * n / args.steps))),
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    size, start = sum(p.numel() for p in model.parameters()), time.perf_counter()
+    log(f"{name}: {size:,} parameters, {args.steps} steps of {args.batch} x {CONTEXT} tokens")
+    for step in range(args.steps):
+        offsets = torch.randint(len(train_stream) - CONTEXT, (args.batch,), generator=generator)
+        batch = train_stream[offsets[:, None] + torch.arange(CONTEXT + 1)]  # (B, T + 1)
+        value = loss(model, batch, args.device)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % args.log_every == 0 or step == args.steps - 1:
+            held_out, seconds = evaluate(model, val_stream, args.device, 16), time.perf_counter()
+            log(f"step {step:5} loss {value:.3f} held out {held_out:.3f} {seconds - start:6.0f} s")
+    log(f"{name}: held out {evaluate(model, val_stream, args.device):.4f} nats per token")
+    return model
+
+
+def save(model: Transformer, name: str, tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = export_tensors(model.state_dict(), CONFIGS[name])
+    tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "add_bos_token": True, "model_max_length": CONTEXT,
+    }  # fmt: skip
+    for file, value in (("config.json", CONFIGS[name]), ("tokenizer_config.json", settings)):
+        (folder / file).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="training texts")
+    parser.add_argument("--val", type=Path, required=True, help="text that training never sees")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--log_every", type=int, default=100)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    documents = read_documents(args.text)
+    tokenizer = train_tokenizer(documents)
+    train_stream = token_stream(tokenizer, documents)
+    val_stream = token_stream(tokenizer, read_documents([args.val]))
+    for name in args.models:
+        folder = args.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "training.log").open("w") as file:
+
+            def log(line: str, file=file) -> None:
+                print(line, file=sys.stderr, flush=True)
+                print(line, file=file, flush=True)
+
+            log(f"seed {args.seed}, torch {torch.__version__}, {args.device}")
+            log(f"{len(train_stream):,} training tokens, {len(val_stream):,} held out")
+            for kind, nats in baselines(train_stream, val_stream).items():
+                log(f"{kind} baseline: {nats:.4f} nats per token")
+            save(train(name, train_stream, val_stream, args, log), name, tokenizer, folder)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,18 @@
+"""What every test file shares: the repository on the path, and where the test data lies."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    path = Path(os.environ.get("GPT_FLEX_DATA", ROOT / ".." / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}: set GPT_FLEX_DATA")
+    return path
