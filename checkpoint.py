@@ -125,21 +125,14 @@ class Checkpoint:
         Raises ValueError as `check` does, MemoryError before anything is allocated.
         """
         self.check(model)
-        skeleton = stored_tensors(model)
-        final = {name: final_dtype(t, dtype or self.dtype) for name, (t, _) in skeleton.items()}
-        check_memory(sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items()), device)
         stage = staging_buffer(torch.device(device))
-        for name, (tensor, aliases) in skeleton.items():
-            value = torch.empty(tensor.shape, dtype=final[name], device=device)
-            self.read_into(name, value, stage)
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=False)
-            for alias in aliases:
-                module, _, leaf = alias.rpartition(".")
-                setattr(model.get_submodule(module), leaf, value)
+
+        def fill(name: str, tensor: Tensor) -> None:
+            self.read_into(name, tensor, stage)
             if progress:
                 progress(self.records[name].nbytes)
-        model.to(device)  # what is left: the buffers that no checkpoint stores
+
+        allocate(model, device, dtype or self.dtype, fill)
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError naming the tensors that the model and the file disagree about."""
@@ -156,6 +149,33 @@ class Checkpoint:
             more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
             listed = "; ".join(sorted(faults)[:5])
             raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
+
+
+def allocate(
+    model: nn.Module,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[str, Tensor], Any],
+) -> None:
+    """Give a model built on the meta device its tensors; each is allocated once, and filled.
+
+    dtype is that of floating-point parameters; all else keeps the dtype that the model declares.
+    Raises MemoryError before anything is allocated.
+    """
+    skeleton = stored_tensors(model)
+    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in skeleton.items()}
+    needed = sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items())
+    remedy = "choose a smaller --dtype or a quantised checkpoint"
+    check_memory(needed, device, "the model", remedy)
+    for name, (tensor, aliases) in skeleton.items():
+        value = torch.empty(tensor.shape, dtype=final[name], device=device)
+        fill(name, value)
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        for alias in aliases:
+            module, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(module), leaf, value)
+    model.to(device)  # what is left: the buffers that no checkpoint stores
 
 
 def translate(parts: Iterable[Part]) -> dict[str, Record]:
@@ -267,13 +287,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_memory(needed: int, device: str | torch.device) -> None:
+def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:
     """Raises MemoryError saying how many bytes are needed and how many there are."""
     available = available_memory(torch.device(device))
     if needed > available:
         raise MemoryError(
-            f"the weights need {size_text(needed)} on {device}, {size_text(available)} is free: "
-            "choose a smaller --dtype or a quantised checkpoint"
+            f"{what} needs {size_text(needed)} of memory on {device}, where "
+            f"{size_text(available)} is free: {remedy}"
         )
 
 

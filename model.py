@@ -78,9 +78,7 @@ class Transformer(nn.Module):
         block = PreNormBlock if args.norm_first else PostNormBlock
         resized = args.embed_dim != args.dim
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.embed_dim)
-        self.project_in = (
-            Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
-        )
+        self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
         self.layers = nn.ModuleList(block(args) for _ in range(args.n_layers))
         self.norm = make_norm(args) if args.final_norm else nn.Identity()
@@ -116,6 +114,13 @@ class Transformer(nn.Module):
             x = x[torch.arange(x.shape[0], device=x.device), last].unsqueeze(1)  # (B, 1, D)
         return self.output(self.project_out(self.norm(x)))
 
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that decoding one token per row reads: all but the looked-up tables."""
+        tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
+        tables += [] if self.args.tied else [self.tok_embeddings.weight]
+        stored = {id(t): t.nbytes for t in (*self.parameters(), *self.buffers())}
+        return sum(stored.values()) - sum(t.nbytes for t in tables)
+
     def mask(self, pos: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """What a query may see: 0, else -inf. (B, T), (S,) -> (B, 1, R*T, S); see Attention."""
         hidden = slots > pos.unsqueeze(-1)  # (B, T, S)
@@ -124,9 +129,13 @@ class Transformer(nn.Module):
         return mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1).unsqueeze(1)
 
     def make_caches(self, batch: int, length: int) -> list["KVCache"]:
-        """Empty caches on the model's device, in its dtype: `length` slots for each row."""
+        """Empty caches on the model's device, in its dtype: `length` slots for each row.
+
+        One more is never used: where the visible slots are all there are, the compiler would
+        make a second graph for that case alone.
+        """
         weight, args = self.tok_embeddings.weight, self.args
-        shape = (batch, length, args.n_kv_heads, args.head_dim)
+        shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
         return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
 
 
@@ -306,6 +315,15 @@ class KVCache(nn.Module):
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Slots that can be used of each row; see Transformer.make_caches."""
+        return self.k.shape[1] - 1
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` slots."""

@@ -165,7 +165,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
-    return {p.name: p.read_bytes() for p in folder.iterdir()} | {n: b"x" for n in UNWANTED}
+    return {p.name: p.read_bytes() for p in folder.iterdir()} | dict.fromkeys(UNWANTED, b"x")
 
 
 @pytest.fixture

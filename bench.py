@@ -1,0 +1,162 @@
+"""How fast a run was, beside how fast this machine could be.
+
+Start at Stats, which times the steps of `generate` as they pass and counts the bytes that decoding
+had to read; read_bandwidth measures the ceiling, and `measure` is `generate.py --bench`, in the
+manner of llama.cpp's llama-bench: pp = prompt processing, tg = text generation.
+
+Decoding reads every weight and the filled part of the KV cache once per step, so that bytes per
+second against the read bandwidth says how good it is, whatever the model.
+"""
+
+import dataclasses
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import available_memory, size_text
+from model import KVCache, Transformer
+from sampling import GenerationConfig
+
+MATRIX = 2**30  # bytes read to measure bandwidth: more than any cache holds
+
+
+class Stats:
+    """Times and counts of one run or of several added up. Seconds, tokens and bytes."""
+
+    def __init__(self, model: Transformer):
+        self.load_seconds = self.compile_seconds = 0.0
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
+        self._weights = model.bytes_per_step()
+        self._per_slot = model.args.kv_bytes_per_token(model.tok_embeddings.weight.dtype)
+
+    def timed(
+        self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
+    ) -> Iterator[list[list[int]]]:
+        """The same steps. The first one's time is that of prefill, up to the first token."""
+        start, filled = time.perf_counter(), sum(map(len, prompts))
+        for n, step in enumerate(steps):
+            seconds = time.perf_counter() - start
+            if n == 0:
+                self.prefill_seconds += seconds
+                self.prompt_tokens += filled - past * len(prompts)
+            else:
+                self.decode_seconds += seconds
+                self.decoded_tokens += sum(map(len, step))
+                self.decoded_bytes += self._weights + self._per_slot * filled
+            filled += len(prompts)
+            start = time.perf_counter()
+            yield step
+
+    @property
+    def prefill_rate(self) -> float:
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        return self.decoded_tokens / max(self.decode_seconds, 1e-9)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that decoding read."""
+        return self.decoded_bytes / max(self.decode_seconds, 1e-9)
+
+    def report(self, ceiling: float) -> Iterator[str]:
+        compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
+        yield f"loaded in {self.load_seconds:.1f} s{compiled}"
+        yield (
+            f"prefill: {self.prompt_tokens} tokens in {self.prefill_seconds:.2f} s, "
+            f"{self.prefill_rate:.1f} tokens/s"
+        )
+        if self.decoded_tokens:
+            yield (
+                f"decode: {self.decoded_tokens} tokens in {self.decode_seconds:.2f} s, "
+                f"{self.decode_rate:.1f} tokens/s, "
+                f"{size_text(self.decoded_bytes / self.decoded_tokens)} per token, "
+                f"{size_text(self.bandwidth)}/s, {self.bandwidth / ceiling:.0%} of the "
+                f"{size_text(ceiling)}/s measured here"
+            )
+
+
+def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
+    """Bytes per second at which this device's memory can be read: the best of some passes."""
+    nbytes = min(MATRIX, available_memory(device) // 4)
+    a, b = torch.zeros(2, nbytes // 8, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.dot(a, b).item()  # of all reductions the fastest at reading
+        seconds.append(time.perf_counter() - start)
+    return 2 * a.nbytes / min(seconds)
+
+
+def measure(
+    lm: Any,
+    complete: Callable[..., Any],
+    caches: list[KVCache],
+    config: GenerationConfig,
+    prompt_length: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Prefill and decode `repeats` times after a run to warm up; prints a table on stderr.
+
+    lm and complete: generate.py's. Returns figures, of each run's tokens per second one.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (caches[0].rows, prompt_length)
+    prompts = torch.randint(lm.model.args.vocab_size, shape, generator=generator).tolist()
+    config = dataclasses.replace(config, ignore_eos=True, stop=())
+    ceiling = read_bandwidth(lm.device)
+    print(f"ceiling: memory is read at {size_text(ceiling)}/s", file=sys.stderr)
+    runs = [Stats(lm.model) for _ in range(repeats + 1)]
+    for stats in tqdm(runs, desc="bench", leave=False):
+        complete(lm, prompts, config, caches=caches, stats=stats)
+    tests = {
+        f"pp{prompt_length}": [run.prefill_rate for run in runs[1:]],
+        f"tg{config.max_new_tokens}": [run.decode_rate for run in runs[1:]],
+    }
+    reads = statistics.median(run.bandwidth for run in runs[1:])
+    print(f"{'test':>8} {'batch':>6} {'tokens/s':>10} {'sd':>8}", file=sys.stderr)
+    for test, rates in tests.items():
+        mean, spread = statistics.mean(rates), statistics.pstdev(rates)
+        print(f"{test:>8} {len(prompts):6} {mean:10.2f} {spread:8.2f}", file=sys.stderr)
+    print(f"decode reads {size_text(reads)}/s, {reads / ceiling:.0%} of it", file=sys.stderr)
+    return {
+        "prompt_length": prompt_length,
+        "new_tokens": config.max_new_tokens,
+        "batch": len(prompts),
+        "tokens_per_s": tests,
+        "decode_bytes_per_s": reads,
+        "read_bytes_per_s": ceiling,
+    } | provenance(lm.device)
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """What a figure needs to be compared with another: commit, machine and command."""
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "machine": machine_name(device),
+        "torch": torch.__version__,
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def machine_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"

@@ -1,0 +1,94 @@
+"""A conversation in the terminal: history is kept, and so is what the KV cache holds of it.
+
+Start at `chat`. Conversation turns messages into ids by the model's chat template; a model without
+one gets the plain texts, one after the other. What the caches hold is compared with what the next
+turn needs, and only the rest is prefilled.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tokenizer import Tokenizer
+
+HELP = "Ctrl-C stops an answer, Ctrl-D or /exit leaves, /reset begins again."
+
+
+class Conversation:
+    """Messages so far, and the ids that the caches hold of them.
+
+    limit: tokens that prompt and answer may have together; room: those kept for an answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int, room: int, system: str | None = None):
+        self.tokenizer, self.limit, self.room = tokenizer, limit, min(room, limit // 2)
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self._fixed = len(self.messages)
+        self._held: list[int] = []
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """The ids to continue after the user's next message, and how many the caches hold.
+
+        Where the conversation has outgrown the limit its oldest exchanges are forgotten.
+        Raises ValueError for a message that is too long by itself.
+        """
+        self.messages.append({"role": "user", "content": text})
+        ids = self._ids()
+        while len(ids) + self.room > self.limit and len(self.messages) > self._fixed + 1:
+            del self.messages[self._fixed : self._fixed + 2]
+            ids = self._ids()
+        if len(ids) + self.room > self.limit:
+            self.messages.pop()
+            raise ValueError(
+                f"the message needs {len(ids)} tokens and there is room for "
+                f"{self.limit - self.room}: shorten it"
+            )
+        same = len(os.path.commonprefix([ids, self._held]))
+        return ids, min(same, len(ids) - 1)  # the last token's logits are needed anew
+
+    def answered(self, asked: Sequence[int], ids: Sequence[int], text: str) -> None:
+        """The model said `text`, in `ids`, after `asked`; the last id was not fed back to it."""
+        self.messages.append({"role": "assistant", "content": text})
+        self._held = [*asked, *ids[:-1]]
+
+    def reset(self) -> None:
+        del self.messages[self._fixed :]
+
+    def _ids(self) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode("".join(m["content"] for m in self.messages))
+        return self.tokenizer.apply_chat_template(self.messages)
+
+
+def chat(conversation: Conversation, answer: Callable[[list[int], int], Any]) -> None:
+    """Ask, answer, repeat, until end of input.
+
+    answer: takes ids and how many of them the caches hold, prints as it goes and returns a
+    Completion, cut short by Ctrl-C or not.
+    """
+    print(HELP, file=sys.stderr)
+    while (text := read_message()) is not None:
+        if text == "/exit":
+            return
+        if text == "/reset":
+            conversation.reset()
+            continue
+        try:
+            ids, held = conversation.ask(text)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            continue
+        completion = answer(ids, held)
+        conversation.answered(ids, completion.ids, completion.text)
+
+
+def read_message() -> str | None:
+    """The next line that says something; None at the end of the input."""
+    text = ""
+    while not text.strip():
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+    return text
