@@ -17,6 +17,7 @@ generator that launches a step before it reads the one before).
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -60,6 +61,7 @@ class LoadedModel:
     def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
+    @torch.inference_mode()
     def make_caches(self, batch: int, length: int) -> list[KVCache]:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
         length = visible_slots(length, self.model.args.context)
@@ -304,12 +306,11 @@ def load_model(
     target = find_device(device)
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
-    if compile:
-        warm_compiler(target)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-        checkpoint.load_into(model, target, dtype, bar.update)
+    with compiler_warming(target, compile):
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args)
+        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
+            checkpoint.load_into(model, target, dtype, bar.update)
     return make_views(model, tokenizer, compile, compile_prefill)
 
 
@@ -331,11 +332,10 @@ def random_model(
         for piece in tensor.detach().view(-1).split(len(noise)):
             piece.copy_(noise[: len(piece)])
 
-    if compile:
-        warm_compiler(target)
-    with torch.device("meta"):
-        model = Transformer(model_args(config))
-    allocate(model, target, dtype or getattr(torch, str(stored)), fill)
+    with compiler_warming(target, compile):
+        with torch.device("meta"):
+            model = Transformer(model_args(config))
+        allocate(model, target, dtype or getattr(torch, str(stored)), fill)
     return make_views(model, id_tokenizer(model.args.vocab_size), compile, compile_prefill)
 
 
@@ -353,12 +353,16 @@ def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Ten
     """One graph for every number of visible slots and, beyond one, of new tokens per row."""
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **compiler_settings(device))
 
-    def view(tokens: Tensor, pos: Tensor, slots: Tensor, *others: Any) -> Tensor:
+    def view(tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, *last: Tensor) -> Tensor:
+        # A graph holds for certain strides only, even those of dimensions of size 1.
+        tokens, pos, *last = (
+            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
+        )
         torch._dynamo.mark_dynamic(slots, 0)
         if tokens.shape[1] > 1:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(pos, 1)
-        return compiled(tokens, pos, slots, *others)
+        return compiled(tokens, pos, slots, caches, *last)
 
     return view
 
@@ -374,15 +378,23 @@ def compiler_settings(device: torch.device) -> dict[str, Any]:
     return {"options": {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}}
 
 
-def warm_compiler(device: torch.device) -> None:
+@contextlib.contextmanager
+def compiler_warming(device: torch.device, wanted: bool) -> Iterator[None]:
     """Import and try out the compiler in a thread, while the weights are read: 2 s saved."""
+    if not wanted:
+        yield
+        return
     settings = compiler_settings(device)
+    importlib.import_module("torch._dynamo")  # before the thread: imports in two may collide
 
     def warm() -> None:
         with contextlib.suppress(Exception):  # the model's own compilation will raise it again
             torch.compile(torch.neg, **settings)(torch.ones(8, device=device))
 
-    threading.Thread(target=warm, daemon=True).start()
+    thread = threading.Thread(target=warm, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def find_device(name: str) -> torch.device:
@@ -480,14 +492,13 @@ def compile_views(
         return
     start = time.perf_counter()
     log("compiling ...")
-    slots = torch.arange(caches[0].length, device=lm.device)
-    visible = slots[: visible_slots(2, len(slots))]
     with torch.inference_mode():
-        one = torch.zeros(caches[0].rows, 1, dtype=torch.long, device=lm.device)
-        lm.decode(one, one, visible, caches)
-        if args.compile_prefill:
-            two = torch.zeros(caches[0].rows, 2, dtype=torch.long, device=lm.device)
-            lm.prefill(two, slots[:2].expand_as(two), visible, caches, two[:, 0])
+        slots = torch.arange(caches[0].length, device=lm.device)
+        visible = slots[: visible_slots(2, len(slots))]
+        for view, width in ((lm.decode, 1), (lm.prefill, 2))[: 1 + args.compile_prefill]:
+            tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
+            last = () if width == 1 else (tokens[:, 0],)
+            view(tokens, slots[:width].expand_as(tokens), visible, caches, *last)
     stats.compile_seconds = time.perf_counter() - start
 
 
