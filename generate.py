@@ -1,10 +1,10 @@
-"""Generate text: load a model, prefill, decode, stream. The command and the Python interface.
+"""Generate text: prefill, decode, stream. The command, and the Python interface.
 
     python generate.py --compile --checkpoint_path checkpoints/demo --prompt "Once upon a time"
 
-Start at `generate`, the loop that everything else consumes: streaming, files of prompts (jobs.py),
-chat (chat.py) and benchmarks (bench.py). Above it stands `load_model`, the one place where a
-model's features meet; below it `complete`, which turns tokens into text; the command is at the end.
+Start at `generate`, the loop that everything else consumes: `complete`, which turns its ids into
+texts, files of prompts (jobs.py), chat (chat.py) and benchmarks (bench.py). load.py makes the
+model that it runs; the command is the second half of the file.
 
     lm = load_model("checkpoints/demo", compile=True)
     prompts = [lm.tokenizer.encode(text) for text in ("Once upon a time", "The big dog")]
@@ -17,59 +17,31 @@ generator that launches a step before it reads the one before).
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
-import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import bench
 import chat
 import jobs
-from checkpoint import Checkpoint, allocate, available_memory, check_memory, read_json
-from hf import model_args
-from model import KVCache, Transformer
+from checkpoint import available_memory
+from completion import Completion
+from load import DEMO, LoadedModel, compile_now, load_model, random_model, visible_slots
+from model import KVCache
 from sampling import GenerationConfig, Sampler
-from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
 
+T = TypeVar("T")
 DEMO_PROMPT = "Once upon a time"
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
-
-    model: Transformer
-    prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
-    decode: Callable[..., Tensor]  # one token per row
-    tokenizer: Tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
-
-    @torch.inference_mode()
-    def make_caches(self, batch: int, length: int) -> list[KVCache]:
-        """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
-        length = visible_slots(length, self.model.args.context)
-        dtype = self.model.tok_embeddings.weight.dtype
-        needed = batch * length * self.model.args.kv_bytes_per_token(dtype)
-        what = f"a KV cache of {batch} rows of {length} tokens"
-        check_memory(needed, self.device, what, "lower --batch_size or --max_new_tokens")
-        return self.model.make_caches(batch, length)
 
 
 @torch.inference_mode()
@@ -107,8 +79,8 @@ def generate(
     live = set(range(B))
     filled_up = [*prompts, *[prompts[-1]] * idle]
     steps = sampled_steps(lm, filled_up, caches, past, sampler, max(limits))
-    for n, tokens in enumerate(launched_ahead(steps) if lm.device.type == "cuda" else steps):
-        ids = tokens.tolist()[:B]  # the host waits here
+    for n, read in enumerate(launched_ahead(steps) if lm.device.type == "cuda" else steps):
+        ids = read()[:B]  # the host waits here
         yield [[token] if row in live else [] for row, token in enumerate(ids)]
         live -= {r for r in live if ids[r] in ends or n + 1 == limits[r] or finished(r)}
         if not live:
@@ -122,8 +94,8 @@ def sampled_steps(
     past: int,
     sampler: Sampler,
     count: int,
-) -> Iterator[Tensor]:
-    """`count` steps of (B,) ids, left on the device; each is launched when it is asked for."""
+) -> Iterator[Callable[[], list[int]]]:
+    """`count` steps, each launched when it is asked for, and read when what it yields is called."""
     length = caches[0].length
     slots = torch.arange(length, device=lm.device)
     lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
@@ -131,7 +103,7 @@ def sampled_steps(
     logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
     for n in range(count):
         tokens = sampler(logits.squeeze(1), n)  # (B,)
-        yield tokens
+        yield begin_reading(tokens)
         if n + 1 < count:
             # A row that has ended stays in the batch, and must stay within the cache too.
             pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
@@ -139,7 +111,23 @@ def sampled_steps(
             logits = lm.decode(tokens.unsqueeze(1), pos, slots[:visible], caches)  # (B, 1, V)
 
 
-def launched_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def begin_reading(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying ids, (B,), to the host. The call returned waits for them alone, not for what
+    the device was given to do after them."""
+    if tokens.device.type != "cuda":
+        return tokens.tolist
+    host = tokens.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def launched_ahead(steps: Iterator[T]) -> Iterator[T]:
     """The same steps, each launched before the one before it is read: the device never waits."""
     waiting = next(steps)
     for step in steps:
@@ -178,16 +166,6 @@ def prefill(
     return logits
 
 
-def visible_slots(filled: int, most: int) -> int:
-    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
-
-    Attention reads so many slots: at most half of them beyond what is filled, and there are
-    only two sizes, hence two CUDA graphs, for each doubling of the length.
-    """
-    power = max(64, 1 << (filled - 1).bit_length())
-    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
-
-
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
     if not prompts:
         raise ValueError("no prompt was given")
@@ -204,55 +182,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: in
                 f"the prompt has token ids from {min(prompt)} to {max(prompt)} and the model knows "
                 f"0 to {vocab_size - 1}: its tokenizer files belong to another model"
             )
-
-
-class Completion:
-    """The continuation of one prompt, as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], config: GenerationConfig):
-        self.ids: list[int] = []
-        self.text = ""
-        self.finish_reason = "length"  # or "eos", or "stop"
-        self._ends = () if config.ignore_eos else tokenizer.eos_ids
-        self._stops = config.stop
-        self._stream = tokenizer.stream(prompt)
-        self._held = ""  # text that may turn out to begin a stop string
-
-    def extend(self, ids: Iterable[int]) -> str:
-        """Add ids; returns the text that is now certain and can be shown."""
-        start = len(self.text)
-        for token in ids:
-            self.ids.append(token)
-            self._take(self._stream.push(token))
-            if token in self._ends:
-                self.finish_reason = "eos"
-        return self.text[start:]
-
-    def close(self) -> str:
-        """Nothing follows: returns what was held back."""
-        start = len(self.text)
-        self._take(self._stream.flush())
-        if self.finish_reason != "stop":
-            self.text, self._held = self.text + self._held, ""
-        return self.text[start:]
-
-    def _take(self, text: str) -> None:
-        if self.finish_reason == "stop":
-            return
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.finish_reason, sure = "stop", min(found)
-        else:
-            sure = len(self._held) - max(
-                (begun(stop, self._held) for stop in self._stops), default=0
-            )
-        self.text, self._held = self.text + self._held[:sure], self._held[sure:]
-
-
-def begun(stop: str, text: str) -> int:
-    """How many characters of `stop` the text ends with."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def complete(
@@ -289,125 +218,6 @@ def complete(
     return completions
 
 
-def load_model(
-    path: str | Path = DEMO,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    compile: bool = False,
-    compile_prefill: bool = False,
-) -> LoadedModel:
-    """A model from a checkpoint: `model.pth`, or a Hugging Face directory as it is.
-
-    dtype None: as stored. device "auto": cuda, else mps, else cpu. compiled views take their
-    time at their first call. Raises FileNotFoundError, ValueError and MemoryError, in one line
-    each, before anything large is allocated.
-    """
-    target = find_device(device)
-    checkpoint = Checkpoint(path)
-    tokenizer = load_tokenizer(checkpoint.directory)
-    with compiler_warming(target, compile):
-        with torch.device("meta"):
-            model = Transformer(checkpoint.args)
-        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-            checkpoint.load_into(model, target, dtype, bar.update)
-    return make_views(model, tokenizer, compile, compile_prefill)
-
-
-def random_model(
-    config_file: str | Path,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    compile: bool = False,
-    compile_prefill: bool = False,
-) -> LoadedModel:
-    """A model of the shape that a config.json gives, with random weights: for benchmarks."""
-    target = find_device(device)
-    config = read_json(Path(config_file))
-    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
-
-    def fill(name: str, tensor: Tensor) -> None:
-        for piece in tensor.detach().view(-1).split(len(noise)):
-            piece.copy_(noise[: len(piece)])
-
-    with compiler_warming(target, compile):
-        with torch.device("meta"):
-            model = Transformer(model_args(config))
-        allocate(model, target, dtype or getattr(torch, str(stored)), fill)
-    return make_views(model, id_tokenizer(model.args.vocab_size), compile, compile_prefill)
-
-
-def make_views(
-    model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
-) -> LoadedModel:
-    """Prefill and decode as two views of one model, each compiled or not."""
-    device = model.tok_embeddings.weight.device
-    prefill = compiled_view(model, device) if compile and compile_prefill else model
-    decode = compiled_view(model, device) if compile else model
-    return LoadedModel(model, prefill, decode, tokenizer)
-
-
-def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
-    """One graph for every number of visible slots and, beyond one, of new tokens per row."""
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, **compiler_settings(device))
-
-    def view(tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, *last: Tensor) -> Tensor:
-        # A graph holds for certain strides only, even those of dimensions of size 1.
-        tokens, pos, *last = (
-            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
-        )
-        torch._dynamo.mark_dynamic(slots, 0)
-        if tokens.shape[1] > 1:
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(pos, 1)
-        return compiled(tokens, pos, slots, caches, *last)
-
-    return view
-
-
-def compiler_settings(device: torch.device) -> dict[str, Any]:
-    if device.type != "cpu":
-        return {"mode": "reduce-overhead"}
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
-    # The products and the attention are library calls; what is compiled between them takes no
-    # measurable time, vectorised or not, but vectorised it takes 12 s longer to compile.
-    # Header precompilation pays from some twenty kernels on; a model has seven.
-    return {"options": {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}}
-
-
-@contextlib.contextmanager
-def compiler_warming(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Import and try out the compiler in a thread, while the weights are read: 2 s saved."""
-    if not wanted:
-        yield
-        return
-    settings = compiler_settings(device)
-    importlib.import_module("torch._dynamo")  # before the thread: imports in two may collide
-
-    def warm() -> None:
-        with contextlib.suppress(Exception):  # the model's own compilation will raise it again
-            torch.compile(torch.neg, **settings)(torch.ones(8, device=device))
-
-    thread = threading.Thread(target=warm, daemon=True)
-    thread.start()
-    yield
-    thread.join()
-
-
-def find_device(name: str) -> torch.device:
-    """ "auto": cuda, else mps, else cpu. Raises ValueError for one that this machine lacks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((kind for kind, found in there.items() if found), "cpu")
-    if not there.get(name.partition(":")[0], name == "cpu"):
-        found = [kind for kind, found in there.items() if found]
-        raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
-    return torch.device(name)
-
-
 def run_prompts(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
@@ -420,7 +230,7 @@ def run_prompts(
     longest = max(len(job.ids) for job in todo) + config.max_new_tokens
     size = min(args.batch_size or 16, len(sink.todo))
     caches = lm.make_caches(size, longest)
-    compile_views(lm, caches, stats, args)
+    compile_timed(lm, caches, stats)
     with sink:
         for batch in jobs.batches(sink.todo, size):
             sink.begin(batch)
@@ -461,7 +271,7 @@ def run_chat(
     half_free = available_memory(lm.device) // 2
     fitting = half_free // lm.model.args.kv_bytes_per_token(weight.dtype)
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
-    compile_views(lm, caches, stats, args)
+    compile_timed(lm, caches, stats)
     conversation = chat.Conversation(
         lm.tokenizer, caches[0].length, config.max_new_tokens, args.system
     )
@@ -484,21 +294,12 @@ def run_chat(
     chat.chat(conversation, answer)
 
 
-def compile_views(
-    lm: LoadedModel, caches: list[KVCache], stats: bench.Stats, args: argparse.Namespace
-) -> None:
-    """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
-    if not args.compile:
+def compile_timed(lm: LoadedModel, caches: list[KVCache], stats: bench.Stats) -> None:
+    if lm.decode is lm.model:
         return
-    start = time.perf_counter()
     log("compiling ...")
-    with torch.inference_mode():
-        slots = torch.arange(caches[0].length, device=lm.device)
-        visible = slots[: visible_slots(2, len(slots))]
-        for view, width in ((lm.decode, 1), (lm.prefill, 2))[: 1 + args.compile_prefill]:
-            tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            last = () if width == 1 else (tokens[:, 0],)
-            view(tokens, slots[:width].expand_as(tokens), visible, caches, *last)
+    start = time.perf_counter()
+    compile_now(lm, caches)
     stats.compile_seconds = time.perf_counter() - start
 
 
@@ -507,7 +308,7 @@ def run_bench(
 ) -> None:
     length, rows = int((args.prompt or ["512"])[0]), args.batch_size or 1
     caches = lm.make_caches(rows, length + config.max_new_tokens)
-    compile_views(lm, caches, stats, args)
+    compile_timed(lm, caches, stats)
     figures = bench.measure(lm, complete, caches, config, length, args.repeats)
     if args.json:
         times = {"load_s": stats.load_seconds, "compile_s": stats.compile_seconds}

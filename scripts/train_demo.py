@@ -1,11 +1,13 @@
 """Train the embedded demo models: one tokenizer, a Llama, its small draft, and an OPT.
 
-    python scripts/train_demo.py --text stories.txt prose.txt --val held_out.txt
+    python scripts/train_demo.py --text stories.txt prose.txt --val held_out.txt \\
+        --teacher tinystories-656k
 
-Writes checkpoints/demo, demo-draft and demo-opt in Hugging Face layout, and a log of the
-training beside each. Documents in the texts are separated by a line <|endoftext|>. The models
-are toys a few megabytes long: they exist so that every command and test of this project has a
-really trained model to run on, not to be useful.
+Start at main. Writes checkpoints/demo, demo-opt and demo-draft in Hugging Face layout, and a log
+of the training beside each. Documents in the texts are separated by a line <|endoftext|>; a
+teacher, another model's checkpoint, tells more of them. The models are toys a few megabytes long:
+they exist so that every command and test of this project has a really trained model to run on,
+not to be useful.
 """
 
 import argparse
@@ -20,10 +22,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from generate import complete
 from hf import export_tensors, model_args
+from load import load_model
 from model import Transformer
+from sampling import GenerationConfig
 
 VOCAB, CONTEXT, BOS, EOS = 2048, 512, 0, 1
 SHARED = {
@@ -76,6 +83,22 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def read_documents(paths: list[Path]) -> list[str]:
     documents = [d.strip() for p in paths for d in p.read_text().split("<|endoftext|>")]
     return [d for d in documents if d]
+
+
+def told_documents(teacher: Path, characters: int, seed: int) -> list[str]:
+    """Stories that the teacher tells of itself, from BOS to EOS, of so many characters in all."""
+    lm = load_model(teacher, device="cpu", dtype=torch.float32)
+    config = GenerationConfig(max_new_tokens=400, temperature=0.8, top_k=0, seed=seed)
+    start, rows = [[lm.tokenizer.bos_id]] * 256, range(256)
+    documents: list[str] = []
+    with tqdm(total=characters, unit="char", unit_scale=True, desc="teacher") as bar:
+        while bar.n < characters:
+            told = complete(lm, start, config, rows=rows)
+            texts = [c.text.split("<|")[0].strip() for c in told if c.finish_reason == "eos"]
+            documents += texts
+            rows = range(rows.stop, rows.stop + len(rows))
+            bar.update(sum(map(len, texts)))
+    return documents
 
 
 def token_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
@@ -167,8 +190,10 @@ def save(model: Transformer, name: str, tokenizer: Tokenizer, folder: Path) -> N
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="training texts")
+    parser.add_argument("--teacher", type=Path, help="a checkpoint that tells more of such texts")
+    parser.add_argument("--teacher_chars", type=int, default=4_500_000)
     parser.add_argument("--val", type=Path, required=True, help="text that training never sees")
     parser.add_argument("--out", type=Path, default=Path("checkpoints"))
     parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
@@ -184,6 +209,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     documents = read_documents(args.text)
+    if args.teacher:
+        documents += told_documents(args.teacher, args.teacher_chars, args.seed)
     tokenizer = train_tokenizer(documents)
     train_stream = token_stream(tokenizer, documents)
     val_stream = token_stream(tokenizer, read_documents([args.val]))

@@ -1,0 +1,195 @@
+"""From a path to a model that is ready to run, eager or compiled, on its device.
+
+Start at load_model, the one place where a model's features meet, in this order: the checkpoint's
+args -> Transformer on the meta device -> every tensor read once, straight to where it stays ->
+prefill and decode as two views of the model, compiled or not.
+
+Compiled views follow gpt-fast: the whole step under torch.compile, with CUDA graphs where there
+is a GPU, over a KV cache that does not move.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import Checkpoint, allocate, check_memory, read_json
+from hf import model_args
+from model import KVCache, Transformer
+from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+
+DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
+
+    model: Transformer
+    prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
+    decode: Callable[..., Tensor]  # one token per row
+    tokenizer: Tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    @torch.inference_mode()
+    def make_caches(self, batch: int, length: int) -> list[KVCache]:
+        """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
+        length = visible_slots(length, self.model.args.context)
+        dtype = self.model.tok_embeddings.weight.dtype
+        needed = batch * length * self.model.args.kv_bytes_per_token(dtype)
+        what = f"a KV cache of {batch} rows of {length} tokens"
+        check_memory(needed, self.device, what, "lower --batch_size or --max_new_tokens")
+        return self.model.make_caches(batch, length)
+
+
+def visible_slots(filled: int, most: int) -> int:
+    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
+
+    Attention reads so many slots: at most half of them beyond what is filled, and there are
+    only two sizes, hence two CUDA graphs, for each doubling of the length.
+    """
+    power = max(64, 1 << (filled - 1).bit_length())
+    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
+
+
+def load_model(
+    path: str | Path = DEMO,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    compile_prefill: bool = False,
+) -> LoadedModel:
+    """A model from a checkpoint: `model.pth`, or a Hugging Face directory as it is.
+
+    dtype None: as stored. device "auto": cuda, else mps, else cpu. compiled views take their
+    time at their first call. Raises FileNotFoundError, ValueError and MemoryError, in one line
+    each, before anything large is allocated.
+    """
+    target = find_device(device)
+    checkpoint = Checkpoint(path)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    with compiler_warming(target, compile):
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args)
+        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
+            checkpoint.load_into(model, target, dtype, bar.update)
+    return make_views(model, tokenizer, compile, compile_prefill)
+
+
+def random_model(
+    config_file: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    compile_prefill: bool = False,
+) -> LoadedModel:
+    """A model of the shape that a config.json gives, with random weights: for benchmarks."""
+    target = find_device(device)
+    config = read_json(Path(config_file))
+    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    def fill(name: str, tensor: Tensor) -> None:
+        for piece in tensor.detach().view(-1).split(len(noise)):
+            piece.copy_(noise[: len(piece)])
+
+    with compiler_warming(target, compile):
+        with torch.device("meta"):
+            model = Transformer(model_args(config))
+        allocate(model, target, dtype or getattr(torch, str(stored)), fill)
+    return make_views(model, id_tokenizer(model.args.vocab_size), compile, compile_prefill)
+
+
+def make_views(
+    model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
+) -> LoadedModel:
+    """Prefill and decode as two views of one model, each compiled or not."""
+    device = model.tok_embeddings.weight.device
+    prefill = compiled_view(model, device) if compile and compile_prefill else model
+    decode = compiled_view(model, device) if compile else model
+    return LoadedModel(model, prefill, decode, tokenizer)
+
+
+def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
+    """One graph for every number of visible slots and, beyond one, of new tokens per row."""
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, **compiler_settings(device))
+
+    def view(tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, *last: Tensor) -> Tensor:
+        # A graph holds for certain strides only, even those of dimensions of size 1.
+        tokens, pos, *last = (
+            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
+        )
+        torch._dynamo.mark_dynamic(slots, 0)
+        if tokens.shape[1] > 1:
+            torch._dynamo.mark_dynamic(tokens, 1)
+            torch._dynamo.mark_dynamic(pos, 1)
+        return compiled(tokens, pos, slots, caches, *last)
+
+    return view
+
+
+def compiler_settings(device: torch.device) -> dict[str, Any]:
+    if device.type != "cpu":
+        return {"mode": "reduce-overhead"}
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
+    # The products and the attention are library calls; what is compiled between them takes no
+    # measurable time, vectorised or not, but vectorised it takes 12 s longer to compile.
+    # Header precompilation pays from some twenty kernels on; a model has seven.
+    return {"options": {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}}
+
+
+@contextlib.contextmanager
+def compiler_warming(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Import and try out the compiler in a thread, while the weights are read: 2 s saved."""
+    if not wanted:
+        yield
+        return
+    settings = compiler_settings(device)
+    importlib.import_module("torch._dynamo")  # before the thread: imports in two may collide
+
+    def warm() -> None:
+        with contextlib.suppress(Exception):  # the model's own compilation will raise it again
+            torch.compile(torch.neg, **settings)(torch.ones(8, device=device))
+
+    thread = threading.Thread(target=warm, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto": cuda, else mps, else cpu. Raises ValueError for one that this machine lacks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, found in there.items() if found), "cpu")
+    if not there.get(name.partition(":")[0], name == "cpu"):
+        found = [kind for kind, found in there.items() if found]
+        raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
+    return torch.device(name)
+
+
+@torch.inference_mode()
+def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
+    """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
+    slots = torch.arange(caches[0].length, device=lm.device)
+    visible = slots[: visible_slots(2, len(slots))]
+    for view, width in ((lm.decode, 1), (lm.prefill, 2)):
+        if view is not lm.model:
+            tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
+            last = () if width == 1 else (tokens[:, 0],)
+            view(tokens, slots[:width].expand_as(tokens), visible, caches, *last)
