@@ -250,7 +250,7 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
         if (path / name).is_file():
             return path / name
     nearest = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    entries = sorted(p.name for p in nearest.iterdir())[:12]
+    entries = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
     prepared = sorted(str(p) for p in Path("checkpoints").rglob(PREPARED))[:12]
     raise FileNotFoundError(
         f"{path} {'holds no weights' if path.is_dir() else 'does not exist'}; "

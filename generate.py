@@ -169,17 +169,18 @@ def prefill(
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
     if not prompts:
         raise ValueError("no prompt was given")
-    for prompt in prompts:
+    for n, prompt in enumerate(prompts, 1):
+        which = "the prompt" if len(prompts) == 1 else f"prompt {n} of {len(prompts)}"
         if not prompt:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError(f"{which} is empty: give at least one token")
         if len(prompt) >= context:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the model's context is {context}, "
-                "which must hold prompt and answer: shorten the prompt"
+                f"{which} has {len(prompt)} tokens and the model's context is {context}, which "
+                "must hold prompt and answer: shorten the prompt"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
-                f"the prompt has token ids from {min(prompt)} to {max(prompt)} and the model knows "
+                f"{which} has token ids from {min(prompt)} to {max(prompt)} and the model knows "
                 f"0 to {vocab_size - 1}: its tokenizer files belong to another model"
             )
 
@@ -222,8 +223,9 @@ def run_prompts(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
     """Every prompt num_samples times, in batches, to stdout or as lines of JSON to --output."""
-    todo = jobs.make_jobs(encoded_prompts(lm, args), args.num_samples)
-    check_prompts([job.ids for job in todo], lm.model.args.context, lm.model.args.vocab_size)
+    prompts = encoded_prompts(lm, args)
+    check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
+    todo = jobs.make_jobs(prompts, args.num_samples)
     sink = jobs.JsonlOutput(args.output, todo) if args.output else jobs.Console(todo)
     if not sink.todo:
         return
@@ -311,8 +313,14 @@ def run_bench(
     compile_timed(lm, caches, stats)
     figures = bench.measure(lm, complete, caches, config, length, args.repeats)
     if args.json:
-        times = {"load_s": stats.load_seconds, "compile_s": stats.compile_seconds}
-        print(json.dumps(figures | times))
+        figures |= {
+            "model": str(args.random_weights or args.checkpoint_path),
+            "dtype": str(lm.model.tok_embeddings.weight.dtype).removeprefix("torch."),
+            "compiled": args.compile,
+            "load_s": stats.load_seconds,
+            "compile_s": stats.compile_seconds,
+        }
+        print(json.dumps(figures))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -106,6 +106,7 @@ class JsonlOutput:
 
     def __init__(self, path: Path, jobs: Sequence[Job]):
         self._path, self._batch = path, ()
+        path.open("ab").close()  # a path that cannot be written fails now, not after the work
         missing = {(job.index, job.sample): job for job in jobs}
         asked = {key: job.prompt for key, job in missing.items()}
         for n, result in enumerate(complete_lines(path), 1):
@@ -118,9 +119,10 @@ class JsonlOutput:
             missing.pop(key, None)
         # Rows of like length need no padding; the longest first, so that memory fails early.
         self.todo = sorted(missing.values(), key=lambda job: -len(job.ids))
-        self._bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="text")
+        self._total = len(jobs)
 
     def __enter__(self) -> "JsonlOutput":
+        self._bar = tqdm(total=self._total, initial=self._total - len(self.todo), unit="text")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -156,7 +158,7 @@ def result_line(job: Job, completion: Any) -> str:
 
 def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The results in a file; a last line that was cut off is removed from it."""
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     for n, line in enumerate(whole.splitlines(), 1):
         try:
