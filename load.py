@@ -81,7 +81,7 @@ def load_model(
     target = find_device(device)
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
-    with compiler_warming(target, compile):
+    with compiler_imported(compile):
         with torch.device("meta"):
             model = Transformer(checkpoint.args)
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
@@ -107,7 +107,7 @@ def random_model(
         for piece in tensor.detach().view(-1).split(len(noise)):
             piece.copy_(noise[: len(piece)])
 
-    with compiler_warming(target, compile):
+    with compiler_imported(compile):
         with torch.device("meta"):
             model = Transformer(model_args(config))
         allocate(model, target, dtype or getattr(torch, str(stored)), fill)
@@ -156,19 +156,15 @@ def compiler_settings(device: torch.device) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def compiler_warming(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Import and try out the compiler in a thread, while the weights are read: 2 s saved."""
+def compiler_imported(wanted: bool) -> Iterator[None]:
+    """Import the compiler in a thread, while the weights are read: it takes a second or two."""
     if not wanted:
         yield
         return
-    settings = compiler_settings(device)
-    importlib.import_module("torch._dynamo")  # before the thread: imports in two may collide
-
-    def warm() -> None:
-        with contextlib.suppress(Exception):  # the model's own compilation will raise it again
-            torch.compile(torch.neg, **settings)(torch.ones(8, device=device))
-
-    thread = threading.Thread(target=warm, daemon=True)
+    importlib.import_module("torch._dynamo")  # loading needs it too: not in both threads at once
+    # Importing only: a compilation in this thread makes the next one crash where torch was built
+    # for CUDA and there is no GPU (torch 2.11).
+    thread = threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"])
     thread.start()
     yield
     thread.join()

@@ -409,7 +409,9 @@ def test_too_little_memory_is_known_before_anything_is_allocated(
     monkeypatch.setattr(checkpoint_module, "available_memory", lambda device: 1000)
     model, checkpoint = skeleton(CONFIG), Checkpoint(folder)
     nbytes = size_text(checkpoint.nbytes)
-    with pytest.raises(MemoryError, match=f"needs {re.escape(nbytes)} of memory on cpu, where 1 kB"):
+    with pytest.raises(
+        MemoryError, match=f"needs {re.escape(nbytes)} of memory on cpu, where 1 kB"
+    ):
         checkpoint.load_into(model)
     assert all(p.is_meta for p in model.parameters())
 
@@ -486,7 +488,7 @@ def test_loading_takes_little_more_than_the_weights(
     peak = measure(folder, big, f"lambda path: load(path, {dtype})")
     print(f"peak {peak / weights_size:.3f} of the weights")
     staging = 16 * 2**20 * (size < 1)
-    assert weights_size < peak < 1.1 * weights_size + staging
+    assert 0.95 * weights_size < peak < 1.1 * weights_size + staging
 
 
 def test_converting_takes_less_than_twice_the_largest_shard(folder: Path, big: Path):

@@ -1,0 +1,241 @@
+"""Decode and prefill beside llama.cpp's: same shape, same bits, same threads, in alternating runs.
+
+    python benchmarks/decode.py --peer_python /tmp/llama/bin/python
+
+Start at main. Both sides are loaded once and then take turns, compiled, llama.cpp, eager, compiled
+and so on, greedy from the same random prompt; the one that waits takes no CPU, which is measured.
+A shared machine drifts, so a ratio is taken within a round, and the median of those is the result.
+llama.cpp lives in a process, and where wanted in a Python environment, of its own: see Peer.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from bench import Stats, provenance, read_bandwidth
+from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
+from checkpoint import size_text
+from generate import GenerationConfig, complete
+from load import LoadedModel, compile_now, make_views, random_model
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
+GET_PEER = (
+    "python3 -m venv /tmp/llama && CMAKE_ARGS=-DGGML_NATIVE=ON /tmp/llama/bin/pip install "
+    "--no-binary llama-cpp-python llama-cpp-python gguf, then --peer_python /tmp/llama/bin/python"
+)
+Run = dict[str, float]  # prefill and decode, in tokens per second
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The same bits on both sides."""
+
+    load: Callable[[Path], LoadedModel]
+    gguf: str  # llama.cpp's name for it
+
+
+PRECISIONS = {
+    "bf16": Precision(
+        lambda config: random_model(config, device="cpu", dtype=torch.bfloat16), "BF16"
+    )
+}
+
+
+class Ours:
+    def __init__(self, lm: LoadedModel, prompt_length: int, new_tokens: int):
+        self.lm, self.weight_bytes = lm, lm.model.bytes_per_step()
+        self.caches = lm.make_caches(1, prompt_length + new_tokens + 1)
+        self.config = GenerationConfig(
+            max_new_tokens=new_tokens + 1, temperature=0, ignore_eos=True
+        )
+        compile_now(lm, self.caches)
+
+    def __call__(self, prompt: list[int]) -> Run:
+        stats = Stats(self.lm.model)
+        complete(self.lm, [prompt], self.config, caches=self.caches, stats=stats)
+        return {"prefill": stats.prefill_rate, "decode": stats.decode_rate}
+
+
+class Peer:
+    """llama.cpp in a process that waits on a pipe between its turns."""
+
+    def __init__(self, python: str, model: Path, threads: int, prompt_length: int, new_tokens: int):
+        self.new_tokens, self.idle_cpu, self.cpu = new_tokens, 0.0, None
+        script, context = HERE / "llama_cpp_worker.py", prompt_length + new_tokens + 1
+        command = [python, script, "--model", model, "--threads", threads, "--context", context]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us; we end it
+        )
+        self.weight_bytes = self.reply()["weight_bytes"]
+
+    def reply(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise ChildProcessError("llama.cpp's process ended; what it said stands above")
+        return json.loads(line)
+
+    def __call__(self, prompt: list[int]) -> Run:
+        asked = {"prompt": prompt, "new_tokens": self.new_tokens}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        times = self.reply()
+        self.idle_cpu += times["cpu_before"] - (self.cpu or times["cpu_before"])
+        self.cpu = times["cpu_after"]
+        return {
+            "prefill": len(prompt) / times["prefill_s"],
+            "decode": self.new_tokens / times["decode_s"],
+        }
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def peer_version(python: str) -> str | None:
+    """None where that Python, or what it needs, is not there."""
+    said = [python, "-c", "import gguf, llama_cpp; print(llama_cpp.__version__)"]
+    try:
+        return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def random_gguf(args: argparse.Namespace, kind: str) -> Path:
+    """The peer's model of this shape, written once."""
+    config = args.config.read_bytes()
+    file = args.cache / f"{args.config.stem}-{zlib.crc32(config):08x}-{kind}.gguf"
+    if not file.exists():
+        log(f"writing {file} ...")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        script = [args.peer_python, HERE / "random_gguf.py", "--config", args.config]
+        subprocess.run([*script, "--type", kind, "--output", file], check=True)
+    return file
+
+
+def measure(precision: Precision, peer: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """The spread of each side's figures, and of ours over theirs within a round."""
+    lengths = args.prompt, args.new_tokens
+    lm = precision.load(args.config)
+    eager = make_views(lm.model, lm.tokenizer, compile=False, compile_prefill=False)
+    compiled = make_views(lm.model, lm.tokenizer, compile=True, compile_prefill=True)
+    sides: dict[str, Callable[[list[int]], Run]] = {"compiled": Ours(compiled, *lengths)}
+    if peer:
+        model = random_gguf(args, precision.gguf)
+        sides["llama.cpp"] = Peer(args.peer_python, model, args.threads, *lengths)
+    sides["eager"] = Ours(eager, *lengths)
+    try:
+        runs, our_idle_cpu = alternate(sides, lm.model.args.vocab_size, args)
+    finally:
+        if peer:
+            sides["llama.cpp"].close()
+    cached = lm.model.args.kv_bytes_per_token(torch.bfloat16) * (args.prompt + args.new_tokens // 2)
+    figures = {
+        name: {test: spread([run[test] for run in of]) for test in ("prefill", "decode")}
+        | {"bytes_per_token": sides[name].weight_bytes + cached}
+        for name, of in runs.items()
+    }
+    if peer:
+        figures["idle_cpu_s"] = {"ours": our_idle_cpu, "llama.cpp": sides["llama.cpp"].idle_cpu}
+        for name in ("compiled", "eager"):
+            pairs = list(zip(runs[name], runs["llama.cpp"], strict=True))
+            figures[name]["over_llama_cpp"] = {
+                test: spread([a[test] / b[test] for a, b in pairs]) for test in pairs[0][0]
+            }
+    return figures
+
+
+def alternate(
+    sides: dict[str, Callable[[list[int]], Run]], vocab_size: int, args: argparse.Namespace
+) -> tuple[dict[str, list[Run]], float]:
+    """Rounds in which each side runs once, after one to warm up; our CPU seconds in their turns."""
+    generator = torch.Generator().manual_seed(0)
+    runs: dict[str, list[Run]] = {name: [] for name in sides}
+    idle_cpu = 0.0
+    for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
+        prompt = torch.randint(vocab_size, (args.prompt,), generator=generator).tolist()
+        for name, side in sides.items():
+            before = time.process_time()
+            runs[name].append(side(prompt))
+            idle_cpu += (time.process_time() - before) * isinstance(side, Peer)
+    return {name: of[1:] for name, of in runs.items()}, idle_cpu
+
+
+def table(figures: dict[str, Any], ceiling: float, args: argparse.Namespace) -> None:
+    tests = f"pp{args.prompt}", f"tg{args.new_tokens}"
+    log(f"{'tokens/s':12} {tests[0]:>28} {tests[1]:>26} {'reads':>12} {'of ceiling':>11}")
+    for name in ("compiled", "llama.cpp", "eager"):
+        if name in figures:
+            side = figures[name]
+            reads = side["decode"]["median"] * side["bytes_per_token"]
+            log(
+                f"{name:12} {show(side['prefill'], 1):>28} {show(side['decode']):>26} "
+                f"{size_text(reads) + '/s':>12} {reads / ceiling:11.0%}"
+            )
+    for name in ("compiled", "eager"):
+        if ratios := figures[name].get("over_llama_cpp"):
+            log(
+                f"{name} over llama.cpp, pair by pair: decode {show(ratios['decode'])}, "
+                f"prefill {show(ratios['prefill'])}"
+            )
+    if idle := figures.get("idle_cpu_s"):
+        log(f"CPU used while waiting: ours {idle['ours']:.2f} s, theirs {idle['llama.cpp']:.2f} s")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    before, others = read_bandwidth(CPU), Others()
+    log(f"ceiling: {args.threads} threads read memory at {size_text(before)}/s")
+    if not (peer := peer_version(args.peer_python)):
+        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf; {GET_PEER}")
+    measured = {name: measure(PRECISIONS[name], peer, args) for name in args.precision}
+    after = read_bandwidth(CPU)
+    log(f"ceiling, once more: {size_text(after)}/s; shares below are of the higher")
+    for name, figures in measured.items():
+        log(f"{args.config.stem}, {name}, median (min to max) of {args.rounds} rounds")
+        table(figures, max(before, after), args)
+    return {
+        "benchmark": "decode",
+        "config": args.config.stem,
+        "prompt_length": args.prompt,
+        "new_tokens": args.new_tokens,
+        "read_bytes_per_s": [before, after],
+        "others_cpu_share": others.share(),
+        "llama_cpp_python": peer,
+        "precisions": measured,
+    } | provenance(CPU)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
+    add("--precision", nargs="+", choices=PRECISIONS, default=["bf16"], help="(default: bf16)")
+    add("--threads", type=int, default=2, help="(default: 2)")
+    add("--prompt", type=int, default=128, help="tokens of the prompt (default: 128)")
+    add("--new_tokens", type=int, default=64, help="tokens decoded after the first (default: 64)")
+    add("--rounds", type=int, default=7, help="turns of each side (default: 7)")
+    add("--peer_python", default=sys.executable, help="a Python that has llama-cpp-python and gguf")
+    add("--cache", type=Path, default=CACHE, help=f"where GGUF files are kept (default: {CACHE})")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args()))

@@ -1,0 +1,151 @@
+"""Is what a GPU generates right? Greedy ids against the CPU's, replay after replay, graphs counted.
+
+    python benchmarks/gpu_check.py
+
+Start at `checks`: it yields what was asked, what should be and what came out, for each embedded
+demo model. --device cpu tries the script itself. Exit code 1 where anything differs.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch._dynamo.utils import counters
+
+from bench import provenance
+from benchmarks.common import ROOT, exit_code, log
+from generate import DTYPES, GenerationConfig, complete
+from load import LoadedModel, find_device, load_model, make_views, visible_slots
+from model import KVCache
+
+MODELS = ("demo", "demo-opt")
+TEXTS = (
+    "Once upon a time",
+    "The big dog ran to the park because",
+    "One day, a little girl named Lily found a needle in her room. She knew it was",
+    "Tom was sad",
+)
+NEW = 60  # tokens for each prompt
+LENGTHS = (3, 20, 47, 64, 90, 130, 200, 300)  # of prompts; NEW more cross into larger sizes
+Check = tuple[str, Any, Any]  # what, wanted, found
+
+
+def checks(path: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+    on_cpu = load_model(path, device="cpu", dtype=dtype)
+    eager = load_model(path, device=str(device), dtype=dtype)
+    compiled = make_views(eager.model, eager.tokenizer, compile=True, compile_prefill=True)
+    prompts = [eager.tokenizer.encode(text) for text in TEXTS]
+    wanted = singly(on_cpu, prompts)
+    yield "eager, one by one", wanted, singly(eager, prompts)
+    yield "eager, a batch of 4", wanted, greedy(eager, prompts)
+    yield "compiled, one by one", wanted, singly(compiled, prompts)
+    yield "compiled, a batch of 4", wanted, greedy(compiled, prompts)
+    yield from lengths(eager, path, device, dtype)
+
+
+def lengths(
+    eager: LoadedModel, path: Path, device: torch.device, dtype: torch.dtype
+) -> Iterator[Check]:
+    """Prompts of many lengths through the same graphs, with caches kept and caches made anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = make_views(eager.model, eager.tokenizer, compile=True, compile_prefill=True)
+    text = eager.tokenizer.encode(" ".join(TEXTS * 8))
+    prompts = [text[:n] for n in LENGTHS]
+    wanted = singly(eager, prompts)
+    kept = compiled.make_caches(1, max(LENGTHS) + NEW)
+    for turn in range(3):
+        yield f"caches kept, turn {turn + 1}", wanted, singly(compiled, prompts, kept)
+    kept_graphs = cuda_graphs(device)
+    for turn in range(3):
+        yield f"new caches, turn {turn + 1}", wanted, singly(compiled, prompts)
+    compiled_graphs = counters["stats"]["unique_graphs"]
+    yield "graphs compiled: prefill, decode", 2, compiled_graphs
+    yield "steps that CUDA graphs had to skip", 0, counters["inductor"]["cudagraph_skips"]
+    sizes = {visible_slots(n + i, kept[0].length) for n in LENGTHS for i in range(NEW)}
+    log(
+        f"  {len(sizes)} sizes of visible cache; {kept_graphs} CUDA graphs with caches kept, "
+        f"{cuda_graphs(device)} after new ones"
+    )
+
+
+def singly(
+    lm: LoadedModel, prompts: list[list[int]], caches: list[KVCache] | None = None
+) -> list[list[int]]:
+    return [greedy(lm, [prompt], caches)[0] for prompt in prompts]
+
+
+def greedy(
+    lm: LoadedModel, prompts: list[list[int]], caches: list[KVCache] | None = None
+) -> list[list[int]]:
+    config = GenerationConfig(max_new_tokens=NEW, temperature=0, ignore_eos=True)
+    return [completion.ids for completion in complete(lm, prompts, config, caches=caches)]
+
+
+def cuda_graphs(device: torch.device) -> int:
+    """How many this process has recorded and still holds."""
+    if device.type != "cuda":
+        return 0
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+
+    def count(nodes: dict[Any, list[Any]]) -> int:
+        return sum(1 + count(node.children) for of in nodes.values() for node in of)
+
+    return count(manager.roots) if manager else 0
+
+
+def difference(wanted: Any, found: Any) -> str:
+    """Where rows of ids part, else the two values."""
+    if not isinstance(wanted, list):
+        return f"{found}, not {wanted}"
+    parts = (
+        f"row {row} from token {next(i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)}"
+        for row, ids in enumerate(zip(wanted, found, strict=True))
+        if ids[0] != ids[1]
+    )
+    return "; ".join(parts)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = find_device(args.device), DTYPES[args.dtype]
+    failed: list[str] = []
+    done = 0
+    for name in args.models:
+        log(f"{name}, {args.dtype} on {device}")
+        torch._dynamo.reset()
+        counters.clear()
+        try:
+            for what, wanted, found in checks(ROOT / "checkpoints" / name, device, dtype):
+                done += 1
+                verdict = "ok" if wanted == found else f"DIFFERS: {difference(wanted, found)}"
+                log(f"  {what}: {verdict}")
+                failed += [f"{name}: {what}: {verdict}"] * (wanted != found)
+        except Exception as error:  # the other model is to be checked all the same
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            log(f"  {failed[-1]}")
+    return {
+        "benchmark": "gpu_check",
+        "dtype": args.dtype,
+        "checks": done,
+        "failed": failed,
+    } | provenance(device)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--device", default="cuda", help="(default: cuda)")
+    add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    add("--models", nargs="+", default=MODELS, help="under checkpoints/ (default: all that speak)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args()))
