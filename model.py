@@ -238,14 +238,17 @@ class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
+        # constants (torch 2.13).
+        rows = x.flatten(0, -2)  # (N, in_features)
         # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU,
         # ATen's matrix-vector kernel reads them 1.2 to 1.3 times as fast as the GEMM behind
         # F.linear; for more rows, other dtypes and GPUs F.linear is as good or better.
-        one_row = x.numel() == self.in_features
-        if one_row and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            y = torch.ops.gpt_flex.matvec(self.weight, x.flatten(), self.bias)  # (out_features,)
-            return y.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.weight, self.bias)
+        if len(rows) == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            y = torch.ops.gpt_flex.matvec(self.weight, rows[0], self.bias)  # (out_features,)
+        else:
+            y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class RotaryPositions(nn.Module):

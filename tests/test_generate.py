@@ -1,0 +1,231 @@
+"""Generation: against transformers, compiled against eager, rows of a batch against single runs."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import generate as generate_module
+from completion import Completion
+from generate import GenerationConfig, complete, generate, launched_ahead
+from load import LoadedModel, load_model, random_model, visible_slots
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMOS = ("demo", "demo-opt")
+TEXTS = (
+    "Once upon a time",
+    "Lily",
+    "Tim and his dog saw a big red ball. They",
+    "One day, a little",
+)
+GREEDY = GenerationConfig(max_new_tokens=60, temperature=0, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=3)
+
+
+def demo(name: str, **options) -> LoadedModel:
+    return load_model(ROOT / "checkpoints" / name, device="cpu", **options)
+
+
+@pytest.fixture(scope="module", params=DEMOS)
+def eager(request: pytest.FixtureRequest) -> LoadedModel:
+    return demo(request.param, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=DEMOS)
+def both(request: pytest.FixtureRequest) -> tuple[LoadedModel, LoadedModel]:
+    """The same bfloat16 model, eager and compiled, prefill too."""
+    name = request.param
+    return demo(name), demo(name, compile=True, compile_prefill=True)
+
+
+def prompts(lm: LoadedModel) -> list[list[int]]:
+    return [lm.tokenizer.encode(text) for text in TEXTS]
+
+
+def ids(lm: LoadedModel, given: list[list[int]], config: GenerationConfig, **options) -> list:
+    return [c.ids for c in complete(lm, given, config, **options)]
+
+
+def test_greedy_text_of_200_tokens_is_that_of_transformers(eager: LoadedModel):
+    transformers = pytest.importorskip("transformers")
+    path = ROOT / "checkpoints" / ("demo-opt" if eager.model.args.norm == "layer" else "demo")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for prompt in prompts(eager):
+        given = torch.tensor([prompt])
+        # As many as there are: their EOS is suppressed where ours is ignored.
+        options = {"do_sample": False, "max_new_tokens": 200, "eos_token_id": None}
+        mask = torch.ones_like(given)
+        wanted = theirs.generate(given, attention_mask=mask, pad_token_id=1, **options)
+        config = dataclasses.replace(GREEDY, max_new_tokens=200)
+        assert ids(eager, [prompt], config) == [wanted[0, len(prompt) :].tolist()]
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_is_its_rows_alone(eager: LoadedModel, config: GenerationConfig):
+    given = prompts(eager)
+    alone = [ids(eager, [p], config, rows=[row])[0] for row, p in enumerate(given)]
+    assert ids(eager, given, config) == alone
+    assert len(set(map(tuple, alone))) == len(alone)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_compiled_text_is_eager_text(both: tuple[LoadedModel, ...], config: GenerationConfig):
+    eager, compiled = both
+    for row, prompt in enumerate(prompts(eager)):
+        wanted = ids(eager, [prompt], config, rows=[row])
+        assert ids(compiled, [prompt], config, rows=[row]) == wanted
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_compiled_batch_of_four_is_four_single_runs(name: str):
+    """In float32: in bfloat16 a product of other shape rounds otherwise, and near ties may fall."""
+    compiled = demo(name, dtype=torch.float32, compile=True)
+    given = prompts(compiled)
+    assert ids(compiled, given, GREEDY) == [ids(compiled, [p], GREEDY)[0] for p in given]
+
+
+def test_one_graph_serves_every_prompt_length(both: tuple[LoadedModel, ...]):
+    eager, compiled = both
+    caches = compiled.make_caches(1, 400)
+    generator = torch.Generator().manual_seed(0)
+    vocab, short = eager.model.args.vocab_size, dataclasses.replace(GREEDY, max_new_tokens=4)
+    counts, sizes = [], set()
+    for length in (2, 3, 17, 70, 95, 140, 250, 301):
+        given = torch.randint(vocab, (1, length), generator=generator).tolist()
+        assert ids(compiled, given, short, caches=caches) == ids(eager, given, short)
+        counts.append(counters["stats"]["unique_graphs"])
+        sizes.add(visible_slots(length + 1, 400))
+    assert len(sizes) > 4
+    assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("chunk", [4, 12, 20])
+def test_prefill_in_chunks_is_prefill(
+    eager: LoadedModel, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    given = prompts(eager)
+    assert len({(len(p) - 1) // (chunk // len(given)) for p in given}) > 1
+    wanted = ids(eager, given, GREEDY)
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", chunk)
+    assert ids(eager, given, GREEDY) == wanted
+
+
+def test_what_the_caches_hold_is_not_prefilled_again(eager: LoadedModel):
+    text = prompts(eager)[2]
+    caches = eager.make_caches(1, 200)
+    (first,) = ids(eager, [text], GREEDY, caches=caches)
+    longer = [*text, *first, *prompts(eager)[0][1:]]
+    held = len(text) + len(first) - 1
+    seen = []
+
+    def prefill(tokens: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(tokens.shape[1])
+        return eager.prefill(tokens, *others)
+
+    watched = dataclasses.replace(eager, prefill=prefill)
+    assert ids(watched, [longer], GREEDY, caches=caches, past=held) == ids(eager, [longer], GREEDY)
+    assert seen == [len(longer) - held]
+
+
+def test_rows_of_the_caches_may_idle(eager: LoadedModel):
+    given, caches = prompts(eager), eager.make_caches(6, 200)
+    assert ids(eager, given, GREEDY, caches=caches) == ids(eager, given, GREEDY)
+    assert len(next(generate(eager, given[:1], GREEDY, caches=caches))) == 1
+
+
+def test_a_row_ends_at_eos_and_its_neighbours_go_on(eager: LoadedModel):
+    given = prompts(eager)
+    free = ids(eager, given, GREEDY)
+    ends = (free[0][7], free[2][11])  # two ids that some row comes to
+    tokenizer = type("Ended", (), {"eos_ids": ends, "stream": eager.tokenizer.stream})()
+    lm = dataclasses.replace(eager, tokenizer=tokenizer)
+    stopped = complete(lm, given, dataclasses.replace(GREEDY, ignore_eos=False))
+    for completion, whole in zip(stopped, free, strict=True):
+        first = next((n for n, token in enumerate(whole) if token in ends), None)
+        assert completion.ids == (whole if first is None else whole[: first + 1])
+        assert completion.finish_reason == ("length" if first is None else "eos")
+    assert ids(lm, given, GREEDY) == free
+
+
+def test_stop_strings_end_each_row_by_itself(eager: LoadedModel):
+    given = prompts(eager)
+    whole = [c.text for c in complete(eager, given, GREEDY)]
+    stops = (whole[0][20:27], whole[3][31:33], "never said")
+    shown = [""] * len(given)
+
+    def show(row: int, text: str) -> None:
+        shown[row] += text
+
+    stopping = dataclasses.replace(GREEDY, stop=stops)
+    for row, completion in enumerate(complete(eager, given, stopping, on_text=show)):
+        cuts = [at for stop in stops if (at := whole[row].find(stop)) >= 0]
+        assert completion.text == shown[row] == whole[row][: min(cuts, default=None)]
+        assert completion.finish_reason == ("stop" if cuts else "length")
+
+
+def test_the_context_ends_a_row_and_not_its_neighbours(eager: LoadedModel):
+    context = eager.model.args.context
+    long = (prompts(eager)[2] * 60)[: context - 5]
+    config = dataclasses.replace(GREEDY, max_new_tokens=12)
+    rows = ids(eager, [long, prompts(eager)[0]], config)
+    assert [len(row) for row in rows] == [5, 12]
+    assert rows == [ids(eager, [p], config)[0] for p in (long, prompts(eager)[0])]
+
+
+def test_prompts_that_cannot_be_continued(eager: LoadedModel):
+    context, vocab = eager.model.args.context, eager.model.args.vocab_size
+    for given, said in (
+        ([], "no prompt"),
+        ([[]], "empty"),
+        ([[5], [5] * context], rf"prompt 2 of 2 has {context} tokens .* context is {context}"),
+        ([[5, vocab]], f"ids from 5 to {vocab} and the model knows 0 to {vocab - 1}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            next(generate(eager, given, GREEDY))
+
+
+def test_visible_slots_are_enough_and_few():
+    sizes = [visible_slots(n, 10**6) for n in range(1, 5000)]
+    assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 2 * 13
+    assert sizes == sorted(sizes)
+    assert visible_slots(100, 110) == 110
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_read():
+    order = []
+
+    def steps() -> Iterator[int]:
+        for n in range(3):
+            order.append(f"launch {n}")
+            yield n
+
+    for n in launched_ahead(steps()):
+        order.append(f"read {n}")
+    launches = ["launch 0", "launch 1", "read 0", "launch 2", "read 1", "read 2"]
+    assert order == launches
+
+
+@pytest.mark.parametrize("stop", ["aab", "€", "ö€"])
+def test_a_completion_shows_what_is_certain(stop: str):
+    """Text "aaab xö€!" one byte at a time: shown text never grows into a stop string."""
+    tokenizer = demo("demo").tokenizer
+    byte_ids = tokenizer.encode("aaab xö€!", bos=False)
+    for cut in range(len(byte_ids) + 1):
+        completion = Completion(tokenizer, [], GenerationConfig(stop=(stop,)))
+        shown = "".join(completion.extend([i]) for i in byte_ids[:cut]) + completion.close()
+        assert shown == completion.text == tokenizer.decode(byte_ids[:cut]).split(stop)[0]
+
+
+def test_a_random_model_has_a_shape_and_no_tokenizer(tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text((ROOT / "checkpoints" / "demo" / "config.json").read_text())
+    lm = random_model(file, device="cpu")
+    assert lm.model.tok_embeddings.weight.dtype == torch.bfloat16
+    (completion,) = complete(lm, [[1, 2, 3]], GREEDY)
+    assert completion.text.split() == [str(i) for i in completion.ids]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        lm.tokenizer.encode("text")
