@@ -14,6 +14,7 @@ apply (temperature, top-k, top-p, min-p) is that of transformers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class GenerationConfig:
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("seed", self.seed >= 0, "0 or more"),
             ("stop", all(self.stop), "strings that are not empty"),
         ):
             if not holds:
@@ -53,20 +55,16 @@ class Sampler:
 
     def __init__(self, config: GenerationConfig, rows: Sequence[int], device: torch.device):
         self.config = config
-        streams = (torch.Generator().manual_seed(stream_seed(config.seed, row)) for row in rows)
-        n = config.max_new_tokens
-        self.uniforms = torch.stack([torch.rand(n, generator=g) for g in streams]).to(device)
+        # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed.
+        streams = [np.random.default_rng((config.seed, row)) for row in rows]
+        uniforms = [stream.random(config.max_new_tokens, dtype=np.float32) for stream in streams]
+        self.uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max_new_tokens)
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """The tokens of a step: (B, V) -> (B,)."""
         if self.config.temperature == 0:
             return logits.argmax(dim=-1)
         return draw(distribution(logits, self.config), self.uniforms[:, step])
-
-
-def stream_seed(seed: int, row: int) -> int:
-    """Distinct for every pair with row < 2**32; neighbouring seeds share no stream."""
-    return ((seed << 32) + row) % 2**63
 
 
 def distribution(logits: Tensor, config: GenerationConfig) -> Tensor:
