@@ -144,6 +144,9 @@ class JsonlOutput:
         self._bar.update(len(completions))
 
 
+FIRST_KEY = b'{"index": '
+
+
 def result_line(job: Job, completion: Any) -> str:
     result = {
         "index": job.index,
@@ -157,7 +160,7 @@ def result_line(job: Job, completion: Any) -> str:
 
 
 def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The results in a file; a last line that was cut off is removed from it."""
+    """The results in a file; a last one that was cut off is removed from it."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     for n, line in enumerate(whole.splitlines(), 1):
@@ -165,5 +168,8 @@ def complete_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield dict(json.loads(line))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {n} is no result: {error}") from error
-    if len(whole) < len(content):
+    rest = content[len(whole) :]
+    if not (rest.startswith(FIRST_KEY) or FIRST_KEY.startswith(rest)):
+        raise ValueError(f"{path} ends in what is no result: choose another --output")
+    if rest:
         os.truncate(path, len(whole))

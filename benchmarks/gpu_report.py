@@ -25,9 +25,7 @@ WIDEST = 90  # characters of a kernel's name
 def summary(args: argparse.Namespace) -> dict[str, Any]:
     """Of each part: did it end well, tokens per second, and shares of both ceilings."""
     parts = [json.loads(line) for line in args.file.read_text().splitlines()]
-    log(
-        f"{'part':24} {'rc':>4} {'s':>5} {'tokens/s':>28} {'TB/s':>6} {'nominal':>8} {'measured':>9}"
-    )
+    log(f"{'part':24} {'rc':>4} {'s':>5} {'tokens/s':>28} {'TB/s':>6} {'nominal':>8} measured")
     short: dict[str, Any] = {}
     for part in parts:
         figures = part["figures"] or {}
@@ -62,7 +60,7 @@ def shares(entry: dict[str, Any]) -> str:
         return f"{len(entry['failed'])} of {entry['checks']} failed" if "failed" in entry else ""
     rates = ", ".join(f"{k} {v}" for k, v in entry.items() if k[:2] in ("pp", "tg"))
     tera = entry["decode_bytes_per_s"] / 1e12
-    return f"{rates:>28} {tera:6.2f} {entry['of_nominal']:8.1%} {entry['of_measured']:9.1%}"
+    return f"{rates:>28} {tera:6.2f} {entry['of_nominal']:8.1%} {entry['of_measured']:8.1%}"
 
 
 def kernels(args: argparse.Namespace) -> dict[str, Any]:

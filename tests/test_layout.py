@@ -1,0 +1,139 @@
+"""The house in order: who imports whom, how long functions are, which options there are."""
+
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from generate import parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+# What each file of the root may import of the others, directly: downwards only.
+FLOORS = {
+    "model": set(),
+    "sampling": set(),
+    "vocabulary": set(),
+    "formats": set(),
+    "hf": {"model"},
+    "tokenizer": {"vocabulary"},
+    "checkpoint": {"formats", "hf"},
+    "completion": {"sampling", "tokenizer"},
+    "load": {"checkpoint", "hf", "model", "tokenizer"},
+    "bench": {"checkpoint", "model", "sampling"},
+    "chat": {"tokenizer"},
+    "jobs": set(),
+    "generate": {
+        "bench", "chat", "checkpoint", "completion", "jobs", "load", "model", "sampling",
+    },
+}  # fmt: skip
+OPTIONS = """
+    batch_size bench checkpoint_path compile compile_prefill device dtype help ignore_eos
+    interactive json max_new_tokens min_p num_samples output profile prompt prompts random_weights
+    repeats seed stop system temperature top_k top_p
+"""
+PARSERS = {"generate.py": parse_args}
+ROOT_FILES = sorted(ROOT.glob("*.py"))
+ALL_FILES = [
+    *ROOT_FILES,
+    *sorted(
+        f for folder in ("scripts", "benchmarks", "tests") for f in (ROOT / folder).glob("*.py")
+    ),
+]
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_every_file_has_its_floor_and_is_packaged():
+    names = {file.stem for file in ROOT_FILES}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert names == set(FLOORS) == set(project["tool"]["setuptools"]["py-modules"])
+
+
+@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda file: file.name)
+def test_imports_go_downwards(file: Path):
+    upstairs = {"scripts", "benchmarks", "tests", "conftest"}
+    ours = imported(file) & (set(FLOORS) | upstairs)
+    assert ours == FLOORS[file.stem]
+
+
+def test_the_floors_have_no_cycle():
+    below: dict[str, set[str]] = {}
+    while len(below) < len(FLOORS):
+        ready = {n for n, needs in FLOORS.items() if n not in below and needs <= below.keys()}
+        assert ready, f"a cycle among {FLOORS.keys() - below.keys()}"
+        below |= {name: FLOORS[name] for name in ready}
+
+
+@pytest.mark.parametrize("file", ALL_FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_habits(file: Path):
+    module = tree(file)
+    assert ast.get_docstring(module), "no docstring"
+    for node in ast.walk(module):
+        assert not isinstance(node, ast.Global), f"global in line {node.lineno}"
+        bare = isinstance(node, ast.ExceptHandler) and node.type is None
+        assert not bare, f"bare except in line {node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda file: file.name)
+def test_importing_changes_no_setting_of_torch(file: Path):
+    for node in tree(file).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        calls = node.value if isinstance(node, ast.Expr) else None
+        assert not any(ast.unparse(t).startswith("torch.") for t in targets)
+        called = ast.unparse(calls.func) if isinstance(calls, ast.Call) else ""
+        assert not re.match(r"torch\.(set_|manual_seed|use_)", called)
+
+
+def test_the_options_are_those_agreed_on(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    found = set(re.findall(r"--(\w+)", capsys.readouterr().out.split("options:")[1]))
+    assert found == set(OPTIONS.split())
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0] for line in lines if line.startswith("python ")]
+
+
+def test_the_commands_of_the_readme_parse():
+    commands = [shlex.split(line) for line in readme_commands()]
+    assert len([c for c in commands if c[1] == "generate.py"]) >= 3
+    for _, script, *args in commands:
+        assert (ROOT / script).is_file(), script
+        if script in PARSERS:
+            PARSERS[script](args)
+
+
+def test_the_readme_names_every_file_of_the_root():
+    readme = (ROOT / "README.md").read_text()
+    assert [f.name for f in ROOT_FILES if f"`{f.name}`" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [*ROOT.glob("scripts/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / ".ci" / "run"],
+    ids=lambda script: script.name,
+)
+def test_shell_scripts_parse_and_can_be_run(script: Path):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.stat().st_mode & 0o100
