@@ -111,7 +111,7 @@ class JsonlOutput:
         asked = {key: job.prompt for key, job in missing.items()}
         for n, result in enumerate(complete_lines(path), 1):
             key = (result.get("index"), result.get("sample"))
-            if asked.get(key) != result.get("prompt"):
+            if key not in asked or asked[key] != result.get("prompt"):
                 raise ValueError(
                     f"{path}, line {n} answers none of these prompts: remove the file, or choose "
                     "another --output"

@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     before, others = read_bandwidth(CPU), Others()
     log(f"ceiling: {args.threads} threads read memory at {size_text(before)}/s")
     if not (peer := peer_version(args.peer_python)):
-        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf; {GET_PEER}")
+        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf. To get them: {GET_PEER}")
     measured = {name: measure(PRECISIONS[name], peer, args) for name in args.precision}
     after = read_bandwidth(CPU)
     log(f"ceiling, once more: {size_text(after)}/s; shares below are of the higher")
