@@ -221,14 +221,14 @@ class PlainFeedForward(nn.Module):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not x.requires_grad:
+        if takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not x.requires_grad:
+        if takes_kernel(x):
             affine = self.weight, self.bias
             return torch.ops.gpt_flex.layer_norm(x, self.normalized_shape, *affine, self.eps)
         return super().forward(x)
@@ -244,7 +244,7 @@ class Linear(nn.Linear):
         # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU,
         # ATen's matrix-vector kernel reads them 1.2 to 1.3 times as fast as the GEMM behind
         # F.linear; for more rows, other dtypes and GPUs F.linear is as good or better.
-        if len(rows) == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if len(rows) == 1 and x.dtype == torch.bfloat16 and takes_kernel(x):
             y = torch.ops.gpt_flex.matvec(self.weight, rows[0], self.bias)  # (out_features,)
         else:
             y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
@@ -292,6 +292,11 @@ class LearnedPositions(nn.Embedding):
         return x
 
 
+def takes_kernel(x: Tensor) -> bool:
+    """Whether x may go through the operators below: they are for CPUs and have no gradient."""
+    return x.device.type == "cpu" and not x.requires_grad
+
+
 def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """An operator that the compiler calls as it is, instead of writing code of its own for it."""
     name = f"gpt_flex::{schema.partition('(')[0]}"
@@ -304,7 +309,7 @@ def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tenso
 # own norms sum in another order: in bfloat16 compiled text would not be eager text.
 kernel(
     "matvec(Tensor weight, Tensor x, Tensor? bias) -> Tensor",
-    # One rounding, bias included, as in F.linear: a row alone gets what it gets in a batch.
+    # One rounding, bias included, as in F.linear: adding the bias later would round twice.
     lambda weight, x, b: torch.mv(weight, x) if b is None else torch.addmv(b, weight, x),
     lambda weight, x, b: x.new_empty(weight.shape[0]),
 )
