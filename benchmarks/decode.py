@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 GET_PEER = (
-    "python3 -m venv /tmp/llama && CMAKE_ARGS=-DGGML_NATIVE=ON /tmp/llama/bin/pip install "
-    "--no-binary llama-cpp-python llama-cpp-python gguf, then --peer_python /tmp/llama/bin/python"
+    "to get them: python3 -m venv /tmp/llama && CMAKE_ARGS=-DGGML_NATIVE=ON "
+    "/tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python gguf; then give "
+    "--peer_python /tmp/llama/bin/python"
 )
 Run = dict[str, float]  # prefill and decode, in tokens per second
 
@@ -45,14 +47,12 @@ Run = dict[str, float]  # prefill and decode, in tokens per second
 class Precision:
     """The same bits on both sides."""
 
-    load: Callable[[Path], LoadedModel]
+    load: Callable[[Path], LoadedModel]  # from a config.json, with random weights
     gguf: str  # llama.cpp's name for it
 
 
 PRECISIONS = {
-    "bf16": Precision(
-        lambda config: random_model(config, device="cpu", dtype=torch.bfloat16), "BF16"
-    )
+    "bf16": Precision(partial(random_model, device="cpu", dtype=torch.bfloat16), "BF16"),
 }
 
 
@@ -131,7 +131,7 @@ def random_gguf(args: argparse.Namespace, kind: str) -> Path:
 
 
 def measure(precision: Precision, peer: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    """The spread of each side's figures, and of ours over theirs within a round."""
+    """Figures of each side, after `rounds` turns."""
     lengths = args.prompt, args.new_tokens
     lm = precision.load(args.config)
     eager = make_views(lm.model, lm.tokenizer, compile=False, compile_prefill=False)
@@ -147,18 +147,26 @@ def measure(precision: Precision, peer: str | None, args: argparse.Namespace) ->
         if peer:
             sides["llama.cpp"].close()
     cached = lm.model.args.kv_bytes_per_token(torch.bfloat16) * (args.prompt + args.new_tokens // 2)
+    peers = runs.get("llama.cpp")
     figures = {
-        name: {test: spread([run[test] for run in of]) for test in ("prefill", "decode")}
-        | {"bytes_per_token": sides[name].weight_bytes + cached}
-        for name, of in runs.items()
+        name: summary(of, peers if name != "llama.cpp" else None) for name, of in runs.items()
     }
+    for name, side in sides.items():
+        figures[name]["bytes_per_token"] = side.weight_bytes + cached
     if peer:
         figures["idle_cpu_s"] = {"ours": our_idle_cpu, "llama.cpp": sides["llama.cpp"].idle_cpu}
-        for name in ("compiled", "eager"):
-            pairs = list(zip(runs[name], runs["llama.cpp"], strict=True))
-            figures[name]["over_llama_cpp"] = {
-                test: spread([a[test] / b[test] for a, b in pairs]) for test in pairs[0][0]
-            }
+    return figures
+
+
+def summary(runs: list[Run], peers: list[Run] | None) -> dict[str, Any]:
+    """Spreads of tokens per second, and of their ratios to the peer's of the same round."""
+    figures: dict[str, Any] = {test: spread([run[test] for run in runs]) for test in runs[0]}
+    if peers:
+        pairs = list(zip(runs, peers, strict=True))
+        ratios = {
+            test: spread([ours[test] / theirs[test] for ours, theirs in pairs]) for test in runs[0]
+        }
+        figures["over_llama_cpp"] = ratios
     return figures
 
 
@@ -204,7 +212,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     before, others = read_bandwidth(CPU), Others()
     log(f"ceiling: {args.threads} threads read memory at {size_text(before)}/s")
     if not (peer := peer_version(args.peer_python)):
-        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf. To get them: {GET_PEER}")
+        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf; {GET_PEER}")
     measured = {name: measure(PRECISIONS[name], peer, args) for name in args.precision}
     after = read_bandwidth(CPU)
     log(f"ceiling, once more: {size_text(after)}/s; shares below are of the higher")
