@@ -161,7 +161,7 @@ def compiler_imported(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    importlib.import_module("torch._dynamo")  # loading needs it too: not in both threads at once
+    importlib.import_module("torch._dynamo")  # here, as two threads importing it would collide
     # Importing only: a compilation in this thread makes the next one crash where torch was built
     # for CUDA and there is no GPU (torch 2.11).
     thread = threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"])

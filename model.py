@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self.args = args
         block = PreNormBlock if args.norm_first else PostNormBlock
         resized = args.embed_dim != args.dim
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.embed_dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.embed_dim)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
         self.layers = nn.ModuleList(block(args) for _ in range(args.n_layers))
@@ -234,6 +234,13 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        # On the meta device there is nothing to fill, and trying to imports the compiler: 0.7 s.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
@@ -276,7 +283,7 @@ class RotaryPositions(nn.Module):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-class LearnedPositions(nn.Embedding):
+class LearnedPositions(Embedding):
     """A table added to the embeddings; queries and keys are left alone."""
 
     OFFSET = 2  # OPT's tables begin with two rows that no position uses
