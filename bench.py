@@ -25,7 +25,9 @@ from checkpoint import available_memory, size_text
 from model import KVCache, Transformer
 from sampling import GenerationConfig
 
-MATRIX = 2**30  # bytes read to measure bandwidth: more than any cache holds
+# Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
+READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}
+WARM_UPS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up in one run, records in the next
 
 
 class Stats:
@@ -88,7 +90,7 @@ class Stats:
 
 def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second at which this device's memory can be read: the best of some passes."""
-    nbytes = min(MATRIX, available_memory(device) // 4)
+    nbytes = min(READ_BYTES[device.type], available_memory(device) // 4)
     a, b = torch.zeros(2, nbytes // 8, dtype=torch.float32, device=device)
     seconds = []
     for _ in range(repeats):
@@ -106,7 +108,7 @@ def measure(
     prompt_length: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Prefill and decode `repeats` times after a run to warm up; prints a table on stderr.
+    """Prefill and decode `repeats` times, once warm; prints a table on stderr.
 
     lm and complete: generate.py's. Returns figures, of each run's tokens per second one.
     """
@@ -116,14 +118,15 @@ def measure(
     config = dataclasses.replace(config, ignore_eos=True, stop=())
     ceiling = read_bandwidth(lm.device)
     print(f"ceiling: memory is read at {size_text(ceiling)}/s", file=sys.stderr)
-    runs = [Stats(lm.model) for _ in range(repeats + 1)]
-    for stats in tqdm(runs, desc="bench", leave=False):
+    runs = [Stats(lm.model) for _ in range(WARM_UPS[lm.device.type] + repeats)]
+    for stats in tqdm(runs, desc="bench", leave=False, disable=None):
         complete(lm, prompts, config, caches=caches, stats=stats)
+    runs = runs[-repeats:]
     tests = {
-        f"pp{prompt_length}": [run.prefill_rate for run in runs[1:]],
-        f"tg{config.max_new_tokens}": [run.decode_rate for run in runs[1:]],
+        f"pp{prompt_length}": [run.prefill_rate for run in runs],
+        f"tg{config.max_new_tokens}": [run.decode_rate for run in runs],
     }
-    reads = statistics.median(run.bandwidth for run in runs[1:])
+    reads = statistics.median(run.bandwidth for run in runs)
     print(f"{'test':>8} {'batch':>6} {'tokens/s':>10} {'sd':>8}", file=sys.stderr)
     for test, rates in tests.items():
         mean, spread = statistics.mean(rates), statistics.pstdev(rates)

@@ -101,7 +101,7 @@ def random_model(
     target = find_device(device)
     config = read_json(Path(config_file))
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(target) * 0.02
 
     def fill(name: str, tensor: Tensor) -> None:
         for piece in tensor.detach().view(-1).split(len(noise)):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
 
 
@@ -248,10 +249,10 @@ class Linear(nn.Linear):
         # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
         # constants (torch 2.13).
         rows = x.flatten(0, -2)  # (N, in_features)
-        # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU,
-        # ATen's matrix-vector kernel reads them 1.2 to 1.3 times as fast as the GEMM behind
-        # F.linear; for more rows, other dtypes and GPUs F.linear is as good or better.
-        if len(rows) == 1 and x.dtype == torch.bfloat16 and takes_kernel(x):
+        # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU
+        # with AMX, ATen's matrix-vector kernel reads them 1.2 times as fast as the GEMM behind
+        # F.linear; for all else F.linear is as good or better (benchmarks/LOG.md).
+        if HAS_AMX and len(rows) == 1 and x.dtype == torch.bfloat16 and takes_kernel(x):
             y = torch.ops.gpt_flex.matvec(self.weight, rows[0], self.bias)  # (out_features,)
         else:
             y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
@@ -359,8 +360,8 @@ ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 class KVCache(nn.Module):
     """Keys and values of one layer: (B, slots, G, E) each, slot = position.
 
-    A module only so that the compiler takes k and v for buffers that stay where they are: a
-    CUDA graph then writes to them in place, and new caches of the same shape need no new graph.
+    A module only so that the compiler takes k and v for buffers that stay where they are: a CUDA
+    graph writes to them in place, and new caches of the same shape need no new compilation.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):

@@ -1,6 +1,6 @@
 """Peak memory while a checkpoint loads, over the bytes of its weights, for each file format.
 
-    python benchmarks/load.py
+    python benchmarks/load_memory.py
 
 Start at main. It writes a checkpoint with random weights in every format, one after the other,
 and loads each in fresh processes (see peak_memory), as stored and from bfloat16 to float32. The
