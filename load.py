@@ -147,12 +147,19 @@ def compiler_settings(device: torch.device) -> dict[str, Any]:
         return {"mode": "reduce-overhead"}
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
-    # The products and the attention are library calls; what is compiled between them takes no
-    # measurable time, vectorised or not, but vectorised it takes 12 s longer to compile.
-    # Header precompilation pays from some twenty kernels on; a model has six.
-    # Rounding where eager code rounds makes compiled text the same as eager text.
-    options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
-    return {"options": options | {"emulate_precision_casts": True}}
+    return {
+        "options": {
+            # The products and the attention are library calls; the code between them takes no
+            # measurable time, vectorised or not, but vectorised it takes seconds more to compile.
+            "cpp.vec_isa_ok": False,
+            # Pays from some twenty kernels on; a model has four.
+            "cpp_cache_precompile_headers": False,
+            # The two residual sums of a block are then one kernel, not two.
+            "inplace_buffers": False,
+            # Rounding where eager code rounds: compiled text is eager text, bit for bit.
+            "emulate_precision_casts": True,
+        }
+    }
 
 
 @contextlib.contextmanager
