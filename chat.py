@@ -26,39 +26,46 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         self._fixed = len(self.messages)
         self._held: list[int] = []
+        self._reused = 0  # how many of those the answer under way builds on
 
     def ask(self, text: str) -> tuple[list[int], int]:
         """The ids to continue after the user's next message, and how many the caches hold.
 
         Where the conversation has outgrown the limit its oldest exchanges are forgotten.
-        Raises ValueError for a message that is too long by itself.
+        Raises ValueError for a message that is too long by itself, or that the template refuses;
+        the conversation is then as before.
         """
-        self.messages.append({"role": "user", "content": text})
-        ids = self._ids()
-        while len(ids) + self.room > self.limit and len(self.messages) > self._fixed + 1:
-            del self.messages[self._fixed : self._fixed + 2]
-            ids = self._ids()
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._ids(messages)
+        while len(ids) + self.room > self.limit and len(messages) > self._fixed + 1:
+            del messages[self._fixed : self._fixed + 2]
+            ids = self._ids(messages)
         if len(ids) + self.room > self.limit:
-            self.messages.pop()
             raise ValueError(
                 f"the message needs {len(ids)} tokens and there is room for "
                 f"{self.limit - self.room}: shorten it"
             )
+        self.messages = messages
         same = len(os.path.commonprefix([ids, self._held]))
-        return ids, min(same, len(ids) - 1)  # the last token's logits are needed anew
+        self._reused = min(same, len(ids) - 1)  # the last token's logits are needed anew
+        return ids, self._reused
 
     def answered(self, asked: Sequence[int], ids: Sequence[int], text: str) -> None:
-        """The model said `text`, in `ids`, after `asked`; the last id was not fed back to it."""
+        """The model said `text`, in `ids`, after `asked`.
+
+        The last id was not fed back to it. Where it was stopped before the first, how far it had
+        read is not known: only what was held before is certain.
+        """
         self.messages.append({"role": "assistant", "content": text})
-        self._held = [*asked, *ids[:-1]]
+        self._held = [*asked, *ids[:-1]] if ids else [*asked[: self._reused]]
 
     def reset(self) -> None:
         del self.messages[self._fixed :]
 
-    def _ids(self) -> list[int]:
+    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
-            return self.tokenizer.encode("".join(m["content"] for m in self.messages))
-        return self.tokenizer.apply_chat_template(self.messages)
+            return self.tokenizer.encode("".join(m["content"] for m in messages))
+        return self.tokenizer.apply_chat_template(messages)
 
 
 def chat(conversation: Conversation, answer: Callable[[list[int], int], Any]) -> None:

@@ -22,6 +22,7 @@ import hf
 from formats import Part, index_file, read_part, staging_buffer, write_aligned
 
 PREPARED = "model.pth"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUGGING_FACE = (
     "model.safetensors.index.json",
     "model.safetensors",

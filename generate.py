@@ -32,7 +32,7 @@ from torch import Tensor
 import bench
 import chat
 import jobs
-from checkpoint import available_memory
+from checkpoint import DTYPES, available_memory
 from completion import Completion
 from load import DEMO, LoadedModel, compile_now, load_model, random_model, visible_slots
 from model import KVCache
@@ -40,7 +40,6 @@ from sampling import GenerationConfig, Sampler
 
 T = TypeVar("T")
 DEMO_PROMPT = "Once upon a time"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
 
 
@@ -308,7 +307,13 @@ def compile_timed(lm: LoadedModel, caches: list[KVCache], stats: bench.Stats) ->
 def run_bench(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
-    length, rows = int((args.prompt or ["512"])[0]), args.batch_size or 1
+    context, rows = lm.model.args.context, args.batch_size or 1
+    length = int(args.prompt[0]) if args.prompt else min(512, context // 2)
+    if length + config.max_new_tokens > context:
+        raise ValueError(
+            f"{length} and {config.max_new_tokens} tokens do not fit the model's context of "
+            f"{context}: lower --prompt or --max_new_tokens"
+        )
     caches = lm.make_caches(rows, length + config.max_new_tokens)
     compile_timed(lm, caches, stats)
     figures = bench.measure(lm, complete, caches, config, length, args.repeats)
@@ -400,7 +405,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--profile", type=Path, metavar="FILE", help="write a trace of the run")
     add("--interactive", action="store_true", help="chat, by the model's template")
     add("--system", help="system message for --interactive")
-    add("--bench", action="store_true", help="time prefill of --prompt N (512) and decode")
+    add("--bench", action="store_true", help="time prefill of --prompt N (default: 512) and decode")
     add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
     add("--json", action="store_true", help="print --bench's figures as a line of JSON")
     args = parser.parse_args(argv)
@@ -411,12 +416,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         if getattr(args, given) and not getattr(args, needed):
             parser.error(f"--{given} needs --{needed}")
-    if args.prompt and args.prompts:
-        parser.error("give --prompt or --prompts, not both")
-    if args.bench and args.interactive:
-        parser.error("give --bench or --interactive, not both")
-    if args.bench and not all(text.isdecimal() for text in args.prompt or []):
-        parser.error("--bench takes a number of tokens as --prompt")
+    for one, other in (
+        ("prompt", "prompts"),
+        ("bench", "interactive"),
+        ("prompts", "bench"),
+        ("output", "bench"),
+        ("prompt", "interactive"),
+        ("prompts", "interactive"),
+        ("output", "interactive"),
+    ):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"give --{one} or --{other}, not both")
+    if args.bench and (len(args.prompt or []) > 1 or not "".join(args.prompt or "0").isdecimal()):
+        parser.error("--bench takes one number of tokens as --prompt")
     args.stop = tuple(args.stop)
     args.mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
     return args

@@ -31,7 +31,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises ValueError naming the line that is no prompt.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at U+2028 too
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
         return [line for _, line in numbered]

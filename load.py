@@ -178,7 +178,7 @@ def compiler_imported(wanted: bool) -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto": cuda, else mps, else cpu. Raises ValueError for one that this machine lacks."""
+    """A device of this machine. auto: cuda, else mps, else cpu. ValueError for what it lacks."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind, found in there.items() if found), "cpu")

@@ -19,7 +19,8 @@ from torch._dynamo.utils import counters
 
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
-from generate import DTYPES, GenerationConfig, complete
+from checkpoint import DTYPES
+from generate import GenerationConfig, complete
 from load import LoadedModel, find_device, load_model, make_views, visible_slots
 from model import KVCache
 

@@ -15,10 +15,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import HUGGING_FACE, PREPARED, Checkpoint, find_weights, save_checkpoint, size_text
+from checkpoint import (
+    DTYPES,
+    HUGGING_FACE,
+    PREPARED,
+    Checkpoint,
+    find_weights,
+    save_checkpoint,
+    size_text,
+)
 from model import Transformer
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:

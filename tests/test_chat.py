@@ -83,6 +83,27 @@ def test_a_message_that_is_too_long_is_refused_and_not_kept(tokenizer: Tokenizer
     assert conversation.ask("short")[1] == 0
 
 
+def test_a_message_that_the_template_refuses_is_not_kept(tokenizer: Tokenizer):
+    conversation = Conversation(tokenizer, limit=400, room=50)
+    first, _ = conversation.ask("Hello!")
+    conversation.answered(first, [5, 6], " Hi.")
+    before, working = [*conversation.messages], tokenizer.chat_template
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ValueError, match="no"):
+        conversation.ask("What?")
+    tokenizer.chat_template = working
+    assert conversation.messages == before
+
+
+def test_an_answer_stopped_before_its_first_token_leaves_nothing_half_read(tokenizer: Tokenizer):
+    conversation = Conversation(tokenizer, limit=400, room=50)
+    ids, _ = conversation.ask("Hello!")
+    conversation.answered(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
+    ids, held = conversation.ask("Tell me of the sea.")
+    conversation.answered(ids, [], "")  # the caches were being filled from `held` on
+    assert conversation.ask("Now?")[1] == held
+
+
 def test_reset_begins_again(tokenizer: Tokenizer):
     conversation = Conversation(tokenizer, limit=400, room=50, system="Be kind.")
     first, _ = conversation.ask("Hello!")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from generate import main, parse_args
+from jobs import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
@@ -82,6 +83,15 @@ def test_a_file_of_prompts_gives_a_line_of_json_for_each(prompts: Path, suffix: 
     written = output.read_bytes()
     assert in_process("--prompts", prompts, *options) == 0  # all there: nothing to do
     assert output.read_bytes() == written
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_only_a_line_end_ends_a_prompt(tmp_path: Path, suffix: str):
+    texts = ["Once\u2028upon", "a\x0btime\x85there", "was"]
+    forms = texts if suffix == ".txt" else [json.dumps(t, ensure_ascii=False) for t in texts]
+    file = tmp_path / f"prompts{suffix}"
+    file.write_text("\n".join(forms) + "\n", encoding="utf-8")
+    assert read_prompts(file) == texts
 
 
 def test_a_run_that_broke_off_is_taken_up_where_it_stopped(prompts: Path):
@@ -206,6 +216,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (["--compile_prefill"], "--compile_prefill needs --compile"),
         (["--prompt", "a", "--prompts", "b"], "not both"),
         (["--bench", "--prompt", "text"], "number of tokens"),
+        (["--bench", "--prompt", "4", "--prompt", "5"], "one number of tokens"),
+        (["--bench", "--output", "x.jsonl"], "--output or --bench, not both"),
+        (["--interactive", "--prompt", "Once"], "--prompt or --interactive, not both"),
         (["--checkpoint_path", "a", "--random_weights", "b"], "not allowed with"),
     ],
 )
@@ -237,6 +250,13 @@ def test_bench_ends_in_a_line_of_json(capsys: pytest.CaptureFixture):
     }
     assert figures["batch"] == 2 and figures["read_bytes_per_s"] > 0
     assert "pp16" in captured.err and "ceiling" in captured.err
+
+
+def test_bench_fits_the_context(capsys: pytest.CaptureFixture):
+    assert in_process("--bench", "--json", "--max_new_tokens", 2, "--repeats", 1) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_length"] == 256  # half of 512
+    assert in_process("--bench", "--prompt", 500, "--max_new_tokens", 20) == 2
+    assert "500 and 20 tokens do not fit" in capsys.readouterr().err
 
 
 def test_random_weights_print_ids(capsys: pytest.CaptureFixture):
