@@ -38,7 +38,7 @@ class Stats:
         self.prefill_seconds = self.decode_seconds = 0.0
         self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
         self._weights = model.bytes_per_step()
-        self._per_slot = model.args.kv_bytes_per_token(model.tok_embeddings.weight.dtype)
+        self._per_slot = model.kv_bytes_per_token()
 
     def timed(
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0

@@ -86,7 +86,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that most bytes are stored in."""
+        """The floating-point dtype of the weights, or of what is not quantised of them."""
+        if self.scheme:
+            return self.records["tok_embeddings.weight"].dtype
         sizes = Counter()
         for record in self.records.values():
             sizes[record.dtype] += record.nbytes * record.dtype.is_floating_point

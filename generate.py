@@ -32,10 +32,20 @@ from torch import Tensor
 import bench
 import chat
 import jobs
-from checkpoint import DTYPES, available_memory
+from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from completion import Completion
-from load import DEMO, LoadedModel, compile_now, load_model, random_model, visible_slots
+from load import (
+    CACHES,
+    DEMO,
+    LoadedModel,
+    compile_now,
+    count_weights,
+    load_model,
+    random_model,
+    visible_slots,
+)
 from model import KVCache
+from quantized import make_scheme
 from sampling import GenerationConfig, Sampler
 
 T = TypeVar("T")
@@ -268,9 +278,8 @@ def encoded_prompts(lm: LoadedModel, args: argparse.Namespace) -> list[tuple[str
 def run_chat(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
-    weight = lm.model.tok_embeddings.weight
     half_free = available_memory(lm.device) // 2
-    fitting = half_free // lm.model.args.kv_bytes_per_token(weight.dtype)
+    fitting = half_free // lm.model.kv_bytes_per_token()
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
     compile_timed(lm, caches, stats)
     conversation = chat.Conversation(
@@ -320,6 +329,7 @@ def run_bench(
     if args.json:
         figures |= {
             "model": str(args.random_weights or args.checkpoint_path),
+            "kv_dtype": args.kv_dtype,
             "dtype": str(lm.model.tok_embeddings.weight.dtype).removeprefix("torch."),
             "compiled": args.compile,
             "load_s": stats.load_seconds,
@@ -332,21 +342,24 @@ def run(args: argparse.Namespace) -> None:
     config = GenerationConfig(**{f.name: getattr(args, f.name) for f in fields(GenerationConfig)})
     options = {
         "device": args.device,
+        "kv_dtype": args.kv_dtype,
         "dtype": DTYPES.get(args.dtype),
         "compile": args.compile,
         "compile_prefill": args.compile_prefill,
     }
     start = time.perf_counter()
     if args.random_weights:
-        lm = random_model(args.random_weights, **options)
+        scheme = make_scheme(args.random_mode) if args.random_mode else None
+        lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
         lm = load_model(args.checkpoint_path, **options)
     stats = bench.Stats(lm.model)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight
+    nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
     log(
         f"{args.random_weights or args.checkpoint_path}: "
-        f"{sum(p.numel() for p in lm.model.parameters()):,} parameters, "
+        f"{count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
         f"{str(weight.dtype).removeprefix('torch.')} on {bench.machine_name(weight.device)}"
     )
     with profiled(args.profile):
@@ -385,6 +398,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     weights.add_argument(
         "--random_weights", type=Path, metavar="CONFIG.json", help="a shape, for benchmarks"
     )
+    add("--random_mode", choices=["int8", "int4"], help="quantise what --random_weights makes")
     add("--prompt", action="append", help="text, or a number: so many random tokens; repeatable")
     add("--prompts", type=Path, metavar="FILE", help=".txt: one per line; or .jsonl")
     add("--output", type=Path, metavar="FILE.jsonl", help="results; a rerun does what is missing")
@@ -402,6 +416,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="compile prefill too; needs --compile")
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
+    add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
     add("--profile", type=Path, metavar="FILE", help="write a trace of the run")
     add("--interactive", action="store_true", help="chat, by the model's template")
     add("--system", help="system message for --interactive")
@@ -409,9 +424,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
     add("--json", action="store_true", help="print --bench's figures as a line of JSON")
     args = parser.parse_args(argv)
+    check_options(parser, args)
+    args.stop = tuple(args.stop)
+    args.mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
+    return args
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that need, or exclude, one another."""
     for given, needed in (
         ("system", "interactive"),
         ("json", "bench"),
+        ("random_mode", "random_weights"),
         ("compile_prefill", "compile"),
     ):
         if getattr(args, given) and not getattr(args, needed):
@@ -429,9 +453,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"give --{one} or --{other}, not both")
     if args.bench and (len(args.prompt or []) > 1 or not "".join(args.prompt or "0").isdecimal()):
         parser.error("--bench takes one number of tokens as --prompt")
-    args.stop = tuple(args.stop)
-    args.mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
-    return args
 
 
 OPTION_HELP = {

@@ -66,9 +66,6 @@ class ModelArgs:
     mlp_bias: bool = False  # w1, w2, w3
     tied: bool = False  # output head shares the embedding table
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
-
 
 class Transformer(nn.Module):
     """Token ids in, logits out; all state that outlives a call is in the caches passed in."""
@@ -89,6 +86,7 @@ class Transformer(nn.Module):
         self.output = Linear(args.embed_dim, args.vocab_size, bias=False)
         if args.tied:
             self.output.weight = self.tok_embeddings.weight
+        self.new_cache: Callable[..., KVCache] = KVCache  # of shape, dtype and device
 
     def forward(
         self,
@@ -119,7 +117,8 @@ class Transformer(nn.Module):
         """Bytes of weights that decoding one token per row reads: all but the looked-up tables."""
         state = {id(t): t for t in self.state_dict(keep_vars=True).values()}  # tied: once
         tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
-        tables += [] if self.args.tied else [self.tok_embeddings.weight]
+        table = self.tok_embeddings.weight
+        tables += [] if getattr(self.output, "weight", None) is table else [table]
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
     def mask(self, pos: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +136,13 @@ class Transformer(nn.Module):
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
-        return [KVCache(shape, weight.dtype, weight.device) for _ in self.layers]
+        return [self.new_cache(shape, weight.dtype, weight.device) for _ in self.layers]
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one slot of the caches of all layers."""
+        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
+        one = self.new_cache(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
+        return self.args.n_layers * sum(buffer.nbytes for buffer in one.buffers())
 
 
 class PreNormBlock(nn.Module):

@@ -31,6 +31,7 @@ from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from checkpoint import size_text
 from generate import GenerationConfig, complete
 from load import LoadedModel, compile_now, make_views, random_model
+from quantized import make_scheme
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
@@ -51,8 +52,11 @@ class Precision:
     gguf: str  # llama.cpp's name for it
 
 
+ours = partial(random_model, device="cpu", dtype=torch.bfloat16)
 PRECISIONS = {
-    "bf16": Precision(partial(random_model, device="cpu", dtype=torch.bfloat16), "BF16"),
+    "bf16": Precision(ours, "BF16"),
+    "int8": Precision(partial(ours, scheme=make_scheme("int8")), "Q8_0"),
+    "int4": Precision(partial(ours, scheme=make_scheme("int4", 32, "int4")), "Q4_0"),
 }
 
 
@@ -146,7 +150,7 @@ def measure(precision: Precision, peer: str | None, args: argparse.Namespace) ->
     finally:
         if peer:
             sides["llama.cpp"].close()
-    cached = lm.model.args.kv_bytes_per_token(torch.bfloat16) * (args.prompt + args.new_tokens // 2)
+    cached = lm.model.kv_bytes_per_token() * (args.prompt + args.new_tokens // 2)
     peers = runs.get("llama.cpp")
     figures = {
         name: summary(of, peers if name != "llama.cpp" else None) for name, of in runs.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import quantize
 from generate import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,20 +23,28 @@ FLOORS = {
     "tokenizer": {"vocabulary"},
     "checkpoint": {"formats", "hf"},
     "completion": {"sampling", "tokenizer"},
-    "load": {"checkpoint", "hf", "model", "tokenizer"},
+    "quantized": {"model"},
+    "quantized_cache": {"model", "quantized"},
+    "cpu_products": {"quantized"},
+    "load": {
+        "checkpoint", "cpu_products", "hf", "model", "quantized", "quantized_cache", "tokenizer",
+    },
+    "gptq": {"checkpoint", "model", "quantized"},
+    "quantize": {"checkpoint", "gptq", "load", "model", "quantized", "tokenizer"},
     "bench": {"checkpoint", "model", "sampling"},
     "chat": {"tokenizer"},
     "jobs": set(),
     "generate": {
-        "bench", "chat", "checkpoint", "completion", "jobs", "load", "model", "sampling",
+        "bench", "chat", "checkpoint", "completion", "jobs", "load", "model", "quantized",
+        "sampling",
     },
 }  # fmt: skip
 OPTIONS = """
     batch_size bench checkpoint_path compile compile_prefill device dtype help ignore_eos
-    interactive json max_new_tokens min_p num_samples output profile prompt prompts random_weights
-    repeats seed stop system temperature top_k top_p
+    interactive json kv_dtype max_new_tokens min_p num_samples output profile prompt prompts
+    random_mode random_weights repeats seed stop system temperature top_k top_p
 """
-PARSERS = {"generate.py": parse_args}
+PARSERS = {"generate.py": parse_args, "quantize.py": quantize.parse_args}
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 ALL_FILES = [
     *ROOT_FILES,

@@ -1,0 +1,117 @@
+"""What quantising costs: perplexity on held-out text of every mode, beside the dense model's.
+
+    python benchmarks/quality.py --text ../shared/data/text/tinystories_val.txt \\
+        --calibration ../shared/data/text/tinystories_train_2MiB_eot.txt
+
+Start at main. Each model is quantised into a temporary directory by quantize.py's own functions
+and evaluated in float32, so that what differs is the weights alone. The share of the gap is how
+much of what rounding to int4 loses GPTQ wins back.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import quantize
+from bench import provenance
+from benchmarks.common import ROOT, exit_code, log
+from load import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+MODES = (
+    ("int8", 32),
+    ("int4", 32),
+    ("int4-gptq", 32),
+    ("int4", 128),
+    ("int4-gptq", 128),
+)
+
+
+@torch.inference_mode()
+def loss(lm: LoadedModel, ids: list[int], length: int) -> float:
+    """Nats per token over stretches of `length`, each after BOS."""
+    bos = [] if lm.tokenizer.bos_id is None else [lm.tokenizer.bos_id]
+    stretch = length - len(bos)
+    starts = range(0, len(ids) - stretch, stretch)
+    rows = torch.tensor([bos + ids[s : s + stretch] for s in starts])  # (n, length)
+    slots, total, count = torch.arange(length), 0.0, 0
+    for part in tqdm(rows.split(16), leave=False, disable=None):
+        caches = lm.model.make_caches(len(part), length)
+        logits = lm.model(part, slots.expand_as(part), slots, caches)  # (b, length, V)
+        targets = part[:, 1:].flatten()
+        total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+        count += len(targets)
+    return float(total) / count
+
+
+def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for file in source.iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        lm = load_model(folder, device="cpu", dtype=torch.float32)
+        length = min(args.length, lm.model.args.context)
+        ids = lm.tokenizer.encode(args.text.read_text()[: args.characters], bos=False)
+        base = loss(lm, ids, length)
+        log(f"{source.name}: {len(ids)} tokens, perplexity {math.exp(base):.4f} as stored")
+        found: dict[str, Any] = {"dense": math.exp(base)}
+        for mode, groupsize in MODES:
+            name, seconds = quantized(folder, mode, groupsize, args, length)
+            nats = loss(load_model(folder / name, device="cpu", dtype=torch.float32), ids, length)
+            found[name] = math.exp(nats)
+            change = math.expm1(nats - base)
+            log(f"  {name:28} {math.exp(nats):8.4f}  {change:+.2%}  {seconds:.1f} s")
+        for size in (32, 128):
+            lost, left = (
+                found[quantize.file_name(mode, size)] - found["dense"]
+                for mode in ("int4", "int4-gptq")
+            )
+            found[f"gap closed, g{size}"] = 1 - left / lost
+            log(f"  GPTQ closes {1 - left / lost:.0%} of rounding's gap at group size {size}")
+    return found
+
+
+def quantized(
+    folder: Path, mode: str, groupsize: int, args: argparse.Namespace, length: int
+) -> tuple[str, float]:
+    """The file's name, and the seconds that it took."""
+    command = ["--checkpoint_path", folder, "--mode", mode, "--groupsize", groupsize]
+    command += ["--calibration_file", args.calibration, "--calibration_samples", args.samples]
+    command += ["--calibration_seq_length", length, *args.options.split()]
+    start = time.perf_counter()
+    target = quantize.run(quantize.parse_args([str(word) for word in command]))
+    return target.name, time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    quantize.log = lambda line: None
+    figures = {source.name: measure(source, args) for source in args.models}
+    return {"benchmark": "quality", "text": args.text.name, "models": figures} | provenance(CPU)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    demos = [ROOT / "checkpoints" / name for name in ("demo", "demo-opt")]
+    add("--models", nargs="+", type=Path, default=demos, help="(default: the demo models)")
+    add("--text", type=Path, required=True, help="held-out text")
+    add("--calibration", type=Path, required=True, help="other text, for GPTQ")
+    add("--samples", type=int, default=128, help="calibration texts (default: 128)")
+    add("--length", type=int, default=512, help="tokens of a text (default: 512)")
+    add("--characters", type=int, default=400_000, help="of the text (default: 400,000)")
+    add("--options", default="", help="more options for quantize.py, in one string")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args()))

@@ -1,0 +1,297 @@
+"""GPTQ: int4 weights chosen for what a layer computes, not for what it stores.
+
+Start at quantize_blocks. One block of the model is in memory at a time. Calibration texts run
+through it, the Hessian of each linear's squared output error is summed up (H = Y'Y over its
+inputs Y), `gptq` rounds the linear's columns one by one and lets the columns that are left make up
+for the error, `refine` goes over the result again, and the next linear sees the inputs that the
+rounded ones before it give. The texts also run through the dense block, as what they make of it
+there (X'Y over the inputs X that a linear has there) says how far the inputs have drifted.
+
+Based on Frantar et al., "GPTQ" (arXiv 2210.17323): algorithm 1, with blocks of columns and the
+Cholesky form and damping of section 3.3, and groups; taking the columns by descending diagonal of
+H, in groups fixed beforehand, is from the authors' later code. Descending on single columns
+afterwards is QuantEase's (2309.01885), aiming at the dense model's outputs GPTAQ's (2504.02692).
+
+Shapes: N out_features, K in_features, S groupsize, P groups, B texts, T tokens, D dim.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, allocate
+from model import KVCache, Linear, Transformer
+from quantized import (
+    dense_int4,
+    int4_grid,
+    nearest_int4,
+    round_int4,
+    store_int4,
+    unpack_nibbles,
+)
+
+TEXTS = 8  # that run through a block together
+COLUMNS = 128  # whose errors reach the rest of the matrix together
+DAMPING = 0.01  # of the mean diagonal of H, added to it
+SWEEPS = 3  # of refine
+DRIFT = 0.5  # share of the drift that weights make up for: all of it would overfit the texts
+Buffers = dict[str, Tensor]  # of an Int4Linear
+Report = Callable[[str, float, float, float], Any]  # linear, its error, rounding's, seconds
+
+
+def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True) -> Buffers:
+    """The Int4Linear whose outputs are nearest to those of `weight`, column by column.
+
+    weight: (N, K). hessian: (K, K) float32, Y'Y over the inputs Y. act_order: columns that matter
+    most come first. Raises ValueError for a Hessian that cannot be inverted.
+    """
+    W, H = weight.float().clone(), hessian.clone()
+    N, K = W.shape
+    diagonal = H.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that was always zero: nothing depends on it
+    columns = torch.arange(K, device=W.device)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else columns
+    group = (columns // groupsize)[order].tolist()
+    scales, zeros = int4_grid(W, groupsize)  # (N, P) each
+    W, U = W[:, order], inverse_factor(H[order][:, order])
+    q = torch.empty_like(W)
+    for start in range(0, K, COLUMNS):
+        end = min(start + COLUMNS, K)
+        errors = torch.empty_like(W[:, start:end])
+        for n in range(start, end):
+            g = group[n]
+            if not act_order and n % groupsize == 0:
+                # The group's grid is laid over what the columns before it have made of it.
+                stop = n + groupsize
+                beyond = W[:, end:stop] - errors[:, : n - start] @ U[start:n, end:stop]
+                rest = torch.cat((W[:, n : min(end, stop)], beyond), 1)
+                scales[:, g], zeros[:, g] = (t[:, 0] for t in int4_grid(rest, groupsize))
+            q[:, n] = nearest_int4(W[:, n], scales[:, g], zeros[:, g])
+            rounded = (q[:, n] - zeros[:, g]) * scales[:, g]
+            errors[:, n - start] = (W[:, n] - rounded) / U[n, n]
+            W[:, n:end] -= torch.outer(errors[:, n - start], U[n, n:end])
+        W[:, end:] -= errors @ U[start:end, end:]
+    return store_int4(q[:, order.argsort()], scales, zeros, groupsize)
+
+
+def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
+    """Better still: the best scale for each group, then the best index for each single weight
+    with all others as they are, a few times over. The output error can only shrink."""
+    W, H, K = weight.float(), hessian, weight.shape[1]
+    scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
+    q = unpack_nibbles(buffers["weight"]).float()[:, :K]  # (N, K)
+    group = torch.arange(K, device=W.device) // groupsize  # (K,)
+    for _ in range(SWEEPS):
+        for g in range(scales.shape[1]):
+            of = group == g
+            errors = (q - zeros[:, group]) * scales[:, group] - W  # (N, K)
+            unit = q[:, of] - zeros[:, g : g + 1]  # the group's weights but for their scale
+            curvature = ((unit @ H[of][:, of]) * unit).sum(1).clamp_min(1e-30)  # (N,)
+            scale = scales[:, g] - ((errors @ H[:, of]) * unit).sum(1) / curvature
+            scale = scale.half().float()
+            scales[:, g] = torch.where(scale > 0, scale, scales[:, g])
+        slope = ((q - zeros[:, group]) * scales[:, group] - W) @ H  # (N, K), half the gradient
+        for start in range(0, K, COLUMNS):
+            end = min(start + COLUMNS, K)
+            steps = torch.zeros_like(W[:, start:end])
+            for n in range(start, end):
+                scale, zero = scales[:, group[n]], zeros[:, group[n]]
+                now = (q[:, n] - zero) * scale
+                best = nearest_int4(now - slope[:, n] / H[n, n].clamp_min(1e-30), scale, zero)
+                steps[:, n - start] = (best - q[:, n]) * scale
+                q[:, n] = best
+                slope[:, n:end] += torch.outer(steps[:, n - start], H[n, n:end])
+            slope[:, end:] += steps @ H[start:end, end:]
+    return store_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
+
+
+def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:
+    """Each output channel from that candidate whose output error is the smallest."""
+    errors = torch.stack([row_errors(c, weight, hessian) for c in candidates])  # (n, N)
+    best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
+    return {name: torch.stack([c[name] for c in candidates])[best, rows] for name in candidates[0]}
+
+
+def inverse_factor(H: Tensor) -> Tensor:
+    """The upper triangular U with U'U = (H + damping)^-1; more damping where it must be."""
+    damping = DAMPING * H.diagonal().mean()
+    for _ in range(6):
+        L, failed = torch.linalg.cholesky_ex(H + damping * torch.eye(len(H), device=H.device))
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not failed:
+                return U
+        damping *= 10
+    raise ValueError("the calibration gives a Hessian that cannot be inverted: use other text")
+
+
+def row_errors(buffers: Buffers, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Squared output error of each output channel, (N,): e H e' for the errors e of its weights."""
+    e = dense_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
+    return ((e @ hessian) * e).sum(1)
+
+
+@torch.inference_mode()
+def quantize_blocks(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    groupsize: int,
+    work: Path,
+    report: Report,
+    act_order: bool = True,
+    device: torch.device = torch.device("cpu"),
+) -> Iterator[tuple[str, Buffers]]:
+    """Name and buffers of every linear of every block, in the model's order.
+
+    tokens: (B, T) ids. work: a directory for what is finished, which a later run with the same
+    arguments takes up: blocks that it holds are not computed again.
+    Raises ValueError for a Hessian that cannot be inverted.
+    """
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    for name in ("tok_embeddings", "project_in", "positions"):
+        fill_module(checkpoint, model, name, torch.device("cpu"))
+    state = work / "state.pt"  # how many blocks are finished, and what they make of the texts
+    if state.exists():
+        done, dense, quantized = torch.load(state, weights_only=True)
+    else:
+        done, dense = 0, embed(model, tokens)
+        quantized = dense.clone()
+    model.positions.to(device)
+    for n in range(len(model.layers)):
+        file = work / f"block{n}.pt"
+        if n >= done:
+            fill_module(checkpoint, model, f"layers.{n}", device)
+            block = CalibratedBlock(model, n, dense, quantized)
+            found = dict(quantize_block(block, f"layers.{n}.", groupsize, report, act_order))
+            dense, quantized = block.outputs()
+            model.layers[n].to("meta")
+            torch.save(found, file)
+            torch.save((n + 1, dense, quantized), state.with_suffix(".next"))
+            state.with_suffix(".next").replace(state)
+        yield from torch.load(file, weights_only=True).items()
+
+
+def quantize_block(
+    block: "CalibratedBlock", prefix: str, groupsize: int, report: Report, act_order: bool
+) -> Iterator[tuple[str, Buffers]]:
+    for names in block.linears():
+        start = time.perf_counter()
+        hessian, cross = block.statistics(names[0])
+        for name in names:
+            linear = block.quantized.get_submodule(name)
+            weight = linear.weight.clone()
+            target = without_drift(weight, hessian, cross)
+            rounded = round_int4(weight, groupsize)
+            chosen = gptq(target, hessian, groupsize, act_order)
+            refined = refine(chosen, target, hessian, groupsize)
+            buffers = best_of([rounded, chosen, refined], target, hessian)
+            linear.weight.copy_(dense_int4(**buffers)[:, : weight.shape[1]])
+            size = ((target @ hessian) * target).sum().clamp_min(1e-30)
+            errors = [row_errors(b, target, hessian).sum() / size for b in (buffers, rounded)]
+            report(prefix + name, *(e.item() for e in errors), time.perf_counter() - start)
+            start = time.perf_counter()
+            yield prefix + name, {leaf: buffer.cpu() for leaf, buffer in buffers.items()}
+
+
+def without_drift(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """Weights, (N, K), that give on the inputs Y what `weight` gives on X, as far as they can.
+
+    hessian: Y'Y, cross: X'Y, both (K, K). The least squares solution is W X'Y (Y'Y)^-1.
+    """
+    U = inverse_factor(hessian)
+    return weight + DRIFT * (weight @ (cross - hessian)) @ U.t() @ U
+
+
+class CalibratedBlock:
+    """A block, dense and being quantised, and what of the texts reaches each, (B, T, D)."""
+
+    def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
+        self.model = model
+        self.dense, self.dense_inputs = copy.deepcopy(model.layers[layer]), dense
+        self.quantized, self.inputs = model.layers[layer], quantized
+
+    def linears(self) -> list[list[str]]:
+        """Linears in the order in which they run; those that are given the same input together."""
+        names = [name for name, m in self.quantized.named_modules() if isinstance(m, Linear)]
+        seen: list[tuple[str, Tensor]] = []
+        with contextlib.ExitStack() as hooks:
+            for name in names:
+                hooks.enter_context(watched(self.quantized, name, partial(saw, seen, name)))
+            self.run(self.quantized, self.inputs[:1])
+        groups: list[list[str]] = []
+        for n, (name, x) in enumerate(seen):
+            if n and x is seen[n - 1][1]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        """Y'Y and X'Y, (K, K) float32, for the inputs X, dense, and Y, quantised, of a linear."""
+        weight = self.quantized.get_submodule(name).weight
+        hessian, cross = weight.new_zeros(2, weight.shape[1], weight.shape[1])
+        x: list[tuple[str, Tensor]] = []
+        with (
+            watched(self.dense, name, partial(saw, x, "dense")),
+            watched(self.quantized, name, partial(saw, x, "quantized")),
+        ):
+            for parts in zip(self.dense_inputs.split(TEXTS), self.inputs.split(TEXTS), strict=True):
+                x.clear()
+                for block, part in zip((self.dense, self.quantized), parts, strict=True):
+                    self.run(block, part)
+                X, Y = (rows.flatten(0, -2) for _, rows in x)  # (texts * T, K)
+                hessian.addmm_(Y.t(), Y)
+                cross.addmm_(X.t(), Y)
+        return hessian, cross
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """What the two make of the texts, (B, T, D) each."""
+        both = (self.dense, self.dense_inputs), (self.quantized, self.inputs)
+        for block, inputs in both:
+            for part in inputs.split(TEXTS):
+                part.copy_(self.run(block, part))
+        return self.dense_inputs, self.inputs
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        """(texts, T, D) -> the same, in float32 on the block's device."""
+        args, device = self.model.args, next(block.parameters()).device
+        x = x.to(device, torch.float32)
+        slots = torch.arange(x.shape[1], device=device)
+        pos = slots.expand(x.shape[:2])
+        cache = KVCache((*x.shape[:2], args.n_kv_heads, args.head_dim), x.dtype, device)
+        _, rotation = self.model.positions(x, pos)
+        return block(x, rotation, self.model.mask(pos, slots, x.dtype), pos, cache)
+
+
+@contextlib.contextmanager
+def watched(block: nn.Module, name: str, hook: Callable[..., None]) -> Iterator[None]:
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    yield
+    handle.remove()
+
+
+def saw(into: list[tuple[str, Tensor]], name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+    into.append((name, args[0]))
+
+
+def embed(model: Transformer, tokens: Tensor) -> Tensor:
+    """What reaches the first block, (B, T, D)."""
+    pos = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return model.positions(model.project_in(model.tok_embeddings(tokens)), pos)[0]
+
+
+def fill_module(checkpoint: Checkpoint, model: nn.Module, name: str, device: torch.device) -> None:
+    """Give one module of a model on the meta device its weights, in float32."""
+
+    def read(leaf: str, out: Tensor) -> None:
+        checkpoint.read_into(f"{name}.{leaf}", out)
+
+    allocate(model.get_submodule(name), device, torch.float32, read)

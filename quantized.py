@@ -1,0 +1,174 @@
+"""Linear layers with int8 or int4 weights, as a checkpoint stores them.
+
+Start at Int4Linear. A layer knows the numbers that its integers stand for (`dense`) and multiplies
+by them in plain PyTorch: that runs everywhere, Inductor fuses it into one kernel for one row on a
+GPU, and it is the oracle of the faster products, which pack these layers anew (cpu_products.py).
+`swap_linears` puts such layers into a model, as a checkpoint's scheme says.
+
+int8: symmetric, a scale per output channel: w = q * scale. int4: asymmetric, a scale and a zero
+point per group of inputs: w = (q - zero) * scale, the zero point an integer as in GPTQ and AWQ.
+
+Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import Linear, Transformer
+
+GROUP_SIZES = (32, 64, 128, 256)
+MODES = ("int8", "int4", "int4-gptq")
+HEADS = ("int8", "int4", "dense")
+
+
+class QuantizedLinear(nn.Module):
+    """(..., in_features) -> (..., out_features), by weights of fewer bits; the bias stays dense."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weights that the integers stand for, (N, K)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (M, K)
+        if len(rows) == 1 and rows.is_cuda:
+            # A sum that Inductor fuses with the unpacking: weights are read once, as integers.
+            y = (self.dense(torch.float32) * rows.float()).sum(-1).to(x.dtype)  # (N,)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(rows, self.dense(x.dtype), self.bias)  # (M, N)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(QuantizedLinear):
+    """weight: (N, K) int8. scales: (N,) float32."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight * self.scales.unsqueeze(-1)).to(dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """weight: (N, P*S/2) uint8. scales: (N, P) float16. zeros: (N, ceil(P/2)) uint8.
+
+    Two numbers share a byte, the first in the low four bits. Inputs beyond K, where K is no
+    multiple of the group, are stored and not looked at.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, groupsize: int):
+        super().__init__(in_features, out_features, bias)
+        self.groupsize = groupsize
+        groups = -(-in_features // groupsize)
+        weight = torch.empty(out_features, groups * groupsize // 2, dtype=torch.uint8)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.float16))
+        zeros = torch.empty(out_features, -(-groups // 2), dtype=torch.uint8)
+        self.register_buffer("zeros", zeros)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        weights = dense_int4(self.weight, self.scales, self.zeros)  # (N, P*S)
+        return weights[:, : self.in_features].to(dtype)
+
+
+def dense_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The buffers of an Int4Linear -> (N, P*S) float32."""
+    P = scales.shape[1]
+    q = unpack_nibbles(weight).unflatten(1, (P, -1))  # (N, P, S)
+    zeros = unpack_nibbles(zeros)[:, :P].unsqueeze(-1)  # (N, P, 1)
+    return ((q.to(torch.int8) - zeros.to(torch.int8)) * scales.float().unsqueeze(-1)).flatten(1)
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """(..., n) of 0 to 15 -> (..., ceil(n/2)) uint8, the first of a pair in the low four bits."""
+    q = F.pad(q.to(torch.uint8), (0, q.shape[-1] % 2))
+    return q[..., 0::2] | (q[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """(..., n) uint8 -> (..., 2n) of 0 to 15."""
+    shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2)
+
+
+def round_int8(weight: Tensor) -> dict[str, Tensor]:
+    """(N, K) -> the nearest Int8Linear: its buffers by name."""
+    most = weight.float().abs().amax(1)  # (N,)
+    scales = torch.where(most > 0, most / 127, 1.0)
+    q = (weight.float() / scales.unsqueeze(-1)).round().clamp(-127, 127)
+    return {"weight": q.to(torch.int8), "scales": scales}
+
+
+def round_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
+    """(N, K) -> the nearest Int4Linear, group by group: its buffers by name."""
+    scales, zeros = int4_grid(weight, groupsize)  # (N, P) each
+    wide = (t.repeat_interleave(groupsize, 1)[:, : weight.shape[1]] for t in (scales, zeros))
+    return store_int4(nearest_int4(weight.float(), *wide), scales, zeros, groupsize)
+
+
+def int4_grid(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, float32 (N, P), whose 16 values span each group of (N, K) and zero.
+
+    Scales are values of float16, as they will be stored.
+    """
+    groups = F.pad(weight.float(), (0, -weight.shape[1] % groupsize))
+    groups = groups.unflatten(1, (-1, groupsize))  # (N, P, S); what is padded is 0, as is w there
+    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+    scales = ((high - low) / 15).half().float()
+    scales = torch.where(scales > 0, scales, 1.0)
+    return scales, (-low / scales).round().clamp(0, 15)
+
+
+def nearest_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The index, 0 to 15 as a float, of the nearest value (index - zero) * scale."""
+    return (weight / scales + zeros).round().clamp(0, 15)
+
+
+def store_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[str, Tensor]:
+    """Indices (N, K), scales and zero points (N, P) -> the buffers of an Int4Linear."""
+    q = F.pad(q, (0, -q.shape[1] % groupsize))
+    return {"weight": pack_nibbles(q), "scales": scales.half(), "zeros": pack_nibbles(zeros)}
+
+
+def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str, Any]:
+    """What a file says of how it is quantised: {"mode", "linears", "output"}.
+
+    "linears" and "output", the output head, are {"bits": 8}, {"bits": 4, "groupsize": S} or, left
+    dense, {}. Raises ValueError for a group size that is not one of GROUP_SIZES.
+    """
+    if mode != "int8" and groupsize not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"groupsize {groupsize} is not one of {sizes}")
+    eight, four = {"bits": 8}, {"bits": 4, "groupsize": groupsize}
+    output = {"int8": eight, "int4": four, "dense": {}}[head]
+    return {"mode": mode, "linears": eight if mode == "int8" else four, "output": output}
+
+
+def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
+    """Replace the linears of a model, on the meta device, by those that its checkpoint stores."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    for name, linear in linears.items():
+        if swapped := quantized_linear(linear, layer_scheme(name, scheme)):
+            model.set_submodule(name, swapped)
+
+
+def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:
+    """What a scheme says of one linear; see make_scheme."""
+    return scheme["output" if name == "output" else "linears"]
+
+
+def quantized_linear(linear: Linear, said: dict[str, Any]) -> QuantizedLinear | None:
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    if said.get("bits") == 4:
+        return Int4Linear(*shape, said["groupsize"])
+    return Int8Linear(*shape) if said.get("bits") == 8 else None

@@ -1,0 +1,163 @@
+"""GPTQ against float64, against a worked example, and from texts to a file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import gptq
+import quantize
+from checkpoint import Checkpoint
+from gptq import CalibratedBlock, best_of, refine, row_errors
+from quantized import dense_int4, int4_grid, round_int4, unpack_nibbles
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 5
+
+
+def correlated(K: int, rows: int = 400) -> Tensor:
+    """A Hessian of inputs that hang together, as real ones do: (K, K)."""
+    torch.manual_seed(SEED)
+    X = torch.randn(rows, K) @ (torch.eye(K) + 0.4 * torch.randn(K, K))
+    return X.t() @ X
+
+
+def solve_in_float64(W: Tensor, H: Tensor, groupsize: int) -> Tensor:
+    """Optimal brain quantisation as its definition has it: round a column, then solve anew, from
+    scratch, for what the columns that are left should be. No Cholesky form, no blocks."""
+    dense, W = W.double(), W.double().clone()
+    scales, zeros = (t.double() for t in int4_grid(W, groupsize))
+    H = H.double() + gptq.DAMPING * H.double().diagonal().mean() * torch.eye(len(H))
+    order = H.diagonal().argsort(descending=True).tolist()
+    for n, column in enumerate(order):
+        scale, zero = scales[:, column // groupsize], zeros[:, column // groupsize]
+        q = (W[:, column] / scale + zero).round().clamp(0, 15)
+        W[:, column] = (q - zero) * scale
+        fixed, free = order[: n + 1], order[n + 1 :]
+        # argmin over the free columns of (W - dense) H (W - dense)'
+        pull = (W[:, fixed] - dense[:, fixed]) @ H[fixed][:, free]
+        W[:, free] = dense[:, free] - torch.linalg.solve(H[free][:, free], pull.t()).t()
+    return W
+
+
+def test_a_worked_example():
+    """Two inputs, always the same: H = [[2, 2], [2, 2]] and damping 0.02. Both weights are 0.3 on
+    a grid of whole numbers. The first goes to 0; the second should then be 0.3 + 0.3 * 2 / 2.02 =
+    0.597 and goes to 1. Rounding leaves an error of 0.6^2 * 2, this one of 0.4^2 * 2."""
+    W, H = torch.tensor([[0.3, 0.3]]), torch.full((2, 2), 2.0)
+    W = torch.cat((W, torch.tensor([[0.0, 15.0]])), 1)  # spans the grid: 0 to 15, steps of 1
+    H = torch.block_diag(H, torch.eye(2) * 2)
+    found = dense_int4(**gptq.gptq(W, H, 32, act_order=False))[0, :4]
+    assert found.tolist() == [0.0, 1.0, 0.0, 15.0]
+    errors = [row_errors(b, W, H).item() for b in (gptq.gptq(W, H, 32), round_int4(W, 32))]
+    assert errors == pytest.approx([0.32, 0.72], abs=1e-5)
+
+
+@pytest.mark.parametrize("K", [64, 200])  # 200: more than one block of columns, a short last group
+def test_every_column_is_what_a_solver_in_float64_says(K: int):
+    H = correlated(K)
+    W = torch.randn(6, K)
+    found = dense_int4(**gptq.gptq(W, H, 32))[:, :K]
+    differs = (found - solve_in_float64(W, H, 32)).abs() > 1e-3
+    assert differs.any(1).sum() <= 1  # a near tie may fall either way, and moves all that follows
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("groupsize", [32, 128])
+def test_the_output_error_is_far_below_that_of_rounding(groupsize: int, act_order: bool):
+    H = correlated(200)
+    W = torch.randn(24, 200)
+    rounded = round_int4(W, groupsize)
+    found = gptq.gptq(W, H, groupsize, act_order)
+    refined = refine(found, W, H, groupsize)
+    errors = [row_errors(b, W, H).sum().item() for b in (rounded, found, refined)]
+    assert errors[1] < 0.5 * errors[0] and errors[2] < errors[1]
+    best = best_of([rounded, found, refined], W, H)
+    rows = torch.stack([row_errors(b, W, H) for b in (rounded, found, refined)])
+    torch.testing.assert_close(row_errors(best, W, H), rows.amin(0))
+
+
+def test_inputs_that_never_occur_or_hang_together_entirely_do_no_harm():
+    H = correlated(64)
+    H[5] = H[:, 5] = 0
+    H[7], H[:, 7] = H[6].clone(), H[:, 6].clone()
+    H[7, 7] = H[6, 6]
+    W = torch.randn(8, 64)
+    for buffers in (gptq.gptq(W, H, 32), refine(round_int4(W, 32), W, H, 32)):
+        assert row_errors(buffers, W, H).isfinite().all()
+
+
+@pytest.fixture(params=["demo", "demo-opt"])
+def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = shutil.copytree(ROOT / "checkpoints" / request.param, tmp_path / request.param)
+    text = (ROOT / "README.md").read_text() + "Once there was a dog. It ran home to its mom. " * 150
+    (tmp_path / "text.txt").write_text(text)
+    return folder
+
+
+def run(folder: Path) -> int:
+    options = ["--checkpoint_path", folder, "--mode", "int4-gptq", "--groupsize", 128]
+    options += ["--calibration_file", folder.parent / "text.txt", "--calibration_seq_length", 96]
+    return quantize.main(quantize.parse_args([str(o) for o in [*options, "--device", "cpu"]]))
+
+
+def test_each_linear_is_better_than_rounded_and_the_next_sees_it(demo: Path, capsys):
+    assert run(demo) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if ": error " in line]
+    source, file = (
+        Checkpoint(demo / "model.safetensors"),
+        Checkpoint(demo / "model_int4-gptq.g128.pth"),
+    )
+    per_block = sum(
+        "layers.0." in name and ".weight" in name and "norm" not in name for name in source.records
+    )
+    assert len(said) == per_block * source.args.n_layers
+    for line in said:
+        error, rounding = (
+            float(line.split(word)[1].split(",")[0]) for word in ("error ", "rounding ")
+        )
+        assert error < rounding
+    assert (
+        file.scheme["mode"] == "int4-gptq"
+        and not (demo / "model_int4-gptq.g128.pth.partial").exists()
+    )
+    name = "layers.0.attention.wqkv"
+    buffers = {leaf: file.read(f"{name}.{leaf}") for leaf in ("weight", "scales", "zeros")}
+    rounded = round_int4(source.read(f"{name}.weight", torch.float32), 128)
+    assert not torch.equal(unpack_nibbles(buffers["weight"]), unpack_nibbles(rounded["weight"]))
+
+
+def test_a_run_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monkeypatch, capsys):
+    assert run(demo) == 0
+    target = demo / "model_int4-gptq.g128.pth"
+    whole = target.read_bytes()
+    target.unlink()
+    original = CalibratedBlock.outputs
+    calls = []
+
+    def breaks_off(block: CalibratedBlock) -> tuple[Tensor, Tensor]:
+        calls.append(block)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(block)
+
+    monkeypatch.setattr(CalibratedBlock, "outputs", breaks_off)
+    assert run(demo) == 130
+    assert not target.exists() and not list(demo.glob("*.tmp"))
+    capsys.readouterr()
+    monkeypatch.setattr(CalibratedBlock, "outputs", original)
+    assert run(demo) == 0
+    said = capsys.readouterr().err
+    assert "going on with" in said and "layers.0." not in said and "layers.2." in said
+    assert target.read_bytes() == whole
+
+
+def test_what_another_run_left_is_not_taken_up(demo: Path, capsys: pytest.CaptureFixture):
+    work = demo / "model_int4-gptq.g128.pth.partial"
+    work.mkdir()
+    (work / "identity.json").write_text(json.dumps(["another"]))
+    assert run(demo) == 0
+    assert "going on with" not in capsys.readouterr().err

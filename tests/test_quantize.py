@@ -1,0 +1,283 @@
+"""int8 and int4: what is stored, what it stands for, what runs, and what is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint as checkpoint_module
+import cpu_products
+import quantize
+from checkpoint import Checkpoint, save_checkpoint
+from cpu_products import TiledLinear
+from generate import GenerationConfig, complete
+from load import load_model, random_model
+from model import Linear
+from quantized import (
+    GROUP_SIZES,
+    Int4Linear,
+    Int8Linear,
+    dense_int4,
+    make_scheme,
+    pack_nibbles,
+    quantized_linear,
+    round_int4,
+    round_int8,
+    unpack_nibbles,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 11  # of every random tensor below; pytest prints it where a test fails, as a local
+SHAPES = ((64, 172), (100, 64), (17, 40), (48, 256))  # out, in: 172 = 4 * 43, no group divides it
+FOUR, EIGHT = {"bits": 4, "groupsize": 32}, {"bits": 8}
+TEXTS = ("Once upon a time", "Lily", "Tim and his dog saw a big red ball. They")
+tiles = pytest.mark.skipif(
+    cpu_products.hindrance(torch.bfloat16) is not None,
+    reason=f"no tiles here: {cpu_products.hindrance(torch.bfloat16)}",
+)
+
+
+def random_linear(shape: tuple[int, int], bias: bool = True) -> Linear:
+    torch.manual_seed(SEED)
+    linear = Linear(shape[1], shape[0], bias=bias)
+    nn.init.normal_(linear.weight, std=0.02)
+    return linear
+
+
+def filled(linear: Linear, said: dict, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The quantised layer that is nearest to a dense one."""
+    made = quantized_linear(linear, said)
+    rounded = round_int8 if said["bits"] == 8 else lambda w: round_int4(w, said["groupsize"])
+    made.load_state_dict(rounded(linear.weight) | {"bias": linear.bias})
+    made.bias.data = made.bias.data.to(dtype)
+    return made
+
+
+@pytest.fixture(params=["demo", "demo-opt"])
+def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return shutil.copytree(ROOT / "checkpoints" / request.param, tmp_path / request.param)
+
+
+def command(*options: object) -> int:
+    return quantize.main(quantize.parse_args([str(option) for option in options]))
+
+
+def quantized(folder: Path, mode: str = "int4", *options: object) -> Path:
+    assert command("--checkpoint_path", folder, "--mode", mode, *options) == 0
+    return folder / quantize.file_name(mode, 32)
+
+
+def test_int8_by_hand():
+    found = round_int8(torch.tensor([[1.27, -0.635, 0.004], [0.0, 0.0, 0.0]]))
+    assert found["weight"].tolist() == [[127, -64, 0], [0, 0, 0]]  # -63.5 goes to the even one
+    torch.testing.assert_close(found["scales"], torch.tensor([0.01, 1.0]))
+
+
+def test_int4_by_hand():
+    weight = torch.zeros(1, 32)
+    weight[0, :3] = torch.tensor([-0.5, 1.375, 0.3])  # a span of 1.875: steps of 0.125, zero at 4
+    found = round_int4(weight, 32)
+    assert found["scales"].tolist() == [[0.125]] and found["zeros"].tolist() == [[4]]
+    assert unpack_nibbles(found["weight"])[0, :4].tolist() == [0, 15, 6, 4]
+    assert dense_int4(**found)[0, :4].tolist() == [-0.5, 1.375, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_nibbles_come_back(n: int):
+    torch.manual_seed(SEED)
+    q = torch.randint(0, 16, (3, n))
+    assert torch.equal(unpack_nibbles(pack_nibbles(q))[:, :n], q)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("groupsize", GROUP_SIZES)
+def test_every_int4_weight_is_within_half_a_step(shape: tuple[int, int], groupsize: int):
+    weight = random_linear(shape).weight.detach()
+    found = round_int4(weight, groupsize)
+    step = found["scales"].float().repeat_interleave(groupsize, 1)[:, : shape[1]]
+    error = (dense_int4(**found)[:, : shape[1]] - weight).abs()
+    # A scale is rounded to float16: at the ends of the span that adds 15 * 2^-11 of a step.
+    assert (error <= step * (0.5 + 15 * 2**-11) + 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    "said", [EIGHT, *({"bits": 4, "groupsize": s} for s in GROUP_SIZES)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, int], said: dict):
+    layer = filled(random_linear(shape), said)
+    x = torch.randn(2, 3, shape[1])
+    wanted = F.linear(x, layer.dense(torch.float32), layer.bias)
+    torch.testing.assert_close(layer(x), wanted)
+    assert layer.dense(torch.float32).shape == shape
+
+
+@tiles
+@pytest.mark.parametrize(
+    "said", [EIGHT, *({"bits": 4, "groupsize": s} for s in GROUP_SIZES)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
+    """For one row, for rows together and for many, whose products are different code."""
+    assert cpu_products.build() is None
+    layer = filled(random_linear(shape), said, torch.bfloat16)
+    tiled = TiledLinear(layer)
+    weight = layer.dense(torch.float64)
+    for rows in (1, 2, 7, 8, 15, 60):
+        x = torch.randn(rows, shape[1]).bfloat16() * torch.logspace(-3, 3, rows).unsqueeze(1)
+        x = x.bfloat16()
+        wanted = x.double() @ weight.t() + layer.bias.double()
+        bound = x.double().abs() @ weight.t().abs() + layer.bias.double().abs()
+        # bfloat16 rounds the result; a block of activations, and for many rows a weight, too.
+        assert ((tiled(x).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
+
+
+@tiles
+def test_a_row_of_a_batch_has_the_bits_that_it_has_alone():
+    assert cpu_products.build() is None
+    for said in (EIGHT, FOUR):
+        tiled = TiledLinear(filled(random_linear((100, 172)), said, torch.bfloat16))
+        x = torch.randn(15, 172).bfloat16()
+        assert torch.equal(tiled(x), torch.cat([tiled(row.unsqueeze(0)) for row in x]))
+
+
+@tiles
+def test_activations_lose_less_than_bfloat16_does():
+    """One value a thousand times as large as the others of its row, as real models have."""
+    assert cpu_products.build() is None
+    layer = filled(random_linear((64, 256), bias=True), FOUR, torch.bfloat16)
+    layer.bias.data.zero_()
+    x = torch.randn(1, 256).bfloat16()
+    x[0, 5] = 1000
+    wanted = x.double() @ layer.dense(torch.float64).t()
+    error = (TiledLinear(layer)(x).double() - wanted).abs()
+    assert (error <= 2**-8 * wanted.abs() + 2**-14 * wanted.abs().max()).all()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_file_runs_by_its_path_alone_whatever_it_is_called(demo: Path, mode: str):
+    target = quantized(demo, mode)
+    renamed = target.rename(demo / "anything.pth")
+    lm = load_model(renamed, device="cpu", dtype=torch.float32)
+    kinds = {type(m) for m in lm.model.layers.modules()}
+    assert (Int8Linear if mode == "int8" else Int4Linear) in kinds and Linear not in kinds
+    assert isinstance(lm.model.output, Int8Linear)  # in either mode
+    prompts = [lm.tokenizer.encode(text) for text in TEXTS]
+    dense = load_model(demo, device="cpu", dtype=torch.float32)
+    slots = torch.arange(len(prompts[2]))
+    given = torch.tensor([prompts[2]])
+    for model in (lm.model, dense.model):
+        with torch.inference_mode():
+            logits = model(given, slots.unsqueeze(0), slots, model.make_caches(1, len(slots)))
+        model.result = logits.log_softmax(-1)
+    loss = F.kl_div(lm.model.result, dense.model.result, log_target=True, reduction="batchmean")
+    assert loss / len(slots) < (0.001 if mode == "int8" else 0.1)  # of the dense one's nats
+
+
+@tiles
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_compiled_text_is_eager_text_and_a_batch_is_its_rows(demo: Path, mode: str):
+    target = quantized(demo, mode)
+    config = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)
+    texts = []
+    for options in ({}, {"compile": True}):
+        lm = load_model(target, device="cpu", **options)
+        assert any(isinstance(m, TiledLinear) for m in lm.model.modules())
+        prompts = [lm.tokenizer.encode(text) for text in TEXTS]
+        texts.append([complete(lm, [prompt], config)[0].ids for prompt in prompts])
+    assert texts[0] == texts[1]
+    assert len({tuple(ids) for ids in texts[0]}) == len(TEXTS)
+
+
+def test_the_tied_head_of_a_quantised_model_is_its_own(demo: Path):
+    file = Checkpoint(quantized(demo))
+    assert file.args.tied and file.records["output.weight"].dtype == torch.int8
+    assert file.records["tok_embeddings.weight"].dtype == torch.bfloat16
+    dense = Checkpoint(quantized(demo, "int4", "--head", "dense"))
+    assert "output.weight" not in dense.records
+
+
+def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture):
+    target = quantized(demo)
+    said = capsys.readouterr().err
+    assert "bits per weight" in said and "times as fast" in said
+    file = Checkpoint(target)
+    assert checkpoint_module.size_text(file.nbytes) in said
+    weights = math.prod(
+        Checkpoint(demo / "model.safetensors").records["layers.0.attention.wo.weight"].shape
+    )
+    stored = sum(
+        file.records[f"layers.0.attention.wo.{leaf}"].nbytes
+        for leaf in ("weight", "scales", "zeros")
+    )
+    assert 4.6 < 8 * stored / weights < 4.8
+
+
+def test_mistakes_are_one_line_and_leave_nothing(demo: Path, capsys: pytest.CaptureFixture):
+    before = sorted(demo.iterdir())
+    for options, says in (
+        (("--mode", "int4", "--groupsize", "48"), "48 is not one of 32, 64, 128, 256"),
+        (("--mode", "int4-gptq", "--calibration_file", demo / "none.txt"), "none.txt"),
+        (("--mode", "int4-gptq", "--calibration_file", demo / "config.json"), "more text"),
+    ):
+        assert command("--checkpoint_path", demo, *options) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert says in said and said.startswith("quantize.py: ")
+        assert sorted(demo.iterdir()) == before
+    target = quantized(demo)
+    assert command("--checkpoint_path", target, "--mode", "int8") == 2
+    assert "quantised already, as int4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quantize.parse_args(["--checkpoint_path", "x", "--mode", "int4-gptq"])
+    assert "--calibration_file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
+def test_a_weight_that_is_not_finite_is_named(demo: Path, mode: str, bad: float, capsys):
+    source = Checkpoint(demo)
+    tensors = {name: source.read(name) for name in source.records}
+    tensors["layers.1.feed_forward.w2.weight"][3, 4] = bad
+    save_checkpoint(demo / "model.pth", source.config, None, tensors)
+    before = sorted(demo.iterdir())
+    (demo.parent / "text.txt").write_text("One day a dog ran. " * 4000)
+    text = ("--calibration_file", demo.parent / "text.txt", "--calibration_seq_length", 64)
+    assert command("--checkpoint_path", demo, "--mode", mode, *text) == 2
+    assert "layers.1.feed_forward.w2.weight holds NaN or infinity" in capsys.readouterr().err
+    assert sorted(demo.iterdir()) == before
+
+
+def test_a_full_disk_leaves_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    before = sorted(demo.iterdir())
+    usage = shutil.disk_usage(demo)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert command("--checkpoint_path", demo, "--mode", "int8") == 2
+    assert "1 kB of disk is free" in capsys.readouterr().err
+    assert sorted(demo.iterdir()) == before
+
+
+def test_random_weights_can_be_quantised():
+    config = ROOT / "checkpoints" / "demo" / "config.json"
+    lm = random_model(config, device="cpu", dtype=torch.float32, scheme=make_scheme("int4", 64))
+    (found,) = complete(lm, [[1, 2, 3]], GenerationConfig(max_new_tokens=5, ignore_eos=True))
+    assert len(found.ids) == 5
+    assert json.loads(config.read_text())["vocab_size"] == lm.model.args.vocab_size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_one_file_gives_the_same_text_on_cpu_and_cuda(demo: Path, mode: str):
+    target = quantized(demo, mode)
+    config = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)
+    texts = []
+    for device in ("cpu", "cuda"):
+        lm = load_model(target, device=device, dtype=torch.float32)
+        prompts = [lm.tokenizer.encode(text) for text in TEXTS]
+        texts.append([c.ids for c in complete(lm, prompts, config)])
+    assert texts[0] == texts[1]
