@@ -22,7 +22,7 @@ using at::Tensor;
 
 constexpr int64_t kTile = 16;     // outputs of one tile
 constexpr int64_t kChunk = 32;    // inputs that are unpacked together
-constexpr int64_t kAhead = 8192;  // bytes; prefetched that far ahead memory is read 1.5 times as fast
+constexpr int64_t kAhead = 4096;  // bytes; prefetched that far ahead memory is read 1.5 times as fast
 constexpr int64_t kPad = 32;      // of a row of `dense`: a power of two would hit the same cache sets
 
 struct Weights {
@@ -119,56 +119,70 @@ inline const uint8_t* unpack(const uint8_t* w, __m512i (&tiles)[8]) {
   return w + 64 * kLoads;
 }
 
-// 16 outputs of each of M rows, from row `first` on.
-template <int BITS, int M>
-void tile_by_rows(const Weights& w, int64_t n, const Rows& x, int64_t first, __m512* y) {
-  const uint8_t* tiles = w.tiles_of(n);
+// 16 outputs of each of M rows, from row `first` on, by each of TILES tiles: y is (TILES, M, 16).
+template <int BITS, int M, int TILES>
+void tiles_by_rows(const Weights& w, const int64_t (&n)[TILES], const Rows& x, int64_t first,
+                   __m512* y) {
+  const uint8_t* tiles[TILES];
+  for (int t = 0; t < TILES; t++) tiles[t] = w.tiles_of(n[t]);
   const int64_t K = w.K, blocks = w.blocks();
   const int8_t *hi = &x.hi[first * K], *lo = &x.lo[first * K];
-  for (int m = 0; m < M; m++) y[m] = _mm512_setzero_ps();
+  for (int i = 0; i < TILES * M; i++) y[i] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; b++) {
-    __m512i high[M], low[M];  // a block of 256 and less cannot overflow them
-    for (int m = 0; m < M; m++) high[m] = low[m] = _mm512_setzero_si512();
+    __m512i high[TILES * M], low[TILES * M];  // a block of 256 and less cannot overflow them
+    for (int i = 0; i < TILES * M; i++) high[i] = low[i] = _mm512_setzero_si512();
     for (int64_t k = b * w.block; k < (b + 1) * w.block; k += kChunk) {
-      __m512i bytes[8];
-      tiles = unpack<BITS>(tiles, bytes);
+      for (int t = 0; t < TILES; t++) {
+        __m512i bytes[8];
+        tiles[t] = unpack<BITS>(tiles[t], bytes);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) {
-        for (int m = 0; m < M; m++) {
-          const int64_t at = m * K + k + 4 * i;
-          auto four = [at](const int8_t* of) {
-            return _mm512_set1_epi32(*reinterpret_cast<const int*>(of + at));
-          };
-          high[m] = _mm512_dpbusd_epi32(high[m], bytes[i], four(hi));
-          low[m] = _mm512_dpbusd_epi32(low[m], bytes[i], four(lo));
+        for (int i = 0; i < 8; i++) {
+          for (int m = 0; m < M; m++) {
+            const int64_t at = m * K + k + 4 * i;
+            auto four = [at](const int8_t* of) {
+              return _mm512_set1_epi32(*reinterpret_cast<const int*>(of + at));
+            };
+            high[t * M + m] = _mm512_dpbusd_epi32(high[t * M + m], bytes[i], four(hi));
+            low[t * M + m] = _mm512_dpbusd_epi32(low[t * M + m], bytes[i], four(lo));
+          }
         }
       }
     }
-    const __m512 zero = load_zeros<BITS>(w, n, b);
-    const __m512 scale = BITS == 8 ? _mm512_set1_ps(1) : load_scales<BITS>(w, n, b);
-    for (int m = 0; m < M; m++) {
-      const int64_t at = (first + m) * blocks + b;
-      __m512 dot =
-          _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[m], 8), low[m]));
-      dot = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]), dot);
-      y[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), dot, y[m]);
+    for (int t = 0; t < TILES; t++) {
+      const __m512 zero = load_zeros<BITS>(w, n[t], b);
+      const __m512 scale = BITS == 8 ? _mm512_set1_ps(1) : load_scales<BITS>(w, n[t], b);
+      for (int m = 0; m < M; m++) {
+        const int64_t i = t * M + m, at = (first + m) * blocks + b;
+        __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]));
+        dot = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]), dot);
+        y[i] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), dot, y[i]);
+      }
     }
   }
   if constexpr (BITS == 8) {
-    for (int m = 0; m < M; m++) y[m] = _mm512_mul_ps(y[m], load_scales<8>(w, n, 0));
+    for (int i = 0; i < TILES * M; i++) y[i] = _mm512_mul_ps(y[i], load_scales<8>(w, n[i / M], 0));
   }
 }
 
-template <int BITS, int M>
-int64_t take_rows(const Weights& w, int64_t n, const Rows& x, int64_t m, Tensor& out,
-                  const float* bias) {
-  __m512 y[M];
-  for (; m + M <= out.size(0); m += M) {
-    tile_by_rows<BITS, M>(w, n, x, m, y);
-    for (int i = 0; i < M; i++) {
-      if (bias) y[i] = _mm512_add_ps(y[i], _mm512_loadu_ps(bias + n * kTile));
-      store_bf16(out.mutable_data_ptr<at::BFloat16>() + (m + i) * w.N + n * kTile, y[i]);
-    }
+struct Output {
+  at::BFloat16* y;  // (M, N)
+  const float* bias;  // (N) or nullptr
+  int64_t M, N;
+
+  void put(int64_t m, int64_t n, __m512 v) const {
+    if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + n * kTile));
+    store_bf16(y + m * N + n * kTile, v);
+  }
+};
+
+// As many rows from m on as come in groups of M; the row after them.
+template <int BITS, int M, int TILES>
+int64_t take_rows(const Weights& w, const int64_t (&n)[TILES], const Rows& x, int64_t m,
+                  const Output& out) {
+  __m512 y[TILES * M];
+  for (; m + M <= out.M; m += M) {
+    tiles_by_rows<BITS, M, TILES>(w, n, x, m, y);
+    for (int i = 0; i < TILES * M; i++) out.put(m + i % M, n[i / M], y[i]);
   }
   return m;
 }
@@ -179,15 +193,23 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
   const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* b = bias ? added.const_data_ptr<float>() : nullptr;
   const Tensor contiguous = x.contiguous();
+  const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
   at::parallel_for(0, w.N / kTile, 1, [&](int64_t from, int64_t to) {
     // The first weights come in while every thread writes all rows in fixed point for itself.
     for (int64_t i = 0; i < kAhead; i += 64) _mm_prefetch(w.tiles_of(from) + i, _MM_HINT_T1);
     const Rows rows = to_fixed_point(contiguous, w);
-    for (int64_t n = from; n < to; n++) {
-      int64_t m = take_rows<BITS, 8>(w, n, rows, 0, out, b);
-      m = take_rows<BITS, 4>(w, n, rows, m, out, b);
-      m = take_rows<BITS, 2>(w, n, rows, m, out, b);
-      take_rows<BITS, 1>(w, n, rows, m, out, b);
+    int64_t n = from;
+    if (into.M == 1) {  // four streams are read 12 % faster than one
+      const int64_t part = (to - from) / 4;
+      for (; n < from + part; n++)
+        take_rows<BITS, 1, 4>(w, {n, n + part, n + 2 * part, n + 3 * part}, rows, 0, into);
+      n = from + 4 * part;
+    }
+    for (; n < to; n++) {
+      int64_t m = take_rows<BITS, 8, 1>(w, {n}, rows, 0, into);
+      m = take_rows<BITS, 4, 1>(w, {n}, rows, m, into);
+      m = take_rows<BITS, 2, 1>(w, {n}, rows, m, into);
+      take_rows<BITS, 1, 1>(w, {n}, rows, m, into);
     }
   });
   return out;

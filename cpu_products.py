@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import RMSNorm
 from quantized import Int8Linear, QuantizedLinear, unpack_nibbles
 
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
@@ -96,6 +97,9 @@ def use_tiles(model: nn.Module, dtype: torch.dtype) -> None:
         return
     for name, linear in linears.items():
         model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
+    for module in model.modules():
+        if linears and isinstance(module, RMSNorm):
+            module.same_bits = False
 
 
 def hindrance(dtype: torch.dtype) -> str | None:

@@ -226,8 +226,10 @@ class PlainFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
+    same_bits = True  # compiled as in eager code; a step of quantised weights gains 7 % without
+
     def forward(self, x: Tensor) -> Tensor:
-        if takes_kernel(x):
+        if self.same_bits and takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
 

@@ -25,7 +25,7 @@ FLOORS = {
     "completion": {"sampling", "tokenizer"},
     "quantized": {"model"},
     "quantized_cache": {"model", "quantized"},
-    "cpu_products": {"quantized"},
+    "cpu_products": {"model", "quantized"},
     "load": {
         "checkpoint", "cpu_products", "hf", "model", "quantized", "quantized_cache", "tokenizer",
     },
