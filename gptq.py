@@ -240,13 +240,14 @@ class CalibratedBlock:
         hessian, cross = weight.new_zeros(2, weight.shape[1], weight.shape[1])
         x: list[tuple[str, Tensor]] = []
         with (
-            watched(self.dense, name, partial(saw, x, "dense")),
-            watched(self.quantized, name, partial(saw, x, "quantized")),
+            watched(self.dense, name, partial(saw, x, "dense", last=True)),
+            watched(self.quantized, name, partial(saw, x, "quantized", last=True)),
         ):
             for parts in zip(self.dense_inputs.split(TEXTS), self.inputs.split(TEXTS), strict=True):
                 x.clear()
                 for block, part in zip((self.dense, self.quantized), parts, strict=True):
-                    self.run(block, part)
+                    with contextlib.suppress(Reached):
+                        self.run(block, part)
                 X, Y = (rows.flatten(0, -2) for _, rows in x)  # (texts * T, K)
                 hessian.addmm_(Y.t(), Y)
                 cross.addmm_(X.t(), Y)
@@ -274,12 +275,26 @@ class CalibratedBlock:
 @contextlib.contextmanager
 def watched(block: nn.Module, name: str, hook: Callable[..., None]) -> Iterator[None]:
     handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    yield
-    handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def saw(into: list[tuple[str, Tensor]], name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+class Reached(Exception):
+    """The rest of the block need not run."""
+
+
+def saw(
+    into: list[tuple[str, Tensor]],
+    name: str,
+    module: nn.Module,
+    args: tuple[Tensor],
+    last: bool = False,
+) -> None:
     into.append((name, args[0]))
+    if last:
+        raise Reached
 
 
 def embed(model: Transformer, tokens: Tensor) -> Tensor:

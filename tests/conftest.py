@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,3 +18,10 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data at {path}: set GPT_FLEX_DATA")
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgetful_compiler() -> Iterator[None]:
+    """What one file compiles does not count towards another's limit of recompilations."""
+    yield
+    torch._dynamo.reset()
