@@ -39,7 +39,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-
 GET_PEER = (
     "to get them: python3 -m venv /tmp/llama && CMAKE_ARGS=-DGGML_NATIVE=ON "
     "/tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python gguf; then give "
-    "--peer_python /tmp/llama/bin/python"
+    "--peer_python /tmp/llama/bin/python; on a CPU with AMX, GCC 12 needs the flags in "
+    "benchmarks/LOG.md, or llama.cpp crashes in 8 and 4 bits"
 )
 Run = dict[str, float]  # prefill and decode, in tokens per second
 
