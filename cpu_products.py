@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from model import RMSNorm
 from quantized import Int8Linear, QuantizedLinear, unpack_nibbles
 
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 TILE = 16  # outputs
 INT8_BLOCK = 128  # inputs that share a scale of the activations
 NEEDED = ("avx512_vnni", "avx512_bf16")
@@ -115,18 +117,25 @@ def hindrance(dtype: torch.dtype) -> str | None:
 
 
 def build() -> str | None:
-    """Compile and load cpu_products.cpp, once for each machine: ten seconds. None: it worked."""
+    """Load cpu_products.cpp, compiled once for each torch and kind of CPU. None: it worked."""
     if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::int4_linear", "CPU"):
         return None
     from torch.utils import cpp_extension  # imports setuptools: not before it is needed
 
     if not shutil.which("ninja"):  # pip puts it beside the Python that runs, in no one's path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    # -march=native: what one machine compiled may crash another that shares its home directory.
+    kind = repr((torch.__version__, sorted(torch.cpu.get_capabilities().items()))).encode()
+    folder = CACHE / f"cpu_products-{zlib.crc32(kind):08x}"
+    if not list(folder.glob("*.so")):
+        print("compiling cpu_products.cpp, once: about ten seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             cpp_extension.load(
                 "gpt_flex_cpu_products",
                 [str(SOURCE)],
+                build_directory=str(folder),
                 extra_cflags=["-O3", "-march=native", "-fopenmp"],
                 extra_ldflags=["-fopenmp"],
                 is_python_module=False,

@@ -83,21 +83,23 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
 
 def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
     """Better still: the best scale for each group, then the best index for each single weight
-    with all others as they are, a few times over. The output error can only shrink."""
+    with all others as they are, a few times over. But for scales being rounded to float16 the
+    output error can only shrink."""
     W, H, K = weight.float(), hessian, weight.shape[1]
     scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
     q = unpack_nibbles(buffers["weight"]).float()[:, :K]  # (N, K)
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
     for _ in range(SWEEPS):
+        errors = (q - zeros[:, group]) * scales[:, group] - W  # (N, K)
         for g in range(scales.shape[1]):
-            of = group == g
-            errors = (q - zeros[:, group]) * scales[:, group] - W  # (N, K)
+            of = slice(g * groupsize, min((g + 1) * groupsize, K))
             unit = q[:, of] - zeros[:, g : g + 1]  # the group's weights but for their scale
-            curvature = ((unit @ H[of][:, of]) * unit).sum(1).clamp_min(1e-30)  # (N,)
+            curvature = ((unit @ H[of, of]) * unit).sum(1).clamp_min(1e-30)  # (N,)
             scale = scales[:, g] - ((errors @ H[:, of]) * unit).sum(1) / curvature
             scale = scale.half().float()
             scales[:, g] = torch.where(scale > 0, scale, scales[:, g])
-        slope = ((q - zeros[:, group]) * scales[:, group] - W) @ H  # (N, K), half the gradient
+            errors[:, of] = unit * scales[:, g : g + 1] - W[:, of]
+        slope = errors @ H  # (N, K), half the gradient
         for start in range(0, K, COLUMNS):
             end = min(start + COLUMNS, K)
             steps = torch.zeros_like(W[:, start:end])
@@ -156,13 +158,12 @@ def quantize_blocks(
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    for name in ("tok_embeddings", "project_in", "positions"):
-        fill_module(checkpoint, model, name, torch.device("cpu"))
+    fill_module(checkpoint, model, "positions", torch.device("cpu"))
     state = work / "state.pt"  # how many blocks are finished, and what they make of the texts
     if state.exists():
         done, dense, quantized = torch.load(state, weights_only=True)
     else:
-        done, dense = 0, embed(model, tokens)
+        done, dense = 0, embed(checkpoint, model, tokens)
         quantized = dense.clone()
     model.positions.to(device)
     for n in range(len(model.layers)):
@@ -297,10 +298,16 @@ def saw(
         raise Reached
 
 
-def embed(model: Transformer, tokens: Tensor) -> Tensor:
+def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
     """What reaches the first block, (B, T, D)."""
+    tables = "tok_embeddings", "project_in"
+    for name in tables:
+        fill_module(checkpoint, model, name, torch.device("cpu"))
     pos = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return model.positions(model.project_in(model.tok_embeddings(tokens)), pos)[0]
+    x, _ = model.positions(model.project_in(model.tok_embeddings(tokens)), pos)
+    for name in tables:
+        model.get_submodule(name).to("meta")
+    return x
 
 
 def fill_module(checkpoint: Checkpoint, model: nn.Module, name: str, device: torch.device) -> None:

@@ -88,7 +88,7 @@ def load_model(
     FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
-    target = find_device(device)
+    target, new_cache = find_device(device), find_cache(kv_dtype)
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     with compiler_imported(compile):
@@ -96,7 +96,7 @@ def load_model(
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
             checkpoint.load_into(model, target, dtype, bar.update)
         use_fast_products(model)
-    model.new_cache = CACHES[kv_dtype]
+    model.new_cache = new_cache
     return make_views(model, tokenizer, compile, compile_prefill)
 
 
@@ -114,7 +114,7 @@ def random_model(
 
     scheme: how its linears are quantised, see quantized.make_scheme; None: they are dense.
     """
-    target = find_device(device)
+    target, new_cache = find_device(device), find_cache(kv_dtype)
     config = read_json(Path(config_file))
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(target) * 0.02
@@ -131,7 +131,7 @@ def random_model(
         model = skeleton(model_args(config), scheme)
         allocate(model, target, dtype or getattr(torch, str(stored)), fill)
         use_fast_products(model)
-    model.new_cache = CACHES[kv_dtype]
+    model.new_cache = new_cache
     return make_views(model, id_tokenizer(model.args.vocab_size), compile, compile_prefill)
 
 
@@ -225,6 +225,14 @@ def find_device(name: str) -> torch.device:
         found = [kind for kind, found in there.items() if found]
         raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
     return torch.device(name)
+
+
+def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
+    """What makes the caches. ValueError listing the known ones."""
+    if kv_dtype not in CACHES:
+        known = ", ".join(str(name) for name in CACHES)
+        raise ValueError(f"kv_dtype {kv_dtype} is not one of {known}")
+    return CACHES[kv_dtype]
 
 
 def count_weights(args: ModelArgs) -> int:

@@ -2,7 +2,7 @@
 
     python quantize.py --checkpoint_path checkpoints/demo --mode int4 --groupsize 32
 
-Start at main, then MODES. Sizes come first, then one tensor after the other is read, quantised
+Start at run, then quantize. Sizes come first, then one tensor after the other is read, quantised
 and written, so that a model larger than memory can be quantised; the file appears only when it is
 complete. What a layer becomes is in quantized.py, GPTQ in gptq.py. How a file is quantised is
 recorded inside it (its scheme), and generate.py needs nothing but its path.
@@ -91,9 +91,10 @@ def quantized_values(
         done.add(name)
         yield from named(name, buffers)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    for name in linears.keys() - done:
-        weight = finite(checkpoint, source_name(checkpoint, f"{name}.weight"))
-        yield from named(name, nearest(weight, layer_scheme(name, scheme)))
+    for name in linears:
+        if name not in done:
+            weight = finite(checkpoint, source_name(checkpoint, f"{name}.weight"))
+            yield from named(name, nearest(weight, layer_scheme(name, scheme)))
     for name in stored_tensors(model):
         module = name.rpartition(".")[0]
         if module not in linears or name == f"{module}.bias":
@@ -256,7 +257,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         print(run(args))
     except KeyboardInterrupt:
-        log("\nstopped; no file was written")
+        more = "; the same command goes on from the last block" if "gptq" in args.mode else ""
+        log(f"\nstopped; no file was written{more}")
         return 130
     except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:
         log(f"quantize.py: {' '.join(str(error).split())}")

@@ -82,3 +82,8 @@ def test_bytes_per_token_are_those_of_the_buffers():
         assert sizes[kv] * slots == sum(b.nbytes for c in caches for b in c.buffers())
         assert isinstance(caches[0], KVCache) and caches[0].rows == 2
     assert sizes["int4"] < sizes["int8"] < sizes[None]
+
+
+def test_an_unknown_cache_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="int2 is not one of None, int8, int4"):
+        load_model(ROOT / "checkpoints" / "demo", kv_dtype="int2")
