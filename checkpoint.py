@@ -182,7 +182,7 @@ def allocate(
 
 
 def translate(parts: Iterable[Part]) -> dict[str, Record]:
-    """Tensors under Hugging Face's names -> under ours, the parts of wqkv together."""
+    """Tensors under Hugging Face's names -> under ours, the parts of wqkv and w13 together."""
     found: dict[str, dict[int, Part]] = {}
     for part in parts:
         if place := hf.tensor_name(part.name):

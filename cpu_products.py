@@ -1,4 +1,4 @@
-"""The products of cpu_products.cpp: built once, registered as operators, put into a model.
+"""The products of cpu_products.cpp: built once, registered as an operator, put into a model.
 
 Start at use_tiles. It replaces quantised linears by TiledLinear, which hold the same integers in
 the order that the CPU reads them in. Where the CPU, the compiler or the dtype does not allow for
@@ -17,29 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import RMSNorm
-from quantized import Int8Linear, QuantizedLinear, unpack_nibbles
+from quantized import Int4Linear, Int8Linear, QuantizedLinear, scale_units, unpack_nibbles
 
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
-TILE = 16  # outputs
+STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cpp
+INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
 NEEDED = ("avx512_vnni", "avx512_bf16")
 
-
-def declare(schema: str) -> None:
-    """An operator whose last arguments are int block, int out_features."""
-    name = f"gpt_flex::{schema.partition('(')[0]}"
-    torch.library.define(name, schema[schema.index("(") :])
-    torch.library.register_fake(name)(lambda x, *rest: x.new_empty(x.shape[0], rest[-1]))
-
-
-declare(
-    "int8_linear(Tensor x, Tensor tiles, Tensor scales, Tensor? bias, int block, "
-    "int out_features) -> Tensor"
+torch.library.define(
+    "gpt_flex::quantized_linear",
+    "(Tensor x, Tensor packed, Tensor? bias, int format, int block, int out_features) -> Tensor",
 )
-declare(
-    "int4_linear(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, int block, "
-    "int out_features) -> Tensor"
+torch.library.register_fake("gpt_flex::quantized_linear")(
+    lambda x, *rest: x.new_empty(x.shape[0], rest[-1])
 )
 
 
@@ -49,41 +41,54 @@ class TiledLinear(nn.Module):
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        eight = isinstance(linear, Int8Linear)
-        packed = pack_int8(linear) if eight else pack_int4(linear)
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
-        bias = None if linear.bias is None else pad(linear.bias.detach(), TILE)
+        packed, *how = pack_int8(linear) if isinstance(linear, Int8Linear) else pack_int4(linear)
+        bias = None if linear.bias is None else pad(linear.bias.detach(), STRIP)
+        self.register_buffer("packed", packed)
         self.register_buffer("bias", bias)
-        self._packed = tuple(packed)
-        self._op = torch.ops.gpt_flex.int8_linear if eight else torch.ops.gpt_flex.int4_linear
-        self._block = INT8_BLOCK if eight else linear.groupsize
+        self._how = *how, self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = (getattr(self, name) for name in self._packed)
-        y = self._op(x.flatten(0, -2), *packed, self.bias, self._block, self.out_features)
+        y = torch.ops.gpt_flex.quantized_linear(
+            x.flatten(0, -2), self.packed, self.bias, *self._how
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def pack_int8(linear: QuantizedLinear) -> dict[str, Tensor]:
+def pack_int8(linear: Int8Linear) -> tuple[Tensor, int, int]:
+    """The bytes of the weights, (N/16, bytes), their format and the inputs that share a scale."""
     q = (linear.weight ^ -128).view(torch.uint8)  # + 128
-    q = pad(pad(q, INT8_BLOCK).t(), TILE).t()  # (N', K')
-    tiles = q.reshape(len(q) // TILE, TILE, -1, 4).transpose(1, 2).contiguous()  # (.., K'/4, 16, 4)
-    return {"tiles": tiles, "scales": pad(linear.scales, TILE)}
+    q = pad(pad(q, SPAN).t(), STRIP).t()  # (N', K')
+    tiles = q.reshape(-1, STRIP, q.shape[1] // 4, 4).transpose(1, 2)  # (N'/16, K'/4, 16, 4)
+    return with_scales(linear.scales, tiles), INT8, INT8_BLOCK
 
 
-def pack_int4(linear: QuantizedLinear) -> dict[str, Tensor]:
-    q = pad(unpack_nibbles(linear.weight).t(), TILE).t()  # (N', P*S)
-    q = q.reshape(len(q) // TILE, TILE, -1, 2, 4).permute(0, 2, 3, 1, 4)  # (.., P*S/8, 2, 16, 4)
-    scales = pad(linear.scales.t(), TILE)  # (P, N')
-    P = len(scales)
-    zeros = pad(unpack_nibbles(linear.zeros)[:, :P].t(), TILE).view(P, -1, 8, 2)
-    zeros = zeros[..., 0] | (zeros[..., 1] << 4)  # (P, N'/16, 8)
-    return {
-        "tiles": (q[:, :, 0] | (q[:, :, 1] << 4)).contiguous(),
-        "scales": scales.view(P, -1, TILE).transpose(0, 1).contiguous(),  # (N'/16, P, 16)
-        "zeros": zeros.transpose(0, 1).contiguous(),  # (N'/16, P, 8)
-    }
+def pack_int4(linear: Int4Linear) -> tuple[Tensor, int, int]:
+    """As pack_int8. Scales take a byte each, or two where they are no multiples of one."""
+    S = linear.groupsize
+    q = pad(pad(unpack_nibbles(linear.weight), SPAN).t(), STRIP).t()  # (N', K')
+    spans, groups = q.shape[1] // SPAN, SPAN // S  # of a row, of a span
+    q = q.reshape(-1, STRIP, spans, SPAN // 8, 2, 4).permute(0, 2, 3, 4, 1, 5)
+    tiles = (q[:, :, :, 0] | (q[:, :, :, 1] << 4)).flatten(2)  # (N'/16, K'/256, 32 * 16 * 4)
+
+    def by_span(x: Tensor) -> Tensor:  # (N, P) -> (N'/16, K'/256, 256/S, 16)
+        x = F.pad(x, (0, spans * groups - x.shape[1], 0, -len(x) % STRIP))
+        return x.reshape(-1, STRIP, spans, groups).permute(0, 2, 3, 1).contiguous()
+
+    units = scale_units(linear.scales)  # (N, 1)
+    multiples = linear.scales.float() / units
+    short = bool((multiples == multiples.byte()).all())
+    scales, units = (multiples.byte(), units) if short else (linear.scales, torch.ones_like(units))
+    zeros = by_span(unpack_nibbles(linear.zeros)[:, : linear.scales.shape[1]])
+    zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
+    header = torch.cat((by_span(scales).view(torch.uint8).flatten(2), zeros.flatten(2)), 2)
+    packed = with_scales(units.squeeze(1), torch.cat((pad(header, LINE), tiles), 2))
+    return packed, INT4 if short else INT4_HALF, S
+
+
+def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
+    """Each strip, (N/16, ...) bytes, behind the float32 scales, (N,), of its outputs."""
+    scales = pad(scales, STRIP).view(-1, STRIP).view(torch.uint8)  # (N/16, 64)
+    return torch.cat((scales, strips.flatten(1)), 1)
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
@@ -105,7 +110,7 @@ def use_tiles(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def hindrance(dtype: torch.dtype) -> str | None:
-    """Why the operators cannot be used, None where they can."""
+    """Why the operator cannot be used, None where they can."""
     has = torch.cpu.get_capabilities()
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"
@@ -118,7 +123,7 @@ def hindrance(dtype: torch.dtype) -> str | None:
 
 def build() -> str | None:
     """Load cpu_products.cpp, compiled once for each torch and kind of CPU. None: it worked."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::int4_linear", "CPU"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::quantized_linear", "CPU"):
         return None
     from torch.utils import cpp_extension  # imports setuptools: not before it is needed
 

@@ -33,6 +33,8 @@ from quantized import (
     int4_grid,
     nearest_int4,
     round_int4,
+    round_scales,
+    scale_units,
     store_int4,
     unpack_nibbles,
 )
@@ -60,6 +62,7 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
     order = diagonal.argsort(descending=True, stable=True) if act_order else columns
     group = (columns // groupsize)[order].tolist()
     scales, zeros = int4_grid(W, groupsize)  # (N, P) each
+    units = scale_units(scales)
     W, U = W[:, order], inverse_factor(H[order][:, order])
     q = torch.empty_like(W)
     for start in range(0, K, COLUMNS):
@@ -72,7 +75,8 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
                 stop = n + groupsize
                 beyond = W[:, end:stop] - errors[:, : n - start] @ U[start:n, end:stop]
                 rest = torch.cat((W[:, n : min(end, stop)], beyond), 1)
-                scales[:, g], zeros[:, g] = (t[:, 0] for t in int4_grid(rest, groupsize))
+                grid = int4_grid(rest, groupsize, units)
+                scales[:, g], zeros[:, g] = (t[:, 0] for t in grid)
             q[:, n] = nearest_int4(W[:, n], scales[:, g], zeros[:, g])
             rounded = (q[:, n] - zeros[:, g]) * scales[:, g]
             errors[:, n - start] = (W[:, n] - rounded) / U[n, n]
@@ -83,10 +87,11 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
 
 def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
     """Better still: the best scale for each group, then the best index for each single weight
-    with all others as they are, a few times over. But for scales being rounded to float16 the
-    output error can only shrink."""
+    with all others as they are, a few times over. But for scales being rounded the output error
+    can only shrink."""
     W, H, K = weight.float(), hessian, weight.shape[1]
     scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
+    units = scale_units(scales)
     q = unpack_nibbles(buffers["weight"]).float()[:, :K]  # (N, K)
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
     for _ in range(SWEEPS):
@@ -96,8 +101,8 @@ def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) ->
             unit = q[:, of] - zeros[:, g : g + 1]  # the group's weights but for their scale
             curvature = ((unit @ H[of, of]) * unit).sum(1).clamp_min(1e-30)  # (N,)
             scale = scales[:, g] - ((errors @ H[:, of]) * unit).sum(1) / curvature
-            scale = scale.half().float()
-            scales[:, g] = torch.where(scale > 0, scale, scales[:, g])
+            scale = torch.where(scale > 0, scale, scales[:, g])
+            scales[:, g] = round_scales(scale.unsqueeze(1), units)[:, 0]
             errors[:, of] = unit * scales[:, g : g + 1] - W[:, of]
         slope = errors @ H  # (N, K), half the gradient
         for start in range(0, K, COLUMNS):

@@ -144,7 +144,10 @@ def tensor_name(name: str) -> tuple[str, int] | None:
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """The way back: our tensors under Hugging Face's names, without a head that is tied."""
     args = model_args(config)
-    widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
+    widths = {
+        "wqkv": [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
+        "w13": [args.hidden_dim, args.hidden_dim],
+    }
     prefix, table = ("model.decoder.", OPT) if config["model_type"] == "opt" else ("model.", LLAMA)
     theirs: dict[str, list[str]] = {}
     for module, (ours, _) in table.items():
@@ -155,7 +158,7 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
         if ours == "output" and args.tied:
             continue
         modules = theirs[ours]
-        pieces = tensor.split(widths) if len(modules) > 1 else [tensor]
+        pieces = tensor.split(widths.get(ours.rpartition(".")[2], len(tensor)))
         exported |= {
             f"{module.replace('N', layer)}.{kind}": piece
             for module, piece in zip(modules, pieces, strict=True)
@@ -181,9 +184,9 @@ ATTENTION = {
 LLAMA = ATTENTION | {
     "embed_tokens": ("tok_embeddings", 0),
     "layers.N.self_attn.o_proj": ("layers.N.attention.wo", 0),
-    "layers.N.mlp.gate_proj": ("layers.N.feed_forward.w1", 0),
+    "layers.N.mlp.gate_proj": ("layers.N.feed_forward.w13", 0),
+    "layers.N.mlp.up_proj": ("layers.N.feed_forward.w13", 1),
     "layers.N.mlp.down_proj": ("layers.N.feed_forward.w2", 0),
-    "layers.N.mlp.up_proj": ("layers.N.feed_forward.w3", 0),
     "layers.N.input_layernorm": ("layers.N.attention_norm", 0),
     "layers.N.post_attention_layernorm": ("layers.N.ffn_norm", 0),
     "norm": ("norm", 0),

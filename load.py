@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, allocate, check_memory, read_json
-from cpu_products import use_tiles
+from cpu_products import TiledLinear, use_tiles
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
 from quantized import swap_linears
@@ -36,6 +36,7 @@ CACHES: dict[str | None, Callable[..., KVCache]] = {
     "int8": partial(QuantizedKVCache, bits=8),
     "int4": partial(QuantizedKVCache, bits=4),
 }
+FRAME = 2**13  # words of Python's stack, 64 kB
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 
 
@@ -123,7 +124,7 @@ def random_model(
         integers = not tensor.is_floating_point()
         for piece in tensor.detach().view(-1).split(len(noise)):
             if name.endswith(".scales"):
-                piece.fill_(0.003)  # in int4 weights of the size of the noise
+                piece.fill_(3 / 1024)  # int4 weights are of the size of the noise
             else:
                 piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
 
@@ -163,7 +164,10 @@ def make_views(
 
 def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
     """One graph for every number of visible slots and, beyond one, of new tokens per row."""
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, **compiler_settings(device))
+    settings = compiler_settings(model, device)
+    # One graph for each batch size and length of the caches; at 8 the compiler would give up.
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
     def view(tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, *last: Tensor) -> Tensor:
         # A graph holds for certain strides only, even those of dimensions of size 1.
@@ -176,19 +180,27 @@ def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Ten
             torch._dynamo.mark_dynamic(pos, 1)
         return compiled(tokens, pos, slots, caches, *last)
 
+    # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
+    # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
+    # this large begins a chunk of its own, which has room for all that it calls.
+    view.__code__ = view.__code__.replace(co_stacksize=FRAME)
     return view
 
 
-def compiler_settings(device: torch.device) -> dict[str, Any]:
+def compiler_settings(model: Transformer, device: torch.device) -> dict[str, Any]:
     if device.type != "cpu":
         return {"mode": "reduce-overhead"}
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
+    # The products and the attention are library calls. Beside dense weights the code between them
+    # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
+    packed = any(isinstance(module, TiledLinear) for module in model.modules())
     return {
         "options": {
-            # The products and the attention are library calls; the code between them takes no
-            # measurable time, vectorised or not, but vectorised it takes seconds more to compile.
-            "cpp.vec_isa_ok": False,
+            "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
+            "cpp.vec_isa_ok": True,
+            # A vectorised loop over one row is over before a second thread has begun.
+            "cpp.min_chunk_size": 16384 if packed else 512,
             # Pays from some twenty kernels on; a model has four.
             "cpp_cache_precompile_headers": False,
             # The two residual sums of a block are then one kernel, not two.

@@ -199,17 +199,17 @@ class Attention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Llama's: w2(act(w1 x) * w3 x)."""
+    """Llama's: w2(act(w1 x) * w3 x), where w1 and w3 are one product, as q, k and v are."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w1 = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.w13 = Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
         self.w2 = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
-        self.w3 = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
         self.activation = ACTIVATIONS[args.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+        gate, up = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.w2(self.activation(gate) * up)
 
 
 class PlainFeedForward(nn.Module):

@@ -207,6 +207,7 @@ def test_progress_adds_up_to_the_file(folder: Path):
 def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
     tensors = exported(weights(CONFIG), CONFIG)
     del tensors["model.layers.0.mlp.up_proj.weight"]
+    del tensors["model.layers.0.mlp.down_proj.weight"]
     tensors["model.layers.9.mlp.up_proj.weight"] = torch.ones(1)
     tensors["model.visual.weight"] = torch.ones(1)
     tensors["model.norm.weight"] = torch.ones(33)
@@ -214,8 +215,9 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
     with pytest.raises(ValueError, match="does not fit") as caught:
         loaded(folder)
     message = one_line(caught)
-    assert "layers.0.feed_forward.w3.weight is missing" in message
-    assert "layers.9.feed_forward.w3.weight is not part of the model" in message
+    assert "layers.0.feed_forward.w2.weight is missing" in message
+    assert "layers.0.feed_forward.w13.weight has shape [48, 32] and should have [96, 32]" in message
+    assert "layers.9.feed_forward.w13.weight is not part of the model" in message
     assert "model.visual.weight is not part of the model" in message
     assert "norm.weight has shape [33] and should have [32]" in message
 

@@ -1,6 +1,7 @@
 """Generation: against transformers, compiled against eager, rows of a batch against single runs."""
 
 import dataclasses
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,34 @@ def test_one_graph_serves_every_prompt_length(both: tuple[LoadedModel, ...]):
         sizes.add(visible_slots(length + 1, 400))
     assert len(sizes) > 4
     assert counts[0] == counts[-1]
+
+
+def test_a_compiled_step_maps_no_memory_whatever_the_depth_of_its_caller(
+    both: tuple[LoadedModel, ...],
+):
+    """Python maps a new chunk for frames at every 16 kB; a step across such a place took 1.4 times
+    as long. Here the caller's frame is made larger and larger, until it has been everywhere."""
+    lm = both[1]
+    caches = lm.make_caches(1, 64)
+    token, pos, slots = torch.tensor([[5]]), torch.tensor([[9]]), torch.arange(64)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with torch.inference_mode():
+            for _ in range(8):
+                lm.decode(token, pos, slots, caches)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def called_from_a_frame_of(words: int) -> int:
+        def caller() -> int:
+            return faults()
+
+        caller.__code__ = caller.__code__.replace(co_stacksize=words)
+        return caller()
+
+    faults()
+    found = [called_from_a_frame_of(words) for words in range(16, 2200, 8)]
+    assert sorted(found)[-3] < 8 * 8  # a step; its own frame takes 3, and chance a few
 
 
 @pytest.mark.parametrize("chunk", [4, 12, 20])

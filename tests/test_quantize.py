@@ -28,6 +28,7 @@ from quantized import (
     quantized_linear,
     round_int4,
     round_int8,
+    scale_units,
     unpack_nibbles,
 )
 
@@ -99,10 +100,13 @@ def test_nibbles_come_back(n: int):
 def test_every_int4_weight_is_within_half_a_step(shape: tuple[int, int], groupsize: int):
     weight = random_linear(shape).weight.detach()
     found = round_int4(weight, groupsize)
-    step = found["scales"].float().repeat_interleave(groupsize, 1)[:, : shape[1]]
+    scales = found["scales"].float()
+    multiples = scales / scale_units(scales)
+    assert torch.equal(multiples, multiples.round()) and multiples.max() <= 255
+    step = scales.repeat_interleave(groupsize, 1)[:, : shape[1]]
     error = (dense_int4(**found)[:, : shape[1]] - weight).abs()
-    # A scale is rounded to float16: at the ends of the span that adds 15 * 2^-11 of a step.
-    assert (error <= step * (0.5 + 15 * 2**-11) + 1e-7).all()
+    # A scale is up to half a unit too small: the ends of the span are 15 times that away.
+    assert (error <= step * 0.5 + 15 * scale_units(scales) / 2 + 1e-7).all()
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,24 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
         bound = x.double().abs() @ weight.t().abs() + layer.bias.double().abs()
         # bfloat16 rounds the result; a block of activations, and for many rows a weight, too.
         assert ((tiled(x).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
+
+
+@tiles
+@pytest.mark.parametrize("groupsize", GROUP_SIZES)
+def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
+    """As others' files have them."""
+    assert cpu_products.build() is None
+    layer = filled(random_linear((48, 300)), {"bits": 4, "groupsize": groupsize}, torch.bfloat16)
+    x = torch.randn(60, 300).bfloat16()
+    short = TiledLinear(layer)
+    layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
+    long = TiledLinear(layer)
+    assert short.packed.nbytes < long.packed.nbytes or groupsize > 64  # a line holds either
+    weight, bias = layer.dense(torch.float64), layer.bias.double()
+    for rows in (x[:1], x[:3], x):
+        wanted = rows.double() @ weight.t() + bias
+        bound = rows.double().abs() @ weight.t().abs() + bias.abs()
+        assert ((long(rows).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
 
 
 @tiles
