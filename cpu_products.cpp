@@ -10,7 +10,7 @@
 // their scales, then spans of 256 inputs, each with the scales and zeros of its groups before its
 // tiles. A tile of 16 outputs by 4 inputs is a register, inputs of one output side by side, as
 // vpdpbusd wants them. int8 is stored plus 128; of int4 two tiles share a register, the first in the
-// low nibbles. Many rows are the business of a GEMM: `dense` hands it the weights in bfloat16.
+// low nibbles. Many rows are the business of a GEMM, which is given the weights in bfloat16.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -27,7 +27,7 @@ constexpr int64_t kChunk = 32;    // inputs that are unpacked together
 constexpr int64_t kLine = 64;     // bytes that memory is read by
 constexpr int64_t kAhead = 2048;  // bytes; prefetched that far ahead memory is read 1.5 times as fast
 constexpr int64_t kStreams = 4;   // read at once by each thread: 12 % faster than one
-constexpr int64_t kPad = 32;      // of a row of `dense`: a power of two would hit the same cache sets
+constexpr int64_t kPad = 32;      // of an unpacked row: a power of two would hit the same cache sets
 
 // Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
 // int8 has no groups and no zeros but 128.
@@ -240,47 +240,51 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
   return out;
 }
 
-// Outputs n0 to n1 of the weights, (K, n1 - n0) in bfloat16.
+// Writes outputs n0 to n1 of the weights to `into`, (K, n1 - n0) in bfloat16.
 template <Format F>
-Tensor dense(const Weights& w, int64_t n0, int64_t n1) {
-  Tensor padded = at::empty({w.K, n1 - n0 + kPad}, at::kBFloat16);
-  auto* data = padded.mutable_data_ptr<at::BFloat16>();
-  const int64_t stride = padded.size(1), header = header_bytes<F>(w.block);
-  at::parallel_for(n0 / kStrip, n1 / kStrip, 1, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; n++) {
-      const __m512 scale_of_all = _mm512_loadu_ps(w.scales(n));
-      const uint8_t *tiles = w.spans(n), *of_span = nullptr;
-      auto* out = data + n * kStrip - n0;
-      for (int64_t k = 0; k < w.K; k += kChunk) {
-        if (k % kSpan == 0) of_span = tiles, tiles += header;
-        const int64_t b = k % kSpan / w.block;
-        const __m512 zero = load_zeros<F>(of_span, w.block, b);
-        const __m512 scale = _mm512_mul_ps(load_scales<F>(of_span, b), scale_of_all);
-        __m512i bytes[8];
-        tiles = unpack<F>(tiles, bytes);
-        for (int i = 0; i < 32; i++) {
-          __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
-          __m512 v = _mm512_cvtepi32_ps(_mm512_and_si512(q, _mm512_set1_epi32(255)));
-          store_bf16(out + (k + i) * stride, _mm512_mul_ps(_mm512_sub_ps(v, zero), scale));
-        }
+void unpack_outputs(const Weights& w, int64_t n0, int64_t n1, const Tensor& into) {
+  auto* data = into.mutable_data_ptr<at::BFloat16>();
+  const int64_t stride = into.stride(0), header = header_bytes<F>(w.block);
+  for (int64_t n = n0 / kStrip; n < n1 / kStrip; n++) {
+    const __m512 scale_of_all = _mm512_loadu_ps(w.scales(n));
+    const uint8_t *tiles = w.spans(n), *of_span = nullptr;
+    auto* out = data + n * kStrip - n0;
+    for (int64_t k = 0; k < w.K; k += kChunk) {
+      if (k % kSpan == 0) of_span = tiles, tiles += header;
+      const int64_t b = k % kSpan / w.block;
+      const __m512 zero = load_zeros<F>(of_span, w.block, b);
+      const __m512 scale = _mm512_mul_ps(load_scales<F>(of_span, b), scale_of_all);
+      __m512i bytes[8];
+      tiles = unpack<F>(tiles, bytes);
+      for (int i = 0; i < 32; i++) {
+        __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
+        __m512 v = _mm512_cvtepi32_ps(_mm512_and_si512(q, _mm512_set1_epi32(255)));
+        store_bf16(out + (k + i) * stride, _mm512_mul_ps(_mm512_sub_ps(v, zero), scale));
       }
     }
-  });
-  return padded.narrow(1, 0, n1 - n0);
+  }
 }
 
+// Every thread by itself unpacks as many outputs as its L2 cache holds, and multiplies by them.
 template <Format F>
 Tensor product_of_many(const Tensor& x, const Weights& w, const std::optional<Tensor>& bias) {
-  constexpr int64_t kScratch = 24 << 20;  // bytes; above 32 MB malloc maps new pages every time
-  const int64_t width = std::max(kScratch / (2 * w.K) / kStrip, int64_t(1)) * kStrip;
-  std::vector<Tensor> parts;
-  for (int64_t n = 0; n < w.N; n += width) {
-    const int64_t end = std::min(n + width, w.N);
-    const Tensor weights = dense<F>(w, n, end);
-    parts.push_back(bias ? at::addmm(bias->to(x.dtype()).narrow(0, n, end - n), x, weights)
-                         : at::mm(x, weights));
-  }
-  return parts.size() == 1 ? parts[0] : at::cat(parts, 1);
+  constexpr int64_t kScratch = 3 << 19;  // bytes, of the 2 MB of L2 that CPUs with AMX have
+  const Tensor out = at::empty({x.size(0), w.N}, x.options());
+  const Tensor added = bias ? bias->to(x.dtype()) : Tensor();
+  const int64_t threads = at::get_num_threads(), parts = 2 * w.K * w.N / kScratch / threads + 1;
+  const int64_t strips = w.N / kStrip, width = (strips - 1) / (parts * threads) + 1;
+  at::parallel_for(0, (strips - 1) / width + 1, 1, [&](int64_t from, int64_t to) {
+    const at::InferenceMode guard;  // which a thread does not inherit
+    const Tensor scratch = at::empty({w.K, width * kStrip + kPad}, x.options());
+    for (int64_t i = from; i < to; i++) {
+      const int64_t n = i * width * kStrip, size = std::min(width * kStrip, w.N - n);
+      unpack_outputs<F>(w, n, n + size, scratch);
+      const Tensor weights = scratch.narrow(1, 0, size);
+      out.narrow(1, n, size)
+          .copy_(bias ? at::addmm(added.narrow(0, n, size), x, weights) : at::mm(x, weights));
+    }
+  });
+  return out;
 }
 
 template <Format F>
