@@ -216,7 +216,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
         loaded(folder)
     message = one_line(caught)
     assert "layers.0.feed_forward.w2.weight is missing" in message
-    assert "layers.0.feed_forward.w13.weight has shape [48, 32] and should have [96, 32]" in message
+    assert "layers.0.feed_forward.w13.weight has shape [40, 32] and should have [80, 32]" in message
     assert "layers.9.feed_forward.w13.weight is not part of the model" in message
     assert "model.visual.weight is not part of the model" in message
     assert "norm.weight has shape [33] and should have [32]" in message
