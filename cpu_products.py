@@ -122,7 +122,7 @@ def hindrance(dtype: torch.dtype) -> str | None:
 
 
 def build() -> str | None:
-    """Load cpu_products.cpp, compiled once for each torch and kind of CPU. None: it worked."""
+    """Load cpu_products.cpp, compiled once for each torch and CPU. None: it worked."""
     if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::quantized_linear", "CPU"):
         return None
     from torch.utils import cpp_extension  # imports setuptools: not before it is needed
@@ -130,8 +130,8 @@ def build() -> str | None:
     if not shutil.which("ninja"):  # pip puts it beside the Python that runs, in no one's path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     # -march=native: what one machine compiled may crash another that shares its home directory.
-    kind = repr((torch.__version__, sorted(torch.cpu.get_capabilities().items()))).encode()
-    folder = CACHE / f"cpu_products-{zlib.crc32(kind):08x}"
+    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCE
+    folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + SOURCE.read_bytes()):08x}"
     if not list(folder.glob("*.so")):
         print("compiling cpu_products.cpp, once: about ten seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
