@@ -192,11 +192,11 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
 
 struct Output {
   at::BFloat16* y;  // (M, N)
-  const float* bias;  // (N) or nullptr
+  const at::BFloat16* bias;  // (N) or nullptr
   int64_t M, N;
 
   void put(int64_t m, int64_t n, __m512 v) const {
-    if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + n * kStrip));
+    if (bias) v = _mm512_add_ps(v, load_bf16(bias + n * kStrip));
     store_bf16(y + m * N + n * kStrip, v);
   }
 };
@@ -216,8 +216,7 @@ int64_t take_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, i
 template <Format F>
 Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& bias) {
   Tensor out = at::empty({x.size(0), w.N}, x.options());
-  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const float* b = bias ? added.const_data_ptr<float>() : nullptr;
+  const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
   const Tensor contiguous = x.contiguous();
   const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
@@ -227,6 +226,7 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
     thread_local Rows rows;
     to_fixed_point(contiguous, w, rows);
     int64_t n = from;
+    static_assert(kStreams == 4);
     for (; n < from + part; n++)
       take_rows<F, 1, kStreams>(w, {n, n + part, n + 2 * part, n + 3 * part}, rows, 0, into);
     n = from + kStreams * part;
@@ -270,7 +270,6 @@ template <Format F>
 Tensor product_of_many(const Tensor& x, const Weights& w, const std::optional<Tensor>& bias) {
   constexpr int64_t kScratch = 3 << 19;  // bytes, of the 2 MB of L2 that CPUs with AMX have
   const Tensor out = at::empty({x.size(0), w.N}, x.options());
-  const Tensor added = bias ? bias->to(x.dtype()) : Tensor();
   const int64_t threads = at::get_num_threads(), parts = 2 * w.K * w.N / kScratch / threads + 1;
   const int64_t strips = w.N / kStrip, width = (strips - 1) / (parts * threads) + 1;
   at::parallel_for(0, (strips - 1) / width + 1, 1, [&](int64_t from, int64_t to) {
@@ -281,7 +280,7 @@ Tensor product_of_many(const Tensor& x, const Weights& w, const std::optional<Te
       unpack_outputs<F>(w, n, n + size, scratch);
       const Tensor weights = scratch.narrow(1, 0, size);
       out.narrow(1, n, size)
-          .copy_(bias ? at::addmm(added.narrow(0, n, size), x, weights) : at::mm(x, weights));
+          .copy_(bias ? at::addmm(bias->narrow(0, n, size), x, weights) : at::mm(x, weights));
     }
   });
   return out;

@@ -99,18 +99,20 @@ def pad(x: Tensor, multiple: int) -> Tensor:
 def use_tiles(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace the quantised linears of a model that is on the CPU, if that is possible here."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if linears and (reason := hindrance(dtype) or build()):
+    if not linears:
+        return
+    if reason := hindrance(dtype) or build():
         print(f"quantised layers run slowly here: {reason}", file=sys.stderr)
         return
     for name, linear in linears.items():
         model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
     for module in model.modules():
-        if linears and isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             module.same_bits = False
 
 
 def hindrance(dtype: torch.dtype) -> str | None:
-    """Why the operator cannot be used, None where they can."""
+    """Why the operator cannot be used, None where it can."""
     has = torch.cpu.get_capabilities()
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"

@@ -188,23 +188,21 @@ def quantize_blocks(
 def quantize_block(
     block: "CalibratedBlock", prefix: str, groupsize: int, report: Report, act_order: bool
 ) -> Iterator[tuple[str, Buffers]]:
-    for names in block.linears():
+    for name in block.linears():
         start = time.perf_counter()
-        hessian, cross = block.statistics(names[0])
-        for name in names:
-            linear = block.quantized.get_submodule(name)
-            weight = linear.weight.clone()
-            target = without_drift(weight, hessian, cross)
-            rounded = round_int4(weight, groupsize)
-            chosen = gptq(target, hessian, groupsize, act_order)
-            refined = refine(chosen, target, hessian, groupsize)
-            buffers = best_of([rounded, chosen, refined], target, hessian)
-            linear.weight.copy_(dense_int4(**buffers)[:, : weight.shape[1]])
-            size = ((target @ hessian) * target).sum().clamp_min(1e-30)
-            errors = [row_errors(b, target, hessian).sum() / size for b in (buffers, rounded)]
-            report(prefix + name, *(e.item() for e in errors), time.perf_counter() - start)
-            start = time.perf_counter()
-            yield prefix + name, {leaf: buffer.cpu() for leaf, buffer in buffers.items()}
+        hessian, cross = block.statistics(name)
+        linear = block.quantized.get_submodule(name)
+        weight = linear.weight.clone()
+        target = without_drift(weight, hessian, cross)
+        rounded = round_int4(weight, groupsize)
+        chosen = gptq(target, hessian, groupsize, act_order)
+        refined = refine(chosen, target, hessian, groupsize)
+        buffers = best_of([rounded, chosen, refined], target, hessian)
+        linear.weight.copy_(dense_int4(**buffers)[:, : weight.shape[1]])
+        size = ((target @ hessian) * target).sum().clamp_min(1e-30)
+        errors = [row_errors(b, target, hessian).sum() / size for b in (buffers, rounded)]
+        report(prefix + name, *(e.item() for e in errors), time.perf_counter() - start)
+        yield prefix + name, {leaf: buffer.cpu() for leaf, buffer in buffers.items()}
 
 
 def without_drift(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
@@ -224,21 +222,15 @@ class CalibratedBlock:
         self.dense, self.dense_inputs = copy.deepcopy(model.layers[layer]), dense
         self.quantized, self.inputs = model.layers[layer], quantized
 
-    def linears(self) -> list[list[str]]:
-        """Linears in the order in which they run; those that are given the same input together."""
+    def linears(self) -> list[str]:
+        """Linears in the order in which they run; no two are given the same input."""
         names = [name for name, m in self.quantized.named_modules() if isinstance(m, Linear)]
         seen: list[tuple[str, Tensor]] = []
         with contextlib.ExitStack() as hooks:
             for name in names:
                 hooks.enter_context(watched(self.quantized, name, partial(saw, seen, name)))
             self.run(self.quantized, self.inputs[:1])
-        groups: list[list[str]] = []
-        for n, (name, x) in enumerate(seen):
-            if n and x is seen[n - 1][1]:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-        return groups
+        return [name for name, _ in seen]
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
         """Y'Y and X'Y, (K, K) float32, for the inputs X, dense, and Y, quantised, of a linear."""
