@@ -6,6 +6,7 @@ that, a model keeps the linears of quantized.py, which are slower and the refere
 """
 
 import contextlib
+import mmap
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from quantized import Int4Linear, Int8Linear, QuantizedLinear, scale_units, unpa
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cpp
+HUGE = 2**21  # bytes of a huge page
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
 NEEDED = ("avx512_vnni", "avx512_bf16")
@@ -43,7 +45,7 @@ class TiledLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         packed, *how = pack_int8(linear) if isinstance(linear, Int8Linear) else pack_int4(linear)
         bias = None if linear.bias is None else pad(linear.bias.detach(), STRIP)
-        self.register_buffer("packed", packed)
+        self.register_buffer("packed", on_huge_pages(packed))
         self.register_buffer("bias", bias)
         self._how = *how, self.out_features
 
@@ -89,6 +91,20 @@ def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
     """Each strip, (N/16, ...) bytes, behind the float32 scales, (N,), of its outputs."""
     scales = pad(scales, STRIP).view(-1, STRIP).view(torch.uint8)  # (N/16, 64)
     return torch.cat((scales, strips.flatten(1)), 1)
+
+
+def on_huge_pages(x: Tensor) -> Tensor:
+    """The same, contiguous, in huge pages as far as it fills any and the system has them.
+
+    A step reads every weight once, and 4 kB at a time it waits for page tables: 4 %.
+    """
+    if x.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return x.contiguous()
+    memory = mmap.mmap(-1, x.nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -buffer.data_ptr() % HUGE
+    memory.madvise(mmap.MADV_HUGEPAGE, start, x.nbytes // HUGE * HUGE)
+    return buffer[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:
