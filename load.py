@@ -3,17 +3,9 @@
 Start at load_model, the one place where a model's features meet, in this order: the checkpoint's
 args -> Transformer on the meta device -> every tensor read once, straight to where it stays ->
 prefill and decode as two views of the model, compiled or not.
-
-Compiled views follow gpt-fast: the whole step under torch.compile, with CUDA graphs where there
-is a GPU, over a KV cache that does not move.
 """
 
-import contextlib
-import importlib
-import os
-import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, allocate, check_memory, read_json
-from cpu_products import TiledLinear, use_tiles
+from compiled import compiled_view, compiler_imported
+from cpu_products import use_tiles
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
 from quantized import swap_linears
@@ -36,7 +29,6 @@ CACHES: dict[str | None, Callable[..., KVCache]] = {
     "int8": partial(QuantizedKVCache, bits=8),
     "int4": partial(QuantizedKVCache, bits=4),
 }
-FRAME = 2**13  # words of Python's stack, 64 kB
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 
 
@@ -160,72 +152,6 @@ def make_views(
     prefill = compiled_view(model, device) if compile and compile_prefill else model
     decode = compiled_view(model, device) if compile else model
     return LoadedModel(model, prefill, decode, tokenizer)
-
-
-def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
-    """One graph for every number of visible slots and, beyond one, of new tokens per row."""
-    settings = compiler_settings(model, device)
-    # One graph for each batch size and length of the caches; at 8 the compiler would give up.
-    torch._dynamo.config.recompile_limit = 64
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
-
-    def view(tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, *last: Tensor) -> Tensor:
-        # A graph holds for certain strides only, even those of dimensions of size 1.
-        tokens, pos, *last = (
-            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
-        )
-        torch._dynamo.mark_dynamic(slots, 0)
-        if tokens.shape[1] > 1:
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(pos, 1)
-        return compiled(tokens, pos, slots, caches, *last)
-
-    # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
-    # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
-    # this large begins a chunk of its own, which has room for all that it calls.
-    view.__code__ = view.__code__.replace(co_stacksize=FRAME)
-    return view
-
-
-def compiler_settings(model: Transformer, device: torch.device) -> dict[str, Any]:
-    if device.type != "cpu":
-        return {"mode": "reduce-overhead"}
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
-    # The products and the attention are library calls. Beside dense weights the code between them
-    # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
-    packed = any(isinstance(module, TiledLinear) for module in model.modules())
-    return {
-        "options": {
-            "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
-            "cpp.vec_isa_ok": True,
-            # A vectorised loop over one row is over before a second thread has begun.
-            "cpp.min_chunk_size": 16384 if packed else 512,
-            # Pays from some twenty kernels on; a model has four.
-            "cpp_cache_precompile_headers": False,
-            # The two residual sums of a block are then one kernel, not two.
-            "inplace_buffers": False,
-            # Rounding where eager code rounds: compiled text is eager text, bit for bit.
-            "emulate_precision_casts": True,
-            # 400 tensors of a step, each looked at anew: 0.5 ms, and never once wrong.
-            "size_asserts": False,
-        }
-    }
-
-
-@contextlib.contextmanager
-def compiler_imported(wanted: bool) -> Iterator[None]:
-    """Import the compiler in a thread, while the weights are read: it takes a second or two."""
-    if not wanted:
-        yield
-        return
-    importlib.import_module("torch._dynamo")  # here, as two threads importing it would collide
-    # Importing only: a compilation in this thread makes the next one crash where torch was built
-    # for CUDA and there is no GPU (torch 2.11).
-    thread = threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"])
-    thread.start()
-    yield
-    thread.join()
 
 
 def find_device(name: str) -> torch.device:

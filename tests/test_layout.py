@@ -26,8 +26,10 @@ FLOORS = {
     "quantized": {"model"},
     "quantized_cache": {"model", "quantized"},
     "cpu_products": {"model", "quantized"},
+    "compiled": {"cpu_products", "model"},
     "load": {
-        "checkpoint", "cpu_products", "hf", "model", "quantized", "quantized_cache", "tokenizer",
+        "checkpoint", "compiled", "cpu_products", "hf", "model", "quantized", "quantized_cache",
+        "tokenizer",
     },
     "gptq": {"checkpoint", "model", "quantized"},
     "quantize": {"checkpoint", "gptq", "load", "model", "quantized", "tokenizer"},

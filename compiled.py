@@ -1,0 +1,155 @@
+"""A model's step as one compiled graph: how it is compiled, and how it is called.
+
+Start at compiled_view. As in gpt-fast the whole step is under torch.compile, with CUDA graphs where
+there is a GPU, over a KV cache that does not move.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpu_products import TiledLinear
+from model import KVCache, Transformer
+
+FRAME = 2**13  # words of Python's stack, 64 kB
+Graph = Callable[..., Sequence[Tensor]]
+
+
+def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
+    """One graph for every number of visible slots and, beyond one, of new tokens per row.
+
+    Called as the model is. The model must keep the tensors that it has.
+    """
+    shortcuts = Shortcuts()
+    settings = compiler_settings(model, device, shortcuts)
+    # One graph for each batch size and length of the caches; at 8 the compiler would give up.
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
+
+    def view(
+        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *last: Tensor
+    ) -> Tensor:
+        # A graph holds for certain strides only, even those of dimensions of size 1.
+        tokens, pos, *last = (
+            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
+        )
+        given = [tokens, pos, slots, *last, *(t for c in caches for t in c._buffers.values())]
+        if (logits := shortcuts.take(given)) is not None:
+            return logits
+        torch._dynamo.mark_dynamic(slots, 0)
+        if tokens.shape[1] > 1:
+            torch._dynamo.mark_dynamic(tokens, 1)
+            torch._dynamo.mark_dynamic(pos, 1)
+        logits = compiled(tokens, pos, slots, caches, *last)
+        shortcuts.remember(given)
+        return logits
+
+    # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
+    # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
+    # this large begins a chunk of its own, which has room for all that it calls.
+    view.__code__ = view.__code__.replace(co_stacksize=FRAME)
+    return view
+
+
+class Shortcuts:
+    """Ways to a compiled graph that do not lead through Dynamo.
+
+    Dynamo, at every call, checks and collects what a graph takes, each weight by its path from the
+    model: 1.3 ms on a CPU, 6 % of a step of a small int4 model. But weights stay, and the rest is
+    what the caller gives. Where that has been given once in these shapes, it takes the same places
+    among the graph's inputs again.
+    """
+
+    def __init__(self):
+        self.known: dict[Any, tuple[Graph, list[Any], list[tuple[int, int]]]] = {}
+        self.seen: tuple[Graph, Sequence[Any]] | None = None  # the graph that ran, and its inputs
+
+    def inductor(self, options: dict[str, Any]) -> Callable[[Any, Any], Graph]:
+        """A backend for torch.compile: Inductor, and each call of what it compiles is seen."""
+
+        def compile(traced: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
+            from torch._inductor.compile_fx import compile_fx  # takes a second: see below
+
+            graph = compile_fx(traced, examples, config_patches=options)
+
+            def watched(*inputs: Any) -> Sequence[Tensor]:
+                self.seen = graph, inputs
+                return graph(*inputs)
+
+            return watched
+
+        return compile
+
+    def remember(self, given: list[Tensor]) -> None:
+        """What the last call was given, and where that is among the inputs of what it ran."""
+        if self.seen:
+            graph, inputs = self.seen
+            at = {id(tensor): n for n, tensor in enumerate(given)}
+            places = [(i, at[id(x)]) for i, x in enumerate(inputs) if id(x) in at]
+            inputs = [None if id(x) in at else x for x in inputs]  # caches may come and go
+            self.known[shapes(given)] = graph, inputs, places
+        self.seen = None
+
+    def take(self, given: list[Tensor]) -> Tensor | None:
+        """The logits, where the way is known."""
+        if not (found := self.known.get(shapes(given))):
+            return None
+        graph, inputs, places = found
+        inputs = inputs.copy()
+        for place, n in places:
+            inputs[place] = given[n]
+        return graph(*inputs)[0]
+
+
+def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple((t.shape, t.dtype) for t in tensors)
+
+
+def compiler_settings(
+    model: Transformer, device: torch.device, shortcuts: Shortcuts
+) -> dict[str, Any]:
+    if device.type != "cpu":
+        # CUDA graphs count Dynamo's calls as steps, and the host is ahead of the device anyway.
+        return {"mode": "reduce-overhead"}
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
+    # The products and the attention are library calls. Beside dense weights the code between them
+    # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
+    packed = any(isinstance(module, TiledLinear) for module in model.modules())
+    options = {
+        "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
+        "cpp.vec_isa_ok": True,
+        # A vectorised loop over one row is over before a second thread has begun.
+        "cpp.min_chunk_size": 16384 if packed else 512,
+        # Pays from some twenty kernels on; a model has four.
+        "cpp_cache_precompile_headers": False,
+        # The two residual sums of a block are then one kernel, not two.
+        "inplace_buffers": False,
+        # Rounding where eager code rounds: compiled text is eager text, bit for bit.
+        "emulate_precision_casts": True,
+        # 400 tensors of a step, each looked at anew: 0.5 ms, and never once wrong.
+        "size_asserts": False,
+    }
+    return {"backend": shortcuts.inductor(options)}
+
+
+@contextlib.contextmanager
+def compiler_imported(wanted: bool) -> Iterator[None]:
+    """Import the compiler in a thread, while the weights are read: it takes a second or two."""
+    if not wanted:
+        yield
+        return
+    importlib.import_module("torch._dynamo")  # here, as two threads importing it would collide
+    # Importing only: a compilation in this thread makes the next one crash where torch was built
+    # for CUDA and there is no GPU (torch 2.11).
+    thread = threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"])
+    thread.start()
+    yield
+    thread.join()

@@ -1,0 +1,104 @@
+"""Compiled steps: called without Dynamo they compute what they did through it."""
+
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from compiled import Shortcuts
+from generate import GenerationConfig, complete
+from load import LoadedModel, load_model, make_views
+
+ROOT = Path(__file__).resolve().parent.parent
+GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)
+TEXTS = "Once upon a time", "The big dog", "Tim had a red ball. One day"
+
+
+@pytest.fixture(scope="module", params=[None, "int8"], ids=["dense-cache", "int8-cache"])
+def lm(request: pytest.FixtureRequest) -> LoadedModel:
+    options = {"kv_dtype": request.param, "compile": True, "compile_prefill": True}
+    return load_model(ROOT / "checkpoints" / "demo", device="cpu", dtype=torch.float32, **options)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each compiled step, whether it knew the way."""
+    found, take = [], Shortcuts.take
+
+    def watched(self: Shortcuts, given: list[torch.Tensor]) -> torch.Tensor | None:
+        logits = take(self, given)
+        found.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(Shortcuts, "take", watched)
+    return found
+
+
+def ids(lm: LoadedModel, texts: tuple[str, ...], **options) -> list[list[int]]:
+    prompts = [lm.tokenizer.encode(text) for text in texts]
+    return [c.ids for c in complete(lm, prompts, GREEDY, **options)]
+
+
+def eager(lm: LoadedModel) -> LoadedModel:
+    return make_views(lm.model, lm.tokenizer, compile=False, compile_prefill=False)
+
+
+def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, taken: list[bool]):
+    caches = [lm.make_caches(1, 100) for _ in range(2)]
+    wanted = [ids(eager(lm), (text,)) for text in TEXTS]
+    assert ids(lm, TEXTS[:1], caches=caches[0]) == wanted[0]
+    # Prefill, then steps of 64, 96 and 100 visible slots, each once.
+    assert 2 <= taken.count(False) <= 4
+    assert len(taken) == GREEDY.max_new_tokens
+    known = taken.count(False)
+    for n in (1, 2, 0):  # other contents, and other caches of these shapes
+        assert ids(lm, TEXTS[n : n + 1], caches=caches[n % 2]) == wanted[n]
+    assert taken.count(False) <= known + 2  # prefills of other lengths
+    assert len(set(map(str, wanted))) == 3
+
+
+def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, taken: list[bool]):
+    batch = ids(lm, TEXTS)
+    assert batch == ids(eager(lm), TEXTS)
+    assert [ids(lm, (text,))[0] for text in TEXTS] == batch
+    caches, slots = lm.make_caches(1, 100), torch.arange(64)
+    with torch.inference_mode():
+        for dtype in (torch.long, torch.int32, torch.long, torch.int32):
+            token, pos = torch.tensor([[7]], dtype=dtype), torch.tensor([[0]])
+            logits = lm.decode(token, pos, slots, caches)
+            torch.testing.assert_close(logits, lm.model(token, pos, slots, caches))
+    assert taken[-2:] == [True, True]
+
+
+def test_a_shortcut_keeps_no_cache_alive(lm: LoadedModel):
+    caches = lm.make_caches(1, 91)  # of a shape that is new
+    ids(lm, TEXTS[:1], caches=caches)
+    kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
+    del caches
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+def test_weights_that_change_in_place_are_seen(lm: LoadedModel):
+    before = ids(lm, TEXTS[:1])
+    weight = lm.model.layers[0].attention.wo.weight
+    saved = weight.detach().clone()
+    with torch.inference_mode():
+        weight.neg_()
+        try:
+            changed = ids(lm, TEXTS[:1])
+            assert changed == ids(eager(lm), TEXTS[:1]) != before
+        finally:
+            weight.copy_(saved)
+    assert ids(lm, TEXTS[:1]) == before
+
+
+def test_a_step_that_may_not_be_compiled_runs_all_the_same(lm: LoadedModel):
+    short = dataclasses.replace(GREEDY, max_new_tokens=5)
+    prompt = lm.tokenizer.encode("A step of a shape that nothing else has here")
+    with torch.compiler.set_stance("force_eager"):
+        (completion,) = complete(lm, [prompt], short, caches=lm.make_caches(1, 77))
+    assert completion.ids == complete(eager(lm), [prompt], short)[0].ids
