@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that is to be measured on a machine with one NVIDIA H200, in less than nine minutes:
-# versions, correctness, an 8B shape eager, compiled and in int8 and int4, a decode step's kernels.
+# versions, correctness, an 8B shape eager, compiled and in int8 and int4, its products beside
+# tinygemm's, a decode step's kernels.
 #
 #     ./benchmarks/gpu.sh                                   # writes to benchmarks/results/gpu-DATE
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
@@ -88,6 +89,7 @@ part check 150 "$python" benchmarks/gpu_check.py --device "$device"
 bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3
 bench decode_b1_int8 60 --compile --random_mode int8 --prompt 128 --max_new_tokens 128 --repeats 3
 bench decode_b1_int4 60 --compile --random_mode int4 --prompt 128 --max_new_tokens 128 --repeats 3
+part products 60 "$python" benchmarks/gpu_products.py --device "$device" --config "$config"
 bench decode_b1_eager 60 --prompt 128 --max_new_tokens 64 --repeats 3
 # Of a CUDA graph's first runs one warms up and one records: the median of five meets neither.
 bench prefill_compiled 70 --compile --compile_prefill --prompt 2048 --max_new_tokens 8 --repeats 5

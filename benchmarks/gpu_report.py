@@ -31,7 +31,8 @@ def summary(args: argparse.Namespace) -> dict[str, Any]:
         figures = part["figures"] or {}
         entry = {"rc": part["rc"], "seconds": part["seconds"]}
         entry |= benched(figures, args.nominal) if "tokens_per_s" in figures else {}
-        entry |= {key: figures[key] for key in ("checks", "failed") if key in figures}
+        kept = "checks", "failed", "int4_over_tinygemm"
+        entry |= {key: figures[key] for key in kept if key in figures}
         short[part["part"]] = entry
         log(f"{part['part']:24} {part['rc']:4} {part['seconds']:5} {shares(entry)}")
     rates = [
