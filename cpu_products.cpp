@@ -28,7 +28,7 @@ constexpr int64_t kLine = 64;     // bytes that memory is read by
 // Bytes; prefetched that far ahead memory is read 1.5 times as fast. At 2048 one thread of two was
 // now and then, for a whole step, as slow as without; a page, and more, never.
 constexpr int64_t kAhead = 4096;
-constexpr int64_t kStreams = 4;   // read at once by each thread: 12 % faster than one
+constexpr int64_t kSums = 16;     // registers that add up, of the 32 that there are
 constexpr int64_t kPad = 32;      // of an unpacked row: a power of two would hit the same cache sets
 
 // Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
@@ -125,31 +125,23 @@ inline void prefetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) _mm_prefetch(from + i, _MM_HINT_T0);
 }
 
-// 32 inputs of 16 outputs, as 8 registers of unsigned bytes.
+// A register of stored weights as tiles of unsigned bytes.
 template <Format F>
-inline const uint8_t* unpack(const uint8_t* w, __m512i (&tiles)[8]) {
-  constexpr int kLoads = bits(F);
-#pragma GCC unroll 8
-  for (int i = 0; i < kLoads; i++) {
-    __m512i v = _mm512_loadu_si512(w + 64 * i);
-    _mm_prefetch(w + 64 * i + kAhead, _MM_HINT_T0);
-    if constexpr (bits(F) == 4) {
-      tiles[2 * i] = low_nibbles(v), tiles[2 * i + 1] = high_nibbles(v);
-    } else {
-      tiles[i] = v;
-    }
-  }
-  return w + 64 * kLoads;
+inline void unpack(const uint8_t* from, __m512i* tiles) {
+  const __m512i v = _mm512_loadu_si512(from);
+  if constexpr (bits(F) == 8) tiles[0] = v;
+  if constexpr (bits(F) == 4) tiles[0] = low_nibbles(v), tiles[1] = high_nibbles(v);
 }
 
 // 16 outputs of each of M rows, from row `first` on, by each of STRIPS strips: (STRIPS, M, 16).
 template <Format F, int M, int STRIPS>
 void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, int64_t first,
                     __m512* y) {
+  constexpr int kTiles = 8 / bits(F);  // in a register of stored bytes
   const uint8_t *tiles[STRIPS], *headers[STRIPS];
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]);
   const int64_t K = w.K, blocks = w.blocks(), header = header_bytes<F>(w.block);
-  const int8_t *hi = &x.hi[first * K], *lo = &x.lo[first * K];
+  const int8_t* parts[2] = {&x.hi[first * K], &x.lo[first * K]};
   for (int i = 0; i < STRIPS * M; i++) y[i] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t in_span = b % (kSpan / w.block);
@@ -158,32 +150,42 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
       prefetch(tiles[t] + kAhead, header);
       tiles[t] += header;
     }
-    __m512i high[STRIPS * M], low[STRIPS * M];  // a block of 256 and less cannot overflow them
-    for (int i = 0; i < STRIPS * M; i++) high[i] = low[i] = _mm512_setzero_si512();
-    for (int64_t k = b * w.block; k < (b + 1) * w.block; k += kChunk) {
-      for (int t = 0; t < STRIPS; t++) {
-        __m512i bytes[8];
-        tiles[t] = unpack<F>(tiles[t], bytes);
+    // First by all high bytes, then by all low ones: a sum for both, which a block of 256 and less
+    // cannot overflow. Weights are unpacked twice for it, and one row is no slower.
+    __m512i sums[STRIPS * M];
+    for (int i = 0; i < STRIPS * M; i++) sums[i] = _mm512_setzero_si512();
+    for (int p = 0; p < 2; p++) {
+      if (p) for (int i = 0; i < STRIPS * M; i++) sums[i] = _mm512_slli_epi32(sums[i], 8);
+      const int8_t* row = parts[p] + b * w.block;
+      for (int64_t at = 0; at < w.block / 4; at += kTiles) {
+        __m512i tile[STRIPS][2];
+#pragma GCC unroll 4
+        for (int t = 0; t < STRIPS; t++) {
+          const uint8_t* from = tiles[t] + 64 / kTiles * at;
+          if (p) _mm_prefetch(from + kAhead, _MM_HINT_T0);
+          unpack<F>(from, tile[t]);
+        }
+#pragma GCC unroll 2
+        for (int j = 0; j < kTiles; j++) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
           for (int m = 0; m < M; m++) {
-            const int64_t at = m * K + k + 4 * i;
-            auto four = [at](const int8_t* of) {
-              return _mm512_set1_epi32(*reinterpret_cast<const int*>(of + at));
-            };
-            high[t * M + m] = _mm512_dpbusd_epi32(high[t * M + m], bytes[i], four(hi));
-            low[t * M + m] = _mm512_dpbusd_epi32(low[t * M + m], bytes[i], four(lo));
+            const int8_t* inputs = row + m * K + 4 * (at + j);
+            const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int*>(inputs));
+#pragma GCC unroll 4
+            for (int t = 0; t < STRIPS; t++)
+              sums[t * M + m] = _mm512_dpbusd_epi32(sums[t * M + m], tile[t][j], four);
           }
         }
       }
     }
     for (int t = 0; t < STRIPS; t++) {
+      tiles[t] += kStrip * w.block / kTiles;
       const __m512 zero = load_zeros<F>(headers[t], w.block, in_span);
       const __m512 scale = load_scales<F>(headers[t], in_span);
       for (int m = 0; m < M; m++) {
         const int64_t i = t * M + m, at = (first + m) * blocks + b;
-        __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]));
-        dot = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]), dot);
+        const __m512 dot = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]),
+                                            _mm512_cvtepi32_ps(sums[i]));
         y[i] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), dot, y[i]);
       }
     }
@@ -215,6 +217,22 @@ int64_t take_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, i
   return m;
 }
 
+// Strips `from` to `to` of the weights as STREAMS stretches that are read side by side.
+template <Format F, int STREAMS>
+void strips_by_all_rows(const Weights& w, const Rows& rows, int64_t from, int64_t to,
+                        const Output& out) {
+  const int64_t part = (to - from) / STREAMS;
+  for (int64_t i = 0; i < part; i++) {
+    int64_t n[STREAMS], m = 0;
+    for (int t = 0; t < STREAMS; t++) n[t] = from + t * part + i;
+    if constexpr (8 * STREAMS <= kSums) m = take_rows<F, 8, STREAMS>(w, n, rows, m, out);
+    m = take_rows<F, 4, STREAMS>(w, n, rows, m, out);
+    m = take_rows<F, 2, STREAMS>(w, n, rows, m, out);
+    take_rows<F, 1, STREAMS>(w, n, rows, m, out);
+  }
+  for (int64_t n = from + STREAMS * part; n < to; n++) take_rows<F, 1, 1>(w, {n}, rows, 0, out);
+}
+
 template <Format F>
 Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& bias) {
   Tensor out = at::empty({x.size(0), w.N}, x.options());
@@ -223,21 +241,13 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
   const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
     // The first weights come in while every thread writes all rows in fixed point for itself.
-    const int64_t part = into.M == 1 ? (to - from) / kStreams : 0;
-    for (int64_t i = 0; i < kStreams; i++) prefetch(w.scales(from + i * part), kAhead);
+    const int64_t streams = into.M <= kSums / 4 ? 4 : 2;
+    for (int64_t i = 0; i < streams; i++)
+      prefetch(w.scales(from + i * ((to - from) / streams)), kAhead);
     thread_local Rows rows;
     to_fixed_point(contiguous, w, rows);
-    int64_t n = from;
-    static_assert(kStreams == 4);
-    for (; n < from + part; n++)
-      take_rows<F, 1, kStreams>(w, {n, n + part, n + 2 * part, n + 3 * part}, rows, 0, into);
-    n = from + kStreams * part;
-    for (; n < to; n++) {
-      int64_t m = take_rows<F, 8, 1>(w, {n}, rows, 0, into);
-      m = take_rows<F, 4, 1>(w, {n}, rows, m, into);
-      m = take_rows<F, 2, 1>(w, {n}, rows, m, into);
-      take_rows<F, 1, 1>(w, {n}, rows, m, into);
-    }
+    if (streams == 4) strips_by_all_rows<F, 4>(w, rows, from, to, into);
+    else strips_by_all_rows<F, 2>(w, rows, from, to, into);
   });
   return out;
 }
@@ -257,7 +267,12 @@ void unpack_outputs(const Weights& w, int64_t n0, int64_t n1, const Tensor& into
       const __m512 zero = load_zeros<F>(of_span, w.block, b);
       const __m512 scale = _mm512_mul_ps(load_scales<F>(of_span, b), scale_of_all);
       __m512i bytes[8];
-      tiles = unpack<F>(tiles, bytes);
+      constexpr int kTiles = 8 / bits(F);
+      for (int i = 0; i < 8; i += kTiles) {
+        _mm_prefetch(tiles + kAhead, _MM_HINT_T0);
+        unpack<F>(tiles, bytes + i);
+        tiles += 64;
+      }
       for (int i = 0; i < 32; i++) {
         __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
         __m512 v = _mm512_cvtepi32_ps(_mm512_and_si512(q, _mm512_set1_epi32(255)));
