@@ -57,6 +57,8 @@ def benched(figures: dict[str, Any], nominal: float) -> dict[str, Any]:
 
 
 def shares(entry: dict[str, Any]) -> str:
+    if "int4_over_tinygemm" in entry:
+        return f"int4 {entry['int4_over_tinygemm']:.2f} times as fast as tinygemm"
     if "of_nominal" not in entry:
         return f"{len(entry['failed'])} of {entry['checks']} failed" if "failed" in entry else ""
     rates = ", ".join(f"{k} {v}" for k, v in entry.items() if k[:2] in ("pp", "tg"))
