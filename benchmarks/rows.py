@@ -2,8 +2,8 @@
 
     python benchmarks/rows.py --mode int4
 
-Start at main. One loaded model runs a step of 1, 2, 4, 8 and 16 tokens of one text, in turns,
-eager; the result is the median time of each over that of one token in the same round.
+Start at main. One loaded model runs a step of 1, 2, 4, 8 and 16 tokens of one text, in turns, eager
+or compiled; the result is the median time of each over that of one token in the same round.
 """
 
 import argparse
@@ -30,14 +30,16 @@ PAST = 128  # tokens that the cache holds already
 def main(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     scheme = None if args.mode == "dense" else make_scheme(args.mode, 32, args.mode)
-    lm, others = random_model(args.config, device="cpu", scheme=scheme), Others()
+    compiled = {"compile": args.compile, "compile_prefill": args.compile}
+    lm, others = random_model(args.config, device="cpu", scheme=scheme, **compiled), Others()
     caches, slots = lm.make_caches(1, 256), torch.arange(192)
     seconds: dict[int, list[float]] = {rows: [] for rows in args.rows}
     for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
         for rows, of in seconds.items():
             tokens, pos = torch.ones(1, rows, dtype=torch.long), slots[PAST : PAST + rows]
+            step = lm.decode if rows == 1 else lm.prefill
             start = time.perf_counter()
-            lm.model(tokens, pos.unsqueeze(0), slots, caches)
+            step(tokens, pos.unsqueeze(0), slots, caches)
             of.append(time.perf_counter() - start)
     figures = {}
     for rows, of in seconds.items():
@@ -48,6 +50,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "rows",
         "config": args.config.stem,
         "mode": args.mode,
+        "compiled": args.compile,
         "rows": figures,
         "others_cpu_share": others.share(),
     } | provenance(CPU)
@@ -58,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--mode", choices=["dense", "int8", "int4"], default="int4", help="(default: int4)")
+    add("--compile", action="store_true", help="compiled steps")
     add("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="(default: 1 2 4 8 16)")
     add("--rounds", type=int, default=15, help="turns of each (default: 15)")
     add("--threads", type=int, default=2, help="(default: 2)")
