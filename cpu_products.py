@@ -94,12 +94,12 @@ def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
 
 
 def on_huge_pages(x: Tensor) -> Tensor:
-    """The same, contiguous, in huge pages as far as it fills any and the system has them.
+    """The same in huge pages, as far as it fills any and the system has them.
 
     A step reads every weight once, and 4 kB at a time it waits for page tables: 4 %.
     """
     if x.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return x.contiguous()
+        return x
     memory = mmap.mmap(-1, x.nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     start = -buffer.data_ptr() % HUGE

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,8 @@ CONTESTANTS: dict[str, Callable[[Tensor], torch.nn.Module]] = {
 def linear_shapes(config: Path) -> dict[tuple[int, int], int]:
     """(N, K) of the linears of a model, and how many of each it has."""
     model = skeleton(model_args(read_json(config)), None)
-    shapes: dict[tuple[int, int], int] = {}
-    for module in model.modules():
-        if isinstance(module, Linear):
-            shape = module.out_features, module.in_features
-            shapes[shape] = shapes.get(shape, 0) + 1
-    return shapes
+    linears = (module for module in model.modules() if isinstance(module, Linear))
+    return Counter((linear.out_features, linear.in_features) for linear in linears)
 
 
 def seconds(turn: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:

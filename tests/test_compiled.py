@@ -82,6 +82,22 @@ def test_a_shortcut_keeps_no_cache_alive(lm: LoadedModel):
     assert not any(ref() is not None for ref in kept)
 
 
+def test_a_call_that_breaks_off_is_forgotten(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args) -> None:
+        raise KeyboardInterrupt
+
+    caches = lm.make_caches(1, 150)  # of a shape that is new
+    with monkeypatch.context() as patched:
+        patched.setattr(Shortcuts, "remember", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ids(lm, TEXTS[:1], caches=caches)
+    kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
+    del caches
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+    assert ids(lm, TEXTS[:1], caches=lm.make_caches(1, 150)) == ids(eager(lm), TEXTS[:1])
+
+
 def test_weights_that_change_in_place_are_seen(lm: LoadedModel):
     before = ids(lm, TEXTS[:1])
     weight = lm.model.layers[0].attention.wo.weight
@@ -100,5 +116,5 @@ def test_a_step_that_may_not_be_compiled_runs_all_the_same(lm: LoadedModel):
     short = dataclasses.replace(GREEDY, max_new_tokens=5)
     prompt = lm.tokenizer.encode("A step of a shape that nothing else has here")
     with torch.compiler.set_stance("force_eager"):
-        (completion,) = complete(lm, [prompt], short, caches=lm.make_caches(1, 77))
+        (completion,) = complete(lm, [prompt], short, caches=lm.make_caches(1, 200))
     assert completion.ids == complete(eager(lm), [prompt], short)[0].ids

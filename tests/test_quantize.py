@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import shutil
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
     layer = filled(random_linear(shape), said, torch.bfloat16)
     tiled = TiledLinear(layer)
     weight = layer.dense(torch.float64)
-    for rows in (1, 2, 7, 8, 15, 60):
+    for rows in (1, 2, 3, 4, 5, 7, 8, 15, 60):
         x = torch.randn(rows, shape[1]).bfloat16() * torch.logspace(-3, 3, rows).unsqueeze(1)
         x = x.bfloat16()
         wanted = x.double() @ weight.t() + layer.bias.double()
@@ -142,6 +143,17 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
 
 
 @tiles
+def test_huge_pages_hold_what_was_put_there():
+    x = torch.randint(256, (300, 9001), dtype=torch.uint8, generator=torch.manual_seed(0))
+    for given in (x, x[:7]):  # larger than a huge page, and smaller
+        moved = cpu_products.on_huge_pages(given)
+        assert torch.equal(moved, given)
+        assert moved.is_contiguous()
+    assert (
+        not hasattr(mmap, "MADV_HUGEPAGE") or cpu_products.on_huge_pages(x).data_ptr() % 2**21 == 0
+    )
+
+
 @pytest.mark.parametrize("groupsize", GROUP_SIZES)
 def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     """As others' files have them."""
