@@ -3,8 +3,9 @@
 // Start at `product`. Decoding is bound by the rate at which weights are read, so the arithmetic has
 // to be cheap beside a load, and still exact. Activations are therefore written as 16-bit fixed-point
 // numbers, one scale to a block of the row, and these as 256 * hi + lo: two bytes, and two of the
-// byte products that vpdpbusd adds up exactly in 32 bits. What is lost is 2^-16 of a block's largest
-// value, less than bfloat16 itself loses. A row's arithmetic does not depend on the other rows.
+// byte products that vpdpbusd adds up exactly in 32 bits, or AMX for eight rows at once. What is lost
+// is 2^-16 of a block's largest value, less than bfloat16 itself loses. A row's result has the same
+// bits whatever rows are beside it, up to where a GEMM takes over.
 //
 // Packed weights (cpu_products.py) are read from the first byte to the last. 16 outputs are a strip:
 // their scales, then spans of 256 inputs, each with the scales and zeros of its groups before its
@@ -16,6 +17,10 @@
 #include <ATen/Parallel.h>
 #include <immintrin.h>
 #include <torch/library.h>
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -29,6 +34,8 @@ constexpr int64_t kLine = 64;     // bytes that memory is read by
 // now and then, for a whole step, as slow as without; a page, and more, never.
 constexpr int64_t kAhead = 4096;
 constexpr int64_t kSums = 16;     // registers that add up, of the 32 that there are
+constexpr int64_t kEight = 8;     // rows that an AMX tile takes, as 16 rows of bytes
+constexpr int64_t kFew = 4;       // rows up to which they are faster one by one
 constexpr int64_t kPad = 32;      // of an unpacked row: a power of two would hit the same cache sets
 
 // Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
@@ -47,8 +54,15 @@ struct Weights {
 };
 
 struct Rows {  // activations in fixed point: scale * (256 * hi + lo)
-  std::vector<int8_t> hi, lo;     // (M, K)
-  std::vector<float> scale, sum;  // (M, blocks); sum: of the fixed-point numbers
+  int64_t stride, blocks;         // inputs and some padding; blocks of a row
+  std::vector<int8_t> bytes;      // (M', 2, stride): hi and lo; M' is M in whole eights
+  std::vector<float> scale, sum;  // (M'/8, blocks, 8); sum: of the fixed-point numbers
+
+  const int8_t* high(int64_t m) const { return &bytes[2 * m * stride]; }
+  const int8_t* low(int64_t m) const { return high(m) + stride; }
+  int64_t block(int64_t m, int64_t b) const {
+    return (m / kEight * blocks + b) * kEight + m % kEight;
+  }
 };
 
 inline __m512 load_bf16(const at::BFloat16* x) {
@@ -65,7 +79,7 @@ inline __m512i high_nibbles(__m512i v) { return low_nibbles(_mm512_srli_epi16(v,
 
 // A span's header: per block the scales of 16 outputs, then per block their zeros, two to a byte.
 template <Format F>
-int64_t header_bytes(int64_t block) {
+constexpr int64_t header_bytes(int64_t block) {
   const int64_t bytes = kSpan / block * (kStrip * scale_bytes(F) + kStrip / 2);
   return F == kInt8 ? 0 : (bytes + kLine - 1) / kLine * kLine;
 }
@@ -112,13 +126,17 @@ void to_fixed_point(const at::BFloat16* x, int64_t block, int8_t* hi, int8_t* lo
 }
 
 void to_fixed_point(const Tensor& x, const Weights& w, Rows& rows) {
-  const int64_t M = x.size(0), K = w.K, blocks = w.blocks();
-  rows.hi.resize(M * K), rows.lo.resize(M * K), rows.scale.resize(M * blocks),
-      rows.sum.resize(M * blocks);
-  const auto* data = x.const_data_ptr<at::BFloat16>();
-  for (int64_t i = 0; i < M * blocks; i++)
-    to_fixed_point(data + i * w.block, w.block, &rows.hi[i * w.block], &rows.lo[i * w.block],
-                   &rows.scale[i], &rows.sum[i]);
+  const int64_t M = x.size(0), whole = (M + kEight - 1) / kEight * kEight;
+  rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
+  rows.bytes.resize(whole * 2 * rows.stride);
+  rows.scale.resize(whole * rows.blocks), rows.sum.resize(whole * rows.blocks);
+  const auto* from = x.const_data_ptr<at::BFloat16>();
+  for (int64_t m = 0; m < M; m++) {
+    int8_t *high = &rows.bytes[2 * m * rows.stride], *low = high + rows.stride;
+    for (int64_t b = 0; b < rows.blocks; b++, from += w.block, high += w.block, low += w.block)
+      to_fixed_point(from, w.block, high, low, &rows.scale[rows.block(m, b)],
+                     &rows.sum[rows.block(m, b)]);
+  }
 }
 
 inline void prefetch(const uint8_t* from, int64_t bytes) {
@@ -133,6 +151,13 @@ inline void unpack(const uint8_t* from, __m512i* tiles) {
   if constexpr (bits(F) == 4) tiles[0] = low_nibbles(v), tiles[1] = high_nibbles(v);
 }
 
+// y, (16,), and what a block adds to it: its sums of products, (16,), less the zeros, scaled.
+inline __m512 add_block(__m512 y, __m512i sums, __m512 zeros, __m512 scales, float row_sum,
+                        float row_scale) {
+  const __m512 dot = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(row_sum), _mm512_cvtepi32_ps(sums));
+  return _mm512_fmadd_ps(_mm512_mul_ps(scales, _mm512_set1_ps(row_scale)), dot, y);
+}
+
 // 16 outputs of each of M rows, from row `first` on, by each of STRIPS strips: (STRIPS, M, 16).
 template <Format F, int M, int STRIPS>
 void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, int64_t first,
@@ -140,10 +165,10 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
   constexpr int kTiles = 8 / bits(F);  // in a register of stored bytes
   const uint8_t *tiles[STRIPS], *headers[STRIPS];
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]);
-  const int64_t K = w.K, blocks = w.blocks(), header = header_bytes<F>(w.block);
-  const int8_t* parts[2] = {&x.hi[first * K], &x.lo[first * K]};
+  const int64_t header = header_bytes<F>(w.block), stride = 2 * x.stride;
+  const int8_t* parts[2] = {x.high(first), x.low(first)};
   for (int i = 0; i < STRIPS * M; i++) y[i] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; b++) {
+  for (int64_t b = 0; b < x.blocks; b++) {
     const int64_t in_span = b % (kSpan / w.block);
     for (int t = 0; t < STRIPS && in_span == 0; t++) {
       headers[t] = tiles[t];
@@ -169,7 +194,7 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
         for (int j = 0; j < kTiles; j++) {
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++) {
-            const int8_t* inputs = row + m * K + 4 * (at + j);
+            const int8_t* inputs = row + m * stride + 4 * (at + j);
             const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int*>(inputs));
 #pragma GCC unroll 4
             for (int t = 0; t < STRIPS; t++)
@@ -183,10 +208,8 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
       const __m512 zero = load_zeros<F>(headers[t], w.block, in_span);
       const __m512 scale = load_scales<F>(headers[t], in_span);
       for (int m = 0; m < M; m++) {
-        const int64_t i = t * M + m, at = (first + m) * blocks + b;
-        const __m512 dot = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[at]),
-                                            _mm512_cvtepi32_ps(sums[i]));
-        y[i] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x.scale[at])), dot, y[i]);
+        const int64_t i = t * M + m, at = x.block(first, b) + m;
+        y[i] = add_block(y[i], sums[i], zero, scale, x.sum[at], x.scale[at]);
       }
     }
   }
@@ -217,6 +240,133 @@ int64_t take_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, i
   return m;
 }
 
+#ifdef __AMX_INT8__
+// What AMX's tiles hold: sums of two strips, eight rows, weights of two strips. A tile is renamed:
+// it may be loaded while instructions before still need what was in it. To load zeros is four times
+// as fast as to let tilezero write them.
+enum Amx { kSums0, kSums1, kRows, kWeights0, kWeights1 };
+
+bool has_amx() {  // Linux lends the tiles to a process that asks
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+
+struct alignas(kLine) AmxTiles {  // ready for this thread while the object lives
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {kLine, kLine, kChunk, kLine, kLine};  // of a row
+  uint8_t rows[16] = {2 * kEight, 2 * kEight, 2 * kEight, kChunk / 4, kChunk / 4};
+
+  AmxTiles() { if (has_amx()) asm volatile("ldtilecfg %0" ::"m"(*this)); }
+  ~AmxTiles() { if (has_amx()) asm volatile("tilerelease"); }
+};
+
+template <Amx TILE>
+void amx_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%1,%2), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
+}
+template <Amx TILE>
+void amx_store(void* to) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2)" ::"i"(TILE), "r"(to), "r"(kLine) : "memory");
+}
+template <Amx SUMS, Amx WEIGHTS>
+void amx_dot() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(kRows), "i"(WEIGHTS));
+}
+
+// As strips_by_rows, eight rows and two strips, with the same bits: (2, 8, 16). While AMX multiplies
+// by a block, the next is unpacked and the one before is scaled, so that none waits for another.
+template <Format F, int64_t BLOCK>
+void two_strips_by_eight_rows(const Weights& w, const int64_t (&n)[2], const Rows& x, int64_t first,
+                              __m512* y) {
+  static constexpr int32_t kZeros[2 * kEight * kStrip] = {};
+  constexpr int64_t kBlocks = kSpan / BLOCK, kHeader = header_bytes<F>(BLOCK);  // of a span
+  constexpr int64_t kBytes = kStrip * BLOCK * bits(F) / 8, kSpanBytes = kHeader + kBlocks * kBytes;
+  auto header_at = [](int64_t b) { return b / kBlocks * kSpanBytes; };
+  auto weights_at = [=](int64_t b) { return header_at(b) + kHeader + b % kBlocks * kBytes; };
+  alignas(kLine) uint8_t unpacked[2][2][kStrip * BLOCK];  // of two blocks, by turns
+  alignas(kLine) int32_t sums[2][kEight][2][kStrip];      // of the bytes hi, and of lo
+  const uint8_t* spans[2] = {w.spans(n[0]), w.spans(n[1])};
+  const int8_t* rows = x.high(first);
+  const int64_t blocks = x.blocks, stride = x.stride;
+  const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
+  __m512 totals[2][kEight];
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kEight; i++) totals[i / kEight][i % kEight] = _mm512_setzero_ps();
+
+  for (int64_t b = -1; b <= blocks; b++) {
+    if (b > 0) amx_store<kSums0>(sums[0]), amx_store<kSums1>(sums[1]);
+    if (b >= 0 && b < blocks) {
+      const uint8_t* tiles[2];
+      for (int t = 0; t < 2; t++)
+        tiles[t] = bits(F) == 4 ? unpacked[b % 2][t] : spans[t] + weights_at(b);
+      amx_load<kSums0>(kZeros, kLine), amx_load<kSums1>(kZeros, kLine);
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < BLOCK; k += kChunk) {
+        amx_load<kRows>(rows + b * BLOCK + k, stride);
+        for (int t = 0; t < 2 && bits(F) == 8; t++)
+          prefetch(tiles[t] + kStrip * k + kAhead, kStrip * kChunk);
+        amx_load<kWeights0>(tiles[0] + kStrip * k, kLine), amx_dot<kSums0, kWeights0>();
+        amx_load<kWeights1>(tiles[1] + kStrip * k, kLine), amx_dot<kSums1, kWeights1>();
+      }
+    }
+    if (const int64_t next = b + 1; bits(F) == 4 && next < blocks) {
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; t++) {
+        const uint8_t* from = spans[t] + weights_at(next);
+        if (next % kBlocks == 0) prefetch(from - kHeader + kAhead, kHeader);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kBytes; i += kLine) {
+          __m512i tile[2];
+          _mm_prefetch(from + i + kAhead, _MM_HINT_T0);
+          unpack<F>(from + i, tile);
+          _mm512_store_si512(unpacked[next % 2][t] + 2 * i, tile[0]);
+          _mm512_store_si512(unpacked[next % 2][t] + 2 * i + kLine, tile[1]);
+        }
+      }
+    }
+    if (const int64_t last = b - 1; last >= 0) {
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; t++) {
+        const uint8_t* header = spans[t] + header_at(last);
+        const __m512 zero = load_zeros<F>(header, BLOCK, last % kBlocks);
+        const __m512 scale = load_scales<F>(header, last % kBlocks);
+#pragma GCC unroll 8
+        for (int m = 0; m < kEight; m++) {
+          const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[t][m][0]), 8);
+          const __m512i sum = _mm512_add_epi32(high, _mm512_load_si512(sums[t][m][1]));
+          totals[t][m] = add_block(totals[t][m], sum, zero, scale, row_sums[m], row_scales[m]);
+        }
+      }
+      row_sums += kEight, row_scales += kEight;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kEight; i++)
+    y[i] = _mm512_mul_ps(totals[i / kEight][i % kEight], _mm512_loadu_ps(w.scales(n[i / kEight])));
+}
+
+// Rows in eights as long as more than a few are left; the row after them.
+template <Format F>
+int64_t take_eights(const Weights& w, const int64_t (&n)[2], const Rows& x, const Output& out) {
+  int64_t m = 0;
+  __m512 y[2 * kEight];
+  for (; has_amx() && out.M - m > kFew; m += kEight) {
+    if (w.block == 32) two_strips_by_eight_rows<F, 32>(w, n, x, m, y);
+    else if (w.block == 64) two_strips_by_eight_rows<F, 64>(w, n, x, m, y);
+    else if (w.block == 128) two_strips_by_eight_rows<F, 128>(w, n, x, m, y);
+    else two_strips_by_eight_rows<F, 256>(w, n, x, m, y);
+    for (int i = 0; i < 2 * kEight; i++)
+      if (m + i % kEight < out.M) out.put(m + i % kEight, n[i / kEight], y[i]);
+  }
+  return m;
+}
+#else
+struct AmxTiles {};
+template <Format F>
+int64_t take_eights(const Weights&, const int64_t (&)[2], const Rows&, const Output&) { return 0; }
+#endif
+
 // Strips `from` to `to` of the weights as STREAMS stretches that are read side by side.
 template <Format F, int STREAMS>
 void strips_by_all_rows(const Weights& w, const Rows& rows, int64_t from, int64_t to,
@@ -225,6 +375,7 @@ void strips_by_all_rows(const Weights& w, const Rows& rows, int64_t from, int64_
   for (int64_t i = 0; i < part; i++) {
     int64_t n[STREAMS], m = 0;
     for (int t = 0; t < STREAMS; t++) n[t] = from + t * part + i;
+    if constexpr (STREAMS == 2) m = take_eights<F>(w, n, rows, out);
     if constexpr (8 * STREAMS <= kSums) m = take_rows<F, 8, STREAMS>(w, n, rows, m, out);
     m = take_rows<F, 4, STREAMS>(w, n, rows, m, out);
     m = take_rows<F, 2, STREAMS>(w, n, rows, m, out);
@@ -241,13 +392,14 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
   const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
     // The first weights come in while every thread writes all rows in fixed point for itself.
-    const int64_t streams = into.M <= kSums / 4 ? 4 : 2;
+    const int64_t streams = into.M <= kFew ? 4 : 2;
     for (int64_t i = 0; i < streams; i++)
       prefetch(w.scales(from + i * ((to - from) / streams)), kAhead);
     thread_local Rows rows;
     to_fixed_point(contiguous, w, rows);
-    if (streams == 4) strips_by_all_rows<F, 4>(w, rows, from, to, into);
-    else strips_by_all_rows<F, 2>(w, rows, from, to, into);
+    if (streams == 4) return strips_by_all_rows<F, 4>(w, rows, from, to, into);
+    const AmxTiles ready;
+    strips_by_all_rows<F, 2>(w, rows, from, to, into);
   });
   return out;
 }
