@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import hf
+from foreign import foreign_fields, foreign_scheme
 from formats import Part, index_file, read_part, staging_buffer, write_aligned
 
 PREPARED = "model.pth"
@@ -33,17 +34,27 @@ HUGGING_FACE = (
 
 @dataclass(frozen=True)
 class Record:
-    """A tensor of the model: the parts that files store, stacked along the first dimension."""
+    """A tensor of the model: the parts that files store, stacked along the first dimension.
+
+    translate: what makes ours of a part, None where it is stored as it is here.
+    """
 
     parts: tuple[Part, ...]
+    translate: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """What is stacked, on the meta device."""
+        stored = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in self.parts]
+        return [self.translate(t) for t in stored] if self.translate else stored
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parts[0].dtype
+        return self.pieces[0].dtype if self.translate else self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first, *others = (part.shape for part in self.parts)
+        first, *others = (tuple(piece.shape) for piece in self.pieces)
         return (first[0] + sum(o[0] for o in others), *first[1:]) if others else first
 
     @property
@@ -69,16 +80,17 @@ class Checkpoint:
             said |= more_said
             parts |= more_parts
         self.config = said["config"] if said else read_json(self.directory / "config.json")
-        self.scheme = said.get("scheme")
+        self.scheme = said["scheme"] if said else foreign_scheme(self.config)
         self.args = hf.model_args(self.config)
         if said:
             self.records = {name: Record((part,)) for name, part in parts.items()}
         else:
-            self.records = translate(parts.values())
-        if self.args.tied and self.scheme is None and "output.weight" in self.records:
-            # One table under two names; a file holds either or both.
-            head = self.records.pop("output.weight")
-            self.records.setdefault("tok_embeddings.weight", head)
+            self.records = translate(parts.values(), self.scheme)
+            self.drop_idle()
+            if self.args.tied and "output.weight" in self.records:
+                # One table under two names; a file holds either or both.
+                head = self.records.pop("output.weight")
+                self.records.setdefault("tok_embeddings.weight", head)
 
     @property
     def nbytes(self) -> int:
@@ -108,11 +120,16 @@ class Checkpoint:
         pass through `stage`, a staging_buffer to be shared by the tensors of one thread.
         Raises ValueError where the file ends too early.
         """
-        parts = self.records[name].parts
-        pieces = out.detach().view(-1).split([part.numel for part in parts])
+        record = self.records[name]
+        pieces = out.detach().view(-1).split([piece.numel() for piece in record.pieces])
         stage = staging_buffer(out.device) if stage is None else stage
-        for part, piece in zip(parts, pieces, strict=True):
-            read_part(part, piece, stage)
+        for part, piece in zip(record.parts, pieces, strict=True):
+            if record.translate is None:
+                read_part(part, piece, stage)
+            else:
+                stored = torch.empty(part.shape, dtype=part.dtype)
+                read_part(part, stored.view(-1), stage)
+                piece.copy_(record.translate(stored).flatten())
 
     def load_into(
         self,
@@ -136,6 +153,30 @@ class Checkpoint:
                 progress(self.records[name].nbytes)
 
         allocate(model, device, dtype or self.dtype, fill)
+
+    def drop_idle(self) -> None:
+        """Forget what other tools write and says nothing: groups in order, biases of zero.
+
+        Raises ValueError for groups that are not in order.
+        """
+        biased = {"attention": self.args.attention_bias, "feed_forward": self.args.mlp_bias}
+        for name in [n for n in self.records if self.scheme and n.startswith("layers.")]:
+            module, kind = name.split(".")[2], name.rpartition(".")[2]
+            if kind == "g_idx":
+                self.check_groups(name)
+            if kind == "g_idx" or (
+                kind == "bias" and not biased.get(module, True) and not self.read(name).any()
+            ):
+                del self.records[name]
+
+    def check_groups(self, name: str) -> None:
+        K, S = self.records[name].parts[0].numel, self.scheme["linears"]["groupsize"]
+        order = self.read(name).view(-1, K)  # of each part
+        if not (order == torch.arange(K) // S).all():
+            raise ValueError(
+                f"{self.path}: {name} puts inputs into groups out of their order, which cannot be "
+                "read: download the unquantised original and use quantize.py"
+            )
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError naming the tensors that the model and the file disagree about."""
@@ -181,18 +222,24 @@ def allocate(
     model.to(device)  # what is left: the buffers that no checkpoint stores
 
 
-def translate(parts: Iterable[Part]) -> dict[str, Record]:
+def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, Record]:
     """Tensors under Hugging Face's names -> under ours, the parts of wqkv and w13 together."""
     found: dict[str, dict[int, Part]] = {}
     for part in parts:
         if place := hf.tensor_name(part.name):
             name, index = place
             found.setdefault(name, {})[index] = part
+    fields = foreign_fields(scheme) if scheme else {}
+    records = {}
     for name, by_index in found.items():
-        if len({part.shape[1:] for part in by_index.values()}) > 1:
-            shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in by_index.values())
+        module, _, kind = name.rpartition(".")
+        kind, how = fields.get(kind, (kind, None))
+        record = Record(tuple(part for _, part in sorted(by_index.items())), how)
+        if len({piece.shape[1:] for piece in record.pieces}) > 1:
+            shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in record.parts)
             raise ValueError(f"{name} cannot be put together from {shapes}")
-    return {name: Record(tuple(p for _, p in sorted(by.items()))) for name, by in found.items()}
+        records[f"{module}.{kind}"] = record
+    return records
 
 
 def stored_tensors(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:

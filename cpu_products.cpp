@@ -128,8 +128,11 @@ void to_fixed_point(const at::BFloat16* x, int64_t block, int8_t* hi, int8_t* lo
 void to_fixed_point(const Tensor& x, const Weights& w, Rows& rows) {
   const int64_t M = x.size(0), whole = (M + kEight - 1) / kEight * kEight;
   rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
-  rows.bytes.resize(whole * 2 * rows.stride);
-  rows.scale.resize(whole * rows.blocks), rows.sum.resize(whole * rows.blocks);
+  auto reserve = [](auto& values, size_t size) {  // a vector that shrank would be cleared again
+    if (values.size() < size) values.resize(size);
+  };
+  reserve(rows.bytes, whole * 2 * rows.stride);
+  reserve(rows.scale, whole * rows.blocks), reserve(rows.sum, whole * rows.blocks);
   const auto* from = x.const_data_ptr<at::BFloat16>();
   for (int64_t m = 0; m < M; m++) {
     int8_t *high = &rows.bytes[2 * m * rows.stride], *low = high + rows.stride;
@@ -167,6 +170,7 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]);
   const int64_t header = header_bytes<F>(w.block), stride = 2 * x.stride;
   const int8_t* parts[2] = {x.high(first), x.low(first)};
+  const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
   for (int i = 0; i < STRIPS * M; i++) y[i] = _mm512_setzero_ps();
   for (int64_t b = 0; b < x.blocks; b++) {
     const int64_t in_span = b % (kSpan / w.block);
@@ -208,8 +212,8 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
       const __m512 zero = load_zeros<F>(headers[t], w.block, in_span);
       const __m512 scale = load_scales<F>(headers[t], in_span);
       for (int m = 0; m < M; m++) {
-        const int64_t i = t * M + m, at = x.block(first, b) + m;
-        y[i] = add_block(y[i], sums[i], zero, scale, x.sum[at], x.scale[at]);
+        const int64_t i = t * M + m, at = b * kEight + m;
+        y[i] = add_block(y[i], sums[i], zero, scale, row_sums[at], row_scales[at]);
       }
     }
   }

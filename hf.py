@@ -25,16 +25,10 @@ class Config(dict):
 def model_args(config: dict[str, Any]) -> ModelArgs:
     """The shape of the model that a Hugging Face config describes.
 
-    Raises ValueError naming a key that is missing, or an architecture, activation, rope type or
-    quantisation that is not supported.
+    Raises ValueError naming a key that is missing, or an architecture, activation or rope type
+    that is not supported.
     """
     config = Config({"model_type": None} | config)
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown")
-        raise ValueError(
-            f"the checkpoint is quantised by '{method}' (quantization_config in its config.json), "
-            "which cannot be read: download the unquantised original and use quantize.py"
-        )
     return FAMILIES[supported(config["model_type"], FAMILIES, "model_type")](config)
 
 

@@ -20,28 +20,33 @@ from checkpoint import (
     HUGGING_FACE,
     PREPARED,
     Checkpoint,
+    final_dtype,
     find_weights,
     save_checkpoint,
     size_text,
+    stored_tensors,
 )
-from model import Transformer
+from load import skeleton
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     """Write folder/model.pth. Raises what Checkpoint, its check and save_checkpoint raise."""
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
-    with torch.device("meta"):
-        model = Transformer(source.args)
-        tensors = {
-            name: torch.empty(record.shape, dtype=dtype or record.dtype)
-            for name, record in source.records.items()
-        }
+    model = skeleton(source.args, source.scheme)
     source.check(model)
+    tensors = {
+        name: torch.empty(
+            tensor.shape,
+            dtype=final_dtype(tensor, dtype or source.records[name].dtype),
+            device="meta",
+        )
+        for name, (tensor, _) in stored_tensors(model).items()
+    }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     print(f"{source.path}: {len(tensors)} tensors, {size_text(source.nbytes)}", file=sys.stderr)
     print(f"{target}: {size_text(nbytes)} to write", file=sys.stderr)
     with tqdm(total=nbytes, unit="B", unit_scale=True) as bar:
-        save_checkpoint(target, source.config, None, tensors, values(source, tensors, bar))
+        save_checkpoint(target, source.config, source.scheme, tensors, values(source, tensors, bar))
     return target
 
 

@@ -208,7 +208,6 @@ LLAMA_CONFIG = LLAMA | {"model_type": "llama"}
         ({"hidden_act": "relu6"}, r"activation 'relu6'.*silu"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"rope type 'yarn'.*linear, llama3"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, r"'low_freq_factor'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"'gptq'.*unquantised"),
     ],
 )
 def test_unsupported_config_is_named(change: dict, message: str):
