@@ -366,6 +366,7 @@ int64_t take_eights(const Weights& w, const int64_t (&n)[2], const Rows& x, cons
   return m;
 }
 #else
+bool has_amx() { return false; }
 struct AmxTiles {};
 template <Format F>
 int64_t take_eights(const Weights&, const int64_t (&)[2], const Rows&, const Output&) { return 0; }
@@ -467,9 +468,10 @@ Tensor linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
   const Weights w{packed.const_data_ptr<uint8_t>(), packed.size(0) * kStrip, K, block,
                   packed.size(1)};
   TORCH_CHECK(x.dim() == 2 && x.size(1) <= K && x.scalar_type() == at::kBFloat16);
-  constexpr int64_t kMany = 48;  // rows from which on unpacking for a GEMM is faster
+  // Rows from which on unpacking for a GEMM is faster.
+  const int64_t many = !has_amx() ? 48 : bits(F) == 8 ? 256 : 56;
   if (x.size(1) < K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
-  return x.size(0) < kMany ? product<F>(x, w, bias) : product_of_many<F>(x, w, bias);
+  return x.size(0) < many ? product<F>(x, w, bias) : product_of_many<F>(x, w, bias);
 }
 
 // x: (M, at most K). packed: (N/16, bytes of a strip). Weights and bias are padded to whole strips,

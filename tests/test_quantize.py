@@ -133,7 +133,7 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
     layer = filled(random_linear(shape), said, torch.bfloat16)
     tiled = TiledLinear(layer)
     weight = layer.dense(torch.float64)
-    for rows in (1, 2, 3, 4, 5, 7, 8, 15, 60):
+    for rows in (1, 2, 3, 4, 5, 7, 8, 15, 60, 260):
         x = torch.randn(rows, shape[1]).bfloat16() * torch.logspace(-3, 3, rows).unsqueeze(1)
         x = x.bfloat16()
         wanted = x.double() @ weight.t() + layer.bias.double()
@@ -159,14 +159,14 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     """As others' files have them."""
     assert cpu_products.build() is None
     layer = filled(random_linear((48, 300)), {"bits": 4, "groupsize": groupsize}, torch.bfloat16)
-    x = torch.randn(60, 300).bfloat16()
+    x = torch.randn(260, 300).bfloat16()
     short = TiledLinear(layer)
     layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
     long = TiledLinear(layer)
     formats = short._how[0], long._how[0]
     assert formats == (cpu_products.INT4, cpu_products.INT4_HALF)
     weight, bias = layer.dense(torch.float64), layer.bias.double()
-    for rows in (x[:1], x[:3], x):
+    for rows in (x[:1], x[:3], x[:60], x):
         wanted = rows.double() @ weight.t() + bias
         bound = rows.double().abs() @ weight.t().abs() + bias.abs()
         assert ((long(rows).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
@@ -180,12 +180,12 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(said: dict):
     """Four rows and eight are different code, with AMX quite different; 300 is no whole span."""
     assert cpu_products.build() is None
     layer = filled(random_linear((100, 300)), said, torch.bfloat16)
-    x = torch.randn(15, 300).bfloat16() * torch.logspace(-3, 3, 15).unsqueeze(1)
+    x = torch.randn(45, 300).bfloat16() * torch.logspace(-3, 3, 45).unsqueeze(1)
     x = x.bfloat16()
     for _ in range(2):
         tiled = TiledLinear(layer)
         alone = torch.cat([tiled(row.unsqueeze(0)) for row in x])
-        for rows in (2, 4, 5, 8, 13, 15):
+        for rows in (2, 4, 5, 8, 13, 15, 45):
             assert torch.equal(tiled(x[:rows]), alone[:rows])
         layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2  # fit no byte now
 
