@@ -19,13 +19,18 @@ from torch import Tensor
 
 from quantized import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the first, second, ... output lies
-READ = {  # what a quantization_config has to say for a layout to be the one that is read here
-    "gptq": {"bits": (4,), "desc_act": (False,), "checkpoint_format": ("gptq", "gptq_v2")},
-    "awq": {"bits": (4,), "zero_point": (True,), "version": ("gemm", "GEMM")},
-}
 Translate = Callable[[Tensor], Tensor]
-SILENT = {"desc_act": False, "checkpoint_format": "gptq", "zero_point": True, "version": "gemm"}
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the first, second, ... output lies
+# What a quantization_config has to say to be read, the first where it says nothing; None: it must.
+READ = {
+    "gptq": {
+        "bits": (None, 4),
+        "desc_act": (False,),
+        "checkpoint_format": ("gptq", "gptq_v2"),
+        "is_marlin_format": (False,),
+    },
+    "awq": {"bits": (None, 4), "zero_point": (True,), "version": ("gemm", "GEMM")},
+}
 
 
 def foreign_scheme(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -36,14 +41,18 @@ def foreign_scheme(config: dict[str, Any]) -> dict[str, Any] | None:
     if not (said := config.get("quantization_config")):
         return None
     method, sizes = said.get("quant_method", "unknown"), ", ".join(map(str, GROUP_SIZES))
-    wanted = READ.get(method, {}) | {"group_size": GROUP_SIZES}
-    found = {key: said.get(key, SILENT.get(key)) for key in wanted}
-    faults = [f"{key} {found[key]}" for key, known in wanted.items() if found[key] not in known]
-    if method not in READ or faults or said.get("lm_head"):
-        what = ", ".join(faults) if method in READ and faults else "of this kind"
+    wanted = READ.get(method, {}) | {"group_size": (None, *GROUP_SIZES), "lm_head": (False,)}
+    found = {key: said.get(key, known[0]) for key, known in wanted.items()}
+    faults = [
+        f"{key} {found[key]}"
+        for key, known in wanted.items()
+        if found[key] is None or found[key] not in known
+    ]
+    if method not in READ or faults:
+        what = ", ".join(faults) if method in READ else "which"
         raise ValueError(
             f"the checkpoint is quantised by '{method}' (quantization_config in its config.json), "
-            f"{what} cannot be read; read are gptq without desc_act and awq, in 4 bits and groups "
+            f"{what} cannot be read; gptq without desc_act and awq can, in 4 bits and groups "
             f"of {sizes}: download the unquantised original and use quantize.py"
         )
     kind = found["checkpoint_format"] if method == "gptq" else method
@@ -62,7 +71,7 @@ def foreign_fields(scheme: dict[str, Any]) -> dict[str, tuple[str, Translate]]:
 
     def zeros(words: Tensor) -> Tensor:  # (P, N/8) -> (N, ceil(P/2))
         z = nibbles(words) if of_gptq else in_order(nibbles(words))  # (P, N)
-        if less_one and not z.is_meta and (z == 15).any():
+        if less_one and not z.is_meta and (z == 15).any():  # meta: asked for its shape alone
             raise ValueError("the checkpoint has zero points that its format cannot say")
         return pack_nibbles((z + less_one).t())
 

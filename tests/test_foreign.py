@@ -119,12 +119,13 @@ def test_a_foreign_checkpoint_is_the_dense_model_of_its_numbers(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*of this kind.*unquantised"),
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*which cannot be read.*unquantised"),
         ({"desc_act": True}, "'gptq'.*desc_act True"),
         ({"bits": 3}, "bits 3"),
         ({"group_size": -1}, "group_size -1.*32, 64, 128, 256"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
-        ({"lm_head": True}, "'gptq'"),
+        ({"lm_head": True}, "lm_head True"),
+        ({"is_marlin_format": True}, "is_marlin_format True"),
         ({"quant_method": "awq", "zero_point": True, "version": "gemv"}, "version gemv"),
     ],
 )
