@@ -125,16 +125,21 @@ void to_fixed_point(const at::BFloat16* x, int64_t block, int8_t* hi, int8_t* lo
   *sum = _mm512_reduce_add_epi32(total);
 }
 
-void to_fixed_point(const Tensor& x, const Weights& w, Rows& rows) {
-  const int64_t M = x.size(0), whole = (M + kEight - 1) / kEight * kEight;
-  rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
-  auto reserve = [](auto& values, size_t size) {  // a vector that shrank would be cleared again
+// Room for M rows; what is in it stays, as a vector that shrank would be cleared again.
+void make_room(int64_t M, const Weights& w, Rows& rows) {
+  const size_t whole = (M + kEight - 1) / kEight * kEight;
+  auto reserve = [](auto& values, size_t size) {
     if (values.size() < size) values.resize(size);
   };
+  rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
   reserve(rows.bytes, whole * 2 * rows.stride);
   reserve(rows.scale, whole * rows.blocks), reserve(rows.sum, whole * rows.blocks);
-  const auto* from = x.const_data_ptr<at::BFloat16>();
-  for (int64_t m = 0; m < M; m++) {
+}
+
+// Rows `m` to `end` of x.
+void to_fixed_point(const Tensor& x, const Weights& w, int64_t m, int64_t end, Rows& rows) {
+  const auto* from = x.const_data_ptr<at::BFloat16>() + m * w.K;
+  for (; m < end; m++) {
     int8_t *high = &rows.bytes[2 * m * rows.stride], *low = high + rows.stride;
     for (int64_t b = 0; b < rows.blocks; b++, from += w.block, high += w.block, low += w.block)
       to_fixed_point(from, w.block, high, low, &rows.scale[rows.block(m, b)],
@@ -386,7 +391,11 @@ void strips_by_all_rows(const Weights& w, const Rows& rows, int64_t from, int64_
     m = take_rows<F, 2, STREAMS>(w, n, rows, m, out);
     take_rows<F, 1, STREAMS>(w, n, rows, m, out);
   }
-  for (int64_t n = from + STREAMS * part; n < to; n++) take_rows<F, 1, 1>(w, {n}, rows, 0, out);
+  for (int64_t n = from + STREAMS * part; n < to; n++) {  // what makes up no set of stretches
+    int64_t m = STREAMS == 2 ? take_eights<F>(w, {n, n}, rows, out) : 0;
+    m = take_rows<F, 4, 1>(w, {n}, rows, m, out);
+    take_rows<F, 1, 1>(w, {n}, rows, m, out);
+  }
 }
 
 template <Format F>
@@ -395,13 +404,24 @@ Tensor product(const Tensor& x, const Weights& w, const std::optional<Tensor>& b
   const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
   const Tensor contiguous = x.contiguous();
   const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
+  // Few rows are written in fixed point by every thread for itself, while the first weights come in;
+  // of many each thread writes some, for all.
+  const bool together = into.M > kEight;
+  thread_local Rows of_caller;
+  Rows& shared = of_caller;
+  if (together) {
+    make_room(into.M, w, shared);
+    at::parallel_for(0, into.M, 1, [&](int64_t from, int64_t to) {
+      to_fixed_point(contiguous, w, from, to, shared);
+    });
+  }
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
-    // The first weights come in while every thread writes all rows in fixed point for itself.
     const int64_t streams = into.M <= kFew ? 4 : 2;
     for (int64_t i = 0; i < streams; i++)
       prefetch(w.scales(from + i * ((to - from) / streams)), kAhead);
-    thread_local Rows rows;
-    to_fixed_point(contiguous, w, rows);
+    thread_local Rows own;
+    if (!together) make_room(into.M, w, own), to_fixed_point(contiguous, w, 0, into.M, own);
+    const Rows& rows = together ? shared : own;
     if (streams == 4) return strips_by_all_rows<F, 4>(w, rows, from, to, into);
     const AmxTiles ready;
     strips_by_all_rows<F, 2>(w, rows, from, to, into);
