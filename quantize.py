@@ -4,8 +4,8 @@
 
 Start at run, then quantize. Sizes come first, then one tensor after the other is read, quantised
 and written, so that a model larger than memory can be quantised; the file appears only when it is
-complete. What a layer becomes is in quantized.py, GPTQ in gptq.py. How a file is quantised is
-recorded inside it (its scheme), and generate.py needs nothing but its path.
+complete. What a layer becomes is in quantized.py, and what a text can do for it in calibrate.py.
+How a file is quantised is recorded inside it (its scheme): generate.py needs nothing but its path.
 
 Embeddings, norms and biases keep their dtype: a step looks up one row of the embedding. The output
 head is read whole for every token, and the likeliest token hangs on it, so it is int8 unless
@@ -13,11 +13,9 @@ head is read whole for every token, and the likeliest token hangs on it, so it i
 """
 
 import argparse
-import json
-import math
+import itertools
 import shutil
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    Checkpoint,
-    check_memory,
-    save_checkpoint,
-    size_text,
-    stored_tensors,
-)
-from gptq import quantize_blocks
-from load import find_device, skeleton
+from calibrate import SMALL, TRAIN_STEPS, calibrated_blocks
+from checkpoint import Checkpoint, save_checkpoint, size_text, stored_tensors
+from load import skeleton
 from model import Transformer
 from quantized import (
     GROUP_SIZES,
@@ -46,7 +38,6 @@ from quantized import (
     round_int4,
     round_int8,
 )
-from tokenizer import load_tokenizer
 
 Values = Iterator[tuple[str, Tensor]]  # a stored tensor's name, and the tensor
 
@@ -65,10 +56,8 @@ def quantize(
     """
     model = planned(checkpoint, scheme)
     tensors = planned_tensors(model)
-    total = sum(t.nbytes for t in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="write") as bar:
-        values = counted(quantized_values(checkpoint, model, scheme, blocks), bar)
-        save_checkpoint(target, checkpoint.config, scheme, tensors, values)
+    values = shown(quantized_values(checkpoint, model, scheme, blocks), tensors)
+    save_checkpoint(target, checkpoint.config, scheme, tensors, values)
 
 
 def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transformer:
@@ -109,10 +98,14 @@ def named(module: str, buffers: dict[str, Tensor]) -> Values:
     return ((f"{module}.{leaf}", tensor) for leaf, tensor in buffers.items())
 
 
-def counted(values: Values, bar: tqdm) -> Values:
-    for name, tensor in values:
-        yield name, tensor
-        bar.update(tensor.nbytes)
+def shown(values: Values, tensors: dict[str, Tensor]) -> Values:
+    """The values, with a bar that begins at the first: it may have taken hours to calibrate."""
+    values = itertools.chain([next(values)], values)
+    total = sum(t.nbytes for t in tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="write") as bar:
+        for name, tensor in values:
+            yield name, tensor
+            bar.update(tensor.nbytes)
 
 
 def source_name(checkpoint: Checkpoint, name: str) -> str:
@@ -126,70 +119,6 @@ def finite(checkpoint: Checkpoint, name: str) -> Tensor:
     if not weight.isfinite().all():
         raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: download it again")
     return weight
-
-
-def calibration_tokens(checkpoint: Checkpoint, text: str, length: int, texts: int) -> Tensor:
-    """(at most `texts`, length) ids: stretches of the text, evenly spaced, each begun with BOS.
-
-    Raises ValueError where the text does not fill one.
-    """
-    tokenizer = load_tokenizer(checkpoint.directory)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    length = min(length, checkpoint.args.context)
-    ids, stretch = tokenizer.encode(text, bos=False), length - len(bos)
-    count = min(texts, len(ids) // stretch)
-    if count == 0:
-        raise ValueError(
-            f"the calibration text has {len(ids)} tokens and one of {length} is needed: give more "
-            "text, or lower --calibration_seq_length"
-        )
-    starts = [n * (len(ids) - stretch) // max(1, count - 1) for n in range(count)]
-    return torch.tensor([bos + ids[start : start + stretch] for start in starts])
-
-
-def calibration_text(args: argparse.Namespace) -> str:
-    if args.calibration_file:
-        return args.calibration_file.read_text(encoding="utf-8")
-    from lm_eval.tasks import TaskManager  # no other part of this file needs it
-
-    texts = []
-    for task in TaskManager().load(args.calibration_tasks)["tasks"].values():
-        for doc in task.training_docs() if task.has_training_docs() else task.eval_docs:
-            texts.append(f"{task.doc_to_text(doc)}{task.doc_to_target(doc)}")
-    return "\n\n".join(texts)
-
-
-def gptq_blocks(checkpoint: Checkpoint, work: Path, args: argparse.Namespace) -> Iterator[Any]:
-    """quantize_blocks, going on with what an earlier run with the same arguments left in `work`."""
-    text, asked = calibration_text(args), (args.calibration_seq_length, args.calibration_samples)
-    tokens = calibration_tokens(checkpoint, text, *asked)
-    needed = 2 * tokens.numel() * checkpoint.args.dim * 4
-    check_memory(needed, "cpu", "what flows between blocks", "lower --calibration_samples")
-    act_order = not args.no_act_order
-    made_of = [str(checkpoint.path.resolve()), checkpoint.path.stat().st_mtime_ns]
-    made_of += [args.groupsize, act_order, zlib.crc32(tokens.numpy().tobytes())]
-    identity = work / "identity.json"
-    if identity.exists() and json.loads(identity.read_text()) == made_of:
-        log(f"going on with what an interrupted run left in {work}")
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        identity.write_text(json.dumps(made_of))
-    log(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
-    weights, seconds = 0, 0.0
-
-    def report(name: str, error: float, rounding: float, took: float) -> None:
-        nonlocal weights, seconds
-        weights += math.prod(checkpoint.records[f"{name}.weight"].shape)
-        seconds += took
-        compared = f"error {error:.2e}, of rounding {rounding:.2e}"
-        tqdm.write(f"{name}: {compared}, {took:.1f} s", file=sys.stderr)
-
-    device = find_device(args.device)
-    yield from quantize_blocks(checkpoint, tokens, args.groupsize, work, report, act_order, device)
-    if weights:
-        rate = seconds / weights * 1e9
-        log(f"GPTQ: {seconds:.1f} s for {weights:,} weights, {rate:.0f} s per billion")
 
 
 def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
@@ -210,7 +139,7 @@ def log(line: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """The path of the file written. Raises what quantize and gptq_blocks raise."""
+    """The path of the file written. Raises what quantize and calibrated_blocks raise."""
     scheme = make_scheme(args.mode, args.groupsize, args.head)
     checkpoint = Checkpoint(args.checkpoint_path)
     if checkpoint.scheme:
@@ -227,7 +156,7 @@ def run(args: argparse.Namespace) -> Path:
         for name in tqdm(checkpoint.records, desc="check", leave=False, disable=None):
             finite(checkpoint, name)  # not after an hour
         work = target.with_name(f"{target.name}.partial")
-        quantize(checkpoint, scheme, target, gptq_blocks(checkpoint, work, args))
+        quantize(checkpoint, scheme, target, calibrated_blocks(checkpoint, work, args))
         shutil.rmtree(work)
     return target
 
@@ -245,11 +174,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     text.add_argument("--calibration_tasks", nargs="+", help="lm_eval tasks whose text GPTQ takes")
     add("--calibration_seq_length", type=int, default=2048, help="tokens of a text (2048)")
     add("--calibration_samples", type=int, default=128, help="how many texts at most (128)")
+    trained = (
+        f"of training after GPTQ ({TRAIN_STEPS} for models of up to {SMALL:,} weights, else 0)"
+    )
+    add("--train_steps", type=int, metavar="N", help=trained)
     add("--no_act_order", action="store_true", help="GPTQ: take columns as they come")
     add("--device", default="auto", help="for GPTQ: auto, cuda, cuda:N or cpu (default: auto)")
     args = parser.parse_args(argv)
     if args.mode == "int4-gptq" and not (args.calibration_file or args.calibration_tasks):
         parser.error("--mode int4-gptq needs --calibration_file TEXT or --calibration_tasks")
+    if args.train_steps is not None and (args.train_steps < 0 or args.mode != "int4-gptq"):
+        parser.error("--train_steps is 0 or more, and for --mode int4-gptq")
     return args
 
 
@@ -257,7 +192,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         print(run(args))
     except KeyboardInterrupt:
-        more = "; the same command goes on from the last block" if "gptq" in args.mode else ""
+        more = "; the same command goes on from here" if "gptq" in args.mode else ""
         log(f"\nstopped; no file was written{more}")
         return 130
     except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:

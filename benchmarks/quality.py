@@ -29,11 +29,16 @@ from load import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 MODES = (
-    ("int8", 32),
-    ("int4", 32),
-    ("int4-gptq", 32),
-    ("int4", 128),
-    ("int4-gptq", 128),
+    ("int8", "int8", 32, ""),
+    *(
+        (f"{name}, g{size}", mode, size, options)
+        for size in (32, 128)
+        for name, mode, options in (
+            ("int4", "int4", ""),
+            ("GPTQ", "int4-gptq", "--train_steps 0"),
+            ("GPTQ, trained", "int4-gptq", "--train_steps 250"),
+        )
+    ),
 )
 
 
@@ -65,29 +70,29 @@ def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
         base = loss(lm, ids, length)
         log(f"{source.name}: {len(ids)} tokens, perplexity {math.exp(base):.4f} as stored")
         found: dict[str, Any] = {"dense": math.exp(base)}
-        for mode, groupsize in MODES:
-            name, seconds = quantized(folder, mode, groupsize, args, length)
+        for label, mode, groupsize, options in MODES:
+            name, seconds = quantized(folder, mode, groupsize, options, args, length)
             nats = loss(load_model(folder / name, device="cpu", dtype=torch.float32), ids, length)
-            found[name] = math.exp(nats)
+            found[label] = math.exp(nats)
             change = math.expm1(nats - base)
-            log(f"  {name:28} {math.exp(nats):8.4f}  {change:+.2%}  {seconds:.1f} s")
-        for size in (32, 128):
-            lost, left = (
-                found[quantize.file_name(mode, size)] - found["dense"]
-                for mode in ("int4", "int4-gptq")
-            )
-            found[f"gap closed, g{size}"] = 1 - left / lost
-            log(f"  GPTQ closes {1 - left / lost:.0%} of rounding's gap at group size {size}")
+            log(f"  {label:20} {math.exp(nats):8.4f}  {change:+.2%}  {seconds:.1f} s")
+        for label, mode, groupsize, _ in MODES:
+            if mode == "int4-gptq":
+                lost = found[f"int4, g{groupsize}"] - found["dense"]
+                closed = 1 - (found[label] - found["dense"]) / lost
+                found[f"gap closed, {label}"] = closed
+                log(f"  {label} closes {closed:.0%} of rounding's gap")
     return found
 
 
 def quantized(
-    folder: Path, mode: str, groupsize: int, args: argparse.Namespace, length: int
+    folder: Path, mode: str, groupsize: int, options: str, args: argparse.Namespace, length: int
 ) -> tuple[str, float]:
     """The file's name, and the seconds that it took."""
     command = ["--checkpoint_path", folder, "--mode", mode, "--groupsize", groupsize]
     command += ["--calibration_file", args.calibration, "--calibration_samples", args.samples]
-    command += ["--calibration_seq_length", length, *args.options.split()]
+    command += ["--calibration_seq_length", length]
+    command += [*options.split(), *args.options.split()]
     start = time.perf_counter()
     target = quantize.run(quantize.parse_args([str(word) for word in command]))
     return target.name, time.perf_counter() - start
