@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, check_memory
-from distill import distill, training_bytes
+from distill import distill, texts_of_a_step, training_bytes
 from gptq import Buffers, quantize_blocks
 from load import count_weights, find_device, skeleton
 from model import Linear
@@ -48,13 +48,18 @@ def calibrated_blocks(checkpoint: Checkpoint, work: Path, args: argparse.Namespa
         check_memory(needed, device, "training", "--train_steps 0 leaves it out")
     made_of = [str(checkpoint.path.resolve()), checkpoint.path.stat().st_mtime_ns]
     made_of += [args.groupsize, args.no_act_order, zlib.crc32(tokens.numpy().tobytes())]
+    made_of += [zlib.crc32(text.encode())]
     take_up(work, made_of)
     say(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
     blocks = gptq_blocks(checkpoint, tokens, work, args)
     if steps == 0:
         yield from blocks  # as they are finished: only one is in memory
         return
-    found, before, after = distill(checkpoint, tokens, dict(blocks), steps, work, device)
+    once = steps * texts_of_a_step(tokens)  # so many that none need be seen again
+    tokens = calibration_tokens(checkpoint, text, args.calibration_seq_length, once)
+    blocks = dict(blocks)
+    say(f"training for {steps} steps on {len(tokens)} texts")
+    found, before, after = distill(checkpoint, tokens, blocks, steps, work, device)
     better = "" if after < before else "; GPTQ's integers are kept"
     say(f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{better}")
     yield from found.items()

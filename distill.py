@@ -30,6 +30,7 @@ TOKENS = 2048  # of a step, at least one text
 RATE = 0.005  # integers, Adam's first step; it falls to 0 as half a cosine does
 BETAS = 0.3, 0.99  # Adam's; with its 0.9 latents overshoot, and short runs did tenfold harm
 NEAR = 0.45  # of an integer: as far from it a latent may begin
+UNSEEN = 16  # texts to measure on, about, where there are many
 SAVE = 25  # steps, after each of which a later run can go on
 
 
@@ -43,8 +44,8 @@ def distill(
 ) -> tuple[dict[str, Buffers], float, float]:
     """The blocks with integers trained for `steps`, and what they gain on texts not trained on.
 
-    tokens: (B, T) ids; every eighth text is kept to measure on. blocks: the Int4Linear of
-    each linear of the blocks. work: a directory where a run that broke off is taken up.
+    tokens: (B, T) ids; every eighth text, or some UNSEEN of many, is kept to measure on. blocks:
+    the Int4Linear of each linear. work: a directory where a run that broke off is taken up.
     Returns also the divergence before and after, nats per token; where it is no smaller after,
     the blocks are those given. What it takes is training_bytes.
     """
@@ -52,8 +53,8 @@ def distill(
     checkpoint.load_into(teacher, device, torch.float32)
     student, latents = latent_copy(teacher, blocks)
     tokens = tokens.to(device)
-    eighth = torch.arange(len(tokens)) % 8 == 0
-    unseen, seen = tokens[eighth], tokens[~eighth] if len(tokens) > 1 else tokens
+    kept = torch.arange(len(tokens)) % max(8, len(tokens) // UNSEEN) == 0
+    unseen, seen = tokens[kept], tokens[~kept] if len(tokens) > 1 else tokens
     before = divergence_of(teacher, student, unseen)
     train(teacher, student, seen, steps, work / f"trained{steps}.pt")
     after = divergence_of(teacher, student, unseen)

@@ -28,17 +28,10 @@ from benchmarks.common import ROOT, exit_code, log
 from load import LoadedModel, load_model
 
 CPU = torch.device("cpu")
-MODES = (
-    ("int8", "int8", 32, ""),
-    *(
-        (f"{name}, g{size}", mode, size, options)
-        for size in (32, 128)
-        for name, mode, options in (
-            ("int4", "int4", ""),
-            ("GPTQ", "int4-gptq", "--train_steps 0"),
-            ("GPTQ, trained", "int4-gptq", "--train_steps 250"),
-        )
-    ),
+INT4 = (  # label, mode, options
+    ("int4", "int4", ""),
+    ("GPTQ", "int4-gptq", "--train_steps 0"),
+    ("GPTQ, trained", "int4-gptq", "--train_steps 250"),
 )
 
 
@@ -70,13 +63,16 @@ def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:
         base = loss(lm, ids, length)
         log(f"{source.name}: {len(ids)} tokens, perplexity {math.exp(base):.4f} as stored")
         found: dict[str, Any] = {"dense": math.exp(base)}
-        for label, mode, groupsize, options in MODES:
+        modes = [("int8", "int8", 32, "")]
+        for size in args.groupsizes:
+            modes += [(f"{name}, g{size}", mode, size, options) for name, mode, options in INT4]
+        for label, mode, groupsize, options in modes:
             name, seconds = quantized(folder, mode, groupsize, options, args, length)
             nats = loss(load_model(folder / name, device="cpu", dtype=torch.float32), ids, length)
             found[label] = math.exp(nats)
             change = math.expm1(nats - base)
             log(f"  {label:20} {math.exp(nats):8.4f}  {change:+.2%}  {seconds:.1f} s")
-        for label, mode, groupsize, _ in MODES:
+        for label, mode, groupsize, _ in modes:
             if mode == "int4-gptq":
                 lost = found[f"int4, g{groupsize}"] - found["dense"]
                 closed = 1 - (found[label] - found["dense"]) / lost
@@ -111,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--models", nargs="+", type=Path, default=demos, help="(default: the demo models)")
     add("--text", type=Path, required=True, help="held-out text")
     add("--calibration", type=Path, required=True, help="other text, for GPTQ")
+    add("--groupsizes", nargs="+", type=int, default=[32, 128], help="(default: 32 128)")
     add("--samples", type=int, default=128, help="calibration texts (default: 128)")
     add("--length", type=int, default=512, help="tokens of a text (default: 512)")
     add("--characters", type=int, default=400_000, help="of the text (default: 400,000)")
