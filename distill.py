@@ -28,7 +28,7 @@ from quantized import pack_nibbles, unpack_nibbles
 
 TOKENS = 2048  # of a step, at least one text
 RATE = 0.005  # integers, Adam's first step; it falls to 0 as half a cosine does
-BETAS = 0.3, 0.99  # Adam's; with its 0.9 latents overshoot, and short runs did tenfold harm
+BETAS = 0.3, 0.99  # Adam's; with its 0.9 many latents overshoot together, and short runs do harm
 NEAR = 0.45  # of an integer: as far from it a latent may begin
 UNSEEN = 16  # texts to measure on, about, where there are many
 SAVE = 25  # steps, after each of which a later run can go on
