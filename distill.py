@@ -55,11 +55,11 @@ def distill(
     tokens = tokens.to(device)
     kept = torch.arange(len(tokens)) % max(8, len(tokens) // UNSEEN) == 0
     unseen, seen = tokens[kept], tokens[~kept] if len(tokens) > 1 else tokens
-    before = divergence_of(teacher, student, unseen)
+    before = mean_divergence(teacher, student, unseen)
     train(teacher, student, seen, steps, work / f"trained{steps}.pt")
-    after = divergence_of(teacher, student, unseen)
+    after = mean_divergence(teacher, student, unseen)
     if after < before:
-        blocks = {name: latent.buffers_now() for name, latent in latents.items()}
+        blocks = {name: latent.as_stored() for name, latent in latents.items()}
     return blocks, before, after
 
 
@@ -93,7 +93,7 @@ def train(
 
 
 @torch.no_grad()
-def divergence_of(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
+def mean_divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
     """The divergence over many texts, (B, T), a step's worth at a time."""
     parts = tokens.split(texts_of_a_step(tokens))
     return sum(len(p) * divergence(teacher, student, p).item() for p in parts) / len(tokens)
@@ -141,7 +141,7 @@ class LatentInt4(nn.Module):
         weight = ((q - self.zeros) * self.scales).flatten(1)[:, : self.in_features]
         return F.linear(x, weight, self.bias)
 
-    def buffers_now(self) -> Buffers:
+    def as_stored(self) -> Buffers:
         return self.given | {"weight": pack_nibbles(self.integers().flatten(1)).cpu()}
 
 

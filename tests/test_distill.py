@@ -75,7 +75,7 @@ def test_latents_begin_as_the_layer_and_move_by_the_gradient_of_what_they_stand_
     q, zeros = moved[:, :K], unpack_nibbles(given["zeros"])[:, : given["scales"].shape[1]]
     given = store_int4(q, given["scales"], zeros, 32)  # as GPTQ may: not the nearest integers
     latent, x = LatentInt4(linear, given), torch.randn(3, 5, K)
-    for name, buffer in latent.buffers_now().items():
+    for name, buffer in latent.as_stored().items():
         assert torch.equal(buffer, given[name])
 
     weight = dense_int4(**given)[:, :K].requires_grad_()
@@ -98,7 +98,7 @@ def test_a_latent_crosses_to_the_next_integer_and_stays_within_four_bits():
         latent.latent += 3
     now = latent.integers().flatten()
     assert torch.equal(now, (before + 3).clamp(0, 15)) and now.max() == 15 > before.max()
-    assert torch.equal(unpack_nibbles(latent.buffers_now()["weight"])[0], now.byte())
+    assert torch.equal(unpack_nibbles(latent.as_stored()["weight"])[0], now.byte())
 
 
 def test_the_divergence_is_that_of_the_two_models_as_transformers_runs_them(demo: Path):
@@ -112,7 +112,7 @@ def test_the_divergence_is_that_of_the_two_models_as_transformers_runs_them(demo
         for n, layer in enumerate(lm.model.layers)
     }
     student, _ = latent_copy(lm.model, blocks)
-    said = distill.divergence_of(lm.model, student, tokens)
+    said = distill.mean_divergence(lm.model, student, tokens)
     with torch.no_grad():
         dense = Categorical(logits=theirs(tokens).logits.double())
         for name, module in theirs.named_modules():
@@ -132,7 +132,7 @@ def held_out_divergence(folder: Path, file: Path) -> float:
     dense, int4 = (load_model(f, device="cpu", dtype=torch.float32) for f in (folder, file))
     text = (folder.parent / "text.txt").read_text()
     tokens = calibrate.calibration_tokens(Checkpoint(folder), text, 96, 128)
-    return distill.divergence_of(dense.model, int4.model, tokens[::8])
+    return distill.mean_divergence(dense.model, int4.model, tokens[::8])
 
 
 def integers(file: Path) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def test_one_text_is_enough(demo: Path):
     assert run(demo, 1) == 0
 
 
-def test_small_models_are_trained_unless_told_otherwise(tmp_path: Path):
+def test_small_models_are_trained_unless_told_otherwise():
     small = Checkpoint(ROOT / "checkpoints" / "demo")
     assert calibrate.train_steps(small) == calibrate.TRAIN_STEPS
     config = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 22}
@@ -224,8 +224,9 @@ def refuse(needed: int, device: torch.device, what: str, remedy: str) -> None:
         raise MemoryError(f"{what} does not fit: {remedy}")
 
 
-@pytest.mark.parametrize("options", ["--mode int4 --train_steps 3", "--train_steps -1"])
-def test_steps_that_make_no_sense_are_refused(options: str, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(("mode", "steps"), [("int4", "3"), ("int4-gptq", "-1")])
+def test_steps_that_make_no_sense_are_refused(mode: str, steps: str, capsys: pytest.CaptureFixture):
+    options = ["--mode", mode, "--calibration_file", "y", "--train_steps", steps]
     with pytest.raises(SystemExit):
-        quantize.parse_args(["--checkpoint_path", "x", *options.split()])
+        quantize.parse_args(["--checkpoint_path", "x", *options])
     assert "--train_steps is 0 or more" in capsys.readouterr().err
