@@ -4,8 +4,8 @@ Start at Stats, which times the steps of `generate` as they pass and counts the 
 had to read; read_bandwidth measures the ceiling, and `measure` is `generate.py --bench`, in the
 manner of llama.cpp's llama-bench: pp = prompt processing, tg = text generation.
 
-Decoding reads every weight and the filled part of the KV cache once per step, so that bytes per
-second against the read bandwidth says how good it is, whatever the model.
+Plain decoding reads every weight and the filled part of the KV cache once per step, so that bytes
+per second against the read bandwidth says how good it is, whatever the model.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import available_memory, size_text
-from model import KVCache, Transformer
+from decoding import LoadedModel
+from model import KVCache
 from sampling import GenerationConfig
 
 # Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
@@ -33,12 +34,13 @@ WARM_UPS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up in one run, 
 class Stats:
     """Times and counts of one run or of several added up. Seconds, tokens and bytes."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, lm: LoadedModel):
         self.load_seconds = self.compile_seconds = 0.0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
-        self._weights = model.bytes_per_step()
-        self._per_slot = model.kv_bytes_per_token()
+        self._drafted = lm.draft is not None
+        self._weights = lm.model.bytes_per_step()
+        self._per_slot = lm.model.kv_bytes_per_token()
 
     def timed(
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
@@ -54,7 +56,7 @@ class Stats:
                 self.decode_seconds += seconds
                 self.decoded_tokens += sum(map(len, step))
                 self.decoded_bytes += self._weights + self._per_slot * filled
-            filled += len(prompts)
+            filled += len(prompts) * max(map(len, step))
             start = time.perf_counter()
             yield step
 
@@ -79,12 +81,14 @@ class Stats:
             f"{self.prefill_rate:.1f} tokens/s"
         )
         if self.decoded_tokens:
-            yield (
-                f"decode: {self.decoded_tokens} tokens in {self.decode_seconds:.2f} s, "
-                f"{self.decode_rate:.1f} tokens/s, "
-                f"{size_text(self.decoded_bytes / self.decoded_tokens)} per token, "
+            reads = (
+                f", {size_text(self.decoded_bytes / self.decoded_tokens)} per token, "
                 f"{size_text(self.bandwidth)}/s, {self.bandwidth / ceiling:.0%} of the "
                 f"{size_text(ceiling)}/s measured here"
+            )
+            yield (
+                f"decode: {self.decoded_tokens} tokens in {self.decode_seconds:.2f} s, "
+                f"{self.decode_rate:.1f} tokens/s{'' if self._drafted else reads}"
             )
 
 
@@ -101,7 +105,7 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
 
 
 def measure(
-    lm: Any,
+    lm: LoadedModel,
     complete: Callable[..., Any],
     caches: list[KVCache],
     config: GenerationConfig,
@@ -110,7 +114,7 @@ def measure(
 ) -> dict[str, Any]:
     """Prefill and decode `repeats` times, once warm; prints a table on stderr.
 
-    lm and complete: generate.py's. Returns figures, of each run's tokens per second one.
+    complete: generate.py's. Returns figures, of each run's tokens per second one.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (caches[0].rows, prompt_length)
@@ -118,7 +122,7 @@ def measure(
     config = dataclasses.replace(config, ignore_eos=True, stop=())
     ceiling = read_bandwidth(lm.device)
     print(f"ceiling: memory is read at {size_text(ceiling)}/s", file=sys.stderr)
-    runs = [Stats(lm.model) for _ in range(WARM_UPS[lm.device.type] + repeats)]
+    runs = [Stats(lm) for _ in range(WARM_UPS[lm.device.type] + repeats)]
     for stats in tqdm(runs, desc="bench", leave=False, disable=None):
         complete(lm, prompts, config, caches=caches, stats=stats)
     runs = runs[-repeats:]
@@ -131,13 +135,14 @@ def measure(
     for test, rates in tests.items():
         mean, spread = statistics.mean(rates), statistics.pstdev(rates)
         print(f"{test:>8} {len(prompts):6} {mean:10.2f} {spread:8.2f}", file=sys.stderr)
-    print(f"decode reads {size_text(reads)}/s, {reads / ceiling:.0%} of it", file=sys.stderr)
+    if not lm.draft:  # what a draft reads is not counted
+        print(f"decode reads {size_text(reads)}/s, {reads / ceiling:.0%} of it", file=sys.stderr)
     return {
         "prompt_length": prompt_length,
         "new_tokens": config.max_new_tokens,
         "batch": len(prompts),
         "tokens_per_s": tests,
-        "decode_bytes_per_s": reads,
+        "decode_bytes_per_s": None if lm.draft else reads,
         "read_bytes_per_s": ceiling,
     } | provenance(lm.device)
 

@@ -38,22 +38,21 @@ torch.library.register_fake("gpt_flex::quantized_linear")(
 
 
 class TiledLinear(nn.Module):
-    """A quantised linear in the order that cpu_products.cpp reads: bfloat16 in, bfloat16 out."""
+    """A quantised linear in the order that cpu_products.cpp reads. It computes in bfloat16."""
 
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         packed, *how = pack_int8(linear) if isinstance(linear, Int8Linear) else pack_int4(linear)
-        bias = None if linear.bias is None else pad(linear.bias.detach(), STRIP)
+        bias = None if linear.bias is None else pad(linear.bias.detach().bfloat16(), STRIP)
         self.register_buffer("packed", on_huge_pages(packed))
         self.register_buffer("bias", bias)
         self._how = *how, self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.gpt_flex.quantized_linear(
-            x.flatten(0, -2), self.packed, self.bias, *self._how
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        rows = x.flatten(0, -2).bfloat16()  # (M, K)
+        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._how)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 def pack_int8(linear: Int8Linear) -> tuple[Tensor, int, int]:

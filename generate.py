@@ -3,8 +3,9 @@
     python generate.py --compile --checkpoint_path checkpoints/demo --prompt "Once upon a time"
 
 Start at `generate`, the loop that everything else consumes: `complete`, which turns its ids into
-texts, files of prompts (jobs.py), chat (chat.py) and benchmarks (bench.py). load.py makes the
-model that it runs; the command is the second half of the file.
+texts, files of prompts (jobs.py), chat (chat.py) and benchmarks (bench.py). Its steps are made by
+decoding.py or, where a draft guesses tokens, by speculate.py; load.py makes the model that it
+runs; the command is the second half of the file.
 
     lm = load_model("checkpoints/demo", compile=True)
     prompts = [lm.tokenizer.encode(text) for text in ("Once upon a time", "The big dog")]
@@ -24,33 +25,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import bench
 import chat
 import jobs
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from completion import Completion
-from load import (
-    CACHES,
-    DEMO,
-    LoadedModel,
-    compile_now,
-    count_weights,
-    load_model,
-    random_model,
-    visible_slots,
-)
+from decoding import LoadedModel, plain_steps
+from load import CACHES, DEMO, DRAFTS, compile_now, count_weights, load_model, random_model
 from model import KVCache
 from quantized import make_scheme
 from sampling import GenerationConfig, Sampler
+from speculate import speculative_steps
 
-T = TypeVar("T")
 DEMO_PROMPT = "Once upon a time"
-PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
 
 
 @torch.inference_mode()
@@ -72,107 +63,40 @@ def generate(
     prompt they hold already. finished: asked about each live row after each step, for ends that
     tokens alone do not show.
 
-    Yields, for each step, B lists of new ids: one id for a live row, none for a row that ended
-    with an id of tokenizer.eos_ids, with max_new_tokens or with the model's context.
+    Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
+    none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
+    model's context.
     Raises ValueError for a prompt that is empty, too long or has ids that the model lacks.
     """
     args = lm.model.args
     check_prompts(prompts, args.context, args.vocab_size)
-    limits = [min(config.max_new_tokens, args.context - len(p)) for p in prompts]
-    longest = max(map(len, prompts))
     if caches is None:
-        caches = lm.make_caches(len(prompts), max(512, longest + max(limits)))
+        longest = max(map(len, prompts))
+        caches = lm.make_caches(len(prompts), max(512, longest + config.max_new_tokens))
+    limits = [min(config.max_new_tokens, caches[0].length - len(p)) for p in prompts]
     B, idle = len(prompts), caches[0].rows - len(prompts)  # idle: rows computed and not looked at
     sampler = Sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
-    live = set(range(B))
-    filled_up = [*prompts, *[prompts[-1]] * idle]
-    steps = sampled_steps(lm, filled_up, caches, past, sampler, max(limits))
-    for n, read in enumerate(launched_ahead(steps) if lm.device.type == "cuda" else steps):
-        ids = read()[:B]  # the host waits here
-        yield [[token] if row in live else [] for row, token in enumerate(ids)]
-        live -= {r for r in live if ids[r] in ends or n + 1 == limits[r] or finished(r)}
+    live, room = set(range(B)), limits.copy()
+    given = lm, [*prompts, *[prompts[-1]] * idle], caches, past, sampler
+    steps = (
+        speculative_steps(*given, limits, live) if lm.draft else plain_steps(*given, max(limits))
+    )
+    for step in steps:
+        new = [until_end(step[row], room[row], ends) if row in live else [] for row in range(B)]
+        yield new
+        for row in tuple(live):
+            room[row] -= len(new[row])
+            if not room[row] or new[row][-1] in ends or finished(row):
+                live.remove(row)
         if not live:
             return
 
 
-def sampled_steps(
-    lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    caches: list[KVCache],
-    past: int,
-    sampler: Sampler,
-    count: int,
-) -> Iterator[Callable[[], list[int]]]:
-    """`count` steps, each launched when it is asked for, and read when what it yields is called."""
-    length = caches[0].length
-    slots = torch.arange(length, device=lm.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
-    longest = max(map(len, prompts))
-    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-    for n in range(count):
-        tokens = sampler(logits.squeeze(1), n)  # (B,)
-        yield begin_reading(tokens)
-        if n + 1 < count:
-            # A row that has ended stays in the batch, and must stay within the cache too.
-            pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
-            visible = visible_slots(longest + n + 1, length)
-            logits = lm.decode(tokens.unsqueeze(1), pos, slots[:visible], caches)  # (B, 1, V)
-
-
-def begin_reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start copying ids, (B,), to the host. The call returned waits for them alone, not for what
-    the device was given to do after them."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    host = tokens.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[int]:
-        copied.synchronize()
-        return host.tolist()
-
-    return read
-
-
-def launched_ahead(steps: Iterator[T]) -> Iterator[T]:
-    """The same steps, each launched before the one before it is read: the device never waits."""
-    waiting = next(steps)
-    for step in steps:
-        yield waiting
-        waiting = step
-    yield waiting
-
-
-def prefill(
-    lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    caches: list[KVCache],
-    past: int,
-    slots: Tensor,
-) -> Tensor:
-    """Fill the caches with the prompts after their first `past` tokens.
-
-    Returns the logits that follow each prompt's last token, (B, 1, V).
-    """
-    lengths = torch.tensor([len(p) - past for p in prompts], device=lm.device)  # (B,)
-    width = max(map(len, prompts)) - past
-    padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
-    tokens = torch.tensor(padded, device=lm.device)  # (B, width)
-    chunk = max(1, PREFILL_TOKENS // len(prompts))
-    logits = None
-    for start in range(0, width, chunk):
-        part = tokens[:, start : start + chunk]  # (B, T)
-        end = past + start + part.shape[1]
-        pos = slots[past + start : end].expand_as(part)  # (B, T)
-        last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
-        visible = slots[: visible_slots(end, len(slots))]
-        out = lm.prefill(part, pos, visible, caches, last)  # (B, 1, V)
-        # A row that ended in an earlier chunk keeps the logits it had there.
-        reached = (lengths > start).view(-1, 1, 1)
-        logits = out if logits is None else torch.where(reached, out, logits)
-    return logits
+def until_end(ids: list[int], room: int, ends: Sequence[int]) -> list[int]:
+    """The first `room` ids, and of those none after the first that ends a text."""
+    end = next((n for n, token in enumerate(ids[:room], 1) if token in ends), room)
+    return ids[:end]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
@@ -279,7 +203,7 @@ def run_chat(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
     half_free = available_memory(lm.device) // 2
-    fitting = half_free // lm.model.kv_bytes_per_token()
+    fitting = half_free // lm.kv_bytes_per_token()
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
     compile_timed(lm, caches, stats)
     conversation = chat.Conversation(
@@ -346,6 +270,8 @@ def run(args: argparse.Namespace) -> None:
         "dtype": DTYPES.get(args.dtype),
         "compile": args.compile,
         "compile_prefill": args.compile_prefill,
+        "draft": args.draft_checkpoint_path or args.draft,
+        "speculate_k": None if args.speculate_k == "auto" else args.speculate_k,
     }
     start = time.perf_counter()
     if args.random_weights:
@@ -353,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
         lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
         lm = load_model(args.checkpoint_path, **options)
-    stats = bench.Stats(lm.model)
+    stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
@@ -366,6 +292,9 @@ def run(args: argparse.Namespace) -> None:
         args.mode(lm, config, stats, args)
     if stats.prefill_seconds:
         for line in stats.report(bench.read_bandwidth(lm.device)):
+            log(line)
+    if lm.draft:
+        for line in lm.draft.pace.report.lines():
             log(line)
 
 
@@ -414,6 +343,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             add(name, type=type(default), default=default, help=f"{text} (default: {default})")
     add("--compile", action="store_true", help="compile decoding")
     add("--compile_prefill", action="store_true", help="compile prefill too; needs --compile")
+    add(
+        "--draft_checkpoint_path",
+        type=Path,
+        help="a small model that guesses tokens, same tokenizer",
+    )
+    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
+    add("--speculate_k", type=count_or_auto, default="auto", help="tokens to guess (default: auto)")
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
@@ -448,9 +384,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("prompt", "interactive"),
         ("prompts", "interactive"),
         ("output", "interactive"),
+        ("draft", "draft_checkpoint_path"),
     ):
         if getattr(args, one) and getattr(args, other):
             parser.error(f"give --{one} or --{other}, not both")
+    if args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path):
+        parser.error("--speculate_k needs --draft or --draft_checkpoint_path")
     if args.bench and (len(args.prompt or []) > 1 or not "".join(args.prompt or "0").isdecimal()):
         parser.error("--bench takes one number of tokens as --prompt")
 
@@ -472,6 +411,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -2,11 +2,11 @@
 
 Start at load_model, the one place where a model's features meet, in this order: the checkpoint's
 args -> Transformer on the meta device -> every tensor read once, straight to where it stays ->
-prefill and decode as two views of the model, compiled or not.
+prefill and decode as two views of the model, compiled or not -> what guesses tokens for it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,51 +18,22 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, allocate, check_memory, read_json
 from compiled import compiled_view, compiler_imported
 from cpu_products import use_tiles
+from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
-from quantized import swap_linears
+from quantized import make_scheme, quantized_bytes, quantized_copy, swap_linears
 from quantized_cache import QuantizedKVCache
-from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+from speculate import ModelDraft, NgramDraft, Pace, SelfDraft
+from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
     None: KVCache,
     "int8": partial(QuantizedKVCache, bits=8),
     "int4": partial(QuantizedKVCache, bits=4),
 }
+SELF_BITS = {"self-int8": 8, "self-int4": 4}
+DRAFTS = "ngram", *SELF_BITS  # or else a model
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
-
-    model: Transformer
-    prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
-    decode: Callable[..., Tensor]  # one token per row
-    tokenizer: Tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
-
-    @torch.inference_mode()
-    def make_caches(self, batch: int, length: int) -> list[KVCache]:
-        """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
-        length = visible_slots(length, self.model.args.context)
-        needed = batch * length * self.model.kv_bytes_per_token()
-        what = f"a KV cache of {batch} rows of {length} tokens"
-        check_memory(needed, self.device, what, "lower --batch_size or --max_new_tokens")
-        return self.model.make_caches(batch, length)
-
-
-def visible_slots(filled: int, most: int) -> int:
-    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
-
-    Attention reads so many slots: at most half of them beyond what is filled, and there are
-    only two sizes, hence two CUDA graphs, for each doubling of the length.
-    """
-    power = max(64, 1 << (filled - 1).bit_length())
-    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
 
 
 def load_model(
@@ -73,24 +44,30 @@ def load_model(
     kv_dtype: str | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
+    draft: str | Path | LoadedModel | None = None,
+    speculate_k: int | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
     dtype None: as stored. kv_dtype: "int8" or "int4", None: that of the model. device "auto":
-    cuda, else mps, else cpu. compiled views take their time at their first call. Raises
-    FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
-    allocated.
+    cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
+    guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
+    many, None: as many as pay. Raises FileNotFoundError, ValueError and MemoryError, in one line
+    each, before anything large is allocated.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
+    views = {"compile": compile, "compile_prefill": compile_prefill}
+    if isinstance(draft, Path) or (draft and draft not in DRAFTS):
+        draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
+    check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     with compiler_imported(compile):
         model = skeleton(checkpoint.args, checkpoint.scheme)
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
             checkpoint.load_into(model, target, dtype, bar.update)
-        use_fast_products(model)
-    model.new_cache = new_cache
-    return make_views(model, tokenizer, compile, compile_prefill)
+        model.new_cache = new_cache
+        return make_ready(model, tokenizer, views, draft, speculate_k)
 
 
 def random_model(
@@ -102,6 +79,8 @@ def random_model(
     scheme: dict[str, Any] | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
+    draft: str | LoadedModel | None = None,
+    speculate_k: int | None = None,
 ) -> LoadedModel:
     """A model of the shape that a config.json gives, with random weights: for benchmarks.
 
@@ -120,12 +99,70 @@ def random_model(
             else:
                 piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
 
+    args = model_args(config)
+    tokenizer = id_tokenizer(args.vocab_size)
+    check_draft(draft, args.vocab_size, tokenizer, scheme)
     with compiler_imported(compile):
-        model = skeleton(model_args(config), scheme)
+        model = skeleton(args, scheme)
         allocate(model, target, dtype or getattr(torch, str(stored)), fill)
-        use_fast_products(model)
-    model.new_cache = new_cache
-    return make_views(model, id_tokenizer(model.args.vocab_size), compile, compile_prefill)
+        model.new_cache = new_cache
+        views = {"compile": compile, "compile_prefill": compile_prefill}
+        return make_ready(model, tokenizer, views, draft, speculate_k)
+
+
+def make_ready(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    views: dict[str, bool],
+    draft: str | LoadedModel | None,
+    speculate_k: int | None,
+) -> LoadedModel:
+    """A model that has its weights: its fast products, its views, and what guesses for it."""
+    copy = (
+        self_copy(model, draft) if draft in SELF_BITS else None
+    )  # while there are weights to round
+    use_fast_products(model, model.tok_embeddings.weight.dtype)
+    lm = make_views(model, tokenizer, **views)
+    if draft is None:
+        return lm
+    pace = Pace(speculate_k)
+    if copy:
+        use_fast_products(copy, torch.bfloat16)
+        return replace(lm, draft=SelfDraft(pace, make_views(copy, tokenizer, **views)))
+    return replace(lm, draft=NgramDraft(pace) if draft == "ngram" else ModelDraft(pace, draft))
+
+
+def self_copy(model: Transformer, draft: str) -> Transformer:
+    """The model in the fewer bits that the draft's name says."""
+    scheme = make_scheme(draft.removeprefix("self-"))
+    nbytes = quantized_bytes(skeleton(model.args, scheme))
+    device = model.tok_embeddings.weight.device
+    what = f"the model's copy for --draft {draft}"
+    check_memory(nbytes, device, what, "use --draft ngram, which takes none")
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=draft, delay=1) as bar:
+        return quantized_copy(model, scheme, bar.update)
+
+
+def check_draft(
+    draft: str | LoadedModel | None,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    scheme: dict[str, Any] | None,
+) -> None:
+    """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
+    if isinstance(draft, LoadedModel):
+        theirs = draft.model.args.vocab_size
+        if theirs != vocab_size:
+            said = f"the draft knows {theirs} ids and the model {vocab_size}"
+        elif not (said := difference(draft.tokenizer, tokenizer)):
+            return
+        raise ValueError(f"{said}: the draft must be a model with the same tokenizer")
+    bits = scheme["linears"].get("bits", 16) if scheme else 16
+    if SELF_BITS.get(draft, 0) >= bits:
+        raise ValueError(
+            f"--draft {draft}: the model has {bits} bits per weight already; use --draft ngram or "
+            "--draft_checkpoint_path"
+        )
 
 
 def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
@@ -137,11 +174,10 @@ def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
     return model
 
 
-def use_fast_products(model: Transformer) -> None:
+def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
     """Exchange quantised linears for those that are packed for the model's device."""
-    weight = model.tok_embeddings.weight
-    if weight.device.type == "cpu":
-        use_tiles(model, weight.dtype)
+    if model.tok_embeddings.weight.device.type == "cpu":
+        use_tiles(model, dtype)
 
 
 def make_views(
@@ -181,10 +217,17 @@ def count_weights(args: ModelArgs) -> int:
 @torch.inference_mode()
 def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
+    meet_shapes(lm, caches, 2 if lm.draft else 1)
+    if lm.draft and (drafting := lm.draft.views(caches)):
+        meet_shapes(*drafting)
+
+
+def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
+    """widest: tokens of a row that decoding is given at once, where 2 stand for more."""
     slots = torch.arange(caches[0].length, device=lm.device)
     visible = slots[: visible_slots(2, len(slots))]
-    for view, width in ((lm.decode, 1), (lm.prefill, 2)):
+    for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            last = () if width == 1 else (tokens[:, 0],)
+            last = (tokens[:, 0],) if view is lm.prefill else ()
             view(tokens, slots[:width].expand_as(tokens), visible, caches, *last)

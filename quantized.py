@@ -11,6 +11,8 @@ point per group of inputs: w = (q - zero) * scale, the zero point an integer as 
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -176,6 +178,35 @@ def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
     for name, linear in linears.items():
         if swapped := quantized_linear(linear, layer_scheme(name, scheme)):
             model.set_submodule(name, swapped)
+
+
+def quantized_copy(
+    model: Transformer, scheme: dict[str, Any], progress: Callable[[int], Any] = lambda nbytes: None
+) -> Transformer:
+    """The same model with rounded linears; all else it shares. progress: told of bytes made."""
+    with torch.device("meta"):
+        copied = Transformer(model.args)
+        swap_linears(copied, scheme)
+    for name, module in list(copied.named_modules()):
+        theirs = model.get_submodule(name)
+        if isinstance(module, QuantizedLinear):
+            dense = theirs.weight if isinstance(theirs, Linear) else theirs.dense(torch.float32)
+            int4 = isinstance(module, Int4Linear)
+            buffers = round_int4(dense, module.groupsize) if int4 else round_int8(dense)
+            for key, value in buffers.items():
+                setattr(module, key, value)
+            module.bias = theirs.bias
+            progress(sum(value.nbytes for value in buffers.values()))
+        elif not list(module.children()):
+            copied.set_submodule(name, copy.copy(theirs))  # its tensors are the same ones
+    copied.new_cache = model.new_cache
+    return copied.eval()
+
+
+def quantized_bytes(model: Transformer) -> int:
+    """What the quantised linears of a model take."""
+    linears = (m for m in model.modules() if isinstance(m, QuantizedLinear))
+    return sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
 
 
 def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """From logits to the next token: what may be drawn, and the draw.
 
 Start at GenerationConfig, the one source of defaults for everything that generates. `Sampler`
-joins the two halves, which speculation needs apart: `distribution` gives the probabilities that
-the config allows, `draw` turns one uniform number per row into a token.
+joins the two halves: `candidates` gives the tokens that the config allows and their probabilities,
+`draw` lets a race among them decide.
 
-A row draws from a random stream of its own, made from the seed and the row's number: its text
-does not depend on which rows share its batch, on the batch's size or on compilation.
+The n-th token of a row is drawn by noise that depends on the seed, the row's number and n alone:
+its text does not depend on which rows share its batch, on the batch's size, on compilation, or on
+whether a draft guessed it (speculate.py).
 
 Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order in which filters
-apply (temperature, top-k, top-p, min-p) is that of transformers.
+apply (temperature, top-k, top-p, min-p) is that of transformers. The race is the Gumbel-max trick;
+that a draft and its model share its noise is from 2408.07978. The noise is SplitMix64's.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+# SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 
 @dataclass(frozen=True)
@@ -47,59 +53,67 @@ class GenerationConfig:
 
 
 class Sampler:
-    """Draws step after step for the rows of one batch.
+    """Draws tokens for the rows of one batch.
 
-    rows: the number of each row's random stream. All of a row's random numbers are drawn at once
-    and up front, so that no step waits for the host.
+    rows: the number of each row's random stream. The keys of a row's noise are all drawn up front,
+    so that no step waits for the host.
     """
 
     def __init__(self, config: GenerationConfig, rows: Sequence[int], device: torch.device):
         self.config = config
         # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed.
         streams = [np.random.default_rng((config.seed, row)) for row in rows]
-        uniforms = [stream.random(config.max_new_tokens, dtype=np.float32) for stream in streams]
-        self.uniforms = torch.from_numpy(np.stack(uniforms)).to(device)  # (B, max_new_tokens)
+        keys = [stream.integers(-(2**63), 2**63, config.max_new_tokens) for stream in streams]
+        self.keys = torch.from_numpy(np.stack(keys)).to(device)  # (B, max_new_tokens)
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """The tokens of a step: (B, V) -> (B,)."""
+    def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """The tokens of those numbers in their row, 0 for the first: (B, T, V), (B, T) -> (B, T).
+
+        A token beyond max_new_tokens is drawn like the last.
+        """
         if self.config.temperature == 0:
             return logits.max(dim=-1).indices  # in bfloat16 four times as fast as argmax
-        return draw(distribution(logits, self.config), self.uniforms[:, step])
+        keys = self.keys.gather(1, numbers.clamp_max(self.keys.shape[1] - 1))  # (B, T)
+        return draw(*candidates(logits, self.config), keys)
 
 
-def distribution(logits: Tensor, config: GenerationConfig) -> Tensor:
-    """What may be drawn, with which probability: (..., V) -> (..., V) in float32.
+def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """What may be drawn, with which probability: (..., V) -> ids and float32, (..., K) each.
 
-    The likeliest token always may. A temperature of 0 gives it all the probability.
+    The likeliest token always may. A temperature of 0 leaves no other.
     """
-    logits = logits.float()
-    if config.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        least = logits.topk(config.top_k).values[..., -1:]  # (..., 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    V, greedy = logits.shape[-1], config.temperature == 0
+    K = 1 if greedy else min(config.top_k or V, V)
+    logits = logits.float() if greedy else logits.float() / config.temperature
+    if K < V or config.top_p < 1:
+        logits, ids = logits.topk(K)  # the likeliest first
+    else:
+        ids = torch.arange(V, device=logits.device).expand_as(logits)
+    probabilities = logits.softmax(-1)  # (..., K)
     if config.top_p < 1:
-        descending, order = logits.sort(dim=-1, descending=True)
-        probabilities = descending.softmax(-1)
         likelier = probabilities.cumsum(-1) - probabilities  # the mass before each; first: 0
-        dropped = likelier >= config.top_p
-        dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    probabilities = logits.softmax(-1)
+        probabilities = probabilities.masked_fill(likelier >= config.top_p, 0.0)
     if config.min_p > 0:
         least = config.min_p * probabilities.amax(-1, keepdim=True)  # (..., 1)
-        kept = probabilities.masked_fill(probabilities < least, 0.0)
-        probabilities = kept / kept.sum(-1, keepdim=True)
-    return probabilities
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    return ids, probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the summed probabilities reach a share of 1 - u: (..., V), (...) -> (...).
+def draw(ids: Tensor, probabilities: Tensor, keys: Tensor) -> Tensor:
+    """One id of each row, with its probability: (..., K), (..., K), (...) -> (...).
 
-    1 - u lies in (0, 1]: above 0, so that no token of probability 0 is drawn, and at most 1, so
-    that rounding never asks for more than the sum.
+    A race: each id arrives after an exponential time at the rate of its probability. Two models
+    that draw by the same key choose the same id as often as their distributions nearly allow.
     """
-    reached = probabilities.cumsum(-1)  # (..., V)
-    wanted = (1 - uniforms).unsqueeze(-1) * reached[..., -1:]  # (..., 1)
-    return torch.searchsorted(reached, wanted).squeeze(-1)
+    arrivals = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
+    return ids.gather(-1, arrivals.argmin(-1, keepdim=True)).squeeze(-1)
+
+
+def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
+    """An exponential variable, float32 and above 0, for each pair of a key and an id."""
+    x = (ids + 1).mul_(GOLDEN).add_(keys)  # of 64 bits; what is beyond them is dropped
+    for shift, factor in MIXING:
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    # 63 bits; as 1 - u rounds to few digits near 1, the small arrival times come from small u.
+    u = x.bitwise_and_(2**63 - 1).float().mul_(2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
+    return u.neg_().log1p_().neg_()

@@ -109,6 +109,19 @@ class Tokenizer:
         return self.encode(text, bos=False, special=True)
 
 
+def difference(a: Tokenizer, b: Tokenizer) -> str | None:
+    """Where two tokenizers first mean different texts by an id; None: nowhere."""
+    if a.vocab_size != b.vocab_size:
+        return f"the tokenizers have {a.vocab_size} and {b.vocab_size} ids"
+    for token in range(a.vocab_size):
+        texts = a._backend.token_bytes(token), b._backend.token_bytes(token)
+        if texts[0] != texts[1]:
+            return (
+                f"id {token} stands for {texts[0]!r} in one tokenizer and {texts[1]!r} in the other"
+            )
+    return None
+
+
 def id_tokenizer(vocab_size: int) -> Tokenizer:
     """For a model without tokenizer files: ids print as numbers, and no text can be encoded."""
     return Tokenizer(IdBackend(vocab_size), None, (), dict.fromkeys(SETTINGS))

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from bench import Stats, provenance, read_bandwidth
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from checkpoint import size_text
+from decoding import LoadedModel
 from generate import GenerationConfig, complete
-from load import LoadedModel, compile_now, make_views, random_model
+from load import compile_now, make_views, random_model
 from quantized import make_scheme
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ class Ours:
         compile_now(lm, self.caches)
 
     def __call__(self, prompt: list[int]) -> Run:
-        stats = Stats(self.lm.model)
+        stats = Stats(self.lm)
         complete(self.lm, [prompt], self.config, caches=self.caches, stats=stats)
         return {"prefill": stats.prefill_rate, "decode": stats.decode_rate}
 

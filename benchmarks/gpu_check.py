@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from checkpoint import DTYPES
+from decoding import LoadedModel, visible_slots
 from generate import GenerationConfig, complete
-from load import LoadedModel, find_device, load_model, make_views, visible_slots
+from load import find_device, load_model, make_views
 from model import KVCache
 
 MODELS = ("demo", "demo-opt")

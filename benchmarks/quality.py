@@ -25,7 +25,8 @@ from tqdm import tqdm
 import quantize
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
-from load import LoadedModel, load_model
+from decoding import LoadedModel
+from load import load_model
 
 CPU = torch.device("cpu")
 INT4 = (  # label, mode, options

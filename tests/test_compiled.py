@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from compiled import Shortcuts
+from decoding import LoadedModel
 from generate import GenerationConfig, complete
-from load import LoadedModel, load_model, make_views
+from load import load_model, make_views
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)

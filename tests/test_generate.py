@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import generate as generate_module
+import decoding
 from completion import Completion
-from generate import GenerationConfig, complete, generate, launched_ahead
-from load import LoadedModel, load_model, random_model, visible_slots
+from decoding import LoadedModel, launched_ahead, visible_slots
+from generate import GenerationConfig, complete, generate
+from load import load_model, random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
@@ -141,7 +142,7 @@ def test_prefill_in_chunks_is_prefill(
     given = prompts(eager)
     assert len({(len(p) - 1) // (chunk // len(given)) for p in given}) > 1
     wanted = ids(eager, given, GREEDY)
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", chunk)
     assert ids(eager, given, GREEDY) == wanted
 
 

@@ -29,25 +29,28 @@ FLOORS = {
     "cpu_products": {"model", "quantized"},
     "compiled": {"cpu_products", "model"},
     "load": {
-        "checkpoint", "compiled", "cpu_products", "hf", "model", "quantized", "quantized_cache",
-        "tokenizer",
+        "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "quantized",
+        "quantized_cache", "speculate", "tokenizer",
     },
     "gptq": {"checkpoint", "model", "quantized"},
     "distill": {"checkpoint", "gptq", "load", "model", "quantized"},
     "calibrate": {"checkpoint", "distill", "gptq", "load", "model", "tokenizer"},
     "quantize": {"calibrate", "checkpoint", "load", "model", "quantized"},
-    "bench": {"checkpoint", "model", "sampling"},
+    "decoding": {"checkpoint", "model", "sampling", "tokenizer"},
+    "speculate": {"decoding", "model", "sampling"},
+    "bench": {"checkpoint", "decoding", "model", "sampling"},
     "chat": {"tokenizer"},
     "jobs": set(),
     "generate": {
-        "bench", "chat", "checkpoint", "completion", "jobs", "load", "model", "quantized",
-        "sampling",
+        "bench", "chat", "checkpoint", "completion", "decoding", "jobs", "load", "model",
+        "quantized", "sampling", "speculate",
     },
 }  # fmt: skip
 OPTIONS = """
-    batch_size bench checkpoint_path compile compile_prefill device dtype help ignore_eos
-    interactive json kv_dtype max_new_tokens min_p num_samples output profile prompt prompts
-    random_mode random_weights repeats seed stop system temperature top_k top_p
+    batch_size bench checkpoint_path compile compile_prefill device draft draft_checkpoint_path
+    dtype help ignore_eos interactive json kv_dtype max_new_tokens min_p num_samples output profile
+    prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
+    top_p
 """
 PARSERS = {"generate.py": parse_args, "quantize.py": quantize.parse_args}
 ROOT_FILES = sorted(ROOT.glob("*.py"))

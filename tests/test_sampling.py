@@ -1,12 +1,13 @@
 """What may be drawn, against transformers' logits processors; and the draw, against arithmetic."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from sampling import GenerationConfig, Sampler, distribution, draw
+from sampling import GenerationConfig, Sampler, candidates, draw, exponentials
 
 VOCAB = 97
 FILTERS = list(
@@ -31,32 +32,67 @@ def test_distribution_is_that_of_transformers(
     if min_p:
         wanted = processors.MinPLogitsWarper(min_p)(None, wanted)
     config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    torch.testing.assert_close(distribution(logits(), config), wanted.softmax(-1))
+    torch.testing.assert_close(dense(*candidates(logits(), config)), wanted.softmax(-1))
+
+
+def dense(ids: Tensor, probabilities: Tensor) -> Tensor:
+    """(B, K), (B, K) -> (B, VOCAB)"""
+    return torch.zeros(len(ids), VOCAB).scatter_(-1, ids, probabilities)
 
 
 def test_temperature_0_is_the_likeliest_token():
     config = GenerationConfig(temperature=0)
-    found = distribution(logits(), config)
-    assert found.sum() == len(found)
-    assert (found.argmax(-1) == logits().argmax(-1)).all()
+    ids, probabilities = candidates(logits(), config)
+    assert (ids[:, 0] == logits().argmax(-1)).all() and (probabilities == 1).all()
     sampler = Sampler(config, range(5), torch.device("cpu"))
-    assert (sampler(logits(), 0) == logits().argmax(-1)).all()
+    numbers = torch.zeros(5, 1, dtype=torch.long)
+    assert (sampler(logits().unsqueeze(1), numbers)[:, 0] == logits().argmax(-1)).all()
 
 
-def test_a_draw_worked_by_hand():
-    """Summed, [0.1, 0, 0.4, 0.5] is [0.1, 0.1, 0.5, 1]. u = 0.95 asks where the sum reaches
-    1 - u = 0.05: token 0. u = 0.7 asks for 0.3: token 2. u = 0 asks for 1: token 3."""
-    probabilities = torch.tensor([0.1, 0.0, 0.4, 0.5]).expand(3, 4)
-    assert draw(probabilities, torch.tensor([0.95, 0.7, 0.0])).tolist() == [0, 2, 3]
+def splitmix64(state: int) -> int:
+    """The published algorithm, in Python's integers: the number after a state."""
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_the_noise_is_splitmix64():
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # Vigna's first number of seed 0
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
+    ids = torch.tensor([0, 1, 2, 77, 128255])
+    found = exponentials(keys.unsqueeze(1), ids.expand(6, -1))
+    for key, row in zip(keys.tolist(), found, strict=True):
+        for i, time in zip(ids.tolist(), row.tolist(), strict=True):
+            number = splitmix64((key + i * 0x9E3779B97F4A7C15) % 2**64)
+            wanted = -math.log1p(-(number % 2**63) / 2**63)
+            assert time == pytest.approx(wanted, rel=1e-4)
+
+
+def test_noise_is_exponential_and_independent():
+    """Of 200,000 arrival times: mean and deviation are 1, neighbours do not correlate."""
+    keys = torch.arange(400).unsqueeze(1) * 7919
+    times = exponentials(keys, torch.arange(500).expand(400, -1)).double()
+    assert times.min() > 0 and times.isfinite().all()
+    assert abs(times.mean() - 1) < 0.01 and abs(times.std() - 1) < 0.02
+    for a, b in ((times[:, 1:], times[:, :-1]), (times[1:], times[:-1])):
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.01
+
+
+def test_the_race_worked_by_hand():
+    """Whose time over its probability is least wins; one that has no probability never arrives."""
+    ids, key = torch.tensor([4, 9, 2]), torch.tensor(5)
+    times = exponentials(key, ids)
+    for probabilities in ([0.2, 0.3, 0.5], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]):
+        arrivals = [t / p if p else math.inf for t, p in zip(times, probabilities, strict=True)]
+        winner = ids[arrivals.index(min(arrivals))]
+        assert draw(ids, torch.tensor(probabilities), key) == winner
 
 
 def test_what_has_no_probability_is_never_drawn():
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
-    uniforms = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
-    drawn = draw(probabilities.expand(4, 5), uniforms)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).expand(5000, 5)
+    drawn = draw(torch.arange(5).expand(5000, 5), probabilities, torch.arange(5000))
     assert set(drawn.tolist()) == {1, 3}
-    flat = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
-    assert draw(flat / flat.sum(), torch.tensor(0.0)) < len(flat)
 
 
 def test_draws_follow_the_probabilities():
@@ -65,19 +101,45 @@ def test_draws_follow_the_probabilities():
     probabilities = torch.rand(10, generator=generator)
     probabilities /= probabilities.sum()
     count = 20_000
-    drawn = draw(probabilities.expand(count, 10), torch.rand(count, generator=generator))
+    keys = torch.randint(-(2**62), 2**62, (count,), generator=generator)
+    ids = torch.arange(10).expand(count, 10)
+    drawn = draw(ids, probabilities.expand(count, 10), keys)
     expected = count * probabilities
     observed = torch.bincount(drawn, minlength=10)
     assert ((observed - expected) ** 2 / expected).sum() < 27.9
 
 
+def test_two_models_draw_alike_by_the_same_noise():
+    """As often as (1 - d) / (1 + d) at least, for d their total variation (arXiv 2408.07978)."""
+    generator = torch.Generator().manual_seed(2)
+    p = torch.randn(50, generator=generator).mul(2).softmax(-1)
+    q = (p.log() + 0.4 * torch.randn(50, generator=generator)).softmax(-1)
+    count, ids = 20_000, torch.arange(50)
+    keys = torch.randint(-(2**62), 2**62, (count,), generator=generator)
+    a, b = (draw(ids.expand(count, 50), x.expand(count, 50), keys) for x in (p, q))
+    distance = (p - q).abs().sum() / 2
+    alike = (a == b).float().mean()
+    assert (1 - distance) / (1 + distance) - 0.01 < alike < 1 - distance + 0.01
+
+
 def test_a_row_has_a_random_stream_of_its_own():
     config = GenerationConfig(max_new_tokens=8, seed=5)
     device = torch.device("cpu")
-    batch = Sampler(config, [3, 0, 7], device).uniforms
-    assert (batch[2] == Sampler(config, [7], device).uniforms[0]).all()
-    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).uniforms
+    batch = Sampler(config, [3, 0, 7], device).keys
+    assert (batch[2] == Sampler(config, [7], device).keys[0]).all()
+    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).keys
     assert len({tuple(row) for row in torch.cat((batch, other_seed)).tolist()}) == 6
+
+
+def test_tokens_drawn_together_are_those_drawn_one_by_one():
+    config = GenerationConfig(max_new_tokens=6, top_k=9, seed=5)
+    sampler = Sampler(config, [3, 0], torch.device("cpu"))
+    given = logits(1, 12).view(2, 6, VOCAB)
+    numbers = torch.arange(6).expand(2, -1)
+    single = [sampler(given[:, n : n + 1], numbers[:, n : n + 1]) for n in range(6)]
+    together = sampler(given, numbers)
+    assert (together == torch.cat(single, dim=1)).all()
+    assert (sampler(given[:, 5:], numbers[:, 5:] + 7) == together[:, 5:]).all()  # beyond the last
 
 
 @pytest.mark.parametrize(

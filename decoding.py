@@ -1,0 +1,160 @@
+"""A model that is ready to run, and its steps: prefill, then one token per row after another.
+
+Start at plain_steps, which `generate` (generate.py) consumes; speculate.py has the other way to
+make steps, several tokens at a time. load.py makes the LoadedModel that both run.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from checkpoint import check_memory
+from model import KVCache, Transformer
+from sampling import Sampler
+from tokenizer import Tokenizer
+
+T = TypeVar("T")
+PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
+
+
+class Draft(Protocol):
+    """What guesses a model's next tokens: see speculate.py."""
+
+    def kv_bytes_per_token(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
+
+    model: Transformer
+    prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
+    decode: Callable[..., Tensor]  # one token per row, or with a draft the few to be verified
+    tokenizer: Tokenizer
+    draft: Draft | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    @torch.inference_mode()
+    def make_caches(self, batch: int, length: int) -> list[KVCache]:
+        """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
+        length = visible_slots(length, self.model.args.context)
+        needed = batch * length * self.kv_bytes_per_token()
+        what = f"a KV cache of {batch} rows of {length} tokens"
+        check_memory(needed, self.device, what, "lower --batch_size or --max_new_tokens")
+        return self.model.make_caches(batch, length)
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one slot of the caches of all layers, the draft's included."""
+        drafted = self.draft.kv_bytes_per_token() if self.draft else 0
+        return self.model.kv_bytes_per_token() + drafted
+
+
+def visible_slots(filled: int, most: int) -> int:
+    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
+
+    Attention reads so many slots: at most half of them beyond what is filled, and there are
+    only two sizes, hence two CUDA graphs, for each doubling of the length.
+    """
+    power = max(64, 1 << (filled - 1).bit_length())
+    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
+
+
+def plain_steps(
+    lm: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    caches: list[KVCache],
+    past: int,
+    sampler: Sampler,
+    count: int,
+) -> Iterator[list[list[int]]]:
+    """`count` steps of one new id for each row. The host waits for a step's ids alone: where the
+    device works by itself, it has been given the next step by then."""
+    steps = launched_steps(lm, prompts, caches, past, sampler, count)
+    for read in launched_ahead(steps) if lm.device.type == "cuda" else steps:
+        yield read()
+
+
+def launched_steps(
+    lm: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    caches: list[KVCache],
+    past: int,
+    sampler: Sampler,
+    count: int,
+) -> Iterator[Callable[[], list[list[int]]]]:
+    """Steps, each launched when it is asked for, and read when what it yields is called."""
+    length = caches[0].length
+    slots = torch.arange(length, device=lm.device)
+    numbers = slots[:count].expand(len(prompts), -1)  # (B, count)
+    lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
+    longest = max(map(len, prompts))
+    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
+    for n in range(count):
+        tokens = sampler(logits, numbers[:, n : n + 1])  # (B, 1)
+        yield begin_reading(tokens)
+        if n + 1 < count:
+            # A row that has ended stays in the batch, and must stay within the cache too.
+            pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
+            visible = visible_slots(longest + n + 1, length)
+            logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
+
+
+def begin_reading(tokens: Tensor) -> Callable[[], list[list[int]]]:
+    """Start copying ids, (B, T), to the host. The call returned waits for them alone, not for what
+    the device was given to do after them."""
+    if tokens.device.type != "cuda":
+        return tokens.tolist
+    host = tokens.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[list[int]]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def launched_ahead(steps: Iterator[T]) -> Iterator[T]:
+    """The same steps, each launched before the one before it is read: the device never waits."""
+    waiting = next(steps)
+    for step in steps:
+        yield waiting
+        waiting = step
+    yield waiting
+
+
+def prefill(
+    lm: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    caches: list[KVCache],
+    past: int,
+    slots: Tensor,
+) -> Tensor:
+    """Fill the caches with the prompts after their first `past` tokens.
+
+    Returns the logits that follow each prompt's last token, (B, 1, V).
+    """
+    lengths = torch.tensor([len(p) - past for p in prompts], device=lm.device)  # (B,)
+    width = max(map(len, prompts)) - past
+    padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
+    tokens = torch.tensor(padded, device=lm.device)  # (B, width)
+    chunk = max(1, PREFILL_TOKENS // len(prompts))
+    logits = None
+    for start in range(0, width, chunk):
+        part = tokens[:, start : start + chunk]  # (B, T)
+        end = past + start + part.shape[1]
+        pos = slots[past + start : end].expand_as(part)  # (B, T)
+        last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
+        visible = slots[: visible_slots(end, len(slots))]
+        out = lm.prefill(part, pos, visible, caches, last)  # (B, 1, V)
+        # A row that ended in an earlier chunk keeps the logits it had there.
+        reached = (lengths > start).view(-1, 1, 1)
+        logits = out if logits is None else torch.where(reached, out, logits)
+    return logits
