@@ -270,11 +270,11 @@ struct alignas(kLine) AmxTiles {  // ready for this thread while the object live
   ~AmxTiles() { if (has_amx()) asm volatile("tilerelease"); }
 };
 
-template <Amx TILE>
+template <int TILE>
 void amx_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
 }
-template <Amx TILE>
+template <int TILE>
 void amx_store(void* to) {
   asm volatile("tilestored %%tmm%c0, (%1,%2)" ::"i"(TILE), "r"(to), "r"(kLine) : "memory");
 }
@@ -481,7 +481,7 @@ Tensor product_of_many(const Tensor& x, const Weights& w, const std::optional<Te
 }
 
 template <Format F>
-Tensor linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t block) {
+Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t block) {
   TORCH_CHECK(block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
   const int64_t span = header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
   const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span * kSpan;
@@ -494,16 +494,84 @@ Tensor linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
   return x.size(0) < many ? product<F>(x, w, bias) : product_of_many<F>(x, w, bias);
 }
 
+#ifdef __AMX_BF16__
+// Tiles of the product with dense weights: sums of two times 16 outputs, inputs, weights.
+enum AmxDense { kTotals0, kTotals1, kInputs, kOutputs0, kOutputs1 };
+
+struct alignas(kLine) AmxDenseTiles {  // ready for this thread while the object lives
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine};  // of a row
+  uint8_t rows[16] = {kStrip, kStrip, kStrip, kStrip, kStrip};
+
+  AmxDenseTiles() { asm volatile("ldtilecfg %0" ::"m"(*this)); }
+  ~AmxDenseTiles() { asm volatile("tilerelease"); }
+};
+
+template <int TOTALS, int OUTPUTS>
+void amx_dense_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TOTALS), "i"(OUTPUTS), "i"(kInputs));
+}
+
+// Up to 16 rows by dense weights as they lie in memory, (N, K): what takes time is to read them. A
+// tile holds a line, 32 inputs, of each of 16 outputs; the rows are columns of the other factor,
+// with two inputs side by side. A row's result has the same bits whatever rows are beside it.
+void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& out) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), row = 2 * K;
+  const auto* pairs = reinterpret_cast<const uint32_t*>(x.const_data_ptr<at::BFloat16>());
+  const auto* weights = reinterpret_cast<const uint8_t*>(weight.const_data_ptr<at::BFloat16>());
+  auto* y = out.mutable_data_ptr<at::BFloat16>();
+  const Tensor columns = at::zeros({K / 2, kStrip}, x.options().dtype(at::kInt));
+  auto* inputs = reinterpret_cast<uint32_t*>(columns.mutable_data_ptr<int32_t>());
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < K / 2; k++) inputs[k * kStrip + m] = pairs[m * K / 2 + k];
+  static constexpr float kZeros[kStrip * kStrip] = {};
+  at::parallel_for(0, N / kStrip / 2, 1, [&](int64_t from, int64_t to) {
+    const AmxDenseTiles ready;
+    alignas(kLine) float totals[2 * kStrip][kStrip];  // of outputs, of rows
+    for (int64_t n = from * 2 * kStrip; n < to * 2 * kStrip; n += 2 * kStrip) {
+      const uint8_t *first = weights + n * row, *second = first + kStrip * row;
+      amx_load<kTotals0>(kZeros, kLine), amx_load<kTotals1>(kZeros, kLine);
+      for (int64_t k = 0; k < K; k += kChunk) {
+        amx_load<kInputs>(inputs + k / 2 * kStrip, kLine);
+        amx_load<kOutputs0>(first + 2 * k, row), amx_dense_dot<kTotals0, kOutputs0>();
+        amx_load<kOutputs1>(second + 2 * k, row), amx_dense_dot<kTotals1, kOutputs1>();
+      }
+      amx_store<kTotals0>(totals[0]), amx_store<kTotals1>(totals[kStrip]);
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < 2 * kStrip; i++)
+          y[m * N + n + i] = totals[i][m] + (bias ? static_cast<float>(bias[n + i]) : 0.f);
+    }
+  });
+}
+#endif
+
+// F.linear, in bfloat16: x, (M, K), by weight, (N, K).
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+#ifdef __AMX_BF16__
+  const bool few = x.size(0) <= kStrip && x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
+  if (few && has_amx() && weight.is_contiguous()) {
+    Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+    const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
+    dense_product(x.contiguous(), weight, b, out);
+    return out;
+  }
+#endif
+  return at::linear(x, weight, bias);
+}
+
 // x: (M, at most K). packed: (N/16, bytes of a strip). Weights and bias are padded to whole strips,
 // of which the first `out_features` outputs count.
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t format, int64_t block, int64_t out_features) {
-  Tensor y = format == kInt8   ? linear<kInt8>(x, packed, bias, block)
-             : format == kInt4 ? linear<kInt4>(x, packed, bias, block)
-                               : linear<kInt4Half>(x, packed, bias, block);
+  Tensor y = format == kInt8   ? packed_linear<kInt8>(x, packed, bias, block)
+             : format == kInt4 ? packed_linear<kInt4>(x, packed, bias, block)
+                               : packed_linear<kInt4Half>(x, packed, bias, block);
   return y.size(1) == out_features ? y : y.narrow(1, 0, out_features).contiguous();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) { library.impl("quantized_linear", quantized_linear); }
+TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
+  library.impl("quantized_linear", quantized_linear);
+  library.impl("linear", linear);
+}

@@ -1,8 +1,9 @@
-"""The products of cpu_products.cpp: built once, registered as an operator, put into a model.
+"""The products of cpu_products.cpp: built once, registered as operators, put into a model.
 
-Start at use_tiles. It replaces quantised linears by TiledLinear, which hold the same integers in
-the order that the CPU reads them in. Where the CPU, the compiler or the dtype does not allow for
-that, a model keeps the linears of quantized.py, which are slower and the reference for these.
+Start at use_products. It replaces quantised linears by TiledLinear, which hold the same integers in
+the order that the CPU reads them in, and dense ones by FewRowsLinear. Where the CPU, the compiler
+or the dtype does not allow for that, a model keeps the linears that it has, which are slower and
+the reference for these.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import RMSNorm
+from model import Linear, RMSNorm
 from quantized import Int4Linear, Int8Linear, QuantizedLinear, scale_units, unpack_nibbles
 
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
@@ -26,7 +27,8 @@ STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cp
 HUGE = 2**21  # bytes of a huge page
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
-NEEDED = ("avx512_vnni", "avx512_bf16")
+NEEDED = {"quantised": ("avx512_vnni", "avx512_bf16"), "dense": ("amx_bf16",)}
+WORTH = 2**27  # bytes of dense weights; fewer stay in the CPU's caches, or nearly
 
 torch.library.define(
     "gpt_flex::quantized_linear",
@@ -34,6 +36,10 @@ torch.library.define(
 )
 torch.library.register_fake("gpt_flex::quantized_linear")(
     lambda x, *rest: x.new_empty(x.shape[0], rest[-1])
+)
+torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.register_fake("gpt_flex::linear")(
+    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
 )
 
 
@@ -53,6 +59,19 @@ class TiledLinear(nn.Module):
         rows = x.flatten(0, -2).bfloat16()  # (M, K)
         y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._how)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class FewRowsLinear(nn.Module):
+    """A dense linear, with the same weights. With up to 16 rows it is as fast as with one."""
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def pack_int8(linear: Int8Linear) -> tuple[Tensor, int, int]:
@@ -111,25 +130,35 @@ def pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % multiple))
 
 
-def use_tiles(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the quantised linears of a model that is on the CPU, if that is possible here."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not linears:
-        return
-    if reason := hindrance(dtype) or build():
+def use_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the linears of a model that is on the CPU, if that is possible and worth it here.
+
+    dtype: what the products may compute in.
+    """
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    dense = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, Linear) and m.weight.dtype == torch.bfloat16
+    }
+    if quantised and (reason := hindrance("quantised", dtype) or build()):
         print(f"quantised layers run slowly here: {reason}", file=sys.stderr)
-        return
-    for name, linear in linears.items():
-        model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.same_bits = False
+    elif quantised:
+        for name, linear in quantised.items():
+            model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.same_bits = False
+    large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
+    if large and not (hindrance("dense", dtype) or build()):
+        for name, linear in dense.items():
+            model.set_submodule(name, FewRowsLinear(linear))
 
 
-def hindrance(dtype: torch.dtype) -> str | None:
-    """Why the operator cannot be used, None where it can."""
+def hindrance(kind: str, dtype: torch.dtype) -> str | None:
+    """Why the operators for weights of a kind cannot be used, None where they can."""
     has = torch.cpu.get_capabilities()
-    if lacking := [name for name in NEEDED if not has.get(name)]:
+    if lacking := [name for name in NEEDED[kind] if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"
     if dtype != torch.bfloat16:
         return f"the fast products take bfloat16, not {str(dtype).removeprefix('torch.')}"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, allocate, check_memory, read_json
 from compiled import compiled_view, compiler_imported
-from cpu_products import use_tiles
+from cpu_products import use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
@@ -177,7 +177,7 @@ def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
 def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
     """Exchange quantised linears for those that are packed for the model's device."""
     if model.tok_embeddings.weight.device.type == "cpu":
-        use_tiles(model, dtype)
+        use_products(model, dtype)
 
 
 def make_views(

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
 
 
@@ -256,13 +255,7 @@ class Linear(nn.Linear):
         # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
         # constants (torch 2.13).
         rows = x.flatten(0, -2)  # (N, in_features)
-        # Decoding is bound by the rate at which weights are read. For one bfloat16 row on a CPU
-        # with AMX, ATen's matrix-vector kernel reads them 1.2 times as fast as the GEMM behind
-        # F.linear; for all else F.linear is as good or better (benchmarks/LOG.md).
-        if HAS_AMX and len(rows) == 1 and x.dtype == torch.bfloat16 and takes_kernel(x):
-            y = torch.ops.gpt_flex.matvec(self.weight, rows[0], self.bias)  # (out_features,)
-        else:
-            y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
+        y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -320,14 +313,8 @@ def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tenso
     torch.library.register_fake(name)(fake)
 
 
-# On a CPU, Inductor's own matrix-vector loop reads weights at two thirds of ATen's speed, and its
-# own norms sum in another order: in bfloat16 compiled text would not be eager text.
-kernel(
-    "matvec(Tensor weight, Tensor x, Tensor? bias) -> Tensor",
-    # One rounding, bias included, as in F.linear: adding the bias later would round twice.
-    lambda weight, x, b: torch.mv(weight, x) if b is None else torch.addmv(b, weight, x),
-    lambda weight, x, b: x.new_empty(weight.shape[0]),
-)
+# On a CPU, Inductor's own norms sum in another order: in bfloat16 compiled text would not be eager
+# text.
 kernel(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
