@@ -19,9 +19,11 @@ class Completion:
         self._held = ""  # text that may turn out to begin a stop string
 
     def extend(self, ids: Iterable[int]) -> str:
-        """Add ids; returns the text that is now certain and can be shown."""
+        """Add ids, up to what ends the text; returns what is now certain and can be shown."""
         start = len(self.text)
         for token in ids:
+            if self.finish_reason == "stop":
+                break  # what was generated beyond is no part of the answer
             self.ids.append(token)
             self._take(self._stream.push(token))
             if token in self._ends:

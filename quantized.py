@@ -24,6 +24,7 @@ from model import Linear, Transformer
 GROUP_SIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4", "int4-gptq")
 HEADS = ("int8", "int4", "dense")
+ROWS = 256  # that are rounded together: nearly three times as fast as all
 
 
 class QuantizedLinear(nn.Module):
@@ -191,12 +192,16 @@ def quantized_copy(
         theirs = model.get_submodule(name)
         if isinstance(module, QuantizedLinear):
             dense = theirs.weight if isinstance(theirs, Linear) else theirs.dense(torch.float32)
+            # A few rows at a time, as what rounding a matrix leaves behind outgrows the caches.
             int4 = isinstance(module, Int4Linear)
-            buffers = round_int4(dense, module.groupsize) if int4 else round_int8(dense)
-            for key, value in buffers.items():
-                setattr(module, key, value)
+            pieces = [
+                round_int4(rows, module.groupsize) if int4 else round_int8(rows)
+                for rows in dense.split(ROWS)
+            ]
+            for key in pieces[0]:
+                setattr(module, key, torch.cat([piece[key] for piece in pieces]))
             module.bias = theirs.bias
-            progress(sum(value.nbytes for value in buffers.values()))
+            progress(sum(buffer.nbytes for buffer in module.buffers()))
         elif not list(module.children()):
             copied.set_submodule(name, copy.copy(theirs))  # its tensors are the same ones
     copied.new_cache = model.new_cache

@@ -29,8 +29,10 @@ from decoding import LoadedModel, prefill, visible_slots
 from model import KVCache
 from sampling import Sampler
 
-NGRAMS = 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
-MOST = 16  # guesses in a cycle, where Pace chooses
+NGRAMS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
+MOST = (
+    15  # guesses in a cycle, where Pace chooses: with one more token as many rows as cost like one
+)
 RECENT = 9  # times of each number of guesses that a median is taken of
 UNTYPICAL = 2  # first cycles of each kind that are not timed: CUDA graphs warm up, and record
 PLAIN_EVERY = 64  # cycles; a plain step among them says what plain decoding takes now
@@ -40,8 +42,8 @@ PAUSE = 16, 512  # steps without guesses between trials: at first; at most
 FADING = 0.97  # weight that what was counted keeps from one cycle to the next
 
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
-# Asked for k guesses: up to so many, (B, k), and how many of each row's are guesses at all.
-Guess = Callable[[int], tuple[Tensor, list[int]]]
+# Asked for k guesses for some rows: up to so many, (B, k), and how many are one in each row.
+Guess = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
 
 
 class Draft(Protocol):
@@ -84,7 +86,7 @@ def speculative_steps(
     while True:
         start = time.perf_counter()
         wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        guesses, offered = guess(pace.choose(wanted - 1))
+        guesses, offered = guess(pace.choose(wanted - 1), live)
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
         k = guesses.shape[1]
         both = torch.cat((drawn, guesses), dim=1).tolist()  # the host waits here
@@ -151,12 +153,12 @@ class NgramDraft:
         indexed = [0] * len(texts)
         device = caches[0].k.device
 
-        def guess(k: int) -> tuple[Tensor, list[int]]:
-            rows = []
-            for n, (text, table) in enumerate(zip(texts, tables, strict=True)):
-                index(text, table, indexed[n])
-                indexed[n] = len(text)
-                rows.append(follow(text, table, k))
+        def guess(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
+            rows: list[list[int]] = [[] for _ in texts]
+            for row in live if k else ():
+                index(texts[row], tables[row], indexed[row])
+                indexed[row] = len(texts[row])
+                rows[row] = follow(texts[row], tables[row], k)
             width = max(map(len, rows))
             padded = [[*row, *[0] * (width - len(row))] for row in rows]
             return torch.tensor(padded, dtype=torch.long, device=device), list(map(len, rows))
@@ -247,7 +249,7 @@ class ModelGuess:
         self._starts = [len(text) - 1 for text in texts]  # texts have one id of their answer
         self._slots = torch.arange(caches[0].length, device=lm.device)
 
-    def __call__(self, k: int) -> tuple[Tensor, list[int]]:
+    def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         B, longest = len(self.texts), max(map(len, self.texts))
         k = min(k, len(self._slots) - longest)
         if k <= 0:
@@ -255,10 +257,11 @@ class ModelGuess:
         self.catch_up()
         # Where every guess has held, the last of them was never read: it is read now.
         tail = 1 if self.filled is None else 2
-        tokens = self._tensor([text[-tail:] for text in self.texts])  # (B, tail)
-        ends = self._tensor([[len(text)] for text in self.texts])  # (B, 1)
-        numbers = ends - self._tensor([[start] for start in self._starts])  # (B, 1)
-        pos = ends + self._slots[:tail] - tail  # (B, tail)
+        pairs = zip(self.texts, self._starts, strict=True)
+        known = [(*text[-tail:], len(text), len(text) - start) for text, start in pairs]
+        known = torch.tensor(known, device=self._slots.device)  # (B, tail + 2)
+        tokens, ends, numbers = known.split((tail, 1, 1), dim=1)
+        pos = ends - tail + self._slots[:tail]  # (B, tail)
         visible = self._slots[: visible_slots(longest + k - 1, len(self._slots))]
         guesses = []
         for n in range(k):
@@ -273,15 +276,13 @@ class ModelGuess:
         """Read what the texts have got since this model last guessed, if that is much."""
         if self.filled is None:
             return
-        length = len(self._slots)
-        texts = [text[: min(len(text) - 1, length)] for text in self.texts]
-        self.filled = [min(f, len(text)) for f, text in zip(self.filled, texts, strict=True)]
-        if any(len(text) - f > 1 for f, text in zip(self.filled, texts, strict=True)):
+        most = len(self._slots)
+        wanted = [min(len(text) - 1, most) for text in self.texts]
+        self.filled = list(map(min, self.filled, wanted))
+        if any(n - f > 1 for n, f in zip(wanted, self.filled, strict=True)):
+            texts = [text[:n] for text, n in zip(self.texts, wanted, strict=True)]
             prefill(self.lm, texts, self.caches, min(self.filled), self._slots)
-            self.filled = list(map(len, texts))
-
-    def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(rows, device=self._slots.device)
+            self.filled = wanted
 
 
 class Pace:
@@ -308,6 +309,7 @@ class Pace:
         self._cycle = 0
         self._met: dict[int, int] = defaultdict(int)  # cycles of each number of guesses
         self._times: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._plain: float | None = None  # seconds of a plain step
         self._asked = [0.0] * MOST  # rows that guessed an n-th token, all before having held
         self._held = [0.0] * MOST  # rows in which it held too
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
@@ -372,8 +374,9 @@ class Pace:
         self._met[k] += 1
         if self._met[k] > UNTYPICAL and not (k and self._resumed):  # it may have had to catch up
             self._times[k].append((self._cycle, seconds))
-        plain = self._times[0]
-        self.report.add(k, rows, seconds, median(s for _, s in plain) if plain else seconds)
+        if k == 0 or self._plain is None:
+            self._plain = median(s for _, s in self._times[0]) if self._times[0] else seconds
+        self.report.add(k, rows, seconds, self._plain)
         if k == 0:
             return
         self._trial = max(0, self._trial - 1)
@@ -397,7 +400,7 @@ class Report:
     def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
         """plain: seconds of a plain step."""
         self.seconds += seconds
-        self.plain_seconds += plain * (1 + mean(held for _, held in rows))
+        self.plain_seconds += plain * (1 + sum(held for _, held in rows) / len(rows))
         self.plain_steps += k == 0
         self.cycles += k > 0
         more = k - len(self.offered)

@@ -1,0 +1,538 @@
+"""Speculation: plain decoding's text, whatever guesses; what guesses do, and what they cost."""
+
+import dataclasses
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import quantize
+from chat import Conversation
+from decoding import LoadedModel
+from generate import GenerationConfig, complete, generate
+from load import compile_now, load_model, random_model
+from sampling import candidates
+from speculate import (
+    MOST,
+    NGRAMS,
+    PLAIN_EVERY,
+    ModelDraft,
+    NgramDraft,
+    Pace,
+    SelfDraft,
+    follow,
+    held,
+    index,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO, OPT, DRAFT = (ROOT / "checkpoints" / name for name in ("demo", "demo-opt", "demo-draft"))
+DRAFTS = ("ngram", "self-int8", "self-int4", DRAFT)  # a Llama may guess for an OPT
+TEXTS = (
+    "Once upon a time",
+    "Lily",
+    "Tim and his dog saw a big red ball. They",
+    "One day, a little",
+)
+GREEDY = GenerationConfig(max_new_tokens=60, temperature=0, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=3)
+
+
+@pytest.fixture(scope="module", params=[DEMO, OPT], ids=["llama", "opt"])
+def plain(request: pytest.FixtureRequest) -> LoadedModel:
+    return load_model(request.param, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=DRAFTS, ids=["ngram", "self-int8", "self-int4", "model"])
+def drafted(plain: LoadedModel, request: pytest.FixtureRequest) -> LoadedModel:
+    return with_draft(plain, request.param, 3)
+
+
+def with_draft(plain: LoadedModel, draft: str | Path, k: int | None, **options) -> LoadedModel:
+    path = OPT if plain.model.args.norm == "layer" else DEMO
+    options = {"device": "cpu", "dtype": torch.float32} | options
+    return load_model(path, **options, draft=draft, speculate_k=k)
+
+
+def steady(lm: LoadedModel, ks: list[int]) -> LoadedModel:
+    """The model, with a pace of its own that asks for those numbers of guesses over and over."""
+
+    class Given(Pace):
+        def choose(self, most: int) -> int:
+            return max(0, min(next(self.ks), most))
+
+    pace = Given(None)
+    pace.ks = itertools.cycle(ks)
+    draft = (
+        NgramDraft(pace) if isinstance(lm.draft, NgramDraft) else type(lm.draft)(pace, lm.draft.lm)
+    )
+    return dataclasses.replace(lm, draft=draft)
+
+
+def encoded(lm: LoadedModel, texts: tuple[str, ...] = TEXTS) -> list[list[int]]:
+    return [lm.tokenizer.encode(text) for text in texts]
+
+
+def ids(lm: LoadedModel, prompts: list[list[int]], config: GenerationConfig, **options) -> list:
+    return [c.ids for c in complete(lm, prompts, config, **options)]
+
+
+def hundred(lm: LoadedModel) -> list[list[int]]:
+    names, things = (
+        ("Lily", "Tim", "The cat", "A bird", "Mia"),
+        ("ball", "tree", "cake", "dog", "boat"),
+    )
+    ends = (". It was", " and ran to", " in the", "! Then")
+    texts = [f"{a} saw a {b}{c}" for a in names for b in things for c in ends]
+    prompts = encoded(lm, tuple(texts))
+    assert len(set(map(tuple, prompts))) == 100
+    return prompts
+
+
+def test_greedy_text_of_100_prompts_is_that_of_plain_decoding(
+    plain: LoadedModel, drafted: LoadedModel
+):
+    config, prompts = dataclasses.replace(GREEDY, max_new_tokens=32), hundred(plain)
+    wanted = ids(plain, prompts, config)
+    assert ids(drafted, prompts, config) == wanted
+    assert sum(drafted.draft.pace.report.held) > 100
+    assert [ids(drafted, [p], config)[0] for p in prompts[::10]] == wanted[::10]
+
+
+def test_greedy_text_is_that_of_transformers(drafted: LoadedModel):
+    transformers = pytest.importorskip("transformers")
+    path = OPT if drafted.model.args.norm == "layer" else DEMO
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for prompt, found in zip(encoded(drafted), ids(drafted, encoded(drafted), GREEDY), strict=True):
+        options = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None}
+        given = torch.tensor([prompt])
+        wanted = theirs.generate(
+            given, attention_mask=torch.ones_like(given), pad_token_id=1, **options
+        )
+        assert found == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("ks", [[1], [MOST], [4, 0, 0, 0, 0, 2, 7, 1, 0, 3]], ids=str)
+def test_sampled_text_is_that_of_plain_decoding(
+    plain: LoadedModel, drafted: LoadedModel, ks: list[int]
+):
+    lm, prompts = steady(drafted, ks), encoded(plain)
+    wanted = ids(plain, prompts, SAMPLED)
+    assert ids(lm, prompts, SAMPLED) == wanted
+    assert [ids(lm, [p], SAMPLED, rows=[n])[0] for n, p in enumerate(prompts)] == wanted
+    assert len(set(map(tuple, wanted))) == len(wanted)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_where_the_number_of_guesses_is_chosen_the_text_is_the_same(
+    plain: LoadedModel, config: GenerationConfig
+):
+    config = dataclasses.replace(config, max_new_tokens=150)
+    for draft in DRAFTS:
+        lm = with_draft(plain, draft, None)
+        assert ids(lm, encoded(plain), config) == ids(plain, encoded(plain), config)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("draft", DRAFTS, ids=str)
+def test_with_a_quantised_cache_too(kv_dtype: str, draft: str | Path):
+    options = {"device": "cpu", "dtype": torch.float32, "kv_dtype": kv_dtype}
+    plain = load_model(DEMO, **options)
+    lm = load_model(DEMO, **options, draft=draft, speculate_k=3)
+    assert ids(lm, encoded(plain), GREEDY) == ids(plain, encoded(plain), GREEDY)
+    assert type(lm.model.new_cache((1, 1, 1, 32), torch.float32, lm.device)).__name__ != "KVCache"
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("quantised")
+    for file in DEMO.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    found = {}
+    for mode in ("int8", "int4"):
+        assert (
+            quantize.main(quantize.parse_args(["--checkpoint_path", str(folder), "--mode", mode]))
+            == 0
+        )
+        (found[mode],) = folder.glob(f"*{mode}*.pth")
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torch.dtype):
+    options = {"device": "cpu", "dtype": dtype}
+    plain = load_model(quantised[mode], **options)
+    for draft in ("ngram", DRAFT, *(["self-int4"] if mode == "int8" else [])):
+        lm = load_model(quantised[mode], **options, draft=draft, speculate_k=4)
+        for row, prompt in enumerate(encoded(plain)):
+            assert ids(lm, [prompt], SAMPLED, rows=[row]) == ids(
+                plain, [prompt], SAMPLED, rows=[row]
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("draft", DRAFTS, ids=str)
+def test_compiled_too_and_one_graph_serves_every_number_of_guesses(
+    draft: str | Path, dtype: torch.dtype
+):
+    options = {"device": "cpu", "dtype": dtype, "compile": True, "compile_prefill": True}
+    plain, lm = load_model(DEMO, **options), load_model(DEMO, **options, draft=draft)
+    caches = lm.make_caches(1, 200)
+    compile_now(plain, caches), compile_now(lm, caches)
+    before = counters["stats"]["unique_graphs"]
+    for config, ks in ((GREEDY, [1, 2, 3, 4, 5, 0, 7]), (SAMPLED, [MOST, 6, 0, 2])):
+        for row, prompt in enumerate(encoded(plain)):
+            wanted = ids(plain, [prompt], config, rows=[row], caches=caches)
+            assert ids(steady(lm, ks), [prompt], config, rows=[row], caches=caches) == wanted
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def tiny(tmp_path: Path, width: int, scale: float) -> LoadedModel:
+    """A random Llama of 11 tokens that has preferences."""
+    text = f"""{{"model_type": "llama", "vocab_size": 11, "hidden_size": {width},
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 32, "tie_word_embeddings": false}}"""
+    file = tmp_path / f"config-{width}.json"
+    file.write_text(text)
+    lm = random_model(file, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        lm.model.output.weight.mul_(scale)
+        lm.model.tok_embeddings.weight.mul_(50)
+    return lm
+
+
+@torch.inference_mode()
+def exact(lm: LoadedModel, prompt: list[int], config: GenerationConfig) -> dict[tuple, float]:
+    """The probability of each continuation of three tokens, by enumeration without a cache."""
+    V = lm.model.args.vocab_size
+    pairs = list(itertools.product(range(V), range(V)))
+    texts = torch.tensor([[*prompt, a, b] for a, b in pairs])
+    B, T = texts.shape
+    slots = torch.arange(T)
+    logits = lm.model(texts, slots.expand(B, T), slots, lm.model.make_caches(B, T))
+    known = torch.zeros(B, 3, V)
+    places = candidates(logits[:, -3:], config)
+    known.scatter_(-1, *places)
+    found = {}
+    for (a, b), p in zip(pairs, known.tolist(), strict=True):
+        for c in range(V):
+            found[a, b, c] = p[0][a] * p[1][b] * p[2][c]
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 0.6, "top_k": 0},
+        {"temperature": 1.3, "top_k": 4},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.7},
+        {"temperature": 1.2, "top_k": 0, "min_p": 0.2},
+        {"temperature": 0.9, "top_k": 7, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_what_is_drawn_is_distributed_as_the_model_says(tmp_path: Path, kind: str, options: dict):
+    """Chi-square over 8,000 texts of three tokens, one random stream each, against the product of
+    the model's own probabilities. Bounds are of the 99.99 % point (Wilson and Hilferty)."""
+    target, other = tiny(tmp_path, 32, 8.0), tiny(tmp_path, 64, 6.0)
+    pace = Pace(2)
+    pace.choose = lambda most: min(2, most)
+    draft = ModelDraft(pace, other) if kind == "model" else NgramDraft(pace)
+    lm = dataclasses.replace(target, draft=draft)
+    config = GenerationConfig(max_new_tokens=3, seed=11, ignore_eos=True, **options)
+    prompt, count = [3, 7, 1, 3, 7, 5, 2, 3, 7], 8000
+    print("seed 11")
+    drawn = Counter()
+    for start in range(0, count, 2000):
+        rows = range(start, start + 2000)
+        for row in ids(lm, [prompt] * 2000, config, rows=rows):
+            drawn[tuple(row)] += 1
+    expected = {k: count * p for k, p in exact(target, prompt, config).items()}
+    assert all(expected[k] > 0 for k in drawn)
+    often = {k for k, n in expected.items() if n >= 5}
+    rest = [sum(n for k, n in counts.items() if k not in often) for counts in (drawn, expected)]
+    cells = [(drawn[k], expected[k]) for k in often] + ([tuple(rest)] if rest[1] >= 5 else [])
+    chi = sum((n - wanted) ** 2 / wanted for n, wanted in cells)
+    df = len(cells) - 1
+    assert df >= 5
+    assert chi < df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3
+    shares = [h / o for h, o in zip(pace.report.held, pace.report.offered, strict=True)]
+    assert 0.05 < shares[0] < 0.95  # guesses were right, and wrong
+
+
+def test_eos_within_a_run_of_guesses_ends_a_row(plain: LoadedModel, drafted: LoadedModel):
+    prompts = encoded(plain)
+    free = ids(plain, prompts, GREEDY)
+    ends = (free[0][7], free[2][11])
+    tokenizer = type("Ended", (), {"eos_ids": ends, "stream": plain.tokenizer.stream})()
+    config = dataclasses.replace(GREEDY, ignore_eos=False)
+    wanted = complete(dataclasses.replace(plain, tokenizer=tokenizer), prompts, config)
+    lm = dataclasses.replace(steady(drafted, [MOST]), tokenizer=tokenizer)
+    assert contents(complete(lm, prompts, config)) == contents(wanted)
+    assert "eos" in {c.finish_reason for c in wanted}
+
+
+def contents(completions: list) -> list[tuple]:
+    return [(c.ids, c.text, c.finish_reason) for c in completions]
+
+
+def test_stop_strings_within_a_run_of_guesses_end_a_row(plain: LoadedModel, drafted: LoadedModel):
+    prompts = encoded(plain)
+    whole = [c.text for c in complete(plain, prompts, GREEDY)]
+    config = dataclasses.replace(GREEDY, stop=(whole[0][20:27], whole[3][31:33]))
+    shown = [""] * len(prompts)
+
+    def show(row: int, text: str) -> None:
+        shown[row] += text
+
+    found = complete(steady(drafted, [MOST]), prompts, config, on_text=show)
+    assert contents(found) == contents(complete(plain, prompts, config))
+    assert shown == [c.text for c in found]
+    assert {"stop"} <= {c.finish_reason for c in found}
+
+
+def test_the_context_and_idle_rows(plain: LoadedModel, drafted: LoadedModel):
+    context = plain.model.args.context
+    long = (encoded(plain)[2] * 60)[: context - 5]
+    prompts, lm = [long, encoded(plain)[0]], steady(drafted, [MOST])
+    config = dataclasses.replace(GREEDY, max_new_tokens=12)
+    caches = lm.make_caches(4, context)
+    assert ids(lm, prompts, config, caches=caches) == ids(plain, prompts, config)
+    assert ids(lm, prompts[:1], config) == ids(plain, prompts[:1], config)
+
+
+def test_every_limit_is_kept(plain: LoadedModel, drafted: LoadedModel):
+    for most in range(1, 8):
+        config = dataclasses.replace(GREEDY, max_new_tokens=most)
+        steps = list(generate(steady(drafted, [MOST]), encoded(plain), config))
+        assert [sum(len(step[row]) for step in steps) for row in range(4)] == [most] * 4
+
+
+def test_two_texts_may_be_generated_by_turns(plain: LoadedModel, drafted: LoadedModel):
+    prompts, config = encoded(plain), dataclasses.replace(GREEDY, max_new_tokens=20)
+    texts = [[], []]
+    runs = [generate(drafted, [p], config) for p in prompts[:2]]
+    for steps in itertools.zip_longest(*runs):
+        for text, step in zip(texts, steps, strict=True):
+            text += step[0] if step else []
+    assert texts == [ids(plain, [p], config)[0] for p in prompts[:2]]
+
+
+class Oracle:
+    """Drafts that are the model itself: every guess of theirs must hold."""
+
+    @staticmethod
+    def model(lm: LoadedModel, pace: Pace) -> ModelDraft:
+        return ModelDraft(pace, dataclasses.replace(lm, draft=None))
+
+    @staticmethod
+    def shared(lm: LoadedModel, pace: Pace) -> SelfDraft:
+        return SelfDraft(pace, dataclasses.replace(lm, draft=None))
+
+
+@pytest.mark.parametrize("kind", [Oracle.model, Oracle.shared], ids=["own-cache", "shared-cache"])
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("ks", [[1], [5], [3, 0, 0, 5, 1], [0] * 9 + [2]], ids=str)
+def test_a_draft_that_is_the_model_is_always_right(
+    plain: LoadedModel, kind: Callable, config: GenerationConfig, ks: list[int]
+):
+    """So its cache holds what the text says, after pauses, in batches, and from call to call."""
+    lm = steady(dataclasses.replace(plain, draft=kind(plain, Pace(1))), ks)
+    caches, report = lm.make_caches(4, 300), lm.draft.pace.report
+    prompts = encoded(plain)
+    answers = ids(lm, prompts, config, caches=caches)
+    longer = [[*p, *a, *prompts[0][1:]] for p, a in zip(prompts, answers, strict=True)]
+    assert ids(lm, longer, config, caches=caches) == ids(plain, longer, config)
+    ids(lm, [longer[2][: len(prompts[2]) + 20]], config, caches=lm.make_caches(1, 300))
+    assert sum(report.offered) > 20
+    assert report.held == report.offered
+
+
+def test_a_conversation_prefills_a_drafts_cache_once(plain: LoadedModel):
+    seen = []
+
+    def prefill(tokens: Tensor, *others: object) -> Tensor:
+        seen.append(tokens.shape[1])
+        return plain.prefill(tokens, *others)
+
+    draft = ModelDraft(Pace(3), dataclasses.replace(plain, prefill=prefill))
+    lm, held = dataclasses.replace(plain, draft=draft), []
+    caches, config = lm.make_caches(1, 400), dataclasses.replace(GREEDY, max_new_tokens=20)
+    conversation = Conversation(lm.tokenizer, limit=400, room=20)
+    for text in ("Once upon a time", " Who was it?", " Why? Then"):
+        given, past = conversation.ask(text)
+        (answer,) = complete(lm, [given], config, caches=caches, past=past)
+        assert answer.ids == ids(plain, [given], config)[0]
+        conversation.answered(given, answer.ids, answer.text)
+        held.append(len(given))
+    assert seen[0] == held[0] and sum(seen) < held[-1] + 10
+
+
+def test_a_draft_with_a_shorter_context_stops_guessing_there(plain: LoadedModel, tmp_path: Path):
+    for file in DRAFT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = (tmp_path / "config.json").read_text()
+    assert '"max_position_embeddings": 512' in config
+    (tmp_path / "config.json").write_text(config.replace("512", "64"))
+    lm = with_draft(plain, tmp_path, 4)
+    long = dataclasses.replace(GREEDY, max_new_tokens=150)
+    assert ids(lm, encoded(plain), long) == ids(plain, encoded(plain), long)
+    assert lm.draft.pace.report.plain_steps > 80
+    over = [(encoded(plain)[2] * 10)[:100]]
+    assert ids(lm, over, GREEDY) == ids(plain, over, GREEDY)
+
+
+def test_guesses_looked_up_are_those_of_a_search():
+    generator = random.Random(4)
+    for _ in range(300):
+        whole = [generator.randrange(4) for _ in range(generator.randrange(2, 40))]
+        table: dict = {}
+        done = 0
+        for end in sorted(generator.sample(range(1, len(whole) + 1), min(5, len(whole)))):
+            text = whole[:end]
+            index(text, table, done)
+            done = end
+            for k in (1, 3, 9):
+                assert follow(text, table, k) == searched(text, k)
+
+
+def searched(text: list[int], k: int) -> list[int]:
+    """By looking everywhere: the latest place of the longest n-gram, and on from there."""
+    for n in NGRAMS:
+        places = [at for at in range(n, len(text)) if text[at - n : at] == text[-n:]]
+        if len(text) >= n and places:
+            going_on = list(text)
+            for i in range(k):
+                going_on.append(going_on[places[-1] + i])
+            return going_on[len(text) :]
+    return []
+
+
+def test_a_guess_after_a_wrong_one_counts_for_nothing():
+    assert held([5, 6, 7, 8], [5, 6, 9]) == 2
+    assert held([5, 6, 7], [4, 6]) == 0
+    assert held([5, 6, 7], [5, 6]) == 2
+    assert held([5], []) == 0
+
+
+def simulated(
+    pace: Pace, tokens: int, right: float, draft: float, row: float, seed: int = 0
+) -> float:
+    """Tokens per time of a plain step, where a guess is right by chance and costs so much."""
+    print("seed", seed)
+    generator, seconds, made = random.Random(seed), 0.0, 0
+    while made < tokens:
+        k = pace.choose(MOST)
+        hits = next((n for n in range(k) if generator.random() > right), k)
+        cost = (1 + k * (draft + row)) * (1 + 0.03 * generator.random())
+        pace.learn(k, [(k, hits)], cost)
+        seconds, made = seconds + cost, made + hits + 1
+    return made / seconds
+
+
+@pytest.mark.parametrize("right", [0.05, 0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("draft, row", [(0.3, 0.02), (0.0, 0.02), (0.1, 0.3)])
+def test_the_number_of_guesses_chosen_is_nearly_the_best(right: float, draft: float, row: float):
+    """And where none pays, nearly nothing is lost."""
+    found = simulated(Pace(None).of(1), 2000, right, draft, row)
+    rates = [sum(right**n for n in range(k + 1)) / (1 + k * (draft + row)) for k in range(MOST + 1)]
+    assert found > 0.9 * max(rates) / 1.015
+    assert found > 0.96 / 1.015
+
+
+def test_trials_get_rarer_where_guesses_never_hold():
+    pace = Pace(None).of(1)
+    tried = []
+    for step in range(6000):
+        k = pace.choose(MOST)
+        pace.learn(k, [(k, 0)], 1 + 0.3 * k)
+        tried += [step] * (k > 0)
+    assert 10 < len(tried) < 150
+    assert max(b - a for a, b in itertools.pairwise(tried)) > 400
+
+
+def test_it_notices_when_guesses_begin_to_hold():
+    pace = Pace(None).of(1)
+    simulated(pace, 300, 0.0, 0.2, 0.02)
+    assert simulated(pace, 1500, 0.95, 0.2, 0.02) > 1.7
+
+
+def test_a_given_number_is_kept_but_for_plain_steps_to_compare_with():
+    pace, chosen = Pace(5).of(1), Counter()
+    for _ in range(1000):
+        k = pace.choose(MOST)
+        chosen[k] += 1
+        pace.learn(k, [(k, 2)], 1.0 + k / 10)
+    assert chosen.keys() == {0, 5}
+    assert chosen[0] <= 4 + 1000 // PLAIN_EVERY
+    assert pace.report.speed_up == pytest.approx(3 / 1.5, rel=0.05)
+    said = " ".join(pace.report.lines())
+    assert "(40%)" in said and "100% 100% 0% 0% 0%" in said
+
+
+def test_another_number_of_rows_is_learned_anew():
+    pace = Pace(None).of(1)
+    simulated(pace, 300, 0.0, 0.3, 0.0)
+    assert simulated(pace.of(8), 400, 0.95, 0.1, 0.0) > 2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("vocab_size", "the draft knows 2000 ids and the model 2048"),
+        ("piece", "id [0-9]+ stands for b'[^']+' in one tokenizer and b'[^']+' in the other"),
+    ],
+)
+def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, change: str, said: str):
+    for file in DRAFT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if change == "vocab_size":
+        lm = random_model_of(tmp_path / "config.json", 2000)
+        with pytest.raises(ValueError, match=f"{said}: the draft must be a model with the same"):
+            load_model(DEMO, device="cpu", draft=lm)
+        return
+    text = (tmp_path / "tokenizer.json").read_text()
+    first, second = '"\u0120the":', '"\u0120and":'
+    assert first in text and second in text
+    swapped = text.replace(first, "@@").replace(second, first).replace("@@", second)
+    (tmp_path / "tokenizer.json").write_text(swapped)
+    with pytest.raises(ValueError, match=said):
+        load_model(DEMO, device="cpu", draft=tmp_path)
+
+
+def random_model_of(config: Path, vocab_size: int) -> LoadedModel:
+    config.write_text(
+        config.read_text().replace('"vocab_size": 2048', f'"vocab_size": {vocab_size}')
+    )
+    return random_model(config, device="cpu")
+
+
+def test_a_copy_in_no_fewer_bits_is_refused(quantised: dict[str, Path]):
+    for mode, draft in (("int8", "self-int8"), ("int4", "self-int8"), ("int4", "self-int4")):
+        bits = mode.removeprefix("int")
+        with pytest.raises(
+            ValueError, match=f"{draft}: the model has {bits} bits per weight already"
+        ):
+            load_model(quantised[mode], device="cpu", draft=draft)
+
+
+def test_a_copy_shares_what_is_not_quantised():
+    lm = load_model(DEMO, device="cpu", draft="self-int4")
+    copied = lm.draft.lm.model
+    assert copied.tok_embeddings.weight is lm.model.tok_embeddings.weight
+    assert copied.norm.weight is lm.model.norm.weight
+    assert copied.layers[0].attention.wo is not lm.model.layers[0].attention.wo
+    assert not any(getattr(m, "same_bits", True) is False for m in lm.model.modules())
+    assert lm.kv_bytes_per_token() == lm.model.kv_bytes_per_token()
+    other = load_model(DEMO, device="cpu", draft=DRAFT)
+    assert other.kv_bytes_per_token() > other.model.kv_bytes_per_token()
