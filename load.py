@@ -59,7 +59,7 @@ def load_model(
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     views = {"compile": compile, "compile_prefill": compile_prefill}
-    if isinstance(draft, Path) or (draft and draft not in DRAFTS):
+    if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     with compiler_imported(compile):

@@ -315,7 +315,7 @@ class Pace:
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
         self._trial = TRIAL
         self._pause = self._wait = PAUSE[0]
-        self._paused = False
+        self._paused = self._resumed = False
 
     def choose(self, most: int) -> int:
         """How many guesses to ask for, at most `most`."""
