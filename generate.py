@@ -288,6 +288,9 @@ def run(args: argparse.Namespace) -> None:
         f"{count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
         f"{str(weight.dtype).removeprefix('torch.')} on {bench.machine_name(weight.device)}"
     )
+    if lm.draft and lm.draft.lm:
+        reads = (size_text(m.bytes_per_step()) for m in (lm.draft.lm.model, lm.model))
+        log("draft: reads {} for a guess, the model {} for a step".format(*reads))
     with profiled(args.profile):
         args.mode(lm, config, stats, args)
     if stats.prefill_seconds:
@@ -349,7 +352,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a small model that guesses tokens, same tokenizer",
     )
     add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
-    add("--speculate_k", type=count_or_auto, default="auto", help="tokens to guess (default: auto)")
+    add(
+        "--speculate_k",
+        type=count_or_auto,
+        default="auto",
+        help="tokens to guess, or auto: as many as pay (default: auto)",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
@@ -414,6 +422,8 @@ def positive(text: str) -> int:
 
 
 def count_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
     return text if text == "auto" else positive(text)
 
 

@@ -50,14 +50,15 @@ class Draft(Protocol):
     """What guesses. `start` is told of texts that will grow, and of the model's caches."""
 
     pace: "Pace"
+    lm: LoadedModel | None  # the model that guesses, if one does
 
     def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess: ...
 
     def kv_bytes_per_token(self) -> int: ...
 
     def views(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int] | None:
-        """The model that guesses, if one does, the caches that it uses beside those given, and how
-        many tokens it reads at once."""
+        """That model, the caches that it uses beside those given, and how many tokens of a row it
+        reads at once."""
 
 
 def speculative_steps(
@@ -138,6 +139,8 @@ class NgramDraft:
     Of the longest of NGRAMS that was there before, the latest place. Where what follows it runs
     into the end of the text, the text repeats itself, and is guessed to go on so.
     """
+
+    lm = None
 
     def __init__(self, pace: "Pace"):
         self.pace = pace

@@ -3,7 +3,8 @@
 # versions, correctness, an 8B shape eager, compiled and in int8 and int4, its products beside
 # tinygemm's, a decode step's kernels.
 #
-#     ./benchmarks/gpu.sh                                   # writes to benchmarks/results/gpu-DATE
+#     ./benchmarks/gpu.sh                                   # to benchmarks/results/gpu-decode-DATE
+#     ./benchmarks/gpu.sh speculate                         # a second run: 8B, with 1B as its draft
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
 #
 # Needs no network. PYTHON: which python. OUT: where to write. Files: log.txt (all that was said),
@@ -14,9 +15,11 @@ cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
-out=${OUT:-benchmarks/results/gpu-$(date +%F)}
+what=${1:-decode}
+out=${OUT:-benchmarks/results/gpu-$what-$(date +%F)}
 device=${DEVICE:-cuda}
 config=${CONFIG:-benchmarks/configs/llama-3.1-8b.json}
+draft=${DRAFT_CONFIG:-benchmarks/configs/llama-3.2-1b.json}
 deadline=520 # seconds from the start; a part that would run beyond it is cut short
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -85,21 +88,27 @@ versions() {
 
 install_missing
 versions 2>&1 | tee -a "$out/log.txt" >&2
-part check 150 "$python" benchmarks/gpu_check.py --device "$device"
-bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3
-bench decode_b1_int8 60 --compile --random_mode int8 --prompt 128 --max_new_tokens 128 --repeats 3
-bench decode_b1_int4 60 --compile --random_mode int4 --prompt 128 --max_new_tokens 128 --repeats 3
-part products 60 "$python" benchmarks/gpu_products.py --device "$device" --config "$config"
-bench decode_b1_eager 60 --prompt 128 --max_new_tokens 64 --repeats 3
-# Of a CUDA graph's first runs one warms up and one records: the median of five meets neither.
-bench prefill_compiled 70 --compile --compile_prefill --prompt 2048 --max_new_tokens 8 --repeats 5
-bench prefill_eager 50 --prompt 2048 --max_new_tokens 8 --repeats 5
-bench decode_b8_compiled 50 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 8
-bench decode_b64_compiled 60 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 64
-part profile 70 "$python" generate.py --random_weights "$config" --device "$device" --compile \
-    --prompt 64 --max_new_tokens 33 --temperature 0 --ignore_eos --profile "$scratch/trace.json"
-limited 40 "$python" benchmarks/gpu_report.py kernels "$scratch/trace.json" > /dev/null \
-    2> "$out/kernels.txt"
-cat "$out/kernels.txt" >&2
+if [[ $what == speculate ]]; then
+    part check 200 "$python" benchmarks/gpu_check.py --device "$device" --drafts
+    part speculate 320 "$python" benchmarks/speculate.py --device "$device" --config "$config" \
+        --draft_config "$draft" --parts verify synthetic --acceptance 0.8 --rounds 3
+else
+    part check 150 "$python" benchmarks/gpu_check.py --device "$device"
+    bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3
+    bench decode_b1_int8 60 --compile --random_mode int8 --prompt 128 --max_new_tokens 128 --repeats 3
+    bench decode_b1_int4 60 --compile --random_mode int4 --prompt 128 --max_new_tokens 128 --repeats 3
+    part products 60 "$python" benchmarks/gpu_products.py --device "$device" --config "$config"
+    bench decode_b1_eager 60 --prompt 128 --max_new_tokens 64 --repeats 3
+    # Of a CUDA graph's first runs one warms up and one records: the median of five meets neither.
+    bench prefill_compiled 70 --compile --compile_prefill --prompt 2048 --max_new_tokens 8 --repeats 5
+    bench prefill_eager 50 --prompt 2048 --max_new_tokens 8 --repeats 5
+    bench decode_b8_compiled 50 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 8
+    bench decode_b64_compiled 60 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 64
+    part profile 70 "$python" generate.py --random_weights "$config" --device "$device" --compile \
+        --prompt 64 --max_new_tokens 33 --temperature 0 --ignore_eos --profile "$scratch/trace.json"
+    limited 40 "$python" benchmarks/gpu_report.py kernels "$scratch/trace.json" > /dev/null \
+        2> "$out/kernels.txt"
+    cat "$out/kernels.txt" >&2
+fi
 "$python" benchmarks/gpu_report.py summary "$out/results.jsonl" \
     2> >(tee -a "$out/log.txt" >&2) | tee "$out/summary.json"

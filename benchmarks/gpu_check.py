@@ -26,6 +26,7 @@ from load import find_device, load_model, make_views
 from model import KVCache
 
 MODELS = ("demo", "demo-opt")
+DRAFTS = "ngram", "self-int8", "self-int4", ROOT / "checkpoints" / "demo-draft"
 TEXTS = (
     "Once upon a time",
     "The big dog ran to the park because",
@@ -38,7 +39,9 @@ SLOTS = 512  # of every cache, kept or new: generate() makes no fewer
 Check = tuple[str, Any, Any]  # what, wanted, found
 
 
-def checks(path: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+def checks(
+    path: Path, device: torch.device, dtype: torch.dtype, drafts: tuple[str | Path, ...]
+) -> Iterator[Check]:
     on_cpu = load_model(path, device="cpu", dtype=dtype)
     eager = load_model(path, device=str(device), dtype=dtype)
     compiled = make_views(eager.model, eager.tokenizer, compile=True, compile_prefill=True)
@@ -48,6 +51,14 @@ def checks(path: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Che
     yield "eager, a batch of 4", wanted, greedy(eager, prompts)
     yield "compiled, one by one", wanted, singly(compiled, prompts)
     yield "compiled, a batch of 4", wanted, greedy(compiled, prompts)
+    for draft in drafts:
+        options = {"device": str(device), "dtype": dtype, "draft": draft, "compile": True}
+        drafted = load_model(path, **options)
+        name = getattr(draft, "name", draft)
+        yield f"{name} guesses, one by one", wanted, singly(drafted, prompts)
+        yield f"{name} guesses, a batch of 4", wanted, greedy(drafted, prompts)
+        held = sum(drafted.draft.pace.report.held)
+        yield f"{name} guesses held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
 
 
@@ -123,7 +134,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         torch._dynamo.reset()
         counters.clear()
         try:
-            for what, wanted, found in checks(ROOT / "checkpoints" / name, device, dtype):
+            drafts = DRAFTS if args.drafts else ()
+            for what, wanted, found in checks(ROOT / "checkpoints" / name, device, dtype, drafts):
                 done += 1
                 verdict = "ok" if wanted == found else f"DIFFERS: {difference(wanted, found)}"
                 log(f"  {what}: {verdict}")
@@ -144,6 +156,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cuda", help="(default: cuda)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    add("--drafts", action="store_true", help="with what may guess tokens too")
     add("--models", nargs="+", default=MODELS, help="under checkpoints/ (default: all that speak)")
     return parser.parse_args()
 

@@ -31,6 +31,7 @@ def summary(args: argparse.Namespace) -> dict[str, Any]:
         figures = part["figures"] or {}
         entry = {"rc": part["rc"], "seconds": part["seconds"]}
         entry |= benched(figures, args.nominal) if "tokens_per_s" in figures else {}
+        entry |= speculated(figures) if figures.get("benchmark") == "speculate" else {}
         kept = "checks", "failed", "int4_over_tinygemm"
         entry |= {key: figures[key] for key in kept if key in figures}
         short[part["part"]] = entry
@@ -56,7 +57,15 @@ def benched(figures: dict[str, Any], nominal: float) -> dict[str, Any]:
     }
 
 
+def speculated(figures: dict[str, Any]) -> dict[str, Any]:
+    """What speculate.py said of each acceptance, as medians of speed-ups over plain decoding."""
+    found = figures["parts"]["synthetic"].items()
+    return {"speed_up": {name: of["speed_up"]["median"] for name, of in found}}
+
+
 def shares(entry: dict[str, Any]) -> str:
+    if "speed_up" in entry:
+        return ", ".join(f"{name}: {ratio:.2f}x" for name, ratio in entry["speed_up"].items())
     if "int4_over_tinygemm" in entry:
         return f"int4 {entry['int4_over_tinygemm']:.2f} times as fast as tinygemm"
     if "of_nominal" not in entry:

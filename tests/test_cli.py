@@ -60,6 +60,28 @@ def test_prompts_and_samples_come_in_order(capsys: pytest.CaptureFixture):
     assert [t.split("\n", 1)[1] for t in capsys.readouterr().out.split("--- ")[1:]] == texts
 
 
+@pytest.mark.parametrize(
+    "draft",
+    [
+        ["--draft", "ngram"],
+        ["--draft", "self-int4", "--speculate_k", "3"],
+        ["--draft_checkpoint_path", str(ROOT / "checkpoints" / "demo-draft")],
+    ],
+    ids=lambda draft: draft[1].rpartition("/")[2],
+)
+def test_a_draft_changes_no_text_and_says_what_it_was_worth(
+    draft: list[str], capsys: pytest.CaptureFixture
+):
+    options = ("--prompt", "Once", "--prompt", "Lily", "--num_samples", 2, "--max_new_tokens", 90)
+    assert in_process(*options, "--dtype", "float32") == 0
+    plain = capsys.readouterr().out
+    assert in_process(*options, "--dtype", "float32", *draft) == 0
+    captured = capsys.readouterr()
+    assert captured.out == plain
+    assert re.search(r"speculation: \d+ cycles .* held \(\d+%\), \d\.\d\dx plain", captured.err)
+    assert ("draft: reads" in captured.err) == ("ngram" not in draft)
+
+
 def test_the_same_seed_gives_the_same_text(capsys: pytest.CaptureFixture):
     texts = []
     for seed in (1, 1, 2):
@@ -180,6 +202,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         (["--prompts", "{config}"], "neither .txt nor .jsonl"),
         (["--output", "nowhere/out.jsonl"], "nowhere/out.jsonl"),
         (["--output", "{config}"], "is no result|answers none"),
+        (["--draft_checkpoint_path", "nowhere"], "nowhere does not exist"),
         (["--temperature", "-1"], "temperature is -1.0 and must be 0 or more"),
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--device", "abacus"], "no device abacus here; there is"),
@@ -211,6 +234,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (["--num_samples", "0"], "at least 1"),
         (["--top_k", "many"], "invalid int"),
         (["--dtype", "float8"], "invalid choice"),
+        (["--draft", "self-int2"], "invalid choice"),
+        (["--draft", "ngram", "--speculate_k", "0"], "0 is not at least 1"),
+        (["--draft", "ngram", "--speculate_k", "some"], "some is neither auto nor a number"),
+        (["--speculate_k", "4"], "--speculate_k needs --draft or --draft_checkpoint_path"),
+        (["--draft", "ngram", "--draft_checkpoint_path", "x"], "not both"),
         (["--system", "x"], "--system needs --interactive"),
         (["--json"], "--json needs --bench"),
         (["--compile_prefill"], "--compile_prefill needs --compile"),
