@@ -5,6 +5,7 @@ make steps, several tokens at a time. load.py makes the LoadedModel that both ru
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from checkpoint import check_memory
 from model import KVCache, Transformer
+from pace import Pace
 from sampling import Sampler
 from tokenizer import Tokenizer
 
@@ -20,8 +22,23 @@ T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
 
 
+Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
+# Asked for k guesses for the rows that go on: up to so many, (B, k), and how many each row has.
+Guess = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
+
+
 class Draft(Protocol):
     """What guesses a model's next tokens: see speculate.py."""
+
+    pace: Pace
+    lm: "LoadedModel | None"  # the model that guesses, if one does
+
+    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
+        """Told of texts, which will grow, and of the caches of the model that is guessed for."""
+
+    def views(self, caches: list[KVCache]) -> "tuple[LoadedModel, list[KVCache], int] | None":
+        """The model that guesses, the caches that it uses beside those given, and how many tokens
+        of a row it reads at once."""
 
     def kv_bytes_per_token(self) -> int: ...
 

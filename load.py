@@ -21,9 +21,10 @@ from cpu_products import use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
+from pace import Pace
 from quantized import make_scheme, quantized_bytes, quantized_copy, swap_linears
 from quantized_cache import QuantizedKVCache
-from speculate import ModelDraft, NgramDraft, Pace, SelfDraft
+from speculate import ModelDraft, NgramDraft, SelfDraft
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {

@@ -38,8 +38,9 @@ from decoding import LoadedModel, visible_slots
 from generate import complete
 from load import compile_now, find_device, load_model, random_model
 from model import KVCache
+from pace import Pace
 from sampling import GenerationConfig, Sampler
-from speculate import ModelDraft, NgramDraft, Pace, SelfDraft
+from speculate import ModelDraft, NgramDraft, SelfDraft
 from tokenizer import Tokenizer, load_tokenizer
 
 DEMO = ROOT / "checkpoints"

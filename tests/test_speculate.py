@@ -19,19 +19,9 @@ from cpu_products import hindrance
 from decoding import LoadedModel
 from generate import GenerationConfig, complete, generate
 from load import compile_now, load_model, random_model
+from pace import MOST, PLAIN_EVERY, Pace
 from sampling import candidates
-from speculate import (
-    MOST,
-    NGRAMS,
-    PLAIN_EVERY,
-    ModelDraft,
-    NgramDraft,
-    Pace,
-    SelfDraft,
-    follow,
-    held,
-    index,
-)
+from speculate import NGRAMS, ModelDraft, NgramDraft, SelfDraft, follow, held, index
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, OPT, DRAFT = (ROOT / "checkpoints" / name for name in ("demo", "demo-opt", "demo-draft"))
@@ -312,6 +302,11 @@ def test_the_context_and_idle_rows(plain: LoadedModel, drafted: LoadedModel):
     caches = lm.make_caches(4, context)
     assert ids(lm, prompts, config, caches=caches) == ids(plain, prompts, config)
     assert ids(lm, prompts[:1], config) == ids(plain, prompts[:1], config)
+    # A row that has ended by the context does not keep others from being guessed for.
+    config = dataclasses.replace(GREEDY, max_new_tokens=100)
+    before = sum(lm.draft.pace.report.offered)
+    assert ids(lm, prompts, config) == ids(plain, prompts, config)
+    assert sum(lm.draft.pace.report.offered) > before + 60
 
 
 def test_every_limit_is_kept(plain: LoadedModel, drafted: LoadedModel):

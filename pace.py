@@ -1,0 +1,166 @@
+"""How many tokens to guess: chosen from how often guesses hold and from what cycles take.
+
+Start at Pace.choose and Pace.learn, which speculate.py calls before and after each cycle. Report
+counts what came of it. A cycle of k guesses yields one token more than hold, in the time of k
+guesses and of a sweep of k + 1 tokens; the best k has the most tokens per second. Text does not
+depend on k, so that to choose by the clock is safe.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from itertools import accumulate
+from operator import mul
+from statistics import mean, median
+
+MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
+RECENT = 9  # times of each number of guesses that a median is taken of
+UNTYPICAL = 2  # first cycles of each kind that are not timed: CUDA graphs warm up, and record
+PLAIN_EVERY = 64  # cycles; a plain step among them says what plain decoding takes now
+STALE = 4 * PLAIN_EVERY  # cycles after which a time says nothing any more
+TRIAL = 6  # cycles with guesses, before guessing is judged
+PAUSE = 16, 512  # steps without guesses between trials: at first; at most
+FADING = 0.97  # weight that what was counted keeps from one cycle to the next
+
+
+class Pace:
+    """How many tokens to guess in a cycle, from how often guesses hold and what cycles take.
+
+    k: always so many. None: the number that gives most tokens per second, down to none at all;
+    then guessing is tried again after a while, and each time later.
+    """
+
+    def __init__(self, k: int | None):
+        self.k = k
+        self.report = Report()
+        self._rows = 0
+        self._forget()
+
+    def of(self, rows: int) -> "Pace":
+        """This one, for so many rows: what it has learned of other numbers is worth nothing."""
+        if rows != self._rows:
+            self._rows = rows
+            self._forget()
+        return self
+
+    def _forget(self) -> None:
+        self._cycle = 0
+        self._met: dict[int, int] = defaultdict(int)  # cycles of each number of guesses
+        self._times: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._plain: float | None = None  # seconds of a plain step
+        self._asked = [0.0] * MOST  # rows that guessed an n-th token, all before having held
+        self._held = [0.0] * MOST  # rows in which it held too
+        self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
+        self._trial = TRIAL
+        self._pause = self._wait = PAUSE[0]
+        self._paused = self._resumed = False
+
+    def choose(self, most: int) -> int:
+        """How many guesses to ask for, at most `most`."""
+        self._cycle += 1
+        plain = self._times[0]
+        due = len(plain) < 2 or self._cycle - plain[-1][0] >= PLAIN_EVERY
+        k = 0 if due else self.k or self._best()
+        self._resumed, self._paused = self._paused and k > 0, k == 0
+        return max(0, min(k, most))
+
+    def _best(self) -> int:
+        times, shares = self._expected_times(), self._expected_shares()
+        kept = self._rows_guessed / self._rows_live
+
+        def rate(k: int) -> float:
+            return (1 + kept * sum(shares[:k])) / times[k]
+
+        if self._trial:
+            return max(range(1, MOST + 1), key=rate)
+        best = max(range(MOST + 1), key=rate)
+        if best:
+            self._pause = self._wait = PAUSE[0]
+            return best
+        self._wait -= 1
+        if self._wait == 0:
+            self._trial = TRIAL
+            self._pause = self._wait = min(2 * self._pause, PAUSE[1])
+        return 0
+
+    def _expected_shares(self) -> list[float]:
+        """For n = 1, 2, ...: in what share of rows the first n guesses will hold."""
+        # Where little was asked, the share of all guesses counts, and at first a hopeful one.
+        pooled = (sum(self._held) + 2 * 0.8) / (sum(self._asked) + 2)
+        each = zip(self._asked, self._held, strict=True)
+        conditional = [(held + 2 * pooled) / (asked + 2) for asked, held in each]
+        return list(accumulate(conditional, mul))
+
+    def _expected_times(self) -> list[float]:
+        """Of cycles of 0, 1, 2, ... guesses: measured, or else on the line through what was."""
+        known = {}
+        for k, times in self._times.items():
+            fresh = [seconds for at, seconds in times if self._cycle - at < STALE or k == 0]
+            if len(fresh) >= 2:
+                known[k] = median(fresh)
+        middle = mean(known)
+        spread = sum((k - middle) ** 2 for k in known)
+        slope = sum((k - middle) * known[k] for k in known) / spread if spread else known[0] / 5
+        base = mean(known.values()) - slope * middle
+        floor = min(known.values())
+        return [known.get(k, max(base + slope * k, floor)) for k in range(MOST + 1)]
+
+    def learn(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
+        """A cycle of k guesses: how many were offered and how many held, in each live row."""
+        self._met[k] += 1
+        if self._met[k] > UNTYPICAL and not (k and self._resumed):  # it may have had to catch up
+            self._times[k].append((self._cycle, seconds))
+        if k == 0 or self._plain is None:
+            self._plain = median(s for _, s in self._times[0]) if self._times[0] else seconds
+        self.report.add(k, rows, seconds, self._plain)
+        if k == 0:
+            return
+        self._trial = max(0, self._trial - 1)
+        self._rows_live = FADING * self._rows_live + len(rows)
+        self._rows_guessed = FADING * self._rows_guessed + sum(offered > 0 for offered, _ in rows)
+        for n in range(min(k, MOST)):
+            asked = [held for offered, held in rows if offered > n and held >= n]
+            self._asked[n] = FADING * self._asked[n] + len(asked)
+            self._held[n] = FADING * self._held[n] + sum(held > n for held in asked)
+
+
+class Report:
+    """What guessing came to, all cycles together."""
+
+    def __init__(self):
+        self.cycles = self.tokens = self.plain_steps = 0
+        self.offered: list[int] = []  # how often an n-th guess was made
+        self.held: list[int] = []  # how often it held, and all before it
+        self.seconds = self.plain_seconds = 0.0  # measured; of plain decoding for the same ids
+
+    def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
+        """plain: seconds of a plain step."""
+        self.seconds += seconds
+        self.plain_seconds += plain * (1 + sum(held for _, held in rows) / len(rows))
+        self.plain_steps += k == 0
+        self.cycles += k > 0
+        more = k - len(self.offered)
+        self.offered += [0] * more
+        self.held += [0] * more
+        for offered, held in rows:
+            self.tokens += (1 + held) * (k > 0)
+            for n in range(offered):
+                self.offered[n] += 1
+                self.held[n] += held > n
+
+    @property
+    def speed_up(self) -> float:
+        """Over plain decoding, by plain steps of the same run."""
+        return self.plain_seconds / max(self.seconds, 1e-9)
+
+    def lines(self) -> Iterator[str]:
+        if not self.cycles:
+            yield f"speculation: nothing was guessed in {self.plain_steps} steps"
+            return
+        guessed, right = sum(self.offered), sum(self.held)
+        shares = [f"{h / o:.0%}" for h, o in zip(self.held, self.offered, strict=True) if o]
+        yield (
+            f"speculation: {self.cycles} cycles and {self.plain_steps} plain steps, "
+            f"{right} of {guessed} guesses held ({right / guessed:.0%}), "
+            f"{self.speed_up:.2f}x plain decoding"
+        )
+        yield f"guesses that held, by position: {' '.join(shares)}"
