@@ -79,9 +79,10 @@ def generate(
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
     live, room = set(range(B)), limits.copy()
     given = lm, [*prompts, *[prompts[-1]] * idle], caches, past, sampler
-    steps = (
-        speculative_steps(*given, limits, live) if lm.draft else plain_steps(*given, max(limits))
-    )
+    if lm.draft:
+        steps = speculative_steps(*given, limits, live)
+    else:
+        steps = plain_steps(*given, max(limits))
     for step in steps:
         new = [until_end(step[row], room[row], ends) if row in live else [] for row in range(B)]
         yield new

@@ -119,9 +119,8 @@ def make_ready(
     speculate_k: int | None,
 ) -> LoadedModel:
     """A model that has its weights: its fast products, its views, and what guesses for it."""
-    copy = (
-        self_copy(model, draft) if draft in SELF_BITS else None
-    )  # while there are weights to round
+    # While there are weights to round:
+    copy = self_copy(model, draft) if draft in SELF_BITS else None
     use_fast_products(model, model.tok_embeddings.weight.dtype)
     lm = make_views(model, tokenizer, **views)
     if draft is None:

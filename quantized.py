@@ -181,6 +181,7 @@ def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
             model.set_submodule(name, swapped)
 
 
+@torch.no_grad()
 def quantized_copy(
     model: Transformer, scheme: dict[str, Any], progress: Callable[[int], Any] = lambda nbytes: None
 ) -> Transformer:
