@@ -7,11 +7,13 @@ the reference for these.
 """
 
 import contextlib
+import fcntl
 import mmap
 import os
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -182,15 +184,29 @@ def build() -> str | None:
         print("compiling cpu_products.cpp, once: about ten seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            cpp_extension.load(
-                "gpt_flex_cpu_products",
-                [str(SOURCE)],
-                build_directory=str(folder),
-                extra_cflags=["-O3", "-march=native", "-fopenmp"],
-                extra_ldflags=["-fopenmp"],
-                is_python_module=False,
-            )
+            with alone_in(folder):
+                cpp_extension.load(
+                    "gpt_flex_cpu_products",
+                    [str(SOURCE)],
+                    build_directory=str(folder),
+                    extra_cflags=["-O3", "-march=native", "-fopenmp"],
+                    extra_ldflags=["-fopenmp"],
+                    is_python_module=False,
+                )
         except (OSError, RuntimeError, ImportError) as error:
             return f"cpu_products.cpp did not compile ({str(error).splitlines()[0]})"
     return None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time build there.
+
+    torch's own lock is a file that a build leaves behind when it is killed, and that every later
+    one then waits for. This one ends with its process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield

@@ -1,5 +1,6 @@
 """Dense products of few rows on a CPU with AMX: against exact sums, and against themselves."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ pytestmark = pytest.mark.skipif(
     (cpu_products.hindrance("dense", torch.bfloat16) or cpu_products.build()) is not None,
     reason=f"no fast dense products here: {cpu_products.hindrance('dense', torch.bfloat16)}",
 )
+
+
+def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
+    folder = tmp_path / "built"
+    folder.mkdir()
+    (folder / "lock").touch()  # which torch would wait for
+    with cpu_products.alone_in(folder):
+        assert not (folder / "lock").exists()
+        with (folder / "building").open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with cpu_products.alone_in(folder):
+        pass
 
 
 def linear(K: int, N: int, bias: bool) -> Linear:
