@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from itertools import accumulate
 from operator import mul
-from statistics import mean, median
+from statistics import median
 
 MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
 RECENT = 9  # times of each number of guesses that a median is taken of
@@ -45,8 +45,9 @@ class Pace:
     def _forget(self) -> None:
         self._cycle = 0
         self._met: dict[int, int] = defaultdict(int)  # cycles of each number of guesses
-        self._times: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._plain: float | None = None  # seconds of a plain step
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._typical: dict[int, float] = {}  # their medians
+        self._timed: dict[int, int] = defaultdict(int)  # the cycle of the last of them
         self._asked = [0.0] * MOST  # rows that guessed an n-th token, all before having held
         self._held = [0.0] * MOST  # rows in which it held too
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
@@ -57,18 +58,16 @@ class Pace:
     def choose(self, most: int) -> int:
         """How many guesses to ask for, at most `most`."""
         self._cycle += 1
-        plain = self._times[0]
-        due = len(plain) < 2 or self._cycle - plain[-1][0] >= PLAIN_EVERY
+        due = len(self._times[0]) < 2 or self._cycle - self._timed[0] >= PLAIN_EVERY
         k = 0 if due else self.k or self._best()
         self._resumed, self._paused = self._paused and k > 0, k == 0
         return max(0, min(k, most))
 
     def _best(self) -> int:
-        times, shares = self._expected_times(), self._expected_shares()
-        kept = self._rows_guessed / self._rows_live
+        times, tokens = self._expected_times(), self._expected_tokens()
 
         def rate(k: int) -> float:
-            return (1 + kept * sum(shares[:k])) / times[k]
+            return tokens[k] / times[k]
 
         if self._trial:
             return max(range(1, MOST + 1), key=rate)
@@ -82,36 +81,38 @@ class Pace:
             self._pause = self._wait = min(2 * self._pause, PAUSE[1])
         return 0
 
-    def _expected_shares(self) -> list[float]:
-        """For n = 1, 2, ...: in what share of rows the first n guesses will hold."""
+    def _expected_tokens(self) -> list[float]:
+        """Of cycles of 0, 1, 2, ... guesses, for each row."""
         # Where little was asked, the share of all guesses counts, and at first a hopeful one.
         pooled = (sum(self._held) + 2 * 0.8) / (sum(self._asked) + 2)
         each = zip(self._asked, self._held, strict=True)
-        conditional = [(held + 2 * pooled) / (asked + 2) for asked, held in each]
-        return list(accumulate(conditional, mul))
+        shares = accumulate(((held + 2 * pooled) / (asked + 2) for asked, held in each), mul)
+        guessed = self._rows_guessed / self._rows_live
+        return list(accumulate((guessed * share for share in shares), initial=1.0))
 
     def _expected_times(self) -> list[float]:
         """Of cycles of 0, 1, 2, ... guesses: measured, or else on the line through what was."""
-        known = {}
-        for k, times in self._times.items():
-            fresh = [seconds for at, seconds in times if self._cycle - at < STALE or k == 0]
-            if len(fresh) >= 2:
-                known[k] = median(fresh)
-        middle = mean(known)
+        known = {
+            k: seconds
+            for k, seconds in self._typical.items()
+            if len(self._times[k]) >= 2 and (k == 0 or self._cycle - self._timed[k] < STALE)
+        }
+        middle, height = (sum(of) / len(known) for of in (known, known.values()))
         spread = sum((k - middle) ** 2 for k in known)
         slope = sum((k - middle) * known[k] for k in known) / spread if spread else known[0] / 5
-        base = mean(known.values()) - slope * middle
-        floor = min(known.values())
+        base, floor = height - slope * middle, min(known.values())
         return [known.get(k, max(base + slope * k, floor)) for k in range(MOST + 1)]
 
     def learn(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """A cycle of k guesses: how many were offered and how many held, in each live row."""
         self._met[k] += 1
         if self._met[k] > UNTYPICAL and not (k and self._resumed):  # it may have had to catch up
-            self._times[k].append((self._cycle, seconds))
-        if k == 0 or self._plain is None:
-            self._plain = median(s for _, s in self._times[0]) if self._times[0] else seconds
-        self.report.add(k, rows, seconds, self._plain)
+            if self._cycle - self._timed[k] >= STALE:
+                self._times[k].clear()
+            self._times[k].append(seconds)
+            self._timed[k] = self._cycle
+            self._typical[k] = median(self._times[k])
+        self.report.add(k, rows, seconds, self._typical.get(0, seconds))
         if k == 0:
             return
         self._trial = max(0, self._trial - 1)

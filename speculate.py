@@ -59,12 +59,12 @@ def speculative_steps(
         guesses, offered = guess(pace.choose(wanted - 1), live)
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
         k = guesses.shape[1]
-        both = torch.cat((drawn, guesses), dim=1).tolist()  # the host waits here
+        both = torch.cat((drawn, guesses), dim=1) if k else drawn  # (B, 2 * k + 1)
         step = [[] for _ in texts]
-        for row in live:
-            ids, guessed = both[row][: k + 1], both[row][k + 1 :]
-            step[row] = ids[: held(ids, guessed) + 1]
-            texts[row] += step[row]
+        for row, ids in enumerate(both.tolist()):  # the host waits here
+            if row in live:
+                step[row] = ids[: held(ids[: k + 1], ids[k + 1 :]) + 1]
+                texts[row] += step[row]
         seconds = time.perf_counter() - start
         pace.learn(k, [(offered[row], len(step[row]) - 1) for row in live], seconds)
         yield step
@@ -91,7 +91,7 @@ def verify(
     steps = slots[: k + 1]
     pos = (ends - 1 + steps).clamp_max(length - 1)  # (B, k + 1); beyond a row's limit only
     visible = visible_slots(max(map(len, texts)) + k, length)
-    tokens = torch.cat((last, guesses), dim=1)  # (B, k + 1)
+    tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
     logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
     return sampler(logits, numbers + steps)
 
