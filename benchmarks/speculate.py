@@ -12,7 +12,7 @@ what it is told to be. verify: one sweep of several tokens beside a step. ngram:
 again says the answers of texts/lookup.jsonl, some of which repeat their prompts.
 
 The formula: of a cycle of k guesses come E tokens, as counted, for the time of k draft steps and a
-sweep of k + 1 tokens, each measured alone; plain decoding takes E steps for them.
+sweep of k + 1 tokens, measured by themselves; plain decoding takes E steps for them.
 """
 
 import argparse
@@ -129,34 +129,35 @@ class Sides:
 
 
 class Parts:
-    """Times of what a cycle is made of, each alone, at a place in the middle of a text."""
+    """The bare work of a step, and of a cycle of k draft steps and a sweep of k + 1 tokens, in the
+    middle of a text."""
 
-    def __init__(
-        self, plain: LoadedModel, drafting: LoadedModel | None, k: int, config: GenerationConfig
-    ):
-        self.plain, self.drafting, self.k = plain, drafting, k
+    def __init__(self, plain: LoadedModel, k: int, config: GenerationConfig):
+        self.plain, self.k = plain, k
         self.sampler = Sampler(config, [0], plain.device)
         self.predicted: list[float] = []
 
-    @torch.inference_mode()
-    def step(self, lm: LoadedModel, caches: list[KVCache], width: int, past: int) -> float:
+    def step(
+        self, lm: LoadedModel, caches: list[KVCache], width: int, past: int
+    ) -> Callable[[], list[list[int]]]:
+        """To be called: a model reads so many tokens, and draws after each."""
         slots = torch.arange(caches[0].length, device=lm.device)
         tokens = torch.ones(1, width, dtype=torch.long, device=lm.device)
-        pos, visible = (
-            slots[None, past : past + width],
-            slots[: visible_slots(past + width, len(slots))],
-        )
+        pos, visible = slots[None, past : past + width], visible_slots(past + width, len(slots))
+        return lambda: self.sampler(lm.decode(tokens, pos, slots[:visible], caches), pos).tolist()
 
-        def step() -> list[list[int]]:
-            return self.sampler(lm.decode(tokens, pos, visible, caches), pos).tolist()
-
-        return seconds(step, lm.device)
-
-    def round(self, caches: list[KVCache], drafts: list[KVCache], past: int, tokens: float) -> None:
+    @torch.inference_mode()
+    def round(
+        self, drafting: LoadedModel, caches: list[KVCache], drafts: list[KVCache], past: int,
+        tokens: float,
+    ) -> None:  # fmt: skip
         """tokens: of a cycle."""
-        plain = self.step(self.plain, caches, 1, past)
-        cycle = self.step(self.plain, caches, self.k + 1, past)
-        cycle += self.k * self.step(self.drafting, drafts, 1, past)
+        step = self.step(self.plain, caches, 1, past)
+        sweep = self.step(self.plain, caches, self.k + 1, past)
+        guess = self.step(drafting, drafts, 1, past)
+        plain = seconds(step, self.plain.device)
+        # In turns, as what one has read pushes the other out of the CPU's caches.
+        cycle = seconds(lambda: [part() for part in (*[guess] * self.k, sweep)], self.plain.device)
         self.predicted.append(tokens * plain / cycle)
 
 
@@ -178,7 +179,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         compile_now(plain, caches), compile_now(lm, caches)
         for temperature in (0, 0.8):
             config = GenerationConfig(300, temperature, ignore_eos=True)
-            sides, parts = Sides(plain, lm, config), Parts(plain, lm.draft.lm, k or 0, config)
+            sides, parts = Sides(plain, lm, config), Parts(plain, k or 0, config)
             sides.round(prompts, caches)  # warms up
             sides = Sides(plain, dataclasses.replace(lm, draft=renewed(lm.draft, k)), config)
             _, drafts, _ = lm.draft.views(caches)
@@ -186,7 +187,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
                 sides.round(prompts, caches)
                 report = sides.drafted.draft.pace.report
                 if k:
-                    parts.round(caches, drafts, 150, report.tokens / report.cycles)
+                    parts.round(lm.draft.lm, caches, drafts, 150, report.tokens / report.cycles)
             name = f"{draft}, {f'k {k}' if k else 'auto'}, temperature {temperature}"
             found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})
             say(name, found[name])
@@ -245,7 +246,7 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
                 if n > 0:  # the first warmed up
                     now.ratios, now.rates = sides.ratios, sides.rates
                 sides = now
-                parts = parts or Parts(plain, drafting, k or 0, config)
+                parts = parts or Parts(plain, k or 0, config)
                 sides.round([script[:PROMPT_LENGTH].tolist()], large.caches)
                 if n == 0:
                     sides.ratios, sides.rates = [], {"plain": [], "speculative": []}
@@ -253,25 +254,24 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
                     _, drafts, _ = draft.views(large.caches)
                     place = PROMPT_LENGTH + args.new_tokens // 2
                     tokens = pace.report.tokens / pace.report.cycles
-                    parts.round(large.caches, drafts, place, tokens)
+                    parts.round(drafting, large.caches, drafts, place, tokens)
             name = f"acceptance {acceptance}, {f'k {k}' if k else 'auto'}"
             found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})
             say(f"{args.config.stem}, {name}", found[name])
     return found
 
 
+@torch.inference_mode()
 def verify(args: argparse.Namespace, large: Large) -> dict[str, Any]:
     """A sweep of several tokens over a step of one, in the same round."""
-    parts, ratios = (
-        Parts(large.lm, None, 0, GenerationConfig(temperature=0)),
-        {2: [], 4: [], 8: [], 16: []},
-    )
+    parts = Parts(large.lm, 0, GenerationConfig(temperature=0))
+    sweeps = {n: parts.step(large.lm, large.caches, n, PROMPT_LENGTH) for n in (1, 2, 4, 8, 16)}
+    ratios: dict[int, list[float]] = {width: [] for width in sweeps if width > 1}
     for n in range(3 * args.rounds + 1):
-        one = parts.step(large.lm, large.caches, 1, PROMPT_LENGTH)
+        times = {width: seconds(sweep, large.device) for width, sweep in sweeps.items()}
         for width, of in ratios.items():
-            of.append(parts.step(large.lm, large.caches, width, PROMPT_LENGTH) / one)
-            if n == 0:
-                of.clear()
+            if n:  # the first round warmed up
+                of.append(times[width] / times[1])
     found = {width: spread(of) for width, of in ratios.items()}
     for width, figures in found.items():
         log(f"{args.config.stem}, verifying {width} tokens at once: {show(figures)}x a step")
