@@ -208,6 +208,14 @@ def test_the_context_ends_a_row_and_not_its_neighbours(eager: LoadedModel):
     assert rows == [ids(eager, [p], config)[0] for p in (long, prompts(eager)[0])]
 
 
+def test_a_cache_shorter_than_the_context_ends_a_row(eager: LoadedModel):
+    given, caches = prompts(eager)[:1], eager.make_caches(1, 70)
+    config = dataclasses.replace(GREEDY, max_new_tokens=200)
+    (short,), (whole,) = ids(eager, given, config, caches=caches), ids(eager, given, config)
+    assert len(short) == caches[0].length - len(given[0]) < 200
+    assert short == whole[: len(short)]
+
+
 def test_prompts_that_cannot_be_continued(eager: LoadedModel):
     context, vocab = eager.model.args.context, eager.model.args.vocab_size
     for given, said in (
