@@ -1,4 +1,5 @@
-// Products of bfloat16 rows with int8 and int4 weights, for CPUs with AVX-512 VNNI and BF16.
+// Products of bfloat16 rows with int8 and int4 weights, for CPUs with AVX-512 VNNI and BF16; at the
+// end, where there is AMX, of few rows with dense weights.
 //
 // Start at `product`. Decoding is bound by the rate at which weights are read, so the arithmetic has
 // to be cheap beside a load, and still exact. Activations are therefore written as 16-bit fixed-point
@@ -263,18 +264,21 @@ bool has_amx() {  // Linux lends the tiles to a process that asks
 
 struct alignas(kLine) AmxTiles {  // ready for this thread while the object lives
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {kLine, kLine, kChunk, kLine, kLine};  // of a row
-  uint8_t rows[16] = {2 * kEight, 2 * kEight, 2 * kEight, kChunk / 4, kChunk / 4};
+  uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine};  // of a row
+  uint8_t rows[16] = {kStrip, kStrip, kStrip, kStrip, kStrip};
 
-  AmxTiles() { if (has_amx()) asm volatile("ldtilecfg %0" ::"m"(*this)); }
+  AmxTiles(uint16_t input_bytes = kChunk, uint8_t weight_rows = kChunk / 4) {
+    bytes[kRows] = input_bytes, rows[kWeights0] = rows[kWeights1] = weight_rows;
+    if (has_amx()) asm volatile("ldtilecfg %0" ::"m"(*this));
+  }
   ~AmxTiles() { if (has_amx()) asm volatile("tilerelease"); }
 };
 
-template <int TILE>
+template <Amx TILE>
 void amx_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
 }
-template <int TILE>
+template <Amx TILE>
 void amx_store(void* to) {
   asm volatile("tilestored %%tmm%c0, (%1,%2)" ::"i"(TILE), "r"(to), "r"(kLine) : "memory");
 }
@@ -481,7 +485,8 @@ Tensor product_of_many(const Tensor& x, const Weights& w, const std::optional<Te
 }
 
 template <Format F>
-Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t block) {
+Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
+                     int64_t block) {
   TORCH_CHECK(block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
   const int64_t span = header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
   const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span * kSpan;
@@ -495,21 +500,9 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
 }
 
 #ifdef __AMX_BF16__
-// Tiles of the product with dense weights: sums of two times 16 outputs, inputs, weights.
-enum AmxDense { kTotals0, kTotals1, kInputs, kOutputs0, kOutputs1 };
-
-struct alignas(kLine) AmxDenseTiles {  // ready for this thread while the object lives
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine};  // of a row
-  uint8_t rows[16] = {kStrip, kStrip, kStrip, kStrip, kStrip};
-
-  AmxDenseTiles() { asm volatile("ldtilecfg %0" ::"m"(*this)); }
-  ~AmxDenseTiles() { asm volatile("tilerelease"); }
-};
-
-template <int TOTALS, int OUTPUTS>
+template <Amx SUMS, Amx WEIGHTS>
 void amx_dense_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(TOTALS), "i"(OUTPUTS), "i"(kInputs));
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(WEIGHTS), "i"(kRows));
 }
 
 // Up to 16 rows by dense weights as they lie in memory, (N, K): what takes time is to read them. A
@@ -526,17 +519,17 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
     for (int64_t k = 0; k < K / 2; k++) inputs[k * kStrip + m] = pairs[m * K / 2 + k];
   static constexpr float kZeros[kStrip * kStrip] = {};
   at::parallel_for(0, N / kStrip / 2, 1, [&](int64_t from, int64_t to) {
-    const AmxDenseTiles ready;
+    const AmxTiles ready(kLine, kStrip);
     alignas(kLine) float totals[2 * kStrip][kStrip];  // of outputs, of rows
     for (int64_t n = from * 2 * kStrip; n < to * 2 * kStrip; n += 2 * kStrip) {
       const uint8_t *first = weights + n * row, *second = first + kStrip * row;
-      amx_load<kTotals0>(kZeros, kLine), amx_load<kTotals1>(kZeros, kLine);
+      amx_load<kSums0>(kZeros, kLine), amx_load<kSums1>(kZeros, kLine);
       for (int64_t k = 0; k < K; k += kChunk) {
-        amx_load<kInputs>(inputs + k / 2 * kStrip, kLine);
-        amx_load<kOutputs0>(first + 2 * k, row), amx_dense_dot<kTotals0, kOutputs0>();
-        amx_load<kOutputs1>(second + 2 * k, row), amx_dense_dot<kTotals1, kOutputs1>();
+        amx_load<kRows>(inputs + k / 2 * kStrip, kLine);
+        amx_load<kWeights0>(first + 2 * k, row), amx_dense_dot<kSums0, kWeights0>();
+        amx_load<kWeights1>(second + 2 * k, row), amx_dense_dot<kSums1, kWeights1>();
       }
-      amx_store<kTotals0>(totals[0]), amx_store<kTotals1>(totals[kStrip]);
+      amx_store<kSums0>(totals[0]), amx_store<kSums1>(totals[kStrip]);
       for (int64_t m = 0; m < M; m++)
         for (int64_t i = 0; i < 2 * kStrip; i++)
           y[m * N + n + i] = totals[i][m] + (bias ? static_cast<float>(bias[n + i]) : 0.f);
@@ -548,8 +541,8 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
 // F.linear, in bfloat16: x, (M, K), by weight, (N, K).
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
 #ifdef __AMX_BF16__
-  const bool few = x.size(0) <= kStrip && x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
-  if (few && has_amx() && weight.is_contiguous()) {
+  const bool whole = x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
+  if (x.size(0) <= kStrip && whole && has_amx() && weight.is_contiguous()) {
     Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
     const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
     dense_product(x.contiguous(), weight, b, out);

@@ -84,7 +84,7 @@ def visible_slots(filled: int, most: int) -> int:
 
 def plain_steps(
     lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Texts,
     caches: list[KVCache],
     past: int,
     sampler: Sampler,
@@ -92,34 +92,26 @@ def plain_steps(
 ) -> Iterator[list[list[int]]]:
     """`count` steps of one new id for each row. The host waits for a step's ids alone: where the
     device works by itself, it has been given the next step by then."""
-    steps = launched_steps(lm, prompts, caches, past, sampler, count)
-    for read in launched_ahead(steps) if lm.device.type == "cuda" else steps:
-        yield read()
-
-
-def launched_steps(
-    lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    caches: list[KVCache],
-    past: int,
-    sampler: Sampler,
-    count: int,
-) -> Iterator[Callable[[], list[list[int]]]]:
-    """Steps, each launched when it is asked for, and read when what it yields is called."""
     length = caches[0].length
     slots = torch.arange(length, device=lm.device)
     numbers = slots[:count].expand(len(prompts), -1)  # (B, count)
     lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
     longest = max(map(len, prompts))
-    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-    for n in range(count):
-        tokens = sampler(logits, numbers[:, n : n + 1])  # (B, 1)
-        yield begin_reading(tokens)
-        if n + 1 < count:
-            # A row that has ended stays in the batch, and must stay within the cache too.
-            pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
-            visible = visible_slots(longest + n + 1, length)
-            logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
+
+    def launched() -> Iterator[Callable[[], list[list[int]]]]:
+        """Each step is launched when it is asked for, and read when what it yields is called."""
+        logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
+        for n in range(count):
+            tokens = sampler(logits, numbers[:, n : n + 1])  # (B, 1)
+            yield begin_reading(tokens)
+            if n + 1 < count:
+                # A row that has ended stays in the batch, and must stay within the cache too.
+                pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
+                visible = visible_slots(longest + n + 1, length)
+                logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
+
+    for read in launched_ahead(launched()) if lm.device.type == "cuda" else launched():
+        yield read()
 
 
 def begin_reading(tokens: Tensor) -> Callable[[], list[list[int]]]:
@@ -149,7 +141,7 @@ def launched_ahead(steps: Iterator[T]) -> Iterator[T]:
 
 def prefill(
     lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Texts,
     caches: list[KVCache],
     past: int,
     slots: Tensor,

@@ -92,7 +92,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 class Sides:
-    """Plain and speculative decoding of the same prompts, in turns; `compare` gives the figures."""
+    """Plain and speculative decoding of the same prompts, in turns."""
 
     def __init__(self, plain: LoadedModel, drafted: LoadedModel, config: GenerationConfig):
         self.plain, self.drafted, self.config = plain, drafted, config
