@@ -23,7 +23,8 @@ Graph = Callable[..., Sequence[Tensor]]
 
 
 def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
-    """One graph for every number of visible slots and, beyond one, of new tokens per row.
+    """One graph for every number of visible slots and, beyond one, of new tokens per row and of
+    tokens that are picked.
 
     Called as the model is. The model must keep the tensors that it has.
     """
@@ -34,21 +35,24 @@ def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Ten
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
     def view(
-        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *last: Tensor
+        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
         # A graph holds for certain strides only, even those of dimensions of size 1.
-        tokens, pos, *last = (
-            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *last)
+        tokens, pos, *at = (
+            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *at)
         )
-        given = [tokens, pos, slots, *last, *(t for c in caches for t in c._buffers.values())]
+        given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
         if (logits := shortcuts.take(given)) is not None:
             return logits
         torch._dynamo.mark_dynamic(slots, 0)
         if tokens.shape[1] > 1:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(pos, 1)
+        for picked in at:
+            if len(picked) > 1:
+                torch._dynamo.mark_dynamic(picked, 0)
         with shortcuts.watching(given):
-            return compiled(tokens, pos, slots, caches, *last)
+            return compiled(tokens, pos, slots, caches, *at)
 
     # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
     # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame

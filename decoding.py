@@ -161,8 +161,9 @@ def prefill(
         end = past + start + part.shape[1]
         pos = slots[past + start : end].expand_as(part)  # (B, T)
         last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
+        last += torch.arange(0, part.numel(), part.shape[1], device=lm.device)
         visible = slots[: visible_slots(end, len(slots))]
-        out = lm.prefill(part, pos, visible, caches, last)  # (B, 1, V)
+        out = lm.prefill(part, pos, visible, caches, last).unsqueeze(1)  # (B, 1, V)
         # A row that ended in an earlier chunk keeps the logits it had there.
         reached = (lengths > start).view(-1, 1, 1)
         logits = out if logits is None else torch.where(reached, out, logits)

@@ -229,5 +229,5 @@ def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            last = (tokens[:, 0],) if view is lm.prefill else ()
-            view(tokens, slots[:width].expand_as(tokens), visible, caches, *last)
+            at = (tokens[:, 0],) if view is lm.prefill else ()
+            view(tokens, slots[:width].expand_as(tokens), visible, caches, *at)

@@ -16,6 +16,7 @@ Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.0986
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -93,23 +94,23 @@ class Transformer(nn.Module):
         pos: Tensor,
         slots: Tensor,
         caches: Iterable["KVCache"],
-        last: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Logits after each new token, reading and extending the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
         slots: (S,) = arange(S), the cache slots that attention reads, S > pos.max(); what lies
-        beyond S costs nothing. caches: one per layer. last: (B,) picks one of the T tokens of
-        each row before the output head, the widest product of all.
-        Returns (B, T, V), or (B, 1, V) with `last`.
+        beyond S costs nothing. caches: one per layer. at: (N,) picks tokens, counted through all
+        B*T, before the output head, the widest product of all.
+        Returns (B, T, V), or (N, V) with `at`.
         """
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
         x, rotation = self.positions(x, pos)
         mask = self.mask(pos, slots, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, mask, pos, cache)
-        if last is not None:
-            x = x[torch.arange(x.shape[0], device=x.device), last].unsqueeze(1)  # (B, 1, D)
+        if at is not None:
+            x = x.flatten(0, 1)[at]  # (N, D)
         return self.output(self.project_out(self.norm(x)))
 
     def bytes_per_step(self) -> int:
@@ -378,3 +379,14 @@ class KVCache(nn.Module):
         self.k[rows, pos] = k
         self.v[rows, pos] = v
         return self.k[:, :visible], self.v[:, :visible]  # (B, visible, G, E)
+
+    def part(self, rows: slice) -> "KVCache":
+        """The same memory, of some rows."""
+        part = copy.copy(self)
+        part._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
+        return part
+
+    def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
+        """Become a copy of those rows of another cache, (B,), up to slot `filled`."""
+        for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
+            mine[:, :filled] = theirs[rows, :filled]

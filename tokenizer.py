@@ -51,8 +51,8 @@ class TextStream:
 class Tokenizer:
     """Text to ids and back, with the checkpoint's own special tokens and chat template.
 
-    bos_id is None where there is none; any of eos_ids ends a text; vocab_size counts every id,
-    special ones included; chat_template is Jinja source or None.
+    bos_id is None where there is none, and bos_token its text; any of eos_ids ends a text;
+    vocab_size counts every id, special ones included; chat_template is Jinja source or None.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Tokenizer:
         self._backend = backend
         add_bos = settings.get("add_bos_token")
         self._adds_bos = bos_id is not None and (backend.adds_bos if add_bos is None else add_bos)
+        self.bos_token = settings["bos_token"]
         self._names = {key: settings[key] for key in ("bos_token", "eos_token")}
 
     def encode(self, text: str, bos: bool = True, *, special: bool = False) -> list[int]:
@@ -95,6 +96,11 @@ class Tokenizer:
 
         Raises ValueError if there is no template, or it fails or refuses the messages.
         """
+        text = self.chat_text(messages, add_generation_prompt)
+        return self.encode(text, bos=False, special=True)
+
+    def chat_text(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """What the template makes of a conversation; raises what apply_chat_template raises."""
         if self.chat_template is None:
             raise ValueError(
                 "no chat template: expected chat_template.jinja, or chat_template in "
@@ -103,10 +109,9 @@ class Tokenizer:
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:  # tools: templates ask whether they are none, and undefined is not
             template = _jinja().from_string(self.chat_template)
-            text = template.render(**given, **self._names, tools=None, documents=None)
+            return template.render(**given, **self._names, tools=None, documents=None)
         except Exception as err:  # a template is a program: it can fail in any way
             raise ValueError(f"the chat template failed: {one_line(err)}") from err
-        return self.encode(text, bos=False, special=True)
 
 
 def difference(a: Tokenizer, b: Tokenizer) -> str | None:

@@ -59,12 +59,12 @@ class Said:
     script: Tensor
 
     def __call__(
-        self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: list[KVCache], *last: Tensor
+        self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: list[KVCache], *at: Tensor
     ) -> Tensor:
-        logits = self.view(tokens, pos, slots, caches, *last)  # (B, T or 1, V)
-        if last:
-            pos = pos.gather(1, last[0].unsqueeze(1))  # (B, 1)
-        after = self.script[(pos + 1).clamp_max(len(self.script) - 1)]  # (B, T)
+        logits = self.view(tokens, pos, slots, caches, *at)  # (B, T, V) or (N, V)
+        if at:
+            pos = pos.flatten()[at[0]]  # (N,)
+        after = self.script[(pos + 1).clamp_max(len(self.script) - 1)]  # (B, T) or (N,)
         return logits.clone().scatter_(-1, after.unsqueeze(-1), 1e4)
 
 

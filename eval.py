@@ -1,0 +1,285 @@
+"""How good a model is: perplexity of a text, or lm_eval's tasks. The command.
+
+    python eval.py --checkpoint_path checkpoints/demo --perplexity text.txt
+    python eval.py --checkpoint_path checkpoints/demo --tasks hellaswag winogrande
+
+Start at run. Both modes score ids with scoring.py on what load_model makes of a checkpoint, dense
+or quantised; harness.py, imported only for --tasks, is the way to lm_eval. The figures come as JSON
+on stdout and, where asked for, in --output; everything else goes to stderr.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import DTYPES, Checkpoint, size_text, sync
+from decoding import LoadedModel
+from load import CACHES, DEMO, load_model
+from scoring import Ids, log_likelihoods
+
+WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
+OF_TASKS = "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache".split()
+DETAILS = {"configs", "pretty_env_info", "group_subtasks", "higher_is_better"}  # not for stdout
+
+
+def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[Ids, int]]:
+    """Sequences that score each id once, and the position where each begins to score.
+
+    A window has `length` ids, of which the first are the prefix, and begins `stride` ids after the
+    one before; what that scored is context here. Without a prefix the first id of all has nothing
+    before it, and where windows do not overlap each one's first.
+    """
+    room, done = length - len(prefix), 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + room, len(ids))
+        start = max(len(prefix) + done - begin, 1)
+        if start < len(prefix) + end - begin:
+            yield [*prefix, *ids[begin:end]], start
+        done = end
+        if end == len(ids):
+            return
+
+
+def perplexity(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Of a text file, over windows: nats per token, perplexity, bits per byte, tokens/s."""
+    text = args.perplexity.read_text(encoding="utf-8")
+    ids = lm.tokenizer.encode(text, bos=False, special=True)
+    length = max_length(lm, args, WINDOW)
+    prefix = [lm.tokenizer.bos_id] if begins_with_bos(lm, args) else []
+    room = length - len(prefix)
+    stride = args.stride or room
+    if not 0 < stride <= room:
+        raise ValueError(f"--stride {stride} is not between 1 and {room}, a window's tokens")
+    todo = list(windows(ids, prefix, length, stride))[: args.limit]
+    count = sum(len(window) - start for window, start in todo)
+    if not count:
+        raise ValueError(f"{args.perplexity} has {len(ids)} tokens: too few to score one")
+    log(
+        f"{args.perplexity}: {size_text(len(text.encode()))}, {len(ids):,} tokens; "
+        f"{len(todo):,} windows of {length}, stride {stride}, {count:,} tokens scored"
+    )
+    nats, start = 0.0, time.perf_counter()
+    with tqdm(total=count, desc="perplexity", unit="token", unit_scale=True) as bar:
+        for result in log_likelihoods(lm, todo, args.batch_size):
+            nats -= result.nats
+            bar.update(len(todo[result.number][0]) - todo[result.number][1])
+    seconds = time.perf_counter() - start
+    return {
+        "text": str(args.perplexity),
+        "perplexity": math.exp(nats / count),
+        "nats_per_token": nats / count,
+        "bits_per_byte": nats / count / math.log(2) * len(ids) / len(text.encode()),
+        "tokens": count,
+        "tokens_per_s": count / seconds,
+        "max_seq_length": length,
+        "stride": stride,
+    }
+
+
+def tasks(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """lm_eval's results of its tasks, and with --log_samples what was asked and answered."""
+    try:
+        import harness  # lm_eval takes seconds to import, and perplexity does without
+    except ImportError as error:
+        raise ImportError(
+            f"--tasks needs lm_eval ({error}): ./scripts/setup.sh requirements-eval.lock"
+        ) from error
+    length, bos = max_length(lm, args, lm.model.args.context), begins_with_bos(lm, args)
+    model = harness.HarnessModel(lm, args.batch_size, length, bos)
+    given = {name: getattr(args, name) for name in harness.HarnessOptions.__dataclass_fields__}
+    given["task_data"] = dict(pair.split("=", 1) for pair in args.task_data)
+    if args.use_cache:
+        given["use_cache"] = f"{args.use_cache}-{fingerprint(args):08x}"
+    found = harness.run_tasks(model, harness.HarnessOptions(**given))
+    for line in harness.table(found).splitlines():
+        log(line)
+    if model.shortened:
+        log(f"{model.shortened:,} texts were longer than {length} tokens and lost their beginning")
+    return found | {"max_seq_length": length, "shortened": model.shortened}
+
+
+def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
+    context = lm.model.args.context
+    length = args.max_seq_length or min(default, context)
+    if not 2 <= length <= context:
+        raise ValueError(f"--max_seq_length {length} is not between 2 and the context, {context}")
+    return length
+
+
+def begins_with_bos(lm: LoadedModel, args: argparse.Namespace) -> bool:
+    return lm.tokenizer.bos_id is not None and not args.no_bos
+
+
+def fingerprint(args: argparse.Namespace) -> int:
+    """Of all that an answer depends on but the question: other models have other caches."""
+    file = Checkpoint(args.checkpoint_path).path.resolve()
+    known = str(file), file.stat().st_mtime_ns, args.dtype, args.kv_dtype, args.no_bos
+    return zlib.crc32(repr((*known, args.max_seq_length)).encode())
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures, with how they came about. Raises what load_model and scoring.py raise."""
+    lm = load_model(
+        args.checkpoint_path,
+        device=args.device,
+        dtype=DTYPES.get(args.dtype),
+        kv_dtype=args.kv_dtype,
+        compile=args.compile,
+        compile_prefill=args.compile,
+    )
+    bos = f"{lm.tokenizer.bos_token} before every text" if begins_with_bos(lm, args) else "none"
+    weight = lm.model.tok_embeddings.weight
+    how = {
+        "model": str(args.checkpoint_path),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "kv_dtype": args.kv_dtype,
+        "bos": bos,
+        "chat_template": args.apply_chat_template,
+        "limit": args.limit,
+    }
+    log(f"{args.checkpoint_path}: {how['dtype']} on {weight.device}, BOS: {bos}")
+    figures = args.mode(lm, args)
+    if args.limit:
+        how["note"] = f"--limit {args.limit}: a part of the data, not a score"
+        log(how["note"])
+    return how | figures
+
+
+def write(figures: dict[str, Any], output: Path | None) -> None:
+    """The figures to stdout and to files, each of which is there whole or not at all.
+
+    What was asked and answered goes to a file for each task, one line for each document.
+    """
+    samples = figures.pop("samples", {})
+    if output:
+        for task, documents in samples.items():
+            file = output.with_name(f"{output.stem}.{task.replace('/', '_')}.jsonl")
+            write_whole(file, (f"{to_json(document)}\n" for document in documents))
+        write_whole(output, [to_json(figures, indent=2), "\n"])
+        log(f"written: {output}")
+    print(to_json({key: figures[key] for key in figures if key not in DETAILS}))
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """lm_eval's results hold numpy's numbers, sets and functions, too."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, set):
+            return sorted(x)
+        return x.item() if hasattr(x, "item") else str(x)
+
+    return json.dumps(value, ensure_ascii=False, default=plain, **options)
+
+
+def log(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    help = "model.pth, quantised or not, or a Hugging Face directory (default: the demo model)"
+    add("--checkpoint_path", type=Path, default=DEMO, help=help)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm_eval, or in --include_path")
+    help = f"tokens read at once (default: the context; of --perplexity at most {WINDOW})"
+    add("--max_seq_length", type=positive, help=help)
+    help = "tokens from a window's beginning to the next one's (default: no overlap)"
+    add("--stride", type=positive, help=help)
+    add(
+        "--batch_size", type=size_or_auto, help="rows, or auto: as many as are fast (default: auto)"
+    )
+    add("--limit", type=positive, help="the first documents of a task, or windows: not a score")
+    add("--num_fewshot", type=int, help="examples before each document (default: the task's)")
+    add("--apply_chat_template", action="store_true", help="ask as in a chat")
+    add("--system", help="system message for --apply_chat_template")
+    add("--gen_kwargs", help="for tasks that generate: max_gen_toks=256,temperature=0")
+    add("--include_path", type=Path, help="a directory of more tasks, such as scripts/tasks")
+    help = "the files of scripts/tasks: hellaswag_local=FILE"
+    add("--task_data", nargs="+", default=[], metavar="TASK=PATH", type=pair, help=help)
+    add("--no_bos", action="store_true", help="put no BOS before texts")
+    add("--output", type=Path, metavar="FILE.json", help="the results, with how they were made")
+    add("--log_samples", action="store_true", help="and each document: FILE.TASK.jsonl")
+    help = "keep tasks' answers: an interrupted run goes on from there"
+    add("--use_cache", type=Path, metavar="FILE", help=help)
+    add("--compile", action="store_true", help="compile the model")
+    add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
+    add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    args.mode = perplexity if args.perplexity else tasks
+    return args
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that need others."""
+    for given, needed in (
+        *((name, "tasks") for name in OF_TASKS),
+        ("stride", "perplexity"),
+        ("log_samples", "output"),
+        ("system", "apply_chat_template"),
+        ("task_data", "include_path"),
+    ):
+        if getattr(args, given) and not getattr(args, needed):
+            parser.error(f"--{given} needs --{needed}")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def size_or_auto(text: str) -> int | None:
+    return None if text == "auto" else positive(text)
+
+
+def pair(text: str) -> str:
+    if not all(text.partition("=")):
+        raise argparse.ArgumentTypeError(f"{text} is not TASK=PATH")
+    return text
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        if args.output and not args.output.parent.is_dir():  # not after hours
+            raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
+        write(run(args), args.output)
+    except KeyboardInterrupt:
+        more = "; the same command goes on from --use_cache" if args.use_cache else ""
+        log(f"\nstopped; no file was written{more}")
+        return 130
+    except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:
+        log(f"eval.py: {' '.join(str(error).split())}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -1,0 +1,274 @@
+"""How likely a model finds given texts: the log-likelihood of the ends of many sequences of ids.
+
+Start at log_likelihoods. Sequences that begin alike, as a question with each of its answers does,
+become a tree (grow), and what they share is read once: a batch of nodes is fed to the model, and
+the nodes below go on from copies of its KV cache. Of the output head only the scored ids are
+computed. eval.py asks for perplexities and for lm_eval's tasks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import available_memory
+from decoding import PREFILL_TOKENS, LoadedModel, visible_slots
+from model import KVCache
+
+Ids = Sequence[int]
+SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
+LOGITS = 2**27  # of one call: 512 MB in float32
+IDS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of a call: enough to keep the device busy
+POOL = 16  # calls whose keys and values are kept
+
+
+class Result(NamedTuple):
+    """What came of a sequence: its number, the natural logarithm of the probability of its scored
+    ids, each given all before it, and whether each was the likeliest id."""
+
+    number: int
+    nats: float
+    greedy: bool
+
+
+@dataclass(eq=False)
+class Node:
+    """Ids that sequences share, after those of the node above."""
+
+    ids: Ids
+    begin: int  # position of the first of them
+    above: "Node | None"
+    start: int = 0  # position of the first id here or below that is scored
+    below: list["Node"] = field(default_factory=list)
+    ends: list[tuple[int, int]] = field(default_factory=list)  # sequences: number, and start
+    scores: list[tuple[float, bool]] = field(default_factory=list)  # of the ids from `scored` on
+
+    @property
+    def scored(self) -> int:
+        """Position of the first id here that is scored."""
+        return max(self.start, self.begin)
+
+    @property
+    def fed(self) -> int:
+        """How many ids the model has to read: what follows the last of a sequence is not asked."""
+        return len(self.ids) - (not self.below)
+
+    def results(self) -> Iterator[Result]:
+        """Of the sequences that end here, once the nodes up to the root and this are scored."""
+        for number, start in self.ends:
+            scores, node = [], self
+            while node is not None and node.begin + len(node.ids) > start:
+                scores += node.scores[max(0, start - node.scored) :]
+                node = node.above
+            yield Result(number, sum(nats for nats, _ in scores), all(best for _, best in scores))
+
+
+def log_likelihoods(
+    lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
+) -> Iterator[Result]:
+    """The log-likelihood of each sequence from a position on: (ids, start), 1 <= start < len(ids).
+
+    batch_size: rows that the model is given at once, None: as many as are fast and fit. Yields one
+    Result for each sequence, in float32 whatever the model's dtype, in an order of its own. Raises
+    ValueError for a sequence that is longer than the model's context by more than its last id, and
+    MemoryError, in one line each.
+    """
+    if not sequences:
+        return
+    check(sequences, lm.model.args.context, lm.model.args.vocab_size)
+    roots = grow(sequences)
+    yield from Reader(lm, roots, batch_size).read([(node, 0) for node in roots])
+
+
+def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -> None:
+    for number, (ids, start) in enumerate(sequences):
+        if not 1 <= start < len(ids):
+            raise ValueError(f"sequence {number}: no ids after position {start} of {len(ids)}")
+        if len(ids) > context + 1:
+            raise ValueError(
+                f"sequence {number} has {len(ids)} ids and the model's context is {context}"
+            )
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise ValueError(
+                f"sequence {number} has ids from {min(ids)} to {max(ids)} and the model knows 0 to "
+                f"{vocab_size - 1}: its tokenizer files belong to another model"
+            )
+
+
+def grow(sequences: Sequence[tuple[Ids, int]]) -> list[Node]:
+    """The roots of trees that hold all the sequences."""
+    order = sorted(range(len(sequences)), key=lambda n: sequences[n][0])
+    texts = [sequences[n][0] for n in order]
+    shared = [0, *(common(a, b) for a, b in pairwise(texts))]  # with the one before
+
+    def nodes(first: int, stop: int, begin: int, above: Node | None) -> list[Node]:
+        """Of texts[first:stop], which are the same up to `begin`."""
+        cuts = [first]
+        for n in range(first + 1, stop):
+            longer = max(len(texts[n - 1]), len(texts[n]))
+            if shared[n] - begin < max(SHARED, (longer - begin) // 4):
+                cuts.append(n)
+        return [node(a, b, begin, above) for a, b in pairwise([*cuts, stop])]
+
+    def node(first: int, stop: int, begin: int, above: Node | None) -> Node:
+        end = min(shared[first + 1 : stop], default=len(texts[first]))
+        made = Node(texts[first][begin:end], begin, above)
+        while first < stop and len(texts[first]) == end:  # the shortest are sorted before others
+            number = order[first]
+            made.ends.append((number, sequences[number][1]))
+            first += 1
+        made.below = nodes(first, stop, end, made) if first < stop else []
+        starts = [start for _, start in made.ends] + [n.start for n in made.below]
+        made.start = min(starts)
+        return made
+
+    return nodes(0, len(texts), 0, None)
+
+
+def common(a: Ids, b: Ids) -> int:
+    """How many ids two sequences begin with alike."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def depth(nodes: Sequence[Node]) -> int:
+    return 1 + max((depth(node.below) for node in nodes if node.below), default=0)
+
+
+class Reader:
+    """Feeds trees to the model, one call after the other.
+
+    The nodes of each level have a pool of KV caches, of more rows than a call: from many nodes
+    those of like length can be taken together, and little is padded.
+    """
+
+    def __init__(self, lm: LoadedModel, roots: Sequence[Node], batch_size: int | None):
+        self.lm, self.batch_size = lm, batch_size
+        self.ids = IDS[lm.device.type]
+        self.longest = max(map(end, roots))
+        length = visible_slots(self.longest, lm.model.args.context)  # as make_caches has it
+        self.slots = torch.arange(length, device=lm.device)
+        # Compiled, each number of rows is a graph of its own: there is one.
+        self.fixed = 0
+        if lm.prefill is not lm.model:
+            self.fixed = batch_size or self.fitting(sum(node.fed for node in roots) // len(roots))
+        slots = available_memory(lm.device) // 2 // depth(roots) // lm.kv_bytes_per_token()
+        rows = min(slots, POOL * self.ids) // length
+        self.rows = max(rows, batch_size or 1, self.fixed)
+        self.rows -= self.rows % (self.fixed or 1)
+        self.pools: dict[int, list[KVCache]] = {}
+
+    def fitting(self, fed: int) -> int:
+        """How many rows of so many ids make a call that the device is busy with."""
+        return max(1, self.ids // fed)
+
+    @torch.inference_mode()
+    def read(self, nodes: Sequence[tuple[Node, int]], level: int = 0) -> Iterator[Result]:
+        """Nodes of one level, each with the row that the node above has in the pool there."""
+        for node, _ in nodes:
+            if not node.fed:  # one id, of which the node above said all
+                yield from node.results()
+        todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].fed)
+        if todo and level not in self.pools:
+            self.pools[level] = self.lm.make_caches(self.rows, self.longest)
+        for pooled in even_parts(todo, self.rows):
+            first = 0
+            for batch, above in self.calls(pooled):
+                rows = slice(first, first + max(len(batch), self.fixed))
+                caches = [cache.part(rows) for cache in self.pools[level]]
+                if level:
+                    self.go_on(batch, above, caches, self.pools[level - 1])
+                self.feed(batch, caches)
+                for node in batch:
+                    yield from node.results()
+                first += len(batch)
+            if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.below]:
+                yield from self.read(below, level + 1)
+
+    def calls(
+        self, todo: Sequence[tuple[Node, int]]
+    ) -> Iterator[tuple[Sequence[Node], Sequence[int]]]:
+        """Nodes, and the rows above, that are read together; the longest nodes come first."""
+        while todo:
+            rows = self.fixed or self.batch_size or self.fitting(todo[0][0].fed)
+            if not self.fixed:
+                rows = -(-len(todo) // -(-len(todo) // rows))  # as many in the last call as in this
+            yield tuple(zip(*todo[:rows], strict=True))
+            todo = todo[rows:]
+
+    def go_on(
+        self,
+        nodes: Sequence[Node],
+        above: Sequence[int],
+        caches: list[KVCache],
+        sources: list[KVCache],
+    ) -> None:
+        """Fill the caches with what the nodes above have in theirs."""
+        (rows,) = self.to_device(list(above) + [above[-1]] * (caches[0].rows - len(above)))
+        filled = max(node.begin for node in nodes)
+        for cache, source in zip(caches, sources, strict=True):
+            cache.take(source, rows, filled)
+
+    def feed(self, nodes: Sequence[Node], caches: list[KVCache]) -> None:
+        """Let the model read nodes, one in each row, and note how likely their ids are, and the
+        first of each node below them."""
+        rows = [*nodes, *nodes[-1:] * (caches[0].rows - len(nodes))]
+        width = max(node.fed for node in nodes)
+        most = min(PREFILL_TOKENS, LOGITS // self.lm.model.args.vocab_size)
+        for first in range(0, width, step := max(1, most // len(rows))):
+            stop = min(first + step, width)
+            # A row that has ended repeats its last id: the same key and value, at the same place.
+            places = [[min(n, node.fed - 1) for n in range(first, stop)] for node in rows]
+            tokens = [[node.ids[n] for n in row] for node, row in zip(rows, places, strict=True)]
+            pos = [[node.begin + n for n in row] for node, row in zip(rows, places, strict=True)]
+            wanted = [
+                (row * (stop - first) + n - first, said, scored)
+                for row, node in enumerate(nodes)
+                for n in range(max(first, node.scored - node.begin - 1), min(stop, node.fed))
+                for said, scored in following(node, n)
+            ]
+            visible = visible_slots(max(map(max, pos)) + 1, len(self.slots))
+            given = *self.to_device(tokens, pos), self.slots[:visible], caches
+            for (_, _, node), score in zip(wanted, self.scores(given, wanted), strict=True):
+                node.scores.append(score)
+
+    def scores(
+        self, given: tuple[Tensor, Tensor, Tensor, list[KVCache]], wanted: Sequence[tuple]
+    ) -> Iterator[tuple[float, bool]]:
+        """Logarithm of the probability of each wanted id, and whether it is the likeliest."""
+        places = {place: n for n, place in enumerate(dict.fromkeys(w[0] for w in wanted))}
+        (at,) = self.to_device(list(places) or [0])
+        logits = self.lm.prefill(*given, at).float()  # (N, V)
+        if not wanted:
+            return iter(())
+        which, said = self.to_device([places[w[0]] for w in wanted], [w[1] for w in wanted])
+        nats = logits[which, said] - logits.logsumexp(-1)[which]  # (W,)
+        best = logits.argmax(-1)[which] == said  # (W,)
+        return zip(nats.tolist(), best.tolist(), strict=True)
+
+    def to_device(self, *lists: list) -> list[Tensor]:
+        return [torch.tensor(values).to(self.lm.device) for values in lists]
+
+
+def following(node: Node, n: int) -> Iterator[tuple[int, Node]]:
+    """Each id that is scored by what the model says after the node's n-th, and its node."""
+    if n + 1 < len(node.ids):
+        yield node.ids[n + 1], node
+    else:
+        yield from ((b.ids[0], b) for b in node.below if b.start <= b.begin)
+
+
+def end(node: Node) -> int:
+    """Slots that the sequences of a tree take."""
+    return max([node.begin + node.fed, *map(end, node.below)])
+
+
+def even_parts(items: Sequence, most: int) -> Iterator[Sequence]:
+    """All of them in parts of up to `most`, as few as can be and of about one size."""
+    count = -(-len(items) // most)
+    for n in range(count):
+        yield items[len(items) * n // count : len(items) * (n + 1) // count]
