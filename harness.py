@@ -9,10 +9,13 @@ figures can be compared; of a text for loglikelihood_rolling that backend then h
 this one once.
 """
 
+import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,8 @@ class HarnessModel(TemplateLM):
         self.lm, self.rows, self.max_length = lm, batch_size, max_length
         self._device, self._tokenizer = lm.device, lm.tokenizer
         self._bos = [lm.tokenizer.bos_id] if bos else []
+        # lm_eval asks for a question's ids again with each of its answers.
+        self._ids = lru_cache(64)(lambda text: lm.tokenizer.encode(text, bos=False, special=True))
         self.shortened = 0  # sequences that lost their beginning
 
     @property
@@ -83,7 +88,7 @@ class HarnessModel(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Ids; after BOS, once, unless add_special_tokens is False or the model runs without."""
-        ids = self._tokenizer.encode(string, bos=False, special=True)
+        ids = self._ids(string)
         bos = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*bos, *ids]
 
@@ -205,21 +210,21 @@ def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> Generation
 def run_tasks(model: HarnessModel, options: HarnessOptions) -> dict[str, Any]:
     """lm_eval's results. ValueError naming a task that there is not."""
     setup_logging(logging.ERROR)
-    manager = find_tasks(options)
-    return lm_eval.simple_evaluate(
-        model,
-        tasks=list(options.tasks),
-        task_manager=manager,
-        batch_size=model.rows or "auto",
-        device=str(model.device),
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.apply_chat_template,
-        system_instruction=options.system,
-        gen_kwargs=options.gen_kwargs,
-        log_samples=options.log_samples,
-        use_cache=options.use_cache,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # lm_eval prints now and then
+        return lm_eval.simple_evaluate(
+            model,
+            tasks=list(options.tasks),
+            task_manager=find_tasks(options),
+            batch_size=model.rows or "auto",
+            device=str(model.device),
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system,
+            gen_kwargs=options.gen_kwargs,
+            log_samples=options.log_samples,
+            use_cache=options.use_cache,
+        )
 
 
 def find_tasks(options: HarnessOptions) -> TaskManager:

@@ -8,7 +8,7 @@ computed. eval.py asks for perplexities and for lm_eval's tasks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,10 @@ from model import KVCache
 Ids = Sequence[int]
 SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
 LOGITS = 2**27  # of one call: 512 MB in float32
-IDS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # of a call: enough to keep the device busy
-POOL = 16  # calls whose keys and values are kept
+# Of a call, so many ids as keep the device busy; of a level's KV caches, so many slots at most.
+CALLS = {"cpu": (2**11, 2**15), "mps": (2**11, 2**15), "cuda": (2**13, 2**18)}
+POOL = 128  # rows of a level's caches
+PADDED = 16  # one in so many ids of a call may be padding; a call more costs less
 
 
 class Result(NamedTuple):
@@ -42,6 +44,7 @@ class Node:
     begin: int  # position of the first of them
     above: "Node | None"
     start: int = 0  # position of the first id here or below that is scored
+    end: int = 0  # slots that the sequences from here on take
     below: list["Node"] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)  # sequences: number, and start
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of the ids from `scored` on
@@ -123,6 +126,7 @@ def grow(sequences: Sequence[tuple[Ids, int]]) -> list[Node]:
         made.below = nodes(first, stop, end, made) if first < stop else []
         starts = [start for _, start in made.ends] + [n.start for n in made.below]
         made.start = min(starts)
+        made.end = max([begin + made.fed] + [n.end for n in made.below])
         return made
 
     return nodes(0, len(texts), 0, None)
@@ -148,23 +152,16 @@ class Reader:
 
     def __init__(self, lm: LoadedModel, roots: Sequence[Node], batch_size: int | None):
         self.lm, self.batch_size = lm, batch_size
-        self.ids = IDS[lm.device.type]
-        self.longest = max(map(end, roots))
-        length = visible_slots(self.longest, lm.model.args.context)  # as make_caches has it
-        self.slots = torch.arange(length, device=lm.device)
-        # Compiled, each number of rows is a graph of its own: there is one.
+        self.ids, self.most_slots = CALLS[lm.device.type]
+        per_slot = lm.kv_bytes_per_token() * depth(roots)
+        self.most_slots = min(self.most_slots, available_memory(lm.device) // 4 // per_slot)
+        self.longest = max(node.end for node in roots)
+        self.pools: dict[int, list[KVCache]] = {}
+        # Compiled, each number of rows or slots is a graph of its own: there is one of each.
         self.fixed = 0
         if lm.prefill is not lm.model:
-            self.fixed = batch_size or self.fitting(sum(node.fed for node in roots) // len(roots))
-        slots = available_memory(lm.device) // 2 // depth(roots) // lm.kv_bytes_per_token()
-        rows = min(slots, POOL * self.ids) // length
-        self.rows = max(rows, batch_size or 1, self.fixed)
-        self.rows -= self.rows % (self.fixed or 1)
-        self.pools: dict[int, list[KVCache]] = {}
-
-    def fitting(self, fed: int) -> int:
-        """How many rows of so many ids make a call that the device is busy with."""
-        return max(1, self.ids // fed)
+            average = sum(node.fed for node in roots) // len(roots)
+            self.fixed = batch_size or max(1, self.ids // average)
 
     @torch.inference_mode()
     def read(self, nodes: Sequence[tuple[Node, int]], level: int = 0) -> Iterator[Result]:
@@ -172,14 +169,15 @@ class Reader:
         for node, _ in nodes:
             if not node.fed:  # one id, of which the node above said all
                 yield from node.results()
-        todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].fed)
-        if todo and level not in self.pools:
-            self.pools[level] = self.lm.make_caches(self.rows, self.longest)
-        for pooled in even_parts(todo, self.rows):
+        todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].end)
+        while todo:
+            size = self.pool_size(todo)
+            pooled, todo = sorted(todo[:size], key=lambda n: -n[0].fed), todo[size:]
+            pool = self.pool(level, size, max(node.end for node, _ in pooled))
             first = 0
             for batch, above in self.calls(pooled):
                 rows = slice(first, first + max(len(batch), self.fixed))
-                caches = [cache.part(rows) for cache in self.pools[level]]
+                caches = [cache.part(rows) for cache in pool]
                 if level:
                     self.go_on(batch, above, caches, self.pools[level - 1])
                 self.feed(batch, caches)
@@ -189,16 +187,35 @@ class Reader:
             if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.below]:
                 yield from self.read(below, level + 1)
 
+    def pool_size(self, todo: Sequence[tuple[Node, int]]) -> int:
+        """How many of these nodes, those that end last first, are pooled together."""
+        slots = self.longest if self.fixed else todo[0][0].end
+        rows = max(1, min(POOL, self.most_slots // slots), self.batch_size or 0)
+        return part_size(len(todo), rows)
+
+    def pool(self, level: int, rows: int, slots: int) -> list[KVCache]:
+        if self.fixed:
+            slots, rows = self.longest, max(POOL, self.batch_size or 0) + self.fixed
+        held = self.pools.get(level)
+        if not held or held[0].rows < rows or held[0].length < slots:
+            self.pools.pop(level, None)  # before others take its place
+            self.pools[level] = self.lm.make_caches(rows, slots)
+        return self.pools[level]
+
     def calls(
         self, todo: Sequence[tuple[Node, int]]
     ) -> Iterator[tuple[Sequence[Node], Sequence[int]]]:
         """Nodes, and the rows above, that are read together; the longest nodes come first."""
         while todo:
-            rows = self.fixed or self.batch_size or self.fitting(todo[0][0].fed)
-            if not self.fixed:
-                rows = -(-len(todo) // -(-len(todo) // rows))  # as many in the last call as in this
-            yield tuple(zip(*todo[:rows], strict=True))
-            todo = todo[rows:]
+            size = self.fixed or self.call_size([node.fed for node, _ in todo])
+            yield tuple(zip(*todo[:size], strict=True))
+            todo = todo[size:]
+
+    def call_size(self, lengths: Sequence[int]) -> int:
+        """How many rows of these lengths, which fall, the next call takes."""
+        most = self.batch_size or max(1, self.ids // lengths[0])
+        padding = accumulate(lengths[0] - length for length in lengths)
+        return sum(padded <= self.ids // PADDED for padded in islice(padding, most))
 
     def go_on(
         self,
@@ -231,8 +248,11 @@ class Reader:
                 for n in range(max(first, node.scored - node.begin - 1), min(stop, node.fed))
                 for said, scored in following(node, n)
             ]
-            visible = visible_slots(max(map(max, pos)) + 1, len(self.slots))
-            given = *self.to_device(tokens, pos), self.slots[:visible], caches
+            visible = max(map(max, pos)) + 1
+            if self.fixed:
+                visible = visible_slots(visible, caches[0].length)
+            slots = torch.arange(visible, device=self.lm.device)
+            given = *self.to_device(tokens, pos), slots, caches
             for (_, _, node), score in zip(wanted, self.scores(given, wanted), strict=True):
                 node.scores.append(score)
 
@@ -242,13 +262,16 @@ class Reader:
         """Logarithm of the probability of each wanted id, and whether it is the likeliest."""
         places = {place: n for n, place in enumerate(dict.fromkeys(w[0] for w in wanted))}
         (at,) = self.to_device(list(places) or [0])
-        logits = self.lm.prefill(*given, at).float()  # (N, V)
+        logits = self.lm.prefill(*given, at)  # (N, V)
         if not wanted:
             return iter(())
         which, said = self.to_device([places[w[0]] for w in wanted], [w[1] for w in wanted])
-        nats = logits[which, said] - logits.logsumexp(-1)[which]  # (W,)
-        best = logits.argmax(-1)[which] == said  # (W,)
-        return zip(nats.tolist(), best.tolist(), strict=True)
+        nats = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
+        found = nats[which, said]  # (W,)
+        best = found == nats.amax(-1)[which]  # (W,)
+        # Of several that are likeliest it is the first, but to look for it takes ten times longer.
+        best[best.clone()] = nats[which[best]].argmax(-1) == said[best]
+        return zip(found.tolist(), best.tolist(), strict=True)
 
     def to_device(self, *lists: list) -> list[Tensor]:
         return [torch.tensor(values).to(self.lm.device) for values in lists]
@@ -262,13 +285,7 @@ def following(node: Node, n: int) -> Iterator[tuple[int, Node]]:
         yield from ((b.ids[0], b) for b in node.below if b.start <= b.begin)
 
 
-def end(node: Node) -> int:
-    """Slots that the sequences of a tree take."""
-    return max([node.begin + node.fed, *map(end, node.below)])
-
-
-def even_parts(items: Sequence, most: int) -> Iterator[Sequence]:
-    """All of them in parts of up to `most`, as few as can be and of about one size."""
-    count = -(-len(items) // most)
-    for n in range(count):
-        yield items[len(items) * n // count : len(items) * (n + 1) // count]
+def part_size(count: int, most: int) -> int:
+    """So many at a time take as few turns as `most` at a time, and fill the last one, too."""
+    turns = -(-count // most)
+    return -(-count // turns)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import quantize
 from generate import parse_args
 
@@ -42,6 +43,9 @@ FLOORS = {
     "bench": {"checkpoint", "decoding", "model", "sampling"},
     "chat": {"tokenizer"},
     "jobs": set(),
+    "scoring": {"checkpoint", "decoding", "model"},
+    "harness": {"decoding", "generate", "sampling", "scoring"},
+    "eval": {"checkpoint", "decoding", "harness", "load", "scoring"},
     "generate": {
         "bench", "chat", "checkpoint", "completion", "decoding", "jobs", "load", "model",
         "quantized", "sampling", "speculate",
@@ -53,7 +57,16 @@ OPTIONS = """
     prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
     top_p
 """
-PARSERS = {"generate.py": parse_args, "quantize.py": quantize.parse_args}
+EVAL_OPTIONS = """
+    apply_chat_template batch_size checkpoint_path compile device dtype gen_kwargs help include_path
+    kv_dtype limit log_samples max_seq_length no_bos num_fewshot output perplexity stride system
+    task_data tasks use_cache
+"""
+PARSERS = {
+    "eval.py": evaluation.parse_args,
+    "generate.py": parse_args,
+    "quantize.py": quantize.parse_args,
+}
 ROOT_FILES = sorted(ROOT.glob("*.py"))
 ALL_FILES = [
     *ROOT_FILES,
@@ -120,11 +133,14 @@ def test_importing_changes_no_setting_of_torch(file: Path):
         assert not re.match(r"torch\.(set_|manual_seed|use_)", called)
 
 
-def test_the_options_are_those_agreed_on(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(
+    ("script", "options"), [("generate.py", OPTIONS), ("eval.py", EVAL_OPTIONS)]
+)
+def test_the_options_are_those_agreed_on(script: str, options: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        parse_args(["--help"])
+        PARSERS[script](["--help"])
     found = set(re.findall(r"--(\w+)", capsys.readouterr().out.split("options:")[1]))
-    assert found == set(OPTIONS.split())
+    assert found == set(options.split())
 
 
 def readme_commands() -> list[str]:
