@@ -22,14 +22,17 @@ FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
 
 
-def compiled_view(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
+def compiled_view(
+    model: Transformer, device: torch.device, lengths_vary: bool = False
+) -> Callable[..., Tensor]:
     """One graph for every number of visible slots and, beyond one, of new tokens per row and of
     tokens that are picked.
 
-    Called as the model is. The model must keep the tensors that it has.
+    Called as the model is. The model must keep the tensors that it has. lengths_vary: a CUDA graph,
+    which is for one length, would hardly be used again, and the device is busy without.
     """
     shortcuts = Shortcuts()
-    settings = compiler_settings(model, device, shortcuts)
+    settings = compiler_settings(model, device, shortcuts, not lengths_vary)
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
@@ -123,11 +126,11 @@ def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def compiler_settings(
-    model: Transformer, device: torch.device, shortcuts: Shortcuts
+    model: Transformer, device: torch.device, shortcuts: Shortcuts, cuda_graphs: bool
 ) -> dict[str, Any]:
     if device.type != "cpu":
         # CUDA graphs count Dynamo's calls as steps, and the host is ahead of the device anyway.
-        return {"mode": "reduce-overhead"}
+        return {"mode": "reduce-overhead"} if cuda_graphs else {}
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them

@@ -50,13 +50,16 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
             return
 
 
-def perplexity(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Of a text file, over windows: nats per token, perplexity, bits per byte, tokens/s."""
-    data = args.perplexity.read_bytes()
+def read_text(args: argparse.Namespace) -> str:
     try:
-        ids = lm.tokenizer.encode(data.decode(), bos=False, special=True)
+        return args.perplexity.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.perplexity} is not UTF-8 text: {error}") from error
+
+
+def perplexity(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """Of a text, over windows: nats per token, perplexity, bits per byte, tokens/s."""
+    ids, nbytes = lm.tokenizer.encode(text, bos=False, special=True), len(text.encode())
     length = max_length(lm, args, WINDOW)
     prefix = [lm.tokenizer.bos_id] if begins_with_bos(lm, args) else []
     room = length - len(prefix)
@@ -68,20 +71,17 @@ def perplexity(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     if not count:
         raise ValueError(f"{args.perplexity} has {len(ids)} tokens: too few to score one")
     log(
-        f"{args.perplexity}: {size_text(len(data))}, {len(ids):,} tokens; "
+        f"{args.perplexity}: {size_text(nbytes)}, {len(ids):,} tokens; "
         f"{len(todo):,} windows of {length}, stride {stride}, {count:,} tokens scored"
     )
-    nats, start = 0.0, time.perf_counter()
-    with tqdm(total=count, desc="perplexity", unit="token", unit_scale=True) as bar:
-        for result in log_likelihoods(lm, todo, args.batch_size):
-            nats -= result.nats
-            bar.update(len(todo[result.number][0]) - todo[result.number][1])
+    start = time.perf_counter()
+    nats = nats_per_token(lm, todo, args.batch_size)
     seconds = time.perf_counter() - start
     return {
         "text": str(args.perplexity),
-        "perplexity": math.exp(nats / count),
-        "nats_per_token": nats / count,
-        "bits_per_byte": nats / count / math.log(2) * len(ids) / len(data),
+        "perplexity": math.exp(nats),
+        "nats_per_token": nats,
+        "bits_per_byte": nats / math.log(2) * len(ids) / nbytes,
         "tokens": count,
         "tokens_per_s": count / seconds,
         "max_seq_length": length,
@@ -89,26 +89,46 @@ def perplexity(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tasks(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """lm_eval's results of its tasks, and with --log_samples what was asked and answered."""
+def nats_per_token(
+    lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
+) -> float:
+    """Of the ids that the sequences score, with a bar."""
+    nats, total = 0.0, sum(len(ids) - start for ids, start in sequences)
+    with tqdm(total=total, desc="perplexity", unit="token", unit_scale=True) as bar:
+        for result in log_likelihoods(lm, sequences, batch_size):
+            ids, start = sequences[result.number]
+            nats -= result.nats
+            bar.update(len(ids) - start)
+    return nats / total
+
+
+def find_tasks(args: argparse.Namespace) -> Any:
+    """The tasks that are asked for, and how."""
     try:
         import harness  # lm_eval takes seconds to import, and perplexity does without
     except ImportError as error:
         raise ImportError(
             f"--tasks needs lm_eval ({error}): ./scripts/setup.sh requirements-eval.lock"
         ) from error
-    length, bos = max_length(lm, args, lm.model.args.context), begins_with_bos(lm, args)
-    model = harness.HarnessModel(lm, args.batch_size, length, bos)
     given = {name: getattr(args, name) for name in harness.HarnessOptions.__dataclass_fields__}
     given["task_data"] = dict(pair.split("=", 1) for pair in args.task_data)
     if args.use_cache:
         given["use_cache"] = f"{args.use_cache}-{fingerprint(args):08x}"
-    found = harness.run_tasks(model, harness.HarnessOptions(**given))
-    for line in harness.table(found).splitlines():
+    options = harness.HarnessOptions(**given)
+    return harness, options, harness.find_tasks(options)
+
+
+def tasks(lm: LoadedModel, args: argparse.Namespace, found: Any) -> dict[str, Any]:
+    """lm_eval's results of its tasks, and with --log_samples what was asked and answered."""
+    harness, options, manager = found
+    length, bos = max_length(lm, args, lm.model.args.context), begins_with_bos(lm, args)
+    model = harness.HarnessModel(lm, args.batch_size, length, bos)
+    results = harness.run_tasks(model, options, manager)
+    for line in harness.table(results).splitlines():
         log(line)
     if model.shortened:
         log(f"{model.shortened:,} texts were longer than {length} tokens and lost their beginning")
-    return found | {"max_seq_length": length, "shortened": model.shortened}
+    return results | {"max_seq_length": length, "shortened": model.shortened}
 
 
 def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
@@ -132,6 +152,8 @@ def fingerprint(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, with how they came about. Raises what load_model and scoring.py raise."""
+    prepare, evaluate = (read_text, perplexity) if args.perplexity else (find_tasks, tasks)
+    asked = prepare(args)  # what is wrong with it is said before a model is loaded
     lm = load_model(
         args.checkpoint_path,
         device=args.device,
@@ -152,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "limit": args.limit,
     }
     log(f"{args.checkpoint_path}: {how['dtype']} on {weight.device}, BOS: {bos}")
-    figures = args.mode(lm, args)
+    figures = evaluate(lm, args, asked)
     if args.limit:
         how["note"] = f"--limit {args.limit}: a part of the data, not a score"
         log(how["note"])
@@ -236,7 +258,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
     args = parser.parse_args(argv)
     check_options(parser, args)
-    args.mode = perplexity if args.perplexity else tasks
     return args
 
 

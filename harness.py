@@ -207,14 +207,13 @@ def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> Generation
     return GenerationConfig(max_new_tokens=count, stop=stop, **asked)
 
 
-def run_tasks(model: HarnessModel, options: HarnessOptions) -> dict[str, Any]:
-    """lm_eval's results. ValueError naming a task that there is not."""
-    setup_logging(logging.ERROR)
+def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager) -> dict[str, Any]:
+    """lm_eval's results of the tasks that find_tasks found."""
     with contextlib.redirect_stdout(sys.stderr):  # lm_eval prints now and then
         return lm_eval.simple_evaluate(
             model,
             tasks=list(options.tasks),
-            task_manager=find_tasks(options),
+            task_manager=manager,
             batch_size=model.rows or "auto",
             device=str(model.device),
             num_fewshot=options.num_fewshot,
@@ -229,7 +228,8 @@ def run_tasks(model: HarnessModel, options: HarnessOptions) -> dict[str, Any]:
 
 def find_tasks(options: HarnessOptions) -> TaskManager:
     """The tasks in include_path, and lm_eval's own where those are not all that is asked for: to
-    look through its 14,000 takes ten seconds."""
+    look through its 14,000 takes ten seconds. ValueError naming a task that there is not."""
+    setup_logging(logging.ERROR)
     given = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
     for defaults in (False, True):
         if defaults or options.include_path:

@@ -16,24 +16,25 @@ from torch import Tensor
 
 from checkpoint import available_memory
 from decoding import PREFILL_TOKENS, LoadedModel, visible_slots
+from load import count_weights
 from model import KVCache
 
 Ids = Sequence[int]
 SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
 LOGITS = 2**27  # of one call: 512 MB in float32
-# Of a call, so many ids as keep the device busy; of a level's KV caches, so many slots at most.
-CALLS = {"cpu": (2**11, 2**15), "mps": (2**11, 2**15), "cuda": (2**13, 2**18)}
+# So many ids in a call keep the device busy; a level's KV caches have so many slots at most; and a
+# call takes so long to begin that meanwhile ids could have gone through so many weights.
+CALLS = {"cpu": (2**11, 2**15, 2**29), "mps": (2**11, 2**15, 2**33), "cuda": (2**13, 2**16, 2**39)}
 POOL = 128  # rows of a level's caches
-PADDED = 16  # one in so many ids of a call may be padding; a call more costs less
+WEIGHTS_READ = 16  # ids that a call could compute while it reads the weights
 
 
 class Result(NamedTuple):
-    """What came of a sequence: its number, the natural logarithm of the probability of its scored
-    ids, each given all before it, and whether each was the likeliest id."""
+    """What came of a sequence."""
 
     number: int
-    nats: float
-    greedy: bool
+    nats: float  # natural logarithm of the probability of its scored ids, each given all before it
+    greedy: bool  # each of them was the likeliest
 
 
 @dataclass(eq=False)
@@ -103,8 +104,8 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
 
 def grow(sequences: Sequence[tuple[Ids, int]]) -> list[Node]:
     """The roots of trees that hold all the sequences."""
-    order = sorted(range(len(sequences)), key=lambda n: sequences[n][0])
-    texts = [sequences[n][0] for n in order]
+    order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
+    texts = [tuple(sequences[n][0]) for n in order]
     shared = [0, *(common(a, b) for a, b in pairwise(texts))]  # with the one before
 
     def nodes(first: int, stop: int, begin: int, above: Node | None) -> list[Node]:
@@ -143,6 +144,14 @@ def depth(nodes: Sequence[Node]) -> int:
     return 1 + max((depth(node.below) for node in nodes if node.below), default=0)
 
 
+class Wanted(NamedTuple):
+    """An id that a call is to score."""
+
+    place: int  # of the id before it, through all that the call reads
+    said: int
+    node: Node  # whose id it is
+
+
 class Reader:
     """Feeds trees to the model, one call after the other.
 
@@ -152,7 +161,9 @@ class Reader:
 
     def __init__(self, lm: LoadedModel, roots: Sequence[Node], batch_size: int | None):
         self.lm, self.batch_size = lm, batch_size
-        self.ids, self.most_slots = CALLS[lm.device.type]
+        self.ids, self.most_slots, begun = CALLS[lm.device.type]
+        # Beyond so much padding two calls are faster than one.
+        self.padding = WEIGHTS_READ + begun // count_weights(lm.model.args)
         per_slot = lm.kv_bytes_per_token() * depth(roots)
         self.most_slots = min(self.most_slots, available_memory(lm.device) // 4 // per_slot)
         self.longest = max(node.end for node in roots)
@@ -171,7 +182,8 @@ class Reader:
                 yield from node.results()
         todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].end)
         while todo:
-            size = self.pool_size(todo)
+            most = self.pool_rows(self.longest if self.fixed else todo[0][0].end)
+            size = -(-len(todo) // -(-len(todo) // most))  # the last pool as full as the others
             pooled, todo = sorted(todo[:size], key=lambda n: -n[0].fed), todo[size:]
             pool = self.pool(level, size, max(node.end for node, _ in pooled))
             first = 0
@@ -187,15 +199,13 @@ class Reader:
             if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.below]:
                 yield from self.read(below, level + 1)
 
-    def pool_size(self, todo: Sequence[tuple[Node, int]]) -> int:
-        """How many of these nodes, those that end last first, are pooled together."""
-        slots = self.longest if self.fixed else todo[0][0].end
-        rows = max(1, min(POOL, self.most_slots // slots), self.batch_size or 0)
-        return part_size(len(todo), rows)
+    def pool_rows(self, slots: int) -> int:
+        return max(1, min(POOL, self.most_slots // slots), self.batch_size or 0)
 
     def pool(self, level: int, rows: int, slots: int) -> list[KVCache]:
+        """The level's caches, of so many rows and slots or more."""
         if self.fixed:
-            slots, rows = self.longest, max(POOL, self.batch_size or 0) + self.fixed
+            slots, rows = self.longest, self.pool_rows(self.longest) + self.fixed
         held = self.pools.get(level)
         if not held or held[0].rows < rows or held[0].length < slots:
             self.pools.pop(level, None)  # before others take its place
@@ -215,7 +225,7 @@ class Reader:
         """How many rows of these lengths, which fall, the next call takes."""
         most = self.batch_size or max(1, self.ids // lengths[0])
         padding = accumulate(lengths[0] - length for length in lengths)
-        return sum(padded <= self.ids // PADDED for padded in islice(padding, most))
+        return sum(padded <= self.padding for padded in islice(padding, most))
 
     def go_on(
         self,
@@ -231,8 +241,10 @@ class Reader:
             cache.take(source, rows, filled)
 
     def feed(self, nodes: Sequence[Node], caches: list[KVCache]) -> None:
-        """Let the model read nodes, one in each row, and note how likely their ids are, and the
-        first of each node below them."""
+        """Let the model read nodes, one in each row.
+
+        How likely their ids are is noted, and the first id of each node below them.
+        """
         rows = [*nodes, *nodes[-1:] * (caches[0].rows - len(nodes))]
         width = max(node.fed for node in nodes)
         most = min(PREFILL_TOKENS, LOGITS // self.lm.model.args.vocab_size)
@@ -243,7 +255,7 @@ class Reader:
             tokens = [[node.ids[n] for n in row] for node, row in zip(rows, places, strict=True)]
             pos = [[node.begin + n for n in row] for node, row in zip(rows, places, strict=True)]
             wanted = [
-                (row * (stop - first) + n - first, said, scored)
+                Wanted(row * (stop - first) + n - first, said, scored)
                 for row, node in enumerate(nodes)
                 for n in range(max(first, node.scored - node.begin - 1), min(stop, node.fed))
                 for said, scored in following(node, n)
@@ -253,19 +265,19 @@ class Reader:
                 visible = visible_slots(visible, caches[0].length)
             slots = torch.arange(visible, device=self.lm.device)
             given = *self.to_device(tokens, pos), slots, caches
-            for (_, _, node), score in zip(wanted, self.scores(given, wanted), strict=True):
-                node.scores.append(score)
+            for one, score in zip(wanted, self.scores(given, wanted), strict=True):
+                one.node.scores.append(score)
 
     def scores(
-        self, given: tuple[Tensor, Tensor, Tensor, list[KVCache]], wanted: Sequence[tuple]
+        self, given: tuple[Tensor, Tensor, Tensor, list[KVCache]], wanted: Sequence[Wanted]
     ) -> Iterator[tuple[float, bool]]:
         """Logarithm of the probability of each wanted id, and whether it is the likeliest."""
-        places = {place: n for n, place in enumerate(dict.fromkeys(w[0] for w in wanted))}
+        places = {place: n for n, place in enumerate(dict.fromkeys(w.place for w in wanted))}
         (at,) = self.to_device(list(places) or [0])
         logits = self.lm.prefill(*given, at)  # (N, V)
         if not wanted:
             return iter(())
-        which, said = self.to_device([places[w[0]] for w in wanted], [w[1] for w in wanted])
+        which, said = self.to_device([places[w.place] for w in wanted], [w.said for w in wanted])
         nats = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
         found = nats[which, said]  # (W,)
         best = found == nats.amax(-1)[which]  # (W,)
@@ -283,9 +295,3 @@ def following(node: Node, n: int) -> Iterator[tuple[int, Node]]:
         yield node.ids[n + 1], node
     else:
         yield from ((b.ids[0], b) for b in node.below if b.start <= b.begin)
-
-
-def part_size(count: int, most: int) -> int:
-    """So many at a time take as few turns as `most` at a time, and fill the last one, too."""
-    turns = -(-count // most)
-    return -(-count // turns)

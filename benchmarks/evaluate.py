@@ -68,7 +68,7 @@ def timed(model: Any, asked: list[Any]) -> tuple[float, list[float]]:
 @torch.inference_mode()
 def prefill_rate(model: Any) -> float:
     """Ids per second of the layers alone."""
-    lm, (count, _) = model.lm, CALLS["cpu"]
+    lm, (count, *_) = model.lm, CALLS["cpu"]
     tokens = torch.arange(count).view(8, -1) % lm.model.args.vocab_size  # (8, T)
     slots = torch.arange(tokens.shape[1])
     given = tokens, slots.expand_as(tokens), slots, lm.make_caches(8, len(slots)), slots[:1]

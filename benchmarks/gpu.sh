@@ -99,7 +99,6 @@ else
     bench decode_b1_int4 60 --compile --random_mode int4 --prompt 128 --max_new_tokens 128 --repeats 3
     part products 60 "$python" benchmarks/gpu_products.py --device "$device" --config "$config"
     bench decode_b1_eager 60 --prompt 128 --max_new_tokens 64 --repeats 3
-    # Of a CUDA graph's first runs one warms up and one records: the median of five meets neither.
     bench prefill_compiled 70 --compile --compile_prefill --prompt 2048 --max_new_tokens 8 --repeats 5
     bench prefill_eager 50 --prompt 2048 --max_new_tokens 8 --repeats 5
     bench decode_b8_compiled 50 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 8

@@ -24,6 +24,7 @@ from decoding import LoadedModel, visible_slots
 from generate import GenerationConfig, complete
 from load import find_device, load_model, make_views
 from model import KVCache
+from scoring import log_likelihoods
 
 MODELS = ("demo", "demo-opt")
 DRAFTS = "ngram", "self-int8", "self-int4", ROOT / "checkpoints" / "demo-draft"
@@ -34,6 +35,7 @@ TEXTS = (
     "Tom was sad",
 )
 NEW = 48  # tokens for each prompt
+NEAR = 1e-2  # nats, of sums over NEW tokens
 LENGTHS = (3, 40, 64, 90, 180, 300)  # of prompts; NEW more cross into larger sizes
 SLOTS = 512  # of every cache, kept or new: generate() makes no fewer
 Check = tuple[str, Any, Any]  # what, wanted, found
@@ -51,6 +53,10 @@ def checks(
     yield "eager, a batch of 4", wanted, greedy(eager, prompts)
     yield "compiled, one by one", wanted, singly(compiled, prompts)
     yield "compiled, a batch of 4", wanted, greedy(compiled, prompts)
+    likely = scored(on_cpu, prompts, wanted)
+    for name, lm in (("eager", eager), ("compiled", compiled)):
+        furthest = max(abs(a - b) for a, b in zip(likely, scored(lm, prompts, wanted), strict=True))
+        yield f"log-likelihoods within {NEAR}, {name}", True, furthest < NEAR
     for draft in drafts:
         options = {"device": str(device), "dtype": dtype, "draft": draft, "compile": True}
         drafted = load_model(path, **options)
@@ -60,6 +66,12 @@ def checks(
         held = sum(drafted.draft.pace.report.held)
         yield f"{name} guesses held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
+
+
+def scored(lm: LoadedModel, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """Log-likelihoods of each answer after each prompt."""
+    asked = [(prompt + answer, len(prompt)) for prompt in prompts for answer in answers]
+    return [result.nats for result in sorted(log_likelihoods(lm, asked, 4))]
 
 
 def lengths(

@@ -19,13 +19,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import quantize
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from decoding import LoadedModel
+from eval import nats_per_token, windows
 from load import load_model
 
 CPU = torch.device("cpu")
@@ -36,21 +35,10 @@ INT4 = (  # label, mode, options
 )
 
 
-@torch.inference_mode()
 def loss(lm: LoadedModel, ids: list[int], length: int) -> float:
     """Nats per token over stretches of `length`, each after BOS."""
     bos = [] if lm.tokenizer.bos_id is None else [lm.tokenizer.bos_id]
-    stretch = length - len(bos)
-    starts = range(0, len(ids) - stretch, stretch)
-    rows = torch.tensor([bos + ids[s : s + stretch] for s in starts])  # (n, length)
-    slots, total, count = torch.arange(length), 0.0, 0
-    for part in tqdm(rows.split(16), leave=False, disable=None):
-        caches = lm.model.make_caches(len(part), length)
-        logits = lm.model(part, slots.expand_as(part), slots, caches)  # (b, length, V)
-        targets = part[:, 1:].flatten()
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
-        count += len(targets)
-    return float(total) / count
+    return nats_per_token(lm, list(windows(ids, bos, length, length - len(bos))))
 
 
 def measure(source: Path, args: argparse.Namespace) -> dict[str, Any]:

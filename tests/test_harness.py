@@ -126,11 +126,11 @@ def theirs(path: Path, batch_size: int = 4, **options: Any) -> HFLM:
 
 def evaluated(model: Any, data: dict[str, str], **options: Any) -> dict[str, Any]:
     options = {"include_path": TASKS, "tasks": list(data), "task_data": data} | options
+    manager = find_tasks(HarnessOptions(**options))
     if isinstance(model, HarnessModel):
-        return run_tasks(model, HarnessOptions(log_samples=True, **options))
+        return run_tasks(model, HarnessOptions(log_samples=True, **options), manager)
     options["system_instruction"] = options.pop("system", None)
-    named = {key: options.pop(key) for key in ("include_path", "task_data")}
-    manager = find_tasks(HarnessOptions(tasks=options["tasks"], **named))
+    del options["include_path"], options["task_data"]
     return lm_eval.simple_evaluate(model, task_manager=manager, **options)
 
 

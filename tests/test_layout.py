@@ -43,7 +43,7 @@ FLOORS = {
     "bench": {"checkpoint", "decoding", "model", "sampling"},
     "chat": {"tokenizer"},
     "jobs": set(),
-    "scoring": {"checkpoint", "decoding", "model"},
+    "scoring": {"checkpoint", "decoding", "load", "model"},
     "harness": {"decoding", "generate", "sampling", "scoring"},
     "eval": {"checkpoint", "decoding", "harness", "load", "scoring"},
     "generate": {

@@ -82,7 +82,7 @@ def test_small_calls_and_small_pools(
 ):
     """Nodes in pieces, and more nodes than a level has room for at once."""
     monkeypatch.setattr(scoring, "LOGITS", 50 * lm.model.args.vocab_size)
-    monkeypatch.setattr(scoring, "CALLS", {"cpu": (64, 600)})
+    monkeypatch.setattr(scoring, "CALLS", {"cpu": (64, 600, 0)})
     monkeypatch.setattr(scoring, "POOL", 3)
     check(list(log_likelihoods(lm, sequences())), expected)
 
