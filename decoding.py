@@ -63,7 +63,7 @@ class LoadedModel:
         length = visible_slots(length, self.model.args.context)
         needed = batch * length * self.kv_bytes_per_token()
         what = f"a KV cache of {batch} rows of {length} tokens"
-        check_memory(needed, self.device, what, "lower --batch_size or --max_new_tokens")
+        check_memory(needed, self.device, what, "lower --batch_size, or shorten the texts")
         return self.model.make_caches(batch, length)
 
     def kv_bytes_per_token(self) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,7 +129,7 @@ class HarnessModel(TemplateLM):
             ):
                 pairs.append((before[: len(before) - len(said) + 1], said))
                 owners.append(number)
-        totals, left = [0.0] * len(texts), [owners.count(n) for n in range(len(texts))]
+        totals, left = [0.0] * len(texts), Counter(owners)
         for window, nats, _ in self.score(pairs, disable_tqdm):
             owner = owners[window]
             totals[owner] += nats
@@ -139,8 +140,10 @@ class HarnessModel(TemplateLM):
         return totals
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool) -> Iterator[Any]:
-        """Results for ids that follow ids, with a bar; the oldest ids are cut off what is too long,
-        as lm_eval does it."""
+        """Results for ids that follow ids, with a bar.
+
+        What is longer than the model can read loses its first ids, BOS too, as in lm_eval.
+        """
         sequences = []
         for before, said in pairs:
             if not 0 < len(said) <= self.max_length:
@@ -227,8 +230,10 @@ def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager
 
 
 def find_tasks(options: HarnessOptions) -> TaskManager:
-    """The tasks in include_path, and lm_eval's own where those are not all that is asked for: to
-    look through its 14,000 takes ten seconds. ValueError naming a task that there is not."""
+    """The tasks in include_path, and lm_eval's own where those are not all that is asked for.
+
+    To look through lm_eval's 14,000 takes ten seconds. ValueError naming a task that there is not.
+    """
     setup_logging(logging.ERROR)
     given = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
     for defaults in (False, True):
