@@ -5,9 +5,9 @@
         --tokenizer ../shared/data/tokenizers/llama-2 --limit 48 --data ...
 
 Start at main. Both are lm_eval models that answer the same requests, tokenising included; they take
-turns, and of the other's batch sizes the fastest in the first round goes on. The ceiling is the
-speed of our plain prefill of 1024 ids without an output head, measured in the same run: what is
-read beyond the ids that each document has alone, and all work beside the layers, falls short of it.
+turns, and of the other's batch sizes the one goes on that is fastest on the first 128 requests. The
+ceiling is the speed of our plain prefill, of as many ids as a call has and without an output head,
+measured in the same run: padding, and all work beside the layers, falls short of it.
 """
 
 import argparse
