@@ -128,7 +128,10 @@ def tasks(lm: LoadedModel, args: argparse.Namespace, found: Any) -> dict[str, An
         log(line)
     if model.shortened:
         log(f"{model.shortened:,} texts were longer than {length} tokens and lost their beginning")
-    return results | {"max_seq_length": length, "shortened": model.shortened}
+    if model.fused:
+        log(f"{model.fused:,} texts share all tokens with the text before: those were scored")
+    counts = {"shortened": model.shortened, "fused": model.fused}
+    return results | {"max_seq_length": length} | counts
 
 
 def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from decoding import LoadedModel
 from generate import complete
 from sampling import GenerationConfig
-from scoring import Ids, log_likelihoods
+from scoring import Ids, common, log_likelihoods
 
 GENERATED = 256  # tokens at most, where a task says nothing; as lm_eval's own backends
 ROWS = 16  # of a batch that is generated, where none are asked for
@@ -70,6 +70,7 @@ class HarnessModel(TemplateLM):
         # lm_eval asks for a question's ids again with each of its answers.
         self._ids = lru_cache(64)(lambda text: lm.tokenizer.encode(text, bos=False, special=True))
         self.shortened = 0  # sequences that lost their beginning
+        self.fused = 0  # texts that share their ids with those before them
 
     @property
     def eot_token_id(self) -> int:
@@ -92,6 +93,20 @@ class HarnessModel(TemplateLM):
         ids = self._ids(string)
         bos = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*bos, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a text, and of what follows it: those of both together that are beyond the first.
+
+        A tokenizer that merges across words may need no more ids for both: then those are scored
+        that what follows changes. lm_eval's own backend stops there.
+        """
+        before, said = super()._encode_pair(context, continuation)
+        if said:
+            return before, said
+        self.fused += 1
+        whole = self.tok_encode(context + continuation)
+        same = min(common(whole, before), len(whole) - 1)
+        return whole[:same] or [self.prefix_token_id], whole[same:]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._tokenizer.chat_template if chat_template else None

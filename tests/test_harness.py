@@ -23,6 +23,7 @@ import quantize
 from eval import main, parse_args
 from harness import HarnessModel, HarnessOptions, find_tasks, generation_config, run_tasks
 from load import load_model
+from scoring import log_likelihoods
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "scripts" / "tasks"
@@ -315,6 +316,30 @@ def test_whole_texts(path: Path):
     other = theirs(path, 2, add_bos_token=False, prefix_token_id=0)
     expected = other.loglikelihood_rolling(requests, disable_tqdm=True)
     assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_text_that_needs_no_more_ids_than_the_one_before_it(path: Path):
+    """Found on tinystories-656k and LAMBADA: "you," and "you, Sara" have 90 ids each."""
+    model = ours(path)
+    model._ids = {"ab": [5, 7], "a": [5, 6], "cd": [8], "c": [8], "ce": [8, 9]}.__getitem__
+    assert model._encode_pair("a", "b") == ([0, 5], [7])
+    assert model._encode_pair("c", "d") == ([0], [8])
+    assert model.fused == 2
+    assert model._encode_pair("c", "e") == ([0, 8], [9])
+    assert model.fused == 2
+
+
+def test_merges_across_words(data_dir: Path, tmp_path: Path):
+    said = 'She said, "I really, really like you, Sara'
+    (tmp_path / "said.jsonl").write_text(json.dumps({"text": said}) + "\n")
+    model = ours(data_dir / "models" / "tinystories-656k")
+    found = evaluated(model, {"lambada_local": str(tmp_path / "said.jsonl")})
+    [[(nats, greedy)]] = found["samples"]["lambada_local"][0]["resps"]
+    assert model.fused == 1
+    whole = model.tok_encode(said)
+    start = len(whole) - 2  # "you," has other ids then
+    [(_, expected, _)] = log_likelihoods(model.lm, [(whole, start)])
+    assert nats == pytest.approx(expected, abs=TOLERANCE) and not greedy
 
 
 def test_without_bos(path: Path, files: dict[str, str]):
