@@ -24,14 +24,15 @@ from quantized import dense_int4, round_int4, store_int4, unpack_nibbles
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 7
-STEPS = 30
+STEPS, TEXTS = 30, 4  # texts of a step
+OTHER = ROOT / "benchmarks" / "texts" / "lookup.jsonl"  # a file that seldom changes
 TEXT = "Once there was a dog. It ran home to its mom. The cat sat on a big red mat and was happy. "
 
 
 @pytest.fixture(params=["demo", "demo-opt"])
 def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = shutil.copytree(ROOT / "checkpoints" / request.param, tmp_path / request.param)
-    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text() + TEXT * 60)
+    (tmp_path / "text.txt").write_text(OTHER.read_text() + TEXT * 60)
     return folder
 
 
@@ -41,7 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What GPTQ leaves of a demo model's error is regained in 250 steps, not in 30.
     """
-    monkeypatch.setattr(distill, "TOKENS", 4 * 96)
+    monkeypatch.setattr(distill, "TOKENS", TEXTS * 96)
     monkeypatch.setattr(calibrate, "gptq_blocks", rounded_blocks)
 
 
@@ -131,7 +132,7 @@ def held_out_divergence(folder: Path, file: Path) -> float:
     """From the dense model, on the texts that training leaves out, by what the files hold."""
     dense, int4 = (load_model(f, device="cpu", dtype=torch.float32) for f in (folder, file))
     text = (folder.parent / "text.txt").read_text()
-    tokens = calibrate.calibration_tokens(Checkpoint(folder), text, 96, 128)
+    tokens = calibrate.calibration_tokens(Checkpoint(folder), text, 96, STEPS * TEXTS)
     return distill.mean_divergence(dense.model, int4.model, tokens[::8])
 
 

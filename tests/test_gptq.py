@@ -93,7 +93,9 @@ def test_inputs_that_never_occur_or_hang_together_entirely_do_no_harm():
 @pytest.fixture(params=["demo", "demo-opt"])
 def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = shutil.copytree(ROOT / "checkpoints" / request.param, tmp_path / request.param)
-    text = (ROOT / "README.md").read_text() + "Once there was a dog. It ran home to its mom. " * 150
+    text = (
+        ROOT / "benchmarks" / "texts" / "lookup.jsonl"
+    ).read_text() + "Once there was a dog. It ran home to its mom. " * 150
     (tmp_path / "text.txt").write_text(text)
     return folder
 
