@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from checkpoint import DTYPES, Checkpoint, size_text, sync
+from command import check_needs, exit_code, log, positive
 from decoding import LoadedModel
 from load import CACHES, DEMO, find_device, load_model
 from scoring import Ids, log_likelihoods
@@ -223,10 +223,6 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=plain, **options)
 
 
-def log(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -260,28 +256,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
     args = parser.parse_args(argv)
-    check_options(parser, args)
-    return args
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that need others."""
-    for given, needed in (
+    needs = [
         *((name, "tasks") for name in OF_TASKS),
         ("stride", "perplexity"),
         ("log_samples", "output"),
         ("system", "apply_chat_template"),
         ("task_data", "include_path"),
-    ):
-        if getattr(args, given) and not getattr(args, needed):
-            parser.error(f"--{given} needs --{needed}")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    ]
+    check_needs(parser, args, needs)
+    return args
 
 
 def size_or_auto(text: str) -> int | None:
@@ -295,18 +278,13 @@ def pair(text: str) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
+    def work() -> None:
         if args.output and not args.output.parent.is_dir():  # not after hours
             raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
         write(run(args), args.output)
-    except KeyboardInterrupt:
-        more = "; the same command goes on from --use_cache" if args.use_cache else ""
-        log(f"\nstopped; no file was written{more}")
-        return 130
-    except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:
-        log(f"eval.py: {' '.join(str(error).split())}")
-        return 2
-    return 0
+
+    more = "; the same command goes on from --use_cache" if args.use_cache else ""
+    return exit_code("eval.py", work, f"stopped; no file was written{more}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ generator that launches a step before it reads the one before).
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ import bench
 import chat
 import jobs
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
+from command import check_needs, exit_code, log, positive
 from completion import Completion
 from decoding import LoadedModel, plain_steps
 from load import CACHES, DEMO, DRAFTS, compile_now, count_weights, load_model, random_model
@@ -314,10 +314,6 @@ def profiled(file: Path | None) -> Iterator[None]:
     log(f"profile: {file}")
 
 
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -377,14 +373,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Options that need, or exclude, one another."""
-    for given, needed in (
+    needs = [
         ("system", "interactive"),
         ("json", "bench"),
         ("random_mode", "random_weights"),
         ("compile_prefill", "compile"),
-    ):
-        if getattr(args, given) and not getattr(args, needed):
-            parser.error(f"--{given} needs --{needed}")
+    ]
+    check_needs(parser, args, needs)
     for one, other in (
         ("prompt", "prompts"),
         ("bench", "interactive"),
@@ -415,13 +410,6 @@ OPTION_HELP = {
 }
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def count_or_auto(text: str) -> int | str:
     if text != "auto" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
@@ -429,21 +417,7 @@ def count_or_auto(text: str) -> int | str:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        log("\nstopped")
-        return 130
-    except BrokenPipeError:
-        # Nobody reads stdout any more; Python must not try to flush it again on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        log("generate.py: stopped, as the output was closed")
-        return 141
-    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        log(f"generate.py: {' '.join(str(error).split())}")
-        return 2
-    return 0
+    return exit_code("generate.py", lambda: run(args))
 
 
 if __name__ == "__main__":

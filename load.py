@@ -185,7 +185,9 @@ def make_views(
 ) -> LoadedModel:
     """Prefill and decode as two views of one model, each compiled or not."""
     device = model.tok_embeddings.weight.device
-    prefill = compiled_view(model, device, True) if compile and compile_prefill else model
+    prefill = (
+        compiled_view(model, device, lengths_vary=True) if compile and compile_prefill else model
+    )
     decode = compiled_view(model, device) if compile else model
     return LoadedModel(model, prefill, decode, tokenizer)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from calibrate import SMALL, TRAIN_STEPS, calibrated_blocks
 from checkpoint import Checkpoint, save_checkpoint, size_text, stored_tensors
+from command import exit_code, log
 from load import skeleton
 from model import Transformer
 from quantized import (
@@ -134,10 +135,6 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
     )
 
 
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run(args: argparse.Namespace) -> Path:
     """The path of the file written. Raises what quantize and calibrated_blocks raise."""
     scheme = make_scheme(args.mode, args.groupsize, args.head)
@@ -189,16 +186,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        print(run(args))
-    except KeyboardInterrupt:
-        more = "; the same command goes on from here" if "gptq" in args.mode else ""
-        log(f"\nstopped; no file was written{more}")
-        return 130
-    except (OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError) as error:
-        log(f"quantize.py: {' '.join(str(error).split())}")
-        return 2
-    return 0
+    more = "; the same command goes on from here" if "gptq" in args.mode else ""
+    stopped = f"stopped; no file was written{more}"
+    return exit_code("quantize.py", lambda: print(run(args)), stopped)
 
 
 if __name__ == "__main__":
