@@ -32,6 +32,9 @@ HUGGING_FACE = (
 )
 
 
+Home = Callable[[str, torch.Size, torch.dtype], Tensor | None]  # memory for a tensor; see allocate
+
+
 @dataclass(frozen=True)
 class Record:
     """A tensor of the model: the parts that files store, stacked along the first dimension.
@@ -137,22 +140,38 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         progress: Callable[[int], Any] | None = None,
+        home: Home | None = None,
     ) -> None:
         """Give a model built on the meta device its weights; each is allocated once.
 
         dtype is that of floating-point parameters, None: as stored; buffers and integers keep
         the dtype that the model declares. progress is called with the bytes read of each tensor.
+        home: see `allocate`.
         Raises ValueError as `check` does, MemoryError before anything is allocated.
         """
         self.check(model)
-        stage = staging_buffer(torch.device(device))
+        fill = self.filler(torch.device(device), progress)
+        allocate(model, device, dtype or self.dtype, fill, home)
+
+    def filler(
+        self, device: torch.device, progress: Callable[[int], Any] | None = None
+    ) -> Callable[[str, Tensor], None]:
+        """What gives tensors on a device, or on the CPU, their values."""
+        stage = staging_buffer(device)
 
         def fill(name: str, tensor: Tensor) -> None:
             self.read_into(name, tensor, stage)
             if progress:
                 progress(self.records[name].nbytes)
 
-        allocate(model, device, dtype or self.dtype, fill)
+        return fill
+
+    def direct(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
+        """The file and the offset where a tensor of that dtype lies by itself, a block's beginning;
+        None where there is no such place."""
+        part, *others = self.records[name].parts
+        ours = not others and self.records[name].translate is None and part.held is None
+        return (part.file, part.offset) if ours and part.is_block(dtype) else None
 
     def drop_idle(self) -> None:
         """Forget what other tools write and says nothing: groups in order, biases of zero.
@@ -200,26 +219,46 @@ def allocate(
     device: str | torch.device,
     dtype: torch.dtype,
     fill: Callable[[str, Tensor], Any],
+    home: Home | None = None,
 ) -> None:
     """Give a model built on the meta device its tensors; each is allocated once, and filled.
 
     dtype is that of floating-point parameters; all else keeps the dtype that the model declares.
+    home: makes the memory for a tensor, of a name, shape and dtype, or None: it stays on the meta
+    device, and is not filled. Without it all of them are on the device.
     Raises MemoryError before anything is allocated.
     """
     skeleton = stored_tensors(model)
     final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in skeleton.items()}
-    needed = sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items())
-    remedy = "choose a smaller --dtype or a quantised checkpoint"
-    check_memory(needed, device, "the model", remedy)
+    if home is None:
+        needed = sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items())
+        remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
+        check_memory(needed, device, "the model", remedy)
+
+    def here(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
     for name, (tensor, aliases) in skeleton.items():
-        value = torch.empty(tensor.shape, dtype=final[name], device=device)
+        value = (home or here)(name, tensor.shape, final[name])
+        if value is None:
+            continue
         fill(name, value)
         if isinstance(tensor, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=False)
+            value = nn.Parameter(value, requires_grad=False)  # one, where a table has two names
         for alias in aliases:
-            module, _, leaf = alias.rpartition(".")
-            setattr(model.get_submodule(module), leaf, value)
-    model.to(device)  # what is left: the buffers that no checkpoint stores
+            give(model, alias, value)
+    for module in model.modules():  # what no checkpoint stores
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = module._buffers[name].to(device)
+
+
+def give(model: nn.Module, name: str, value: Tensor) -> None:
+    """Let a tensor of a model be that one."""
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    if leaf in owner._parameters and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(owner, leaf, value)
 
 
 def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, Record]:

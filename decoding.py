@@ -43,6 +43,13 @@ class Draft(Protocol):
     def kv_bytes_per_token(self) -> int: ...
 
 
+def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[KVCache]:
+    needed = batch * length * lm.kv_bytes_per_token()
+    what = f"a KV cache of {batch} rows of {length} tokens"
+    check_memory(needed, lm.device, what, "lower --batch_size, or shorten the texts")
+    return lm.model.make_caches(batch, length)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
@@ -52,19 +59,16 @@ class LoadedModel:
     decode: Callable[..., Tensor]  # one token per row, or with a draft the few to be verified
     tokenizer: Tokenizer
     draft: Draft | None = None
+    new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
 
     @property
     def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
     @torch.inference_mode()
-    def make_caches(self, batch: int, length: int) -> list[KVCache]:
+    def make_caches(self, batch: int, length: int) -> Sequence[KVCache]:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
-        length = visible_slots(length, self.model.args.context)
-        needed = batch * length * self.kv_bytes_per_token()
-        what = f"a KV cache of {batch} rows of {length} tokens"
-        check_memory(needed, self.device, what, "lower --batch_size, or shorten the texts")
-        return self.model.make_caches(batch, length)
+        return self.new_caches(self, batch, visible_slots(length, self.model.args.context))
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers, the draft's included."""
@@ -156,6 +160,8 @@ def prefill(
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
     chunk = max(1, PREFILL_TOKENS // len(prompts))
     logits = None
+    for n in range(len(caches)):
+        caches[n].keep(past)
     for start in range(0, width, chunk):
         part = tokens[:, start : start + chunk]  # (B, T)
         end = past + start + part.shape[1]

@@ -62,6 +62,10 @@ class Part:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def is_block(self, dtype: torch.dtype) -> bool:
+        """Whether it is of that dtype, and O_DIRECT can read it."""
+        return self.dtype == dtype and self.offset % ALIGNMENT == 0
+
 
 def index_file(file: Path) -> Index:
     """({"config": ..., "scheme": ...} of our own files, else {}; the tensors by name).

@@ -5,7 +5,7 @@ args -> Transformer on the meta device -> every tensor read once, straight to wh
 prefill and decode as two views of the model, compiled or not -> what guesses tokens for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,14 @@ from cpu_products import use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
+from offload import StreamedLayers
 from pace import Pace
+from policy import Policy
 from quantized import make_scheme, quantized_bytes, quantized_copy, swap_linears
 from quantized_cache import QuantizedKVCache
+from ring import CPU
 from speculate import ModelDraft, NgramDraft, SelfDraft
+from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
@@ -47,13 +51,15 @@ def load_model(
     compile_prefill: bool = False,
     draft: str | Path | LoadedModel | None = None,
     speculate_k: int | None = None,
+    policy: Policy | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
     dtype None: as stored. kv_dtype: "int8" or "int4", None: that of the model. device "auto":
     cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
     guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
-    many, None: as many as pay. Raises FileNotFoundError, ValueError and MemoryError, in one line
+    many, None: as many as pay. policy: where the model lives and how it runs where that is not on
+    the device alone (offload.py). Raises FileNotFoundError, ValueError and MemoryError, in one line
     each, before anything large is allocated.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
@@ -65,10 +71,14 @@ def load_model(
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     with compiler_imported(compile):
         model = skeleton(checkpoint.args, checkpoint.scheme)
-        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-            checkpoint.load_into(model, target, dtype, bar.update)
         model.new_cache = new_cache
-        return make_ready(model, tokenizer, views, draft, speculate_k)
+        layers = stream_layers(model, policy, dtype or checkpoint.dtype, target)
+        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
+            checkpoint.load_into(model, target, dtype, bar.update, layers and layers.home)
+            if layers:
+                fill = checkpoint.filler(CPU, bar.update)
+                layers.start(fill, checkpoint.direct, lambda block: None)
+        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
 
 
 def random_model(
@@ -82,6 +92,7 @@ def random_model(
     compile_prefill: bool = False,
     draft: str | LoadedModel | None = None,
     speculate_k: int | None = None,
+    policy: Policy | None = None,
 ) -> LoadedModel:
     """A model of the shape that a config.json gives, with random weights: for benchmarks.
 
@@ -105,10 +116,14 @@ def random_model(
     check_draft(draft, args.vocab_size, tokenizer, scheme)
     with compiler_imported(compile):
         model = skeleton(args, scheme)
-        allocate(model, target, dtype or getattr(torch, str(stored)), fill)
         model.new_cache = new_cache
+        dtype = dtype or getattr(torch, str(stored))
+        layers = stream_layers(model, policy, dtype, target)
+        allocate(model, target, dtype, fill, layers and layers.home)
+        if layers:
+            layers.start(fill, lambda name, dtype: None, lambda block: None)
         views = {"compile": compile, "compile_prefill": compile_prefill}
-        return make_ready(model, tokenizer, views, draft, speculate_k)
+        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
 
 
 def make_ready(
@@ -117,12 +132,15 @@ def make_ready(
     views: dict[str, bool],
     draft: str | LoadedModel | None,
     speculate_k: int | None,
+    policy: Policy | None,
 ) -> LoadedModel:
     """A model that has its weights: its fast products, its views, and what guesses for it."""
     # While there are weights to round:
     copy = self_copy(model, draft) if draft in SELF_BITS else None
     use_fast_products(model, model.tok_embeddings.weight.dtype)
     lm = make_views(model, tokenizer, **views)
+    if policy:
+        lm = replace(lm, new_caches=partial(place_caches, policy))
     if draft is None:
         return lm
     pace = Pace(speculate_k)
@@ -130,6 +148,22 @@ def make_ready(
         use_fast_products(copy, torch.bfloat16)
         return replace(lm, draft=SelfDraft(pace, make_views(copy, tokenizer, **views)))
     return replace(lm, draft=NgramDraft(pace) if draft == "ngram" else ModelDraft(pace, draft))
+
+
+def stream_layers(
+    model: Transformer, policy: Policy | None, dtype: torch.dtype, device: torch.device
+) -> StreamedLayers | None:
+    """Let the layers of a model on the meta device be where a policy says."""
+    if policy is None:
+        return None
+    model.layers = StreamedLayers(model.layers, policy, dtype, device)
+    return model.layers
+
+
+def place_caches(
+    policy: Policy, lm: LoadedModel, batch: int, length: int
+) -> Sequence[KVCache]:
+    return tiered_caches(lm.model, policy, batch, length)
 
 
 def self_copy(model: Transformer, draft: str) -> Transformer:

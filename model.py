@@ -16,9 +16,10 @@ Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.0986
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +137,7 @@ class Transformer(nn.Module):
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
-        return [self.new_cache(shape, weight.dtype, weight.device) for _ in self.layers]
+        return [self.new_cache(shape, weight.dtype, weight.device) for _ in range(args.n_layers)]
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers."""
@@ -183,19 +184,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
     ) -> Tensor:
-        B, T, _ = x.shape
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
         q, k = self.rotate(q, rotation), self.rotate(k, rotation)
-        k, v = cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
-        G = k.shape[2]
-        # The R query heads that share a key/value head become rows of one query, so that keys
-        # and values are read once and never expanded.
-        q = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
-        y = y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).reshape(B, T, -1)  # (B, T, H*E)
-        return self.wo(y)
+        y = cache.attend(q, k, v, mask, pos)  # (B, T, H, E)
+        return self.wo(y.flatten(2))
 
 
 class GatedFeedForward(nn.Module):
@@ -372,6 +366,28 @@ class KVCache(nn.Module):
     def length(self) -> int:
         """Slots that can be used of each row; see Transformer.make_caches."""
         return self.k.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        """What queries, (B, T, H, E), see of all keys and values once k and v are stored."""
+        T = q.shape[1]
+        k, v = self.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
+        # The R query heads that share a key/value head become rows of one query, so that keys
+        # and values are read once and never expanded.
+        q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+        return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
+
+    @contextlib.contextmanager
+    def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
+        """The part of some rows for a while, in which they write to pos, (B, T)."""
+        yield self.part(rows)
+
+    def keep(self, filled: int) -> None:
+        """Told that nobody needs what is in slots from `filled` on."""
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` slots."""

@@ -123,7 +123,7 @@ class NgramDraft:
     def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
         indexed = [0] * len(texts)
-        device = caches[0].k.device
+        device = caches[0].device
 
         def guess(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
             rows: list[list[int]] = [[] for _ in texts]

@@ -1,0 +1,107 @@
+"""Files read and written past the page cache, by several requests at a time.
+
+Start at DirectFile. The page cache would keep the layers that were read last, where those needed
+next are the ones read longest ago; with O_DIRECT memory holds what it is told to, and the disk works
+at its own rate. Offsets, lengths and memory are then multiples of BLOCK. Where a file system refuses
+O_DIRECT the same calls go through the page cache.
+"""
+
+import errno
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # bytes; what O_DIRECT asks for
+REQUEST = 4 * 2**20  # bytes; larger requests are no faster
+IN_FLIGHT = 4  # requests at a time
+REFUSED = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
+
+Pieces = Iterable[tuple[int, Tensor]]  # offsets in a file, and the bytes there
+threads = ThreadPoolExecutor(IN_FLIGHT, "disk")  # they wait, and take next to no CPU
+
+
+class DirectFile:
+    """An open file; `direct` says whether it is read past the page cache."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY):
+        self.path = path
+        try:
+            self._file = os.open(path, flags | os.O_DIRECT, 0o600)
+            self.direct = True
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            self._file, self.direct = os.open(path, flags, 0o600), False
+        self._size = os.fstat(self._file).st_size
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read(self, pieces: Pieces) -> None:
+        """Fill the bytes from the file; what lies beyond its end stays as it is.
+
+        Raises OSError, and ValueError where the file has been cut short since it was opened.
+        """
+        self._move(os.preadv, pieces)
+
+    def write(self, pieces: Pieces) -> None:
+        """The way back, within the file's size. Raises OSError."""
+        self._move(os.pwritev, pieces)
+
+    def _move(self, call: Callable[..., int], pieces: Pieces) -> None:
+        def move(offset: int, memory: memoryview) -> None:
+            done, wanted = 0, min(len(memory), self._size - offset)
+            while done < wanted:
+                moved = call(self._file, [memory[done:]], offset + done)
+                if moved == 0:
+                    raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
+                done += moved
+
+        cut = [request for offset, piece in pieces for request in requests(offset, piece)]
+        moving = [threads.submit(move, *request) for request in cut]
+        wait(moving)  # all: what fails must not leave others writing to memory that is used again
+        for future in moving:
+            future.result()
+
+
+class ScratchFile(DirectFile):
+    """Bytes that end with the process, however it ends: the file has no name."""
+
+    def __init__(self, directory: Path, nbytes: int):
+        """Raises ValueError where the disk has no room."""
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        if nbytes > free:
+            raise ValueError(
+                f"{directory} has {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB are needed "
+                "there: choose another --offload_dir, or smaller batches"
+            )
+        super().__init__(directory, os.O_RDWR | os.O_TMPFILE)
+        os.posix_fallocate(self._file, 0, nbytes)
+        self._size = nbytes
+
+
+def requests(offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
+    memory = memoryview(piece.numpy())
+    for start in range(0, len(memory), REQUEST):
+        yield offset + start, memory[start : start + REQUEST]
+
+
+def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
+    """That many bytes of zeros, beginning at a multiple of BLOCK. pinned: for copies to a GPU."""
+    if device.type != "cpu" or pinned:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def whole_blocks(nbytes: int) -> int:
+    return -(-nbytes // BLOCK) * BLOCK

@@ -1,0 +1,157 @@
+"""A model's layers on more than one tier, brought to the device when they are needed.
+
+Start at StreamedLayers: the loop of Transformer.forward goes over it and gets, one after the other,
+layers that are on the device, while the next one is on its way into another slot of a ring. That
+loop is the schedule. `zigzag` takes all rows through a layer in micro-batches, so that its weights
+come once for all of them. What the KV cache does meanwhile is in tiered_cache.py.
+
+Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
+
+Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import final_dtype, give, stored_tensors
+from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
+from model import KVCache, Rotation
+from policy import Policy
+from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
+
+SLOTS = 2  # one layer that is computed, one on its way
+CHUNK = 4096  # tokens that go through a layer at once: bounds what it computes in between
+
+Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
+Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
+Source = tuple[Store, list[tuple[int, int, int]]]  # offsets there and in a slab, and bytes
+
+
+class StreamedLayers(nn.ModuleList):
+    """In place of Transformer.layers, while these are on the meta device.
+
+    `home` says where each tensor is to be; when all have come there, `start` makes the ring.
+    """
+
+    def __init__(
+        self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(layers)
+        self.policy, self.device = policy, device
+        self.tiers = policy.weights.tiers(len(layers))
+        self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
+        self._meta = (copy.deepcopy(layers[0]),)  # in a tuple: no part of the model
+        stored = {name: tensor for name, (tensor, _) in stored_tensors(layers[0]).items()}
+        self.layout = Layout(
+            {n: torch.empty(t.shape, dtype=final_dtype(t, dtype), device=META) for n, t in stored.items()}
+        )
+        self._slabs = {
+            j: page_aligned(self.layout.nbytes, CPU, policy.pins(device))
+            for j in self._moving
+            if self.tiers[j] == "host"
+        }
+        self._sources: dict[int, Source] = {
+            j: (HostMemory(slab), [(0, 0, len(slab))]) for j, slab in self._slabs.items()
+        }
+
+    def home(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Memory for a tensor of the model; None: it stays on disk."""
+        place = name.split(".", 2)
+        j = int(place[1]) if place[0] == "layers" else None
+        if j in self._slabs:
+            return self.layout.views(self._slabs[j])[place[2]]
+        on_disk = j is not None and self.tiers[j] == "disk"
+        return None if on_disk else torch.empty(shape, dtype=dtype, device=self.device)
+
+    def start(self, fill: Fill, stored: Stored, finish: Callable[[nn.Module], Any]) -> None:
+        """Make the ring.
+
+        Layers that no file has as they are go to a scratch file, by `fill`. finish: told of the
+        block in each slot, to give it the products that the device has.
+        """
+        on_disk = [j for j in self._moving if j not in self._sources]
+        found = {j: source for j in on_disk if (source := self._in_file(j, stored))}
+        self._sources |= found
+        self._write_scratch([j for j in on_disk if j not in found], fill)
+        slots = [self._slot(finish) for _ in self._moving[:SLOTS]]
+        self._courier = Courier(self.device, "weights")
+        self._ring = Ring(self._moving, slots, self._fetch, self.policy.overlap)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        """The layers, each on the device until the next is asked for."""
+        g = self.policy.micro_batch
+        for j, layer in enumerate(super().__iter__()):
+            if self.tiers[j] == "device":
+                yield partial(zigzag, layer, g)
+            else:
+                with self._ring.holding(j) as slot:
+                    yield partial(zigzag, slot.holds, g)
+                    slot.used = fence(self.device)
+
+    def _in_file(self, j: int, stored: Stored) -> Source | None:
+        tensors, ranges, files = self.layout.tensors, [], set()
+        for name, at in self.layout.offsets.items():
+            file, offset = stored(f"layers.{j}.{name}", tensors[name].dtype) or (None, 0)
+            files.add(file)
+            ranges.append((offset, at, whole_blocks(tensors[name].nbytes)))
+        if None in files or len(files) > 1:
+            return None
+        return self._read(DirectFile(files.pop())), ranges
+
+    def _write_scratch(self, layers: Sequence[int], fill: Fill) -> None:
+        nbytes = self.layout.nbytes
+        scratch = ScratchFile(self.policy.directory, len(layers) * nbytes) if layers else None
+        slab = page_aligned(nbytes, CPU)
+        for n, j in enumerate(layers):
+            for name, tensor in self.layout.views(slab).items():
+                fill(f"layers.{j}.{name}", tensor)
+            scratch.write([(n * nbytes, slab)])
+            self._sources[j] = self._read(scratch), [(n * nbytes, 0, nbytes)]
+
+    def _read(self, file: DirectFile) -> Store:
+        if self.device.type == "cpu":
+            return file
+        return Staged(file, page_aligned(self.layout.nbytes, CPU, self.policy.pins(self.device)))
+
+    def _slot(self, finish: Callable[[nn.Module], Any]) -> Slot:
+        slab, block = page_aligned(self.layout.nbytes, self.device), copy.deepcopy(self._meta[0])
+        for name, tensor in self.layout.views(slab).items():
+            give(block, name, tensor)
+        finish(block)
+        return Slot(slab, block)
+
+    def _fetch(self, j: int, slot: Slot) -> Future:
+        store, ranges = self._sources[j]
+        pieces = [(offset, slot.slab[at : at + size]) for offset, at, size in ranges]
+        return self._courier.send(lambda: store.read(pieces), slot.used)
+
+
+def zigzag(
+    block: nn.Module,
+    g: int,
+    x: Tensor,
+    rotation: Rotation,
+    mask: Tensor,
+    pos: Tensor,
+    cache: KVCache,
+) -> Tensor:
+    """A layer, called as a block is, for all rows of x, (B, T, D), which it overwrites: one
+    micro-batch after the other, and of that as many rows at once as are CHUNK tokens."""
+    B, T, _ = x.shape
+    step = max(1, min(g, CHUNK // T))
+    for first in range(0, B, g):
+        end = min(first + g, B)
+        with cache.opened(slice(first, end), pos) as cell:
+            for start in range(first, end, step):
+                rows = slice(start, min(start + step, end))
+                turned = rotation and tuple(t[rows] for t in rotation)
+                within = cell.part(slice(start - first, rows.stop - first))
+                x[rows] = block(x[rows], turned, mask[rows], pos[rows], within)
+    return x

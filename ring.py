@@ -1,0 +1,172 @@
+"""Memory that is filled ahead: slots on a device, what fills them, and the threads that do.
+
+Start at Ring: it hands out slots in an order that repeats itself, and has the next ones filled
+meanwhile. A Store is where the bytes come from: host memory, or a file (disk.py), for a GPU by way
+of pinned memory. A Courier is the thread that brings them, on a GPU with a stream of its own. No
+call waits for the whole device, and nothing is allocated once a ring is made.
+
+FlexGen (arXiv 2303.06865, section 4.1) overlaps in the same way, with a barrier after every step;
+here a slot waits for itself alone.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from disk import Pieces, whole_blocks
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+Item = TypeVar("Item", bound=Hashable)
+Fence = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
+
+
+class Layout:
+    """Where tensors lie in a slab of bytes: each begins a block of the disk's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        """tensors: of these shapes and dtypes, on any device."""
+        self.tensors = {n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()}
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        for name, tensor in self.tensors.items():
+            self.offsets[name] = self.nbytes
+            self.nbytes += whole_blocks(tensor.nbytes)
+
+    def views(self, slab: Tensor) -> dict[str, Tensor]:
+        """The tensors in a slab, (nbytes,) uint8."""
+        places = ((name, self.offsets[name], t) for name, t in self.tensors.items())
+        return {name: slab[at : at + t.nbytes].view(t.dtype).view(t.shape) for name, at, t in places}
+
+
+class Store(Protocol):
+    """Bytes that are elsewhere. A file may be asked for whole blocks only."""
+
+    def read(self, pieces: Pieces) -> None: ...
+
+    def write(self, pieces: Pieces) -> None: ...
+
+
+class HostMemory:
+    """Bytes in the host's memory. On a GPU's stream, copies may be under way on return."""
+
+    def __init__(self, slab: Tensor):
+        self.slab = slab
+
+    def read(self, pieces: Pieces) -> None:
+        for offset, piece in pieces:
+            piece.copy_(self.slab[offset : offset + len(piece)], non_blocking=True)
+
+    def write(self, pieces: Pieces) -> None:
+        for offset, piece in pieces:
+            self.slab[offset : offset + len(piece)].copy_(piece, non_blocking=True)
+
+
+class Staged:
+    """A file for a device that no file can be read into; `stage` is memory between the two."""
+
+    def __init__(self, file: Store, stage: Tensor):
+        self.file, self.stage = file, stage
+
+    def read(self, pieces: Pieces) -> None:
+        places = self._places(pieces)
+        self.file.read([(offset, stage) for offset, _, stage in places])
+        for _, piece, stage in places:
+            piece.copy_(stage, non_blocking=True)
+
+    def write(self, pieces: Pieces) -> None:
+        places = self._places(pieces)
+        for _, piece, stage in places:
+            stage.copy_(piece)
+        self.file.write([(offset, stage) for offset, _, stage in places])
+
+    def _places(self, pieces: Pieces) -> list[tuple[int, Tensor, Tensor]]:
+        places, at = [], 0
+        for offset, piece in pieces:
+            places.append((offset, piece, self.stage[at : at + len(piece)]))
+            at += len(piece)
+        return places
+
+
+def fence(device: torch.device) -> Fence:
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+class Courier:
+    """A thread that moves bytes while others compute."""
+
+    def __init__(self, device: torch.device, name: str):
+        self._thread = ThreadPoolExecutor(1, name)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, work: Callable[[], Any], after: Fence = None) -> Future:
+        """The bytes are there when its result is. after: what still uses the memory."""
+        return self._thread.submit(self._run, work, after)
+
+    def _run(self, work: Callable[[], Any], after: Fence) -> None:
+        stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+        with torch.inference_mode(), stream:
+            if after:
+                self._stream.wait_event(after)
+            work()
+            if self._stream:
+                self._stream.synchronize()
+
+
+@dataclass
+class Slot:
+    """Memory on the device, and what is made of it: a block, or a cache."""
+
+    slab: Tensor
+    holds: Any
+    used: Fence = None  # what was last computed with it
+    stored: Future | None = None  # its contents on their way back to where they belong
+
+
+class Ring(Generic[Item]):
+    """Slots that are filled, ahead of time, with the items of an order that repeats itself."""
+
+    def __init__(
+        self,
+        order: Sequence[Item],
+        slots: Sequence[Slot],
+        fetch: Callable[[Item, Slot], Future],
+        ahead: bool = True,
+    ):
+        self._order, self._fetch = order, fetch
+        self._places = {item: n for n, item in enumerate(order)}
+        self._free, self._waiting = deque(slots), deque()
+        self._next, self._ahead = 0, ahead
+
+    @contextlib.contextmanager
+    def holding(self, item: Item) -> Iterator[Slot]:
+        """The slot that holds an item; it is free again afterwards."""
+        if not self._waiting or self._waiting[0][0] != item:
+            self._begin_at(item)
+        _, slot, fetched = self._waiting.popleft()
+        try:
+            fetched.result()
+            yield slot
+        finally:
+            self._free.append(slot)
+            self._fetch_next(self._ahead)
+
+    def _begin_at(self, item: Item) -> None:
+        """What was fetched ahead is not what is wanted: at the start, or after an interruption."""
+        for _, slot, fetched in self._waiting:
+            fetched.exception()  # waits: the slot is being written to
+            self._free.append(slot)
+        self._waiting.clear()
+        self._next = self._places[item]
+        self._fetch_next(len(self._free) if self._ahead else 1)
+
+    def _fetch_next(self, count: int) -> None:
+        for _ in range(count):
+            item, slot = self._order[self._next], self._free.popleft()
+            self._waiting.append((item, slot, self._fetch(item, slot)))
+            self._next = (self._next + 1) % len(self._order)

@@ -1,0 +1,188 @@
+"""KV caches on more than one tier: what attention reads comes, and what a step adds goes back.
+
+Start at TieredCaches, which takes the place of a list of KVCaches. It is cut into cells, those of
+one layer for one micro-batch, each on its tier. A cell that is not on the device is brought into a
+slot of a ring while earlier ones are computed, used there as any KVCache, and what is new in it is
+stored behind. With attention on the host, cells in its memory stay where they are, and queries
+travel instead: that is what FlexGen does (arXiv 2303.06865, section 4.2).
+
+Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row, G key/value heads, E head_dim.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from disk import BLOCK, ScratchFile, page_aligned, whole_blocks
+from model import KVCache, Transformer
+from policy import Policy
+from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
+
+SLOTS = 3  # one cell that is computed, one on its way, one on its way back
+
+
+@dataclass(eq=False)
+class Cell:
+    """Keys and values of one layer for one micro-batch: a cache here, or bytes elsewhere."""
+
+    cache: KVCache | None = None
+    store: Store | None = None
+    base: int = 0  # where in the store they begin
+    filled: int = 0  # slots that hold something, of every row
+    stored: Future | None = None  # new slots on their way
+
+
+class TieredCaches(Sequence["TieredCache"]):
+    """The caches of all layers. A cell's memory goes slot by slot, each with all its rows: so what
+    is filled is one range of bytes, and what a step adds, to rows of like length, a short one."""
+
+    def __init__(self, model: Transformer, policy: Policy, rows: int, length: int):
+        args, weight = model.args, model.tok_embeddings.weight
+        self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
+        shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
+        self._new_cache = lambda: model.new_cache(shape, weight.dtype, META)
+        by_slot = {n: t.transpose(0, 1) for n, t in self._new_cache()._buffers.items()}
+        self.layout = Layout(by_slot)
+        self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
+        K = -(-rows // policy.micro_batch)
+        self.tiers = policy.cache.tiers(args.n_layers * K)
+        cells = self._cells()
+        self._caches = [TieredCache(self, cells[j * K : j * K + K]) for j in range(args.n_layers)]
+        moving = [cell for cell in cells if cell.cache is None]
+        slots = [self._slot() for _ in moving[:SLOTS]]
+        self._in, self._out = Courier(self.device, "cache in"), Courier(self.device, "cache out")
+        self._ring = Ring(moving, slots, self._fetch, policy.overlap)
+        self._pos, self._spans = None, []
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __getitem__(self, j: int) -> "TieredCache":
+        return self._caches[j]
+
+    @contextlib.contextmanager
+    def holding(self, cell: Cell, k: int, pos: Tensor) -> Iterator[KVCache]:
+        """The cell as a cache. pos: (B, T), the slots that are written to meanwhile."""
+        if cell.cache is not None:
+            yield cell.cache
+            return
+        with self._ring.holding(cell) as slot:
+            yield slot.holds
+            slot.used = fence(self.device)
+            first, cell.filled = self._span(k, pos)
+            self._store(cell, slot, first)
+            if not self.policy.overlap:
+                cell.stored.result()
+
+    def _span(self, k: int, pos: Tensor) -> tuple[int, int]:
+        """The slots that micro-batch k writes to: the first one, and the end."""
+        if pos is not self._pos:  # once for all layers: the host waits for the numbers
+            ends = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # of each row
+            g = self.policy.micro_batch
+            groups = (ends[start : start + g] for start in range(0, len(ends), g))
+            self._spans = [(min(a for a, _ in of), max(b for _, b in of)) for of in groups]
+            self._pos = pos
+        return self._spans[k]
+
+    def _fetch(self, cell: Cell, slot: Slot) -> Future:
+        def bring() -> None:
+            for stored in (slot.stored, cell.stored):  # the slot's last contents; this cell's
+                if stored:
+                    stored.result()
+            cell.store.read(self._pieces(cell, slot.slab, 0, cell.filled))
+
+        return self._in.send(bring, slot.used)
+
+    def _store(self, cell: Cell, slot: Slot, first: int) -> None:
+        pieces = self._pieces(cell, slot.slab, first, cell.filled)
+        cell.stored = slot.stored = self._out.send(lambda: cell.store.write(pieces), slot.used)
+
+    def _pieces(self, cell: Cell, slab: Tensor, first: int, end: int) -> list[tuple[int, Tensor]]:
+        """The bytes of some slots, of each tensor, in whole blocks: what a slab holds beside them
+        is either what the store holds there too, or nothing yet."""
+        pieces = []
+        for name, at in self.layout.offsets.items():
+            start = first * self._slot_bytes[name] // BLOCK * BLOCK
+            stop = whole_blocks(end * self._slot_bytes[name])
+            pieces.append((cell.base + at + start, slab[at + start : at + stop]))
+        return pieces
+
+    def _cells(self) -> list[Cell]:
+        nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
+        count = self.tiers.count("disk")
+        if count:
+            scratch = ScratchFile(self.policy.directory, count * nbytes)
+            file = scratch if self._host_reads() else Staged(scratch, page_aligned(nbytes, CPU, pin))
+        cells, on_disk = [], 0
+        for tier in self.tiers:
+            if tier == "device":
+                cells.append(Cell(self._cache(page_aligned(nbytes, self.device))))
+            elif tier == "disk":
+                cells.append(Cell(store=file, base=on_disk * nbytes))
+                on_disk += 1
+            elif self.policy.cpu_attention:
+                cells.append(Cell(self._cache(page_aligned(nbytes, CPU))))
+            else:
+                cells.append(Cell(store=HostMemory(page_aligned(nbytes, CPU, pin))))
+        return cells
+
+    def _host_reads(self) -> bool:
+        """Whether cells that move are used in host memory, where files can be read to."""
+        return self.device.type == "cpu" or self.policy.cpu_attention
+
+    def _slot(self) -> Slot:
+        slab = page_aligned(self.layout.nbytes, CPU if self._host_reads() else self.device)
+        return Slot(slab, self._cache(slab))
+
+    def _cache(self, slab: Tensor) -> KVCache:
+        """A cache in that memory."""
+        cache = self._new_cache()
+        for name, tensor in self.layout.views(slab).items():  # (S, g, ...) each
+            cache._buffers[name] = tensor.transpose(0, 1)
+        return cache if slab.device == self.device else AttendsThere(cache)
+
+
+class TieredCache:
+    """One layer's cells, used as a KVCache is: `opened`, a micro-batch at a time."""
+
+    def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
+        self._caches, self._cells = caches, cells
+        self.rows, self.length, self.device = caches.rows, caches.length, caches.device
+
+    @contextlib.contextmanager
+    def opened(self, rows: slice, pos: Tensor) -> Iterator[KVCache]:
+        """The part of some rows, those of a micro-batch; pos: (B, T), where all rows write."""
+        k = rows.start // self._caches.policy.micro_batch
+        with self._caches.holding(self._cells[k], k, pos) as cache:
+            yield cache.part(slice(0, rows.stop - rows.start))
+
+    def keep(self, filled: int) -> None:
+        """Slots from `filled` on need not be brought any more."""
+        for cell in self._cells:
+            cell.filled = min(cell.filled, filled)
+
+
+class AttendsThere:
+    """A cache to which queries, new keys and new values are sent, and from which what they see
+    comes back."""
+
+    def __init__(self, cache: KVCache):
+        self._cache = cache
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        there = self._cache.device
+        return self._cache.attend(*(t.to(there) for t in (q, k, v, mask, pos))).to(q.device)
+
+    def part(self, rows: slice) -> "AttendsThere":
+        return AttendsThere(self._cache.part(rows))
+
+
+def tiered_caches(model: Transformer, policy: Policy, rows: int, length: int) -> Sequence[KVCache]:
+    """`length` slots for each row, on the tiers that the policy says."""
+    if policy.cache.device == 100:
+        return model.make_caches(rows, length)
+    return TieredCaches(model, policy, rows, length)
