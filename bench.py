@@ -37,7 +37,7 @@ class Stats:
     def __init__(self, lm: LoadedModel):
         self.load_seconds = self.compile_seconds = 0.0
         self.prefill_seconds = self.decode_seconds = 0.0
-        self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
+        self.steps = self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
         self._drafted = lm.draft is not None
         self._weights = lm.model.bytes_per_step()
         self._per_slot = lm.model.kv_bytes_per_token()
@@ -54,6 +54,7 @@ class Stats:
                 self.prompt_tokens += filled - past * len(prompts)
             else:
                 self.decode_seconds += seconds
+                self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
                 self.decoded_bytes += self._weights + self._per_slot * filled
             filled += len(prompts) * max(map(len, step))

@@ -140,18 +140,16 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         progress: Callable[[int], Any] | None = None,
-        home: Home | None = None,
     ) -> None:
         """Give a model built on the meta device its weights; each is allocated once.
 
         dtype is that of floating-point parameters, None: as stored; buffers and integers keep
         the dtype that the model declares. progress is called with the bytes read of each tensor.
-        home: see `allocate`.
         Raises ValueError as `check` does, MemoryError before anything is allocated.
         """
         self.check(model)
         fill = self.filler(torch.device(device), progress)
-        allocate(model, device, dtype or self.dtype, fill, home)
+        allocate(model, device, dtype or self.dtype, fill)
 
     def filler(
         self, device: torch.device, progress: Callable[[int], Any] | None = None
@@ -328,6 +326,20 @@ def sync(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Write a text file: all of it or, whatever happens, nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:

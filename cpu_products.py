@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Linear, RMSNorm
-from quantized import Int4Linear, Int8Linear, QuantizedLinear, scale_units, unpack_nibbles
+from quantized import Int4Linear, Int8Linear, QuantizedLinear
 
 SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
@@ -39,6 +39,9 @@ torch.library.define(
 torch.library.register_fake("gpt_flex::quantized_linear")(
     lambda x, *rest: x.new_empty(x.shape[0], rest[-1])
 )
+torch.library.define(
+    "gpt_flex::pack", "(Tensor weight, Tensor scales, Tensor? zeros, Tensor(a!) room) -> int"
+)
 torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
@@ -46,16 +49,36 @@ torch.library.register_fake("gpt_flex::linear")(
 
 
 class TiledLinear(nn.Module):
-    """A quantised linear in the order that cpu_products.cpp reads. It computes in bfloat16."""
+    """A quantised linear in the order that cpu_products.cpp reads. It computes in bfloat16.
+
+    One that is on the meta device gives its shape only: weights come by `take`.
+    """
 
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, *how = pack_int8(linear) if isinstance(linear, Int8Linear) else pack_int4(linear)
-        bias = None if linear.bias is None else pad(linear.bias.detach().bfloat16(), STRIP)
-        self.register_buffer("packed", on_huge_pages(packed))
-        self.register_buffer("bias", bias)
-        self._how = *how, self.out_features
+        self.strips = -(-self.out_features // STRIP)
+        self.register_buffer("packed", None)
+        self.register_buffer("bias", None)
+        widest = INT8 if isinstance(linear, Int8Linear) else INT4_HALF
+        # What a shorter format leaves of it is never touched, and takes no memory.
+        self._room = huge_pages(self.strips * strip_bytes(linear, widest))
+        if not linear.weight.is_meta:
+            self.take(linear)
+
+    @torch.no_grad()
+    def take(self, linear: QuantizedLinear) -> None:
+        """Hold the weights of another linear of the same kind and shape, which may then go.
+
+        The thread that calls packs them alone, without the interpreter's lock.
+        """
+        zeros = getattr(linear, "zeros", None)
+        format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._room)
+        size = strip_bytes(linear, format)
+        self.packed = self._room[: self.strips * size].view(self.strips, size)
+        if linear.bias is not None:
+            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % STRIP))
+        self._how = format, block_of(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).bfloat16()  # (M, K)
@@ -76,73 +99,47 @@ class FewRowsLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def pack_int8(linear: Int8Linear) -> tuple[Tensor, int, int]:
-    """The bytes of the weights, (N/16, bytes), their format and the inputs that share a scale."""
-    q = (linear.weight ^ -128).view(torch.uint8)  # + 128
-    q = pad(pad(q, SPAN).t(), STRIP).t()  # (N', K')
-    tiles = q.reshape(-1, STRIP, q.shape[1] // 4, 4).transpose(1, 2)  # (N'/16, K'/4, 16, 4)
-    return with_scales(linear.scales, tiles), INT8, INT8_BLOCK
+def block_of(linear: QuantizedLinear) -> int:
+    """The inputs that share a scale: of the weights or, int8, of the activations alone."""
+    return linear.groupsize if isinstance(linear, Int4Linear) else INT8_BLOCK
 
 
-def pack_int4(linear: Int4Linear) -> tuple[Tensor, int, int]:
-    """As pack_int8. Scales take a byte each, or two where they are no multiples of one."""
-    S = linear.groupsize
-    q = pad(pad(unpack_nibbles(linear.weight), SPAN).t(), STRIP).t()  # (N', K')
-    spans, groups = q.shape[1] // SPAN, SPAN // S  # of a row, of a span
-    q = q.reshape(-1, STRIP, spans, SPAN // 8, 2, 4).permute(0, 2, 3, 4, 1, 5)
-    tiles = (q[:, :, :, 0] | (q[:, :, :, 1] << 4)).flatten(2)  # (N'/16, K'/256, 32 * 16 * 4)
-
-    def by_span(x: Tensor) -> Tensor:  # (N, P) -> (N'/16, K'/256, 256/S, 16)
-        x = F.pad(x, (0, spans * groups - x.shape[1], 0, -len(x) % STRIP))
-        return x.reshape(-1, STRIP, spans, groups).permute(0, 2, 3, 1).contiguous()
-
-    units = scale_units(linear.scales)  # (N, 1)
-    multiples = linear.scales.float() / units
-    short = bool((multiples == multiples.byte()).all())
-    scales, units = (multiples.byte(), units) if short else (linear.scales, torch.ones_like(units))
-    zeros = by_span(unpack_nibbles(linear.zeros)[:, : linear.scales.shape[1]])
-    zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
-    header = torch.cat((by_span(scales).view(torch.uint8).flatten(2), zeros.flatten(2)), 2)
-    packed = with_scales(units.squeeze(1), torch.cat((pad(header, LINE), tiles), 2))
-    return packed, INT4 if short else INT4_HALF, S
+def strip_bytes(linear: QuantizedLinear, format: int) -> int:
+    """Of 16 outputs: their scales, then spans, each with a header in front of its tiles."""
+    bits, scale_bytes = divmod(format, 10)
+    groups = SPAN // block_of(linear) if format != INT8 else 0  # of a span
+    header = groups * (STRIP * scale_bytes + STRIP // 2)
+    inputs = linear.weight.shape[1] * 8 // bits
+    return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
 
 
-def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
-    """Each strip, (N/16, ...) bytes, behind the float32 scales, (N,), of its outputs."""
-    scales = pad(scales, STRIP).view(-1, STRIP).view(torch.uint8)  # (N/16, 64)
-    return torch.cat((scales, strips.flatten(1)), 1)
-
-
-def on_huge_pages(x: Tensor) -> Tensor:
-    """The same in huge pages, as far as it fills any and the system has them.
+def huge_pages(nbytes: int) -> Tensor:
+    """Bytes in huge pages, as far as they fill any and the system has them.
 
     A step reads every weight once, and 4 kB at a time it waits for page tables: 4 %.
     """
-    if x.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return x
-    memory = mmap.mmap(-1, x.nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     start = -buffer.data_ptr() % HUGE
-    memory.madvise(mmap.MADV_HUGEPAGE, start, x.nbytes // HUGE * HUGE)
-    return buffer[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+    memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE * HUGE)
+    return buffer[start : start + nbytes]
 
 
-def pad(x: Tensor, multiple: int) -> Tensor:
-    """The last dimension, with zeros, to a multiple."""
-    return F.pad(x, (0, -x.shape[-1] % multiple))
-
-
-def use_products(model: nn.Module, dtype: torch.dtype) -> None:
+def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
     """Replace the linears of a model that is on the CPU, if that is possible and worth it here.
 
-    dtype: what the products may compute in.
+    dtype: what the products may compute in. large: whether dense weights are more than stay in the
+    CPU's caches, None: as these are. Linears on the meta device have no weights to pack.
     """
-    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    dense = {
+    here = {
         n: m
         for n, m in model.named_modules()
-        if isinstance(m, Linear) and m.weight.dtype == torch.bfloat16
+        if isinstance(m, (Linear, QuantizedLinear)) and not m.weight.is_meta
     }
+    quantised = {n: m for n, m in here.items() if isinstance(m, QuantizedLinear)}
+    dense = {n: m for n, m in here.items() if m.weight.dtype == torch.bfloat16}
     if quantised and (reason := hindrance("quantised", dtype) or build()):
         print(f"quantised layers run slowly here: {reason}", file=sys.stderr)
     elif quantised:
@@ -151,8 +148,9 @@ def use_products(model: nn.Module, dtype: torch.dtype) -> None:
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.same_bits = False
-    large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
-    if large and not (hindrance("dense", dtype) or build()):
+    if large is None:
+        large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
+    if dense and large and not (hindrance("dense", dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, FewRowsLinear(linear))
 

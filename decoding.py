@@ -20,7 +20,10 @@ from tokenizer import Tokenizer
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
-
+# So many of the rows must have ended for the others to be moved together. That copies three
+# quarters of what attention read in a step and saves it a quarter from then on: six steps pay for
+# it. All the copies of a batch together are less than three times its filled cache.
+ENDED = 1 / 4
 
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
 # Asked for k guesses for the rows that go on: up to so many, (B, k), and how many each row has.
@@ -70,6 +73,11 @@ class LoadedModel:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
         return self.new_caches(self, batch, visible_slots(length, self.model.args.context))
 
+    @property
+    def any_rows(self) -> bool:
+        """Whether a step may have any number of rows; a compiled one is compiled for each."""
+        return self.decode is self.model
+
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers, the draft's included."""
         drafted = self.draft.kv_bytes_per_token() if self.draft else 0
@@ -89,33 +97,63 @@ def visible_slots(filled: int, most: int) -> int:
 def plain_steps(
     lm: LoadedModel,
     prompts: Texts,
-    caches: list[KVCache],
+    caches: Sequence[KVCache],
     past: int,
     sampler: Sampler,
     count: int,
+    live: AbstractSet[int],
 ) -> Iterator[list[list[int]]]:
-    """`count` steps of one new id for each row. The host waits for a step's ids alone: where the
-    device works by itself, it has been given the next step by then."""
-    length = caches[0].length
+    """At most `count` steps of one new id for each row. The host waits for a step's ids alone:
+    where the device works by itself, it has been given the next step by then.
+
+    live: the rows that go on, looked at before every step; the others get nothing, or ids that
+    mean nothing.
+    """
+    steps = launched_steps(lm, prompts, caches, past, sampler, count, live)
+    for rows, read in launched_ahead(steps) if lm.device.type == "cuda" else steps:
+        new = dict(zip(rows, read(), strict=True))
+        yield [new.get(row, []) for row in range(len(prompts))]
+
+
+def launched_steps(
+    lm: LoadedModel,
+    prompts: Texts,
+    caches: Sequence[KVCache],
+    past: int,
+    sampler: Sampler,
+    count: int,
+    live: AbstractSet[int],
+) -> Iterator[tuple[list[int], Callable[[], list[list[int]]]]]:
+    """Each step is launched when it is asked for: the rows that it computes, and what reads their
+    ids. Once enough rows have ended, the caches and the sampler are of the others alone."""
+    rows, length = list(range(len(prompts))), caches[0].length
     slots = torch.arange(length, device=lm.device)
-    numbers = slots[:count].expand(len(prompts), -1)  # (B, count)
     lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
-    longest = max(map(len, prompts))
+    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
+    for n in range(count):
+        tokens = sampler(logits, slots[n : n + 1].expand(len(rows), 1))  # (B, 1)
+        yield rows, begin_reading(tokens)
+        if n + 1 == count:
+            return
+        going = [i for i, row in enumerate(rows) if row in live]
+        if lm.any_rows and worth_moving(len(rows), len(going), caches[0].grain):
+            rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
+            tokens, lengths, sampler.keys = tokens[at], lengths[at], sampler.keys[at]
+            filled = min(longest(prompts, rows) + n, length)
+            caches = [cache.compacted(going, filled) for cache in caches]
+        # A row that has ended and is still computed must stay within the cache too.
+        pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
+        visible = visible_slots(longest(prompts, rows) + n + 1, length)
+        logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
 
-    def launched() -> Iterator[Callable[[], list[list[int]]]]:
-        """Each step is launched when it is asked for, and read when what it yields is called."""
-        logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-        for n in range(count):
-            tokens = sampler(logits, numbers[:, n : n + 1])  # (B, 1)
-            yield begin_reading(tokens)
-            if n + 1 < count:
-                # A row that has ended stays in the batch, and must stay within the cache too.
-                pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
-                visible = visible_slots(longest + n + 1, length)
-                logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
 
-    for read in launched_ahead(launched()) if lm.device.type == "cuda" else launched():
-        yield read()
+def worth_moving(rows: int, going: int, grain: int) -> bool:
+    """Whether to move the rows that go on together. grain: rows that cost as much as one."""
+    return going <= (1 - ENDED) * rows and -(-going // grain) < -(-rows // grain)
+
+
+def longest(prompts: Texts, rows: Sequence[int]) -> int:
+    return max(len(prompts[row]) for row in rows)
 
 
 def begin_reading(tokens: Tensor) -> Callable[[], list[list[int]]]:

@@ -11,17 +11,16 @@ on stdout and, where asked for, in --output; everything else goes to stderr.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint, size_text, sync
+from checkpoint import DTYPES, Checkpoint, size_text, write_whole
 from command import check_needs, exit_code, log, positive
 from decoding import LoadedModel
 from load import CACHES, DEMO, find_device, load_model
@@ -197,19 +196,6 @@ def write(figures: dict[str, Any], output: Path | None) -> None:
         write_whole(output, [to_json(figures, indent=2), "\n"])
         log(f"written: {output}")
     print(to_json({key: figures[key] for key in figures if key not in DETAILS}))
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any, **options: Any) -> str:

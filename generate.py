@@ -31,6 +31,7 @@ import torch
 import bench
 import chat
 import jobs
+import plan
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from command import check_needs, exit_code, log, positive
 from completion import Completion
@@ -40,6 +41,7 @@ from model import KVCache
 from quantized import make_scheme
 from sampling import GenerationConfig, Sampler
 from speculate import speculative_steps
+from tokenizer import Tokenizer
 
 DEMO_PROMPT = "Once upon a time"
 
@@ -53,15 +55,16 @@ def generate(
     rows: Sequence[int] | None = None,
     caches: list[KVCache] | None = None,
     past: int = 0,
-    finished: Callable[[int], bool] = lambda row: False,
+    live: set[int] | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continue B prompts together; each row gets what it would get alone.
 
     prompts: B lists of token ids, of any lengths. rows: the random stream that each row draws
     from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later call
     can use them (and what was compiled for their shape) again; past: how many tokens of every
-    prompt they hold already. finished: asked about each live row after each step, for ends that
-    tokens alone do not show.
+    prompt they hold already, which only a call with one prompt leaves in its place. live: a set
+    that is kept to the rows that go on after the step just yielded; a row that the caller takes
+    out of it ends there.
 
     Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
     none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
@@ -73,23 +76,26 @@ def generate(
     if caches is None:
         longest = max(map(len, prompts))
         caches = lm.make_caches(len(prompts), max(512, longest + config.max_new_tokens))
-    limits = [min(config.max_new_tokens, caches[0].length - len(p)) for p in prompts]
-    B, idle = len(prompts), caches[0].rows - len(prompts)  # idle: rows computed and not looked at
+    B, room = len(prompts), [min(config.max_new_tokens, caches[0].length - len(p)) for p in prompts]
+    if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
+        caches = [cache.first(B) for cache in caches]
+    idle = caches[0].rows - B  # rows that are computed and not looked at
     sampler = Sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
-    live, room = set(range(B)), limits.copy()
+    live = set() if live is None else live
+    live |= set(range(B))
     given = lm, [*prompts, *[prompts[-1]] * idle], caches, past, sampler
     if lm.draft:
-        steps = speculative_steps(*given, limits, live)
+        steps = speculative_steps(*given, room.copy(), live)
     else:
-        steps = plain_steps(*given, max(limits))
+        steps = plain_steps(*given, max(room), live)
     for step in steps:
         new = [until_end(step[row], room[row], ends) if row in live else [] for row in range(B)]
-        yield new
         for row in tuple(live):
             room[row] -= len(new[row])
-            if not room[row] or new[row][-1] in ends or finished(row):
+            if not room[row] or new[row][-1] in ends:
                 live.remove(row)
+        yield new
         if not live:
             return
 
@@ -125,31 +131,43 @@ def complete(
     config: GenerationConfig = GenerationConfig(),
     *,
     on_text: Callable[[int, str], Any] = lambda row, text: None,
+    on_end: Callable[[list[int], list[Completion]], Any] = lambda rows, completions: None,
     stats: bench.Stats | None = None,
     interruptible: bool = False,
     **options: Any,
 ) -> list[Completion]:
     """Continue B prompts, lists of token ids, to their ends: B completions.
 
-    on_text is called with a row and a piece of its text as soon as that is certain; stats, where
-    given, is added to; interruptible: Ctrl-C ends the texts instead of the program. The other
-    options, and what is raised, are those of `generate`.
+    on_text is called with a row and a piece of its text as soon as that is certain, on_end with
+    the rows that end in a step and all completions as they are then; stats, where given, is added
+    to; interruptible: Ctrl-C ends the texts instead of the program. The other options, and what is
+    raised, are those of `generate`.
     """
     completions = [Completion(lm.tokenizer, prompt, config) for prompt in prompts]
-    stopped = {"finished": lambda row: completions[row].finish_reason == "stop"}
-    steps = generate(lm, prompts, config, **(stopped | options))
+    live, open_rows = set(), set(range(len(prompts)))
+
+    def end(rows: list[int]) -> None:
+        for row in rows:
+            if text := completions[row].close():
+                on_text(row, text)
+        open_rows.difference_update(rows)
+        if rows:
+            on_end(rows, completions)
+
+    steps = generate(lm, prompts, config, live=live, **options)
     steps = stats.timed(steps, prompts, options.get("past", 0)) if stats else steps
     try:
         for step in steps:
             for row, ids in enumerate(step):
                 if text := completions[row].extend(ids):
                     on_text(row, text)
+                if completions[row].finish_reason == "stop":
+                    live.discard(row)
+            end(sorted(open_rows - live))
     except KeyboardInterrupt:
         if not interruptible:
             raise
-    for row, completion in enumerate(completions):
-        if text := completion.close():
-            on_text(row, text)
+        end(sorted(open_rows))
     return completions
 
 
@@ -157,7 +175,7 @@ def run_prompts(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
     """Every prompt num_samples times, in batches, to stdout or as lines of JSON to --output."""
-    prompts = encoded_prompts(lm, args)
+    prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
     check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
     todo = jobs.make_jobs(prompts, args.num_samples)
     sink = jobs.JsonlOutput(args.output, todo) if args.output else jobs.Console(todo)
@@ -170,7 +188,7 @@ def run_prompts(
     with sink:
         for batch in jobs.batches(sink.todo, size):
             sink.begin(batch)
-            completions = complete(
+            complete(
                 lm,
                 [job.ids for job in batch],
                 config,
@@ -178,16 +196,17 @@ def run_prompts(
                 caches=caches,
                 stats=stats,
                 on_text=sink.text,
+                on_end=sink.ended,
             )
-            sink.end(completions)
 
 
-def encoded_prompts(lm: LoadedModel, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
+def encoded_prompts(
+    tokenizer: Tokenizer, vocab: int, args: argparse.Namespace
+) -> list[tuple[str, list[int]]]:
     """Text and ids of each prompt; a number given as --prompt stands for so many random tokens."""
     if args.prompts:
-        return [(text, lm.tokenizer.encode(text)) for text in jobs.read_prompts(args.prompts)]
+        return [(text, tokenizer.encode(text)) for text in jobs.read_prompts(args.prompts)]
     generator = torch.Generator().manual_seed(args.seed)
-    vocab = lm.model.args.vocab_size
     encoded = []
     for text in args.prompt or [DEMO_PROMPT]:
         if not text:
@@ -196,7 +215,7 @@ def encoded_prompts(lm: LoadedModel, args: argparse.Namespace) -> list[tuple[str
             ids = torch.randint(vocab, (int(text),), generator=generator).tolist()
             encoded.append(("", ids))
         else:
-            encoded.append((text, lm.tokenizer.encode(text)))
+            encoded.append((text, tokenizer.encode(text)))
     return encoded
 
 
@@ -204,7 +223,7 @@ def run_chat(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
     half_free = available_memory(lm.device) // 2
-    fitting = half_free // lm.kv_bytes_per_token()
+    fitting = args.slots or half_free // lm.kv_bytes_per_token()
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
     compile_timed(lm, caches, stats)
     conversation = chat.Conversation(
@@ -274,6 +293,15 @@ def run(args: argparse.Namespace) -> None:
         "draft": args.draft_checkpoint_path or args.draft,
         "speculate_k": None if args.speculate_k == "auto" else args.speculate_k,
     }
+    expected = offload_plan(args, config) if args.offload or args.percent or args.plan else None
+    if expected:
+        for line in plan.lines(expected):
+            print(line, flush=True) if args.plan else log(line)
+        if args.plan:
+            return
+        options["policy"] = expected.policy
+        args.batch_size = expected.policy.rows
+        args.slots = expected.work.prompt + expected.work.new
     start = time.perf_counter()
     if args.random_weights:
         scheme = make_scheme(args.random_mode) if args.random_mode else None
@@ -297,9 +325,29 @@ def run(args: argparse.Namespace) -> None:
     if stats.prefill_seconds:
         for line in stats.report(bench.read_bandwidth(lm.device)):
             log(line)
+    if expected and stats.decoded_tokens:
+        for line in plan.report(expected, lm, stats):
+            log(line)
     if lm.draft:
         for line in lm.draft.pace.report.lines():
             log(line)
+
+
+def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Prediction:
+    """Where the model that the options name is to be, for the texts that they ask for."""
+    subject, tokenizer = plan.subject(args)
+    most = subject.args.context - 1
+    if args.interactive:
+        lengths = [most - config.max_new_tokens]
+    elif args.bench:
+        lengths = [int(args.prompt[0]) if args.prompt else min(512, most // 2)]
+        lengths *= args.batch_size or 1
+    else:
+        encoded = encoded_prompts(tokenizer, subject.args.vocab_size, args)
+        lengths = [len(ids) for _, ids in encoded] * args.num_samples
+    longest = min(max(lengths), most)
+    new = min(config.max_new_tokens, subject.args.context - longest)
+    return plan.make_plan(subject, plan.Work(len(lengths), longest, new), args)
 
 
 @contextlib.contextmanager
@@ -364,9 +412,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bench", action="store_true", help="time prefill of --prompt N (default: 512) and decode")
     add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
     add("--json", action="store_true", help="print --bench's figures as a line of JSON")
+    plan.add_options(parser)
     args = parser.parse_args(argv)
     check_options(parser, args)
-    args.stop = tuple(args.stop)
+    args.stop, args.slots = tuple(args.stop), None
     args.mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
     return args
 

@@ -1,8 +1,8 @@
 """Many texts to generate: files of prompts, batches, and results that survive an interruption.
 
 Start at Job; read_prompts and make_jobs make them, `batches` groups them, Console and JsonlOutput
-take what came of them. A result in a file is one line of JSON, appended when its batch is
-complete: a later run with the same prompts and file reads what is there and does the rest.
+take what came of them. A result in a file is one line of JSON, appended in the step in which its
+text ends: a later run with the same prompts and file reads what is there and does the rest.
 """
 
 import json
@@ -70,6 +70,7 @@ class Console:
     def __init__(self, todo: Sequence[Job]):
         self.todo = todo
         self._batch: Sequence[Job] = ()
+        self._growing = 0  # texts of the batch
 
     def __enter__(self) -> "Console":
         return self
@@ -79,14 +80,17 @@ class Console:
             print(flush=True)  # the shell's prompt begins a line of its own
 
     def begin(self, batch: Sequence[Job]) -> None:
-        self._batch = batch
+        self._batch, self._growing = batch, len(batch)
         self._title(batch[0])
 
     def text(self, row: int, text: str) -> None:
         if row == 0:
             print(text, end="", flush=True)
 
-    def end(self, completions: Sequence[Any]) -> None:
+    def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
+        self._growing -= len(rows)
+        if self._growing:
+            return
         print(flush=True)
         for job, completion in list(zip(self._batch, completions, strict=True))[1:]:
             self._title(job)
@@ -106,6 +110,7 @@ class JsonlOutput:
 
     def __init__(self, path: Path, jobs: Sequence[Job]):
         self._path, self._batch = path, ()
+        self._tokens = self._earlier = 0  # generated in this run; in batches before this one
         path.open("ab").close()  # a path that cannot be written fails now, not after the work
         missing = {(job.index, job.sample): job for job in jobs}
         asked = {key: job.prompt for key, job in missing.items()}
@@ -122,26 +127,31 @@ class JsonlOutput:
         self._total = len(jobs)
 
     def __enter__(self) -> "JsonlOutput":
-        self._bar = tqdm(total=self._total, initial=self._total - len(self.todo), unit="text")
+        # smoothing: texts end in bursts, so that only their mean rate says what time is left.
+        bar = {"total": self._total, "initial": self._total - len(self.todo), "smoothing": 0}
+        self._bar = tqdm(unit="text", **bar)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._bar.close()
 
     def begin(self, batch: Sequence[Job]) -> None:
-        self._batch = batch
+        self._batch, self._earlier = batch, self._tokens
 
     def text(self, row: int, text: str) -> None:
         pass
 
-    def end(self, completions: Sequence[Any]) -> None:
-        """Append the batch's results; they are on disk when this returns."""
-        lines = "".join(map(result_line, self._batch, completions))
+    def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
+        """Append the results of those rows of the batch; they are on disk when this returns."""
+        lines = "".join(result_line(self._batch[row], completions[row]) for row in rows)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-        self._bar.update(len(completions))
+        self._tokens = self._earlier + sum(len(completion.ids) for completion in completions)
+        rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.update(len(rows))
 
 
 FIRST_KEY = b'{"index": '

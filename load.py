@@ -21,12 +21,18 @@ from cpu_products import use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
-from offload import StreamedLayers
+from offload import Fill, StreamedLayers
 from pace import Pace
 from policy import Policy
-from quantized import make_scheme, quantized_bytes, quantized_copy, swap_linears
+from quantized import (
+    QuantizedLinear,
+    make_scheme,
+    nearest,
+    quantized_bytes,
+    quantized_copy,
+    swap_linears,
+)
 from quantized_cache import QuantizedKVCache
-from ring import CPU
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
@@ -70,14 +76,19 @@ def load_model(
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     with compiler_imported(compile):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
+        scheme = compressed_scheme(policy, checkpoint.scheme)
+        model = skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
-        layers = stream_layers(model, policy, dtype or checkpoint.dtype, target)
+        dtype = dtype or checkpoint.dtype
+        layers = stream_layers(model, policy, dtype, target)
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-            checkpoint.load_into(model, target, dtype, bar.update, layers and layers.home)
+            fill = checkpoint.filler(target, bar.update)
+            if scheme != checkpoint.scheme:
+                fill = rounded_filler(model, checkpoint, fill)
+            allocate(model, target, dtype, fill, layers and layers.home)
             if layers:
-                fill = checkpoint.filler(CPU, bar.update)
-                layers.start(fill, checkpoint.direct, lambda block: None)
+                layers.start(fill, checkpoint.direct if scheme == checkpoint.scheme else nowhere)
         return make_ready(model, tokenizer, views, draft, speculate_k, policy)
 
 
@@ -100,8 +111,28 @@ def random_model(
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
     config = read_json(Path(config_file))
-    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(target) * 0.02
+    args, fill = model_args(config), random_filler(target)
+    tokenizer = id_tokenizer(args.vocab_size)
+    check_draft(draft, args.vocab_size, tokenizer, scheme)
+    with compiler_imported(compile):
+        model = skeleton(args, compressed_scheme(policy, scheme))
+        model.new_cache = new_cache
+        dtype = dtype or config_dtype(config)
+        layers = stream_layers(model, policy, dtype, target)
+        allocate(model, target, dtype, fill, layers and layers.home)
+        if layers:
+            layers.start(fill, nowhere)
+        views = {"compile": compile, "compile_prefill": compile_prefill}
+        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
+
+
+def config_dtype(config: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+
+
+def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
+    """What fills tensors with noise of the size that weights have."""
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
 
     def fill(name: str, tensor: Tensor) -> None:
         integers = not tensor.is_floating_point()
@@ -111,19 +142,7 @@ def random_model(
             else:
                 piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
 
-    args = model_args(config)
-    tokenizer = id_tokenizer(args.vocab_size)
-    check_draft(draft, args.vocab_size, tokenizer, scheme)
-    with compiler_imported(compile):
-        model = skeleton(args, scheme)
-        model.new_cache = new_cache
-        dtype = dtype or getattr(torch, str(stored))
-        layers = stream_layers(model, policy, dtype, target)
-        allocate(model, target, dtype, fill, layers and layers.home)
-        if layers:
-            layers.start(fill, lambda name, dtype: None, lambda block: None)
-        views = {"compile": compile, "compile_prefill": compile_prefill}
-        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
+    return fill
 
 
 def make_ready(
@@ -160,9 +179,36 @@ def stream_layers(
     return model.layers
 
 
-def place_caches(
-    policy: Policy, lm: LoadedModel, batch: int, length: int
-) -> Sequence[KVCache]:
+def compressed_scheme(
+    policy: Policy | None, scheme: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """How weights are quantised as they run: as they are stored, or to FlexGen's 4 bits."""
+    compress = policy and policy.compress_weight and not scheme
+    return make_scheme("int4", 64, head="dense") if compress else scheme
+
+
+def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fill:
+    """What rounds weights of a dense checkpoint for a model's quantised linears."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    latest: dict[str, dict[str, Tensor]] = {}
+
+    def rounding(name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        if module not in linears or leaf == "bias":
+            return fill(name, tensor)
+        if module not in latest:
+            latest.clear()  # the tensors of a linear follow one another
+            latest[module] = nearest(checkpoint.read(f"{module}.weight"), linears[module])
+        tensor.copy_(latest[module][leaf])
+
+    return rounding
+
+
+def nowhere(name: str, dtype: torch.dtype) -> None:
+    """No file has a tensor as it is run."""
+
+
+def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
     return tiered_caches(lm.model, policy, batch, length)
 
 

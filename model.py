@@ -19,7 +19,7 @@ query attention (2305.13245); names follow Llama's reference code, sizes gpt-fas
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -353,6 +353,8 @@ class KVCache(nn.Module):
     graph writes to them in place, and new caches of the same shape need no new compilation.
     """
 
+    grain = 1  # rows that cost as much as one of them
+
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device))
@@ -401,6 +403,16 @@ class KVCache(nn.Module):
         part = copy.copy(self)
         part._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
         return part
+
+    def first(self, count: int) -> "KVCache":
+        """The same memory, of so many rows."""
+        return self.part(slice(0, count))
+
+    def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
+        """The same memory, of those rows, which ascend and are moved to its front."""
+        front = self.first(len(rows))
+        front.take(self, torch.tensor(rows, device=self.device), filled)
+        return front
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
         """Become a copy of those rows of another cache, (B,), up to slot `filled`."""

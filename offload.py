@@ -15,23 +15,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, stored_tensors
+from cpu_products import WORTH, TiledLinear, use_products
 from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
-from policy import Policy
+from policy import CHUNK, WEIGHT_SLOTS, Policy
+from quantized import QuantizedLinear
 from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
-
-SLOTS = 2  # one layer that is computed, one on its way
-CHUNK = 4096  # tokens that go through a layer at once: bounds what it computes in between
 
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
 Source = tuple[Store, list[tuple[int, int, int]]]  # offsets there and in a slab, and bytes
+
+
+class Streamed(NamedTuple):
+    """A block in a slot, and those of its linears that a CPU wants packed, with what is read."""
+
+    block: nn.Module
+    tiled: list[tuple[TiledLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
@@ -44,13 +50,16 @@ class StreamedLayers(nn.ModuleList):
         self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
     ):
         super().__init__(layers)
-        self.policy, self.device = policy, device
+        self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
         self._meta = (copy.deepcopy(layers[0]),)  # in a tuple: no part of the model
         stored = {name: tensor for name, (tensor, _) in stored_tensors(layers[0]).items()}
         self.layout = Layout(
-            {n: torch.empty(t.shape, dtype=final_dtype(t, dtype), device=META) for n, t in stored.items()}
+            {
+                n: torch.empty(t.shape, dtype=final_dtype(t, dtype), device=META)
+                for n, t in stored.items()
+            }
         )
         self._slabs = {
             j: page_aligned(self.layout.nbytes, CPU, policy.pins(device))
@@ -70,30 +79,36 @@ class StreamedLayers(nn.ModuleList):
         on_disk = j is not None and self.tiers[j] == "disk"
         return None if on_disk else torch.empty(shape, dtype=dtype, device=self.device)
 
-    def start(self, fill: Fill, stored: Stored, finish: Callable[[nn.Module], Any]) -> None:
-        """Make the ring.
-
-        Layers that no file has as they are go to a scratch file, by `fill`. finish: told of the
-        block in each slot, to give it the products that the device has.
-        """
+    def start(self, fill: Fill, stored: Stored) -> None:
+        """Make the ring. Layers that no file has as they are go to a scratch file, by `fill`."""
         on_disk = [j for j in self._moving if j not in self._sources]
         found = {j: source for j in on_disk if (source := self._in_file(j, stored))}
         self._sources |= found
         self._write_scratch([j for j in on_disk if j not in found], fill)
-        slots = [self._slot(finish) for _ in self._moving[:SLOTS]]
-        self._courier = Courier(self.device, "weights")
+        slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
+        self._courier, self._packer = Courier(self.device, "weights"), Courier(self.device, "pack")
         self._ring = Ring(self._moving, slots, self._fetch, self.policy.overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""
-        g = self.policy.micro_batch
         for j, layer in enumerate(super().__iter__()):
             if self.tiers[j] == "device":
-                yield partial(zigzag, layer, g)
+                yield partial(self._through, j, layer)
             else:
                 with self._ring.holding(j) as slot:
-                    yield partial(zigzag, slot.holds, g)
+                    yield partial(self._through, j, slot.holds.block)
                     slot.used = fence(self.device)
+
+    def _through(self, j: int, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
+        """Layer j for x, (B, T, D), which between layers is where the policy says."""
+        if j == 0 and self.policy.activations.device < 100:
+            x = Parked(x, self.policy)
+        zigzag(block, self.policy.micro_batch, x, *given)
+        return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
+
+    def report(self) -> tuple[float, float]:
+        """Seconds so far: of bringing weights, and of waiting for them."""
+        return self._courier.seconds, self._ring.waited
 
     def _in_file(self, j: int, stored: Stored) -> Source | None:
         tensors, ranges, files = self.layout.tensors, [], set()
@@ -120,17 +135,32 @@ class StreamedLayers(nn.ModuleList):
             return file
         return Staged(file, page_aligned(self.layout.nbytes, CPU, self.policy.pins(self.device)))
 
-    def _slot(self, finish: Callable[[nn.Module], Any]) -> Slot:
+    def _slot(self) -> Slot:
         slab, block = page_aligned(self.layout.nbytes, self.device), copy.deepcopy(self._meta[0])
         for name, tensor in self.layout.views(slab).items():
             give(block, name, tensor)
-        finish(block)
-        return Slot(slab, block)
+        stored = dict(block.named_modules())
+        if self.device.type == "cpu":
+            use_products(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
+        tiled = [
+            (module, stored[name])
+            for name, module in block.named_modules()
+            if isinstance(module, TiledLinear)
+        ]
+        return Slot(slab, Streamed(block, tiled))
 
     def _fetch(self, j: int, slot: Slot) -> Future:
         store, ranges = self._sources[j]
         pieces = [(offset, slot.slab[at : at + size]) for offset, at, size in ranges]
-        return self._courier.send(lambda: store.read(pieces), slot.used)
+        read = self._courier.send(lambda: store.read(pieces), slot.used)
+
+        def pack() -> None:
+            read.result()
+            for module, stored in slot.holds.tiled:
+                module.take(stored)
+
+        # Another thread packs, so that the disk does not wait for that.
+        return self._packer.send(pack) if slot.holds.tiled else read
 
 
 def zigzag(
@@ -141,7 +171,7 @@ def zigzag(
     mask: Tensor,
     pos: Tensor,
     cache: KVCache,
-) -> Tensor:
+) -> None:
     """A layer, called as a block is, for all rows of x, (B, T, D), which it overwrites: one
     micro-batch after the other, and of that as many rows at once as are CHUNK tokens."""
     B, T, _ = x.shape
@@ -154,4 +184,47 @@ def zigzag(
                 turned = rotation and tuple(t[rows] for t in rotation)
                 within = cell.part(slice(start - first, rows.stop - first))
                 x[rows] = block(x[rows], turned, mask[rows], pos[rows], within)
-    return x
+
+
+class Parked:
+    """Activations, (B, T, D), that are put away between two layers, each micro-batch on its tier.
+
+    Rows are read and replaced as a tensor's are. Each begins a block of the disk's.
+    """
+
+    def __init__(self, x: Tensor, policy: Policy):
+        self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
+        self._row = whole_blocks(x[0].nbytes)
+        nbytes, pin = self._g * self._row, policy.pins(x.device)
+        make: dict[str, Callable[[], Store]] = {
+            "device": lambda: HostMemory(page_aligned(nbytes, x.device)),
+            "host": lambda: HostMemory(page_aligned(nbytes, CPU, pin)),
+            "disk": lambda: ScratchFile(policy.directory, nbytes),
+        }
+        tiers = policy.activations.tiers(-(-len(x) // self._g))
+        self._homes = [make[tier]() for tier in tiers]
+        self._stage = page_aligned(nbytes, CPU, pin)
+        for start in range(0, len(x), self._g):
+            self[start : start + self._g] = x[start : start + self._g]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        pieces, stage = self._pieces(rows)
+        self._homes[rows.start // self._g].read(pieces)
+        return stage.to(self._like.device, copy=True)
+
+    def __setitem__(self, rows: slice, x: Tensor) -> None:
+        pieces, stage = self._pieces(rows)
+        stage.copy_(x)
+        self._homes[rows.start // self._g].write(pieces)
+
+    def whole(self) -> Tensor:
+        B = self.shape[0]
+        return torch.cat([self[n : min(n + self._g, B)] for n in range(0, B, self._g)])
+
+    def _pieces(self, rows: slice) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """Where rows are in their store and in the memory on the way there, and that as x."""
+        count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g
+        stage = self._stage[: count * self._row]
+        values = stage.view(self._like.dtype).view(count, -1)  # (rows, T * D and a rest)
+        width = self.shape[1] * self.shape[2]
+        return [(first * self._row, stage)], values[:, :width].unflatten(1, self.shape[1:])

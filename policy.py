@@ -1,10 +1,12 @@
 """Where a model's weights, KV cache and activations live, and how its rows are grouped.
 
-Start at Policy. What it says is exactly what offload.py runs.
+Start at Policy: what it says is exactly what offload.py and tiered_cache.py run. Which one is best
+for a machine is found in planner.py.
 
-Terms are FlexGen's (arXiv 2303.06865): a block of rows is cut into micro-batches that pass through
-a layer one after the other, so that the layer's weights are brought once for all of them. Of
-weights, cache and activations a share is on the device, a share in host memory, the rest on disk.
+Terms are FlexGen's (arXiv 2303.06865, section 3): a block of rows is cut into micro-batches that
+pass through a layer one after the other, so that its weights are brought once for all of them. A
+share of weights, of the cache and of the activations is on the device, a share in host memory, the
+rest on disk. Where the device is the CPU, device and host are one memory.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
+WEIGHT_SLOTS, CACHE_SLOTS = 2, 3  # of the rings of offload.py and tiered_cache.py
+CHUNK = 4096  # tokens that go through a layer at once: bounds what it computes in between
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,21 @@ class Share:
     host: float = 0.0
 
     def __post_init__(self):
-        if min(self.device, self.host, self.disk) < 0:
+        if min(self.device, self.host) < 0 or self.device + self.host > 100 + 1e-9:
             raise ValueError(
-                f"{self.device:g} and {self.host:g} per cent: neither may be negative, nor their "
-                "sum more than 100"
+                f"{self.device:g} % on the device and {self.host:g} % in host memory: neither may "
+                "be negative, nor their sum more than 100"
             )
 
     @property
     def disk(self) -> float:
-        return 100.0 - self.device - self.host
+        return max(0.0, 100.0 - self.device - self.host)
 
     def tiers(self, count: int) -> tuple[str, ...]:
         """The tier of each of `count` things, mixed as evenly as can be: at any point each tier
         has what it should have of those before, give or take one."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
-        had = dict.fromkeys(TIERS, 0)
-        chosen = []
+        had, chosen = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
             lacking = {tier: share * n / 100 - had[tier] for tier, share in shares.items()}
             tier = max(lacking, key=lacking.get)
@@ -46,15 +49,20 @@ class Share:
             chosen.append(tier)
         return tuple(chosen)
 
+    def counts(self, count: int) -> tuple[int, int, int]:
+        tiers = self.tiers(count)
+        return tuple(tiers.count(tier) for tier in TIERS)
+
 
 @dataclass(frozen=True)
 class Policy:
-    """How a model that is larger than a device's memory is run.
+    """How a model that is larger than its device's memory is run.
 
     micro_batch: rows that a layer takes at once; micro_batches: how many of them share a layer's
-    weights. cpu_attention: attention over a cache in host memory, or on disk, is computed there.
-    pin: host memory that a GPU copies from without a detour. overlap: bring what is needed next
-    while computing. directory: where scratch files go, which have no names.
+    weights. compress_weight: dense weights are rounded to 4 bits, in groups of 64. cpu_attention:
+    attention over a cache that is not on the device is computed on the host. pin: host memory that
+    a GPU copies from without a detour. overlap: what is needed next is brought while computing.
+    directory: where scratch files go, which have no names.
     """
 
     weights: Share = Share()
@@ -62,15 +70,21 @@ class Policy:
     activations: Share = Share()
     micro_batch: int = 4
     micro_batches: int = 1
+    compress_weight: bool = False
     cpu_attention: bool = False
     pin: bool = True
     overlap: bool = True
     directory: Path = Path("offload")
 
-    def pins(self, device: torch.device) -> bool:
-        return self.pin and device.type == "cuda"
-
     @property
     def rows(self) -> int:
         """Of a block."""
         return self.micro_batch * self.micro_batches
+
+    @property
+    def all_on_device(self) -> bool:
+        shares = self.weights, self.cache, self.activations
+        return all(share.device == 100 for share in shares)
+
+    def pins(self, device: torch.device) -> bool:
+        return self.pin and device.type == "cuda"

@@ -104,6 +104,19 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2)
 
 
+def nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """(N, K) -> buffers for such a linear, by name.
+
+    A few rows at a time, as what rounding a matrix leaves behind outgrows the caches.
+    """
+    int4 = isinstance(linear, Int4Linear)
+    pieces = [
+        round_int4(rows, linear.groupsize) if int4 else round_int8(rows)
+        for rows in weight.split(ROWS)
+    ]
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+
+
 def round_int8(weight: Tensor) -> dict[str, Tensor]:
     """(N, K) -> the nearest Int8Linear: its buffers by name."""
     most = weight.float().abs().amax(1)  # (N,)
@@ -193,14 +206,8 @@ def quantized_copy(
         theirs = model.get_submodule(name)
         if isinstance(module, QuantizedLinear):
             dense = theirs.weight if isinstance(theirs, Linear) else theirs.dense(torch.float32)
-            # A few rows at a time, as what rounding a matrix leaves behind outgrows the caches.
-            int4 = isinstance(module, Int4Linear)
-            pieces = [
-                round_int4(rows, module.groupsize) if int4 else round_int8(rows)
-                for rows in dense.split(ROWS)
-            ]
-            for key in pieces[0]:
-                setattr(module, key, torch.cat([piece[key] for piece in pieces]))
+            for key, buffer in nearest(dense, module).items():
+                setattr(module, key, buffer)
             module.bias = theirs.bias
             progress(sum(buffer.nbytes for buffer in module.buffers()))
         elif not list(module.children()):

@@ -10,6 +10,7 @@ here a slot waits for itself alone.
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +32,9 @@ class Layout:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """tensors: of these shapes and dtypes, on any device."""
-        self.tensors = {n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()}
+        self.tensors = {
+            n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()
+        }
         self.offsets: dict[str, int] = {}
         self.nbytes = 0
         for name, tensor in self.tensors.items():
@@ -41,7 +44,9 @@ class Layout:
     def views(self, slab: Tensor) -> dict[str, Tensor]:
         """The tensors in a slab, (nbytes,) uint8."""
         places = ((name, self.offsets[name], t) for name, t in self.tensors.items())
-        return {name: slab[at : at + t.nbytes].view(t.dtype).view(t.shape) for name, at, t in places}
+        return {
+            name: slab[at : at + t.nbytes].view(t.dtype).view(t.shape) for name, at, t in places
+        }
 
 
 class Store(Protocol):
@@ -102,6 +107,7 @@ class Courier:
 
     def __init__(self, device: torch.device, name: str):
         self._thread = ThreadPoolExecutor(1, name)
+        self.seconds = 0.0  # at work
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, work: Callable[[], Any], after: Fence = None) -> Future:
@@ -113,9 +119,11 @@ class Courier:
         with torch.inference_mode(), stream:
             if after:
                 self._stream.wait_event(after)
+            start = time.perf_counter()
             work()
             if self._stream:
                 self._stream.synchronize()
+            self.seconds += time.perf_counter() - start
 
 
 @dataclass
@@ -142,6 +150,7 @@ class Ring(Generic[Item]):
         self._places = {item: n for n, item in enumerate(order)}
         self._free, self._waiting = deque(slots), deque()
         self._next, self._ahead = 0, ahead
+        self.waited = 0.0  # seconds, for items that were not there yet
 
     @contextlib.contextmanager
     def holding(self, item: Item) -> Iterator[Slot]:
@@ -150,7 +159,9 @@ class Ring(Generic[Item]):
             self._begin_at(item)
         _, slot, fetched = self._waiting.popleft()
         try:
+            start = time.perf_counter()
             fetched.result()
+            self.waited += time.perf_counter() - start
             yield slot
         finally:
             self._free.append(slot)

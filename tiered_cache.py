@@ -6,23 +6,23 @@ slot of a ring while earlier ones are computed, used there as any KVCache, and w
 stored behind. With attention on the host, cells in its memory stay where they are, and queries
 travel instead: that is what FlexGen does (arXiv 2303.06865, section 4.2).
 
-Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row, G key/value heads, E head_dim.
+Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from disk import BLOCK, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Transformer
-from policy import Policy
+from policy import CACHE_SLOTS, Policy
 from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
-
-SLOTS = 3  # one cell that is computed, one on its way, one on its way back
 
 
 @dataclass(eq=False)
@@ -53,9 +53,9 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = self._cells()
         self._caches = [TieredCache(self, cells[j * K : j * K + K]) for j in range(args.n_layers)]
         moving = [cell for cell in cells if cell.cache is None]
-        slots = [self._slot() for _ in moving[:SLOTS]]
+        self._slots = [self._slot() for _ in moving[:CACHE_SLOTS]]
         self._in, self._out = Courier(self.device, "cache in"), Courier(self.device, "cache out")
-        self._ring = Ring(moving, slots, self._fetch, policy.overlap)
+        self._ring, self._in_ring = Ring((), (), self._fetch), 0
         self._pos, self._spans = None, []
 
     def __len__(self) -> int:
@@ -70,13 +70,64 @@ class TieredCaches(Sequence["TieredCache"]):
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring.holding(cell) as slot:
+        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).holding(cell) as slot:
             yield slot.holds
             slot.used = fence(self.device)
             first, cell.filled = self._span(k, pos)
             self._store(cell, slot, first)
             if not self.policy.overlap:
                 cell.stored.result()
+
+    def compact(self, cells: Sequence[Cell], rows: Sequence[int], filled: int) -> None:
+        """Move those rows of a layer, which ascend, to the front: of each, `filled` slots.
+
+        Old cells are read in order, and new ones made of them one at a time. As a row is never
+        moved back, what its new place held has been read.
+        """
+        g = self.policy.micro_batch
+        self._ring_over(0)  # what it has fetched ahead is of the old order
+        same = sum(i == row for i, row in enumerate(rows)) // g * g  # in cells that stay
+        for k, moves in groupby(enumerate(rows[same:], same), lambda move: move[1] // g):
+            with self._read(cells[k]) as old:
+                for m, some in groupby(moves, lambda move: move[0] // g):
+                    to, of = zip(*some, strict=True)
+                    new = cells[m].cache or self._slots[-1].holds
+                    places = slice(to[0] % g, to[-1] % g + 1)
+                    new.part(places).take(old, torch.tensor(of) % g, filled)
+                    if places.stop == g or to[-1] == len(rows) - 1:
+                        self._write(cells[m], filled)
+
+    @contextlib.contextmanager
+    def _read(self, cell: Cell) -> Iterator[KVCache]:
+        """A cell as a cache: in the first slot, if it moves."""
+        if cell.cache is not None:
+            yield cell.cache
+            return
+        slot = self._slots[0]
+        self._fetch(cell, slot).result()
+        yield slot.holds
+        slot.used = fence(self.device)
+
+    def _write(self, cell: Cell, filled: int) -> None:
+        """Let a cell that moves be what was made of it in the last slot, which is the first where
+        no other cell moves."""
+        cell.filled = filled
+        if cell.cache is None:
+            slot = self._slots[-1]
+            slot.used = fence(self.device)
+            self._store(cell, slot, 0)
+            cell.stored.result()
+
+    def _ring_over(self, K: int) -> Ring[Cell]:
+        """The ring, over the cells of the first K micro-batches."""
+        if self._in_ring != K:
+            for courier in (self._in, self._out):
+                courier.send(lambda: None).result()  # after it nothing is on its way
+            moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
+            slots, waited = self._slots[: len(moving)], self._ring.waited
+            self._ring = Ring(moving, slots, self._fetch, self.policy.overlap)
+            self._ring.waited, self._in_ring = waited, K
+        return self._ring
 
     def _span(self, k: int, pos: Tensor) -> tuple[int, int]:
         """The slots that micro-batch k writes to: the first one, and the end."""
@@ -116,7 +167,9 @@ class TieredCaches(Sequence["TieredCache"]):
         count = self.tiers.count("disk")
         if count:
             scratch = ScratchFile(self.policy.directory, count * nbytes)
-            file = scratch if self._host_reads() else Staged(scratch, page_aligned(nbytes, CPU, pin))
+            file = (
+                scratch if self._host_reads() else Staged(scratch, page_aligned(nbytes, CPU, pin))
+            )
         cells, on_disk = [], 0
         for tier in self.tiers:
             if tier == "device":
@@ -150,19 +203,30 @@ class TieredCache:
     """One layer's cells, used as a KVCache is: `opened`, a micro-batch at a time."""
 
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
-        self._caches, self._cells = caches, cells
+        self._caches, self.cells, self.grain = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator[KVCache]:
         """The part of some rows, those of a micro-batch; pos: (B, T), where all rows write."""
-        k = rows.start // self._caches.policy.micro_batch
-        with self._caches.holding(self._cells[k], k, pos) as cache:
+        k = rows.start // self.grain
+        with self._caches.holding(self.cells[k], k, pos) as cache:
             yield cache.part(slice(0, rows.stop - rows.start))
+
+    def first(self, count: int) -> "TieredCache":
+        """The same memory, of so many rows."""
+        first = copy.copy(self)
+        first.rows = count
+        return first
+
+    def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
+        """The same memory, of those rows, which ascend and are moved to its front."""
+        self._caches.compact(self.cells, rows, filled)
+        return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
         """Slots from `filled` on need not be brought any more."""
-        for cell in self._cells:
+        for cell in self.cells:
             cell.filled = min(cell.filled, filled)
 
 
@@ -179,6 +243,12 @@ class AttendsThere:
 
     def part(self, rows: slice) -> "AttendsThere":
         return AttendsThere(self._cache.part(rows))
+
+    def take(self, source: KVCache, rows: Tensor, filled: int) -> None:
+        self._cache.take(source, rows, filled)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self._cache.buffers()
 
 
 def tiered_caches(model: Transformer, policy: Policy, rows: int, length: int) -> Sequence[KVCache]:

@@ -1,22 +1,45 @@
-"""Dense products of few rows on a CPU with AMX: against exact sums, and against themselves."""
+"""Packing for the CPU's products: against a slow one, and the bytes of a layer that streams by.
 
+Dense products of few rows on a CPU with AMX: against exact sums, and against themselves.
+"""
+
+import copy
 import fcntl
+import itertools
+import mmap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import cpu_products
-from cpu_products import FewRowsLinear
+from cpu_products import FewRowsLinear, TiledLinear
 from load import random_model
 from model import Linear
+from quantized import (
+    GROUP_SIZES,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    round_int4,
+    round_int8,
+    scale_units,
+    unpack_nibbles,
+)
 
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 
-pytestmark = pytest.mark.skipif(
-    (cpu_products.hindrance("dense", torch.bfloat16) or cpu_products.build()) is not None,
-    reason=f"no fast dense products here: {cpu_products.hindrance('dense', torch.bfloat16)}",
-)
+
+def needs(kind: str) -> pytest.MarkDecorator:
+    hindrance = cpu_products.hindrance(kind, torch.bfloat16) or cpu_products.build()
+    return pytest.mark.skipif(hindrance is not None, reason=f"no {kind} products: {hindrance}")
+
+
+quantised, dense = needs("quantised"), needs("dense")
 
 
 def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
@@ -31,6 +54,185 @@ def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
         pass
 
 
+def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
+    """groupsize None: int8. What is stored for inputs beyond K is random too."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=generator)
+    weight *= torch.logspace(-6, 1, N).unsqueeze(1)  # rows whose scales float16 hardly has
+    made = Int8Linear(K, N, bias) if groupsize is None else Int4Linear(K, N, bias, groupsize)
+    rounded = round_int8(weight) if groupsize is None else round_int4(weight, groupsize)
+    made.load_state_dict(rounded, strict=False)
+    if groupsize:
+        made.weight.random_(256, generator=generator)
+        made.zeros.random_(256, generator=generator)  # the last may stand for no group
+    if bias:
+        made.bias.data.normal_(generator=generator)
+    return made
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    """The last dimension, with zeros, to a multiple."""
+    return F.pad(x, (0, -x.shape[-1] % multiple))
+
+
+def pack_int8(linear: Int8Linear) -> tuple[Tensor, int]:
+    """The bytes of the weights, (N/16, bytes), and their format, with operations of torch."""
+    q = (linear.weight ^ -128).view(torch.uint8)  # + 128
+    q = pad(pad(q, 256).t(), 16).t()  # (N', K')
+    tiles = q.reshape(-1, 16, q.shape[1] // 4, 4).transpose(1, 2)  # (N'/16, K'/4, 16, 4)
+    return with_scales(linear.scales, tiles), cpu_products.INT8
+
+
+def pack_int4(linear: Int4Linear) -> tuple[Tensor, int]:
+    """As pack_int8. Scales take a byte each, or two where they are no multiples of one."""
+    q = pad(pad(unpack_nibbles(linear.weight), 256).t(), 16).t()  # (N', K')
+    spans, groups = q.shape[1] // 256, 256 // linear.groupsize  # of a row, of a span
+    q = q.reshape(-1, 16, spans, 256 // 8, 2, 4).permute(0, 2, 3, 4, 1, 5)
+    tiles = (q[:, :, :, 0] | (q[:, :, :, 1] << 4)).flatten(2)  # (N'/16, K'/256, 32 * 16 * 4)
+
+    def by_span(x: Tensor) -> Tensor:  # (N, P) -> (N'/16, K'/256, 256/S, 16)
+        x = F.pad(x, (0, spans * groups - x.shape[1], 0, -len(x) % 16))
+        return x.reshape(-1, 16, spans, groups).permute(0, 2, 3, 1).contiguous()
+
+    units = scale_units(linear.scales)  # (N, 1)
+    multiples = linear.scales.float() / units
+    short = bool((multiples == multiples.byte()).all())
+    scales, units = (multiples.byte(), units) if short else (linear.scales, torch.ones_like(units))
+    zeros = by_span(unpack_nibbles(linear.zeros)[:, : linear.scales.shape[1]])
+    zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
+    header = torch.cat((by_span(scales).view(torch.uint8).flatten(2), zeros.flatten(2)), 2)
+    packed = with_scales(units.squeeze(1), torch.cat((pad(header, 64), tiles), 2))
+    return packed, cpu_products.INT4 if short else cpu_products.INT4_HALF
+
+
+def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
+    """Each strip, (N/16, ...) bytes, behind the float32 scales, (N,), of its outputs."""
+    scales = pad(scales, 16).view(-1, 16).view(torch.uint8)  # (N/16, 64)
+    return torch.cat((scales, strips.flatten(1)), 1)
+
+
+def assert_packed(tiled: TiledLinear, linear: QuantizedLinear) -> None:
+    """It holds the bytes that the slow packing makes."""
+    packed, format = (pack_int8 if isinstance(linear, Int8Linear) else pack_int4)(linear)
+    block = getattr(linear, "groupsize", cpu_products.INT8_BLOCK)
+    assert tiled._how == (format, block, linear.out_features)
+    assert torch.equal(tiled.packed, packed)
+    if linear.bias is None:
+        assert tiled.bias is None
+    else:
+        assert torch.equal(tiled.bias, pad(linear.bias.detach().bfloat16(), 16))
+
+
+@quantised
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groupsize", [None, *GROUP_SIZES])
+@pytest.mark.parametrize(
+    "K, N", [(256, 16), (2048, 48), (300, 40), (5632, 33), (32, 1), (4128, 15), (1000, 100)]
+)
+def test_packing_gives_the_bytes_of_the_slow_one(K: int, N: int, groupsize: int | None, bias: bool):
+    linear = filled(K, N, groupsize, bias)
+    assert_packed(TiledLinear(linear), linear)
+    if groupsize:
+        linear.scales.copy_(foreign(linear.scales))
+        assert_packed(TiledLinear(linear), linear)
+
+
+def foreign(scales: Tensor) -> Tensor:
+    """Scales of other quantisers, which are no multiples of a byte's."""
+    return scales * (1 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@quantised
+@pytest.mark.parametrize(
+    "scales",
+    [[0, 0], [1, 255], [1, 256], [255, 255.5], [128, 0.5], [-1, 128], [65504, 255], [2**-24, 0]],
+)
+def test_a_byte_holds_a_scale_or_none_of_the_matrix_is_in_bytes(scales: list[float]):
+    """In one row of many: whichever strip it is in, the first or the last."""
+    for row in (0, 39):
+        linear = filled(64, 40, 32, False)
+        linear.scales[row] = torch.tensor(scales)
+        assert_packed(TiledLinear(linear), linear)
+
+
+@quantised
+@pytest.mark.parametrize("groupsize", [None, *GROUP_SIZES])
+def test_layers_stream_through_one_that_began_on_the_meta_device(groupsize: int | None):
+    """Out of one place that is overwritten, and whatever was held before, short or long."""
+    layers = [filled(300, 48, groupsize, True, seed) for seed in range(4)]
+    for layer in layers[1:3] if groupsize else []:
+        layer.scales.copy_(foreign(layer.scales))
+    place = filled(300, 48, groupsize, True)
+    streamed = TiledLinear(copy.deepcopy(place).to("meta"))
+    assert streamed.packed is None
+    for layer in layers:
+        place.load_state_dict(layer.state_dict())
+        streamed.take(place)
+        for tensor in place.state_dict().values():
+            tensor.zero_()
+        assert_packed(streamed, layer)
+        assert torch.equal(streamed(rows(3, 300)), TiledLinear(layer)(rows(3, 300)))
+
+
+@quantised
+def test_the_interpreter_is_free_while_a_layer_is_packed():
+    """Else this thread would stand still for as long as a call takes, every time."""
+    linear = Int8Linear(8192, 4096, False)
+    tiled = TiledLinear(linear)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        tiled.take(linear)
+        return time.perf_counter() - start
+
+    longest_pauses = []  # as a share of the call; more than one try, as the cores may be busy
+    with ThreadPoolExecutor(1) as others:
+        for _ in range(20):
+            ticks = [time.perf_counter()]
+            packing = others.submit(seconds)
+            while not packing.done():
+                ticks.append(time.perf_counter())
+            ticks.append(time.perf_counter())
+            pause = max(b - a for a, b in itertools.pairwise(ticks))
+            longest_pauses.append(pause / packing.result())
+    assert min(longest_pauses) < 0.5
+
+
+@quantised
+def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
+    with torch.inference_mode():
+        tiled = TiledLinear(filled(300, 40, 64, True))
+    linear = filled(300, 40, 64, True, seed=1)
+    with ThreadPoolExecutor(1) as others:
+        others.submit(tiled.take, linear).result()
+    assert_packed(tiled, linear)
+
+
+@quantised
+def test_too_little_room_is_said_and_not_overrun():
+    short, long = filled(300, 40, 32, False), filled(3000, 40, 32, False)
+    with pytest.raises(RuntimeError, match="bytes for"):
+        TiledLinear(short).take(long)
+
+
+@quantised
+def test_products_leave_alone_what_is_on_the_meta_device():
+    model = torch.nn.ModuleList([filled(64, 32, None, False), Linear(64, 32).bfloat16()])
+    model.append(filled(64, 32, 32, False))
+    model[:2].to("meta")
+    cpu_products.use_products(model, torch.bfloat16)
+    assert [type(m) for m in model] == [Int8Linear, Linear, TiledLinear]
+
+
+def test_huge_pages_are_as_large_as_is_asked():
+    for nbytes in (3_000_001, 1000):  # larger than a huge page, and smaller
+        room = cpu_products.huge_pages(nbytes)
+        assert room.shape == (nbytes,)
+        assert room.fill_(7).is_contiguous()
+        if nbytes > 2**21 and hasattr(mmap, "MADV_HUGEPAGE"):
+            assert room.data_ptr() % 2**21 == 0
+
+
 def linear(K: int, N: int, bias: bool) -> Linear:
     generator = torch.Generator().manual_seed(K + N)
     made = Linear(K, N, bias=bias).bfloat16().requires_grad_(False)
@@ -43,6 +245,7 @@ def rows(M: int, K: int) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
 
 
+@dense
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("K, N", [(32, 32), (96, 160), (2048, 64), (100, 64), (64, 40)])
 def test_products_are_exact_to_one_rounding(K: int, N: int, bias: bool):
@@ -57,6 +260,7 @@ def test_products_are_exact_to_one_rounding(K: int, N: int, bias: bool):
         assert (found.double() - exact).abs().max() <= exact.abs().max() / 128
 
 
+@dense
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
     fast, x = FewRowsLinear(linear(2048, 256, False)), rows(16, 2048)
     alone = torch.cat([fast(row) for row in x.split(1)])
@@ -64,11 +268,13 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
         assert torch.equal(fast(x[:M]), alone[:M])
 
 
+@dense
 def test_a_strided_input_is_read_as_it_is():
     fast, x = FewRowsLinear(linear(64, 64, True)), rows(4, 128)
     assert torch.equal(fast(x[:, ::2]), fast(x[:, ::2].contiguous()))
 
 
+@dense
 def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch):
     def kinds() -> set[type]:
         lm = random_model(CONFIG, device="cpu", dtype=torch.bfloat16)

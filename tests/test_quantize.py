@@ -2,7 +2,6 @@
 
 import json
 import math
-import mmap
 import shutil
 from pathlib import Path
 
@@ -140,18 +139,6 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
         bound = x.double().abs() @ weight.t().abs() + layer.bias.double().abs()
         # bfloat16 rounds the result; a block of activations, and for many rows a weight, too.
         assert ((tiled(x).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
-
-
-@tiles
-def test_huge_pages_hold_what_was_put_there():
-    x = torch.randint(256, (300, 9001), dtype=torch.uint8, generator=torch.manual_seed(0))
-    for given in (x, x[:7]):  # larger than a huge page, and smaller
-        moved = cpu_products.on_huge_pages(given)
-        assert torch.equal(moved, given)
-        assert moved.is_contiguous()
-    assert (
-        not hasattr(mmap, "MADV_HUGEPAGE") or cpu_products.on_huge_pages(x).data_ptr() % 2**21 == 0
-    )
 
 
 @pytest.mark.parametrize("groupsize", GROUP_SIZES)

@@ -1,0 +1,245 @@
+"""From the command's options to a Policy, set by hand or found by a plan, and what to say of it.
+
+Start at make_plan. What a model takes is read off its shape alone, so that `--plan` says what a
+machine would do with a model before it is downloaded. The search is in planner.py, the machine's
+measurements in probe.py.
+"""
+
+import argparse
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import Stats, machine_name
+from checkpoint import (
+    DTYPES,
+    Checkpoint,
+    allocate,
+    available_memory,
+    final_dtype,
+    read_json,
+    size_text,
+    stored_tensors,
+    write_whole,
+)
+from command import log, positive
+from decoding import LoadedModel
+from hf import model_args
+from load import (
+    config_dtype,
+    find_cache,
+    find_device,
+    random_filler,
+    skeleton,
+    use_fast_products,
+)
+from model import ModelArgs
+from planner import Planner, Prediction, Sizes, Work
+from policy import TIERS, Policy, Share
+from probe import CACHE, Machine, probe, sample_args
+from quantized import make_scheme
+from ring import META, Layout
+from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+
+RESERVE = 0.1  # of the memory that is free: for all else that runs
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model's shape and kind, and the device that it is for."""
+
+    args: ModelArgs
+    scheme: dict[str, Any] | None
+    dtype: torch.dtype
+    kv_dtype: str | None
+    device: torch.device
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models larger than memory (see README)").add_argument
+    add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
+    add("--plan", action="store_true", help="say where and how fast, and do no more")
+    add("--device_memory", type=nbytes, metavar="BYTES", help="6GB: the most it may take")
+    add("--host_memory", type=nbytes, metavar="BYTES", help="the same of the host's")
+    add("--offload_dir", type=Path, default=Path("offload"), help="on the disk to be used")
+    add(
+        "--percent",
+        type=float,
+        nargs=6,
+        metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
+        help="by hand: weights, cache, activations on device and in host memory; the rest on disk",
+    )
+    add("--gpu_batch_size", type=positive, help="rows that a layer takes at once, by hand")
+    add("--num_gpu_batches", type=positive, default=1, help="of them that share a layer's weights")
+    add("--compress_weight", action="store_true", help="round weights to 4 bits, group size 64")
+    add("--compress_cache", action="store_true", help="the KV cache to 4 bits")
+    add("--cpu_cache_compute", action="store_true", help="attend on the host to a cache there")
+    add("--pin_weight", type=int, choices=[0, 1], default=1, help="pin host memory (default: 1)")
+    add("--overlap", type=int, choices=[0, 1], default=1, help="copy while computing (default: 1)")
+
+
+def nbytes(text: str) -> int:
+    """6GB -> 6000000000; 6GiB -> 6442450944."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
+    """What the command's options name, and its tokenizer. Of a model that has not been downloaded
+    a config.json is enough: prompts are then guessed to be of four characters a token."""
+    dtype, device = DTYPES.get(options.dtype), find_device(options.device)
+    if options.random_weights:
+        config = read_json(options.random_weights)
+        args, stored = model_args(config), config_dtype(config)
+        scheme = make_scheme(options.random_mode) if options.random_mode else None
+        tokenizer = id_tokenizer(args.vocab_size)
+    else:
+        checkpoint = Checkpoint(options.checkpoint_path)
+        args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
+        tokenizer = load_tokenizer(checkpoint.directory)
+    return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
+
+
+def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Prediction:
+    """The policy that the options ask for, and what is expected of it.
+
+    Raises ValueError where it does not fit into memory, saying how much would do.
+    """
+    options.offload_dir.mkdir(parents=True, exist_ok=True)
+    measured = machine(subject, options.offload_dir, not options.percent or options.plan)
+    planner = Planner(sizes(subject), measured, subject.device.type == "cpu")
+    limits = budgets(options, subject.device)
+    start = Policy(
+        pin=bool(options.pin_weight),
+        overlap=bool(options.overlap),
+        cpu_attention=options.cpu_cache_compute,
+        directory=options.offload_dir,
+    )
+    if not options.percent:
+        return planner.choose(work, limits, start, options.batch_size or work.texts)
+    plan = planner.predict(by_hand(start, work, options), work)
+    if short := planner.lacking(plan, limits):
+        raise ValueError(short)
+    return plan
+
+
+def by_hand(start: Policy, work: Work, options: argparse.Namespace) -> Policy:
+    weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
+    return replace(
+        start,
+        weights=weights,
+        cache=cache,
+        activations=activations,
+        micro_batch=options.gpu_batch_size or min(options.batch_size or 16, work.texts),
+        micro_batches=options.num_gpu_batches,
+    )
+
+
+def sizes(subject: Subject) -> Sizes:
+    """Bytes of a model, from its shape alone."""
+    args, item = subject.args, subject.dtype.itemsize
+    stored = {
+        name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
+        for name, (t, _) in stored_tensors(skeleton(args, subject.scheme)).items()
+    }
+    layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
+    rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
+    head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
+    one = find_cache(subject.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), subject.dtype, META)
+    # A CPU's products want quantised weights packed anew: a slot holds them twice.
+    packed = layer * bool(subject.scheme) * (subject.device.type == "cpu")
+    qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
+    return Sizes(
+        layers=args.n_layers,
+        layer=layer,
+        kept=layer,
+        ring=layer + packed,
+        fixed=rest + process_bytes(subject.device),
+        head=head or args.vocab_size * args.embed_dim * item,
+        slot=sum(buffer.nbytes for buffer in one.buffers()),
+        hidden=3 * args.dim * item,
+        within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
+        logits=args.vocab_size * (item + 12),
+    )
+
+
+def process_bytes(device: torch.device) -> int:
+    """What this process takes already, where that is the device's memory."""
+    if device.type != "cpu":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def budgets(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Bytes that may be taken of each tier: as given, or what is free less a reserve."""
+    cpu = torch.device("cpu")
+    given = {"device": options.device_memory, "host": options.host_memory}
+    free = {"host": available_memory(cpu) + process_bytes(cpu), "device": 0}
+    if device.type != "cpu":
+        free["device"] = available_memory(device)
+    limits = {tier: given[tier] or (1 - RESERVE) * free[tier] for tier in free}
+    if device.type == "cpu":
+        limits = {"device": given["device"] or limits["host"]}
+    stat = os.statvfs(options.offload_dir)
+    return limits | {"disk": stat.f_bavail * stat.f_frsize}
+
+
+def machine(subject: Subject, directory: Path, needed: bool) -> Machine | None:
+    """This machine's measurements for a model of that shape: from the cache, or made if needed."""
+    key = machine_name(subject.device), torch.__version__, directory.stat().st_dev, subject
+    file = CACHE / f"probe-{zlib.crc32(repr(key).encode()):08x}.json"
+    if file.is_file():
+        return Machine.from_json(json.loads(file.read_text()))
+    if not needed:
+        return None
+    small = sample_args(subject.args, sizes(subject).layer)
+    model = skeleton(small, subject.scheme)
+    allocate(model, subject.device, subject.dtype, random_filler(subject.device))
+    model.new_cache = find_cache(subject.kv_dtype)
+    use_fast_products(model, subject.dtype)
+    log("measuring this machine, once for this model's shape: about 20 seconds ...")
+    found = probe(model, subject.args, directory)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(found.to_json()))
+    return found
+
+
+def report(plan: Prediction, lm: LoadedModel, stats: Stats) -> Iterator[str]:
+    """What was expected, beside what came."""
+    took = stats.decode_seconds / stats.steps
+    yield f"a step took {took:.4f} s"
+    if plan.step:
+        expected = max(plan.step.values())
+        yield f"expected were {expected:.4f} s, {expected / took:.0%} of that: {plan.binding}"
+
+
+def lines(plan: Prediction) -> Iterator[str]:
+    """What a plan says, for a person."""
+    policy, work = plan.policy, plan.work
+    yield (
+        f"plan: {policy.micro_batches} micro-batches of {policy.micro_batch} rows, prompts of up "
+        f"to {work.prompt} tokens, {work.new} new ones"
+    )
+    for what in ("weights", "cache", "activations"):
+        share = getattr(policy, what)
+        tiers = zip(TIERS, (share.device, share.host, share.disk), strict=True)
+        yield f"  {what:11} " + ", ".join(f"{percent:.1f} % {tier}" for tier, percent in tiers)
+    yield "  memory      " + ", ".join(f"{tier} {size_text(n)}" for tier, n in plan.memory.items())
+    for name, seconds in plan.step.items():
+        mark = ", which it waits for" if name == plan.binding else ""
+        yield f"  {name:11} {plan.prefill[name]:.2f} s of prompts, {seconds:.4f} s of a step{mark}"
+    if plan.step:
+        yield (
+            f"  expected    {plan.rate:.3g} tokens/s; the first after "
+            f"{max(plan.prefill.values()):.2f} s, a block of rows in {plan.latency:.1f} s"
+        )

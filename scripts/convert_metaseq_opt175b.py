@@ -1,0 +1,424 @@
+"""Convert Meta's OPT-175B, as metaseq saved it, to one `model.pth` with its `config.json`.
+
+Start at convert, then MODULES. A model_part is a rank of tensor parallelism: it holds a slice of
+each large tensor and all of the small ones. Both forms of the release are read:
+- checkpoint_last-model_part-{0..7}-shard{0..123}.pt, as downloaded: the tensors of a layer are one
+  flat vector, cut into as many equal pieces as the part has shards, the last ones padded.
+  shard_metadata in each file says which tensors the vector holds.
+- reshard-model_part-{0..7}.pt, as metaseq's reshard_fsdp writes them: the tensors themselves.
+Only headers are read until all is found to fit. Then each tensor is put together from its byte
+ranges and written: the memory needed is that of the two largest tensors.
+
+Based on metaseq (projects/OPT/download_opt175b.md, metaseq/scripts/reshard_*.py) and on fairscale's
+FullyShardedDataParallel, which pads and describes the flat vectors.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import DTYPES, PREPARED, save_checkpoint, size_text, stored_tensors
+from command import exit_code, log, positive
+from formats import Part, pickle_part, read_part
+from hf import model_args, split_name
+from load import skeleton
+from model import LearnedPositions
+
+FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")
+AGAIN = "download it again, and compare its md5sum with metaseq's opt175b_md5sum_shards.csv"
+WHOLE = None  # instead of a dimension: every model_part holds all of the tensor
+# Our module: metaseq's, and the dimensions along which model_parts cut its weight and its bias.
+MODULES = {
+    "tok_embeddings": ("decoder.embed_tokens", 0, WHOLE),
+    "positions": ("decoder.embed_positions", WHOLE, WHOLE),
+    "layers.N.attention.wqkv": ("decoder.layers.N.self_attn.qkv_proj", 0, 0),
+    "layers.N.attention.wo": ("decoder.layers.N.self_attn.out_proj", 1, WHOLE),
+    "layers.N.feed_forward.w1": ("decoder.layers.N.fc1", 0, 0),
+    "layers.N.feed_forward.w2": ("decoder.layers.N.fc2", 1, WHOLE),
+    "layers.N.attention_norm": ("decoder.layers.N.self_attn_layer_norm", WHOLE, WHOLE),
+    "layers.N.ffn_norm": ("decoder.layers.N.final_layer_norm", WHOLE, WHOLE),
+    "norm": ("decoder.layer_norm", WHOLE, WHOLE),
+}
+TABLE, HEAD = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
+UNUSED = {HEAD, "decoder.version"}  # a head is the table again: check_same makes sure
+
+Slices = dict[str, "Slice"]  # of one model_part, by metaseq's names
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a model_part holds of a tensor: the byte ranges of its elements, in their order."""
+
+    shape: tuple[int, ...]
+    ranges: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ranges[0].dtype
+
+    def rows(self, start: int, stop: int) -> "Slice":
+        width = math.prod(self.shape[1:])
+        ranges = cut(self.ranges, start * width, stop * width)
+        return Slice((stop - start, *self.shape[1:]), ranges)
+
+    def read(self) -> Tensor:
+        flat = torch.empty(math.prod(self.shape), dtype=self.dtype)
+        pieces = flat.split([part.numel for part in self.ranges])
+        for part, piece in zip(self.ranges, pieces, strict=True):
+            read_part(part, piece, stage=piece)  # nothing is staged: the dtype is the stored one
+        return flat.view(self.shape)  # (N,) -> the tensor's shape
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of ours lies: slices, to be joined along a dimension."""
+
+    slices: tuple[Slice, ...]
+    dim: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.slices[0].dtype
+
+    @property
+    def widths(self) -> list[int]:
+        return [piece.shape[self.dim] for piece in self.slices]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.slices[0].shape
+        return *shape[: self.dim], sum(self.widths), *shape[self.dim + 1 :]
+
+    def read(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        for hole, piece in zip(out.split(self.widths, self.dim), self.slices, strict=True):
+            hole.copy_(piece.read())
+        return out
+
+
+def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | None) -> Path:
+    """Write target/model.pth and target/config.json. Raises ValueError, OSError."""
+    files = find_files(folder)
+    firsts = [shards[0] for shards in files]  # what messages name of each model_part
+    with tqdm(total=sum(map(len, files)), unit="file", desc="headers", delay=1) as bar:
+        parts = [index_part(shards, bar) for shards in files]
+    check_alike(parts, firsts)
+    config = make_config(parts, firsts[0], heads)
+    sources = find_sources(parts, firsts[0], config)
+    tensors = {
+        name: torch.empty(source.shape, dtype=dtype or source.dtype, device="meta")
+        for name, source in sources.items()
+    }
+    config["dtype"] = str(tensors["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    log(f"{folder}: {len(files)} model_parts of {len(files[0])} files, {len(tensors)} tensors")
+    log(f"{target / PREPARED}: {size_text(nbytes)} to write")
+    check_same(parts, firsts, sources)
+    target.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=nbytes, unit="B", unit_scale=True) as bar:
+        values = read_all(sources, tensors, bar)
+        save_checkpoint(target / PREPARED, config, None, tensors, values)
+    write_config(target / "config.json", config)
+    log(
+        "the release has no tokenizer: put vocab.json, merges.txt, tokenizer_config.json and "
+        f"special_tokens_map.json of any facebook/opt-* model into {target}"
+    )
+    return target / PREPARED
+
+
+def read_all(
+    sources: dict[str, Source], tensors: dict[str, Tensor], bar: tqdm
+) -> Iterator[tuple[str, Tensor]]:
+    for name, source in sources.items():
+        yield name, source.read()
+        bar.update(tensors[name].nbytes)
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def find_files(folder: Path) -> list[list[Path]]:
+    """The files of each model_part, in the order of their shards."""
+    matches = [m for file in sorted(folder.glob("*.pt")) if (m := FILE.fullmatch(file.name))]
+    if not matches:
+        raise FileNotFoundError(
+            f"{folder} holds no *-model_part-*.pt: give the folder with the files that Meta "
+            "released, or that metaseq's reshard_fsdp wrote"
+        )
+    if len(prefixes := {m["prefix"] for m in matches}) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(sorted(prefixes))}: leave only one there")
+    found: dict[tuple[int, int], Path] = {}
+    for m in matches:
+        key = int(m["part"]), int(m["shard"] or 0)
+        if key in found:
+            raise ValueError(f"{folder}: {found[key].name} and {m[0]} are one shard: leave one")
+        found[key] = folder / m[0]
+    n_parts, n_shards = (1 + max(numbers) for numbers in zip(*found, strict=True))
+    grid = [[(part, shard) for shard in range(n_shards)] for part in range(n_parts)]
+    if absent := [key for row in grid for key in row if key not in found]:
+        listed = ", ".join(f"model_part-{part}-shard{shard}" for part, shard in absent[:5])
+        raise FileNotFoundError(
+            f"{folder} lacks {listed}{' and others' if len(absent) > 5 else ''}: metaseq's "
+            "download_opt175b.sh -c goes on where a download stopped"
+        )
+    return [[found[key] for key in row] for row in grid]
+
+
+def index_part(files: list[Path], bar: tqdm) -> Slices:
+    """What the files of a model_part hold, and where."""
+    headers = []
+    for file in files:
+        headers.append(read_header(file))
+        bar.update()
+    if "param_metadata" in (headers[0].get("shard_metadata") or {}):
+        return index_flat(files, headers)
+    model = headers[0]["model"]
+    if len(files) > 1 or any("flat_param" in name for name in model):
+        raise ValueError(
+            f"{files[0]} holds flat vectors and no shard_metadata, which alone says what lies "
+            "where: convert the files as they were downloaded, or reshard with --unflatten-weights"
+        )
+    parts = [stored(files[0], model, name) for name in model]
+    return {part.name: Slice(part.shape, (part,)) for part in parts}
+
+
+def index_flat(files: list[Path], headers: list[dict[str, Any]]) -> Slices:
+    """The same, where each file holds a piece of each flat vector."""
+    slices = {}
+    layouts = [flat_vectors(header.get("shard_metadata") or {}) for header in headers]
+    for vector, (shapes, _) in layouts[0].items():
+        pieces: list[Part] = []
+        for file, header, layout in zip(files, headers, layouts, strict=True):
+            piece = stored(file, header["model"], vector)
+            theirs, padding = layout.get(vector, ({}, 0))
+            if theirs != shapes or piece.dtype != (pieces or [piece])[0].dtype:
+                raise ValueError(f"{file} and {files[0].name} disagree on {vector}: {AGAIN}")
+            pieces += cut([piece], 0, piece.numel - padding)
+        ends = list(accumulate(map(math.prod, shapes.values()), initial=0))
+        total = sum(piece.numel for piece in pieces)
+        if total != ends[-1]:
+            raise ValueError(
+                f"{files[0].parent}: the shards up to {files[-1].name} hold {total} numbers of "
+                f"{vector} and should hold {ends[-1]}: download the shards that are missing"
+            )
+        for (name, shape), (start, stop) in zip(shapes.items(), pairwise(ends), strict=True):
+            slices[name] = Slice(shape, cut(pieces, start, stop))
+    return slices
+
+
+def flat_vectors(metadata: dict[str, Any]) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
+    """Flat vector -> the shapes of the tensors in it, in their order, and this file's padding."""
+    vectors = {}
+    for module in metadata.get("param_metadata", ()):
+        path = module["fsdp_path"] and module["fsdp_path"] + "."
+        for name, said in module["params"].items():
+            names = [path + tensor for tensor in said["names"]]
+            shapes = dict(zip(names, map(tuple, said["shapes"]), strict=True))
+            vectors[path + name] = shapes, said["padding"]
+    return vectors
+
+
+def cut(parts: Iterable[Part], start: int, stop: int) -> tuple[Part, ...]:
+    """The byte ranges of elements start to stop of a vector that lies in parts."""
+    ranges, begin = [], 0  # where the part begins in the vector
+    for part in parts:
+        low, high = max(start, begin), min(stop, begin + part.numel)
+        if low < high:
+            offset = part.offset + (low - begin) * part.dtype.itemsize
+            ranges.append(replace(part, offset=offset, shape=(high - low,)))
+        begin += part.numel
+    return tuple(ranges)
+
+
+class Opaque:
+    """Instead of any class that a file names: its code is not run, nor even looked for.
+
+    Beside the weights lie the settings of the training, whose classes need not be installed.
+    """
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """All that the file holds but the tensors' bytes: the tensors are on the meta device."""
+    try:
+        unknown = set(get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
+        with safe_globals([argparse.Namespace, *((Opaque, name) for name in unknown)]):
+            header = torch.load(file, map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler fed garbage raises whatever it stumbles over
+        raise ValueError(f"{file} cannot be read, it is truncated or corrupt: {AGAIN}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("model"), dict):
+        raise ValueError(f"{file} has no 'model': it was not saved by metaseq")
+    return header
+
+
+def stored(file: Path, model: dict[str, Any], name: str) -> Part:
+    tensor = model.get(name)
+    part = pickle_part(name, file, tensor) if isinstance(tensor, Tensor) else None
+    if part is None or part.offset < 0:
+        raise ValueError(f"{file} does not hold {name} as a contiguous tensor: {AGAIN}")
+    return part
+
+
+def check_alike(parts: list[Slices], files: list[Path]) -> None:
+    """Raises ValueError naming a tensor of which model_parts hold slices of different shapes."""
+    for slices, file in zip(parts, files, strict=True):
+        for name in sorted(parts[0].keys() | slices.keys()):
+            first, other = describe(parts[0].get(name)), describe(slices.get(name))
+            if first != other:
+                raise ValueError(f"{name} is {other} in {file}, but {first} in {files[0]}: {AGAIN}")
+
+
+def describe(piece: Slice | None) -> str:
+    return f"{list(piece.shape)} {piece.dtype}" if piece else "absent"
+
+
+def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str, Any]:
+    """Hugging Face's keys. Shapes say most of it; the settings in the file say the rest."""
+    said = settings(read_header(file))
+    rows, dim = need(parts[0], TABLE, file).shape
+    width = need(parts[0], "decoder.layers.0.self_attn.out_proj.weight", file).shape[1]
+    if len(parts) != dim // width:
+        raise FileNotFoundError(
+            f"{file.parent} holds {len(parts)} of {dim // width} model_parts: download the others"
+        )
+    heads = heads or said.get("decoder_attention_heads")
+    if not heads or dim % heads:
+        raise ValueError(
+            f"{file}: {dim} channels cannot be those of {heads or 'an unknown number of'} heads: "
+            "give --heads, which is 96 for OPT-175B"
+        )
+    layers = [int(layer) for _, layer, _ in map(split_name, parts[0]) if layer]
+    positions = need(parts[0], "decoder.embed_positions.weight", file).shape[0]
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": rows * len(parts),  # with padding: 50272, as in the other OPTs
+        "hidden_size": dim,
+        "num_hidden_layers": said.get("decoder_layers") or 1 + max(layers),
+        "num_attention_heads": heads,
+        "ffn_dim": need(parts[0], "decoder.layers.0.fc1.weight", file).shape[0] * len(parts),
+        "max_position_embeddings": positions - LearnedPositions.OFFSET,
+        "activation_function": said.get("activation_fn") or "relu",
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def settings(header: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of the model's shape: in "cfg", or in "args" as fairseq's files did."""
+
+    def fields(value: Any) -> dict[str, Any]:
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        return value if isinstance(value, dict) else {}
+
+    return fields(fields(header.get("cfg")).get("model")) or fields(header.get("args"))
+
+
+def need(slices: Slices, name: str, file: Path) -> Slice:
+    if name not in slices:
+        raise ValueError(f"{file} lacks {name}, which an OPT has: {AGAIN}")
+    return slices[name]
+
+
+def find_sources(parts: list[Slices], file: Path, config: dict[str, Any]) -> dict[str, Source]:
+    """Our tensor names -> where they lie. ValueError unless all is there and of the right shape."""
+    sources, left = {}, set(parts[0]) - UNUSED
+    for ours, (tensor, _) in stored_tensors(skeleton(model_args(config), None)).items():
+        name, dim = place(ours)
+        first = need(parts[0], name, file)
+        sources[ours] = source = join([slices[name] for slices in parts], name, dim)
+        if source.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} is {describe(first)} in {file}, {list(source.shape)} of all model_parts, "
+                f"and should be {list(tensor.shape)}: {AGAIN}"
+            )
+        left.discard(name)
+    if left:
+        raise ValueError(f"{file} holds {min(left)}, which an OPT-175B has not: it cannot be run")
+    return sources
+
+
+def place(ours: str) -> tuple[str, int | None]:
+    """metaseq's name of a tensor of ours, and the dimension along which model_parts cut it."""
+    module, layer, kind = split_name(ours)
+    theirs, weight_dim, bias_dim = MODULES[module]
+    return f"{theirs.replace('N', layer)}.{kind}", bias_dim if kind == "bias" else weight_dim
+
+
+def join(slices: list[Slice], name: str, dim: int | None) -> Source:
+    if dim is WHOLE:
+        return Source((slices[0],), 0)
+    if ".qkv_proj." in name:
+        # In spite of its name, a slice is the keys' rows, the values', then the queries'.
+        rows = slices[0].shape[0] // 3
+        slices = [s.rows(i * rows, (i + 1) * rows) for i in (2, 0, 1) for s in slices]
+    return Source(tuple(slices), dim)
+
+
+def check_same(parts: list[Slices], files: list[Path], ours: Iterable[str]) -> None:
+    """Raises ValueError where model_parts disagree on a whole tensor, or a head is not the table.
+
+    These are small, and read before the long work so that it does not end in this.
+    """
+    whole = [name for name, dim in map(place, ours) if dim is WHOLE]
+    for slices, file in zip(parts, files, strict=True):
+        if HEAD in slices and not same(slices[HEAD], slices[TABLE]):
+            raise ValueError(f"{file}: {HEAD} is not {TABLE}, which an OPT-175B uses: {AGAIN}")
+        for name in whole:
+            if not same(parts[0][name], slices[name]):
+                raise ValueError(f"{name} is not the same in {files[0]} and {file}: {AGAIN}")
+
+
+def same(a: Slice, b: Slice) -> bool:
+    """Up to float16's rounding: metaseq's own scripts warn of a difference, and take one part's."""
+    return a.shape == b.shape and torch.allclose(a.read(), b.read(), rtol=1e-3, atol=1e-5)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="metaseq's files")
+    parser.add_argument("--output_dir", type=Path, help="default: checkpoint_dir")
+    parser.add_argument("--heads", type=positive, help="default: as the files say; OPT-175B has 96")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    folder, dtype = args.checkpoint_dir, DTYPES.get(args.dtype)
+    return exit_code(
+        "convert_metaseq_opt175b.py",
+        lambda: print(convert(folder, args.output_dir or folder, args.heads, dtype)),
+        "stopped; nothing was written",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
