@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpu_products import TiledLinear
-from model import KVCache, Transformer
+from model import KVCache, Rotation, Transformer
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -62,6 +62,37 @@ def compiled_view(
     # this large begins a chunk of its own, which has room for all that it calls.
     view.__code__ = view.__code__.replace(co_stacksize=FRAME)
     return view
+
+
+def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
+    """One graph for all blocks of a model whose layers come and go, called as (block, its inputs).
+
+    Their weights are inputs of it, so that neither another block nor another slot compiles anew.
+    """
+
+    def call(block: nn.Module, *given: Any) -> Tensor:
+        return block(*given)
+
+    settings = compiler_settings(model, device, Shortcuts(), cuda_graphs=False)
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(call, fullgraph=True, dynamic=False, **settings)
+
+    def run(
+        block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
+    ) -> Tensor:
+        x, mask, pos = (t.clone(memory_format=torch.contiguous_format) for t in (x, mask, pos))
+        torch._dynamo.mark_dynamic(mask, 3)
+        if x.shape[1] > 1:
+            for tensor, dimension in (
+                (x, 1),
+                (mask, 2),
+                (pos, 1),
+                *((t, 1) for t in rotation or ()),
+            ):
+                torch._dynamo.mark_dynamic(tensor, dimension)
+        return compiled(block, x, rotation, mask, pos, cache)
+
+    return run
 
 
 class Shortcuts:

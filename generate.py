@@ -83,7 +83,7 @@ def generate(
     sampler = Sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
     live = set() if live is None else live
-    live |= set(range(B))
+    live.update(range(B))
     given = lm, [*prompts, *[prompts[-1]] * idle], caches, past, sampler
     if lm.draft:
         steps = speculative_steps(*given, room.copy(), live)
@@ -144,13 +144,13 @@ def complete(
     raised, are those of `generate`.
     """
     completions = [Completion(lm.tokenizer, prompt, config) for prompt in prompts]
-    live, open_rows = set(), set(range(len(prompts)))
+    live, growing = set(), set(range(len(prompts)))
 
     def end(rows: list[int]) -> None:
         for row in rows:
             if text := completions[row].close():
                 on_text(row, text)
-        open_rows.difference_update(rows)
+        growing.difference_update(rows)
         if rows:
             on_end(rows, completions)
 
@@ -163,18 +163,18 @@ def complete(
                     on_text(row, text)
                 if completions[row].finish_reason == "stop":
                     live.discard(row)
-            end(sorted(open_rows - live))
+            end(sorted(growing - live))
     except KeyboardInterrupt:
         if not interruptible:
             raise
-        end(sorted(open_rows))
+        end(sorted(growing))
     return completions
 
 
 def run_prompts(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
-    """Every prompt num_samples times, in batches, to stdout or as lines of JSON to --output."""
+    """Every prompt num_samples times, in batches, to stdout or, as each ends, to --output."""
     prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
     check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
     todo = jobs.make_jobs(prompts, args.num_samples)

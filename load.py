@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, allocate, check_memory, read_json
-from compiled import compiled_view, compiler_imported
+from compiled import compiled_block, compiled_view, compiler_imported
 from cpu_products import use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
@@ -157,9 +157,12 @@ def make_ready(
     # While there are weights to round:
     copy = self_copy(model, draft) if draft in SELF_BITS else None
     use_fast_products(model, model.tok_embeddings.weight.dtype)
-    lm = make_views(model, tokenizer, **views)
     if policy:
-        lm = replace(lm, new_caches=partial(place_caches, policy))
+        if views["compile"]:
+            model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
+        lm = LoadedModel(model, model, model, tokenizer, new_caches=partial(place_caches, policy))
+    else:
+        lm = make_views(model, tokenizer, **views)
     if draft is None:
         return lm
     pace = Pace(speculate_k)

@@ -30,7 +30,7 @@ from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Sto
 
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
-Source = tuple[Store, list[tuple[int, int, int]]]  # offsets there and in a slab, and bytes
+Source = tuple[Store, dict[str, int]]  # where each tensor of a layer is
 
 
 class Streamed(NamedTuple):
@@ -50,6 +50,7 @@ class StreamedLayers(nn.ModuleList):
         self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
     ):
         super().__init__(layers)
+        self.run: Callable[..., Tensor] = lambda block, *given: block(*given)  # or compiled
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
@@ -66,8 +67,8 @@ class StreamedLayers(nn.ModuleList):
             for j in self._moving
             if self.tiers[j] == "host"
         }
-        self._sources: dict[int, Source] = {
-            j: (HostMemory(slab), [(0, 0, len(slab))]) for j, slab in self._slabs.items()
+        self.sources: dict[int, Source] = {
+            j: (HostMemory(slab), self.layout.offsets) for j, slab in self._slabs.items()
         }
 
     def home(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
@@ -75,19 +76,19 @@ class StreamedLayers(nn.ModuleList):
         place = name.split(".", 2)
         j = int(place[1]) if place[0] == "layers" else None
         if j in self._slabs:
-            return self.layout.views(self._slabs[j])[place[2]]
+            return self.layout.of(self.layout.cut(self._slabs[j]))[place[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
         return None if on_disk else torch.empty(shape, dtype=dtype, device=self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
         """Make the ring. Layers that no file has as they are go to a scratch file, by `fill`."""
-        on_disk = [j for j in self._moving if j not in self._sources]
+        on_disk = [j for j in self._moving if j not in self.sources]
         found = {j: source for j in on_disk if (source := self._in_file(j, stored))}
-        self._sources |= found
+        self.sources |= found
         self._write_scratch([j for j in on_disk if j not in found], fill)
-        slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
+        self.slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
         self._courier, self._packer = Courier(self.device, "weights"), Courier(self.device, "pack")
-        self._ring = Ring(self._moving, slots, self._fetch, self.policy.overlap)
+        self._ring = Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""
@@ -103,7 +104,7 @@ class StreamedLayers(nn.ModuleList):
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
         if j == 0 and self.policy.activations.device < 100:
             x = Parked(x, self.policy)
-        zigzag(block, self.policy.micro_batch, x, *given)
+        zigzag(partial(self.run, block), self.policy.micro_batch, x, *given)
         return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
 
     def report(self) -> tuple[float, float]:
@@ -111,24 +112,23 @@ class StreamedLayers(nn.ModuleList):
         return self._courier.seconds, self._ring.waited
 
     def _in_file(self, j: int, stored: Stored) -> Source | None:
-        tensors, ranges, files = self.layout.tensors, [], set()
-        for name, at in self.layout.offsets.items():
-            file, offset = stored(f"layers.{j}.{name}", tensors[name].dtype) or (None, 0)
-            files.add(file)
-            ranges.append((offset, at, whole_blocks(tensors[name].nbytes)))
+        tensors = self.layout.tensors.items()
+        places = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
+        files = {file for file, _ in places.values()}
         if None in files or len(files) > 1:
             return None
-        return self._read(DirectFile(files.pop())), ranges
+        return self._read(DirectFile(files.pop())), {n: at for n, (_, at) in places.items()}
 
     def _write_scratch(self, layers: Sequence[int], fill: Fill) -> None:
-        nbytes = self.layout.nbytes
+        nbytes, offsets = self.layout.nbytes, self.layout.offsets
         scratch = ScratchFile(self.policy.directory, len(layers) * nbytes) if layers else None
-        slab = page_aligned(nbytes, CPU)
+        parts = self.layout.allocate(CPU)
         for n, j in enumerate(layers):
-            for name, tensor in self.layout.views(slab).items():
+            for name, tensor in self.layout.of(parts).items():
                 fill(f"layers.{j}.{name}", tensor)
-            scratch.write([(n * nbytes, slab)])
-            self._sources[j] = self._read(scratch), [(n * nbytes, 0, nbytes)]
+            places = {name: n * nbytes + at for name, at in offsets.items()}
+            scratch.write([(places[name], part) for name, part in parts.items()])
+            self.sources[j] = self._read(scratch), places
 
     def _read(self, file: DirectFile) -> Store:
         if self.device.type == "cpu":
@@ -136,8 +136,8 @@ class StreamedLayers(nn.ModuleList):
         return Staged(file, page_aligned(self.layout.nbytes, CPU, self.policy.pins(self.device)))
 
     def _slot(self) -> Slot:
-        slab, block = page_aligned(self.layout.nbytes, self.device), copy.deepcopy(self._meta[0])
-        for name, tensor in self.layout.views(slab).items():
+        parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta[0])
+        for name, tensor in self.layout.of(parts).items():
             give(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
@@ -147,11 +147,11 @@ class StreamedLayers(nn.ModuleList):
             for name, module in block.named_modules()
             if isinstance(module, TiledLinear)
         ]
-        return Slot(slab, Streamed(block, tiled))
+        return Slot(parts, Streamed(block, tiled))
 
     def _fetch(self, j: int, slot: Slot) -> Future:
-        store, ranges = self._sources[j]
-        pieces = [(offset, slot.slab[at : at + size]) for offset, at, size in ranges]
+        store, places = self.sources[j]
+        pieces = [(places[name], part) for name, part in slot.parts.items()]
         read = self._courier.send(lambda: store.read(pieces), slot.used)
 
         def pack() -> None:
@@ -164,7 +164,7 @@ class StreamedLayers(nn.ModuleList):
 
 
 def zigzag(
-    block: nn.Module,
+    block: Callable[..., Tensor],
     g: int,
     x: Tensor,
     rotation: Rotation,

@@ -20,15 +20,16 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from disk import Pieces, whole_blocks
+from disk import Pieces, page_aligned, whole_blocks
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 Item = TypeVar("Item", bound=Hashable)
+Parts = dict[str, Tensor]  # bytes by the names of tensors
 Fence = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
 
 
 class Layout:
-    """Where tensors lie in a slab of bytes: each begins a block of the disk's."""
+    """Where tensors lie in memory or in a file: each begins a block of the disk's."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """tensors: of these shapes and dtypes, on any device."""
@@ -41,12 +42,20 @@ class Layout:
             self.offsets[name] = self.nbytes
             self.nbytes += whole_blocks(tensor.nbytes)
 
-    def views(self, slab: Tensor) -> dict[str, Tensor]:
-        """The tensors in a slab, (nbytes,) uint8."""
-        places = ((name, self.offsets[name], t) for name, t in self.tensors.items())
-        return {
-            name: slab[at : at + t.nbytes].view(t.dtype).view(t.shape) for name, at, t in places
-        }
+    def allocate(self, device: torch.device) -> Parts:
+        """Memory for all of them, of each by itself: a compiler must not take two for one."""
+        sizes = {name: whole_blocks(tensor.nbytes) for name, tensor in self.tensors.items()}
+        return {name: page_aligned(size, device) for name, size in sizes.items()}
+
+    def cut(self, slab: Tensor) -> Parts:
+        """The parts of one piece of memory."""
+        ends = (at + whole_blocks(self.tensors[name].nbytes) for name, at in self.offsets.items())
+        return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
+
+    def of(self, parts: Parts) -> dict[str, Tensor]:
+        """The tensors that parts hold."""
+        pairs = self.tensors.items()
+        return {n: parts[n][: t.nbytes].view(t.dtype).view(t.shape) for n, t in pairs}
 
 
 class Store(Protocol):
@@ -130,7 +139,7 @@ class Courier:
 class Slot:
     """Memory on the device, and what is made of it: a block, or a cache."""
 
-    slab: Tensor
+    parts: Parts
     holds: Any
     used: Fence = None  # what was last computed with it
     stored: Future | None = None  # its contents on their way back to where they belong

@@ -22,7 +22,7 @@ from torch import Tensor
 from disk import BLOCK, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Transformer
 from policy import CACHE_SLOTS, Policy
-from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
+from ring import CPU, META, Courier, HostMemory, Layout, Parts, Ring, Slot, Staged, Store, fence
 
 
 @dataclass(eq=False)
@@ -144,22 +144,22 @@ class TieredCaches(Sequence["TieredCache"]):
             for stored in (slot.stored, cell.stored):  # the slot's last contents; this cell's
                 if stored:
                     stored.result()
-            cell.store.read(self._pieces(cell, slot.slab, 0, cell.filled))
+            cell.store.read(self._pieces(cell, slot.parts, 0, cell.filled))
 
         return self._in.send(bring, slot.used)
 
     def _store(self, cell: Cell, slot: Slot, first: int) -> None:
-        pieces = self._pieces(cell, slot.slab, first, cell.filled)
+        pieces = self._pieces(cell, slot.parts, first, cell.filled)
         cell.stored = slot.stored = self._out.send(lambda: cell.store.write(pieces), slot.used)
 
-    def _pieces(self, cell: Cell, slab: Tensor, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """The bytes of some slots, of each tensor, in whole blocks: what a slab holds beside them
+    def _pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
+        """The bytes of some slots, of each tensor, in whole blocks: what parts hold beside them
         is either what the store holds there too, or nothing yet."""
         pieces = []
         for name, at in self.layout.offsets.items():
             start = first * self._slot_bytes[name] // BLOCK * BLOCK
             stop = whole_blocks(end * self._slot_bytes[name])
-            pieces.append((cell.base + at + start, slab[at + start : at + stop]))
+            pieces.append((cell.base + at + start, parts[name][start:stop]))
         return pieces
 
     def _cells(self) -> list[Cell]:
@@ -173,12 +173,12 @@ class TieredCaches(Sequence["TieredCache"]):
         cells, on_disk = [], 0
         for tier in self.tiers:
             if tier == "device":
-                cells.append(Cell(self._cache(page_aligned(nbytes, self.device))))
+                cells.append(Cell(self._resident(self.device)))
             elif tier == "disk":
                 cells.append(Cell(store=file, base=on_disk * nbytes))
                 on_disk += 1
             elif self.policy.cpu_attention:
-                cells.append(Cell(self._cache(page_aligned(nbytes, CPU))))
+                cells.append(Cell(self._resident(CPU)))
             else:
                 cells.append(Cell(store=HostMemory(page_aligned(nbytes, CPU, pin))))
         return cells
@@ -187,16 +187,20 @@ class TieredCaches(Sequence["TieredCache"]):
         """Whether cells that move are used in host memory, where files can be read to."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
-    def _slot(self) -> Slot:
-        slab = page_aligned(self.layout.nbytes, CPU if self._host_reads() else self.device)
-        return Slot(slab, self._cache(slab))
+    def _resident(self, device: torch.device) -> KVCache:
+        return self._cache(self.layout.allocate(device), device)
 
-    def _cache(self, slab: Tensor) -> KVCache:
+    def _slot(self) -> Slot:
+        device = CPU if self._host_reads() else self.device
+        parts = self.layout.allocate(device)
+        return Slot(parts, self._cache(parts, device))
+
+    def _cache(self, parts: Parts, device: torch.device) -> KVCache:
         """A cache in that memory."""
         cache = self._new_cache()
-        for name, tensor in self.layout.views(slab).items():  # (S, g, ...) each
+        for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
             cache._buffers[name] = tensor.transpose(0, 1)
-        return cache if slab.device == self.device else AttendsThere(cache)
+        return cache if device == self.device else AttendsThere(cache)
 
 
 class TieredCache:

@@ -1,0 +1,296 @@
+"""Rows that have ended leave: the others are moved together, and their texts stay what they are."""
+
+import copy
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import decoding
+from completion import Completion
+from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
+from generate import GenerationConfig, complete, generate
+from load import load_model
+from model import KVCache
+from policy import Policy, Share
+from sampling import Sampler
+from tiered_cache import TieredCaches, tiered_caches
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = (
+    "Once upon a time",
+    "Lily",
+    "Tim and his dog saw a big red ball. They",
+    "One day, a little",
+    "The sun was hot",
+    "A cat",
+    "Mom said that it was time to",
+    "In the garden there was a frog. It",
+)
+LONG = 5  # the row whose prompt nearly fills the context
+LIMIT = 48
+GREEDY = GenerationConfig(max_new_tokens=LIMIT, temperature=0)
+SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, seed=3)
+DEVICE, HOST, DISK = Share(100, 0), Share(0, 100), Share(0, 0)
+CONFIGS = pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+DEMOS = pytest.mark.parametrize("name", ["demo", "demo-opt"])
+POLICIES: dict[str, dict[str, Any]] = {
+    "device": {"cache": DEVICE, "micro_batch": 3},
+    "host": {"cache": HOST, "micro_batch": 2},
+    "disk": {"cache": DISK, "micro_batch": 2},
+    "all, waiting": {"cache": Share(30, 30), "micro_batch": 2, "overlap": False},
+    "all": {"cache": Share(40, 30), "micro_batch": 1},
+    "attention there": {"cache": Share(30, 40), "micro_batch": 3, "cpu_attention": True},
+    "weights too": {"cache": Share(20, 40), "weights": Share(0, 50), "micro_batch": 3},
+    "int8": {"cache": Share(30, 30), "micro_batch": 2, "kv_dtype": "int8"},
+}
+
+
+def demo(name: str, **options) -> LoadedModel:
+    return load_model(ROOT / "checkpoints" / name, device="cpu", dtype=torch.float32, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Prompts whose texts end at very different times, and what each gets alone."""
+
+    lm: LoadedModel
+    given: list[list[int]]
+    config: GenerationConfig
+    wanted: list[tuple]
+
+    def ended(self, lm: LoadedModel) -> LoadedModel:
+        """A model with the ids that end a text here."""
+        return dataclasses.replace(lm, tokenizer=self.lm.tokenizer)
+
+
+@functools.cache
+def case(name: str, config: GenerationConfig, kv: str | None = None) -> Case:
+    lm = demo(name, kv_dtype=kv)
+    given, context = [lm.tokenizer.encode(text) for text in TEXTS], lm.model.args.context
+    given[LONG] = (given[2] * context)[: context - 20]  # ends with the context, after 20
+    free = complete(lm, given, dataclasses.replace(config, ignore_eos=True))
+
+    def alone_in(row: int, items: list, has: Callable[[Completion, Any], bool]) -> Any:
+        others = free[:row] + free[row + 1 :]
+        return next(item for item in items if not any(has(other, item) for other in others))
+
+    tokenizer = copy.copy(lm.tokenizer)
+    tokenizer.eos_ids = tuple(
+        alone_in(row, free[row].ids[start:], lambda c, i: i in c.ids)
+        for row, start in ((0, 3), (3, 9), (6, 16))
+    )
+    stops = []
+    for row, start in ((1, 5), (7, 60)):
+        pieces = [free[row].text[n : n + 5] for n in range(start, len(free[row].text) - 5)]
+        stops.append(alone_in(row, pieces, lambda c, piece: piece in c.text))
+    config, lm = (
+        dataclasses.replace(config, stop=tuple(stops)),
+        dataclasses.replace(lm, tokenizer=tokenizer),
+    )
+    wanted = [told(complete(lm, [p], config, rows=[row]))[0] for row, p in enumerate(given)]
+    return Case(lm, given, config, wanted)
+
+
+def told(completions: list[Completion]) -> list[tuple]:
+    return [(c.ids, c.text, c.finish_reason) for c in completions]
+
+
+class Widths:
+    """How many rows each call of a model computes."""
+
+    def __init__(self, lm: LoadedModel):
+        self.seen: list[int] = []
+        self._hook = lm.model.register_forward_pre_hook(
+            lambda module, given: self.seen.append(len(given[0]))
+        )
+
+    def __enter__(self) -> list[int]:
+        return self.seen
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+
+@CONFIGS
+@DEMOS
+def test_rows_that_end_leave_and_the_others_get_what_they_get_alone(
+    name: str, config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
+):
+    early = case(name, config)
+    lengths = {len(ids) for ids, _, _ in early.wanted}
+    assert {reason for _, _, reason in early.wanted} == {"eos", "stop", "length"}
+    assert len(lengths) > 4 and {20, LIMIT} <= lengths and min(lengths) < 10
+    with Widths(early.lm) as moved:
+        assert told(complete(early.lm, early.given, early.config)) == early.wanted
+    monkeypatch.setattr(decoding, "ENDED", 2.0)
+    with Widths(early.lm) as never:
+        assert told(complete(early.lm, early.given, early.config)) == early.wanted
+    assert set(never) == {len(TEXTS)} and len(moved) == len(never)
+    assert moved == sorted(moved, reverse=True) and moved[0] == len(TEXTS) > 2 * moved[-1]
+    assert len(set(moved)) > 2
+
+
+@pytest.mark.parametrize("tiers", POLICIES)
+@CONFIGS
+@DEMOS
+def test_rows_leave_caches_on_any_tier(
+    name: str, config: GenerationConfig, tiers: str, tmp_path: Path
+):
+    options = dict(POLICIES[tiers])
+    kv = options.pop("kv_dtype", None)
+    early = case(name, config, kv)
+    policy = Policy(**options, micro_batches=4, directory=tmp_path)
+    lm = early.ended(demo(name, policy=policy, kv_dtype=kv))
+    caches = lm.make_caches(len(TEXTS), lm.model.args.context)
+    with Widths(lm) as widths:
+        assert told(complete(lm, early.given, early.config, caches=caches)) == early.wanted
+    assert widths[-1] <= len(TEXTS) / 2
+    assert widths == sorted(widths, reverse=True)
+    # All of the caches again, in another order; a part of them; and all once more.
+    for rows in (range(7, -1, -1), range(3), range(8)):
+        given, wanted = [early.given[row] for row in rows], [early.wanted[row] for row in rows]
+        assert told(complete(lm, given, early.config, caches=caches, rows=rows)) == wanted
+
+
+def test_cells_of_rows_that_have_ended_are_not_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    early = case("demo", GREEDY)
+    policy = Policy(cache=Share(0, 50), micro_batch=2, micro_batches=4, directory=tmp_path)
+    lm = early.ended(demo("demo", policy=policy))
+    brought: list[list[object]] = [[]]
+    fetch = TieredCaches._fetch
+
+    def counted(caches: TieredCaches, cell: object, slot: object) -> object:
+        brought[-1].append(cell)
+        return fetch(caches, cell, slot)
+
+    monkeypatch.setattr(TieredCaches, "_fetch", counted)
+    for _ in generate(lm, early.given, early.config):
+        brought.append([])
+    layers = lm.model.args.n_layers
+    assert len(brought[1]) == 4 * layers
+    assert len(set(brought[-2])) == len(brought[-2]) <= 2 * layers
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_prompts_than_the_caches_have_rows_are_computed_alone(rows: int):
+    early = case("demo", GREEDY)
+    caches = early.lm.make_caches(8, 512)
+    with Widths(early.lm) as widths:
+        found = told(complete(early.lm, early.given[:rows], early.config, caches=caches))
+    assert found == early.wanted[:rows]
+    assert max(widths) == rows
+
+
+def test_a_compiled_step_keeps_its_rows():
+    """Each number of rows would be compiled anew."""
+    early = case("demo", GREEDY)
+    like_compiled = dataclasses.replace(early.lm, decode=lambda *given: early.lm.model(*given))
+    caches = early.lm.make_caches(9, 512)
+    with Widths(early.lm) as widths:
+        found = told(complete(like_compiled, early.given, early.config, caches=caches))
+    assert found == early.wanted
+    assert set(widths) == {9}
+
+
+@CONFIGS
+@DEMOS
+def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
+    """As on a GPU, where a step is launched before the one before it is read."""
+    early = case(name, config)
+    live, rows = set(range(len(TEXTS))), range(len(TEXTS))
+    ends = [len(ids) for ids, _, _ in early.wanted]
+    caches = early.lm.make_caches(len(TEXTS), 512)
+    found: list[list[int]] = [[] for _ in TEXTS]
+    widths = []
+    with torch.inference_mode():
+        sampler = Sampler(config, rows, early.lm.device)
+        steps = launched_steps(early.lm, early.given, caches, 0, sampler, LIMIT, live)
+        for computed, read in launched_ahead(steps):
+            widths.append(len(computed))
+            for row, ids in zip(computed, read(), strict=True):
+                found[row] += ids
+            live -= {row for row in live if len(found[row]) == ends[row]}
+    ids = [ids for ids, _, _ in early.wanted]
+    assert [new[:end] for new, end in zip(found, ends, strict=True)] == ids
+    assert widths[0] == len(TEXTS) > 2 * widths[-1]
+
+
+def test_rows_are_moved_when_it_pays():
+    assert [worth_moving(8, going, 1) for going in (8, 7, 6, 1)] == [False, False, True, True]
+    assert worth_moving(2, 1, 1) and not worth_moving(1, 1, 1)
+    # In micro-batches of 4, what remains of one costs as much as all of it.
+    assert [worth_moving(8, going, 4) for going in (6, 5, 4, 1)] == [False, False, True, True]
+    assert not worth_moving(12, 10, 4) and worth_moving(12, 8, 4) and not worth_moving(4, 1, 4)
+    assert [worth_moving(100, going, 10) for going in (90, 76, 75)] == [False, False, True]
+
+
+def filled(caches: Sequence[KVCache], pos: torch.Tensor, draw: random.Random) -> list[torch.Tensor]:
+    """Write noise to pos, (B, T), of every layer; returns it, k and v of each: (2, B, T, G, E)."""
+    noise = [torch.randn(2, *pos.shape, 4, 32) * draw.uniform(1, 9) for _ in caches]
+    for cache, (k, v) in zip(caches, noise, strict=True):
+        for rows in parts(cache, pos):
+            with cache.opened(rows, pos) as part:
+                part.update(pos[rows], k[rows], v[rows], 1)
+    return noise
+
+
+def held(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
+    """What is at pos, (B, T): (2, B, T, G, E) of each layer."""
+    found = []
+    for cache in caches:
+        kv = []
+        for rows in parts(cache, pos):
+            with cache.opened(rows, pos[:, -1:]) as part:
+                at = torch.arange(len(pos[rows])).unsqueeze(1), pos[rows]
+                kv.append(torch.stack([part._buffers[name][at] for name in "kv"]))
+        found.append(torch.cat(kv, dim=1))
+    return found
+
+
+def parts(cache: KVCache, pos: torch.Tensor) -> Iterator[slice]:
+    g = cache.grain
+    return (slice(n, min(n + g, len(pos))) for n in range(0, len(pos), g))
+
+
+@pytest.mark.parametrize("seed", range(60))
+@torch.inference_mode()
+def test_any_rows_of_caches_on_any_tiers_can_be_kept(seed: int, tmp_path: Path):
+    """Whatever is kept, again and again, with steps between; and all of the caches afterwards."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    device = draw.choice([0, 30, 90, 100])
+    policy = Policy(
+        cache=Share(device, draw.choice([0, 0.5, 1]) * (100 - device)),
+        micro_batch=draw.randint(1, 5),
+        overlap=draw.random() < 0.7,
+        directory=tmp_path,
+    )
+    model, rows, length = demo("demo").model, draw.randint(1, 16), 40
+    caches = whole = tiered_caches(model, policy, rows, length)
+    for _ in range(2):
+        caches, count = whole, rows
+        for cache in caches:
+            cache.keep(0)
+        ends = torch.tensor([draw.randint(1, 20) for _ in range(rows)])
+        pos = torch.arange(21).expand(rows, -1)
+        wanted = filled(caches, pos, draw)
+        for n in range(21, 40):
+            if count > 1 and draw.random() < 0.4:
+                kept = sorted(draw.sample(range(count), draw.randint(1, count)))
+                caches, count = [cache.compacted(kept, n) for cache in caches], len(kept)
+                wanted, ends = [kv[:, kept] for kv in wanted], ends[kept]
+            pos = torch.full((count, 1), n)
+            new = filled(caches, pos, draw)
+            wanted = [torch.cat(pair, dim=2) for pair in zip(wanted, new, strict=True)]
+            assert {cache.rows for cache in caches} == {count}
+        found = held(caches, torch.arange(40).expand(count, -1))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)

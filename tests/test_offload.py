@@ -1,0 +1,278 @@
+"""Offload: any mix of tiers gives the tokens of the model in memory, and faults are clear."""
+
+import dataclasses
+import errno
+import os
+import random
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from checkpoint import Checkpoint, save_checkpoint
+from generate import GenerationConfig, complete
+from load import LoadedModel, load_model, random_model
+from policy import TIERS, Policy, Share
+from quantize import quantize
+from quantized import make_scheme
+from ring import Slot
+from tiered_cache import Cell, TieredCaches
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMOS = ("demo", "demo-opt")
+SEED = 20261122
+POLICIES = 40  # of each family
+GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, seed=3)
+TEXTS = (
+    "Once upon a time",
+    "Lily",
+    "Tim and his dog saw a big red ball. They",
+    "One day, a little",
+    "The sun was",
+    "A cat named Tom liked to",
+    "Mom said",
+    "In the forest there lived a",
+    "Ben",
+)
+
+
+def demo(name: str, **options) -> LoadedModel:
+    options = {"device": "cpu", "dtype": torch.float32} | options
+    return load_model(ROOT / "checkpoints" / name, **options)
+
+
+@pytest.fixture(scope="module", params=DEMOS)
+def resident(request: pytest.FixtureRequest) -> tuple[str, LoadedModel]:
+    return request.param, demo(request.param)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a model.pth, whose layers are read in place, as no other file's are."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source = Checkpoint(ROOT / "checkpoints" / "demo")
+    tensors = {name: source.read(name, torch.float32) for name in source.records}
+    save_checkpoint(folder / "model.pth", source.config, None, tensors)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source.directory / name, folder)
+    return folder
+
+
+def ids(lm: LoadedModel, config: GenerationConfig = GREEDY, texts=TEXTS, **options) -> list:
+    prompts = [lm.tokenizer.encode(text) for text in texts]
+    return [c.ids for c in complete(lm, prompts, config, **options)]
+
+
+def some_share(draw: random.Random) -> Share:
+    """All on one tier, or any mix."""
+    if draw.random() < 0.4:
+        return draw.choice([Share(100, 0), Share(0, 100), Share(0, 0)])
+    device = draw.uniform(0, 100)
+    return Share(device, draw.uniform(0, 100 - device))
+
+
+def some_policy(draw: random.Random, directory: Path) -> Policy:
+    return Policy(
+        weights=some_share(draw),
+        cache=some_share(draw),
+        activations=some_share(draw),
+        micro_batch=draw.randint(1, 4),
+        micro_batches=draw.randint(2, 5),
+        cpu_attention=draw.random() < 0.5,
+        overlap=draw.random() < 0.8,
+        directory=directory,
+    )
+
+
+@pytest.mark.parametrize("number", range(POLICIES))
+def test_any_policy_gives_the_tokens_of_the_model_in_memory(
+    resident: tuple[str, LoadedModel], number: int, tmp_path: Path
+):
+    name, lm = resident
+    draw = random.Random(SEED + number)
+    policy = some_policy(draw, tmp_path)
+    texts = draw.sample(TEXTS, draw.randint(policy.micro_batch + 1, len(TEXTS)))
+    print(policy, texts)
+    assert ids(demo(name, policy=policy), texts=texts) == ids(lm, texts=texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tier_and_choice_is_among_the_policies():
+    policies = [some_policy(random.Random(SEED + n), Path()) for n in range(POLICIES)]
+    for what in ("weights", "cache", "activations"):
+        for tier in TIERS:
+            assert sum(tier in getattr(p, what).tiers(12) for p in policies) > POLICIES / 4
+    moving = [p for p in policies if p.cache.device < 100]
+    assert {p.cpu_attention for p in moving} == {p.overlap for p in moving} == {True, False}
+
+
+def test_the_texts_show_batches_that_are_mixed_up(
+    resident: tuple[str, LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As in FlexGen, where a micro-batch attended to what the next one had brought."""
+    name, lm = resident
+    fetch = TieredCaches._fetch
+
+    def of_the_next(self: TieredCaches, cell: Cell, slot: Slot) -> Future:
+        cells = self._ring._order
+        return fetch(self, cells[(cells.index(cell) + 1) % len(cells)], slot)
+
+    policy = Policy(cache=Share(0, 100), micro_batch=3, micro_batches=3, directory=tmp_path)
+    monkeypatch.setattr(TieredCaches, "_fetch", of_the_next)
+    wrong = ids(demo(name, policy=policy))
+    assert all(a != b for a, b in zip(wrong, ids(lm), strict=True))
+
+
+MIXED = Policy(Share(30, 30), Share(30, 30), Share(50, 25), micro_batch=2, micro_batches=5)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("name", DEMOS)
+def test_quantised_caches_move_as_others_do(name: str, kv_dtype: str | None, tmp_path: Path):
+    policy = dataclasses.replace(MIXED, directory=tmp_path)
+    assert ids(demo(name, kv_dtype=kv_dtype, policy=policy)) == ids(demo(name, kv_dtype=kv_dtype))
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", DEMOS)
+def test_drafts_compiled_blocks_and_sampling_over_moving_layers(
+    name: str, config: GenerationConfig, tmp_path: Path
+):
+    wanted, policy = ids(demo(name), config), dataclasses.replace(MIXED, directory=tmp_path)
+    assert ids(demo(name, policy=policy), config) == wanted
+    assert ids(demo(name, policy=policy, draft="ngram"), config) == wanted
+    assert ids(demo(name, policy=policy, draft=demo(name), speculate_k=3), config) == wanted
+    assert ids(demo(name, policy=policy, compile=True), config) == wanted
+
+
+def test_one_graph_serves_every_layer_and_every_slot(tmp_path: Path):
+    policy = dataclasses.replace(MIXED, directory=tmp_path)
+    lm = demo("demo", policy=policy, compile=True)
+    ids(lm)
+    before = counters["stats"]["unique_graphs"]
+    data = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
+    ids(lm, texts=TEXTS[::-1])
+    assert counters["stats"]["unique_graphs"] == before
+    after = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
+    assert data == after
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_layers_move_packed(scheme: str, tmp_path: Path):
+    """bfloat16, which the packed products take: the same bits, as the batch is the same."""
+    config = ROOT / "checkpoints" / "demo" / "config.json"
+    options = {"device": "cpu", "dtype": torch.bfloat16, "scheme": make_scheme(scheme)}
+    policy = dataclasses.replace(MIXED, directory=tmp_path, micro_batch=3)
+    prompts = torch.randint(500, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    policy = dataclasses.replace(policy, micro_batches=1)
+    moving, still = (random_model(config, policy=p, **options) for p in (policy, None))
+    given = prompts, GREEDY
+    assert [c.ids for c in complete(moving, *given)] == [c.ids for c in complete(still, *given)]
+
+
+def test_compressed_weights_are_those_that_quantize_writes(tmp_path: Path):
+    policy = dataclasses.replace(MIXED, directory=tmp_path, compress_weight=True)
+    moving = demo("demo", policy=policy)
+    file = tmp_path / "model.pth"
+    source = Checkpoint(ROOT / "checkpoints" / "demo")
+    quantize(source, make_scheme("int4", 64, head="dense"), file)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source.directory / name, tmp_path)
+    assert ids(moving) == ids(load_model(file, device="cpu", dtype=torch.float32))
+
+
+def test_a_conversation_goes_on_from_moving_caches(tmp_path: Path):
+    policy = dataclasses.replace(MIXED, directory=tmp_path, micro_batch=1, micro_batches=1)
+    still, moving = demo("demo"), demo("demo", policy=policy)
+    answers = []
+    for lm in (still, moving):
+        caches, text, held, said = lm.make_caches(1, 300), [], 0, []
+        for turn in TEXTS[:4]:
+            text += lm.tokenizer.encode(turn)
+            (answer,) = complete(lm, [text], GREEDY, caches=caches, past=held)
+            held = len(text) + len(answer.ids) - 1
+            text += answer.ids
+            said.append(answer.ids)
+        answers.append(said)
+    assert answers[0] == answers[1]
+
+
+def test_a_prepared_file_is_read_in_place(prepared: Path, tmp_path: Path):
+    policy = Policy(Share(0, 0), micro_batches=2, directory=tmp_path / "never")
+    lm = load_model(prepared, device="cpu", policy=policy)
+    assert not policy.directory.exists()
+    assert {s.path for s, _ in lm.model.layers.sources.values()} == {prepared / "model.pth"}
+    assert ids(lm) == ids(demo("demo"))
+
+
+def test_without_o_direct_the_page_cache_serves(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    really = os.open
+
+    def refuse(path: Path, flags: int, *more: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        return really(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    policy = Policy(Share(0, 0), Share(0, 0), micro_batches=2, directory=tmp_path)
+    lm = load_model(prepared, device="cpu", policy=policy)
+    assert not any(store.direct for store, _ in lm.model.layers.sources.values())
+    assert ids(lm) == ids(demo("demo"))
+
+
+def test_a_file_cut_short_is_an_error(prepared: Path, tmp_path: Path):
+    folder = tmp_path / "cut"
+    shutil.copytree(prepared, folder)
+    policy = Policy(Share(0, 0), overlap=False, directory=tmp_path)
+    lm = load_model(folder, device="cpu", policy=policy)
+    os.truncate(folder / "model.pth", (folder / "model.pth").stat().st_size // 2)
+    with pytest.raises(ValueError, match="cut short"):
+        ids(lm)
+
+
+def test_a_disk_that_fails_is_an_error_and_the_next_run_is_right(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy = Policy(Share(0, 0), Share(0, 0), micro_batch=3, micro_batches=3, directory=tmp_path)
+    lm = load_model(prepared, device="cpu", policy=policy)
+    wanted, really, calls = ids(lm), os.preadv, []
+
+    def failing(*given: Any) -> int:
+        calls.append(given)
+        if len(calls) == 40:
+            raise OSError(errno.EIO, "Input/output error")
+        return really(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            ids(lm)
+    assert ids(lm) == wanted
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="free"):
+        demo("demo", policy=Policy(Share(0, 0), directory=tmp_path))
+
+
+@pytest.mark.parametrize("count", [1, 7, 22, 96])
+def test_shares_are_honoured_to_within_one(count: int):
+    draw = random.Random(SEED)
+    for _ in range(100):
+        share = some_share(draw)
+        shares = dict(zip(TIERS, (share.device, share.host, share.disk), strict=True))
+        for tier, percent in shares.items():
+            assert abs(share.tiers(count).count(tier) - percent * count / 100) < 1.01
+    with pytest.raises(ValueError, match="more than 100"):
+        Share(60, 50)
