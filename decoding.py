@@ -63,6 +63,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     draft: Draft | None = None
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
+    sweep: int | None = None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +197,7 @@ def prefill(
     width = max(map(len, prompts)) - past
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
-    chunk = max(1, PREFILL_TOKENS // len(prompts))
+    chunk = max(1, (lm.sweep or PREFILL_TOKENS) // len(prompts))
     logits = None
     for n in range(len(caches)):
         caches[n].keep(past)

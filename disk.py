@@ -44,6 +44,9 @@ class DirectFile:
         if hasattr(self, "_file"):
             os.close(self._file)
 
+    def fileno(self) -> int:
+        return self._file
+
     def read(self, pieces: Pieces) -> None:
         """Fill the bytes from the file; what lies beyond its end stays as it is.
 

@@ -69,6 +69,7 @@ def load_model(
     each, before anything large is allocated.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
+    policy = None if policy and policy.plain else policy
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     views = {"compile": compile, "compile_prefill": compile_prefill}
@@ -110,6 +111,7 @@ def random_model(
     scheme: how its linears are quantised, see quantized.make_scheme; None: they are dense.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
+    policy = None if policy and policy.plain else policy
     config = read_json(Path(config_file))
     args, fill = model_args(config), random_filler(target)
     tokenizer = id_tokenizer(args.vocab_size)
@@ -160,7 +162,8 @@ def make_ready(
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
-        lm = LoadedModel(model, model, model, tokenizer, new_caches=partial(place_caches, policy))
+        place = {"new_caches": partial(place_caches, policy), "sweep": policy.sweep}
+        lm = LoadedModel(model, model, model, tokenizer, **place)
     else:
         lm = make_views(model, tokenizer, **views)
     if draft is None:

@@ -24,7 +24,7 @@ from checkpoint import final_dtype, give, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
 from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
-from policy import CHUNK, WEIGHT_SLOTS, Policy
+from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
 from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
 
@@ -50,6 +50,7 @@ class StreamedLayers(nn.ModuleList):
         self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
     ):
         super().__init__(layers)
+        self._files: dict[Path, Store] = {}
         self.run: Callable[..., Tensor] = lambda block, *given: block(*given)  # or compiled
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
@@ -87,7 +88,9 @@ class StreamedLayers(nn.ModuleList):
         self.sources |= found
         self._write_scratch([j for j in on_disk if j not in found], fill)
         self.slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
-        self._courier, self._packer = Courier(self.device, "weights"), Courier(self.device, "pack")
+        # Two layers at a time: as the requests for one come to an end, those for the next are there.
+        self._courier = Courier(self.device, "weights", WEIGHT_SLOTS)
+        self._packer = Courier(self.device, "pack")
         self._ring = Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
@@ -104,7 +107,7 @@ class StreamedLayers(nn.ModuleList):
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
         if j == 0 and self.policy.activations.device < 100:
             x = Parked(x, self.policy)
-        zigzag(partial(self.run, block), self.policy.micro_batch, x, *given)
+        zigzag(partial(self.run, block), self.policy, x, *given)
         return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
 
     def report(self) -> tuple[float, float]:
@@ -114,26 +117,32 @@ class StreamedLayers(nn.ModuleList):
     def _in_file(self, j: int, stored: Stored) -> Source | None:
         tensors = self.layout.tensors.items()
         places = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
-        files = {file for file, _ in places.values()}
-        if None in files or len(files) > 1:
+        paths = {path for path, _ in places.values()}
+        if None in paths or len(paths) > 1:
             return None
-        return self._read(DirectFile(files.pop())), {n: at for n, (_, at) in places.items()}
+        path = paths.pop()
+        if path not in self._files:
+            self._files[path] = self._reader(DirectFile(path))
+        return self._files[path], {n: at for n, (_, at) in places.items()}
 
     def _write_scratch(self, layers: Sequence[int], fill: Fill) -> None:
-        nbytes, offsets = self.layout.nbytes, self.layout.offsets
-        scratch = ScratchFile(self.policy.directory, len(layers) * nbytes) if layers else None
-        parts = self.layout.allocate(CPU)
+        if not layers:
+            return
+        nbytes, parts = self.layout.nbytes, self.layout.allocate(CPU)
+        scratch = ScratchFile(self.policy.directory, len(layers) * nbytes)
+        reader = self._reader(scratch)
         for n, j in enumerate(layers):
             for name, tensor in self.layout.of(parts).items():
                 fill(f"layers.{j}.{name}", tensor)
-            places = {name: n * nbytes + at for name, at in offsets.items()}
+            places = {name: n * nbytes + at for name, at in self.layout.offsets.items()}
             scratch.write([(places[name], part) for name, part in parts.items()])
-            self.sources[j] = self._read(scratch), places
+            self.sources[j] = reader, places
 
-    def _read(self, file: DirectFile) -> Store:
+    def _reader(self, file: DirectFile) -> Store:
         if self.device.type == "cpu":
             return file
-        return Staged(file, page_aligned(self.layout.nbytes, CPU, self.policy.pins(self.device)))
+        pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_SLOTS])
+        return Staged(file, [page_aligned(self.layout.nbytes, CPU, pin) for _ in range(count)])
 
     def _slot(self) -> Slot:
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta[0])
@@ -165,7 +174,7 @@ class StreamedLayers(nn.ModuleList):
 
 def zigzag(
     block: Callable[..., Tensor],
-    g: int,
+    policy: Policy,
     x: Tensor,
     rotation: Rotation,
     mask: Tensor,
@@ -173,9 +182,9 @@ def zigzag(
     cache: KVCache,
 ) -> None:
     """A layer, called as a block is, for all rows of x, (B, T, D), which it overwrites: one
-    micro-batch after the other, and of that as many rows at once as are CHUNK tokens."""
-    B, T, _ = x.shape
-    step = max(1, min(g, CHUNK // T))
+    micro-batch after the other, and of that as many rows at once as have a chunk of tokens."""
+    (B, T, _), g = x.shape, policy.micro_batch
+    step = max(1, min(g, policy.chunk // T))
     for first in range(0, B, g):
         end = min(first + g, B)
         with cache.opened(slice(first, end), pos) as cell:

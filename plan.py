@@ -124,6 +124,7 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
         overlap=bool(options.overlap),
         cpu_attention=options.cpu_cache_compute,
         directory=options.offload_dir,
+        chunk=512 if subject.device.type == "cpu" else 4096,
     )
     if not options.percent:
         return planner.choose(work, limits, start, options.batch_size or work.texts)
@@ -230,10 +231,15 @@ def lines(plan: Prediction) -> Iterator[str]:
         f"plan: {policy.micro_batches} micro-batches of {policy.micro_batch} rows, prompts of up "
         f"to {work.prompt} tokens, {work.new} new ones"
     )
-    for what in ("weights", "cache", "activations"):
-        share = getattr(policy, what)
-        tiers = zip(TIERS, (share.device, share.host, share.disk), strict=True)
-        yield f"  {what:11} " + ", ".join(f"{percent:.1f} % {tier}" for tier, percent in tiers)
+    activations = policy.activations.counts(policy.micro_batches)
+    realised = {
+        "weights": plan.split.weights,
+        "cache": plan.split.cache,
+        "activations": activations,
+    }
+    for what, counts in realised.items():
+        shares = (f"{100 * n / sum(counts):.1f} % {t}" for n, t in zip(counts, TIERS, strict=True))
+        yield f"  {what:11} " + ", ".join(shares)
     yield "  memory      " + ", ".join(f"{tier} {size_text(n)}" for tier, n in plan.memory.items())
     for name, seconds in plan.step.items():
         mark = ", which it waits for" if name == plan.binding else ""

@@ -18,9 +18,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from checkpoint import size_text
-from policy import CACHE_SLOTS, CHUNK, TIERS, WEIGHT_SLOTS, Policy, Share
+from decoding import visible_slots
+from policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from probe import Machine
 
+LONGEST = 2**20  # slots
+SWEEPS = 1024, 4096, 16384  # prompt tokens, the same
 COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # of micro-batches, that are tried
 
 
@@ -63,6 +66,7 @@ class Prediction:
 
     policy: Policy
     work: Work
+    split: Split  # the policy's shares, as they are realised
     memory: dict[str, float]
     prefill: dict[str, float]
     step: dict[str, float]
@@ -100,13 +104,13 @@ class Planner:
         )
         memory = self.memory(policy, split, work)
         times = self.times(policy, split, work) if self.machine else ({}, {})
-        return Prediction(policy, work, memory, *times)
+        return Prediction(policy, work, split, memory, *times)
 
     def times(
         self, policy: Policy, split: Split, work: Work
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds by resource, of all prompts of a block and of one step."""
-        tokens = max(1, min(work.prompt, CHUNK // policy.micro_batch))  # of a row in a sweep
+        tokens = max(1, min(work.prompt, policy.sweep // policy.rows))  # of a row in a sweep
         sweep = self.busy(policy, split, tokens, work.prompt / 2)
         sweeps = math.ceil(work.prompt / tokens)
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
@@ -124,7 +128,8 @@ class Planner:
         seen = g * tokens * slots
         stays = policy.cpu_attention  # in the host's memory, where queries come to
         per_pair = machine.per_slot if tokens == 1 else machine.per_pair
-        products = sizes.layers * K * machine.products(g * tokens)
+        pieces = math.ceil(g * tokens / policy.chunk)
+        products = sizes.layers * K * pieces * machine.products(g * tokens / pieces)
         away = (cells_host + cells_disk) * stays
         fetched = cells_host * (not stays)
         seconds = {
@@ -149,11 +154,12 @@ class Planner:
     def memory(self, policy: Policy, split: Split, work: Work) -> dict[str, float]:
         """Bytes by tier, at most: linear in the split, as long as anything moves."""
         sizes, g, K = self.sizes, policy.micro_batch, policy.micro_batches
-        cell = g * (work.prompt + work.new) * sizes.slot
+        cell = self.cell(policy, work)
         moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-        rings = moving[0] * WEIGHT_SLOTS * sizes.ring + moving[1] * CACHE_SLOTS * cell
-        chunk = min(CHUNK, max(g, g * work.prompt))
-        computed = chunk * (K * sizes.hidden + sizes.within) + g * K * sizes.logits
+        rings = np.dot(moving, self.rings(policy, work))
+        sweep = max(min(policy.sweep, g * K * work.prompt), g * K)
+        chunk = max(min(policy.chunk, sweep), g)
+        computed = sweep * sizes.hidden + chunk * sizes.within + g * K * sizes.logits
         totals = {
             tier: layers * sizes.layer + cells * cell
             for tier, layers, cells in zip(TIERS, split.weights, split.cache, strict=True)
@@ -165,6 +171,15 @@ class Planner:
         else:  # what is read from disk passes through it
             totals["host"] += sizes.layer + cell
         return totals
+
+    def cell(self, policy: Policy, work: Work) -> int:
+        """Bytes of a cell of the cache."""
+        slots = visible_slots(work.prompt + work.new, LONGEST) + 1
+        return policy.micro_batch * slots * self.sizes.slot
+
+    def rings(self, policy: Policy, work: Work) -> tuple[int, int]:
+        """Bytes of the ring of layers, and of that of cells."""
+        return WEIGHT_SLOTS * self.sizes.ring, CACHE_SLOTS * self.cell(policy, work)
 
     def choose(self, work: Work, budgets: dict[str, float], start: Policy, most: int) -> Prediction:
         """The policy within budgets, bytes by tier, that makes the most tokens per second.
@@ -182,47 +197,63 @@ class Planner:
     def groupings(self, start: Policy, most: int) -> Iterator[Policy]:
         for g in {min(1 << n, most) for n in range(most.bit_length() + 1)}:
             for K in (k for k in COUNTS if g * (k - 1) < most):
-                for attend in {False, not self.one_memory}:
-                    grouped = {"micro_batch": g, "micro_batches": K, "cpu_attention": attend}
-                    yield replace(start, **grouped)
+                grouped = replace(start, micro_batch=g, micro_batches=K)
+                for sweep in SWEEPS:
+                    for attend in {False, not self.one_memory}:
+                        yield replace(grouped, sweep=sweep, cpu_attention=attend)
 
     def plans(self, policy: Policy, work: Work, budgets: dict[str, float]) -> Iterator[Prediction]:
-        """The best split for a grouping, if any fits: as fractions, then in whole layers and
-        cells, of which one more may find room where others were cut down."""
+        """Splits for a grouping that fit: all on the device, and what linear programs say where
+        weights, or the cache, or both of them move."""
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
-        split = self.best_split(policy, work, budgets)
-        weights = shares_near(split.weights, layers) if split else []
-        caches = shares_near(split.cache, cells) if split else []
-        for weight, cache in [(Share(), Share()), *itertools.product(weights, caches)]:
+        shares = [(Share(), Share())]
+        for still in ((False, False), (True, False), (False, True)):
+            if split := self.best_split(policy, work, budgets, still):
+                weights = self.shares_near(split.weights, layers)
+                shares += itertools.product(weights, self.shares_near(split.cache, cells))
+        for weight, cache in shares:
             plan = self.predict(replace(policy, weights=weight, cache=cache), work)
             if all(plan.memory[tier] <= budgets[tier] for tier in plan.memory):
                 yield plan
 
-    def best_split(self, policy: Policy, work: Work, budgets: dict[str, float]) -> Split | None:
+    def best_split(
+        self, policy: Policy, work: Work, budgets: dict[str, float], still: tuple[bool, bool]
+    ) -> Split | None:
         """A linear program: of layers and cells on each tier, and the seconds of a block's prompts
-        and of a step, which no resource may exceed. None: nothing fits."""
+        and of a step, which no resource may exceed. None: nothing fits.
+
+        still: whether all weights, or all of the cache, stay on the device and need no ring.
+        """
         from scipy.optimize import linprog  # takes a third of a second: not before it is needed
 
         def needed(units: Sequence[float]) -> np.ndarray:
             """Seconds of the prompts and of a step by resource, and bytes by tier, of a split."""
             split = Split(tuple(units[:3]), tuple(units[3:]))
             prompts, step = self.times(policy, split, work)
-            return np.array(
-                [*prompts.values(), *step.values(), *self.memory(policy, split, work).values()]
-            )
+            memory = self.memory(policy, split, work)
+            return np.array([*prompts.values(), *step.values(), *memory.values()])
 
         base = needed([0.0] * 6)
         slopes = [needed(unit) - base for unit in np.eye(6)]  # all of it is linear
         resources = (len(base) - len(budgets)) // 2
         within = np.array([0.0] * 2 * resources + list(budgets.values()))
+        within[2 * resources] += np.dot(still, self.rings(policy, work))
         longest = np.zeros((len(base), 2))  # which of the two times holds for a resource
         longest[:resources, 0] = longest[resources : 2 * resources, 1] = -1
+        counts = self.sizes.layers, self.sizes.layers * policy.micro_batches
+        bounds = [(0, None)] * 8
+        for kind in (0, 1):
+            for tier in (1, 2):
+                # The host's memory is the device's, if that is the CPU.
+                if still[kind] or (tier == 1 and self.one_memory):
+                    bounds[3 * kind + tier] = 0, 0
         solved = linprog(
             [0] * 6 + [1, work.new - 1],
             A_ub=np.column_stack([*slopes, longest]),
             b_ub=within - base,
             A_eq=[[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]],
-            b_eq=[self.sizes.layers, self.sizes.layers * policy.micro_batches],
+            b_eq=counts,
+            bounds=bounds,
         )
         return Split(tuple(solved.x[:3]), tuple(solved.x[3:6])) if solved.success else None
 
@@ -237,9 +268,9 @@ class Planner:
         remedy = "allow more, or give fewer or shorter texts"
         return f"this needs {'; and '.join(short)}: {remedy}" if short else None
 
-
-def shares_near(counts: tuple[float, ...], total: int) -> list[Share]:
-    """In whole numbers: rounded down, and with one more on the device or in host memory."""
-    device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)
-    whole = itertools.product((device, device + 1), (host, host + 1))
-    return [Share(100 * d / total, 100 * h / total) for d, h in whole if d + h <= total]
+    def shares_near(self, counts: tuple[float, ...], total: int) -> list[Share]:
+        """In whole numbers: rounded down, and with one more on the device or in host memory."""
+        device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)
+        hosts = (host,) if self.one_memory else (host, host + 1)
+        whole = itertools.product((device, device + 1), hosts)
+        return [Share(100 * d / total, 100 * h / total) for d, h in whole if d + h <= total]

@@ -16,7 +16,6 @@ import torch
 
 TIERS = ("device", "host", "disk")
 WEIGHT_SLOTS, CACHE_SLOTS = 2, 3  # of the rings of offload.py and tiered_cache.py
-CHUNK = 4096  # tokens that go through a layer at once: bounds what it computes in between
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Policy:
     """How a model that is larger than its device's memory is run.
 
     micro_batch: rows that a layer takes at once; micro_batches: how many of them share a layer's
-    weights. compress_weight: dense weights are rounded to 4 bits, in groups of 64. cpu_attention:
+    weights. chunk: prompt tokens that a layer takes at once; sweep: those that share its weights.
+    compress_weight: dense weights are rounded to 4 bits, in groups of 64. cpu_attention:
     attention over a cache that is not on the device is computed on the host. pin: host memory that
     a GPU copies from without a detour. overlap: what is needed next is brought while computing.
     directory: where scratch files go, which have no names.
@@ -70,6 +70,8 @@ class Policy:
     activations: Share = Share()
     micro_batch: int = 4
     micro_batches: int = 1
+    chunk: int = 512
+    sweep: int = 4096
     compress_weight: bool = False
     cpu_attention: bool = False
     pin: bool = True
@@ -82,9 +84,11 @@ class Policy:
         return self.micro_batch * self.micro_batches
 
     @property
-    def all_on_device(self) -> bool:
+    def plain(self) -> bool:
+        """Whether it is what a model does without one."""
         shares = self.weights, self.cache, self.activations
-        return all(share.device == 100 for share in shares)
+        grouped = self.micro_batches > 1 or self.compress_weight
+        return not grouped and all(share.device == 100 for share in shares)
 
     def pins(self, device: torch.device) -> bool:
         return self.pin and device.type == "cuda"

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -82,29 +83,38 @@ class HostMemory:
 
 
 class Staged:
-    """A file for a device that no file can be read into; `stage` is memory between the two."""
+    """A file for a device that no file can be read into: bytes pass through one of its stages."""
 
-    def __init__(self, file: Store, stage: Tensor):
-        self.file, self.stage = file, stage
+    def __init__(self, file: Store, stages: Sequence[Tensor]):
+        self.file, self._stages = file, SimpleQueue()
+        for stage in stages:
+            self._stages.put(stage)
 
     def read(self, pieces: Pieces) -> None:
-        places = self._places(pieces)
-        self.file.read([(offset, stage) for offset, _, stage in places])
-        for _, piece, stage in places:
-            piece.copy_(stage, non_blocking=True)
+        with self._staged(pieces) as places:
+            self.file.read([(offset, stage) for offset, _, stage in places])
+            for _, piece, stage in places:
+                piece.copy_(stage, non_blocking=True)
 
     def write(self, pieces: Pieces) -> None:
-        places = self._places(pieces)
-        for _, piece, stage in places:
-            stage.copy_(piece)
-        self.file.write([(offset, stage) for offset, _, stage in places])
+        with self._staged(pieces) as places:
+            for _, piece, stage in places:
+                stage.copy_(piece)
+            self.file.write([(offset, stage) for offset, _, stage in places])
 
-    def _places(self, pieces: Pieces) -> list[tuple[int, Tensor, Tensor]]:
-        places, at = [], 0
+    @contextlib.contextmanager
+    def _staged(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+        """Each piece with its place in a stage, which is free for others when copies are done."""
+        stage, places, at = self._stages.get(), [], 0
         for offset, piece in pieces:
-            places.append((offset, piece, self.stage[at : at + len(piece)]))
+            places.append((offset, piece, stage[at : at + len(piece)]))
             at += len(piece)
-        return places
+        try:
+            yield places
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+        finally:
+            self._stages.put(stage)
 
 
 def fence(device: torch.device) -> Fence:
@@ -112,10 +122,10 @@ def fence(device: torch.device) -> Fence:
 
 
 class Courier:
-    """A thread that moves bytes while others compute."""
+    """A thread, or several, that moves bytes while others compute."""
 
-    def __init__(self, device: torch.device, name: str):
-        self._thread = ThreadPoolExecutor(1, name)
+    def __init__(self, device: torch.device, name: str, threads: int = 1):
+        self._thread = ThreadPoolExecutor(threads, name)
         self.seconds = 0.0  # at work
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

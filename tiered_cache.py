@@ -122,7 +122,7 @@ class TieredCaches(Sequence["TieredCache"]):
         """The ring, over the cells of the first K micro-batches."""
         if self._in_ring != K:
             for courier in (self._in, self._out):
-                courier.send(lambda: None).result()  # after it nothing is on its way
+                courier.send(lambda: None).result()  # one thread: all it was sent before is there
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
             slots, waited = self._slots[: len(moving)], self._ring.waited
             self._ring = Ring(moving, slots, self._fetch, self.policy.overlap)
@@ -168,7 +168,7 @@ class TieredCaches(Sequence["TieredCache"]):
         if count:
             scratch = ScratchFile(self.policy.directory, count * nbytes)
             file = (
-                scratch if self._host_reads() else Staged(scratch, page_aligned(nbytes, CPU, pin))
+                scratch if self._host_reads() else Staged(scratch, [page_aligned(nbytes, CPU, pin)])
             )
         cells, on_disk = [], 0
         for tier in self.tiers:

@@ -1,0 +1,221 @@
+"""Models larger than memory: rates beside the disk's own, and what was expected beside what came.
+
+    python benchmarks/offload.py stream     decoding from disk, beside raw reads of the same file
+    python benchmarks/offload.py predict    many policies: tokens/s expected, and achieved
+    python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
+    python benchmarks/offload.py resident   nothing offloaded, beside the plain path
+
+Start at MODES. Weights are random, of TinyLlama-1.1B's shape unless --config says otherwise. What
+is compared takes turns, every run is whole, and ceilings are measured in the same run. What peers do
+in half the memory is in offload_peers.py.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from bench import provenance
+from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
+from checkpoint import read_json
+from disk import page_aligned
+from generate import GenerationConfig, generate
+from hf import model_args
+from load import LoadedModel, config_dtype, random_model
+from plan import Planner, Subject, Work, machine, sizes
+from policy import Policy, Share
+
+CPU = torch.device("cpu")
+SEED = 20261122
+REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
+
+
+def run(lm: LoadedModel, rows: int, length: int, new: int) -> list[float]:
+    """Seconds of the prompts, then of each step; greedy, prompts of random ids."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(lm.model.args.vocab_size, (rows, length), generator=generator).tolist()
+    config = GenerationConfig(max_new_tokens=new, temperature=0, ignore_eos=True)
+    times = [time.perf_counter()]
+    for _ in generate(lm, ids, config):
+        times.append(time.perf_counter())
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def raw_seconds(lm: LoadedModel) -> float:
+    """Seconds to read what a step reads, and do nothing else: the best of REQUESTS."""
+    layers = lm.model.layers
+    scratch, _ = next(iter(layers.sources.values()))
+    total = len(layers.sources) * layers.layout.nbytes
+    file = os.open(f"/proc/self/fd/{scratch.fileno()}", os.O_RDONLY | os.O_DIRECT)
+
+    def once(size: int, depth: int) -> float:
+        memory = [memoryview(page_aligned(size, CPU).numpy()) for _ in range(depth)]
+
+        def read(n: int) -> None:
+            for at in range(n * size, total, depth * size):
+                os.preadv(file, [memory[n][: min(size, total - at)]], at)
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(depth) as threads:
+            list(threads.map(read, range(depth)))
+        return time.perf_counter() - start
+
+    best = min(once(*request) for request in REQUESTS)
+    os.close(file)
+    return best
+
+
+def stream(args: argparse.Namespace) -> dict[str, Any]:
+    """All layers on disk: a step beside raw reads of its bytes, and beside its computing alone."""
+    figures = {}
+    for rows in args.rows:
+        policy = Policy(Share(0, 0), micro_batch=rows, directory=args.directory)
+        moving = random_model(args.config, device="cpu", policy=policy)
+        still = random_model(args.config, device="cpu")
+        nbytes = len(moving.model.layers.sources) * moving.model.layers.layout.nbytes
+        of_raw, of_slowest, rates = [], [], []
+        for _ in range(args.repeats):
+            raw = raw_seconds(moving)
+            step = statistics.median(run(moving, rows, 32, args.new)[1:])
+            raw = min(raw, raw_seconds(moving))
+            computing = statistics.median(run(still, rows, 32, args.new)[1:])
+            of_raw.append(raw / step)
+            of_slowest.append(step / max(raw, computing))
+            rates.append(nbytes / step / 1e9)
+        log(
+            f"{rows} rows: {show(spread(rates))} GB/s, {show(spread(of_raw))} of the raw rate; a "
+            f"step takes {show(spread(of_slowest))} of its slowest resource"
+        )
+        figures[str(rows)] = {
+            "bytes_per_step": nbytes,
+            "gigabytes_per_s": spread(rates),
+            "of_raw_rate": spread(of_raw),
+            "of_slowest_resource": spread(of_slowest),
+        }
+    return {"rows": figures}
+
+
+def predict(args: argparse.Namespace) -> dict[str, Any]:
+    """Random policies, none of which anything was fitted to: tokens/s expected and achieved."""
+    config = read_json(args.config)
+    subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
+    planner = Planner(sizes(subject), machine(subject, args.directory, needed=True), True)
+    draw, off, results = random.Random(args.seed), [], []
+    for _ in tqdm(range(args.policies), disable=None):
+        policy = some_policy(draw, args.directory)
+        work = Work(policy.rows, args.prompt, args.new)
+        plan = planner.predict(policy, work)
+        lm = random_model(args.config, device="cpu", policy=policy)
+        seconds = run(lm, policy.rows, args.prompt, args.new)
+        achieved = policy.rows * args.new / sum(seconds)
+        off.append(abs(plan.rate / achieved - 1))
+        log(
+            f"weights {policy.weights.device:3.0f} %, cache {policy.cache.device:3.0f} %, "
+            f"{policy.micro_batches} of {policy.micro_batch} rows: {plan.rate:7.3f} tokens/s "
+            f"expected, {achieved:7.3f} came; a step {max(plan.step.values()):.3f} s, "
+            f"{statistics.median(seconds[1:]):.3f}; prompts {max(plan.prefill.values()):.2f} s, "
+            f"{seconds[0]:.2f}"
+        )
+        shares = {"weights": policy.weights.device, "cache": policy.cache.device}
+        grouping = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches}
+        results.append(shares | grouping | {"expected": plan.rate, "achieved": achieved})
+    off.sort()
+    figures = {
+        "median_error": statistics.median(off),
+        "p95_error": off[math.ceil(0.95 * len(off)) - 1],
+    }
+    log(
+        f"{len(off)} policies: off by {figures['median_error']:.1%}, 95 % of them by at most {figures['p95_error']:.1%}"
+    )
+    return figures | {"policies": results}
+
+
+def some_policy(draw: random.Random, directory: Path) -> Policy:
+    return Policy(
+        weights=Share(draw.choice((0, 25, 50, 75, 100)), 0),
+        cache=Share(draw.choice((0, 50, 100, 100)), 0),
+        micro_batch=draw.choice((1, 2, 4, 8, 16, 32)),
+        micro_batches=draw.choice((1, 2, 3, 4)),
+        directory=directory,
+    )
+
+
+def compress(args: argparse.Namespace) -> dict[str, Any]:
+    """All layers and the cache on disk: 4 bits beside bfloat16, in turns."""
+    policy = Policy(Share(0, 0), Share(0, 0), micro_batch=args.rows[0], directory=args.directory)
+    dense = random_model(args.config, device="cpu", policy=policy)
+    packed = random_model(
+        args.config, device="cpu", policy=replace(policy, compress_weight=True), kv_dtype="int4"
+    )
+    gains, rates = [], {"bfloat16": [], "4 bits": []}
+    for _ in range(args.repeats):
+        steps = {
+            name: statistics.median(run(lm, args.rows[0], 128, args.new)[1:])
+            for name, lm in (("bfloat16", dense), ("4 bits", packed))
+        }
+        for name, step in steps.items():
+            rates[name].append(args.rows[0] / step)
+        gains.append(steps["bfloat16"] / steps["4 bits"])
+    log(f"4 bits make {show(spread(gains))} times the tokens/s of bfloat16")
+    return {"gain": spread(gains), "tokens_per_s": {n: spread(r) for n, r in rates.items()}}
+
+
+def resident(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything on the device, by a policy of two micro-batches and without a policy, in turns."""
+    rows = 2 * args.rows[0]
+    policy = Policy(micro_batch=rows // 2, micro_batches=2, directory=args.directory)
+    plain = random_model(args.config, device="cpu")
+    one = random_model(args.config, device="cpu", policy=replace(policy, micro_batches=1))
+    ratios = []
+    for _ in range(args.repeats):
+        a, b = (statistics.median(run(lm, rows, 32, args.new)[1:]) for lm in (plain, one))
+        ratios.append(b / a)
+    log(f"a step takes {show(spread(ratios), 3)} of the plain path's")
+    return {"of_plain": spread(ratios)}
+
+
+MODES = {"stream": stream, "predict": predict, "compress": compress, "resident": resident}
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_grad_enabled(False)
+    others = Others()
+    figures = MODES[args.mode](args)
+    return {
+        "benchmark": f"offload {args.mode}",
+        "config": args.config.stem,
+        **figures,
+        "others": others.share(),
+    } | provenance(CPU)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("mode", choices=MODES)
+    add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
+    add("--directory", type=Path, default=Path("offload"), help="on the disk to be used")
+    add("--rows", type=int, nargs="+", default=[1, 16], help="(default: 1 and 16)")
+    add("--repeats", type=int, default=5, help="rounds (default: 5)")
+    add("--prompt", type=int, default=16, help="tokens (default: 16)")
+    add("--new", type=int, default=8, help="tokens of a run (default: 8)")
+    add("--policies", type=int, default=24, help="of predict (default: 24)")
+    add("--seed", type=int, default=SEED, help="of the policies")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args()))

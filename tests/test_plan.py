@@ -1,0 +1,199 @@
+"""Plans: against brute force over every split, against what runs really take, and on bad input."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plan
+from load import load_model
+from plan import Subject, nbytes, sizes
+from planner import Planner, Sizes, Work
+from policy import Policy, Share
+from probe import Curve, Machine, sample_args
+from tiered_cache import TieredCaches
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 20261122
+MB = 10**6
+
+
+def line(rate: float, start: float = 1e-4) -> Curve:
+    """Seconds of a call: a start, then bytes at a rate."""
+    return Curve((1e5, 1e8), (start + 1e5 / rate, start + 1e8 / rate))
+
+
+def some_machine(draw: random.Random) -> Machine:
+    disk = draw.uniform(0.3e9, 5e9)
+    link = draw.uniform(3e9, 50e9)
+    token = draw.uniform(1e-5, 1e-3)
+    return Machine(
+        read=line(disk),
+        write=line(disk / 2),
+        to_device=line(link),
+        to_host=line(link),
+        products=Curve((1, 64, 512), (20 * token, 24 * token, 24 * token + 448 * token)),
+        per_slot=draw.uniform(1e-9, 1e-6),
+        per_pair=draw.uniform(1e-9, 1e-7),
+        host_per_slot=draw.uniform(1e-8, 1e-5),
+    )
+
+
+def some_sizes(draw: random.Random) -> Sizes:
+    layer = draw.randint(20, 200) * MB
+    return Sizes(
+        layers=draw.randint(2, 6),
+        layer=layer,
+        kept=layer,
+        ring=layer,
+        fixed=draw.randint(50, 200) * MB,
+        head=draw.randint(10, 50) * MB,
+        slot=draw.choice((1000, 20_000)),
+        hidden=10_000,
+        within=50_000,
+        logits=100_000,
+    )
+
+
+@pytest.mark.parametrize("one_memory", [True, False], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("number", range(15))
+def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, one_memory: bool):
+    """Of every number of layers and cells on each tier, for each grouping that is tried."""
+    draw = random.Random(SEED + number)
+    planner = Planner(some_sizes(draw), some_machine(draw), one_memory)
+    work = Work(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
+    whole = planner.sizes.layers * planner.sizes.layer
+    budgets = {"device": planner.sizes.fixed + draw.uniform(0.9, 1.3) * whole, "disk": 1e12}
+    if not one_memory:
+        host = {"host": draw.uniform(0.5, 1.2) * whole}
+        budgets = {"device": budgets["device"], **host, "disk": 1e12}
+    try:
+        chosen = planner.choose(work, budgets, Policy(), work.texts)
+    except ValueError:
+        chosen = None
+    best = max(every_rate(planner, work, budgets), default=None)
+    assert (chosen is None) == (best is None)
+    if chosen:
+        assert all(chosen.memory[tier] <= budgets[tier] for tier in budgets)
+        assert chosen.rate >= 0.95 * best, (number, chosen, best)
+
+
+def every_rate(planner: Planner, work: Work, budgets: dict[str, float]) -> list[float]:
+    rates, layers = [], planner.sizes.layers
+    for policy in planner.groupings(Policy(), work.texts):
+        cells = layers * policy.micro_batches
+        weights = splits(layers, planner.one_memory, 1)
+        caches = splits(cells, planner.one_memory, max(1, cells // 6))
+        for weight, cache in itertools.product(weights, caches):
+            found = planner.predict(dataclasses.replace(policy, weights=weight, cache=cache), work)
+            if all(found.memory[tier] <= budgets[tier] for tier in budgets):
+                rates.append(found.rate)
+    return rates
+
+
+def splits(total: int, one_memory: bool, step: int) -> list[Share]:
+    counts = {*range(0, total, step), total}
+    return [
+        Share(100 * device / total, 100 * host / total)
+        for device in counts
+        for host in ({0} if one_memory else counts)
+        if device + host <= total
+    ]
+
+
+def test_a_budget_that_is_too_small_says_what_would_do():
+    draw = random.Random(SEED)
+    planner = Planner(some_sizes(draw), some_machine(draw), True)
+    work = Work(1, 64, 8)
+    least = planner.predict(Policy(Share(0, 0), Share(0, 0), micro_batch=1, sweep=1024), work)
+    needed = least.memory["device"]
+    planner.choose(work, {"device": needed + 1, "disk": 1e12}, Policy(), 1)
+    with pytest.raises(ValueError, match=r"device memory, of which it may take"):
+        planner.choose(work, {"device": needed - 1, "disk": 1e12}, Policy(), 1)
+
+
+def test_bytes_on_disk_are_those_that_are_planned(tmp_path: Path):
+    lm = load_model(ROOT / "checkpoints" / "demo", device="cpu", dtype=torch.float32)
+    subject = Subject(lm.model.args, None, torch.float32, None, lm.device)
+    policy = Policy(Share(50, 0), Share(0, 0), micro_batch=2, micro_batches=3, directory=tmp_path)
+    planned = Planner(sizes(subject), None, True).predict(policy, Work(6, 60, 39))
+    moving = load_model(lm_path(), device="cpu", dtype=torch.float32, policy=policy)
+    layers = moving.model.layers
+    weights = layers.tiers.count("disk") * layers.layout.nbytes
+    caches = moving.make_caches(6, 99)
+    assert isinstance(caches, TieredCaches)
+    cells = caches.tiers.count("disk") * caches.layout.nbytes
+    assert 0.95 < planned.memory["disk"] / (weights + cells) <= 1.05
+
+
+def lm_path() -> Path:
+    return ROOT / "checkpoints" / "demo"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("6GB", 6e9), ("1.5GiB", 1.5 * 2**30), ("512M", 512e6), ("1000", 1000)]
+)
+def test_amounts_of_memory(text: str, count: float):
+    assert nbytes(text) == int(count)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "six", "1e9"])
+def test_what_is_no_amount_of_memory(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="amount of memory"):
+        nbytes(text)
+
+
+def test_curves_are_straight_between_points_and_beyond():
+    curve = Curve((1, 3, 5), (10.0, 20.0, 40.0))
+    assert [curve(size) for size in (0.5, 1, 2, 3, 4, 5, 7)] == [10, 10, 15, 20, 30, 40, 60]
+
+
+def test_large_layers_are_timed_in_part():
+    big = load_model(lm_path(), device="cpu").model.args
+    big = dataclasses.replace(big, dim=8192, n_heads=64, n_kv_heads=8, hidden_dim=28672)
+    small = sample_args(big, 4 * 2**29)
+    assert (small.dim, small.n_heads, small.n_kv_heads, small.hidden_dim) == (4096, 32, 4, 14336)
+    assert small.n_layers == 1
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """In the place of this machine's measurements, which take time."""
+    machine = some_machine(random.Random(SEED))
+    monkeypatch.setattr(plan, "machine", lambda *given: machine)
+    return machine
+
+
+def generate(*options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_by_hand_says_what_was_realised(tmp_path: Path):
+    options = "--prompt", "Once upon a time", "--max_new_tokens", 20, "--temperature", 0
+    plainly = generate(*options)
+    shares = "--percent", 30, 20, 50, 0, 100, 0, "--offload_dir", tmp_path
+    moving = generate(*options, *shares, "--gpu_batch_size", 1, "--num_gpu_batches", 2)
+    assert moving.returncode == 0, moving.stderr
+    assert moving.stdout == plainly.stdout
+    assert "weights     25.0 % device, 25.0 % host, 50.0 % disk" in moving.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_needs_a_config_alone(tmp_path: Path):
+    config = json.loads((lm_path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = "--random_weights", tmp_path / "config.json", "--prompt", 64, "--plan"
+    found = generate(*options, "--offload_dir", tmp_path, "--max_new_tokens", 16)
+    assert found.returncode == 0, found.stderr
+    assert "tokens/s" in found.stdout
+    again = generate(*options, "--offload_dir", tmp_path, "--host_memory", "1MB")
+    assert again.returncode == 2
+    assert "allow more" in again.stderr.splitlines()[-1]
