@@ -429,6 +429,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("compile_prefill", "compile"),
     ]
     check_needs(parser, args, needs)
+    plan.check_options(parser, args)
     for one, other in (
         ("prompt", "prompts"),
         ("bench", "interactive"),

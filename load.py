@@ -76,9 +76,10 @@ def load_model(
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
+    check_pairs(policy, draft)
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
-        scheme = compressed_scheme(policy, checkpoint.scheme)
+        scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
         model = skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         dtype = dtype or checkpoint.dtype
@@ -116,8 +117,9 @@ def random_model(
     args, fill = model_args(config), random_filler(target)
     tokenizer = id_tokenizer(args.vocab_size)
     check_draft(draft, args.vocab_size, tokenizer, scheme)
+    check_pairs(policy, draft)
     with compiler_imported(compile):
-        model = skeleton(args, compressed_scheme(policy, scheme))
+        model = skeleton(args, compressed_scheme(policy and policy.compress_weight, scheme))
         model.new_cache = new_cache
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
@@ -185,12 +187,9 @@ def stream_layers(
     return model.layers
 
 
-def compressed_scheme(
-    policy: Policy | None, scheme: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """How weights are quantised as they run: as they are stored, or to FlexGen's 4 bits."""
-    compress = policy and policy.compress_weight and not scheme
-    return make_scheme("int4", 64, head="dense") if compress else scheme
+def compressed_scheme(compress: bool, scheme: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How weights are quantised as they run: as stored or, if dense, to FlexGen's 4 bits."""
+    return make_scheme("int4", 64, head="dense") if compress and not scheme else scheme
 
 
 def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fill:
@@ -248,6 +247,15 @@ def check_draft(
         raise ValueError(
             f"--draft {draft}: the model has {bits} bits per weight already; use --draft ngram or "
             "--draft_checkpoint_path"
+        )
+
+
+def check_pairs(policy: Policy | None, draft: str | LoadedModel | None) -> None:
+    """ValueError for features that do not go together."""
+    if policy and draft in SELF_BITS:
+        raise ValueError(
+            f"--draft {draft} copies a model that is in memory, and this one is offloaded: give "
+            "--draft_checkpoint_path, or --draft ngram"
         )
 
 

@@ -88,7 +88,7 @@ class StreamedLayers(nn.ModuleList):
         self.sources |= found
         self._write_scratch([j for j in on_disk if j not in found], fill)
         self.slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
-        # Two layers at a time: as the requests for one come to an end, those for the next are there.
+        # Two layers at a time: when the requests for one run out, those for the next are there.
         self._courier = Courier(self.device, "weights", WEIGHT_SLOTS)
         self._packer = Courier(self.device, "pack")
         self._ring = Ring(self._moving, self.slots, self._fetch, self.policy.overlap)

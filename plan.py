@@ -29,10 +29,11 @@ from checkpoint import (
     stored_tensors,
     write_whole,
 )
-from command import log, positive
+from command import check_needs, log, positive
 from decoding import LoadedModel
 from hf import model_args
 from load import (
+    compressed_scheme,
     config_dtype,
     find_cache,
     find_device,
@@ -85,6 +86,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--overlap", type=int, choices=[0, 1], default=1, help="copy while computing (default: 1)")
 
 
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options that say how something is placed need one that says that it is."""
+    placed = options.offload or options.percent or options.plan
+    for name in ("device_memory", "host_memory", "compress_weight", "compress_cache"):
+        if getattr(options, name) and not placed:
+            parser.error(f"--{name} needs --offload auto, --percent or --plan")
+    check_needs(parser, options, [(n, "percent") for n in ("gpu_batch_size", "cpu_cache_compute")])
+    if options.offload and options.percent:
+        parser.error("give --offload auto or --percent, not both")
+    if options.compress_cache:
+        options.kv_dtype = "int4"
+
+
 def nbytes(text: str) -> int:
     """6GB -> 6000000000; 6GiB -> 6442450944."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
@@ -107,6 +121,7 @@ def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
         checkpoint = Checkpoint(options.checkpoint_path)
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
+    scheme = compressed_scheme(options.compress_weight, scheme)
     return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
 
 
@@ -120,6 +135,7 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
     planner = Planner(sizes(subject), measured, subject.device.type == "cpu")
     limits = budgets(options, subject.device)
     start = Policy(
+        compress_weight=options.compress_weight,
         pin=bool(options.pin_weight),
         overlap=bool(options.overlap),
         cpu_attention=options.cpu_cache_compute,
@@ -231,11 +247,10 @@ def lines(plan: Prediction) -> Iterator[str]:
         f"plan: {policy.micro_batches} micro-batches of {policy.micro_batch} rows, prompts of up "
         f"to {work.prompt} tokens, {work.new} new ones"
     )
-    activations = policy.activations.counts(policy.micro_batches)
     realised = {
         "weights": plan.split.weights,
         "cache": plan.split.cache,
-        "activations": activations,
+        "activations": policy.activations.counts(policy.micro_batches),
     }
     for what, counts in realised.items():
         shares = (f"{100 * n / sum(counts):.1f} % {t}" for n, t in zip(counts, TIERS, strict=True))

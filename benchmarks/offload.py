@@ -6,8 +6,8 @@
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
 
 Start at MODES. Weights are random, of TinyLlama-1.1B's shape unless --config says otherwise. What
-is compared takes turns, every run is whole, and ceilings are measured in the same run. What peers do
-in half the memory is in offload_peers.py.
+is compared takes turns, every run is whole, and ceilings are measured in the same run. What peers
+do in half the memory is in offload_peers.py.
 """
 
 import argparse
@@ -133,14 +133,9 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         grouping = {"micro_batch": policy.micro_batch, "micro_batches": policy.micro_batches}
         results.append(shares | grouping | {"expected": plan.rate, "achieved": achieved})
     off.sort()
-    figures = {
-        "median_error": statistics.median(off),
-        "p95_error": off[math.ceil(0.95 * len(off)) - 1],
-    }
-    log(
-        f"{len(off)} policies: off by {figures['median_error']:.1%}, 95 % of them by at most {figures['p95_error']:.1%}"
-    )
-    return figures | {"policies": results}
+    median, most = statistics.median(off), off[math.ceil(0.95 * len(off)) - 1]
+    log(f"{len(off)} policies: off by {median:.1%}, 95 % of them by at most {most:.1%}")
+    return {"median_error": median, "p95_error": most, "policies": results}
 
 
 def some_policy(draw: random.Random, directory: Path) -> Policy:

@@ -52,7 +52,10 @@ class Forms:
 def beside_accelerate(
     forms: Forms, limit_bytes: int, *, memory: float, offload_folder: Path, **options: object
 ) -> dict[str, Any]:
-    """options: batch, prompt_length, new_tokens, threads, cache; memory, of the weights alone."""
+    """memory: of weights alone; options: batch, prompt_length, new_tokens, threads, cache, keep.
+
+    keep=True is not in accelerate, and in its favour: see keep.
+    """
     given = {"folder": forms.hf, "memory": memory, "offload_folder": offload_folder} | options
     return alone(sys.executable, "accelerate", forms.hf, limit_bytes, given)
 
@@ -68,7 +71,10 @@ def beside_llama_cpp(
 def alone(
     python: str, side: str, weights: Path, limit_bytes: int, options: dict[str, object]
 ) -> dict[str, Any]:
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    words: list[object] = []
+    for name, value in options.items():
+        if value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
     drop_cache(weights)
     return limited([python, Path(__file__).resolve(), side, *words], limit_bytes)
 
@@ -320,7 +326,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=1, help="rows (default: 1)")
     add("--memory", type=float, required=True, help="bytes of weights that stay in memory")
     add("--offload_folder", type=Path, help="where weights go that no safetensors file holds")
-    add("--keep", type=int, choices=(0, 1), default=0, help="1: in memory of its own (default: 0)")
+    add("--keep", action="store_true", help="copy it out of the file's mapping, to stay for sure")
     add("--cache", choices=("static", "dynamic"), default="dynamic", help="(default: dynamic)")
     add = command("llama_cpp", run_llama_cpp, run)
     add("--model", type=Path, required=True, help="a GGUF file")

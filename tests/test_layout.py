@@ -29,9 +29,20 @@ FLOORS = {
     "quantized_cache": {"model", "quantized"},
     "cpu_products": {"model", "quantized"},
     "compiled": {"cpu_products", "model"},
+    "disk": set(),
+    "ring": {"disk"},
+    "policy": set(),
+    "offload": {"checkpoint", "cpu_products", "disk", "model", "policy", "quantized", "ring"},
+    "tiered_cache": {"disk", "model", "policy", "ring"},
     "load": {
-        "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "pace",
-        "quantized", "quantized_cache", "speculate", "tokenizer",
+        "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "offload", "pace",
+        "policy", "quantized", "quantized_cache", "speculate", "tiered_cache", "tokenizer",
+    },
+    "probe": {"disk", "model"},
+    "planner": {"checkpoint", "decoding", "policy", "probe"},
+    "plan": {
+        "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "planner", "policy",
+        "probe", "quantized", "ring", "tokenizer",
     },
     "gptq": {"checkpoint", "model", "quantized"},
     "distill": {"checkpoint", "gptq", "load", "model", "quantized"},
@@ -49,14 +60,15 @@ FLOORS = {
     "eval": {"checkpoint", "command", "decoding", "harness", "load", "scoring"},
     "generate": {
         "bench", "chat", "checkpoint", "command", "completion", "decoding", "jobs", "load", "model",
-        "quantized", "sampling", "speculate",
+        "plan", "quantized", "sampling", "speculate", "tokenizer",
     },
 }  # fmt: skip
 OPTIONS = """
-    batch_size bench checkpoint_path compile compile_prefill device draft draft_checkpoint_path
-    dtype help ignore_eos interactive json kv_dtype max_new_tokens min_p num_samples output profile
-    prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
-    top_p
+    batch_size bench checkpoint_path compile compile_prefill compress_cache compress_weight
+    cpu_cache_compute device device_memory draft draft_checkpoint_path dtype gpu_batch_size help
+    host_memory ignore_eos interactive json kv_dtype max_new_tokens min_p num_gpu_batches
+    num_samples offload offload_dir output overlap percent pin_weight plan profile prompt prompts
+    random_mode random_weights repeats seed speculate_k stop system temperature top_k top_p
 """
 EVAL_OPTIONS = """
     apply_chat_template batch_size checkpoint_path compile device dtype gen_kwargs help include_path
