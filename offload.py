@@ -93,6 +93,11 @@ class StreamedLayers(nn.ModuleList):
         self._packer = Courier(self.device, "pack")
         self._ring = Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
 
+    def set_policy(self, policy: Policy) -> None:
+        """Another one with the same weights on the same tiers."""
+        self.policy = policy
+        self._ring = Ring(self._moving, self.slots, self._fetch, policy.overlap)
+
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""
         for j, layer in enumerate(super().__iter__()):

@@ -5,6 +5,7 @@
 #
 #     ./benchmarks/gpu.sh                                   # to benchmarks/results/gpu-decode-DATE
 #     ./benchmarks/gpu.sh speculate                         # a second run: 8B, with 1B as its draft
+#     ./benchmarks/gpu.sh offload                           # a third: OPT-30B's shape in 16 GB
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
 #
 # Needs no network. PYTHON: which python. OUT: where to write. Files: log.txt (all that was said),
@@ -92,6 +93,15 @@ if [[ $what == speculate ]]; then
     part check 200 "$python" benchmarks/gpu_check.py --device "$device" --drafts
     part speculate 320 "$python" benchmarks/speculate.py --device "$device" --config "$config" \
         --draft_config "$draft" --parts verify synthetic --acceptance 0.8 --rounds 3
+elif [[ $what == offload ]]; then
+    part check 120 "$python" benchmarks/offload.py check --device "$device" --policies 15 \
+        --directory "$scratch"
+    part link 300 "$python" benchmarks/offload.py link --device "$device" --rows 32 --prompt 256 \
+        --new 16 --config "${BIG_CONFIG:-benchmarks/configs/opt-30b.json}" --directory "$scratch"
+    part auto 300 "$python" generate.py --offload auto --device "$device" --device_memory 16GB \
+        --random_weights "${BIG_CONFIG:-benchmarks/configs/opt-30b.json}" --prompt 256 \
+        --num_samples 256 --max_new_tokens 32 --ignore_eos --output "$scratch/out.jsonl" \
+        --offload_dir "$scratch"
 else
     part check 150 "$python" benchmarks/gpu_check.py --device "$device"
     bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3

@@ -4,6 +4,8 @@
     python benchmarks/offload.py predict    many policies: tokens/s expected, and achieved
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
+    python benchmarks/offload.py link       a GPU: layers in host memory, beside copies to it alone
+    python benchmarks/offload.py check      random policies make the tokens of the model in memory
 
 Start at MODES. Weights are random, of TinyLlama-1.1B's shape unless --config says otherwise. What
 is compared takes turns, every run is whole, and ceilings are measured in the same run. What peers
@@ -20,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,15 @@ from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from checkpoint import read_json
 from disk import page_aligned
-from generate import GenerationConfig, generate
+from generate import GenerationConfig, complete, generate
 from hf import model_args
-from load import LoadedModel, config_dtype, random_model
+from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
 from plan import Planner, Subject, Work, machine, sizes
 from policy import Policy, Share
 
 CPU = torch.device("cpu")
 SEED = 20261122
+TEXTS = "Once upon a time", "Lily", "Tim saw a ball. They", "One day, a", "The sun", "A cat named"
 REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
 
 
@@ -83,8 +87,8 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
     figures = {}
     for rows in args.rows:
         policy = Policy(Share(0, 0), micro_batch=rows, directory=args.directory)
-        moving = random_model(args.config, device="cpu", policy=policy)
-        still = random_model(args.config, device="cpu")
+        moving = random_model(args.config, device=args.device, policy=policy)
+        still = random_model(args.config, device=args.device)
         nbytes = len(moving.model.layers.sources) * moving.model.layers.layout.nbytes
         of_raw, of_slowest, rates = [], [], []
         for _ in range(args.repeats):
@@ -118,7 +122,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         policy = some_policy(draw, args.directory)
         work = Work(policy.rows, args.prompt, args.new)
         plan = planner.predict(policy, work)
-        lm = random_model(args.config, device="cpu", policy=policy)
+        lm = random_model(args.config, device=args.device, policy=policy)
         seconds = run(lm, policy.rows, args.prompt, args.new)
         achieved = policy.rows * args.new / sum(seconds)
         off.append(abs(plan.rate / achieved - 1))
@@ -151,9 +155,12 @@ def some_policy(draw: random.Random, directory: Path) -> Policy:
 def compress(args: argparse.Namespace) -> dict[str, Any]:
     """All layers and the cache on disk: 4 bits beside bfloat16, in turns."""
     policy = Policy(Share(0, 0), Share(0, 0), micro_batch=args.rows[0], directory=args.directory)
-    dense = random_model(args.config, device="cpu", policy=policy)
+    dense = random_model(args.config, device=args.device, policy=policy)
     packed = random_model(
-        args.config, device="cpu", policy=replace(policy, compress_weight=True), kv_dtype="int4"
+        args.config,
+        device=args.device,
+        policy=replace(policy, compress_weight=True),
+        kv_dtype="int4",
     )
     gains, rates = [], {"bfloat16": [], "4 bits": []}
     for _ in range(args.repeats):
@@ -172,8 +179,8 @@ def resident(args: argparse.Namespace) -> dict[str, Any]:
     """Everything on the device, by a policy of two micro-batches and without a policy, in turns."""
     rows = 2 * args.rows[0]
     policy = Policy(micro_batch=rows // 2, micro_batches=2, directory=args.directory)
-    plain = random_model(args.config, device="cpu")
-    one = random_model(args.config, device="cpu", policy=replace(policy, micro_batches=1))
+    plain = random_model(args.config, device=args.device)
+    one = random_model(args.config, device=args.device, policy=replace(policy, micro_batches=1))
     ratios = []
     for _ in range(args.repeats):
         a, b = (statistics.median(run(lm, rows, 32, args.new)[1:]) for lm in (plain, one))
@@ -182,7 +189,85 @@ def resident(args: argparse.Namespace) -> dict[str, Any]:
     return {"of_plain": spread(ratios)}
 
 
-MODES = {"stream": stream, "predict": predict, "compress": compress, "resident": resident}
+def link(args: argparse.Namespace) -> dict[str, Any]:
+    """All layers in host memory: a step beside pinned copies of its bytes; then with the cache
+    there too, attended to here, and there; then without overlap."""
+    g, K = args.rows[0], 4
+    policy = Policy(Share(0, 100), micro_batch=g, micro_batches=K, directory=args.directory)
+    lm = random_model(args.config, device=args.device, policy=policy)
+    away = replace(policy, cache=Share(0, 100))
+    ways = {
+        "cache on the device": policy,
+        "cache on the host": away,
+        "attention there": replace(away, cpu_attention=True),
+        "no overlap": replace(policy, overlap=False),
+    }
+    nbytes, figures = len(lm.model.layers) * lm.model.layers.layout.nbytes, {}
+    for name, way in ways.items():
+        lm.model.layers.set_policy(way)
+        placed = replace(lm, new_caches=partial(place_caches, way))
+        ceiling = copy_rate(lm)
+        step = statistics.median(run(placed, g * K, args.prompt, args.new)[1:])
+        figures[name] = {"tokens_per_s": g * K / step, "of_link": nbytes / step / ceiling}
+        log(
+            f"{name}: {g * K / step:.1f} tokens/s, {nbytes / step / ceiling:.2f} of the link's rate"
+        )
+    return figures | {"link_bytes_per_s": ceiling}
+
+
+def copy_rate(lm: LoadedModel) -> float:
+    """Bytes per second of pinned memory to the device, a layer at a time."""
+    size = lm.model.layers.layout.nbytes
+    there = page_aligned(size, CPU, pinned=lm.device.type == "cuda")
+    here = page_aligned(size, lm.device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        here.copy_(there)
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """Random policies, distinct prompts, both families: the tokens of the model in memory."""
+    draw, wrong = random.Random(args.seed), []
+    for name in ("demo", "demo-opt"):
+        options = {"device": args.device, "dtype": torch.float32}
+        still = load_model(DEMO.parent / name, **options)
+        for _ in range(args.policies):
+            shares = [
+                Share(a := draw.choice((0, 30, 100)), draw.uniform(0, 100 - a)) for _ in range(3)
+            ]
+            policy = Policy(
+                *shares,
+                micro_batch=draw.randint(1, 3),
+                micro_batches=3,
+                cpu_attention=draw.random() < 0.5,
+                directory=args.directory,
+            )
+            moving = load_model(DEMO.parent / name, policy=policy, **options)
+            if tokens(moving) != tokens(still):
+                wrong.append(str(policy))
+    if wrong:
+        raise ValueError(f"{len(wrong)} policies make other tokens: {wrong[0]}")
+    return {"policies": 2 * args.policies}
+
+
+def tokens(lm: LoadedModel) -> list[list[int]]:
+    ids = [lm.tokenizer.encode(text) for text in TEXTS]
+    return [c.ids for c in complete(lm, ids, GenerationConfig(max_new_tokens=24, temperature=0))]
+
+
+MODES = {
+    "stream": stream,
+    "predict": predict,
+    "compress": compress,
+    "resident": resident,
+    "link": link,
+    "check": check,
+}
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +279,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "config": args.config.stem,
         **figures,
         "others": others.share(),
-    } | provenance(CPU)
+    } | provenance(torch.device(args.device))
 
 
 def parse_args() -> argparse.Namespace:
@@ -202,6 +287,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("mode", choices=MODES)
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--directory", type=Path, default=Path("offload"), help="on the disk to be used")
     add("--rows", type=int, nargs="+", default=[1, 16], help="(default: 1 and 16)")
     add("--repeats", type=int, default=5, help="rounds (default: 5)")
