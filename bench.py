@@ -46,18 +46,19 @@ class Stats:
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
     ) -> Iterator[list[list[int]]]:
         """The same steps. The first one's time is that of prefill, up to the first token."""
-        start, filled = time.perf_counter(), sum(map(len, prompts))
+        start, filled = time.perf_counter(), list(map(len, prompts))
         for n, step in enumerate(steps):
             seconds = time.perf_counter() - start
             if n == 0:
                 self.prefill_seconds += seconds
-                self.prompt_tokens += filled - past * len(prompts)
+                self.prompt_tokens += sum(filled) - past * len(prompts)
             else:
                 self.decode_seconds += seconds
                 self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
-                self.decoded_bytes += self._weights + self._per_slot * filled
-            filled += len(prompts) * max(map(len, step))
+                read = sum(n for n, ids in zip(filled, step, strict=True) if ids)
+                self.decoded_bytes += self._weights + self._per_slot * read
+            filled = [n + len(ids) for n, ids in zip(filled, step, strict=True)]
             start = time.perf_counter()
             yield step
 

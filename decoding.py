@@ -139,7 +139,7 @@ def launched_steps(
         going = [i for i, row in enumerate(rows) if row in live]
         if lm.any_rows and worth_moving(len(rows), len(going), caches[0].grain):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
-            tokens, lengths, sampler.keys = tokens[at], lengths[at], sampler.keys[at]
+            tokens, lengths, sampler = tokens[at], lengths[at], sampler.part(at)
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
         # A row that has ended and is still computed must stay within the cache too.

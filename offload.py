@@ -91,12 +91,15 @@ class StreamedLayers(nn.ModuleList):
         # Two layers at a time: when the requests for one run out, those for the next are there.
         self._courier = Courier(self.device, "weights", WEIGHT_SLOTS)
         self._packer = Courier(self.device, "pack")
-        self._ring = Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
+        self._ring = self._new_ring()
 
     def set_policy(self, policy: Policy) -> None:
         """Another one with the same weights on the same tiers."""
         self.policy = policy
-        self._ring = Ring(self._moving, self.slots, self._fetch, policy.overlap)
+        self._ring = self._new_ring()
+
+    def _new_ring(self) -> Ring[int]:
+        return Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""

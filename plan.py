@@ -82,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compress_weight", action="store_true", help="round weights to 4 bits, group size 64")
     add("--compress_cache", action="store_true", help="the KV cache to 4 bits")
     add("--cpu_cache_compute", action="store_true", help="attend on the host to a cache there")
+    add("--attn_sparsity", type=share, default=1.0, help="with it: of how many tokens values count")
     add("--pin_weight", type=int, choices=[0, 1], default=1, help="pin host memory (default: 1)")
     add("--overlap", type=int, choices=[0, 1], default=1, help="copy while computing (default: 1)")
 
@@ -93,10 +94,19 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if getattr(options, name) and not placed:
             parser.error(f"--{name} needs --offload auto, --percent or --plan")
     check_needs(parser, options, [(n, "percent") for n in ("gpu_batch_size", "cpu_cache_compute")])
+    if options.attn_sparsity < 1 and not options.cpu_cache_compute:
+        parser.error("--attn_sparsity needs --cpu_cache_compute")
     if options.offload and options.percent:
         parser.error("give --offload auto or --percent, not both")
     if options.compress_cache:
         options.kv_dtype = "int4"
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
 
 
 def nbytes(text: str) -> int:
@@ -139,6 +149,7 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
         pin=bool(options.pin_weight),
         overlap=bool(options.overlap),
         cpu_attention=options.cpu_cache_compute,
+        attention_share=options.attn_sparsity,
         directory=options.offload_dir,
         chunk=512 if subject.device.type == "cpu" else 4096,
     )

@@ -60,7 +60,8 @@ class Policy:
     micro_batch: rows that a layer takes at once; micro_batches: how many of them share a layer's
     weights. chunk: prompt tokens that a layer takes at once; sweep: those that share its weights.
     compress_weight: dense weights are rounded to 4 bits, in groups of 64. cpu_attention:
-    attention over a cache that is not on the device is computed on the host. pin: host memory that
+    attention over a cache that is not on the device is computed on the host; attention_share: of
+    how many tokens it reads the values there, 1: exact. pin: host memory that
     a GPU copies from without a detour. overlap: what is needed next is brought while computing.
     directory: where scratch files go, which have no names.
     """
@@ -74,6 +75,7 @@ class Policy:
     sweep: int = 4096
     compress_weight: bool = False
     cpu_attention: bool = False
+    attention_share: float = 1.0
     pin: bool = True
     overlap: bool = True
     directory: Path = Path("offload")

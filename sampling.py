@@ -13,6 +13,7 @@ apply (temperature, top-k, top-p, min-p) is that of transformers. The race is th
 that a draft and its model share its noise is from 2408.07978. The noise is SplitMix64's.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,12 @@ class Sampler:
             return logits.max(dim=-1).indices  # in bfloat16 four times as fast as argmax
         keys = self.keys.gather(1, numbers.clamp_max(self.keys.shape[1] - 1))  # (B, T)
         return draw(*candidates(logits, self.config), keys)
+
+    def part(self, rows: Tensor) -> "Sampler":
+        """The same draws, of some rows, (B,)."""
+        part = copy.copy(self)
+        part.keys = self.keys[rows]
+        return part
 
 
 def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -200,6 +201,8 @@ class TieredCaches(Sequence["TieredCache"]):
         cache = self._new_cache()
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
             cache._buffers[name] = tensor.transpose(0, 1)
+        if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
+            return AttendsSparsely(cache, self.policy.attention_share)
         return cache if device == self.device else AttendsThere(cache)
 
 
@@ -253,6 +256,34 @@ class AttendsThere:
 
     def buffers(self) -> Iterator[Tensor]:
         return self._cache.buffers()
+
+
+class AttendsSparsely(AttendsThere):
+    """The same, where of all values a share is read: those of the tokens with the highest weights.
+    It is an approximation, for one new token of a row (FlexGen, section 5)."""
+
+    def __init__(self, cache: KVCache, share: float):
+        super().__init__(cache)
+        self._share = share
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        if q.shape[1] > 1:
+            return super().attend(q, k, v, mask, pos)
+        device, there = q.device, self._cache.device
+        q, k, v, mask, pos = (t.to(there) for t in (q, k, v, mask, pos))
+        k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
+        q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
+        scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
+        weights = scores.softmax(-1)
+        count = math.ceil(self._share * (int(pos.max()) + 1))
+        top = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
+        kept = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
+        at = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)
+        y = kept @ v.transpose(1, 2).gather(2, at)  # (B, G, R, E)
+        return y.flatten(1, 2).unsqueeze(1).to(device)  # (B, 1, H, E)
+
+    def part(self, rows: slice) -> "AttendsSparsely":
+        return AttendsSparsely(self._cache.part(rows), self._share)
 
 
 def tiered_caches(model: Transformer, policy: Policy, rows: int, length: int) -> Sequence[KVCache]:

@@ -64,11 +64,12 @@ FLOORS = {
     },
 }  # fmt: skip
 OPTIONS = """
-    batch_size bench checkpoint_path compile compile_prefill compress_cache compress_weight
-    cpu_cache_compute device device_memory draft draft_checkpoint_path dtype gpu_batch_size help
-    host_memory ignore_eos interactive json kv_dtype max_new_tokens min_p num_gpu_batches
-    num_samples offload offload_dir output overlap percent pin_weight plan profile prompt prompts
-    random_mode random_weights repeats seed speculate_k stop system temperature top_k top_p
+    attn_sparsity batch_size bench checkpoint_path compile compile_prefill compress_cache
+    compress_weight cpu_cache_compute device device_memory draft draft_checkpoint_path dtype
+    gpu_batch_size help host_memory ignore_eos interactive json kv_dtype max_new_tokens min_p
+    num_gpu_batches num_samples offload offload_dir output overlap percent pin_weight plan profile
+    prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
+    top_p
 """
 EVAL_OPTIONS = """
     apply_chat_template batch_size checkpoint_path compile device dtype gen_kwargs help include_path

@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import itertools
+import math
 import os
 import random
 import shutil
@@ -16,11 +18,12 @@ from torch._dynamo.utils import counters
 from checkpoint import Checkpoint, save_checkpoint
 from generate import GenerationConfig, complete
 from load import LoadedModel, load_model, random_model
+from model import KVCache
 from policy import TIERS, Policy, Share
 from quantize import quantize
 from quantized import make_scheme
 from ring import Slot
-from tiered_cache import Cell, TieredCaches
+from tiered_cache import AttendsSparsely, Cell, TieredCaches
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
@@ -276,3 +279,33 @@ def test_shares_are_honoured_to_within_one(count: int):
             assert abs(share.tiers(count).count(tier) - percent * count / 100) < 1.01
     with pytest.raises(ValueError, match="more than 100"):
         Share(60, 50)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
+def test_sparse_attention_reads_the_values_that_weigh_most(share: float):
+    """Against one query after the other, with every weight but those of the best set to 0."""
+    B, S, G, R, E, length = 3, 40, 2, 3, 8, 33
+    draw = torch.Generator().manual_seed(SEED)
+    cache = KVCache((B, S, G, E), torch.float32, torch.device("cpu"))
+    for buffer in (cache.k, cache.v):
+        buffer.normal_(generator=draw)
+    q = torch.randn(B, 1, G * R, E, generator=draw)
+    k, v = torch.randn(2, B, 1, G, E, generator=draw)
+    pos = torch.tensor([[length - 1]] * B)
+    mask = torch.zeros(B, 1, R, S - 1).masked_fill(torch.arange(S - 1) >= length, -torch.inf)
+    y = AttendsSparsely(cache, share).attend(q, k, v, mask, pos)
+    for b, g in itertools.product(range(B), range(G)):
+        keys, values = cache.k[b, :length, g], cache.v[b, :length, g]
+        assert torch.equal(keys[-1], k[b, 0, g])
+        queries = q[b, 0, g * R : g * R + R]
+        weights = (queries @ keys.T / E**0.5).softmax(-1)  # (R, length)
+        worst = weights.sum(0).argsort()[: length - math.ceil(share * length)]
+        weights[:, worst] = 0
+        torch.testing.assert_close(y[b, 0, g * R : g * R + R], weights @ values)
+
+
+def test_sparse_attention_of_all_values_changes_nothing(tmp_path: Path):
+    policy = Policy(cache=Share(0, 50), cpu_attention=True, micro_batches=3, directory=tmp_path)
+    assert ids(demo("demo", policy=policy)) == ids(demo("demo"))
+    sparse = dataclasses.replace(policy, attention_share=0.1)
+    assert ids(demo("demo", policy=sparse)) != ids(demo("demo"))
