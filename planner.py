@@ -19,6 +19,7 @@ import numpy as np
 
 from checkpoint import size_text
 from decoding import visible_slots
+from disk import IN_FLIGHT, REQUEST
 from policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from probe import Machine
 
@@ -119,7 +120,8 @@ class Planner:
     def busy(self, policy: Policy, split: Split, tokens: int, slots: float) -> dict[str, float]:
         """Seconds by resource of a sweep of so many tokens of each row, which see so many slots.
 
-        It is linear in the split: `best_split` relies on it.
+        It is linear in the split, but for whether weights are read at all: `best_split` relies on
+        it. What cells wait for on their way is no other resource's time.
         """
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         _, host, disk = split.weights
@@ -129,12 +131,15 @@ class Planner:
         stays = policy.cpu_attention  # in the host's memory, where queries come to
         per_pair = machine.per_slot if tokens == 1 else machine.per_pair
         pieces = math.ceil(g * tokens / policy.chunk)
+        # A cell is asked for while the disk has many requests for weights before it.
+        queue = IN_FLIGHT * REQUEST / machine.stream * (disk > 0)
         products = sizes.layers * K * pieces * machine.products(g * tokens / pieces)
         away = (cells_host + cells_disk) * stays
         fetched = cells_host * (not stays)
         seconds = {
-            "disk": disk * machine.read(sizes.layer)
+            "disk": disk * sizes.layer / machine.stream
             + cells_disk * (machine.read(filled) + machine.write(new)),
+            "cells": cells_disk * (machine.read(filled) + queue),
             "to device": host * machine.to_device(sizes.layer)
             + fetched * machine.to_device(filled),
             "to host": fetched * machine.to_host(new),

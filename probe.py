@@ -12,7 +12,9 @@ import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class Curve:
 class Machine:
     """Seconds that things take here."""
 
+    stream: float  # not seconds: bytes of layers that a second brings from the disk
     read: Curve  # over bytes of a call, from the disk
     write: Curve
     to_device: Curve  # from the host's memory; on a CPU a copy within it
@@ -77,13 +80,14 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     the real model's. directory: on the disk that will be used."""
     narrow = args.dim / model.args.dim
     device = model.tok_embeddings.weight.device
-    read, write = disk_curves(directory)
+    stream, read, write = disk_curves(directory)
     to_device, to_host = copy_curves(device)
     timed = BlockTimer(model)
     products = timed.products()
     per_slot = timed.per_slot()
     on_host = per_slot if device.type == "cpu" else BlockTimer(model.to("cpu")).per_slot()
     return Machine(
+        stream,
         read,
         write,
         to_device,
@@ -109,24 +113,31 @@ def best(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> flo
     return statistics.median(seconds[1:] or seconds)
 
 
-def disk_curves(directory: Path) -> tuple[Curve, Curve]:
-    """Reads and writes of several sizes, each call waiting for the one before."""
-    span = max(READS) * 8
-    file, memory = ScratchFile(directory, span), page_aligned(max(READS), torch.device("cpu"))
-    memory.random_(0, 256)
-    for start in range(0, span, len(memory)):
-        file.write([(start, memory)])
+def disk_curves(directory: Path) -> tuple[float, Curve, Curve]:
+    """Bytes per second where one call follows the other, as for layers; and seconds of reads and
+    of writes of several sizes, each call waiting for the one before, as for cells of the cache."""
+    size, count = max(READS), 8
+    file = ScratchFile(directory, count * size)
+    memory = [page_aligned(size, torch.device("cpu")) for _ in range(2)]
+    for part in memory:
+        part.random_(0, 256)
+    for n in range(count):
+        file.write([(n * size, memory[n % 2])])
 
     def curve(move: Callable[..., None]) -> Curve:
-        def calls(size: int) -> Callable[[], None]:
-            count = min(16, span // size)
-            places = [n * (span // count) // size * size for n in range(count)]
-            return lambda: [move([(place, memory[:size])]) for place in places]
+        def calls(nbytes: int) -> None:
+            for n in range(count):
+                move([(n * size, memory[0][:nbytes])])
 
-        seconds = [best(calls(size), memory.device) / min(16, span // size) for size in READS]
-        return Curve(READS, tuple(seconds))
+        cpu = memory[0].device
+        return Curve(READS, tuple(best(partial(calls, nbytes), cpu) / count for nbytes in READS))
 
-    return curve(file.read), curve(file.write)
+    def stream() -> None:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(lambda n: file.read([(n * size, memory[n % 2])]), range(count)))
+
+    rate = count * size / best(stream, memory[0].device)
+    return rate, curve(file.read), curve(file.write)
 
 
 def copy_curves(device: torch.device) -> tuple[Curve, Curve]:

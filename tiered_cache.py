@@ -11,6 +11,7 @@ Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row.
 
 import contextlib
 import copy
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -290,4 +291,5 @@ def tiered_caches(model: Transformer, policy: Policy, rows: int, length: int) ->
     """`length` slots for each row, on the tiers that the policy says."""
     if policy.cache.device == 100:
         return model.make_caches(rows, length)
+    gc.collect()  # earlier caches refer to themselves, and would keep memory and disk for a while
     return TieredCaches(model, policy, rows, length)

@@ -4,15 +4,17 @@
     python benchmarks/offload.py predict    many policies: tokens/s expected, and achieved
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
+    python benchmarks/offload.py peers      in half the memory: accelerate, llama.cpp and we
     python benchmarks/offload.py link       a GPU: layers in host memory, beside copies to it alone
     python benchmarks/offload.py check      random policies make the tokens of the model in memory
 
 Start at MODES. Weights are random, of TinyLlama-1.1B's shape unless --config says otherwise. What
-is compared takes turns, every run is whole, and ceilings are measured in the same run. What peers
-do in half the memory is in offload_peers.py.
+is compared takes turns, every run is whole, and ceilings are measured in the same run. For peers,
+offload_peers.py writes what they read.
 """
 
 import argparse
+import gc
 import itertools
 import math
 import os
@@ -33,6 +35,13 @@ from tqdm import tqdm
 
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
+from benchmarks.limited import hindrance
+from benchmarks.offload_peers import (
+    Forms,
+    beside_accelerate,
+    beside_llama_cpp,
+    beside_ourselves,
+)
 from checkpoint import read_json
 from disk import page_aligned
 from generate import GenerationConfig, complete, generate
@@ -122,7 +131,10 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         policy = some_policy(draw, args.directory)
         work = Work(policy.rows, args.prompt, args.new)
         plan = planner.predict(policy, work)
+        lm = None
+        gc.collect()  # the model before this one refers to itself
         lm = random_model(args.config, device=args.device, policy=policy)
+        run(lm, policy.rows, 2, 2)  # by its end the disk has done with what was just written
         seconds = run(lm, policy.rows, args.prompt, args.new)
         achieved = policy.rows * args.new / sum(seconds)
         off.append(abs(plan.rate / achieved - 1))
@@ -187,6 +199,45 @@ def resident(args: argparse.Namespace) -> dict[str, Any]:
         ratios.append(b / a)
     log(f"a step takes {show(spread(ratios), 3)} of the plain path's")
     return {"of_plain": spread(ratios)}
+
+
+def peers(args: argparse.Namespace) -> dict[str, Any]:
+    """In half the weights' bytes, enforced: one text, then as many as each side does best."""
+    forms = Forms(args.forms)
+    limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
+    if reason := hindrance():
+        raise ValueError(f"skipped: {reason}")
+    ours = {"memory": limit, "directory": args.directory, "new_tokens": args.new}
+    theirs = {"offload_folder": args.directory / "accelerate", "new_tokens": args.new}
+    sides = {
+        "ours, 1": lambda: beside_ourselves(forms, limit, batch=1, **ours),
+        "llama.cpp, 1": lambda: beside_llama_cpp(
+            forms, limit, peer_python=args.peer_python, threads=3, new_tokens=args.new
+        ),
+        "accelerate, 1": lambda: beside_accelerate(
+            forms, limit, batch=1, memory=8e8, keep=True, threads=1, **theirs
+        ),
+        "ours, many": lambda: beside_ourselves(forms, limit, batch=256, **ours),
+        "accelerate, many": lambda: beside_accelerate(
+            forms, limit, batch=128, memory=4e8, keep=True, **theirs
+        ),
+    }
+    results: dict[str, list[Any]] = {name: [] for name in sides}
+    for _ in range(args.repeats):
+        for name, side in sides.items():
+            results[name].append(side())
+            log(f"{name}: {results[name][-1]['tokens_per_s']:.2f} tokens/s")
+    rates = {name: [run["tokens_per_s"] for run in runs] for name, runs in results.items()}
+    ratios = {}
+    for name, other in (
+        ("ours, 1", "llama.cpp, 1"),
+        ("ours, 1", "accelerate, 1"),
+        ("ours, many", "accelerate, many"),
+    ):
+        pairs = zip(rates[name], rates[other], strict=True)
+        ratios[f"{name} over {other}"] = spread([a / b for a, b in pairs])
+        log(f"{name} over {other}: {show(ratios[f'{name} over {other}'])}")
+    return {"limit_bytes": limit, "ratios": ratios, "runs": results}
 
 
 def link(args: argparse.Namespace) -> dict[str, Any]:
@@ -265,6 +316,7 @@ MODES = {
     "predict": predict,
     "compress": compress,
     "resident": resident,
+    "peers": peers,
     "link": link,
     "check": check,
 }
@@ -287,6 +339,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("mode", choices=MODES)
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
+    add("--forms", type=Path, default=Path("/tmp/peers"), help="as offload_peers.py wrote them")
+    add("--peer_python", default="/tmp/llama/bin/python", help="has llama-cpp-python")
+    add("--share", type=float, default=0.5, help="of the weights' bytes, for peers (default: 0.5)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--directory", type=Path, default=Path("offload"), help="on the disk to be used")
     add("--rows", type=int, nargs="+", default=[1, 16], help="(default: 1 and 16)")

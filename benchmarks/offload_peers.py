@@ -68,6 +68,15 @@ def beside_llama_cpp(
     return alone(peer_python, "llama_cpp", forms.gguf, limit_bytes, given)
 
 
+def beside_ourselves(
+    forms: Forms, limit_bytes: int, *, memory: float, directory: Path, **options: object
+) -> dict[str, Any]:
+    """memory: of the whole process, as --host_memory means it; options: as accelerate's, where
+    batch is the most rows that are to be had."""
+    given = {"folder": forms.ours, "memory": memory, "directory": directory} | options
+    return alone(sys.executable, "ours", forms.ours, limit_bytes, given)
+
+
 def alone(
     python: str, side: str, weights: Path, limit_bytes: int, options: dict[str, object]
 ) -> dict[str, Any]:
@@ -160,6 +169,41 @@ def run_accelerate(args: argparse.Namespace) -> dict[str, Any]:
         "in_memory": sorted(name for name, device in placed.items() if str(device) != "disk"),
         "tokens": [int(tokens.flatten()[0]) for tokens in clock.tokens[1:]],
         **clock.figures(args.batch),
+    }
+
+
+def run_ours(args: argparse.Namespace) -> dict[str, Any]:
+    """The policy that the planner chooses for so many texts in so much memory."""
+    import torch
+
+    from checkpoint import Checkpoint
+    from generate import GenerationConfig, generate
+    from load import load_model
+    from plan import Planner, Subject, Work, machine, sizes
+    from policy import Policy
+
+    checkpoint, cpu = Checkpoint(args.folder), torch.device("cpu")
+    subject = Subject(checkpoint.args, None, checkpoint.dtype, None, cpu)
+    planner = Planner(sizes(subject), machine(subject, args.directory, needed=True), True)
+    work = Work(args.batch, args.prompt_length, args.new_tokens + 1)
+    budgets = {"device": args.memory, "disk": 1e13}
+    plan = planner.choose(work, budgets, Policy(directory=args.directory), args.batch)
+    rows = min(args.batch, plan.policy.rows)
+    lm = load_model(args.folder, device="cpu", policy=plan.policy)
+    prompts = make_prompts(lm.model.args.vocab_size, rows, args.prompt_length)
+    clock = Clock()
+    clock.put(prompts)
+    for step in generate(lm, prompts, GenerationConfig(work.new, 0, ignore_eos=True)):
+        clock.put(step[0][0])
+    return {
+        "peer": "gpt-flex",
+        "policy": str(plan.policy),
+        "rows": rows,
+        "planned_bytes": plan.memory,
+        "planned_step_s": max(plan.step.values()),
+        "planned_prompts_s": max(plan.prefill.values()),
+        "tokens": clock.tokens[1:],
+        **clock.figures(rows),
     }
 
 
@@ -332,6 +376,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="a GGUF file")
     add("--batch", type=int, choices=[1], default=1, help="1: its Python loop takes one row")
     add("--micro_batch", type=int, default=512, help="ids of the prompt at once (default: 512)")
+    add = command("ours", run_ours, run)
+    add("--folder", type=Path, required=True, help="holds model.pth")
+    add("--batch", type=int, default=1, help="texts, and the most rows at once (default: 1)")
+    add("--memory", type=float, required=True, help="bytes, of the whole process")
+    add("--directory", type=Path, required=True, help="for scratch files")
     add = command("write", write)
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--folder", type=Path, required=True, help="will hold ours/, hf/ and model.gguf")

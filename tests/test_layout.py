@@ -39,7 +39,7 @@ FLOORS = {
         "policy", "quantized", "quantized_cache", "speculate", "tiered_cache", "tokenizer",
     },
     "probe": {"disk", "model"},
-    "planner": {"checkpoint", "decoding", "policy", "probe"},
+    "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
     "plan": {
         "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "planner", "policy",
         "probe", "quantized", "ring", "tokenizer",

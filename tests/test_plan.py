@@ -35,6 +35,7 @@ def some_machine(draw: random.Random) -> Machine:
     link = draw.uniform(3e9, 50e9)
     token = draw.uniform(1e-5, 1e-3)
     return Machine(
+        stream=disk,
         read=line(disk),
         write=line(disk / 2),
         to_device=line(link),
