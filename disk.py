@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096  # bytes; what O_DIRECT asks for
-REQUEST = 2 * 2**20  # bytes; larger requests are hardly faster, and others wait behind them
-IN_FLIGHT = 4  # requests at a time: with more, what is urgent waits longer
+LARGE = 4 * 2**20  # bytes of a request: larger ones are no faster
+SMALL = 2**20  # the same where others wait behind it
+IN_FLIGHT = 8  # requests at a time
 HUGE = 2 * 2**20  # bytes of a huge page
 REFUSED = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
 
@@ -28,10 +29,10 @@ threads = ThreadPoolExecutor(IN_FLIGHT, "disk")  # they wait, and take next to n
 
 
 class DirectFile:
-    """An open file; `direct` says whether it is read past the page cache."""
+    """An open file. direct: it is read past the page cache; request: bytes that go at once."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
-        self.path = path
+        self.path, self.request = path, SMALL
         try:
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
             self.direct = True
@@ -68,11 +69,16 @@ class DirectFile:
                     raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
                 done += moved
 
-        cut = [request for offset, piece in pieces for request in requests(offset, piece)]
+        cut = [request for offset, piece in pieces for request in self._requests(offset, piece)]
         moving = [threads.submit(move, *request) for request in cut]
         wait(moving)  # all: what fails must not leave others writing to memory that is used again
         for future in moving:
             future.result()
+
+    def _requests(self, offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
+        memory = memoryview(piece.numpy())
+        for start in range(0, len(memory), self.request):
+            yield offset + start, memory[start : start + self.request]
 
 
 class ScratchFile(DirectFile):
@@ -90,12 +96,6 @@ class ScratchFile(DirectFile):
         super().__init__(directory, os.O_RDWR | os.O_TMPFILE)
         os.posix_fallocate(self._file, 0, nbytes)
         self._size = nbytes
-
-
-def requests(offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
-    memory = memoryview(piece.numpy())
-    for start in range(0, len(memory), REQUEST):
-        yield offset + start, memory[start : start + REQUEST]
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
-from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
+from disk import LARGE, DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
 from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
@@ -147,6 +147,8 @@ class StreamedLayers(nn.ModuleList):
             self.sources[j] = reader, places
 
     def _reader(self, file: DirectFile) -> Store:
+        if not self.policy.cache.disk:  # nobody who is in a hurry
+            file.request = LARGE
         if self.device.type == "cpu":
             return file
         pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_SLOTS])

@@ -19,7 +19,7 @@ import numpy as np
 
 from checkpoint import size_text
 from decoding import visible_slots
-from disk import IN_FLIGHT, REQUEST
+from disk import IN_FLIGHT, SMALL
 from policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from probe import Machine
 
@@ -132,7 +132,7 @@ class Planner:
         per_pair = machine.per_slot if tokens == 1 else machine.per_pair
         pieces = math.ceil(g * tokens / policy.chunk)
         # A cell is asked for while the disk has many requests for weights before it.
-        queue = IN_FLIGHT * REQUEST / machine.stream * (disk > 0)
+        queue = IN_FLIGHT * SMALL / machine.stream * (disk > 0)
         products = sizes.layers * K * pieces * machine.products(g * tokens / pieces)
         away = (cells_host + cells_disk) * stays
         fetched = cells_host * (not stays)
