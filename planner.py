@@ -161,7 +161,7 @@ class Planner:
         sizes, g, K = self.sizes, policy.micro_batch, policy.micro_batches
         cell = self.cell(policy, work)
         moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-        rings = np.dot(moving, self.rings(policy, work))
+        rings = sum(itertools.compress(self.rings(policy, work), moving))
         sweep = max(min(policy.sweep, g * K * work.prompt), g * K)
         chunk = max(min(policy.chunk, sweep), g)
         computed = sweep * sizes.hidden + chunk * sizes.within + g * K * sizes.logits

@@ -5,6 +5,7 @@
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
     python benchmarks/offload.py peers      in half the memory: accelerate, llama.cpp and we
+    python benchmarks/offload.py budget     plans within budgets that the kernel enforces
     python benchmarks/offload.py link       a GPU: layers in host memory, beside copies to it alone
     python benchmarks/offload.py check      random policies make the tokens of the model in memory
 
@@ -240,6 +241,26 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     return {"limit_bytes": limit, "ratios": ratios, "runs": results}
 
 
+def budget(args: argparse.Namespace) -> dict[str, Any]:
+    """Plans within a budget, in 1.05 of it, enforced: a run that takes more is killed."""
+    forms, runs = Forms(args.forms), []
+    if reason := hindrance():
+        raise ValueError(f"skipped: {reason}")
+    for memory, batch in itertools.product((0.9e9, 1.3e9, 2e9), (1, 96)):
+        given = {"memory": memory, "directory": args.directory, "new_tokens": args.new}
+        found = beside_ourselves(forms, int(1.05 * memory), batch=batch, **given)
+        planned = found["planned_bytes"]["device"]
+        peak = found["peak_rss_bytes"]
+        log(
+            f"budget {memory / 1e9:.1f} GB, {found['rows']} rows: planned {planned / 1e9:.2f}, "
+            f"took {peak / 1e9:.2f} GB; {found['tokens_per_s']:.2f} tokens/s"
+        )
+        runs.append({"budget": memory, "of_budget": peak / memory} | found)
+    worst = max(run["of_budget"] for run in runs)
+    log(f"at most {worst:.3f} of the budget")
+    return {"worst": worst, "runs": runs}
+
+
 def link(args: argparse.Namespace) -> dict[str, Any]:
     """All layers in host memory: a step beside pinned copies of its bytes; then with the cache
     there too, attended to here, and there; then without overlap."""
@@ -317,6 +338,7 @@ MODES = {
     "compress": compress,
     "resident": resident,
     "peers": peers,
+    "budget": budget,
     "link": link,
     "check": check,
 }
