@@ -25,14 +25,17 @@ HUGE = 2 * 2**20  # bytes of a huge page
 REFUSED = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
 
 Pieces = Iterable[tuple[int, Tensor]]  # offsets in a file, and the bytes there
-threads = ThreadPoolExecutor(IN_FLIGHT, "disk")  # they wait, and take next to no CPU
+# Threads that wait for the disk, and take next to no CPU. Layers are many requests, behind which
+# a cell of the cache must not queue.
+layers, cells = (ThreadPoolExecutor(IN_FLIGHT, name) for name in ("layers", "cells"))
 
 
 class DirectFile:
-    """An open file. direct: it is read past the page cache; request: bytes that go at once."""
+    """An open file. direct: it is read past the page cache; request: bytes that go at once;
+    threads: who waits for them."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
-        self.path, self.request = path, SMALL
+        self.path, self.request, self.threads = path, SMALL, cells
         try:
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
             self.direct = True
@@ -70,7 +73,7 @@ class DirectFile:
                 done += moved
 
         cut = [request for offset, piece in pieces for request in self._requests(offset, piece)]
-        moving = [threads.submit(move, *request) for request in cut]
+        moving = [self.threads.submit(move, *request) for request in cut]
         wait(moving)  # all: what fails must not leave others writing to memory that is used again
         for future in moving:
             future.result()

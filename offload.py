@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import disk
 from checkpoint import final_dtype, give, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
-from disk import LARGE, DirectFile, ScratchFile, page_aligned, whole_blocks
+from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
 from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
@@ -147,8 +148,9 @@ class StreamedLayers(nn.ModuleList):
             self.sources[j] = reader, places
 
     def _reader(self, file: DirectFile) -> Store:
+        file.threads = disk.layers
         if not self.policy.cache.disk:  # nobody who is in a hurry
-            file.request = LARGE
+            file.request = disk.LARGE
         if self.device.type == "cpu":
             return file
         pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_SLOTS])

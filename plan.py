@@ -222,11 +222,11 @@ def budgets(options: argparse.Namespace, device: torch.device) -> dict[str, floa
     return limits | {"disk": stat.f_bavail * stat.f_frsize}
 
 
-def machine(subject: Subject, directory: Path, needed: bool) -> Machine | None:
+def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """This machine's measurements for a model of that shape: from the cache, or made if needed."""
     key = machine_name(subject.device), torch.__version__, directory.stat().st_dev, subject
     file = CACHE / f"probe-{zlib.crc32(repr(key).encode()):08x}.json"
-    if file.is_file():
+    if file.is_file() and not anew:
         return Machine.from_json(json.loads(file.read_text()))
     if not needed:
         return None

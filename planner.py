@@ -23,6 +23,7 @@ from disk import IN_FLIGHT, SMALL
 from policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from probe import Machine
 
+HANDED_OVER = 1e-3  # seconds that a cell costs those who compute, from thread to thread
 LONGEST = 2**20  # slots
 SWEEPS = 1024, 4096, 16384  # prompt tokens, the same
 COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # of micro-batches, that are tried
@@ -145,6 +146,7 @@ class Planner:
             "to host": fetched * machine.to_host(new),
             "compute": products
             + machine.products(g * K) * sizes.head / sizes.layer
+            + (fetched + cells_disk) * HANDED_OVER
             + (here + cells_host + cells_disk - away) * seen * per_pair,
             "host attention": away * seen * machine.host_per_slot,
         }

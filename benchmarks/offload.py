@@ -54,6 +54,7 @@ from policy import Policy, Share
 CPU = torch.device("cpu")
 SEED = 20261122
 TEXTS = "Once upon a time", "Lily", "Tim saw a ball. They", "One day, a", "The sun", "A cat named"
+REMEASURE = 6  # policies, after which the machine is no longer what it was
 REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
 
 
@@ -126,9 +127,11 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Random policies, none of which anything was fitted to: tokens/s expected and achieved."""
     config = read_json(args.config)
     subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
-    planner = Planner(sizes(subject), machine(subject, args.directory, needed=True), True)
     draw, off, results = random.Random(args.seed), [], []
-    for _ in tqdm(range(args.policies), disable=None):
+    for n in tqdm(range(args.policies), disable=None):
+        if n % REMEASURE == 0:
+            measured = machine(subject, args.directory, needed=True, anew=True)
+            planner = Planner(sizes(subject), measured, True)
         policy = some_policy(draw, args.directory)
         work = Work(policy.rows, args.prompt, args.new)
         plan = planner.predict(policy, work)
