@@ -27,7 +27,7 @@ from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
 from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
-from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, fence
+from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, Waited, fence
 
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
@@ -52,6 +52,7 @@ class StreamedLayers(nn.ModuleList):
     ):
         super().__init__(layers)
         self._files: dict[Path, Store] = {}
+        self.waited = {"layers": Waited(), "cache": Waited()}
         self.run: Callable[..., Tensor] = lambda block, *given: block(*given)  # or compiled
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
@@ -100,7 +101,8 @@ class StreamedLayers(nn.ModuleList):
         self._ring = self._new_ring()
 
     def _new_ring(self) -> Ring[int]:
-        return Ring(self._moving, self.slots, self._fetch, self.policy.overlap)
+        ahead = self.policy.overlap
+        return Ring(self._moving, self.slots, self._fetch, self.waited["layers"], ahead)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""
@@ -118,10 +120,6 @@ class StreamedLayers(nn.ModuleList):
             x = Parked(x, self.policy)
         zigzag(partial(self.run, block), self.policy, x, *given)
         return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
-
-    def report(self) -> tuple[float, float]:
-        """Seconds so far: of bringing weights, and of waiting for them."""
-        return self._courier.seconds, self._ring.waited
 
     def _in_file(self, j: int, stored: Stored) -> Source | None:
         tensors = self.layout.tensors.items()

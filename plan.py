@@ -42,6 +42,7 @@ from load import (
     use_fast_products,
 )
 from model import ModelArgs
+from offload import StreamedLayers
 from planner import Planner, Prediction, Sizes, Work
 from policy import TIERS, Policy, Share
 from probe import CACHE, Machine, probe, sample_args
@@ -243,12 +244,20 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
 
 
 def report(plan: Prediction, lm: LoadedModel, stats: Stats) -> Iterator[str]:
-    """What was expected, beside what came."""
-    took = stats.decode_seconds / stats.steps
-    yield f"a step took {took:.4f} s"
+    """What came, resource by resource, beside what was expected of the same blocks and steps."""
+    if not isinstance(lm.model.layers, StreamedLayers):
+        return
+    waited = {what: by.seconds for what, by in lm.model.layers.waited.items()}
+    took = stats.prefill_seconds + stats.decode_seconds
+    came = f"took {took:.2f} s: {took - sum(waited.values()):.2f} s of computing"
+    yield came + "".join(
+        f", {seconds:.2f} s of waiting for {what}" for what, seconds in waited.items()
+    )
     if plan.step:
-        expected = max(plan.step.values())
-        yield f"expected were {expected:.4f} s, {expected / took:.0%} of that: {plan.binding}"
+        blocks = stats.prompt_tokens / (plan.policy.rows * plan.work.prompt)
+        expected = {n: blocks * s + stats.steps * plan.step[n] for n, s in plan.prefill.items()}
+        listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in expected.items())
+        yield f"expected {max(expected.values()):.2f} s, all at once: {listed}"
 
 
 def lines(plan: Prediction) -> Iterator[str]:

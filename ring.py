@@ -126,7 +126,6 @@ class Courier:
 
     def __init__(self, device: torch.device, name: str, threads: int = 1):
         self._thread = ThreadPoolExecutor(threads, name)
-        self.seconds = 0.0  # at work
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, work: Callable[[], Any], after: Fence = None) -> Future:
@@ -138,11 +137,9 @@ class Courier:
         with torch.inference_mode(), stream:
             if after:
                 self._stream.wait_event(after)
-            start = time.perf_counter()
             work()
             if self._stream:
                 self._stream.synchronize()
-            self.seconds += time.perf_counter() - start
 
 
 @dataclass
@@ -155,6 +152,13 @@ class Slot:
     stored: Future | None = None  # its contents on their way back to where they belong
 
 
+@dataclass
+class Waited:
+    """What those who compute have waited for items that were not there yet."""
+
+    seconds: float = 0.0
+
+
 class Ring(Generic[Item]):
     """Slots that are filled, ahead of time, with the items of an order that repeats itself."""
 
@@ -163,13 +167,14 @@ class Ring(Generic[Item]):
         order: Sequence[Item],
         slots: Sequence[Slot],
         fetch: Callable[[Item, Slot], Future],
+        waited: "Waited",
         ahead: bool = True,
     ):
         self._order, self._fetch = order, fetch
         self._places = {item: n for n, item in enumerate(order)}
         self._free, self._waiting = deque(slots), deque()
         self._next, self._ahead = 0, ahead
-        self.waited = 0.0  # seconds, for items that were not there yet
+        self._waited = waited
 
     @contextlib.contextmanager
     def holding(self, item: Item) -> Iterator[Slot]:
@@ -180,7 +185,7 @@ class Ring(Generic[Item]):
         try:
             start = time.perf_counter()
             fetched.result()
-            self.waited += time.perf_counter() - start
+            self._waited.seconds += time.perf_counter() - start
             yield slot
         finally:
             self._free.append(slot)

@@ -57,7 +57,8 @@ class TieredCaches(Sequence["TieredCache"]):
         moving = [cell for cell in cells if cell.cache is None]
         self._slots = [self._slot() for _ in moving[:CACHE_SLOTS]]
         self._in, self._out = Courier(self.device, "cache in"), Courier(self.device, "cache out")
-        self._ring, self._in_ring = Ring((), (), self._fetch), 0
+        self._waited = model.layers.waited["cache"]
+        self._ring, self._in_ring = Ring((), (), self._fetch, self._waited), 0
         self._pos, self._spans = None, []
 
     def __len__(self) -> int:
@@ -126,9 +127,9 @@ class TieredCaches(Sequence["TieredCache"]):
             for courier in (self._in, self._out):
                 courier.send(lambda: None).result()  # one thread: all it was sent before is there
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
-            slots, waited = self._slots[: len(moving)], self._ring.waited
-            self._ring = Ring(moving, slots, self._fetch, self.policy.overlap)
-            self._ring.waited, self._in_ring = waited, K
+            slots = self._slots[: len(moving)]
+            self._ring = Ring(moving, slots, self._fetch, self._waited, self.policy.overlap)
+            self._in_ring = K
         return self._ring
 
     def _span(self, k: int, pos: Tensor) -> tuple[int, int]:

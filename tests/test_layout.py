@@ -41,8 +41,8 @@ FLOORS = {
     "probe": {"disk", "model"},
     "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
     "plan": {
-        "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "planner", "policy",
-        "probe", "quantized", "ring", "tokenizer",
+        "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "offload", "planner",
+        "policy", "probe", "quantized", "ring", "tokenizer",
     },
     "gptq": {"checkpoint", "model", "quantized"},
     "distill": {"checkpoint", "gptq", "load", "model", "quantized"},
