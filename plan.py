@@ -144,7 +144,8 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
     options.offload_dir.mkdir(parents=True, exist_ok=True)
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     planner = Planner(sizes(subject), measured, subject.device.type == "cpu")
-    limits = budgets(options, subject.device)
+    layers = planner.sizes.layers * planner.sizes.layer
+    limits = budgets(options, subject.device, layers)
     start = Policy(
         compress_weight=options.compress_weight,
         pin=bool(options.pin_weight),
@@ -209,8 +210,11 @@ def process_bytes(device: torch.device) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def budgets(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Bytes that may be taken of each tier: as given, or what is free less a reserve."""
+def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> dict[str, float]:
+    """Bytes that may be taken of each tier: as given, or what is free less a reserve.
+
+    weights: bytes of the layers, which are on the disk already, or will be once they are there.
+    """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
     free = {"host": available_memory(cpu) + process_bytes(cpu), "device": 0}
@@ -220,7 +224,7 @@ def budgets(options: argparse.Namespace, device: torch.device) -> dict[str, floa
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
     stat = os.statvfs(options.offload_dir)
-    return limits | {"disk": stat.f_bavail * stat.f_frsize}
+    return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 
 
 def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:

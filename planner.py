@@ -268,7 +268,8 @@ class Planner:
     def lacking(plan: Prediction, budgets: dict[str, float]) -> str | None:
         """Why a plan does not fit; None where it does."""
         short = [
-            f"{size_text(needed)} of {tier} memory, of which it may take {size_text(budgets[tier])}"
+            f"{size_text(needed)} of {tier}{' memory' * (tier != 'disk')}, of which it may take "
+            f"{size_text(budgets[tier])}"
             for tier, needed in plan.memory.items()
             if needed > budgets[tier]
         ]

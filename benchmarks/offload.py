@@ -2,6 +2,7 @@
 
     python benchmarks/offload.py stream     decoding from disk, beside raw reads of the same file
     python benchmarks/offload.py predict    many policies: tokens/s expected, and achieved
+    python benchmarks/offload.py grid       the chosen policy beside others that fit
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
     python benchmarks/offload.py peers      in half the memory: accelerate, llama.cpp and we
@@ -156,6 +157,59 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     median, most = statistics.median(off), off[math.ceil(0.95 * len(off)) - 1]
     log(f"{len(off)} policies: off by {median:.1%}, 95 % of them by at most {most:.1%}")
     return {"median_error": median, "p95_error": most, "policies": results}
+
+
+def grid(args: argparse.Namespace) -> dict[str, Any]:
+    """The chosen policy beside a grid of others that fit into the same memory."""
+    config = read_json(args.config)
+    subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
+    measured = machine(subject, args.directory, needed=True, anew=True)
+    planner = Planner(sizes(subject), measured, True)
+    work, budgets = Work(48, args.prompt, args.new), {"device": 1.3e9, "disk": 1e12}
+    chosen = planner.choose(work, budgets, Policy(directory=args.directory), work.texts).policy
+    others = [fullest(planner, work, budgets, chosen, *way) for way in GRID]
+    rates: dict[Policy, float] = {}
+    for policy in tqdm([chosen, *(other for other in others if other)], disable=None):
+        lm = None
+        gc.collect()  # the model before this one refers to itself
+        lm = random_model(args.config, device=args.device, policy=policy)
+        run(lm, policy.rows, 2, 2)
+        blocks = math.ceil(work.texts / policy.rows)
+        seconds = sum(run(lm, policy.rows, work.prompt, work.new))
+        rates[policy] = work.texts * work.new / (blocks * seconds)
+        log(
+            f"{policy.micro_batches} of {policy.micro_batch} rows, weights "
+            f"{policy.weights.device:.0f} %, cache {policy.cache.device:.0f} %: "
+            f"{rates[policy]:.2f} tokens/s{' (chosen)' if policy == chosen else ''}"
+        )
+    best = rates[chosen] / max(rates.values())
+    log(f"the chosen one makes {best:.3f} of the best")
+    return {"of_best": best, "tokens_per_s": {str(p): rate for p, rate in rates.items()}}
+
+
+GRID = list(itertools.product((12, 24, 48), (1, 2, 4), (0, 100)))  # g, K, per cent of the cache
+
+
+def fullest(
+    planner: Planner,
+    work: Work,
+    budgets: dict[str, float],
+    like: Policy,
+    g: int,
+    K: int,
+    cache: int,
+) -> Policy | None:
+    """That grouping with as many layers in memory as fit; None where none of it does."""
+    layers = planner.sizes.layers
+    for kept in range(layers, -1, -1):
+        grouped = replace(like, micro_batch=g, micro_batches=K, cache=Share(cache, 0))
+        policy = replace(grouped, weights=Share(100 * kept / layers, 0))
+        if (
+            g * K <= work.texts
+            and planner.predict(policy, work).memory["device"] <= budgets["device"]
+        ):
+            return policy
+    return None
 
 
 def some_policy(draw: random.Random, directory: Path) -> Policy:
@@ -338,6 +392,7 @@ def tokens(lm: LoadedModel) -> list[list[int]]:
 MODES = {
     "stream": stream,
     "predict": predict,
+    "grid": grid,
     "compress": compress,
     "resident": resident,
     "peers": peers,
