@@ -28,7 +28,7 @@ from tiered_cache import AttendsSparsely, Cell, TieredCaches
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
 SEED = 20261122
-POLICIES = 40  # of each family
+POLICIES = 27  # of each family
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, seed=3)
 TEXTS = (
