@@ -214,7 +214,8 @@ def nowhere(name: str, dtype: torch.dtype) -> None:
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
-    return tiered_caches(lm.model, policy, batch, length)
+    waited = lm.model.layers.waited["cache"]
+    return tiered_caches(lm.model, policy, batch, length, waited)
 
 
 def self_copy(model: Transformer, draft: str) -> Transformer:

@@ -24,7 +24,20 @@ from torch import Tensor
 from disk import BLOCK, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Transformer
 from policy import CACHE_SLOTS, Policy
-from ring import CPU, META, Courier, HostMemory, Layout, Parts, Ring, Slot, Staged, Store, fence
+from ring import (
+    CPU,
+    META,
+    Courier,
+    HostMemory,
+    Layout,
+    Parts,
+    Ring,
+    Slot,
+    Staged,
+    Store,
+    Waited,
+    fence,
+)
 
 
 @dataclass(eq=False)
@@ -42,7 +55,14 @@ class TieredCaches(Sequence["TieredCache"]):
     """The caches of all layers. A cell's memory goes slot by slot, each with all its rows: so what
     is filled is one range of bytes, and what a step adds, to rows of like length, a short one."""
 
-    def __init__(self, model: Transformer, policy: Policy, rows: int, length: int):
+    def __init__(
+        self,
+        model: Transformer,
+        policy: Policy,
+        rows: int,
+        length: int,
+        waited: Waited | None = None,
+    ):
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -57,7 +77,7 @@ class TieredCaches(Sequence["TieredCache"]):
         moving = [cell for cell in cells if cell.cache is None]
         self._slots = [self._slot() for _ in moving[:CACHE_SLOTS]]
         self._in, self._out = Courier(self.device, "cache in"), Courier(self.device, "cache out")
-        self._waited = model.layers.waited["cache"]
+        self._waited = waited or Waited()
         self._ring, self._in_ring = Ring((), (), self._fetch, self._waited), 0
         self._pos, self._spans = None, []
 
@@ -288,9 +308,12 @@ class AttendsSparsely(AttendsThere):
         return AttendsSparsely(self._cache.part(rows), self._share)
 
 
-def tiered_caches(model: Transformer, policy: Policy, rows: int, length: int) -> Sequence[KVCache]:
-    """`length` slots for each row, on the tiers that the policy says."""
+def tiered_caches(
+    model: Transformer, policy: Policy, rows: int, length: int, waited: Waited | None = None
+) -> Sequence[KVCache]:
+    """`length` slots for each row, on the tiers that the policy says. waited: where to count what
+    those who compute wait for cells."""
     if policy.cache.device == 100:
         return model.make_caches(rows, length)
     gc.collect()  # earlier caches refer to themselves, and would keep memory and disk for a while
-    return TieredCaches(model, policy, rows, length)
+    return TieredCaches(model, policy, rows, length, waited)
