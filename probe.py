@@ -99,7 +99,7 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     )
 
 
-def best(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Seconds: the median of some runs after a first one."""
     seconds = []
     for _ in range(repeats + 1):
@@ -130,13 +130,13 @@ def disk_curves(directory: Path) -> tuple[float, Curve, Curve]:
                 move([(n * size, memory[0][:nbytes])])
 
         cpu = memory[0].device
-        return Curve(READS, tuple(best(partial(calls, nbytes), cpu) / count for nbytes in READS))
+        return Curve(READS, tuple(typical(partial(calls, nbytes), cpu) / count for nbytes in READS))
 
     def stream() -> None:
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(lambda n: file.read([(n * size, memory[n % 2])]), range(count)))
 
-    rate = count * size / best(stream, memory[0].device)
+    rate = count * size / typical(stream, memory[0].device)
     return rate, curve(file.read), curve(file.write)
 
 
@@ -144,8 +144,8 @@ def copy_curves(device: torch.device) -> tuple[Curve, Curve]:
     size = max(READS)
     here = page_aligned(size, device)
     there = page_aligned(size, torch.device("cpu"), device.type == "cuda")
-    to_device = best(lambda: here.copy_(there), device)
-    to_host = best(lambda: there.copy_(here), device)
+    to_device = typical(lambda: here.copy_(there), device)
+    to_host = typical(lambda: there.copy_(here), device)
     return Curve((size,), (to_device,)), Curve((size,), (to_host,))
 
 
@@ -164,7 +164,7 @@ class BlockTimer:
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
         x, rotation = model.positions(x, pos)
         mask = model.mask(pos, torch.arange(slots, device=self.device), x.dtype)
-        return best(lambda: model.layers[0](x, rotation, mask, pos, cache), self.device)
+        return typical(lambda: model.layers[0](x, rotation, mask, pos, cache), self.device)
 
     def products(self) -> Curve:
         """Over rows of one token that sees hardly anything but itself."""
