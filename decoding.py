@@ -7,7 +7,7 @@ make steps, several tokens at a time. load.py makes the LoadedModel that both ru
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,22 +95,10 @@ def visible_slots(filled: int, most: int) -> int:
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
 
 
-def plain_steps(
-    lm: LoadedModel,
-    prompts: Texts,
-    caches: Sequence[KVCache],
-    past: int,
-    sampler: Sampler,
-    count: int,
-    live: AbstractSet[int],
-) -> Iterator[list[list[int]]]:
-    """At most `count` steps of one new id for each row. The host waits for a step's ids alone:
-    where the device works by itself, it has been given the next step by then.
-
-    live: the rows that go on, looked at before every step; the others get nothing, or ids that
-    mean nothing.
-    """
-    steps = launched_steps(lm, prompts, caches, past, sampler, count, live)
+def plain_steps(lm: LoadedModel, prompts: Texts, *given: Any) -> Iterator[list[list[int]]]:
+    """Steps of one new id for each row; given: what launched_steps takes. The host waits for a
+    step's ids alone: where the device works by itself, it has been given the next step by then."""
+    steps = launched_steps(lm, prompts, *given)
     for rows, read in launched_ahead(steps) if lm.device.type == "cuda" else steps:
         new = dict(zip(rows, read(), strict=True))
         yield [new.get(row, []) for row in range(len(prompts))]
@@ -125,8 +113,12 @@ def launched_steps(
     count: int,
     live: AbstractSet[int],
 ) -> Iterator[tuple[list[int], Callable[[], list[list[int]]]]]:
-    """Each step is launched when it is asked for: the rows that it computes, and what reads their
-    ids. Once enough rows have ended, the caches and the sampler are of the others alone."""
+    """At most `count` steps, each launched when it is asked for: the rows that it computes, and
+    what reads their ids. Once enough rows have ended, caches and sampler are of the others alone.
+
+    live: the rows that go on, looked at before every step; the others get nothing, or ids that
+    mean nothing.
+    """
     rows, length = list(range(len(prompts))), caches[0].length
     slots = torch.arange(length, device=lm.device)
     lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)

@@ -121,7 +121,7 @@ def nbytes(text: str) -> int:
 
 def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
     """What the command's options name, and its tokenizer. Of a model that has not been downloaded
-    a config.json is enough: prompts are then guessed to be of four characters a token."""
+    its config.json is enough, as --random_weights, with numbers for prompts."""
     dtype, device = DTYPES.get(options.dtype), find_device(options.device)
     if options.random_weights:
         config = read_json(options.random_weights)

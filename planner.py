@@ -202,7 +202,7 @@ class Planner:
         return max(plans, key=lambda plan: plan.rate)
 
     def groupings(self, start: Policy, most: int) -> Iterator[Policy]:
-        for g in {min(1 << n, most) for n in range(most.bit_length() + 1)}:
+        for g in sorted({min(1 << n, most) for n in range(most.bit_length() + 1)}):
             for K in (k for k in COUNTS if g * (k - 1) < most):
                 grouped = replace(start, micro_batch=g, micro_batches=K)
                 for sweep in SWEEPS:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_models import load
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
-from model import Transformer
 from scripts.convert_metaseq_opt175b import main, parse_args
 
 transformers = pytest.importorskip("transformers")
@@ -124,14 +124,6 @@ def views_of_one(part: TensorDict) -> TensorDict:
 
 def run(folder: Path, *options: str) -> int:
     return main(parse_args(["--checkpoint_dir", str(folder), *options]))
-
-
-def load(path: Path) -> Transformer:
-    checkpoint = Checkpoint(path)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    checkpoint.load_into(model, dtype=torch.float32)
-    return model.eval()
 
 
 @torch.no_grad()
