@@ -30,6 +30,7 @@ import torch
 
 import bench
 import chat
+import flash
 import jobs
 import plan
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
@@ -307,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
         scheme = make_scheme(args.random_mode) if args.random_mode else None
         lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
-        lm = load_model(args.checkpoint_path, **options)
+        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight
@@ -328,6 +329,8 @@ def run(args: argparse.Namespace) -> None:
     if expected and stats.decoded_tokens:
         for line in plan.report(expected, lm, stats):
             log(line)
+    for line in flash.report(lm.model):
+        log(line)
     if lm.draft:
         for line in lm.draft.pace.report.lines():
             log(line)
@@ -413,6 +416,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
     add("--json", action="store_true", help="print --bench's figures as a line of JSON")
     plan.add_options(parser)
+    flash.add_options(parser)
     args = parser.parse_args(argv)
     check_options(parser, args)
     args.stop, args.slots = tuple(args.stop), None
@@ -430,6 +434,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     ]
     check_needs(parser, args, needs)
     plan.check_options(parser, args)
+    flash.check_options(parser, args)
     for one, other in (
         ("prompt", "prompts"),
         ("bench", "interactive"),

@@ -23,6 +23,7 @@ from hf import model_args
 from model import KVCache, ModelArgs, Transformer
 from offload import Fill, StreamedLayers
 from pace import Pace
+from pack import flash_directory, open_pack
 from policy import Policy
 from quantized import (
     QuantizedLinear,
@@ -33,6 +34,7 @@ from quantized import (
     swap_linears,
 )
 from quantized_cache import QuantizedKVCache
+from sparse import Flash, fill_resident, leave_on_disk, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
@@ -58,6 +60,7 @@ def load_model(
     draft: str | Path | LoadedModel | None = None,
     speculate_k: int | None = None,
     policy: Policy | None = None,
+    flash: Flash | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
@@ -65,7 +68,8 @@ def load_model(
     cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
     guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
     many, None: as many as pay. policy: where the model lives and how it runs where that is not on
-    the device alone (offload.py). Raises FileNotFoundError, ValueError and MemoryError, in one line
+    the device alone (offload.py); flash: how its feed-forward neurons are left on disk (sparse.py).
+    Raises FileNotFoundError, ValueError and MemoryError, in one line
     each, before anything large is allocated.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
@@ -76,21 +80,28 @@ def load_model(
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
-    check_pairs(policy, draft)
+    check_pairs(policy, draft, flash, compile)
+    pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
         model = skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
+        if pack:
+            leave_on_disk(model, pack)
         dtype = dtype or checkpoint.dtype
         layers = stream_layers(model, policy, dtype, target)
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
             fill = checkpoint.filler(target, bar.update)
             if scheme != checkpoint.scheme:
                 fill = rounded_filler(model, checkpoint, fill)
+            if pack:
+                fill = fill_resident(pack, fill)
             allocate(model, target, dtype, fill, layers and layers.home)
             if layers:
                 layers.start(fill, checkpoint.direct if scheme == checkpoint.scheme else nowhere)
+        if pack:
+            start_neurons(model, pack, flash)
         return make_ready(model, tokenizer, views, draft, speculate_k, policy)
 
 
@@ -117,7 +128,7 @@ def random_model(
     args, fill = model_args(config), random_filler(target)
     tokenizer = id_tokenizer(args.vocab_size)
     check_draft(draft, args.vocab_size, tokenizer, scheme)
-    check_pairs(policy, draft)
+    check_pairs(policy, draft, None, compile)
     with compiler_imported(compile):
         model = skeleton(args, compressed_scheme(policy and policy.compress_weight, scheme))
         model.new_cache = new_cache
@@ -251,8 +262,22 @@ def check_draft(
         )
 
 
-def check_pairs(policy: Policy | None, draft: str | LoadedModel | None) -> None:
+def check_pairs(
+    policy: Policy | None,
+    draft: str | LoadedModel | None,
+    flash: Flash | None,
+    compile: bool,
+) -> None:
     """ValueError for features that do not go together."""
+    if flash and policy:
+        raise ValueError("--flash leaves neurons on disk, offloading whole layers: choose one")
+    if flash and compile:
+        raise ValueError("--flash reads within a layer, which cannot be compiled: omit --compile")
+    if flash and draft in SELF_BITS:
+        raise ValueError(
+            f"--draft {draft} copies a model that is in memory, and with --flash its neurons are "
+            "not: give --draft_checkpoint_path, or --draft ngram"
+        )
     if policy and draft in SELF_BITS:
         raise ValueError(
             f"--draft {draft} copies a model that is in memory, and this one is offloaded: give "

@@ -6,6 +6,7 @@
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
     python benchmarks/offload.py peers      in half the memory: accelerate, llama.cpp and we
+    python benchmarks/offload.py contexts   the same after prompts of 512 tokens: many texts
     python benchmarks/offload.py budget     plans within budgets that the kernel enforces
     python benchmarks/offload.py link       a GPU: layers in host memory, beside copies to it alone
     python benchmarks/offload.py check      random policies make the tokens of the model in memory
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
-from benchmarks.limited import hindrance
+from benchmarks.limited import OutOfMemory, hindrance
 from benchmarks.offload_peers import (
     Forms,
     beside_accelerate,
@@ -56,6 +57,8 @@ CPU = torch.device("cpu")
 SEED = 20261122
 TEXTS = "Once upon a time", "Lily", "Tim saw a ball. They", "One day, a", "The sun", "A cat named"
 REMEASURE = 6  # policies, after which the machine is no longer what it was
+LONG = 512  # tokens of a prompt
+FEWER = 48, 32, 24, 16, 12, 8, 4  # rows, until they fit
 REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
 
 
@@ -298,6 +301,36 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     return {"limit_bytes": limit, "ratios": ratios, "runs": results}
 
 
+def contexts(args: argparse.Namespace) -> dict[str, Any]:
+    """The same memory, prompts of 512 tokens: accelerate's cache stays in memory, ours need not."""
+    forms = Forms(args.forms)
+    limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
+    if reason := hindrance():
+        raise ValueError(f"skipped: {reason}")
+    common = {"new_tokens": args.new, "prompt_length": LONG}
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "accelerate": []}
+    placed = {"memory": 4e8, "offload_folder": args.directory / "accelerate", "keep": True}
+    for rows in FEWER:
+        try:
+            run = beside_accelerate(forms, limit, batch=rows, **placed, **common)
+        except OutOfMemory:
+            log(f"accelerate, {rows} rows: killed")
+            continue
+        log(f"accelerate, {rows} rows: {run['tokens_per_s']:.2f} tokens/s")
+        runs["accelerate"].append(run | {"rows": rows})
+        if len(runs["accelerate"]) == 2:  # the most rows that fit, and fewer
+            break
+    ours = {"memory": limit, "directory": args.directory}
+    for rows in args.rows:
+        runs["ours"].append(beside_ourselves(forms, limit, batch=rows, **ours, **common))
+        log(f"ours, {rows} rows: {runs['ours'][-1]['tokens_per_s']:.2f} tokens/s")
+    best = {
+        side: max(run["tokens_per_s"] for run in found) for side, found in runs.items() if found
+    }
+    log(f"ours over accelerate: {best['ours'] / best['accelerate']:.2f}")
+    return {"limit_bytes": limit, "ratio": best["ours"] / best["accelerate"], "runs": runs}
+
+
 def budget(args: argparse.Namespace) -> dict[str, Any]:
     """Plans within a budget, in 1.05 of it, enforced: a run that takes more is killed."""
     forms, runs = Forms(args.forms), []
@@ -396,6 +429,7 @@ MODES = {
     "compress": compress,
     "resident": resident,
     "peers": peers,
+    "contexts": contexts,
     "budget": budget,
     "link": link,
     "check": check,

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import complete
 from hf import export_tensors, model_args
 from load import load_model
-from model import Transformer
+from model import KVCache, Transformer
 from sampling import GenerationConfig
 
 VOCAB, CONTEXT, BOS, EOS = 2048, 512, 0, 1
@@ -41,29 +42,51 @@ LLAMA = SHARED | {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
+OPT = SHARED | {
+    "architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu",
+    "do_layer_norm_before": True, "enable_bias": True, "dropout": 0.0, "pad_token_id": EOS,
+}  # fmt: skip
 CONFIGS = {
     "demo": LLAMA | {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4,
     },
-    "demo-opt": SHARED | {
-        "architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu",
+    "demo-opt": OPT | {
         "hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 768, "num_hidden_layers": 4,
-        "num_attention_heads": 12, "do_layer_norm_before": True, "enable_bias": True,
-        "dropout": 0.0, "pad_token_id": EOS,
+        "num_attention_heads": 12,
     },
     "demo-draft": LLAMA | {
         "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
+    "opt-sparse": OPT | {
+        "hidden_size": 384, "word_embed_proj_dim": 384, "ffn_dim": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+    },
 }  # fmt: skip
+DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
 
-class NoCache(nn.Module):
+class NoCache(KVCache):
     """Training sees whole windows from position 0: attention needs no memory of earlier calls."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         return k, v
+
+
+class Watched:
+    """A feed-forward layer's activation, and how large and how many its values were at last."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]):
+        self.activation, self.size, self.active = activation, torch.zeros(()), 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.activation(x)
+        self.size, self.active = y.abs().mean(), (y.detach() != 0).float().mean().item()
+        return y
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -156,6 +179,10 @@ def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Tra
         optimizer,
         lambda n: min((n + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * n / args.steps))),
     )
+    watched = [Watched(layer.feed_forward.activation) for layer in model.layers]
+    if args.sparsity:
+        for layer, activation in zip(model.layers, watched, strict=True):
+            layer.feed_forward.activation = activation
     generator = torch.Generator().manual_seed(args.seed)
     size, start = sum(p.numel() for p in model.parameters()), time.perf_counter()
     log(f"{name}: {size:,} parameters, {args.steps} steps of {args.batch} x {CONTEXT} tokens")
@@ -163,14 +190,18 @@ def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Tra
         offsets = torch.randint(len(train_stream) - CONTEXT, (args.batch,), generator=generator)
         batch = train_stream[offsets[:, None] + torch.arange(CONTEXT + 1)]  # (B, T + 1)
         value = loss(model, batch, args.device)
+        # Grows with the steps, as in ProSparse (arXiv 2402.13516): few neurons come to be active.
+        sizes = sum(activation.size for activation in watched) / len(watched)
         optimizer.zero_grad()
-        value.backward()
+        (value + args.sparsity * min(1, 2 * step / args.steps) * sizes).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % args.log_every == 0 or step == args.steps - 1:
             held_out, seconds = evaluate(model, val_stream, args.device, 16), time.perf_counter()
             log(f"step {step:5} loss {value:.3f} held out {held_out:.3f} {seconds - start:6.0f} s")
+            if args.sparsity:
+                log("           active: " + " ".join(f"{w.active:.1%}" for w in watched))
     log(f"{name}: held out {evaluate(model, val_stream, args.device):.4f} nats per token")
     return model
 
@@ -196,9 +227,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher_chars", type=int, default=4_500_000)
     parser.add_argument("--val", type=Path, required=True, help="text that training never sees")
     parser.add_argument("--out", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--models", nargs="+", default=DEMOS, choices=CONFIGS)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sparsity", type=float, default=0.0, help="weight of activations' size")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--log_every", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,263 @@
+"""Write a model's feed-forward neurons as records, for generate.py --flash to read a few at a time.
+
+    python flash.py --checkpoint_path checkpoints/demo-opt --calibration_file stories.txt
+    python generate.py --checkpoint_path checkpoints/demo-opt --flash --dram_budget 60%
+
+Start at run. `calibrate` learns from a text which neurons a token needs (predictor.py), `pack`
+writes the neurons, those that are needed most often first. What was learned is kept beside the
+pack, so that another --neurons is a matter of copying; layers that an interrupted run has finished
+are not learned again. The files are described in pack.py, what reads them in sparse.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calibrate import calibration_text, calibration_tokens, say, take_up
+from checkpoint import Checkpoint, check_memory, size_text, sync
+from command import check_needs, exit_code, log, positive
+from disk import whole_blocks
+from load import find_device, skeleton
+from model import Transformer
+from neurons import GATED, KINDS, PLAIN, SECTOR, Format
+from pack import (
+    FILES,
+    VERSION,
+    check_sparse,
+    fingerprint,
+    flash_directory,
+    hash_file,
+    write_manifest,
+)
+from plan import nbytes, share
+from predictor import GAPS, WINDOWS, Learned, dense, fill_part, inputs, learn
+from quantized import GROUP_SIZES
+from sparse import Flash, source_of
+
+RANK = 32  # the predictor's is the model's width divided by this
+CPU = torch.device("cpu")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """generate.py's."""
+    add = parser.add_argument_group("ReLU models from disk (see README)").add_argument
+    add("--flash", action="store_true", help="read the neurons that a token needs; see flash.py")
+    add(
+        "--dram_budget", type=amount, help="weights in memory: 50%% of them, or 4GB (default: 50%%)"
+    )
+    add("--flash_window", type=float, help="tokens whose neurons stay (default: as many as pay)")
+    add("--flash_threads", type=positive, help="that read (default: as many as pay)")
+    add("--flash_dir", type=Path, help="where flash.py wrote (default: beside the checkpoint)")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    names = "dram_budget", "flash_window", "flash_threads", "flash_dir"
+    check_needs(parser, options, [(name, "flash") for name in names])
+    if options.flash and options.random_weights:
+        parser.error("--flash needs a checkpoint: random weights have no neurons on disk")
+    if options.flash_window is not None and options.flash_window < 1:
+        parser.error("--flash_window is 1 or more")
+
+
+def amount(text: str) -> float:
+    """50% -> 0.5; 4GB -> 4e9."""
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
+        if not 0 < float(found[1]) <= 100:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")
+        return float(found[1]) / 100
+    return nbytes(text)
+
+
+def chosen(options: argparse.Namespace) -> Flash | None:
+    if not options.flash:
+        return None
+    given = options.flash_window, options.flash_threads, options.flash_dir
+    return Flash(options.dram_budget or 0.5, *given)
+
+
+def report(model: Transformer) -> Iterator[str]:
+    """What came, beside what was expected of a token."""
+    source = source_of(model)
+    if source is None or not source.tally.calls + source.tally.whole:
+        return
+    yield from source.residence.lines(source.neurons)
+    yield from source.lines()
+
+
+def run(args: argparse.Namespace) -> Path:
+    """The directory of the pack. Raises what Checkpoint, calibration and the disk raise."""
+    checkpoint = Checkpoint(args.checkpoint_path)
+    check_sparse(checkpoint.args)
+    checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
+    directory = args.flash_dir or flash_directory(checkpoint)
+    format = record_format(checkpoint, args)
+    layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
+    total = layers * whole_blocks(neurons * format.stride)
+    log(
+        f"{directory}: {layers * neurons:,} neurons of {size_text(format.used)}, stored in "
+        f"{size_text(format.stride)} each, {size_text(total)} in all"
+    )
+    if total > (free := shutil.disk_usage(checkpoint.directory).free):
+        raise ValueError(f"{directory} needs {size_text(total)}, {size_text(free)} of disk is free")
+    learned = calibrate(checkpoint, directory.with_name(f"{directory.name}.learned"), args)
+    pack(checkpoint, format, learned, directory)
+    return directory
+
+
+def record_format(checkpoint: Checkpoint, args: argparse.Namespace) -> Format:
+    matrices = GATED if checkpoint.args.feed_forward == "gated" else PLAIN
+    return Format(
+        matrices, checkpoint.args.dim, args.neurons, checkpoint.dtype, args.groupsize, args.sector
+    )
+
+
+def calibrate(checkpoint: Checkpoint, work: Path, args: argparse.Namespace) -> list[Learned]:
+    """What there is to know of each layer; a layer that an earlier run has learned is kept."""
+    said = work / "identity.json"
+    if args.calibration_file:
+        tokens = calibration_tokens(
+            checkpoint,
+            calibration_text(args),
+            args.calibration_seq_length,
+            args.calibration_samples,
+        )
+        made_of = [fingerprint(checkpoint), zlib.crc32(tokens.numpy().tobytes()), args.rank]
+        take_up(work, [*made_of, args.recall, args.epochs])
+    elif said.is_file() and json.loads(said.read_text())[0] == fingerprint(checkpoint):
+        tokens = None
+    else:
+        raise ValueError("give --calibration_file TEXT, to learn from which neurons are active")
+    files = [work / f"layer{n}.pt" for n in range(checkpoint.args.n_layers)]
+    if not all(file.is_file() for file in files):
+        if tokens is None:
+            raise ValueError(f"{work} is not complete: give --calibration_file TEXT again")
+        log(f"learning from {len(tokens)} texts of {tokens.shape[1]} tokens")
+        learn_layers(checkpoint, tokens, files, args)
+    return [Learned(**torch.load(file, weights_only=True)) for file in files]
+
+
+def learn_layers(
+    checkpoint: Checkpoint, tokens: Tensor, files: Sequence[Path], args: argparse.Namespace
+) -> None:
+    needed = 2 * tokens.numel() * checkpoint.args.dim * 4
+    check_memory(needed, "cpu", "what flows between blocks", "lower --calibration_samples")
+    rank = args.rank or max(8, checkpoint.args.dim // RANK)
+    layers = inputs(checkpoint, tokens, find_device(args.device))
+    bar = tqdm(zip(files, layers, strict=True), total=len(files), desc="learn", unit="layer")
+    for file, (x, feed_forward) in bar:
+        if file.is_file():
+            continue
+        start = time.perf_counter()
+        learned = learn(x, feed_forward, rank, args.recall, args.epochs)
+        torch.save(vars(learned), file.with_suffix(".next"))
+        os.replace(file.with_suffix(".next"), file)
+        found = learned.figures
+        say(
+            f"{file.stem}: {found['active']:.1%} active, {found['predicted']:.1%} predicted, "
+            f"{found['recall']:.1%} of the active found; {time.perf_counter() - start:.1f} s"
+        )
+
+
+def pack(
+    checkpoint: Checkpoint, format: Format, learned: Sequence[Learned], directory: Path
+) -> None:
+    """Write the records of all layers, what stays in memory, and last what they are."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "manifest.json").unlink(missing_ok=True)
+    model = skeleton(checkpoint.args, checkpoint.scheme)
+    temporary = {name: directory / f"{name}.tmp" for name in FILES}
+    resident: dict[str, Tensor] = {}
+    try:
+        with temporary[FILES[0]].open("wb") as file:
+            for n, known in enumerate(tqdm(learned, desc="pack", unit="layer")):
+                prefix = f"layers.{n}.feed_forward"
+                fill_part(checkpoint, model, prefix, CPU)
+                records, kept = layer_records(model.layers[n].feed_forward, format, known)
+                model.layers[n].feed_forward.to("meta")
+                floating = {k: v.to(checkpoint.dtype) for k, v in kept.items() if "scales" not in k}
+                resident |= {f"{prefix}.{k}": v for k, v in (kept | floating).items()}
+                file.write(records.numpy())
+                file.write(bytes(whole_blocks(records.nbytes) - records.nbytes))
+            file.flush()
+            os.fsync(file.fileno())
+        torch.save(resident, temporary[FILES[1]])
+        for name in FILES:
+            os.replace(temporary[name], directory / name)
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
+    sync(directory)
+    said = asdict(format) | {"dtype": str(format.dtype).removeprefix("torch.")}
+    layers = [k.figures | {"rank": len(k.down)} for k in learned]
+    manifest = {"version": VERSION, "model": fingerprint(checkpoint), "format": said}
+    manifest |= {"hashes": {name: hash_file(directory / name) for name in FILES}}
+    write_manifest(directory, manifest | {"windows": WINDOWS, "gaps": GAPS, "layers": layers})
+
+
+def layer_records(
+    feed_forward: nn.Module, format: Format, learned: Learned
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(F, stride) bytes in the order learned, and what a SparseFeedForward keeps beside them."""
+    order, w2, inner = learned.order, feed_forward.w2, format.matrices[:-1]
+    first = feed_forward.w13 if len(inner) == 2 else feed_forward.w1
+    weights = dict(zip(inner, dense(first).chunk(len(inner)), strict=True))
+    weights = {name: weight[order] for name, weight in weights.items()}
+    records, scales = format.pack(weights | {"down": dense(w2)[:, order]})
+    biases = torch.zeros(len(inner), len(order)) if first.bias is None else first.bias
+    bias = biases.view(len(inner), -1)[:, order].T  # (F, 1 or 2)
+    never = torch.zeros(1, len(inner))
+    never[0, 0] = -math.inf  # behind a ReLU: no neuron
+    kept = {
+        "predictor.down.weight": learned.down,
+        "predictor.up.weight": learned.up,
+        "predictor.up.bias": learned.bias,
+        "inner_bias": torch.cat((bias, never)),
+        "outer_bias": torch.zeros(format.dim) if w2.bias is None else w2.bias,
+    }
+    if format.kind == "int8":
+        ones = torch.ones(1, len(inner))
+        kept |= {"inner_scales": torch.cat((scales["inner_scales"], ones))}
+        kept |= {"outer_scales": scales["outer_scales"]}
+    return records, {name: tensor.detach() for name, tensor in kept.items()}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
+    add("--flash_dir", type=Path, help="where to write (default: beside the checkpoint)")
+    add("--neurons", choices=KINDS, default="dense", help="their weights (default: dense)")
+    add("--groupsize", type=int, choices=GROUP_SIZES, default=64, help="of int4 (default: 64)")
+    add("--sector", type=positive, default=SECTOR, help="bytes that the disk reads (default: 512)")
+    add("--calibration_file", type=Path, metavar="TEXT", help="text to learn from")
+    add("--calibration_seq_length", type=positive, default=512, help="tokens of a text (512)")
+    add("--calibration_samples", type=positive, default=64, help="texts at most (64)")
+    add("--rank", type=positive, help=f"of the predictors (default: the width over {RANK})")
+    add("--recall", type=share, default=0.97, help="of active neurons to be found (default: 0.97)")
+    add("--epochs", type=int, default=4, help="of training predictors (default: 4)")
+    add("--device", default="auto", help="to learn on: auto, cuda, cuda:N or cpu (default: auto)")
+    args = parser.parse_args(argv)
+    args.calibration_tasks = None
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    stopped = "stopped; no file was written; the same command goes on from here"
+    return exit_code("flash.py", lambda: print(run(args)), stopped)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

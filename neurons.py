@@ -1,0 +1,242 @@
+"""Feed-forward neurons as records of a file: how one lies there, and which of them are in memory.
+
+Start at Format: the weights of one neuron, a row of the up (and gate) projection and its column of
+the down projection, are one record, so that they come with one read ("LLM in a flash", arXiv
+2312.11514, section 3.2). A NeuronFile reads many at a time past the page cache, straight to where
+they stay, and a NeuronCache says where that is: slots of one piece of memory, of which the least
+recently used are given away.
+
+Shapes: F neurons of a layer, C slots, D dim, n records.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disk import REFUSED, DirectFile, page_aligned
+from quantized import dense_int4, round_int4, round_int8
+
+SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
+KINDS = "dense", "int8", "int4"
+GATED, PLAIN = ("gate", "up", "down"), ("up", "down")
+MOST_PIECES = 1024  # of memory that one call of the system fills
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weights of a neuron lie in a record: one row of D numbers for each matrix.
+
+    int8: a scale for each row of gate and up, and one for each output of down, as Int8Linear has
+    them; they stay in memory. int4: groups along D in all matrices, scales and zeros beside them.
+    """
+
+    matrices: tuple[str, ...]  # GATED or PLAIN
+    dim: int
+    kind: str  # one of KINDS
+    dtype: torch.dtype  # of dense weights
+    groupsize: int = 64  # of int4
+    sector: int = SECTOR  # bytes that a record is a multiple of
+
+    @cached_property
+    def fields(self) -> dict[tuple[str, str], tuple[int, int, torch.dtype]]:
+        """Matrix and part of it -> its first byte, how many numbers it has and of what dtype."""
+        P = -(-self.dim // self.groupsize)
+        parts = {
+            "dense": {"weight": (self.dim, self.dtype)},
+            "int8": {"weight": (self.dim, torch.int8)},
+            "int4": {
+                "scales": (P, torch.float16),
+                "weight": (P * self.groupsize // 2, torch.uint8),
+                "zeros": (-(-P // 2), torch.uint8),
+            },
+        }[self.kind]
+        found, at = {}, 0
+        for matrix in self.matrices:
+            for part, (count, dtype) in parts.items():
+                at += -at % dtype.itemsize
+                found[matrix, part] = at, count, dtype
+                at += count * dtype.itemsize
+        return found
+
+    @cached_property
+    def used(self) -> int:
+        """Bytes of a record that mean something."""
+        return max(at + count * dtype.itemsize for at, count, dtype in self.fields.values())
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes from one record to the next."""
+        return -(-self.used // self.sector) * self.sector
+
+    def part(self, records: Tensor, matrix: str, name: str) -> Tensor:
+        """(n, stride) bytes -> (n, numbers), the same memory."""
+        at, count, dtype = self.fields[matrix, name]
+        return records[:, at : at + count * dtype.itemsize].view(dtype)
+
+    def rows(self, records: Tensor, matrix: str, dtype: torch.dtype) -> Tensor:
+        """(n, stride) bytes -> (n, D) numbers; of int8 they have yet to be scaled."""
+        weight = self.part(records, matrix, "weight")
+        if self.kind == "int4":
+            rest = (self.part(records, matrix, name) for name in ("scales", "zeros"))
+            weight = dense_int4(weight, *rest)[:, : self.dim]
+        return weight.to(dtype)
+
+    def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """gate and up (F, D) and down (D, F), float32 -> records (F, stride), and what stays in
+        memory: scales of gate and up (F, 1 or 2) and of the outputs (D,), ones but for int8."""
+        F, ones = len(weights["up"]), torch.ones
+        records = torch.zeros(F, self.stride, dtype=torch.uint8)
+        scales = {m: ones(F) for m in self.matrices[:-1]} | {"down": ones(self.dim)}
+        for matrix in self.matrices:
+            weight, down = weights[matrix], matrix == "down"
+            if self.kind == "int8":
+                parts = round_int8(weight)
+                scales[matrix] = parts.pop("scales")
+                parts["weight"] = parts["weight"].T if down else parts["weight"]
+            elif self.kind == "int4":
+                parts = round_int4(weight.T.contiguous() if down else weight, self.groupsize)
+            else:
+                parts = {"weight": weight.T if down else weight}
+            for name, value in parts.items():
+                self.part(records, matrix, name).copy_(value)
+        inner = torch.stack([scales[m] for m in self.matrices[:-1]], 1)  # (F, 1 or 2)
+        return records, {"inner_scales": inner, "outer_scales": scales["down"]}
+
+
+class Run(NamedTuple):
+    """Records that lie one after the other in a file, and the memory for each."""
+
+    offset: int
+    pieces: list[memoryview]
+
+
+class NeuronFile(DirectFile):
+    """The records of all layers of a model, layer after layer.
+
+    nbytes, requests: what `scatter` has read.
+    """
+
+    def __init__(self, path: Path, stride: int, threads: int):
+        super().__init__(path)
+        self.stride, self.nbytes, self.requests = stride, 0, 0
+        self._readers = ThreadPoolExecutor(threads, "neurons")
+        self._count = threads
+        if self.direct and not self._takes_records():
+            os.close(self._file)
+            self._file, self.direct = os.open(path, os.O_RDONLY), False
+
+    def _takes_records(self) -> bool:
+        """Whether the disk reads a single record past the page cache."""
+        try:
+            os.preadv(self._file, [page_aligned(self.stride, torch.device("cpu")).numpy()], 0)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return False
+        return True
+
+    def scatter(self, runs: Sequence[Run]) -> None:
+        """Fill the memory of each run, several at a time. Raises OSError, and ValueError where the
+        file has been cut short."""
+        self.requests += len(runs)
+        self.nbytes += self.stride * sum(len(run.pieces) for run in runs)
+        shares = [runs[n :: self._count] for n in range(min(self._count, len(runs)))]
+        reading = [self._readers.submit(self._fill, share) for share in shares]
+        wait(reading)  # all: what fails must not leave others writing to memory that is used again
+        for future in reading:
+            future.result()
+
+    def _fill(self, runs: Sequence[Run]) -> None:
+        for offset, pieces in runs:
+            wanted = self.stride * len(pieces)
+            done = os.preadv(self._file, pieces, offset)
+            while done < wanted:  # a signal, or the file's end
+                n, rest = divmod(done, self.stride)
+                moved = os.preadv(self._file, [pieces[n][rest:], *pieces[n + 1 :]], offset + done)
+                if moved == 0:
+                    raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
+                done += moved
+
+
+class NeuronCache:
+    """Which neurons of a layer are in which slots; the least recently used give way.
+
+    A slot that is being filled is empty, and stays so where that fails: what is asked of the
+    cache is never a neuron of which half is another.
+    """
+
+    def __init__(self, neurons: int, slots: int, stride: int, device: torch.device):
+        self.slab = page_aligned(slots * stride, device).view(slots, stride)
+        self.empty = neurons  # in place of a neuron
+        self._slot_of = np.full(neurons + 1, -1)
+        self.neurons = np.full(slots, self.empty)  # by slot
+        self._used = np.zeros(slots, dtype=np.int64)  # when last
+        self._time = 0
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    def missing(self, ids: np.ndarray) -> np.ndarray:
+        """Of ids those that are not here."""
+        return ids[self._slot_of[ids] < 0]
+
+    def slots(self, ids: np.ndarray) -> np.ndarray:
+        """Where neurons are, of those that are here."""
+        slots = self._slot_of[ids]
+        return slots[slots >= 0]
+
+    def admit(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ascending ids that are wanted now -> those to be brought and a slot for each, emptied
+        for them, ascending too; and those that no slot is left for."""
+        self._time += 1
+        slots = self._slot_of[ids]
+        here = slots >= 0
+        self._used[slots[here]] = self._time
+        missing, room = ids[~here], len(self) - int(here.sum())
+        fitting, rest = missing[:room], missing[room:]
+        if not len(fitting):
+            return fitting, fitting, rest
+        victims = np.argpartition(self._used, len(fitting) - 1)[: len(fitting)]
+        victims.sort()
+        self._slot_of[self.neurons[victims]] = -1
+        self.neurons[victims] = self.empty
+        self._used[victims] = self._time  # else they might be given away again
+        return fitting, victims, rest
+
+    def hold(self, ids: np.ndarray, slots: np.ndarray) -> None:
+        """Told that slots have been filled."""
+        self.neurons[slots] = ids
+        self._slot_of[ids] = slots
+
+
+def runs_of(
+    ids: np.ndarray,
+    pieces: Callable[[int], memoryview],
+    first: int,
+    stride: int,
+    gap: int,
+    waste: memoryview,
+) -> list[Run]:
+    """Ascending ids as runs. pieces: memory for the n-th; first: the file's byte of record 0; gap:
+    records at most that are read between two, into `waste`, for the sake of fewer requests."""
+    breaks = np.flatnonzero(np.diff(ids) > gap + 1) + 1
+    runs = []
+    bounds = [0, *breaks.tolist(), len(ids)]
+    listed = ids.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        memory = [pieces(start)]
+        for n in range(start + 1, end):
+            memory += [waste] * (listed[n] - listed[n - 1] - 1)
+            memory.append(pieces(n))
+        for n in range(0, len(memory), MOST_PIECES):
+            offset = first + (listed[start] + n) * stride
+            runs.append(Run(offset, memory[n : n + MOST_PIECES]))
+    return runs

@@ -1,0 +1,244 @@
+"""Which feed-forward neurons a token needs, learned from a text.
+
+Start at inputs, then learn. Block after block, one in memory at a time, texts run through the
+dense model; what enters each feed-forward layer, and which of its neurons are active there, is what
+its predictor learns from: two low-rank factors, begun with the best ones of that rank for such
+inputs (an SVD weighted by the inputs' covariance) and trained with a class-balanced loss, since few
+neurons are active. Texts that were not trained on then decide the threshold, at which a given share
+of the active neurons is found, and tell how much tokens that follow one another have in common.
+
+Based on "LLM in a flash" (arXiv 2312.11514, section 3.1) and Deja Vu (2310.17157), with the start
+of ASVD (2312.05821).
+
+Shapes: N tokens, D dim, F neurons, r rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, allocate
+from load import skeleton
+from model import Linear, Transformer
+from quantized import QuantizedLinear
+
+TEXTS = 8  # that run through a block together
+BATCH = 512  # tokens of a training step
+RATE = 2e-3  # Adam's, falling to 0
+SHARPNESS = 3.0  # logits of a neuron have this spread before training
+DAMPING = 1e-3  # of the mean of the covariance's diagonal, added to it
+FLAT = 0.02  # added to the share of active neurons, by which inactive ones count in the loss
+UNSEEN = 8  # one text of so many is not trained on
+WINDOWS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128)  # tokens
+GAPS = 0, 1, 2, 4, 8  # records
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is known of a layer. Neurons are in the order of the file: `order` says which they were.
+
+    usage: how many neurons are predicted within so many tokens, one number for each of WINDOWS.
+    records, requests: of a token's reads where those of the last WINDOWS tokens are in memory, for
+    each of GAPS; windows x gaps.
+    """
+
+    order: Tensor  # (F,)
+    down: Tensor  # (r, D)
+    up: Tensor  # (F, r)
+    bias: Tensor  # (F,), the threshold taken off
+    figures: dict[str, Any]  # active, predicted, recall; usage, records, requests
+
+
+def learn(x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: int) -> Learned:
+    """What there is to know of one layer, from what enters it, (B, T, D) float32.
+
+    recall: the share of active neurons that is to be found. Of texts, the B, one of UNSEEN is not
+    trained on, and decides.
+    """
+    B, T, _ = x.shape
+    unseen = torch.arange(B) % UNSEEN == UNSEEN - 1 if B >= UNSEEN else torch.arange(B) == B - 1
+    seen = ~unseen if B > 1 else unseen
+    weight, bias = gate(feed_forward)  # (F, D), (F,)
+    train, held = x[seen].flatten(0, 1), x[unseen].flatten(0, 1)  # (N, D) each
+    down, up, shift = fit(*start(weight, bias, train, rank), weight, bias, train, epochs)
+    active = F.linear(held, weight, bias) > 0  # (N, F)
+    scores = F.linear(F.linear(held, down), up, shift)
+    least = threshold(scores, active, recall)
+    predicted = scores > least
+    order = predicted.sum(0).argsort(descending=True, stable=True)
+    found = (predicted & active).sum() / active.sum().clamp_min(1)
+    figures = {
+        "active": active.float().mean().item(),
+        "predicted": predicted.float().mean().item(),
+        "recall": found.item(),
+    } | locality(predicted[:, order].unflatten(0, (-1, T)).cpu().numpy())
+    kept = (t.cpu() for t in (order, down, up[order], (shift - least)[order]))
+    return Learned(*kept, figures)
+
+
+@torch.inference_mode()
+def inputs(
+    checkpoint: Checkpoint, tokens: Tensor, device: torch.device
+) -> Iterator[tuple[Tensor, nn.Module]]:
+    """What enters each feed-forward layer, (B, T, D) float32, and that layer in float32."""
+    model = skeleton(checkpoint.args, checkpoint.scheme)
+    fill_part(checkpoint, model, "tok_embeddings", device)
+    fill_part(checkpoint, model, "project_in", device)
+    fill_part(checkpoint, model, "positions", device)
+    T = tokens.shape[1]
+    slots = torch.arange(T, device=device)
+    tokens = tokens.to(device)
+    pos = slots.expand_as(tokens)
+    x = model.project_in(model.tok_embeddings(tokens))  # (B, T, D)
+    model.tok_embeddings.to("meta")
+    x, _ = model.positions(x, pos)
+    for n, block in enumerate(model.layers):
+        fill_part(checkpoint, model, f"layers.{n}", device)
+        recorder = Recorder(block.feed_forward)
+        block.feed_forward = recorder
+        x = torch.cat([through(model, block, part, slots) for part in x.split(TEXTS)])
+        # A clone is no inference tensor: training may use it.
+        with torch.inference_mode(False):
+            seen = torch.cat([part.clone() for part in recorder.seen])
+        yield seen, recorder.inner
+        block.to("meta")
+
+
+def through(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> Tensor:
+    """(B, T, D) -> (B, T, D), by one block."""
+    pos = slots.expand(x.shape[:2])
+    _, rotation = model.positions(torch.zeros_like(x), pos)
+    shape = (len(x), len(slots) + 1, model.args.n_kv_heads, model.args.head_dim)
+    cache = model.new_cache(shape, x.dtype, x.device)
+    return block(x, rotation, model.mask(pos, slots, x.dtype), pos, cache)
+
+
+class Recorder(nn.Module):
+    """A feed-forward layer that remembers what entered it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.inner(x)
+
+
+def fill_part(checkpoint: Checkpoint, model: Transformer, part: str, device: torch.device) -> None:
+    """Give one module of a model on the meta device its weights, in float32."""
+
+    def fill(name: str, tensor: Tensor) -> None:
+        checkpoint.read_into(f"{part}.{name}", tensor)
+
+    allocate(model.get_submodule(part), device, torch.float32, fill)
+
+
+def dense(linear: Linear | QuantizedLinear) -> Tensor:
+    """Its weights in float32, (out, in)."""
+    return linear.dense(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+def gate(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
+    """What decides whether neurons are active: weights (F, D) and biases (F,)."""
+    first = getattr(feed_forward, "w13", None) or feed_forward.w1
+    neurons = feed_forward.w2.in_features
+    weight = dense(first)[:neurons].clone()
+    bias = torch.zeros_like(weight[:, 0]) if first.bias is None else first.bias[:neurons].clone()
+    return weight, bias
+
+
+@torch.no_grad()
+def start(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors (r, D) and (F, r) and biases (F,) whose products are nearest to those of the
+    weights for inputs x, (N, D); each neuron's then scaled to the same spread."""
+    mean = x.mean(0)
+    centred = x - mean
+    covariance = centred.T @ centred / len(x)
+    diagonal = covariance.diagonal()
+    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
+    root = torch.linalg.cholesky(covariance)  # (D, D): root @ root.T
+    seen = weight @ root  # (F, D): of white inputs
+    _, vectors = torch.linalg.eigh(seen.T @ seen)
+    basis = vectors[:, -rank:]  # (D, r)
+    up = seen @ basis  # (F, r)
+    down = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, D)
+    spread = seen.norm(dim=1).clamp_min(1e-12) / SHARPNESS  # (F,)
+    shift = bias + weight @ mean - up @ (down @ mean)
+    return down, up / spread[:, None], shift / spread
+
+
+def fit(
+    down: Tensor,
+    up: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    epochs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train the factors to tell active neurons of x, (N, D), from others."""
+    factors = [nn.Parameter(t.clone()) for t in (down, up, shift)]
+    optimizer = torch.optim.Adam(factors, lr=RATE)
+    steps = epochs * -(-len(x) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(BATCH):
+            given = x[batch.to(x.device)]
+            with torch.no_grad():
+                active = (F.linear(given, weight, bias) > 0).float()  # (N, F)
+            scores = F.linear(F.linear(given, factors[0]), factors[1], factors[2])
+            counts = torch.where(active > 0, 1.0, active.mean() + FLAT)
+            loss = F.binary_cross_entropy_with_logits(scores, active, counts)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return tuple(t.detach() for t in factors)
+
+
+def threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
+    """The score that so large a share of the active neurons reaches."""
+    found = scores[active]
+    if not len(found):
+        return torch.zeros(())
+    rank = max(1, math.floor((1 - recall) * len(found)))
+    return found.kthvalue(rank).values.nextafter(torch.tensor(-math.inf))
+
+
+def locality(predicted: np.ndarray) -> dict[str, Any]:
+    """What the tokens of texts have in common. predicted: (B, T, F) in the file's order."""
+    usage = np.zeros(len(WINDOWS))
+    records, requests = (np.zeros((len(WINDOWS), len(GAPS))) for _ in range(2))
+    counted = np.zeros(len(WINDOWS))
+    for text in predicted:
+        last = np.full(text.shape[1], -(10**9))  # when each neuron was last predicted
+        for t, row in enumerate(text):
+            ids = np.flatnonzero(row)
+            ages = t - last[ids]  # of a neuron predicted for the token before: 1
+            last[ids] = t
+            for n, window in enumerate(WINDOWS):
+                if t < window:
+                    break
+                counted[n] += 1
+                usage[n] += np.count_nonzero(t - last < window)
+                steps = np.diff(ids[ages > window])
+                missing = len(steps) + 1 if (ages > window).any() else 0
+                for m, gap in enumerate(GAPS):
+                    near = steps[steps <= gap + 1]
+                    records[n, m] += missing + (near - 1).sum()
+                    requests[n, m] += missing - len(near)
+    reached = int((counted > 0).sum())  # of longer windows than the texts nothing is known
+    counted = counted.clip(1)
+    return {
+        "usage": (usage / counted)[:reached].tolist(),
+        "records": (records / counted[:, None])[:reached].tolist(),
+        "requests": (requests / counted[:, None])[:reached].tolist(),
+    }

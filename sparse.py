@@ -1,0 +1,354 @@
+"""Feed-forward layers whose neurons stay on disk until they are needed.
+
+Start at SparseFeedForward.forward. Behind a ReLU most neurons of a token give nothing. A small
+predictor says which may give something, those that are not in memory are read, and the product is
+of all neurons that are there: one that is there without having been predicted is computed too, so
+that only those can be missed that are on disk. Many tokens at once, as in a prompt, go through all
+neurons instead, which stream by in the file's order, and leave behind what the last tokens used.
+
+Based on "LLM in a flash" (arXiv 2312.11514, section 3): predictor, window, bundles.
+
+Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons, r rank, C slots, n records.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import size_text, stored_tensors
+from disk import page_aligned, whole_blocks
+from model import Linear, ModelArgs, Transformer
+from neurons import Format, NeuronCache, NeuronFile, runs_of
+from pack import Pack
+from ring import CPU, Courier, Ring, Slot, Staged, Waited
+from window import THREADS, Residence, choose, measured
+
+MANY = 64  # tokens; more of them at once are a prompt
+RECENT = 16  # tokens of each row whose neurons a prompt leaves behind
+Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
+CHUNK = 8 * 2**20  # bytes of records that stream by at a time
+AHEAD = 2  # chunks
+
+
+@dataclass(frozen=True)
+class Flash:
+    """That a model's neurons are left on disk, and how.
+
+    memory: of all its weights; up to 1 a share of them, else bytes. window: tokens whose neurons
+    stay in memory, None: as many as pay; threads: that read, None: as many as pay. directory: of
+    the pack, None: beside the checkpoint.
+    """
+
+    memory: float = 0.5
+    window: float | None = None
+    threads: int | None = None
+    directory: Path | None = None
+
+
+@dataclass
+class Tally:
+    """What a model's sparse layers did, since `clear`. Seconds are the host's."""
+
+    calls: int = 0  # of layers, by way of predictions
+    whole: int = 0  # of layers, by all neurons, as too many were missing
+    predicted: int = 0  # neurons
+    missed: int = 0  # of these: not in memory
+    active: int = 0  # neurons that gave something
+    seen_active: int = 0  # at the end of prompts, where all neurons are looked at
+    seen_predicted: int = 0  # of those
+    reading: float = 0.0  # seconds
+    managing: float = 0.0
+    computing: float = 0.0  # of feed-forward layers, predictions with them
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+
+class Predictor(nn.Module):
+    """(N, D) -> (N, F): which neurons may be active; two factors, the threshold in the bias."""
+
+    def __init__(self, dim: int, rank: int, neurons: int):
+        super().__init__()
+        self.down = Linear(dim, rank, bias=False)
+        self.up = Linear(rank, neurons, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) > 0
+
+
+class Source:
+    """The neurons of all layers, on disk."""
+
+    def __init__(
+        self,
+        file: NeuronFile,
+        layers: int,
+        neurons: int,
+        device: torch.device,
+        residence: Residence,
+    ):
+        self.file, self.device, self.residence, self.tally = file, device, residence, Tally()
+        self.neurons, stride = neurons, file.stride
+        self.region = whole_blocks(neurons * stride)  # bytes of a layer
+        self._waste = memoryview(page_aligned(stride, CPU).numpy())
+        pinned = device.type == "cuda"
+        chunk = chunk_size(neurons, stride)
+        self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
+        self._order = [(j, *chunk) for j in range(layers) for chunk in self.chunks]
+        size = chunk * stride
+        slots = [Slot({"": page_aligned(size, device)}, None) for _ in range(AHEAD)]
+        stages = [page_aligned(size, CPU, pinned) for _ in range(AHEAD)]
+        self._stream = file if device.type == "cpu" else Staged(file, stages)
+        self._stage = stages[0] if pinned else None
+        self._courier = Courier(device, "stream", AHEAD)
+        self._ring = Ring(self._order, slots, self._fetch, Waited())
+
+    def _fetch(self, item: tuple[int, int, int], slot: Slot) -> Future:
+        j, start, end = item
+        stride = self.file.stride
+        piece = slot.parts[""][: (end - start) * stride]
+        at = j * self.region + start * stride
+        return self._courier.send(lambda: self._stream.read([(at, piece)]), slot.used)
+
+    def lines(self) -> Iterator[str]:
+        """What a token took, in the mean of those that did not need whole layers."""
+        tally, file, layers = self.tally, self.file, len(self._order) // len(self.chunks)
+        tokens, whole = (tally.calls + tally.whole) / layers, tally.whole * self.region
+        yield (
+            f"  came        {size_text((file.nbytes + whole) / tokens)} in "
+            f"{file.requests / tokens:.0f} requests and {tally.whole / tokens:.1f} whole layers "
+            f"for a token: {1000 * tally.reading / tokens:.1f} ms of reading, "
+            f"{1000 * tally.computing / tokens:.1f} ms of feed-forward products, "
+            f"{1000 * tally.managing / tokens:.1f} ms of managing memory"
+        )
+        share, neurons = (
+            tally.predicted / max(tally.calls, 1) / self.neurons,
+            max(tally.predicted, 1),
+        )
+        found = tally.seen_predicted / max(tally.seen_active, 1)
+        yield (
+            f"  neurons     {share:.1%} of a layer predicted, {1 - tally.missed / neurons:.1%} of "
+            f"them in memory; {tally.predicted / max(tally.active, 1):.2f} predicted for one that "
+            f"was active; {found:.1%} of the active ones of prompts found"
+        )
+
+    def streamed(self, j: int) -> Iterator[tuple[int, Tensor]]:
+        """All neurons of a layer: the first of each chunk, and its records, (n, stride)."""
+        for start, end in self.chunks:
+            with self._ring.holding((j, start, end)) as slot:
+                stride = self.file.stride
+                yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
+
+    def fetch(self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor) -> None:
+        """Bring neurons, ascending, of layer j into slots of (C, stride) bytes."""
+        if self._stage is None:
+            memory, places = memoryview(slab.numpy().reshape(-1)), slots.tolist()
+            self._scatter(j, ids, memory, places)
+            return
+        room = len(self._stage) // self.file.stride
+        memory = memoryview(self._stage.numpy())
+        for n in range(0, len(ids), room):
+            part = ids[n : n + room]
+            self._scatter(j, part, memory, list(range(len(part))))
+            staged = self._stage[: len(part) * self.file.stride].view(len(part), -1)
+            at = torch.from_numpy(slots[n : n + room]).to(self.device)
+            slab.index_copy_(0, at, staged.to(self.device))
+
+    def _scatter(self, j: int, ids: np.ndarray, memory: memoryview, places: Sequence[int]) -> None:
+        stride = self.file.stride
+
+        def piece(n: int) -> memoryview:
+            return memory[places[n] * stride : (places[n] + 1) * stride]
+
+        gap = self.residence.gap
+        self.file.scatter(runs_of(ids, piece, j * self.region, stride, gap, self._waste))
+
+
+def chunk_size(neurons: int, stride: int) -> int:
+    """Neurons that stream by at a time: in a small model, too, a small part of a layer."""
+    return max(1, min(neurons // 8, CHUNK // stride))
+
+
+class SparseFeedForward(nn.Module):
+    """In place of a PlainFeedForward or GatedFeedForward whose activation is ReLU.
+
+    Its parameters are what stays in memory: the predictor, and of each neuron, in the file's order,
+    what is no weight. `start` gives it its neurons.
+    """
+
+    def __init__(self, args: ModelArgs, format: Format, rank: int):
+        super().__init__()
+        neurons, inner = args.hidden_dim, len(format.matrices) - 1
+        self.format, self.gated = format, inner == 2
+        self.predictor: Callable[[Tensor], Tensor] = Predictor(args.dim, rank, neurons)
+        # One more neuron stands for empty slots: it is never active.
+        self.inner_bias = nn.Parameter(torch.empty(neurons + 1, inner))
+        self.outer_bias = nn.Parameter(torch.empty(args.dim))
+        scaled = format.kind == "int8"
+        inner_scales = torch.empty(neurons + 1, inner, dtype=torch.float32) if scaled else None
+        outer_scales = torch.empty(args.dim, dtype=torch.float32) if scaled else None
+        self.register_buffer("inner_scales", inner_scales)
+        self.register_buffer("outer_scales", outer_scales)
+
+    def start(self, layer: int, source: Source, slots: int) -> None:
+        self.layer, self.source, self.tally = layer, source, source.tally
+        neurons = len(self.inner_bias) - 1
+        self.cache = NeuronCache(neurons, slots, self.format.stride, source.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (N, D)
+        if len(rows) > MANY:
+            return self._whole(x)
+        with self.tally.timed("computing"):
+            wanted = self._wanted(rows)
+        if self.source.residence.prefers_whole(self.cache.missing(wanted)):
+            self.tally.whole += 1
+            return self._whole(x)
+        return self._sparse(rows, wanted).view_as(x)
+
+    def _wanted(self, rows: Tensor) -> np.ndarray:
+        """Ids of the neurons that any row may need, ascending."""
+        return self.predictor(rows).any(0).nonzero().squeeze(1).cpu().numpy()
+
+    def _sparse(self, rows: Tensor, wanted: np.ndarray) -> Tensor:
+        """(N, D) -> (N, D), by the neurons that are wanted and those that are there."""
+        tally, cache = self.tally, self.cache
+        tally.calls += 1
+        tally.predicted += len(wanted)
+        rest = self._bring(wanted)
+        with tally.timed("computing"):
+            # Dense rows are computed where they lie; others are unpacked first, so no more of them
+            # than are wanted.
+            some = None if self.format.kind == "dense" else cache.slots(wanted)
+            y = self._products(rows, cache.slab, cache.neurons, some)
+        while len(rest):  # more than there are slots for
+            now, rest = rest[: len(cache)], rest[len(cache) :]
+            self._bring(now)
+            with tally.timed("computing"):
+                y = y + self._products(rows, cache.slab, cache.neurons, cache.slots(now))
+        return self._output(y, rows.dtype)
+
+    def _bring(self, wanted: np.ndarray) -> np.ndarray:
+        """Read what is wanted and not there; returns what there was no slot for."""
+        tally = self.tally
+        with tally.timed("managing"):
+            ids, slots, rest = self.cache.admit(wanted)
+        tally.missed += len(ids)
+        with tally.timed("reading"):
+            if len(ids):
+                self.source.fetch(self.layer, ids, slots, self.cache.slab)
+        with tally.timed("managing"):
+            self.cache.hold(ids, slots)
+        return rest
+
+    def _products(
+        self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None
+    ) -> Tensor:
+        """What neurons give to the rows, (N, D) float32. some: which of the records; None: all."""
+        if some is not None:
+            records, neurons = records[self._index(some)], neurons[some]
+        h = self._hidden(rows, records, self._index(neurons))  # (N, n)
+        self.tally.active += int((h != 0).any(0).sum())
+        return self._down(h, records)
+
+    def _index(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(ids).to(self.source.device)
+
+    def _hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
+        """(N, D) rows -> (N, n): what records of such neurons make of them."""
+        parts = []
+        for n, matrix in enumerate(self.format.matrices[:-1]):
+            y = F.linear(rows, self.format.rows(records, matrix, rows.dtype))  # (N, n)
+            if self.inner_scales is not None:
+                y = y * self.inner_scales[neurons, n]
+            parts.append((y + self.inner_bias[neurons, n]).to(rows.dtype))
+        h = F.relu(parts[0])
+        return h * parts[1] if self.gated else h
+
+    def _down(self, h: Tensor, records: Tensor) -> Tensor:
+        return (h @ self.format.rows(records, "down", h.dtype)).float()
+
+    def _output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.outer_scales is not None:
+            y = y * self.outer_scales
+        return (y + self.outer_bias).to(dtype)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D) by all neurons; those of the last tokens stay."""
+        tally, cache, rows = self.tally, self.cache, x.flatten(0, 1)
+        likely = self.predictor(x[:, -RECENT:].flatten(0, 1))  # (n, F)
+        ids, slots, _ = cache.admit(likely.any(0).nonzero().squeeze(1).cpu().numpy())
+        y = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
+        for start, records in self.source.streamed(self.layer):
+            end = start + len(records)
+            h = self._hidden(rows, records, torch.arange(start, end, device=x.device))  # (N, n)
+            y += self._down(h, records)
+            active = h.unflatten(0, x.shape[:2])[:, -RECENT:].flatten(0, 1) != 0
+            tally.seen_active += int(active.sum())
+            tally.seen_predicted += int((active & likely[:, start:end]).sum())
+            here = (ids >= start) & (ids < end)
+            if here.any():
+                cache.slab[self._index(slots[here])] = records[self._index(ids[here] - start)]
+        cache.hold(ids, slots)
+        return self._output(y, x.dtype).view_as(x)
+
+
+def leave_on_disk(model: Transformer, pack: Pack) -> None:
+    """Exchange the feed-forward layers of a model on the meta device."""
+    for layer, said in zip(model.layers, pack.layers, strict=True):
+        layer.feed_forward = SparseFeedForward(model.args, pack.format, said["rank"])
+
+
+def fill_resident(pack: Pack, fill: Fill) -> Fill:
+    """What gives a model with such layers its tensors."""
+    resident = pack.resident()
+
+    def filling(name: str, tensor: Tensor) -> None:
+        if name in resident:
+            tensor.detach().copy_(resident[name])
+        else:
+            fill(name, tensor)
+
+    return filling
+
+
+def start_neurons(model: Transformer, pack: Pack, flash: Flash) -> None:
+    """Open the pack, and give each layer as many slots as cost least within the memory.
+
+    Raises ValueError where it is too little.
+    """
+    layers = [layer.feed_forward for layer in model.layers]
+    weight, neurons, format = model.tok_embeddings.weight, model.args.hidden_dim, pack.format
+    rest = sum(tensor.nbytes for tensor, _ in stored_tensors(model).values())
+    predictors = sum(p.nbytes for layer in layers for p in layer.predictor.parameters())
+    whole = rest - predictors + len(layers) * neurons * format.used
+    threads = [flash.threads] if flash.threads else THREADS
+    disk = measured(pack, threads, weight.device, weight.dtype)
+    chunk = chunk_size(neurons, format.stride)
+    memory = flash.memory * whole if flash.memory <= 1 else flash.memory
+    room = int(memory - rest - AHEAD * chunk * format.stride)
+    residence = choose(pack, neurons, room, disk, flash.window, flash.threads)
+    file = NeuronFile(pack.neurons, format.stride, residence.threads)
+    source = Source(file, len(layers), neurons, weight.device, residence)
+    for n, (layer, slots) in enumerate(zip(layers, residence.slots, strict=True)):
+        layer.start(n, source, slots)
+
+
+def source_of(model: Transformer) -> Source | None:
+    """Where a model's neurons come from, if they do not stay in memory."""
+    first = model.layers[0]
+    return getattr(getattr(first, "feed_forward", None), "source", None)

@@ -1,0 +1,578 @@
+"""Neurons on disk: with nothing missed the text is the model's in memory, and faults are clear."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flash
+import generate as command
+import quantize
+from checkpoint import Checkpoint
+from disk import page_aligned
+from generate import GenerationConfig, complete
+from load import LoadedModel, load_model, skeleton
+from neurons import GATED, KINDS, PLAIN, Format, NeuronCache, NeuronFile, runs_of
+from pack import open_pack
+from predictor import GAPS, WINDOWS, dense, fill_part, locality
+from quantized import Int4Linear, Int8Linear, nearest
+from sparse import Flash, source_of
+from window import Disk, Usage, choose
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 20261122
+STREAMS = 40  # random streams of requests
+GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
+TEXTS = (
+    "Once upon a time",
+    "Lily",
+    "Tim and his dog saw a big red ball. They",
+    "One day, a little",
+)
+FAMILIES = ("opt", "reglu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo OPT and, as none of its kind is at hand, the demo Llama with ReLU for SiLU; each
+    with what little can be learned of it from two texts."""
+    folder, found = tmp_path_factory.mktemp("flash"), {}
+    text = folder / "text.txt"
+    text.write_text("Once upon a time there was a little dog. He liked to play in the sun. " * 40)
+    for family, demo in zip(FAMILIES, ("demo-opt", "demo"), strict=True):
+        found[family] = shutil.copytree(ROOT / "checkpoints" / demo, folder / family)
+    file = found["reglu"] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "relu"}))
+    for path in found.values():
+        pack(path, "--calibration_file", text, "--epochs", 1)
+    return found
+
+
+def pack(path: Path, *options: object) -> Path:
+    given = ["--checkpoint_path", path, "--calibration_seq_length", 64, "--rank", 16, *options]
+    return flash.run(flash.parse_args([str(word) for word in given]))
+
+
+def sparse(path: Path, **options: object) -> LoadedModel:
+    given = {name: options.pop(name) for name in ("memory", "window", "threads") if name in options}
+    memory = given.pop("memory", 0.9)
+    chosen = Flash(memory, **given, directory=options.pop("directory", None))
+    options = {"device": "cpu", "dtype": torch.float32} | options
+    return load_model(path, flash=chosen, **options)
+
+
+class Oracle(nn.Module):
+    """Which neurons are active, by their weights; a few that are not, too, in changing numbers."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, more: float = 0.05):
+        super().__init__()
+        self.weight, self.bias, self.more = weight, bias, more
+        self.draw = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = nn.functional.linear(x, self.weight, self.bias) > 0
+        return active | (torch.rand(active.shape, generator=self.draw) < self.more)
+
+
+def foresee(lm: LoadedModel, path: Path) -> LoadedModel:
+    """Let no active neuron be missed."""
+    checkpoint = Checkpoint(path)
+    work = path / "model.flash.learned"
+    for n, layer in enumerate(lm.model.layers):
+        model = skeleton(checkpoint.args, checkpoint.scheme)
+        fill_part(checkpoint, model, f"layers.{n}.feed_forward", CPU)
+        inner = model.layers[n].feed_forward
+        first = getattr(inner, "w13", None) or inner.w1
+        order = torch.load(work / f"layer{n}.pt", weights_only=True)["order"]
+        weight = dense(first)[: inner.w2.in_features][order]
+        bias = torch.zeros(len(weight)) if first.bias is None else first.bias.detach()[order]
+        layer.feed_forward.predictor = Oracle(weight, bias)
+    return lm
+
+
+def texts(lm: LoadedModel, config: GenerationConfig = GREEDY, rows: int = 4) -> list[list[int]]:
+    prompts = [lm.tokenizer.encode(text) for text in TEXTS[:rows]]
+    return [completion.ids for completion in complete(lm, prompts, config)]
+
+
+def in_memory(path: Path, **options: object) -> LoadedModel:
+    return load_model(path, **({"device": "cpu", "dtype": torch.float32} | options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("matrices", [PLAIN, GATED])
+def test_a_record_holds_what_the_linears_hold(kind: str, matrices: tuple[str, ...]):
+    torch.manual_seed(SEED)
+    F, D = 40, 72  # no multiple of the group
+    weights = {m: torch.randn(F, D) for m in matrices[:-1]} | {"down": torch.randn(D, F)}
+    format = Format(matrices, D, kind, torch.float32, groupsize=32, sector=512)
+    records, scales = format.pack(weights)
+    assert records.shape == (F, format.stride) and format.stride % 512 == 0
+    for n, matrix in enumerate(matrices):
+        down = matrix == "down"
+        weight = weights[matrix].T if down and kind != "int8" else weights[matrix]
+        rows = format.rows(records, matrix, torch.float32)
+        if kind == "int8":
+            linear = Int8Linear(weight.shape[1], len(weight), False)
+            expected = stored(linear, weight)
+            expected = expected.T if down else expected
+            scale = scales["outer_scales"] if down else scales["inner_scales"][:, n : n + 1]
+            rows = rows * scale
+        elif kind == "int4":
+            expected = stored(Int4Linear(D, F, False, 32), weight)
+        else:
+            expected = weight
+        torch.testing.assert_close(rows, expected)
+
+
+def stored(linear: nn.Module, weight: Tensor) -> Tensor:
+    for name, value in nearest(weight.contiguous(), linear).items():
+        setattr(linear, name, value)
+    return linear.dense(torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(STREAMS))
+def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(seed: int, tmp_path: Path):
+    """Random requests, sizes, threads and gaps, reads that fail among them."""
+    print("seed", SEED + seed)
+    draw = random.Random(SEED + seed)
+    F, stride, first = draw.randint(1, 300), 512 * draw.choice((1, 3)), draw.choice((0, 4096))
+    stored = np.random.default_rng(seed).integers(0, 256, (F, stride), dtype=np.uint8)
+    path = tmp_path / "neurons"
+    path.write_bytes(bytes(first) + stored.tobytes())
+    file = NeuronFile(path, stride, draw.choice((1, 2, 8)))
+    cache = NeuronCache(F, draw.randint(1, F), stride, CPU)
+    memory, waste = memoryview(cache.slab.numpy().reshape(-1)), memoryview(page_aligned(stride, CPU).numpy())
+    for _ in range(30):
+        wanted = np.array(sorted(draw.sample(range(F), draw.randint(0, F))), dtype=int)
+        ids, slots, rest = cache.admit(wanted)
+        taken = cache.slots(wanted)
+        assert len(ids) + len(rest) + len(taken) == len(wanted)
+        assert len(set(slots.tolist()) | set(taken.tolist())) == len(slots) + len(taken)
+        if len(ids):
+            pieces = [memory[s * stride : (s + 1) * stride] for s in slots.tolist()]
+            gap = draw.randint(0, 4)
+            file.scatter(runs_of(ids, pieces.__getitem__, first, stride, gap, waste))
+        if draw.random() < 0.2:  # it failed: what was to be filled stays empty
+            assert not len(cache.slots(ids))
+            continue
+        cache.hold(ids, slots)
+        held = cache.neurons[cache.neurons != cache.empty]
+        assert len(set(held.tolist())) == len(held)
+        at = cache.slots(held)
+        assert (cache.neurons[at] == held).all()
+        assert (cache.slab.numpy()[at] == stored[held]).all()
+        assert set(wanted) - set(rest) <= set(held)
+
+
+def test_the_oldest_gives_way():
+    cache = NeuronCache(10, 3, 512, CPU)
+    for wanted in ([0], [1], [2], [0]):
+        ids, slots, _ = cache.admit(np.array(wanted))
+        cache.hold(ids, slots)
+    ids, slots, _ = cache.admit(np.array([7]))
+    cache.hold(ids, slots)
+    assert set(cache.neurons.tolist()) == {0, 2, 7}
+
+
+@pytest.mark.parametrize("gap", [0, 1, 3])
+def test_runs_bring_every_record_once(gap: int):
+    ids = np.array([0, 1, 4, 5, 9, 10, 11, 30])
+    pieces = [memoryview(bytes([n])) for n in range(len(ids))]
+    waste = memoryview(b"-")
+    runs = runs_of(ids, pieces.__getitem__, 100, 7, gap, waste)
+    found = {}
+    for run in runs:
+        for n, piece in enumerate(run.pieces):
+            if piece is not waste:
+                found[(run.offset - 100) // 7 + n] = bytes(piece)
+    assert found == {i: bytes([n]) for n, i in enumerate(ids.tolist())}
+    assert len(runs) == {0: 4, 1: 4, 3: 2}[gap]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": 0.9},
+        {"memory": 0.75, "threads": 1},
+        {"memory": 1.0, "window": 1.0, "threads": 3},
+        {"memory": 1.0, "window": 2.5},
+    ],
+    ids=str,
+)
+def test_texts_are_those_of_the_model_in_memory(
+    family: str, options: dict, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Distinct prompts in a batch and alone, neurons in memory, missing, and streaming by."""
+    path = models[family]
+    expected = texts(in_memory(path))
+    lm = foresee(sparse(path, **options), path)
+    assert texts(lm) == expected
+    for prefers in (False, True):
+        monkeypatch.setattr("window.Residence.prefers_whole", lambda *_, p=prefers: p)
+        assert texts(lm) == expected
+        for row, text in enumerate(TEXTS):
+            (alone,) = complete(lm, [lm.tokenizer.encode(text)], GREEDY)
+            assert alone.ids == expected[row]
+    tally = source_of(lm.model).tally
+    assert tally.calls and tally.whole and tally.missed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_neurons_than_slots_take_turns(family: str, models: dict[str, Path]):
+    path = models[family]
+    lm = foresee(sparse(path), path)
+    for layer in lm.model.layers:
+        module = layer.feed_forward
+        module.start(module.layer, module.source, 5)
+    assert texts(lm) == texts(in_memory(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[str, Path]):
+    path = models[family]
+    lm, other = foresee(sparse(path), path), in_memory(path)
+    prompts = [lm.tokenizer.encode(" ".join(TEXTS * n)) for n in (8, 5)]
+    got, expected = ([c.ids for c in complete(model, prompts, GREEDY)] for model in (lm, other))
+    assert got == expected
+    tally = source_of(lm.model).tally
+    assert tally.seen_active == tally.seen_predicted > 0
+    assert all(
+        (layer.feed_forward.cache.neurons < layer.feed_forward.cache.empty).any()
+        for layer in lm.model.layers
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("draft", ["ngram", "model"])
+def test_with_a_draft(family: str, draft: str, models: dict[str, Path]):
+    path = models[family]
+    guess = draft if draft == "ngram" else in_memory(path)
+    lm = foresee(sparse(path, draft=guess, speculate_k=3), path)
+    assert texts(lm) == texts(in_memory(path))
+
+
+@pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"dtype": torch.bfloat16}], ids=str)
+def test_with_other_caches_and_dtypes(options: dict, models: dict[str, Path]):
+    """bfloat16 sums in another order: logits are near, and not the same."""
+    path = models["opt"]
+    logits = [first_logits(foresee(sparse(path, **options), path))]
+    logits.append(first_logits(in_memory(path, **options)))
+    near = 0.15 if "dtype" in options else 1e-3
+    torch.testing.assert_close(*logits, atol=near, rtol=0)
+
+
+def test_sampled_texts(models: dict[str, Path]):
+    path, config = models["opt"], dataclasses.replace(GREEDY, temperature=0.9, top_k=50, seed=3)
+    assert texts(foresee(sparse(path), path), config) == texts(in_memory(path), config)
+
+
+@torch.inference_mode()
+def first_logits(lm: LoadedModel) -> Tensor:
+    ids = torch.tensor([lm.tokenizer.encode(TEXTS[0])])
+    slots = torch.arange(ids.shape[1])
+    return lm.model(ids, slots[None], slots, lm.make_caches(1, 64))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_neurons(family: str, kind: str, models: dict[str, Path], tmp_path: Path):
+    """Against the same feed-forward layers, their weights rounded in the same way."""
+    path = models[family]
+    directory = tmp_path / "model.flash"
+    shutil.copytree(path / "model.flash.learned", tmp_path / "model.flash.learned")
+    pack(path, "--neurons", kind, "--flash_dir", directory)
+    lm = foresee(sparse(path, directory=directory), path)
+    other = in_memory(path)
+    for layer in other.model.layers:
+        inner = layer.feed_forward
+        first = getattr(inner, "w13", None) or inner.w1
+        first.weight.data = rounded(first.weight, kind)
+        w2 = inner.w2.weight
+        inner.w2.weight.data = rounded(w2, kind) if kind == "int8" else rounded(w2.T, kind).T
+    torch.testing.assert_close(first_logits(lm), first_logits(other), atol=2e-3, rtol=0)
+    assert texts(lm) == texts(other)
+
+
+def rounded(weight: Tensor, kind: str) -> Tensor:
+    shape = weight.shape[1], weight.shape[0], False
+    linear = Int8Linear(*shape) if kind == "int8" else Int4Linear(*shape, 64)
+    return stored(linear, weight.float()).to(weight.dtype)
+
+
+def test_a_quantised_checkpoint(models: dict[str, Path], tmp_path: Path):
+    """Attention in int8, in memory, and the neurons' own integers on disk."""
+    path = shutil.copytree(models["opt"], tmp_path / "model")
+    file = quantize.run(quantize.parse_args(["--checkpoint_path", str(path), "--mode", "int8"]))
+    text = path / "text.txt"
+    text.write_text(" ".join(TEXTS) * 20)
+    pack(file, "--neurons", "int8", "--calibration_file", text, "--epochs", 1)
+    lm = sparse(file, directory=None)
+    for layer in lm.model.layers:  # every neuron
+        layer.feed_forward.predictor = lambda x, n=layer.feed_forward.cache.empty: torch.ones(
+            len(x), n, dtype=torch.bool
+        )
+    torch.testing.assert_close(first_logits(lm), first_logits(in_memory(file)), atol=2e-3, rtol=0)
+
+
+def test_what_is_learned_finds_active_neurons(data_dir: Path, tmp_path: Path):
+    """On text that was not learned from: most of the active ones, and far from all of them."""
+    path = shutil.copytree(ROOT / "checkpoints" / "demo-opt", tmp_path / "opt")
+    text = data_dir / "text" / "tinystories_train_2MiB_eot.txt"
+    pack(path, "--calibration_file", text, "--calibration_samples", 96, "--epochs", 2)
+    lm = sparse(path)
+    held_out = (data_dir / "text" / "tinystories_val.txt").read_text()[:3000]
+    complete(lm, [lm.tokenizer.encode(held_out)[:400]], GREEDY)
+    tally = source_of(lm.model).tally
+    assert tally.seen_predicted / tally.seen_active > 0.9
+    figures = open_pack(path / "model.flash", Checkpoint(path)).layers
+    assert all(layer["recall"] > 0.9 for layer in figures)
+    assert all(layer["predicted"] < 0.5 for layer in figures[1:])
+
+
+def test_learning_goes_on_where_it_was_interrupted(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = shutil.copytree(models["opt"], tmp_path / "model")
+    shutil.rmtree(path / "model.flash")
+    shutil.rmtree(path / "model.flash.learned")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS) * 20)
+    calls, learn = [], flash.learn
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(*given)
+
+    monkeypatch.setattr(flash, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(path, "--calibration_file", text, "--epochs", 1)
+    assert not (path / "model.flash" / "manifest.json").exists()
+    pack(path, "--calibration_file", text, "--epochs", 1)
+    assert len(calls) == 5  # two layers, the one that was interrupted, and two
+    assert open_pack(path / "model.flash", Checkpoint(path))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_locality_is_what_windows_of_sets_say(seed: int):
+    print("seed", SEED + seed)
+    generator = np.random.default_rng(SEED + seed)
+    predicted = generator.random((2, 30, 25)) < generator.random(25)  # (B, T, F)
+    found = locality(predicted)
+    for n, window in enumerate(WINDOWS[: len(found["usage"])]):
+        usage, records, requests = [], {g: [] for g in GAPS}, {g: [] for g in GAPS}
+        for text in predicted:
+            for t in range(window, len(text)):
+                kept = set(np.flatnonzero(text[t - window : t].any(0)))
+                now = np.flatnonzero(text[t - window + 1 : t + 1].any(0))
+                usage.append(len(now))
+                missing = [i for i in np.flatnonzero(text[t]) if i not in kept]
+                for gap in GAPS:
+                    joined = [
+                        b - a
+                        for a, b in zip(missing, missing[1:], strict=False)
+                        if b - a <= gap + 1
+                    ]
+                    requests[gap].append(len(missing) - len(joined))
+                    records[gap].append(len(missing) + sum(step - 1 for step in joined))
+        assert found["usage"][n] == pytest.approx(np.mean(usage))
+        for m, gap in enumerate(GAPS):
+            assert found["records"][n][m] == pytest.approx(np.mean(records[gap]))
+            assert found["requests"][n][m] == pytest.approx(np.mean(requests[gap]))
+
+
+def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
+    found = open_pack(models["opt"] / "model.flash", Checkpoint(models["opt"]))
+    stride, neurons = found.format.stride, 768
+    slow = Disk({1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}, 1e-9, 1e-9)
+    rooms = [int(share * 4 * neurons * stride) for share in (0.4, 0.6, 1.0)]
+    residences = [choose(found, neurons, room, slow, None, None) for room in rooms]
+    for room, residence in zip(rooms, residences, strict=True):
+        assert sum(residence.slots) * stride <= room
+        assert residence.threads == 8
+    costs = [residence.reading for residence in residences]
+    assert costs == sorted(costs, reverse=True)  # more memory, less reading
+    usage = Usage(found)
+    assert choose(found, neurons, rooms[2], slow, 1.0, 1).slots == tuple(usage.slots(1.0))
+
+
+# Faults.
+
+
+def test_a_silu_model_is_refused():
+    with pytest.raises(ValueError, match="silu.*--offload auto"):
+        load_model(ROOT / "checkpoints" / "demo", device="cpu", flash=Flash())
+    with pytest.raises(ValueError, match="silu"):
+        pack(ROOT / "checkpoints" / "demo")
+
+
+def test_no_pack():
+    with pytest.raises(FileNotFoundError, match=r"python flash.py --checkpoint_path"):
+        load_model(
+            ROOT / "checkpoints" / "demo-opt", device="cpu", flash=Flash(directory=Path("no"))
+        )
+
+
+@pytest.mark.parametrize("fault", ["byte", "short", "absent", "manifest", "resident"])
+def test_a_damaged_pack_is_refused(fault: str, models: dict[str, Path], tmp_path: Path):
+    directory = shutil.copytree(models["opt"] / "model.flash", tmp_path / "model.flash")
+    neurons = directory / "neurons.bin"
+    if fault == "byte":
+        content = bytearray(neurons.read_bytes())
+        content[len(content) // 2] ^= 1
+        neurons.write_bytes(content)
+    elif fault == "short":
+        os.truncate(neurons, 4096)
+    elif fault == "absent":
+        neurons.unlink()
+    elif fault == "manifest":
+        (directory / "manifest.json").write_text('{"version": 0}')
+    else:
+        with (directory / "resident.pth").open("ab") as file:
+            file.write(b"x")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"model\.flash.*flash\.py"):
+        sparse(models["opt"], directory=directory)
+
+
+def test_a_pack_of_other_weights_is_refused(models: dict[str, Path], tmp_path: Path):
+    path = shutil.copytree(models["opt"], tmp_path / "model")
+    file = path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3 :] = content[len(content) // 3 :][::-1]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="made from other weights"):
+        sparse(path)
+
+
+def test_a_pack_is_verified_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    sparse(models["opt"])
+    monkeypatch.setattr("pack.hash_file", lambda *_: pytest.fail("it was read again"))
+    sparse(models["opt"])
+
+
+def test_a_pack_cut_short_while_it_is_read(models: dict[str, Path], tmp_path: Path):
+    directory = shutil.copytree(models["opt"] / "model.flash", tmp_path / "model.flash")
+    lm = sparse(models["opt"], directory=directory)
+    os.truncate(directory / "neurons.bin", 0)
+    with pytest.raises(ValueError, match="cut short"):
+        texts(lm)
+
+
+def test_a_deleted_pack_is_still_read(models: dict[str, Path], tmp_path: Path):
+    directory = shutil.copytree(models["opt"] / "model.flash", tmp_path / "model.flash")
+    lm = foresee(sparse(models["opt"], directory=directory), models["opt"])
+    shutil.rmtree(directory)
+    assert texts(lm) == texts(in_memory(models["opt"]))
+
+
+def test_a_read_that_fails_leaves_no_wrong_neuron(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The same model goes on with the right text once the disk does."""
+    path = models["opt"]
+    lm, preadv, calls = foresee(sparse(path), path), os.preadv, []
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+
+    def failing(file, pieces, offset):
+        calls.append(1)
+        if len(calls) % 7 == 0:
+            raise OSError(5, "Input/output error")
+        return preadv(file, pieces, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    for _ in range(5):
+        with pytest.raises(OSError, match="Input/output"):
+            texts(lm)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert texts(lm) == texts(in_memory(path))
+
+
+def test_reads_that_come_in_pieces(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    path, preadv = models["opt"], os.preadv
+    lm = foresee(sparse(path), path)
+
+    def piecemeal(file, pieces, offset):
+        return preadv(file, [pieces[0][: max(512, len(pieces[0]) // 1024 * 512)]], offset)
+
+    monkeypatch.setattr(os, "preadv", piecemeal)
+    assert texts(lm) == texts(in_memory(path))
+
+
+def test_without_o_direct(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(NeuronFile, "_takes_records", lambda self: False)
+    lm = foresee(sparse(models["opt"]), models["opt"])
+    assert not source_of(lm.model).file.direct
+    assert texts(lm) == texts(in_memory(models["opt"]))
+
+
+def test_too_little_memory_says_how_much_would_do(models: dict[str, Path]):
+    with pytest.raises(ValueError, match=r"--dram_budget: raise it by .*B"):
+        sparse(models["opt"], memory=0.3)
+    with pytest.raises(ValueError, match="a window of 16"):
+        sparse(models["opt"], memory=0.6, window=16.0)
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"draft": "self-int4"}], ids=str)
+def test_pairs_that_cannot_be(options: dict, models: dict[str, Path]):
+    with pytest.raises(ValueError, match="--flash"):
+        sparse(models["opt"], **options)
+
+
+# The command.
+
+
+def main(*options: object) -> int:
+    return command.main(command.parse_args(["--device", "cpu", *map(str, options)]))
+
+
+def test_the_command_says_what_was_expected_and_what_came(
+    models: dict[str, Path], capsys: pytest.CaptureFixture
+):
+    given = "--checkpoint_path", models["opt"], "--flash", "--dram_budget", "90%"
+    assert main(*given, "--prompt", TEXTS[0], "--temperature", 0, "--max_new_tokens", 20) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(TEXTS[0])
+    assert "flash: " in said.err and "expected" in said.err and "came" in said.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dram_budget", "50%"],
+        ["--flash", "--dram_budget", "0%"],
+        ["--flash", "--flash_window", "0.5"],
+        ["--flash", "--random_weights", "config.json"],
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(options: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(*options)
+    assert "error" in capsys.readouterr().err
+
+
+def test_flash_py_as_its_user_meets_it(models: dict[str, Path], tmp_path: Path):
+    path = shutil.copytree(models["opt"], tmp_path / "model")
+    words = [sys.executable, str(ROOT / "flash.py"), "--checkpoint_path"]
+    again = subprocess.run([*words, str(path)], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.strip().endswith("model.flash"), again.stderr
+    shutil.rmtree(path / "model.flash.learned")
+    for given in (str(path), str(tmp_path / "absent")):
+        failed = subprocess.run([*words, given], capture_output=True, text=True)
+        assert failed.returncode == 2
+        assert (
+            len(failed.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in failed.stderr
+        )

@@ -1,0 +1,255 @@
+"""How many neurons to keep in memory, and how to read the others: a model of what a token costs.
+
+Start at choose. A pack knows of each layer how many neurons the last k tokens use together, and how
+many of the next token's are not among them (predictor.py); the disk is asked how long it takes to
+bring so many records in so many requests by so many threads. What a token costs follows for every
+window k, number of threads and gap that is read across, and the least costly is taken, of those
+whose neurons fit into memory.
+
+Based on "LLM in a flash" (arXiv 2312.11514, sections 3.1 and 4): latency = input and output +
+memory management + compute.
+
+Shapes: L layers, K windows.
+"""
+
+import itertools
+import json
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bench import machine_name
+from checkpoint import size_text, write_whole
+from disk import page_aligned
+from neurons import Format, NeuronFile, runs_of
+from pack import Pack
+from probe import CACHE, typical
+from ring import CPU
+
+THREADS = 4, 8, 16, 32
+CALLS = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests of a call, records of each
+STREAMED = 2**27  # bytes
+COMPUTED = 1024  # records
+MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What bringing and computing records takes here, in seconds.
+
+    reads: by threads, of a call, of each of its requests, of each of its bytes. streamed: of a byte
+    of one layer after the other. computed: of a record that is in memory.
+    """
+
+    reads: dict[int, tuple[float, float, float]]
+    streamed: float
+    computed: float
+
+    def reading(self, threads: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+        call, request, byte = self.reads[threads]
+        return np.where(requests > 0, call + request * requests + byte * nbytes, 0)
+
+
+@dataclass(frozen=True)
+class Residence:
+    """What stays in memory and how the rest is read; and what a token is expected to cost."""
+
+    window: float  # tokens whose neurons stay
+    slots: tuple[int, ...]  # of each layer
+    threads: int
+    gap: int
+    request: float  # seconds of a request, and of a record
+    record: float
+    whole: float  # seconds of a layer, read from one end to the other
+    reading: float  # seconds of a token
+    computing: float
+    nbytes: float  # that are read for a token
+    requests: float
+
+    def prefers_whole(self, missing: np.ndarray) -> bool:
+        """Whether a layer is read faster than so many of its neurons are, ascending ids."""
+        requests = 1 + np.count_nonzero(np.diff(missing) > self.gap + 1)
+        return requests * self.request + len(missing) * self.record > self.whole
+
+    def lines(self, neurons: int) -> list[str]:
+        share = 100 * sum(self.slots) / (neurons * len(self.slots))
+        return [
+            f"flash: {share:.1f} % of the neurons in memory, as many as {self.window:.1f} tokens "
+            f"use; {self.threads} threads, gaps of up to {self.gap}",
+            f"  expected    {size_text(self.nbytes)} in {self.requests:.0f} requests for a token: "
+            f"{1000 * self.reading:.1f} ms of reading, {1000 * self.computing:.1f} ms of "
+            "feed-forward products",
+        ]
+
+
+class Usage:
+    """A pack's figures of all layers, for windows of any length up to the longest that is known."""
+
+    def __init__(self, pack: Pack):
+        self._windows, self.gaps = np.array(pack.manifest["windows"]), pack.manifest["gaps"]
+        known = min(len(layer["usage"]) for layer in pack.layers)
+        self._windows = self._windows[:known]
+        tables = {
+            name: np.array([layer[name][:known] for layer in pack.layers])
+            for name in ("usage", "records", "requests")
+        }
+        self._usage, self._reads = tables["usage"], (tables["records"], tables["requests"])
+        self.predicted = np.array([layer["predicted"] for layer in pack.layers])  # shares, (L,)
+
+    def slots(self, window: float) -> np.ndarray:
+        """(L,): neurons that so many tokens use."""
+        return np.ceil(self._between(self._usage, window)).astype(int).clip(1)
+
+    def reads(self, window: float, gap: int) -> tuple[np.ndarray, np.ndarray]:
+        """(L,) each: records that a token brings, and its requests."""
+        at = self.gaps.index(gap)
+        return tuple(self._between(table[..., at], window) for table in self._reads)
+
+    def longest(self, fits: Callable[[float], bool]) -> float:
+        """The longest window that fits: 0 where none does."""
+        low, high = 0.0, float(self._windows[-1])
+        if fits(high):
+            return high
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _between(self, table: np.ndarray, window: float) -> np.ndarray:
+        """(L, K) -> (L,). Below a window of one token it is the share of one."""
+        if window < 1:
+            return table[:, 0] * (window if table is self._usage else 1)
+        return np.array([np.interp(window, self._windows, row) for row in table])
+
+
+def choose(
+    pack: Pack, neurons: int, room: int, disk: Disk, window: float | None, threads: int | None
+) -> Residence:
+    """What costs a token least within `room` bytes; window and threads where they are given.
+
+    Raises ValueError where not even the neurons of one token fit, or not those of the window.
+    """
+    usage, stride = Usage(pack), pack.format.stride
+
+    def nbytes(k: float) -> int:
+        return int(np.minimum(usage.slots(k), neurons).sum()) * stride
+
+    least = nbytes(window or 1)
+    if least > room:
+        what = f"a window of {window:g}" if window else "the neurons of one token"
+        raise ValueError(
+            f"{what} takes {size_text(least)} and {size_text(max(0, room))} are left of "
+            f"--dram_budget: raise it by {size_text(least - room)}"
+        )
+    longest = usage.longest(lambda k: nbytes(k) <= room)
+    windows = [window] if window else [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k < longest]
+    if not window:
+        windows.append(longest)
+    found = [
+        cost(pack, usage, neurons, disk, *way)
+        for way in itertools.product(windows, [threads] if threads else disk.reads, usage.gaps)
+    ]
+    return min(found, key=lambda residence: residence.reading + residence.computing)
+
+
+def cost(
+    pack: Pack, usage: Usage, neurons: int, disk: Disk, window: float, threads: int, gap: int
+) -> Residence:
+    stride = pack.format.stride
+    records, requests = usage.reads(window, gap)  # (L,) each
+    slots = np.minimum(usage.slots(window), neurons)
+    computed = slots if pack.format.kind == "dense" else usage.predicted * neurons
+    _, request, byte = disk.reads[threads]
+    return Residence(
+        window=window,
+        slots=tuple(slots.tolist()),
+        threads=threads,
+        gap=gap,
+        request=request,
+        record=byte * stride,
+        whole=neurons * (disk.streamed * stride + disk.computed),
+        reading=float(disk.reading(threads, requests, records * stride).sum()),
+        computing=float((computed * disk.computed + MANAGING).sum()),
+        nbytes=float(records.sum() * stride),
+        requests=float(requests.sum()),
+    )
+
+
+def measured(pack: Pack, threads: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
+    """What is known of this machine's disk and products, or is measured now, within seconds."""
+    format, place = pack.format, pack.neurons.stat().st_dev
+    key = (
+        machine_name(device),
+        place,
+        format,
+        tuple(threads),
+        str(dtype),
+        pack.neurons.stat().st_size,
+    )
+    file = CACHE / f"flash-{zlib.crc32(repr(key).encode()):08x}.json"
+    if file.is_file():
+        said = json.loads(file.read_text())
+    else:
+        reads = {str(n): read_seconds(pack, n) for n in threads}
+        said = {
+            "reads": reads,
+            "streamed": stream_seconds(pack),
+            "computed": product_seconds(format, device, dtype),
+        }
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_whole(file, [json.dumps(said)])
+    reads = {int(n): tuple(seconds) for n, seconds in said["reads"].items()}
+    return Disk(reads, said["streamed"], said["computed"])
+
+
+def read_seconds(pack: Pack, threads: int) -> list[float]:
+    """Of a call, a request and a byte: fitted to calls of several sizes, at random places."""
+    stride = pack.format.stride
+    file = NeuronFile(pack.neurons, stride, threads)
+    total = pack.neurons.stat().st_size // stride
+    draw, rows, seconds = random.Random(0), [], []
+    memory = memoryview(page_aligned(max(a * b for a, b in CALLS) * stride, CPU).numpy())
+    for requests, records in CALLS:
+        if 2 * requests * records > total:
+            continue
+
+        def call(requests: int = requests, records: int = records) -> None:
+            starts = sorted(draw.sample(range(total // records), requests))
+            ids = np.array([start * records + n for start in starts for n in range(records)])
+            pieces = [memory[n * stride : (n + 1) * stride] for n in range(len(ids))]
+            file.scatter(runs_of(ids, pieces.__getitem__, 0, stride, 0, memory[:stride]))
+
+        rows.append((1, requests, requests * records * stride))
+        seconds.append(typical(call, CPU, 5))
+    if not rows:
+        return [0.0, 1e-4, 0.0]  # so small a file that nothing depends on it
+    found, *_ = np.linalg.lstsq(
+        np.array(rows) / np.array(seconds)[:, None], np.ones(len(rows)), rcond=None
+    )  # of relative errors
+    return found.clip(0).tolist()
+
+
+def stream_seconds(pack: Pack) -> float:
+    file = NeuronFile(pack.neurons, pack.format.stride, 1)
+    nbytes = min(STREAMED, pack.neurons.stat().st_size // 4096 * 4096)
+    memory = page_aligned(nbytes, CPU)
+    return typical(lambda: file.read([(0, memory)]), CPU, 3) / nbytes
+
+
+def product_seconds(format: Format, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a record: products with a row of gate, up and down each, unpacked before."""
+    records = page_aligned(COMPUTED * format.stride, device).view(COMPUTED, -1)
+    x = torch.zeros(1, format.dim, device=device, dtype=dtype)
+
+    def products() -> None:
+        h = None  # (1, n)
+        for matrix in format.matrices:
+            rows = format.rows(records, matrix, dtype)  # (n, D)
+            h = F.linear(x, rows) if matrix != "down" else h @ rows
+
+    return typical(products, device, 5) / COMPUTED
