@@ -91,7 +91,8 @@ def load_model(
             leave_on_disk(model, pack)
         dtype = dtype or checkpoint.dtype
         layers = stream_layers(model, policy, dtype, target)
-        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
+        nbytes = checkpoint.nbytes - (feed_forward_bytes(checkpoint) if pack else 0)
+        with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
             fill = checkpoint.filler(target, bar.update)
             if scheme != checkpoint.scheme:
                 fill = rounded_filler(model, checkpoint, fill)
@@ -218,6 +219,11 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
         tensor.copy_(latest[module][leaf])
 
     return rounding
+
+
+def feed_forward_bytes(checkpoint: Checkpoint) -> int:
+    records = checkpoint.records.items()
+    return sum(record.nbytes for name, record in records if ".feed_forward." in name)
 
 
 def nowhere(name: str, dtype: torch.dtype) -> None:

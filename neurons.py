@@ -150,7 +150,10 @@ class NeuronFile(DirectFile):
         self.nbytes += self.stride * sum(len(run.pieces) for run in runs)
         shares = [runs[n :: self._count] for n in range(min(self._count, len(runs)))]
         reading = [self._readers.submit(self._fill, share) for share in shares]
-        wait(reading)  # all: what fails must not leave others writing to memory that is used again
+        try:
+            wait(reading)
+        finally:  # all, after Ctrl-C too: none may go on writing to memory that is used again
+            wait(reading)
         for future in reading:
             future.result()
 
@@ -183,6 +186,11 @@ class NeuronCache:
 
     def __len__(self) -> int:
         return len(self.neurons)
+
+    def forget(self) -> None:
+        """Every slot is empty again."""
+        self._slot_of[:] = -1
+        self.neurons[:] = self.empty
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
         """Of ids those that are not here."""

@@ -66,7 +66,8 @@ def learn(x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: 
     seen = ~unseen if B > 1 else unseen
     weight, bias = gate(feed_forward)  # (F, D), (F,)
     train, held = x[seen].flatten(0, 1), x[unseen].flatten(0, 1)  # (N, D) each
-    down, up, shift = fit(*start(weight, bias, train, rank), weight, bias, train, epochs)
+    factors = start(weight, bias, train, rank)
+    down, up, shift = fit(factors, train, F.linear(train, weight, bias) > 0, epochs)
     active = F.linear(held, weight, bias) > 0  # (N, F)
     scores = F.linear(F.linear(held, down), up, shift)
     least = threshold(scores, active, recall)
@@ -175,28 +176,21 @@ def start(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> tuple[Tensor, T
 
 
 def fit(
-    down: Tensor,
-    up: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    epochs: int,
+    factors: tuple[Tensor, Tensor, Tensor], x: Tensor, active: Tensor, epochs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Train the factors to tell active neurons of x, (N, D), from others."""
-    factors = [nn.Parameter(t.clone()) for t in (down, up, shift)]
+    """Train the factors to tell which neurons are active, (N, F), for inputs x, (N, D)."""
+    down, up, shift = factors = [nn.Parameter(t.clone()) for t in factors]
     optimizer = torch.optim.Adam(factors, lr=RATE)
-    steps = epochs * -(-len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, max(1, epochs * -(-len(x) // BATCH))
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(BATCH):
-            given = x[batch.to(x.device)]
-            with torch.no_grad():
-                active = (F.linear(given, weight, bias) > 0).float()  # (N, F)
-            scores = F.linear(F.linear(given, factors[0]), factors[1], factors[2])
-            counts = torch.where(active > 0, 1.0, active.mean() + FLAT)
-            loss = F.binary_cross_entropy_with_logits(scores, active, counts)
+        for batch in torch.randperm(len(x), generator=generator).to(x.device).split(BATCH):
+            wanted = active[batch].float()  # (n, F)
+            scores = F.linear(F.linear(x[batch], down), up, shift)
+            counts = torch.where(wanted > 0, 1.0, wanted.mean() + FLAT)
+            loss = F.binary_cross_entropy_with_logits(scores, wanted, counts)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

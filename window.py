@@ -34,7 +34,7 @@ from ring import CPU
 THREADS = 4, 8, 16, 32
 CALLS = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests of a call, records of each
 STREAMED = 2**27  # bytes
-COMPUTED = 1024  # records
+COMPUTED = 2**26  # bytes: more than a processor's caches hold
 MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
 
 
@@ -63,7 +63,8 @@ class Residence:
     slots: tuple[int, ...]  # of each layer
     threads: int
     gap: int
-    request: float  # seconds of a request, and of a record
+    call: float  # seconds of a call, of each of its requests, and of each record of these
+    request: float
     record: float
     whole: float  # seconds of a layer, read from one end to the other
     reading: float  # seconds of a token
@@ -71,10 +72,14 @@ class Residence:
     nbytes: float  # that are read for a token
     requests: float
 
+    def seconds(self, calls: int, requests: int, records: int) -> float:
+        """What the disk's rates say that so much takes."""
+        return calls * self.call + requests * self.request + records * self.record
+
     def prefers_whole(self, missing: np.ndarray) -> bool:
         """Whether a layer is read faster than so many of its neurons are, ascending ids."""
         requests = 1 + np.count_nonzero(np.diff(missing) > self.gap + 1)
-        return requests * self.request + len(missing) * self.record > self.whole
+        return self.seconds(1, requests, len(missing)) > self.whole
 
     def lines(self, neurons: int) -> list[str]:
         share = 100 * sum(self.slots) / (neurons * len(self.slots))
@@ -111,7 +116,7 @@ class Usage:
         return tuple(self._between(table[..., at], window) for table in self._reads)
 
     def longest(self, fits: Callable[[float], bool]) -> float:
-        """The longest window that fits: 0 where none does."""
+        """The longest window that fits; below 1 it is a part of what one token uses."""
         low, high = 0.0, float(self._windows[-1])
         if fits(high):
             return high
@@ -132,24 +137,27 @@ def choose(
 ) -> Residence:
     """What costs a token least within `room` bytes; window and threads where they are given.
 
-    Raises ValueError where not even the neurons of one token fit, or not those of the window.
+    Raises ValueError where not even one neuron of each layer fits, or those of the window do not.
     """
     usage, stride = Usage(pack), pack.format.stride
 
     def nbytes(k: float) -> int:
         return int(np.minimum(usage.slots(k), neurons).sum()) * stride
 
-    least = nbytes(window or 1)
+    least = nbytes(window or 0)
     if least > room:
-        what = f"a window of {window:g}" if window else "the neurons of one token"
+        what = (
+            f"a window of {window:g} tokens takes"
+            if window
+            else "at least one neuron of each layer takes"
+        )
         raise ValueError(
-            f"{what} takes {size_text(least)} and {size_text(max(0, room))} are left of "
-            f"--dram_budget: raise it by {size_text(least - room)}"
+            f"{what} {size_text(least)}, and what stays in memory anyway leaves "
+            f"{size_text(max(0, room))} of --dram_budget: raise it by {size_text(least - room)}"
         )
     longest = usage.longest(lambda k: nbytes(k) <= room)
-    windows = [window] if window else [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k < longest]
-    if not window:
-        windows.append(longest)
+    windows = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k < longest] + [longest]
+    windows = [window] if window else windows
     found = [
         cost(pack, usage, neurons, disk, *way)
         for way in itertools.product(windows, [threads] if threads else disk.reads, usage.gaps)
@@ -164,12 +172,13 @@ def cost(
     records, requests = usage.reads(window, gap)  # (L,) each
     slots = np.minimum(usage.slots(window), neurons)
     computed = slots if pack.format.kind == "dense" else usage.predicted * neurons
-    _, request, byte = disk.reads[threads]
+    call, request, byte = disk.reads[threads]
     return Residence(
         window=window,
         slots=tuple(slots.tolist()),
         threads=threads,
         gap=gap,
+        call=call,
         request=request,
         record=byte * stride,
         whole=neurons * (disk.streamed * stride + disk.computed),
@@ -243,7 +252,9 @@ def stream_seconds(pack: Pack) -> float:
 
 def product_seconds(format: Format, device: torch.device, dtype: torch.dtype) -> float:
     """Of a record: products with a row of gate, up and down each, unpacked before."""
-    records = page_aligned(COMPUTED * format.stride, device).view(COMPUTED, -1)
+    count = COMPUTED // format.stride
+    records = page_aligned(count * format.stride, device).view(count, -1)
+    records.fill_(1)  # untouched, all pages of memory would be one
     x = torch.zeros(1, format.dim, device=device, dtype=dtype)
 
     def products() -> None:
@@ -252,4 +263,4 @@ def product_seconds(format: Format, device: torch.device, dtype: torch.dtype) ->
             rows = format.rows(records, matrix, dtype)  # (n, D)
             h = F.linear(x, rows) if matrix != "down" else h @ rows
 
-    return typical(products, device, 5) / COMPUTED
+    return typical(products, device, 5) / count
