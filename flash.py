@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dram_budget", type=amount, help="weights in memory: 50%% of them, or 4GB (default: 50%%)"
     )
     add("--flash_window", type=float, help="tokens whose neurons stay (default: as many as pay)")
-    add("--flash_threads", type=positive, help="that read (default: as many as pay)")
+    add("--flash_threads", type=positive, help="reads at a time (default: as many as pay)")
     add("--flash_dir", type=Path, help="where flash.py wrote (default: beside the checkpoint)")
 
 

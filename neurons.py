@@ -9,13 +9,11 @@ recently used are given away.
 Shapes: F neurons of a layer, C slots, D dim, n records.
 """
 
+import errno
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from disk import REFUSED, DirectFile, page_aligned
 from quantized import dense_int4, round_int4, round_int8
+from reads import PIECE, REQUEST, many_reads, read_pieces
 
 SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
 KINDS = "dense", "int8", "int4"
@@ -111,24 +110,17 @@ class Format:
         return records, {"inner_scales": inner, "outer_scales": scales["down"]}
 
 
-class Run(NamedTuple):
-    """Records that lie one after the other in a file, and the memory for each."""
-
-    offset: int
-    pieces: list[memoryview]
-
-
 class NeuronFile(DirectFile):
     """The records of all layers of a model, layer after layer.
 
-    nbytes, requests: what `scatter` has read.
+    nbytes, requests: what `bring` has read.
     """
 
-    def __init__(self, path: Path, stride: int, threads: int):
+    def __init__(self, path: Path, stride: int, depth: int):
+        """depth: reads that are under way at a time."""
         super().__init__(path)
         self.stride, self.nbytes, self.requests = stride, 0, 0
-        self._readers = ThreadPoolExecutor(threads, "neurons")
-        self._count = threads
+        self._reads, self._waste = many_reads(depth), page_aligned(stride, torch.device("cpu"))
         if self.direct and not self._takes_records():
             os.close(self._file)
             self._file, self.direct = os.open(path, os.O_RDONLY), False
@@ -136,37 +128,73 @@ class NeuronFile(DirectFile):
     def _takes_records(self) -> bool:
         """Whether the disk reads a single record past the page cache."""
         try:
-            os.preadv(self._file, [page_aligned(self.stride, torch.device("cpu")).numpy()], 0)
+            os.preadv(self._file, [self._waste.numpy()], 0)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
             return False
         return True
 
-    def scatter(self, runs: Sequence[Run]) -> None:
-        """Fill the memory of each run, several at a time. Raises OSError, and ValueError where the
-        file has been cut short."""
-        self.requests += len(runs)
-        self.nbytes += self.stride * sum(len(run.pieces) for run in runs)
-        shares = [runs[n :: self._count] for n in range(min(self._count, len(runs)))]
-        reading = [self._readers.submit(self._fill, share) for share in shares]
-        try:
-            wait(reading)
-        finally:  # all, after Ctrl-C too: none may go on writing to memory that is used again
-            wait(reading)
-        for future in reading:
-            future.result()
+    def bring(self, first: int, ids: np.ndarray, memory: np.ndarray, gap: int) -> None:
+        """Read records, ascending ids counted from the file's byte `first`, each to its address.
 
-    def _fill(self, runs: Sequence[Run]) -> None:
-        for offset, pieces in runs:
-            wanted = self.stride * len(pieces)
-            done = os.preadv(self._file, pieces, offset)
-            while done < wanted:  # a signal, or the file's end
-                n, rest = divmod(done, self.stride)
-                moved = os.preadv(self._file, [pieces[n][rest:], *pieces[n + 1 :]], offset + done)
-                if moved == 0:
-                    raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
-                done += moved
+        gap: records at most that are read between two, for nothing, to make fewer requests. Raises
+        OSError, and ValueError where the file has been cut short.
+        """
+        if not len(ids):
+            return
+        waste = self._waste.data_ptr()
+        requests, pieces = gathered(ids, memory, first, self.stride, gap, waste)
+        self.requests += len(requests)
+        self.nbytes += self.stride * len(pieces)
+        found = self._reads.read(self._file, requests)
+        for n in np.flatnonzero(found != self.stride * requests["count"].astype(np.int64)):
+            start = (int(requests[n]["pieces"]) - pieces.ctypes.data) // PIECE.itemsize
+            self._finish(requests[n], pieces[start : start + requests[n]["count"]], int(found[n]))
+
+    def _finish(self, request: np.void, pieces: np.ndarray, found: int) -> None:
+        """Go on with a request that has read less than it should have."""
+        wanted, done = self.stride * len(pieces), 0
+        while True:
+            if found < 0 and -found not in (errno.EINTR, errno.EAGAIN):
+                raise OSError(-found, os.strerror(-found), str(self.path))
+            done += max(found, 0)
+            if done == wanted:
+                return
+            if found == 0:
+                at = int(request["offset"]) + done
+                raise ValueError(f"{self.path} ends at byte {at}: it was cut short")
+            n, part = divmod(done, self.stride)
+            left, rest = pieces[n:].copy(), request.copy()
+            left["address"][0] += part
+            left["nbytes"][0] -= part
+            rest["offset"] += done
+            rest["pieces"], rest["count"] = left.ctypes.data, len(left)
+            found = read_pieces(self._file, rest)
+
+
+def gathered(
+    ids: np.ndarray, memory: np.ndarray, first: int, stride: int, gap: int, waste: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The requests that bring records, see NeuronFile.bring, and the pieces of memory they fill.
+
+    waste: the address of a record's memory that means nothing. A request ends where MOST_PIECES
+    ids would end, of which the system takes no more.
+    """
+    breaks = (np.diff(ids) > gap + 1) | (np.diff(ids // MOST_PIECES) > 0)
+    starts = np.flatnonzero(np.concatenate(([True], breaks)))  # of each request, among the ids
+    ends = np.append(starts[1:], len(ids)) - 1
+    counts = ids[ends] - ids[starts] + 1
+    before = np.cumsum(counts) - counts  # pieces of the requests before
+    read = np.arange(counts.sum()) + np.repeat(ids[starts] - before, counts)  # ids, gaps with them
+    pieces = np.empty(len(read), dtype=PIECE)
+    pieces["address"], pieces["nbytes"] = waste, stride
+    pieces["address"][np.searchsorted(read, ids)] = memory
+    requests = np.empty(len(starts), dtype=REQUEST)
+    requests["offset"] = first + ids[starts] * stride
+    requests["pieces"] = pieces.ctypes.data + before * PIECE.itemsize
+    requests["count"] = counts
+    return requests, pieces
 
 
 class NeuronCache:
@@ -223,28 +251,3 @@ class NeuronCache:
         """Told that slots have been filled."""
         self.neurons[slots] = ids
         self._slot_of[ids] = slots
-
-
-def runs_of(
-    ids: np.ndarray,
-    pieces: Callable[[int], memoryview],
-    first: int,
-    stride: int,
-    gap: int,
-    waste: memoryview,
-) -> list[Run]:
-    """Ascending ids as runs. pieces: memory for the n-th; first: the file's byte of record 0; gap:
-    records at most that are read between two, into `waste`, for the sake of fewer requests."""
-    breaks = np.flatnonzero(np.diff(ids) > gap + 1) + 1
-    runs = []
-    bounds = [0, *breaks.tolist(), len(ids)]
-    listed = ids.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        memory = [pieces(start)]
-        for n in range(start + 1, end):
-            memory += [waste] * (listed[n] - listed[n - 1] - 1)
-            memory.append(pieces(n))
-        for n in range(0, len(memory), MOST_PIECES):
-            offset = first + (listed[start] + n) * stride
-            runs.append(Run(offset, memory[n : n + MOST_PIECES]))
-    return runs

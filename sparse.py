@@ -13,7 +13,7 @@ Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons, r rank, C slots, n
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from checkpoint import size_text, stored_tensors
 from disk import page_aligned, whole_blocks
 from model import Linear, ModelArgs, Transformer
-from neurons import Format, NeuronCache, NeuronFile, runs_of
+from neurons import Format, NeuronCache, NeuronFile
 from pack import Pack
 from ring import CPU, Courier, Ring, Slot, Staged, Waited
-from window import THREADS, Residence, choose, measured
+from window import DEPTHS, Residence, choose, measured
 
 MANY = 64  # tokens; more of them at once are a prompt
 RECENT = 16  # tokens of each row whose neurons a prompt leaves behind
@@ -44,13 +44,13 @@ class Flash:
     """That a model's neurons are left on disk, and how.
 
     memory: of all its weights; up to 1 a share of them, else bytes. window: tokens whose neurons
-    stay in memory, None: as many as pay; threads: that read, None: as many as pay. directory: of
-    the pack, None: beside the checkpoint.
+    stay in memory, None: as many as pay; depth: reads under way at a time, None: as many as pay.
+    directory: of the pack, None: beside the checkpoint.
     """
 
     memory: float = 0.5
     window: float | None = None
-    threads: int | None = None
+    depth: int | None = None
     directory: Path | None = None
 
 
@@ -105,7 +105,6 @@ class Source:
         self.file, self.device, self.residence, self.tally = file, device, residence, Tally()
         self.neurons, stride = neurons, file.stride
         self.region = whole_blocks(neurons * stride)  # bytes of a layer
-        self._waste = memoryview(page_aligned(stride, CPU).numpy())
         pinned = device.type == "cuda"
         chunk = chunk_size(neurons, stride)
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
@@ -156,27 +155,16 @@ class Source:
 
     def fetch(self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor) -> None:
         """Bring neurons, ascending, of layer j into slots of (C, stride) bytes."""
+        stride, gap, first = self.file.stride, self.residence.gap, j * self.region
         if self._stage is None:
-            memory, places = memoryview(slab.numpy().reshape(-1)), slots.tolist()
-            self._scatter(j, ids, memory, places)
-            return
-        room = len(self._stage) // self.file.stride
-        memory = memoryview(self._stage.numpy())
+            return self.file.bring(first, ids, slab.data_ptr() + slots * stride, gap)
+        room = len(self._stage) // stride
+        places = self._stage.data_ptr() + np.arange(room) * stride
         for n in range(0, len(ids), room):
             part = ids[n : n + room]
-            self._scatter(j, part, memory, list(range(len(part))))
-            staged = self._stage[: len(part) * self.file.stride].view(len(part), -1)
-            at = torch.from_numpy(slots[n : n + room]).to(self.device)
-            slab.index_copy_(0, at, staged.to(self.device))
-
-    def _scatter(self, j: int, ids: np.ndarray, memory: memoryview, places: Sequence[int]) -> None:
-        stride = self.file.stride
-
-        def piece(n: int) -> memoryview:
-            return memory[places[n] * stride : (places[n] + 1) * stride]
-
-        gap = self.residence.gap
-        self.file.scatter(runs_of(ids, piece, j * self.region, stride, gap, self._waste))
+            self.file.bring(first, part, places[: len(part)], gap)
+            staged = self._stage[: len(part) * stride].view(len(part), stride)
+            slab[torch.from_numpy(slots[n : n + room]).to(self.device)] = staged.to(self.device)
 
 
 def chunk_size(neurons: int, stride: int) -> int:
@@ -341,13 +329,13 @@ def start_neurons(model: Transformer, pack: Pack, flash: Flash) -> None:
     rest = sum(tensor.nbytes for tensor, _ in stored_tensors(model).values())
     predictors = sum(p.nbytes for layer in layers for p in layer.predictor.parameters())
     whole = rest - predictors + len(layers) * neurons * format.used
-    threads = [flash.threads] if flash.threads else THREADS
-    disk = measured(pack, threads, weight.device, weight.dtype)
+    depths = [flash.depth] if flash.depth else DEPTHS
+    disk = measured(pack, depths, weight.device, weight.dtype)
     chunk = chunk_size(neurons, format.stride)
     memory = flash.memory * whole if flash.memory <= 1 else flash.memory
     room = int(memory - rest - AHEAD * chunk * format.stride)
-    residence = choose(pack, neurons, room, disk, flash.window, flash.threads)
-    file = NeuronFile(pack.neurons, format.stride, residence.threads)
+    residence = choose(pack, neurons, room, disk, flash.window)
+    file = NeuronFile(pack.neurons, format.stride, residence.depth)
     source = Source(file, len(layers), neurons, weight.device, residence)
     for n, (layer, slots) in enumerate(zip(layers, residence.slots, strict=True)):
         layer.start(n, source, slots)

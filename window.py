@@ -2,8 +2,8 @@
 
 Start at choose. A pack knows of each layer how many neurons the last k tokens use together, and how
 many of the next token's are not among them (predictor.py); the disk is asked how long it takes to
-bring so many records in so many requests by so many threads. What a token costs follows for every
-window k, number of threads and gap that is read across, and the least costly is taken, of those
+bring so many records in so many requests, so many at a time. What a token costs follows for every
+window k, number at a time and gap that is read across, and the least costly is taken, of those
 whose neurons fit into memory.
 
 Based on "LLM in a flash" (arXiv 2312.11514, sections 3.1 and 4): latency = input and output +
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from bench import machine_name
 from checkpoint import size_text, write_whole
 from disk import page_aligned
-from neurons import Format, NeuronFile, runs_of
+from neurons import Format, NeuronFile
 from pack import Pack
 from probe import CACHE, typical
 from ring import CPU
 
-THREADS = 4, 8, 16, 32
+DEPTHS = 16, 32, 64, 128  # reads under way at a time
 CALLS = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests of a call, records of each
 STREAMED = 2**27  # bytes
 COMPUTED = 2**26  # bytes: more than a processor's caches hold
@@ -42,7 +42,7 @@ MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
 class Disk:
     """What bringing and computing records takes here, in seconds.
 
-    reads: by threads, of a call, of each of its requests, of each of its bytes. streamed: of a byte
+    reads: by depth, of a call, of each of its requests, of each of its bytes. streamed: of a byte
     of one layer after the other. computed: of a record that is in memory.
     """
 
@@ -50,8 +50,8 @@ class Disk:
     streamed: float
     computed: float
 
-    def reading(self, threads: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
-        call, request, byte = self.reads[threads]
+    def reading(self, depth: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+        call, request, byte = self.reads[depth]
         return np.where(requests > 0, call + request * requests + byte * nbytes, 0)
 
 
@@ -61,7 +61,7 @@ class Residence:
 
     window: float  # tokens whose neurons stay
     slots: tuple[int, ...]  # of each layer
-    threads: int
+    depth: int
     gap: int
     call: float  # seconds of a call, of each of its requests, and of each record of these
     request: float
@@ -85,7 +85,7 @@ class Residence:
         share = 100 * sum(self.slots) / (neurons * len(self.slots))
         return [
             f"flash: {share:.1f} % of the neurons in memory, as many as {self.window:.1f} tokens "
-            f"use; {self.threads} threads, gaps of up to {self.gap}",
+            f"use; {self.depth} reads at a time, gaps of up to {self.gap}",
             f"  expected    {size_text(self.nbytes)} in {self.requests:.0f} requests for a token: "
             f"{1000 * self.reading:.1f} ms of reading, {1000 * self.computing:.1f} ms of "
             "feed-forward products",
@@ -93,27 +93,33 @@ class Residence:
 
 
 class Usage:
-    """A pack's figures of all layers, for windows of any length up to the longest that is known."""
+    """A pack's figures of all layers, for windows of any length.
 
-    def __init__(self, pack: Pack):
-        self._windows, self.gaps = np.array(pack.manifest["windows"]), pack.manifest["gaps"]
-        known = min(len(layer["usage"]) for layer in pack.layers)
-        self._windows = self._windows[:known]
-        tables = {
-            name: np.array([layer[name][:known] for layer in pack.layers])
-            for name in ("usage", "records", "requests")
-        }
-        self._usage, self._reads = tables["usage"], (tables["records"], tables["requests"])
-        self.predicted = np.array([layer["predicted"] for layer in pack.layers])  # shares, (L,)
+    Beyond the longest that is known, usage goes on to all neurons, at twice that length.
+    """
+
+    def __init__(self, pack: Pack, neurons: int):
+        layers, self.gaps = pack.layers, pack.manifest["gaps"]
+        known = min(len(layer["usage"]) for layer in layers)
+        windows = pack.manifest["windows"][:known]
+        none = [0.0] * len(self.gaps)
+        self._windows = [*windows, 2 * windows[-1]]
+        self._usage = np.array([[*layer["usage"][:known], neurons] for layer in layers])  # (L, K)
+        self._reads = [
+            np.array([[*layer[name][:known], none] for layer in layers])  # (L, K, gaps)
+            for name in ("records", "requests")
+        ]
+        self.predicted = np.array([layer["predicted"] for layer in layers]) * neurons  # (L,)
 
     def slots(self, window: float) -> np.ndarray:
-        """(L,): neurons that so many tokens use."""
-        return np.ceil(self._between(self._usage, window)).astype(int).clip(1)
+        """(L,): neurons that so many tokens use; of less than one token a part of what it uses."""
+        used = self._between(self._usage, max(window, 1)) * min(window, 1)
+        return np.ceil(used).astype(int).clip(1)
 
     def reads(self, window: float, gap: int) -> tuple[np.ndarray, np.ndarray]:
         """(L,) each: records that a token brings, and its requests."""
         at = self.gaps.index(gap)
-        return tuple(self._between(table[..., at], window) for table in self._reads)
+        return tuple(self._between(table[..., at], max(window, 1)) for table in self._reads)
 
     def longest(self, fits: Callable[[float], bool]) -> float:
         """The longest window that fits; below 1 it is a part of what one token uses."""
@@ -126,33 +132,25 @@ class Usage:
         return low
 
     def _between(self, table: np.ndarray, window: float) -> np.ndarray:
-        """(L, K) -> (L,). Below a window of one token it is the share of one."""
-        if window < 1:
-            return table[:, 0] * (window if table is self._usage else 1)
+        """(L, K) -> (L,)."""
         return np.array([np.interp(window, self._windows, row) for row in table])
 
 
-def choose(
-    pack: Pack, neurons: int, room: int, disk: Disk, window: float | None, threads: int | None
-) -> Residence:
-    """What costs a token least within `room` bytes; window and threads where they are given.
+def choose(pack: Pack, neurons: int, room: int, disk: Disk, window: float | None) -> Residence:
+    """What costs a token least within `room` bytes; window: where it is given.
 
     Raises ValueError where not even one neuron of each layer fits, or those of the window do not.
     """
-    usage, stride = Usage(pack), pack.format.stride
+    usage, stride = Usage(pack, neurons), pack.format.stride
 
     def nbytes(k: float) -> int:
-        return int(np.minimum(usage.slots(k), neurons).sum()) * stride
+        return int(usage.slots(k).sum()) * stride
 
     least = nbytes(window or 0)
     if least > room:
-        what = (
-            f"a window of {window:g} tokens takes"
-            if window
-            else "at least one neuron of each layer takes"
-        )
+        what = f"a window of {window:g} tokens" if window else "one neuron of each layer"
         raise ValueError(
-            f"{what} {size_text(least)}, and what stays in memory anyway leaves "
+            f"{what} takes {size_text(least)}, and what stays in memory anyway leaves "
             f"{size_text(max(0, room))} of --dram_budget: raise it by {size_text(least - room)}"
         )
     longest = usage.longest(lambda k: nbytes(k) <= room)
@@ -160,43 +158,43 @@ def choose(
     windows = [window] if window else windows
     found = [
         cost(pack, usage, neurons, disk, *way)
-        for way in itertools.product(windows, [threads] if threads else disk.reads, usage.gaps)
+        for way in itertools.product(windows, disk.reads, usage.gaps)
     ]
     return min(found, key=lambda residence: residence.reading + residence.computing)
 
 
 def cost(
-    pack: Pack, usage: Usage, neurons: int, disk: Disk, window: float, threads: int, gap: int
+    pack: Pack, usage: Usage, neurons: int, disk: Disk, window: float, depth: int, gap: int
 ) -> Residence:
     stride = pack.format.stride
     records, requests = usage.reads(window, gap)  # (L,) each
-    slots = np.minimum(usage.slots(window), neurons)
-    computed = slots if pack.format.kind == "dense" else usage.predicted * neurons
-    call, request, byte = disk.reads[threads]
+    slots = usage.slots(window)
+    computed = slots if pack.format.kind == "dense" else usage.predicted
+    call, request, byte = disk.reads[depth]
     return Residence(
         window=window,
         slots=tuple(slots.tolist()),
-        threads=threads,
+        depth=depth,
         gap=gap,
         call=call,
         request=request,
         record=byte * stride,
         whole=neurons * (disk.streamed * stride + disk.computed),
-        reading=float(disk.reading(threads, requests, records * stride).sum()),
+        reading=float(disk.reading(depth, requests, records * stride).sum()),
         computing=float((computed * disk.computed + MANAGING).sum()),
         nbytes=float(records.sum() * stride),
         requests=float(requests.sum()),
     )
 
 
-def measured(pack: Pack, threads: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
+def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
     """What is known of this machine's disk and products, or is measured now, within seconds."""
     format, place = pack.format, pack.neurons.stat().st_dev
     key = (
         machine_name(device),
         place,
         format,
-        tuple(threads),
+        tuple(depths),
         str(dtype),
         pack.neurons.stat().st_size,
     )
@@ -204,7 +202,7 @@ def measured(pack: Pack, threads: Sequence[int], device: torch.device, dtype: to
     if file.is_file():
         said = json.loads(file.read_text())
     else:
-        reads = {str(n): read_seconds(pack, n) for n in threads}
+        reads = {str(n): read_seconds(pack, n) for n in depths}
         said = {
             "reads": reads,
             "streamed": stream_seconds(pack),
@@ -216,30 +214,28 @@ def measured(pack: Pack, threads: Sequence[int], device: torch.device, dtype: to
     return Disk(reads, said["streamed"], said["computed"])
 
 
-def read_seconds(pack: Pack, threads: int) -> list[float]:
+def read_seconds(pack: Pack, depth: int) -> list[float]:
     """Of a call, a request and a byte: fitted to calls of several sizes, at random places."""
     stride = pack.format.stride
-    file = NeuronFile(pack.neurons, stride, threads)
+    file = NeuronFile(pack.neurons, stride, depth)
     total = pack.neurons.stat().st_size // stride
     draw, rows, seconds = random.Random(0), [], []
-    memory = memoryview(page_aligned(max(a * b for a, b in CALLS) * stride, CPU).numpy())
+    memory = page_aligned(max(a * b for a, b in CALLS) * stride, CPU)
     for requests, records in CALLS:
         if 2 * requests * records > total:
             continue
 
         def call(requests: int = requests, records: int = records) -> None:
             starts = sorted(draw.sample(range(total // records), requests))
-            ids = np.array([start * records + n for start in starts for n in range(records)])
-            pieces = [memory[n * stride : (n + 1) * stride] for n in range(len(ids))]
-            file.scatter(runs_of(ids, pieces.__getitem__, 0, stride, 0, memory[:stride]))
+            ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
+            file.bring(0, ids, memory.data_ptr() + np.arange(len(ids)) * stride, 0)
 
         rows.append((1, requests, requests * records * stride))
         seconds.append(typical(call, CPU, 5))
     if not rows:
         return [0.0, 1e-4, 0.0]  # so small a file that nothing depends on it
-    found, *_ = np.linalg.lstsq(
-        np.array(rows) / np.array(seconds)[:, None], np.ones(len(rows)), rcond=None
-    )  # of relative errors
+    weights = np.array(rows) / np.array(seconds)[:, None]  # for relative errors
+    found, *_ = np.linalg.lstsq(weights, np.ones(len(rows)), rcond=None)
     return found.clip(0).tolist()
 
 

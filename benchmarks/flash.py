@@ -34,9 +34,8 @@ from benchmarks.common import ROOT, Others, exit_code, log, show, spread
 from benchmarks.limited import drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
 from checkpoint import Checkpoint, stored_tensors
-from disk import page_aligned
 from load import LoadedModel, load_model, make_views, skeleton
-from neurons import NeuronFile, runs_of
+from neurons import NeuronFile
 from pack import flash_directory
 from policy import Policy, Share
 from predictor import fill_part, gate
@@ -103,7 +102,7 @@ def paged(args: argparse.Namespace) -> LoadedModel:
 
 
 def sparse(args: argparse.Namespace) -> LoadedModel:
-    flash = Flash(args.share, args.window, args.threads)
+    flash = Flash(args.share, args.window, args.depth)
     return load_model(args.model, device="cpu", flash=flash)
 
 
@@ -157,7 +156,7 @@ def forgetful(args: argparse.Namespace) -> LoadedModel:
 def unbundled(lm: LoadedModel) -> LoadedModel:
     """Rows of up and of down lie in different places, as in a checkpoint."""
     source = source_of(lm.model)
-    source._scatter = apart(source, write_apart(source))
+    source.fetch = apart(source, write_apart(source))
     return lm
 
 
@@ -178,24 +177,16 @@ def write_apart(source: Source) -> Path:
 
 
 def apart(source: Source, path: Path) -> Callable[..., None]:
-    step = source.file.stride // 2
-    file = NeuronFile(path, step, source.residence.threads)
-    waste = memoryview(page_aligned(step, CPU).numpy())
+    step, gap = source.file.stride // 2, source.residence.gap
+    file = NeuronFile(path, step, source.residence.depth)
 
-    def scatter(j: int, ids: np.ndarray, memory: memoryview, places: Any) -> None:
-        runs = []
+    def fetch(j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor) -> None:
         for half in range(2):
-            pieces = [
-                memory[(2 * place + half) * step : (2 * place + half + 1) * step]
-                for place in places
-            ]
             first = j * source.region + half * source.neurons * step
-            gap = source.residence.gap
-            runs += runs_of(ids, pieces.__getitem__, first, step, gap, waste)
-        file.scatter(runs)
+            file.bring(first, ids, slab.data_ptr() + (2 * slots + half) * step, gap)
         source.file.nbytes, source.file.requests = file.nbytes, file.requests
 
-    return scatter
+    return fetch
 
 
 WAYS: dict[str, Callable[[argparse.Namespace], LoadedModel]] = {
@@ -267,7 +258,7 @@ def sparse_figures(
         / tokens,
         "direct": file.direct,
         "window": source.residence.window,
-        "threads": source.residence.threads,
+        "depth": source.residence.depth,
         "gap": source.residence.gap,
     }
 
@@ -287,7 +278,7 @@ def alone(args: argparse.Namespace, name: str, limit: float) -> dict[str, Any]:
     words = [sys.executable, Path(__file__).resolve(), "way", "--way", name]
     for option in ("model", "directory", "share", "prompt", "new", "text", "skip"):
         words += [f"--{option}", getattr(args, option)]
-    for option in ("window", "threads"):
+    for option in ("window", "depth"):
         if getattr(args, option):
             words += [f"--{option}", getattr(args, option)]
     return limited(words, int(limit))
@@ -429,7 +420,7 @@ def parse_args() -> argparse.Namespace:
     add("--share", type=float, default=0.5, help="of the weights' bytes in memory (default: 0.5)")
     add("--limit", type=float, default=0.52, help="the same, enforced (default: 0.52)")
     add("--window", type=float, help="tokens (default: as many as pay)")
-    add("--threads", type=int, help="(default: as many as pay)")
+    add("--depth", type=int, help="reads at a time (default: as many as pay)")
     add("--prompt", type=int, default=128, help="tokens (default: 128)")
     add("--new", type=int, default=128, help="tokens after them (default: 128)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")

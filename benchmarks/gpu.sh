@@ -6,6 +6,7 @@
 #     ./benchmarks/gpu.sh                                   # to benchmarks/results/gpu-decode-DATE
 #     ./benchmarks/gpu.sh speculate                         # a second run: 8B, with 1B as its draft
 #     ./benchmarks/gpu.sh offload                           # a third: OPT-30B's shape in 16 GB
+#     ./benchmarks/gpu.sh flash                             # a fourth: neurons from disk, the demo
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
 #
 # Needs no network. PYTHON: which python. OUT: where to write. Files: log.txt (all that was said),
@@ -102,6 +103,16 @@ elif [[ $what == offload ]]; then
         --random_weights "${BIG_CONFIG:-benchmarks/configs/opt-30b.json}" --prompt 256 \
         --num_samples 256 --max_new_tokens 32 --ignore_eos --output "$scratch/out.jsonl" \
         --offload_dir "$scratch"
+elif [[ $what == flash ]]; then
+    cp -r checkpoints/demo-opt "$scratch/opt"
+    text=${TEXT:-$scratch/text.txt} # by default what the demo itself tells
+    [[ -f $text ]] || "$python" generate.py --checkpoint_path checkpoints/demo-opt --device "$device" \
+        --num_samples 64 --max_new_tokens 400 --ignore_eos > "$text"
+    part pack 120 "$python" flash.py --checkpoint_path "$scratch/opt" --device "$device" \
+        --calibration_file "$text"
+    part check 120 "$python" -m pytest -q -m gpu tests/test_flash.py
+    part decode 60 "$python" generate.py --checkpoint_path "$scratch/opt" --device "$device" --flash \
+        --dram_budget 80% --bench --json --prompt 64 --max_new_tokens 64
 else
     part check 150 "$python" benchmarks/gpu_check.py --device "$device"
     bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3

@@ -1,14 +1,16 @@
 """Neurons on disk: with nothing missed the text is the model's in memory, and faults are clear."""
 
-import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from checkpoint import Checkpoint
 from disk import page_aligned
 from generate import GenerationConfig, complete
 from load import LoadedModel, load_model, skeleton
-from neurons import GATED, KINDS, PLAIN, Format, NeuronCache, NeuronFile, runs_of
+from neurons import GATED, KINDS, MOST_PIECES, PLAIN, Format, NeuronCache, NeuronFile, gathered
 from pack import flash_directory, open_pack
 from predictor import GAPS, WINDOWS, dense, fill_part, locality
 from quantized import Int4Linear, Int8Linear, nearest
+from reads import Reads, Threads, many_reads, read_pieces
 from sparse import Flash, source_of
 from window import Disk, Usage, choose
 
@@ -66,7 +69,7 @@ def pack(path: Path, *options: object) -> Path:
 
 
 def sparse(path: Path, **options: object) -> LoadedModel:
-    given = {name: options.pop(name) for name in ("memory", "window", "threads") if name in options}
+    given = {name: options.pop(name) for name in ("memory", "window", "depth") if name in options}
     memory = given.pop("memory", 1.0)
     chosen = Flash(memory, **given, directory=options.pop("directory", None))
     options = {"device": "cpu", "dtype": torch.float32} | options
@@ -144,28 +147,26 @@ def stored(linear: nn.Module, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(STREAMS))
-def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(seed: int, tmp_path: Path):
-    """Random requests, sizes, threads and gaps, reads that fail among them."""
+def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Random requests, sizes, depths and gaps, reads that fail among them."""
     print("seed", SEED + seed)
     draw = random.Random(SEED + seed)
     F, stride, first = draw.randint(1, 300), 512 * draw.choice((1, 3)), draw.choice((0, 4096))
     stored = np.random.default_rng(seed).integers(0, 256, (F, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
     path.write_bytes(bytes(first) + stored.tobytes())
-    file = NeuronFile(path, stride, draw.choice((1, 2, 8)))
+    monkeypatch.setattr("neurons.many_reads", draw.choice((many_reads, Threads)))
+    file = NeuronFile(path, stride, draw.choice((1, 2, 8, 64)))
     cache = NeuronCache(F, draw.randint(1, F), stride, CPU)
-    memory = memoryview(cache.slab.numpy().reshape(-1))
-    waste = memoryview(page_aligned(stride, CPU).numpy())
     for _ in range(30):
         wanted = np.array(sorted(draw.sample(range(F), draw.randint(0, F))), dtype=int)
         ids, slots, rest = cache.admit(wanted)
         taken = cache.slots(wanted)
         assert len(ids) + len(rest) + len(taken) == len(wanted)
         assert len(set(slots.tolist()) | set(taken.tolist())) == len(slots) + len(taken)
-        if len(ids):
-            pieces = [memory[s * stride : (s + 1) * stride] for s in slots.tolist()]
-            gap = draw.randint(0, 4)
-            file.scatter(runs_of(ids, pieces.__getitem__, first, stride, gap, waste))
+        file.bring(first, ids, cache.slab.data_ptr() + slots * stride, draw.randint(0, 4))
         if draw.random() < 0.2:  # it failed: what was to be filled stays empty
             assert not len(cache.slots(ids))
             continue
@@ -189,18 +190,19 @@ def test_the_oldest_gives_way():
 
 
 @pytest.mark.parametrize("gap", [0, 1, 3])
-def test_runs_bring_every_record_once(gap: int):
-    ids = np.array([0, 1, 4, 5, 9, 10, 11, 30])
-    pieces = [memoryview(bytes([n])) for n in range(len(ids))]
-    waste = memoryview(b"-")
-    runs = runs_of(ids, pieces.__getitem__, 100, 7, gap, waste)
+def test_requests_bring_every_record_once(gap: int):
+    ids = np.array([0, 1, 4, 5, 9, 10, 11, 30, MOST_PIECES - 1, MOST_PIECES])
+    requests, pieces = gathered(ids, 1000 + np.arange(len(ids)), 100, 7, gap, 5)
     found = {}
-    for run in runs:
-        for n, piece in enumerate(run.pieces):
-            if piece is not waste:
-                found[(run.offset - 100) // 7 + n] = bytes(piece)
-    assert found == {i: bytes([n]) for n, i in enumerate(ids.tolist())}
-    assert len(runs) == {0: 4, 1: 4, 3: 2}[gap]
+    for offset, at, count in requests.tolist():
+        start = (at - pieces.ctypes.data) // 16
+        for n, (address, nbytes) in enumerate(pieces[start : start + count].tolist()):
+            assert nbytes == 7
+            if address != 5:
+                found[(offset - 100) // 7 + n] = address - 1000
+    assert found == {i: n for n, i in enumerate(ids.tolist())}
+    assert len(requests) == {0: 6, 1: 6, 3: 4}[gap]
+    assert len(pieces) == len(ids) + {0: 0, 1: 0, 3: 5}[gap]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,8 +210,8 @@ def test_runs_bring_every_record_once(gap: int):
     "options",
     [
         {"memory": 0.95},
-        {"memory": 0.8, "threads": 1},
-        {"memory": 1.0, "window": 1.0, "threads": 3},
+        {"memory": 0.8, "depth": 1},
+        {"memory": 1.0, "window": 1.0, "depth": 3},
         {"memory": 1.0, "window": 2.5},
     ],
     ids=str,
@@ -254,6 +256,29 @@ def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[
     assert all(
         (layer.feed_forward.cache.neurons < layer.feed_forward.cache.empty).any()
         for layer in lm.model.layers
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
+    """As a GPU has it, into whose memory no file is read."""
+    path = models[family]
+    lm = foresee(sparse(path), path)
+    source = source_of(lm.model)
+    source._stage = page_aligned(7 * source.file.stride, CPU)
+    assert texts(lm) == texts(in_memory(path))
+    assert source.tally.missed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind: str, models: dict[str, Path], tmp_path: Path):
+    path, directory = models["opt"], tmp_path / "model.flash"
+    shutil.copytree(path / "model.flash.learned", tmp_path / "model.flash.learned")
+    pack(path, "--neurons", kind, "--flash_dir", directory)
+    assert texts(sparse(path, directory=directory, device="cuda")) == texts(
+        sparse(path, directory=directory)
     )
 
 
@@ -404,16 +429,19 @@ def test_locality_is_what_windows_of_sets_say(seed: int):
 def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
     found = open_pack(models["opt"] / "model.flash", Checkpoint(models["opt"]))
     stride, neurons = found.format.stride, 768
-    slow = Disk({1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}, 1e-9, 1e-9)
+    reads = {1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}
+    slow = Disk(reads, 1e-9, 1e-9)
     rooms = [int(share * 4 * neurons * stride) for share in (0.4, 0.6, 1.0)]
-    residences = [choose(found, neurons, room, slow, None, None) for room in rooms]
+    residences = [choose(found, neurons, room, slow, None) for room in rooms]
     for room, residence in zip(rooms, residences, strict=True):
         assert sum(residence.slots) * stride <= room
-        assert residence.threads == 8
+        assert residence.depth == 8
     costs = [residence.reading for residence in residences]
     assert costs == sorted(costs, reverse=True)  # more memory, less reading
-    usage = Usage(found)
-    assert choose(found, neurons, rooms[2], slow, 1.0, 1).slots == tuple(usage.slots(1.0))
+    everything = choose(found, neurons, 4 * neurons * stride, slow, None)
+    assert set(everything.slots) == {neurons} and everything.nbytes == 0
+    usage = Usage(found, neurons)
+    assert choose(found, neurons, rooms[2], slow, 1.0).slots == tuple(usage.slots(1.0))
 
 
 # Faults.
@@ -485,62 +513,111 @@ def test_a_deleted_pack_is_still_read(models: dict[str, Path], tmp_path: Path):
     assert texts(lm) == texts(in_memory(models["opt"]))
 
 
+class Tampered:
+    """Reads of which some fail, or bring a part."""
+
+    def __init__(self, inner: Reads, change: Callable[[np.ndarray, int], np.ndarray]):
+        self.inner, self.change, self.calls = inner, change, 0
+
+    def read(self, file: int, requests: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        return self.change(self.inner.read(file, requests), self.calls)
+
+
+@pytest.mark.parametrize("kind", [many_reads, Threads])
 def test_a_read_that_fails_leaves_no_wrong_neuron(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: Callable, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
     """The same model goes on with the right text once the disk does."""
-    path = models["opt"]
-    lm, preadv, calls = foresee(sparse(path), path), os.preadv, []
+    monkeypatch.setattr("neurons.many_reads", kind)
     monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+    path = models["opt"]
+    lm = foresee(sparse(path), path)
+    file = source_of(lm.model).file
+    inner = file._reads
 
-    def failing(file, pieces, offset):
-        calls.append(1)
-        if len(calls) % 7 == 0:
-            raise OSError(5, "Input/output error")
-        return preadv(file, pieces, offset)
+    def failing(results: np.ndarray, calls: int) -> np.ndarray:
+        some = (np.arange(len(results)) % 3 == 0) & (calls % 7 == 0)
+        return np.where(some, -errno.EIO, results)
 
-    monkeypatch.setattr(os, "preadv", failing)
+    file._reads = Tampered(inner, failing)
     for _ in range(5):
         with pytest.raises(OSError, match="Input/output"):
             texts(lm)
-    monkeypatch.setattr(os, "preadv", preadv)
+    file._reads = inner
     assert texts(lm) == texts(in_memory(path))
 
 
-def test_nobody_writes_to_slots_after_ctrl_c(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("result", [512, 0, -errno.EINTR])
+def test_what_a_request_lacks_is_read_in_parts(
+    result: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    lm, calls, under_way = sparse(models["opt"]), [], []
+    """Of each request so many bytes have come, or an interruption; then a record at a time."""
+    path, stride, calls = tmp_path / "neurons", 1024, []
+    stored = np.random.default_rng(0).integers(0, 256, (12, stride), dtype=np.uint8)
+    path.write_bytes(stored.tobytes())
+    file, slab = NeuronFile(path, stride, 8), page_aligned(12 * stride, CPU).view(12, stride)
 
-    def interrupted(futures):
-        calls.append(1)
-        if len(calls) == 1:
-            under_way.extend(futures)
-            raise KeyboardInterrupt
-        return concurrent.futures.wait(futures)
+    def short(results: np.ndarray, _: int) -> np.ndarray:
+        for start in (0, 7):  # of each request
+            slab.view(-1)[start * stride + max(result, 0) : (start + 3) * stride] = 0
+        return np.full_like(results, result)
 
-    def slow(*given):
-        time.sleep(0.01)
-        return preadv(*given)
+    def piecemeal(descriptor: int, request: np.void) -> int:
+        calls.append(int(request["count"]))
+        one = request.copy()
+        one["count"] = 1
+        return read_pieces(descriptor, one)
 
-    preadv = os.preadv
-    monkeypatch.setattr("neurons.wait", interrupted)
-    monkeypatch.setattr(os, "preadv", slow)
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
-    with pytest.raises(KeyboardInterrupt):
-        texts(lm)
-    assert under_way and all(future.done() for future in under_way)
+    monkeypatch.setattr("neurons.read_pieces", piecemeal)
+    file._reads, ids = Tampered(file._reads, short), np.array([0, 1, 2, 7, 8, 9])
+    if result == 0:
+        with pytest.raises(ValueError, match="cut short"):
+            file.bring(0, ids, slab.data_ptr() + ids * stride, 0)
+        return
+    file.bring(0, ids, slab.data_ptr() + ids * stride, 0)
+    assert (slab.numpy()[ids] == stored[ids]).all()
+    assert calls == [3, 2, 1, 3, 2, 1]
 
 
-def test_reads_that_come_in_pieces(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    path, preadv = models["opt"], os.preadv
-    lm = foresee(sparse(path), path)
+@pytest.mark.parametrize("kind", [many_reads, Threads])
+def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Path):
+    """Interrupted again and again, at any point: what is read afterwards is right."""
+    stride, total = 4096, 4096
+    stored = np.random.default_rng(0).integers(0, 256, (total, stride), dtype=np.uint8)
+    path = tmp_path / "neurons"
+    path.write_bytes(stored.tobytes())
+    reads, memory = kind(64), page_aligned(total * stride, CPU)
+    file, draw = os.open(path, os.O_RDONLY | os.O_DIRECT), random.Random(SEED)
+    places, interrupted = memory.data_ptr() + np.arange(total) * stride, 0
+    for _ in range(60):
+        ids = np.array(sorted(draw.sample(range(total), draw.randint(1, 1500))))
+        requests, pieces = gathered(ids, places[: len(ids)], 0, stride, 0, 0)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-5, 5e-3))
+            reads.read(file, requests)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+            memory.fill_(0)
+            time.sleep(0.01)
+            assert not memory.any()  # nothing was under way
+        results = reads.read(file, requests)
+        assert (results == stride * requests["count"].astype(int)).all()
+        assert (memory[: len(ids) * stride].view(-1, stride).numpy() == stored[ids]).all()
+        assert len(pieces) == len(ids)
+    os.close(file)
+    assert interrupted
 
-    def piecemeal(file, pieces, offset):
-        return preadv(file, [pieces[0][: max(512, len(pieces[0]) // 1024 * 512)]], offset)
 
-    monkeypatch.setattr(os, "preadv", piecemeal)
-    assert texts(lm) == texts(in_memory(path))
+@pytest.fixture(autouse=True)
+def alarms_are_ctrl_c():
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield
+    signal.signal(signal.SIGALRM, before)
 
 
 def test_without_o_direct(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+import flash
 import quantize
 from generate import parse_args
 
@@ -36,9 +37,20 @@ FLOORS = {
     "tiered_cache": {"disk", "model", "policy", "ring"},
     "load": {
         "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "offload", "pace",
-        "policy", "quantized", "quantized_cache", "speculate", "tiered_cache", "tokenizer",
+        "pack", "policy", "quantized", "quantized_cache", "sparse", "speculate", "tiered_cache",
+        "tokenizer",
     },
     "probe": {"disk", "model"},
+    "reads": set(),
+    "neurons": {"disk", "quantized", "reads"},
+    "pack": {"checkpoint", "model", "neurons"},
+    "window": {"bench", "checkpoint", "disk", "neurons", "pack", "probe", "ring"},
+    "sparse": {"checkpoint", "disk", "model", "neurons", "pack", "ring", "window"},
+    "predictor": {"checkpoint", "load", "model", "quantized"},
+    "flash": {
+        "calibrate", "checkpoint", "command", "disk", "load", "model", "neurons", "pack", "plan",
+        "predictor", "quantized", "sparse",
+    },
     "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
     "plan": {
         "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "offload", "planner",
@@ -59,14 +71,15 @@ FLOORS = {
     "harness": {"decoding", "generate", "sampling", "scoring"},
     "eval": {"checkpoint", "command", "decoding", "harness", "load", "scoring"},
     "generate": {
-        "bench", "chat", "checkpoint", "command", "completion", "decoding", "jobs", "load", "model",
-        "plan", "quantized", "sampling", "speculate", "tokenizer",
+        "bench", "chat", "checkpoint", "command", "completion", "decoding", "flash", "jobs", "load",
+        "model", "plan", "quantized", "sampling", "speculate", "tokenizer",
     },
 }  # fmt: skip
 OPTIONS = """
     attn_sparsity batch_size bench checkpoint_path compile compile_prefill compress_cache
-    compress_weight cpu_cache_compute device device_memory draft draft_checkpoint_path dtype
-    gpu_batch_size help host_memory ignore_eos interactive json kv_dtype max_new_tokens min_p
+    compress_weight cpu_cache_compute device device_memory dram_budget draft draft_checkpoint_path
+    dtype flash flash_dir flash_threads flash_window gpu_batch_size help host_memory ignore_eos
+    interactive json kv_dtype max_new_tokens min_p
     num_gpu_batches num_samples offload offload_dir output overlap percent pin_weight plan profile
     prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
     top_p
@@ -78,6 +91,7 @@ EVAL_OPTIONS = """
 """
 PARSERS = {
     "eval.py": evaluation.parse_args,
+    "flash.py": flash.parse_args,
     "generate.py": parse_args,
     "quantize.py": quantize.parse_args,
 }
