@@ -142,6 +142,8 @@ class Source:
             f"  neurons     {share:.1%} of a layer predicted, {hits:.1%} of them in memory; "
             f"{predicted / max(tally.active, 1):.2f} predicted for one active"
         )
+        if not file.direct:
+            yield "  through the page cache: this disk refuses to be read past it"
         if tally.seen_active:
             found = tally.seen_predicted / tally.seen_active
             yield f"  recall      {found:.1%} of the neurons that were active in layers read whole"

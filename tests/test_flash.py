@@ -431,11 +431,11 @@ def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
     stride, neurons = found.format.stride, 768
     reads = {1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}
     slow = Disk(reads, 1e-9, 1e-9)
-    rooms = [int(share * 4 * neurons * stride) for share in (0.4, 0.6, 1.0)]
+    rooms = [int(share * 4 * neurons * stride) for share in (0.2, 0.4, 0.6)]
     residences = [choose(found, neurons, room, slow, None) for room in rooms]
     for room, residence in zip(rooms, residences, strict=True):
         assert sum(residence.slots) * stride <= room
-        assert residence.depth == 8
+        assert residence.depth == 8 or not residence.nbytes
     costs = [residence.reading for residence in residences]
     assert costs == sorted(costs, reverse=True)  # more memory, less reading
     everything = choose(found, neurons, 4 * neurons * stride, slow, None)
