@@ -193,22 +193,14 @@ def cost(
 
 def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
     """What is known of this machine's disk and products, or is measured now, within seconds."""
-    format, place = pack.format, pack.neurons.stat().st_dev
-    key = (
-        machine_name(device),
-        place,
-        format,
-        tuple(depths),
-        str(dtype),
-        pack.neurons.stat().st_size,
-    )
+    format, place = pack.format, pack.neurons.stat()
+    key = machine_name(device), place.st_dev, place.st_size, format, tuple(depths), dtype
     file = CACHE / f"flash-{zlib.crc32(repr(key).encode()):08x}.json"
     if file.is_file():
         said = json.loads(file.read_text())
     else:
-        reads = {str(n): read_seconds(pack, n) for n in depths}
         said = {
-            "reads": reads,
+            "reads": {n: read_seconds(pack, n) for n in depths},
             "streamed": stream_seconds(pack),
             "computed": product_seconds(format, device, dtype),
         }
@@ -228,19 +220,18 @@ def read_seconds(pack: Pack, depth: int) -> list[float]:
     file = NeuronFile(pack.neurons, stride, depth)
     total = pack.neurons.stat().st_size // stride
     draw, rows, seconds = random.Random(0), [], []
-    memory = page_aligned(COMPUTED // stride * stride, CPU)
-    slots = list(range(COMPUTED // stride))
-    weights = torch.ones(BETWEEN // 4096, 2048, dtype=torch.bfloat16)
+    memory = page_aligned(COMPUTED // stride * stride, CPU).fill_(1)
+    slots = range(COMPUTED // stride)
+    matrix = torch.ones(BETWEEN // 4096, 2048, dtype=torch.bfloat16)
     for requests, records in CALLS:
         if 2 * requests * records > total:
             continue
-
         took = []
         for _ in range(REPEATS):
             starts = sorted(draw.sample(range(total // records), requests))
             ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
             places = memory.data_ptr() + np.array(draw.sample(slots, len(ids))) * stride
-            F.linear(weights[:1], weights)
+            F.linear(matrix[:1], matrix)
             start = time.perf_counter()
             file.bring(0, ids, places, 0)
             took.append(time.perf_counter() - start)
@@ -263,8 +254,8 @@ def stream_seconds(pack: Pack) -> float:
 def product_seconds(format: Format, device: torch.device, dtype: torch.dtype) -> float:
     """Of a record: products with a row of gate, up and down each, unpacked before."""
     count = COMPUTED // format.stride
-    records = page_aligned(count * format.stride, device).view(count, -1)
-    records.fill_(1)  # untouched, all pages of memory would be one
+    # Untouched, all pages of memory would be one.
+    records = page_aligned(count * format.stride, device).fill_(1).view(count, -1)
     x = torch.zeros(1, format.dim, device=device, dtype=dtype)
 
     def products() -> None:
