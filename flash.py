@@ -5,8 +5,8 @@
 
 Start at run. `calibrate` learns from a text which neurons a token needs (predictor.py), `pack`
 writes the neurons, those that are needed most often first. What was learned is kept beside the
-pack, so that another --neurons is a matter of copying; layers that an interrupted run has finished
-are not learned again. The files are described in pack.py, what reads them in sparse.py.
+checkpoint, so that another --neurons is a matter of copying; layers that an interrupted run has
+finished are not learned again. The files are described in pack.py, what reads them in sparse.py.
 """
 
 import argparse
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> Path:
     checkpoint = Checkpoint(args.checkpoint_path)
     check_sparse(checkpoint.args)
     checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
-    directory = args.flash_dir or flash_directory(checkpoint)
+    beside = flash_directory(checkpoint)
+    directory, work = args.flash_dir or beside, beside.with_name(f"{beside.name}.learned")
     format = record_format(checkpoint, args)
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
     total = layers * whole_blocks(neurons * format.stride)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> Path:
     )
     if total > (free := shutil.disk_usage(checkpoint.directory).free):
         raise ValueError(f"{directory} needs {size_text(total)}, {size_text(free)} of disk is free")
-    learned = calibrate(checkpoint, directory.with_name(f"{directory.name}.learned"), args)
+    learned = calibrate(checkpoint, work, args)
     pack(checkpoint, format, learned, directory)
     return directory
 

@@ -335,8 +335,8 @@ def start_neurons(model: Transformer, pack: Pack, flash: Flash) -> None:
     disk = measured(pack, depths, weight.device, weight.dtype)
     chunk = chunk_size(neurons, format.stride)
     memory = flash.memory * whole if flash.memory <= 1 else flash.memory
-    room = int(memory - rest - AHEAD * chunk * format.stride)
-    residence = choose(pack, neurons, room, disk, flash.window)
+    fixed = rest + AHEAD * chunk * format.stride
+    residence = choose(pack, neurons, int(memory), fixed, disk, flash.window)
     file = NeuronFile(pack.neurons, format.stride, residence.depth)
     source = Source(file, len(layers), neurons, weight.device, residence)
     for n, (layer, slots) in enumerate(zip(layers, residence.slots, strict=True)):

@@ -140,24 +140,26 @@ class Usage:
         return np.array([np.interp(window, self._windows, row) for row in table])
 
 
-def choose(pack: Pack, neurons: int, room: int, disk: Disk, window: float | None) -> Residence:
-    """What costs a token least within `room` bytes; window: where it is given.
+def choose(
+    pack: Pack, neurons: int, memory: int, rest: int, disk: Disk, window: float | None
+) -> Residence:
+    """What costs a token least. memory: bytes of weights, of which `rest` are no neurons. window:
+    where it is given.
 
     Raises ValueError where not even one neuron of each layer fits, or those of the window do not.
     """
     usage, stride = Usage(pack, neurons), pack.format.stride
 
     def nbytes(k: float) -> int:
-        return int(usage.slots(k).sum()) * stride
+        return rest + int(usage.slots(k).sum()) * stride
 
-    least = nbytes(window or 0)
-    if least > room:
-        what = f"a window of {window:g} tokens" if window else "one neuron of each layer"
+    if (least := nbytes(window or 0)) > memory:
+        what = f"the neurons of {window:g} tokens" if window else "a neuron of each layer"
         raise ValueError(
-            f"{what} takes {size_text(least)}, and what stays in memory anyway leaves "
-            f"{size_text(max(0, room))} of --dram_budget: raise it by {size_text(least - room)}"
+            f"--dram_budget is {size_text(memory)}, and {size_text(least)} are needed, for {what} "
+            f"and {size_text(rest)} that are no neurons: say --dram_budget {1 + least // 10**6}MB"
         )
-    longest = usage.longest(lambda k: nbytes(k) <= room)
+    longest = usage.longest(lambda k: nbytes(k) <= memory)
     windows = [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k < longest] + [longest]
     windows = [window] if window else windows
     found = [
