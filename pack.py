@@ -67,7 +67,9 @@ def flash_directory(checkpoint: Checkpoint) -> Path:
 def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
     """Raises FileNotFoundError where there is none, and ValueError for one that belongs to other
     weights, or whose bytes are not those that were written."""
-    remedy = f"python flash.py --checkpoint_path {checkpoint.path} makes one"
+    remedy = (
+        f"python flash.py --checkpoint_path {checkpoint.path} --calibration_file TEXT makes one"
+    )
     check_sparse(checkpoint.args)
     if not (directory / "manifest.json").is_file():
         raise FileNotFoundError(f"{directory} holds no neurons of this model: {remedy}")

@@ -56,7 +56,7 @@ class Flash:
 
 @dataclass
 class Tally:
-    """What a model's sparse layers did, since `clear`. Seconds are the host's."""
+    """What a model's sparse layers have done. Seconds are the host's."""
 
     calls: int = 0  # of layers, by way of predictions
     whole: int = 0  # of layers, by all neurons, as too many were missing
