@@ -30,6 +30,7 @@ from calibrate import calibration_text, calibration_tokens, say, take_up
 from checkpoint import Checkpoint, check_memory, size_text, sync
 from command import check_needs, exit_code, log, positive
 from disk import whole_blocks
+from gptq import fill_module
 from load import find_device, skeleton
 from model import Transformer
 from neurons import GATED, KINDS, PLAIN, SECTOR, Format
@@ -43,7 +44,7 @@ from pack import (
     write_manifest,
 )
 from plan import nbytes, share
-from predictor import GAPS, WINDOWS, Learned, dense, fill_part, inputs, learn
+from predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
 from quantized import GROUP_SIZES
 from sparse import Flash, source_of
 
@@ -185,7 +186,7 @@ def pack(
         with temporary[FILES[0]].open("wb") as file:
             for n, known in enumerate(tqdm(learned, desc="pack", unit="layer")):
                 prefix = f"layers.{n}.feed_forward"
-                fill_part(checkpoint, model, prefix, CPU)
+                fill_module(checkpoint, model, prefix, CPU)
                 records, kept = layer_records(model.layers[n].feed_forward, format, known)
                 model.layers[n].feed_forward.to("meta")
                 floating = {k: v.to(checkpoint.dtype) for k, v in kept.items() if "scales" not in k}

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, allocate
+from checkpoint import Checkpoint
+from gptq import embed, fill_module
 from load import skeleton
 from model import Linear, Transformer
 from quantized import QuantizedLinear
@@ -89,18 +90,12 @@ def inputs(
 ) -> Iterator[tuple[Tensor, nn.Module]]:
     """What enters each feed-forward layer, (B, T, D) float32, and that layer in float32."""
     model = skeleton(checkpoint.args, checkpoint.scheme)
-    fill_part(checkpoint, model, "tok_embeddings", device)
-    fill_part(checkpoint, model, "project_in", device)
-    fill_part(checkpoint, model, "positions", device)
-    T = tokens.shape[1]
-    slots = torch.arange(T, device=device)
-    tokens = tokens.to(device)
-    pos = slots.expand_as(tokens)
-    x = model.project_in(model.tok_embeddings(tokens))  # (B, T, D)
-    model.tok_embeddings.to("meta")
-    x, _ = model.positions(x, pos)
+    fill_module(checkpoint, model, "positions", torch.device("cpu"))
+    x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
+    model.positions.to(device)
+    slots = torch.arange(tokens.shape[1], device=device)
     for n, block in enumerate(model.layers):
-        fill_part(checkpoint, model, f"layers.{n}", device)
+        fill_module(checkpoint, model, f"layers.{n}", device)
         recorder = Recorder(block.feed_forward)
         block.feed_forward = recorder
         x = torch.cat([through(model, block, part, slots) for part in x.split(TEXTS)])
@@ -130,15 +125,6 @@ class Recorder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x)
         return self.inner(x)
-
-
-def fill_part(checkpoint: Checkpoint, model: Transformer, part: str, device: torch.device) -> None:
-    """Give one module of a model on the meta device its weights, in float32."""
-
-    def fill(name: str, tensor: Tensor) -> None:
-        checkpoint.read_into(f"{part}.{name}", tensor)
-
-    allocate(model.get_submodule(part), device, torch.float32, fill)
 
 
 def dense(linear: Linear | QuantizedLinear) -> Tensor:

@@ -36,11 +36,12 @@ from benchmarks.common import ROOT, Others, exit_code, log, show, spread
 from benchmarks.limited import drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
 from checkpoint import Checkpoint, stored_tensors
+from gptq import fill_module
 from load import LoadedModel, load_model, make_views, skeleton
 from neurons import NeuronFile
 from pack import flash_directory
 from policy import Policy, Share
-from predictor import fill_part, gate
+from predictor import gate
 from ring import CPU
 from sparse import Flash, Source, source_of
 from tokenizer import load_tokenizer
@@ -130,7 +131,7 @@ def oracles(path: Path, dtype: torch.dtype) -> list[Oracle]:
     learned = directory.with_name(f"{directory.name}.learned")
     for n in range(checkpoint.args.n_layers):
         model = skeleton(checkpoint.args, checkpoint.scheme)
-        fill_part(checkpoint, model, f"layers.{n}.feed_forward", CPU)
+        fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         order = torch.load(learned / f"layer{n}.pt", weights_only=True)["order"]
         weight, bias = gate(model.layers[n].feed_forward)
         found.append(Oracle(weight[order].to(dtype), bias[order].to(dtype)))

@@ -24,10 +24,11 @@ import quantize
 from checkpoint import Checkpoint
 from disk import page_aligned
 from generate import GenerationConfig, complete
+from gptq import fill_module
 from load import LoadedModel, load_model, skeleton
 from neurons import GATED, KINDS, MOST_PIECES, PLAIN, Format, NeuronCache, NeuronFile, gathered
 from pack import flash_directory, open_pack
-from predictor import GAPS, WINDOWS, dense, fill_part, locality
+from predictor import GAPS, WINDOWS, dense, locality
 from quantized import Int4Linear, Int8Linear, nearest
 from reads import Reads, Threads, many_reads, read_pieces
 from sparse import Flash, source_of
@@ -95,7 +96,7 @@ def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
     work = flash_directory(checkpoint).with_suffix(".flash.learned")
     for n, layer in enumerate(lm.model.layers):
         model = skeleton(checkpoint.args, checkpoint.scheme)
-        fill_part(checkpoint, model, f"layers.{n}.feed_forward", CPU)
+        fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         inner = model.layers[n].feed_forward
         first = getattr(inner, "w13", None) or inner.w1
         order = torch.load(work / f"layer{n}.pt", weights_only=True)["order"]

@@ -46,10 +46,10 @@ FLOORS = {
     "pack": {"checkpoint", "model", "neurons"},
     "window": {"bench", "checkpoint", "disk", "neurons", "pack", "probe", "ring"},
     "sparse": {"checkpoint", "disk", "model", "neurons", "pack", "ring", "window"},
-    "predictor": {"checkpoint", "load", "model", "quantized"},
+    "predictor": {"checkpoint", "gptq", "load", "model", "quantized"},
     "flash": {
-        "calibrate", "checkpoint", "command", "disk", "load", "model", "neurons", "pack", "plan",
-        "predictor", "quantized", "sparse",
+        "calibrate", "checkpoint", "command", "disk", "gptq", "load", "model", "neurons", "pack",
+        "plan", "predictor", "quantized", "sparse",
     },
     "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
     "plan": {
