@@ -126,7 +126,7 @@ class Source:
         return self._courier.send(lambda: self._stream.read([(at, piece)]), slot.used)
 
     def lines(self) -> Iterator[str]:
-        """What a token took, in the mean of those that did not need whole layers."""
+        """What a token took, in the mean."""
         tally, file, layers = self.tally, self.file, len(self._order) // len(self.chunks)
         tokens, whole = (tally.calls + tally.whole) / layers, tally.whole * self.region
         yield (
@@ -136,12 +136,13 @@ class Source:
             f"{1000 * tally.computing / tokens:.1f} ms of feed-forward products, "
             f"{1000 * tally.managing / tokens:.1f} ms of managing memory"
         )
-        predicted = max(tally.predicted, 1)
-        share, hits = predicted / max(tally.calls, 1) / self.neurons, 1 - tally.missed / predicted
-        yield (
-            f"  neurons     {share:.1%} of a layer predicted, {hits:.1%} of them in memory; "
-            f"{predicted / max(tally.active, 1):.2f} predicted for one active"
-        )
+        if tally.calls:
+            predicted = max(tally.predicted, 1)
+            share, hits = predicted / tally.calls / self.neurons, 1 - tally.missed / predicted
+            yield (
+                f"  neurons     {share:.1%} of a layer predicted, {hits:.1%} of them in memory; "
+                f"{predicted / max(tally.active, 1):.2f} predicted for one active"
+            )
         if not file.direct:
             yield "  through the page cache: this disk refuses to be read past it"
         if tally.seen_active:

@@ -656,6 +656,17 @@ def test_the_command_says_what_was_expected_and_what_came(
     assert "flash: " in said.err and "expected" in said.err and "came" in said.err
 
 
+def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: True)
+    lm = sparse(models["opt"])
+    texts(lm)
+    said = list(flash.report(lm.model))
+    assert any("whole layers" in line for line in said)
+    assert not any("predicted" in line for line in said)
+
+
 @pytest.mark.parametrize(
     "options",
     [
