@@ -39,6 +39,7 @@ constexpr int64_t kAhead = 4096;
 constexpr int64_t kSums = 16;     // registers that add up, of the 32 that there are
 constexpr int64_t kEight = 8;     // rows that an AMX tile takes, as 16 rows of bytes
 constexpr int64_t kFew = 4;       // rows up to which they are faster one by one
+constexpr int64_t kGrain = 1 << 14;  // fours of products that are worth another thread
 constexpr int64_t kPad = 32;      // of an unpacked row: a power of two would hit the same cache sets
 
 // Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
@@ -549,18 +550,70 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
 }
 #endif
 
+// 32 weights of each of four outputs at a time, by M rows: (4, M). The bits of a row's result are
+// those it has alone.
+template <int M>
+void four_outputs(const at::BFloat16* const (&weights)[kFew], const at::BFloat16* rows, int64_t K,
+                  float* y) {
+  auto pairs = [](const at::BFloat16* from, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(_bzhi_u32(~0u, count), from);
+  };
+  __m512 sums[kFew][M];
+  for (int i = 0; i < kFew * M; i++) sums[i / M][i % M] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += kChunk) {
+    const int64_t count = std::min(kChunk, K - k);
+    __m512bh inputs[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) inputs[m] = pairs(rows + m * K + k, count);
+#pragma GCC unroll 4
+    for (int i = 0; i < kFew; i++) {
+      _mm_prefetch(weights[i] + k + kAhead / 2, _MM_HINT_T0);
+      const __m512bh some = pairs(weights[i] + k, count);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sums[i][m] = _mm512_dpbf16_ps(sums[i][m], some, inputs[m]);
+    }
+  }
+  for (int i = 0; i < kFew * M; i++) y[i] = _mm512_reduce_add_ps(sums[i / M][i % M]);
+}
+
+// The same without AMX, for weights of any shape.
+void dense_product_of_pairs(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
+                            Tensor& out) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  const auto* rows = x.const_data_ptr<at::BFloat16>();
+  const auto* weights = weight.const_data_ptr<at::BFloat16>();
+  auto* y = out.mutable_data_ptr<at::BFloat16>();
+  at::parallel_for(0, (N + kFew - 1) / kFew, kGrain / K, [&](int64_t from, int64_t to) {
+    for (int64_t n = from * kFew; n < std::min(to * kFew, N); n += kFew) {
+      const at::BFloat16* outputs[kFew];
+      for (int64_t i = 0; i < kFew; i++) outputs[i] = weights + std::min(n + i, N - 1) * K;
+      float sums[kFew][kFew];  // of outputs, of rows
+      for (int64_t m = 0; m < M; m += kFew) {
+        const int64_t count = std::min(kFew, M - m);
+        if (count == kFew) four_outputs<4>(outputs, rows + m * K, K, sums[0]);
+        else for (int64_t j = 0; j < count; j++) {
+          float alone[kFew];
+          four_outputs<1>(outputs, rows + (m + j) * K, K, alone);
+          for (int64_t i = 0; i < kFew; i++) sums[i][j] = alone[i];
+        }
+        for (int64_t i = 0; i < std::min(kFew, N - n); i++)
+          for (int64_t j = 0; j < count; j++)
+            y[(m + j) * N + n + i] = sums[i][j] + (bias ? static_cast<float>(bias[n + i]) : 0.f);
+      }
+    }
+  });
+}
+
 // F.linear, in bfloat16: x, (M, K), by weight, (N, K).
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (x.size(0) > kStrip || !weight.is_contiguous()) return at::linear(x, weight, bias);
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
 #ifdef __AMX_BF16__
   const bool whole = x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
-  if (x.size(0) <= kStrip && whole && has_amx() && weight.is_contiguous()) {
-    Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-    const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
-    dense_product(x.contiguous(), weight, b, out);
-    return out;
-  }
+  if (whole && has_amx()) return dense_product(x.contiguous(), weight, b, out), out;
 #endif
-  return at::linear(x, weight, bias);
+  return dense_product_of_pairs(x.contiguous(), weight, b, out), out;
 }
 
 // x: (M, at most K). packed: (N/16, bytes of a strip). Weights and bias are padded to whole strips,

@@ -1,9 +1,10 @@
-"""The products of cpu_products.cpp: built once, registered as operators, put into a model.
+"""The products of cpu_*.cpp: built once, registered as operators, put into a model.
 
 Start at use_products. It replaces quantised linears by TiledLinear, which hold the same integers in
-the order that the CPU reads them in, and dense ones by FewRowsLinear. Where the CPU, the compiler
-or the dtype does not allow for that, a model keeps the linears that it has, which are slower and
-the reference for these.
+the order that the CPU reads them in, and dense ones by FewRowsLinear; then attend_fast lets caches
+attend by cpu_attention.cpp. Where the CPU, the compiler or the dtype does not allow for that, a
+model keeps what it has, which is slower and the reference for these. For what neurons give, see
+neuron_products.py.
 """
 
 import contextlib
@@ -13,24 +14,26 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Linear, RMSNorm
+from model import KVCache, Linear, RMSNorm, Transformer
 from quantized import Int4Linear, Int8Linear, QuantizedLinear
 
-SOURCE = Path(__file__).resolve().parent / "cpu_products.cpp"
+SOURCES = sorted(Path(__file__).resolve().parent.glob("cpu_*.cpp"))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cpp
 HUGE = 2**21  # bytes of a huge page
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
-NEEDED = {"quantised": ("avx512_vnni", "avx512_bf16"), "dense": ("amx_bf16",)}
-WORTH = 2**27  # bytes of dense weights; fewer stay in the CPU's caches, or nearly
+NEEDED = "avx512_vnni", "avx512_bf16"
+WORTH = 2**24  # bytes of dense weights; with fewer nobody waits long enough to compile for them
 
 torch.library.define(
     "gpt_flex::quantized_linear",
@@ -42,6 +45,8 @@ torch.library.register_fake("gpt_flex::quantized_linear")(
 torch.library.define(
     "gpt_flex::pack", "(Tensor weight, Tensor scales, Tensor? zeros, Tensor(a!) room) -> int"
 )
+torch.library.define("gpt_flex::attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor")
+torch.library.register_fake("gpt_flex::attention")(lambda q, *rest: torch.empty_like(q))
 torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
@@ -128,10 +133,10 @@ def huge_pages(nbytes: int) -> Tensor:
 
 
 def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Replace the linears of a model that is on the CPU, if that is possible and worth it here.
+    """Give a model that is on the CPU faster products, if that is possible and worth it here.
 
-    dtype: what the products may compute in. large: whether dense weights are more than stay in the
-    CPU's caches, None: as these are. Linears on the meta device have no weights to pack.
+    dtype: what the products may compute in. large: whether dense weights are worth it, None: by
+    their bytes. Linears on the meta device have no weights to pack.
     """
     here = {
         n: m
@@ -140,7 +145,7 @@ def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None
     }
     quantised = {n: m for n, m in here.items() if isinstance(m, QuantizedLinear)}
     dense = {n: m for n, m in here.items() if m.weight.dtype == torch.bfloat16}
-    if quantised and (reason := hindrance("quantised", dtype) or build()):
+    if quantised and (reason := hindrance(dtype) or build()):
         print(f"quantised layers run slowly here: {reason}", file=sys.stderr)
     elif quantised:
         for name, linear in quantised.items():
@@ -150,15 +155,28 @@ def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None
                 module.same_bits = False
     if large is None:
         large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
-    if dense and large and not (hindrance("dense", dtype) or build()):
+    if dense and large and not (hindrance(dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, FewRowsLinear(linear))
 
 
-def hindrance(kind: str, dtype: torch.dtype) -> str | None:
-    """Why the operators for weights of a kind cannot be used, None where they can."""
+def attend_fast(model: Transformer) -> None:
+    """Let caches of a model that has such products attend by cpu_attention.cpp."""
+    if any(isinstance(module, (TiledLinear, FewRowsLinear)) for module in model.modules()):
+        model.new_cache = partial(attending, model.new_cache)
+
+
+def attending(new_cache: Callable[..., KVCache], *given: Any) -> KVCache:
+    """A new cache, see KVCache, with such attention."""
+    cache = new_cache(*given)
+    cache.attention = torch.ops.gpt_flex.attention
+    return cache
+
+
+def hindrance(dtype: torch.dtype) -> str | None:
+    """Why the operators cannot be used for such activations, None where they can."""
     has = torch.cpu.get_capabilities()
-    if lacking := [name for name in NEEDED[kind] if not has.get(name)]:
+    if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"
     if dtype != torch.bfloat16:
         return f"the fast products take bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -168,7 +186,7 @@ def hindrance(kind: str, dtype: torch.dtype) -> str | None:
 
 
 def build() -> str | None:
-    """Load cpu_products.cpp, compiled once for each torch and CPU. None: it worked."""
+    """Load the C++ sources, compiled once for each torch and CPU. None: it worked."""
     if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::quantized_linear", "CPU"):
         return None
     from torch.utils import cpp_extension  # imports setuptools: not before it is needed
@@ -176,23 +194,24 @@ def build() -> str | None:
     if not shutil.which("ninja"):  # pip puts it beside the Python that runs, in no one's path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     # -march=native: what one machine compiled may crash another that shares its home directory.
-    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCE
-    folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + SOURCE.read_bytes()):08x}"
+    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
+    texts = b"".join(source.read_bytes() for source in SOURCES)
+    folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
     if not list(folder.glob("*.so")):
-        print("compiling cpu_products.cpp, once: about ten seconds ...", file=sys.stderr)
+        print("compiling products for this CPU, once: about ten seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         try:
             with alone_in(folder):
                 cpp_extension.load(
                     "gpt_flex_cpu_products",
-                    [str(SOURCE)],
+                    [str(source) for source in SOURCES],
                     build_directory=str(folder),
                     extra_cflags=["-O3", "-march=native", "-fopenmp"],
                     extra_ldflags=["-fopenmp"],
                     is_python_module=False,
                 )
         except (OSError, RuntimeError, ImportError) as error:
-            return f"cpu_products.cpp did not compile ({str(error).splitlines()[0]})"
+            return f"the products for this CPU did not compile ({str(error).splitlines()[0]})"
     return None
 
 

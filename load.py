@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, allocate, check_memory, read_json
 from compiled import compiled_block, compiled_view, compiler_imported
-from cpu_products import use_products
+from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
@@ -34,7 +34,7 @@ from quantized import (
     swap_linears,
 )
 from quantized_cache import QuantizedKVCache
-from sparse import Flash, fill_resident, leave_on_disk, start_neurons
+from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
@@ -301,9 +301,10 @@ def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
 
 
 def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
-    """Exchange quantised linears for those that are packed for the model's device."""
+    """Exchange what there is something faster for on the model's device."""
     if model.tok_embeddings.weight.device.type == "cpu":
-        use_products(model, dtype)
+        use_products(model, dtype, large=True if source_of(model) else None)
+        attend_fast(model)
 
 
 def make_views(

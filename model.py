@@ -354,6 +354,7 @@ class KVCache(nn.Module):
     """
 
     grain = 1  # rows that cost as much as one of them
+    attention = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -380,7 +381,7 @@ class KVCache(nn.Module):
         # The R query heads that share a key/value head become rows of one query, so that keys
         # and values are read once and never expanded.
         q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+        y = self.attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
         return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
 
     @contextlib.contextmanager

@@ -66,6 +66,12 @@ class Format:
         return found
 
     @cached_property
+    def starts(self) -> list[int]:
+        """First bytes of weights, scales and zeros of each matrix; 0 for what is not there."""
+        parts = ("weight", "scales", "zeros")
+        return [self.fields.get((m, part), (0,))[0] for m in self.matrices for part in parts]
+
+    @cached_property
     def used(self) -> int:
         """Bytes of a record that mean something."""
         return max(at + count * dtype.itemsize for at, count, dtype in self.fields.values())
@@ -181,17 +187,18 @@ def gathered(
     waste: the address of a record's memory that means nothing. A request ends where MOST_PIECES
     ids would end, of which the system takes no more.
     """
-    breaks = (np.diff(ids) > gap + 1) | (np.diff(ids // MOST_PIECES) > 0)
-    starts = np.flatnonzero(np.concatenate(([True], breaks)))  # of each request, among the ids
-    ends = np.append(starts[1:], len(ids)) - 1
-    counts = ids[ends] - ids[starts] + 1
-    before = np.cumsum(counts) - counts  # pieces of the requests before
-    read = np.arange(counts.sum()) + np.repeat(ids[starts] - before, counts)  # ids, gaps with them
-    pieces = np.empty(len(read), dtype=PIECE)
+    far = ids[1:] - ids[:-1] > gap + 1
+    far |= ids[1:] // MOST_PIECES != ids[:-1] // MOST_PIECES
+    starts = np.concatenate(([0], np.flatnonzero(far) + 1))  # of each request, among the ids
+    ends = np.append(starts[1:], len(ids))
+    begins = ids[starts]
+    counts = ids[ends - 1] - begins + 1
+    before = counts.cumsum() - counts  # pieces of the requests before
+    pieces = np.empty(counts.sum(), dtype=PIECE)
     pieces["address"], pieces["nbytes"] = waste, stride
-    pieces["address"][np.searchsorted(read, ids)] = memory
+    pieces["address"][ids + np.repeat(before - begins, ends - starts)] = memory
     requests = np.empty(len(starts), dtype=REQUEST)
-    requests["offset"] = first + ids[starts] * stride
+    requests["offset"] = first + begins * stride
     requests["pieces"] = pieces.ctypes.data + before * PIECE.itemsize
     requests["count"] = counts
     return requests, pieces

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import size_text, stored_tensors
 from disk import page_aligned, whole_blocks
 from model import Linear, ModelArgs, Transformer
+from neuron_products import Products, taken, takes_kernel
 from neurons import Format, NeuronCache, NeuronFile
 from pack import Pack
 from ring import CPU, Courier, Ring, Slot, Staged, Waited
@@ -185,7 +185,7 @@ class SparseFeedForward(nn.Module):
     def __init__(self, args: ModelArgs, format: Format, rank: int):
         super().__init__()
         neurons, inner = args.hidden_dim, len(format.matrices) - 1
-        self.format, self.gated = format, inner == 2
+        self.format = format
         self.predictor: Callable[[Tensor], Tensor] = Predictor(args.dim, rank, neurons)
         # One more neuron stands for empty slots: it is never active.
         self.inner_bias = nn.Parameter(torch.empty(neurons + 1, inner))
@@ -200,6 +200,8 @@ class SparseFeedForward(nn.Module):
         self.layer, self.source, self.tally = layer, source, source.tally
         neurons = len(self.inner_bias) - 1
         self.cache = NeuronCache(neurons, slots, self.format.stride, source.device)
+        kernel = takes_kernel(self.format, source.device, self.inner_bias.dtype)
+        self.products = Products(self.format, self.inner_bias, self.inner_scales, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (N, D)
@@ -223,15 +225,13 @@ class SparseFeedForward(nn.Module):
         tally.predicted += len(wanted)
         rest = self._bring(wanted)
         with tally.timed("computing"):
-            # Dense rows are computed where they lie; others are unpacked first, so no more of them
-            # than are wanted.
-            some = None if self.format.kind == "dense" else cache.slots(wanted)
-            y = self._products(rows, cache.slab, cache.neurons, some)
+            # What has to be unpacked first is no more than what is wanted.
+            y = self._sums(rows, None if self.products.by_slots else cache.slots(wanted))
         while len(rest):  # more than there are slots for
             now, rest = rest[: len(cache)], rest[len(cache) :]
             self._bring(now)
             with tally.timed("computing"):
-                y = y + self._products(rows, cache.slab, cache.neurons, cache.slots(now))
+                y = y + self._sums(rows, cache.slots(now))
         return self._output(y, rows.dtype)
 
     def _bring(self, wanted: np.ndarray) -> np.ndarray:
@@ -248,29 +248,14 @@ class SparseFeedForward(nn.Module):
             self.cache.hold(ids, slots)
         return rest
 
-    def _products(
-        self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None
-    ) -> Tensor:
-        """What neurons give to the rows, (N, D) float32. some: which of the records; None: all."""
-        if some is not None:
-            records, neurons = taken(records, self._index(some)), neurons[some]
-        h = self._hidden(rows, records, self._index(neurons))  # (N, n)
-        self.tally.active += int((h != 0).any(0).sum())
-        return (h @ self.format.rows(records, "down", h.dtype)).float()
+    def _sums(self, rows: Tensor, some: np.ndarray | None) -> Tensor:
+        """What neurons in slots, some or all, give to the rows, (N, D) float32."""
+        y, active = self.products.sums(rows, self.cache.slab, self.cache.neurons, some)
+        self.tally.active += active
+        return y
 
     def _index(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.source.device)
-
-    def _hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
-        """(N, D) rows -> (N, n): what records of such neurons make of them."""
-        parts = []
-        for n, matrix in enumerate(self.format.matrices[:-1]):
-            y = F.linear(rows, self.format.rows(records, matrix, rows.dtype))  # (N, n)
-            if self.inner_scales is not None:
-                y = y * self.inner_scales[neurons, n]
-            parts.append((y + self.inner_bias[neurons, n]).to(rows.dtype))
-        h = F.relu(parts[0])
-        return h * parts[1] if self.gated else h
 
     def _output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         if self.outer_scales is not None:
@@ -285,7 +270,7 @@ class SparseFeedForward(nn.Module):
         y = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
         for start, records in self.source.streamed(self.layer):
             end = start + len(records)
-            h = self._hidden(rows, records, torch.arange(start, end, device=x.device))  # (N, n)
+            h = self.products.hidden(rows, records, torch.arange(start, end, device=x.device))
             y += h @ self.format.rows(records, "down", h.dtype)
             active = h.unflatten(0, x.shape[:2])[:, -RECENT:].flatten(0, 1) != 0
             tally.seen_active += int(active.sum())
@@ -296,11 +281,6 @@ class SparseFeedForward(nn.Module):
                 cache.slab[self._index(slots[here])] = kept
         cache.hold(ids, slots)
         return self._output(y, x.dtype).view_as(x)
-
-
-def taken(records: Tensor, index: Tensor) -> Tensor:
-    """Those of the records, (n, stride) bytes, copied eight bytes at a time: 40 times as fast."""
-    return records.view(torch.int64)[index].view(torch.uint8)
 
 
 def leave_on_disk(model: Transformer, pack: Pack) -> None:

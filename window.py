@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from bench import machine_name
 from checkpoint import size_text, write_whole
 from disk import page_aligned
-from neurons import Format, NeuronFile
+from neuron_products import Products, takes_kernel
+from neurons import NeuronFile
 from pack import Pack
 from probe import CACHE, typical
 from ring import CPU
@@ -39,6 +40,7 @@ STREAMED = 2**27  # bytes
 BETWEEN = 2**24  # bytes of a product between two calls
 REPEATS = 15
 COMPUTED = 2**26  # bytes: more than a processor's caches hold
+ACTIVE = 17  # neurons, of which one is active in what is measured; the last is none
 MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
 
 
@@ -47,12 +49,14 @@ class Disk:
     """What bringing and computing records takes here, in seconds.
 
     reads: by depth, of a call, of each of its requests, of each of its bytes. streamed: of a byte
-    of one layer after the other. computed: of a record that is in memory.
+    of one layer after the other. computed: of a record that is in memory; by_slots: all that are
+    there are computed, else those that are predicted.
     """
 
     reads: dict[int, tuple[float, float, float]]
     streamed: float
     computed: float
+    by_slots: bool
 
     def reading(self, depth: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
         call, request, byte = self.reads[depth]
@@ -82,7 +86,7 @@ class Residence:
 
     def prefers_whole(self, missing: np.ndarray) -> bool:
         """Whether a layer is read faster than so many of its neurons are, ascending ids."""
-        requests = 1 + np.count_nonzero(np.diff(missing) > self.gap + 1)
+        requests = 1 + np.count_nonzero(missing[1:] - missing[:-1] > self.gap + 1)
         return self.seconds(1, requests, len(missing)) > self.whole
 
     def lines(self, neurons: int) -> list[str]:
@@ -175,7 +179,7 @@ def cost(
     stride = pack.format.stride
     records, requests = usage.reads(window, gap)  # (L,) each
     slots = usage.slots(window)
-    computed = slots if pack.format.kind == "dense" else usage.predicted
+    computed = slots if disk.by_slots else usage.predicted
     call, request, byte = disk.reads[depth]
     return Residence(
         window=window,
@@ -196,7 +200,11 @@ def cost(
 def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
     """What is known of this machine's disk and products, or is measured now, within seconds."""
     format, place = pack.format, pack.neurons.stat()
-    key = machine_name(device), place.st_dev, place.st_size, format, tuple(depths), dtype
+    kernel = takes_kernel(format, device, dtype)
+    key = machine_name(device), place.st_dev, place.st_size, format, tuple(depths), dtype, kernel
+    bias = torch.full((ACTIVE, len(format.matrices) - 1), -1, device=device, dtype=dtype)
+    bias[0] = 1
+    products = Products(format, bias, None, kernel)
     file = CACHE / f"flash-{zlib.crc32(repr(key).encode()):08x}.json"
     if file.is_file():
         said = json.loads(file.read_text())
@@ -204,12 +212,12 @@ def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: tor
         said = {
             "reads": {n: read_seconds(pack, n) for n in depths},
             "streamed": stream_seconds(pack),
-            "computed": product_seconds(format, device, dtype),
+            "computed": product_seconds(products, device),
         }
         CACHE.mkdir(parents=True, exist_ok=True)
         write_whole(file, [json.dumps(said)])
     reads = {int(n): tuple(seconds) for n, seconds in said["reads"].items()}
-    return Disk(reads, said["streamed"], said["computed"])
+    return Disk(reads, said["streamed"], said["computed"], products.by_slots)
 
 
 def read_seconds(pack: Pack, depth: int) -> list[float]:
@@ -253,17 +261,12 @@ def stream_seconds(pack: Pack) -> float:
     return typical(lambda: file.read([(0, memory)]), CPU, 3) / nbytes
 
 
-def product_seconds(format: Format, device: torch.device, dtype: torch.dtype) -> float:
-    """Of a record: products with a row of gate, up and down each, unpacked before."""
+def product_seconds(products: Products, device: torch.device) -> float:
+    """Of a record: products with the rows of it that are needed, unpacked before."""
+    format, (ids, _) = products.format, products.bias.shape
     count = COMPUTED // format.stride
     # Untouched, all pages of memory would be one.
     records = page_aligned(count * format.stride, device).fill_(1).view(count, -1)
-    x = torch.zeros(1, format.dim, device=device, dtype=dtype)
-
-    def products() -> None:
-        h = None  # (1, n)
-        for matrix in format.matrices:
-            rows = format.rows(records, matrix, dtype)  # (n, D)
-            h = F.linear(x, rows) if matrix != "down" else h @ rows
-
-    return typical(products, device, 5) / count
+    x = torch.zeros(1, format.dim, device=device, dtype=products.bias.dtype)
+    neurons = np.arange(count) % (ids - 1)
+    return typical(lambda: products.sums(x, records, neurons), device, 5) / count

@@ -1,6 +1,6 @@
 """Packing for the CPU's products: against a slow one, and the bytes of a layer that streams by.
 
-Dense products of few rows on a CPU with AMX: against exact sums, and against themselves.
+Dense products of few rows: against exact sums, and against themselves.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch import Tensor
 import cpu_products
 from cpu_products import FewRowsLinear, TiledLinear
 from load import random_model
-from model import Linear
+from model import KVCache, Linear
 from quantized import (
     GROUP_SIZES,
     Int4Linear,
@@ -34,12 +34,8 @@ from quantized import (
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 
 
-def needs(kind: str) -> pytest.MarkDecorator:
-    hindrance = cpu_products.hindrance(kind, torch.bfloat16) or cpu_products.build()
-    return pytest.mark.skipif(hindrance is not None, reason=f"no {kind} products: {hindrance}")
-
-
-quantised, dense = needs("quantised"), needs("dense")
+hindrance = cpu_products.hindrance(torch.bfloat16) or cpu_products.build()
+needed = pytest.mark.skipif(hindrance is not None, reason=f"no products: {hindrance}")
 
 
 def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
@@ -123,7 +119,7 @@ def assert_packed(tiled: TiledLinear, linear: QuantizedLinear) -> None:
         assert torch.equal(tiled.bias, pad(linear.bias.detach().bfloat16(), 16))
 
 
-@quantised
+@needed
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("groupsize", [None, *GROUP_SIZES])
 @pytest.mark.parametrize(
@@ -142,7 +138,7 @@ def foreign(scales: Tensor) -> Tensor:
     return scales * (1 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(1)))
 
 
-@quantised
+@needed
 @pytest.mark.parametrize(
     "scales",
     [[0, 0], [1, 255], [1, 256], [255, 255.5], [128, 0.5], [-1, 128], [65504, 255], [2**-24, 0]],
@@ -155,7 +151,7 @@ def test_a_byte_holds_a_scale_or_none_of_the_matrix_is_in_bytes(scales: list[flo
         assert_packed(TiledLinear(linear), linear)
 
 
-@quantised
+@needed
 @pytest.mark.parametrize("groupsize", [None, *GROUP_SIZES])
 def test_layers_stream_through_one_that_began_on_the_meta_device(groupsize: int | None):
     """Out of one place that is overwritten, and whatever was held before, short or long."""
@@ -174,7 +170,7 @@ def test_layers_stream_through_one_that_began_on_the_meta_device(groupsize: int 
         assert torch.equal(streamed(rows(3, 300)), TiledLinear(layer)(rows(3, 300)))
 
 
-@quantised
+@needed
 def test_the_interpreter_is_free_while_a_layer_is_packed():
     """Else this thread would stand still for as long as a call takes, every time."""
     linear = Int8Linear(8192, 4096, False)
@@ -198,7 +194,7 @@ def test_the_interpreter_is_free_while_a_layer_is_packed():
     assert min(longest_pauses) < 0.5
 
 
-@quantised
+@needed
 def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
     with torch.inference_mode():
         tiled = TiledLinear(filled(300, 40, 64, True))
@@ -208,14 +204,14 @@ def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
     assert_packed(tiled, linear)
 
 
-@quantised
+@needed
 def test_too_little_room_is_said_and_not_overrun():
     short, long = filled(300, 40, 32, False), filled(3000, 40, 32, False)
     with pytest.raises(RuntimeError, match="bytes for"):
         TiledLinear(short).take(long)
 
 
-@quantised
+@needed
 def test_products_leave_alone_what_is_on_the_meta_device():
     model = torch.nn.ModuleList([filled(64, 32, None, False), Linear(64, 32).bfloat16()])
     model.append(filled(64, 32, 32, False))
@@ -245,11 +241,11 @@ def rows(M: int, K: int) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
 
 
-@dense
+@needed
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("K, N", [(32, 32), (96, 160), (2048, 64), (100, 64), (64, 40)])
 def test_products_are_exact_to_one_rounding(K: int, N: int, bias: bool):
-    """Float32 sums, rounded once, bias included: 100 and 40 are left to the library's product."""
+    """Float32 sums, rounded once, bias included. AMX takes whole tiles only, not 100 and 40."""
     slow = linear(K, N, bias)
     fast = FewRowsLinear(slow)
     for M in (1, 2, 7, 15, 16, 17, 40):
@@ -260,7 +256,7 @@ def test_products_are_exact_to_one_rounding(K: int, N: int, bias: bool):
         assert (found.double() - exact).abs().max() <= exact.abs().max() / 128
 
 
-@dense
+@needed
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
     fast, x = FewRowsLinear(linear(2048, 256, False)), rows(16, 2048)
     alone = torch.cat([fast(row) for row in x.split(1)])
@@ -268,13 +264,13 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
         assert torch.equal(fast(x[:M]), alone[:M])
 
 
-@dense
+@needed
 def test_a_strided_input_is_read_as_it_is():
     fast, x = FewRowsLinear(linear(64, 64, True)), rows(4, 128)
     assert torch.equal(fast(x[:, ::2]), fast(x[:, ::2].contiguous()))
 
 
-@dense
+@needed
 def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch):
     def kinds() -> set[type]:
         lm = random_model(CONFIG, device="cpu", dtype=torch.bfloat16)
@@ -283,3 +279,49 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
     assert kinds() == {Linear}
     monkeypatch.setattr(cpu_products, "WORTH", 0)
     assert kinds() == {FewRowsLinear}
+
+
+def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:
+    """Queries, and keys and values as they lie in a cache that has more slots; and what is hidden
+    from each query: all that comes after a token of its own."""
+    generator = torch.Generator().manual_seed(S)
+    q = torch.randn(B, G, Q, E, generator=generator)
+    k, v = torch.randn(2, B, S + 3, G, E, generator=generator).bfloat16()
+    last = torch.randint(S, (B, 1, Q, 1), generator=generator)
+    mask = torch.zeros(B, 1, Q, S).masked_fill(torch.arange(S) > last, -torch.inf)
+    return q.bfloat16(), k[:, :S].transpose(1, 2), v[:, :S].transpose(1, 2), mask.bfloat16()
+
+
+@needed
+@pytest.mark.parametrize("E", [16, 64, 128, 20])
+@pytest.mark.parametrize("B, G, Q", [(1, 1, 1), (3, 2, 1), (2, 4, 8), (1, 12, 1), (2, 2, 17)])
+def test_attention(B: int, G: int, Q: int, E: int):
+    """Channels of 20 and 17 queries are left to torch, which rounds its weights to bfloat16."""
+    for S in (1, 15, 48, 333):
+        given = seen(B, G, Q, S, E)
+        found = torch.ops.gpt_flex.attention(*given)
+        exact = F.scaled_dot_product_attention(*(t.double() for t in given))
+        ours = Q <= 16 and E != 20
+        assert (found - exact).abs().max() <= exact.abs().max() * (1 / 256 if ours else 1 / 32)
+
+
+@needed
+def test_a_rows_attention_has_the_same_bits_in_a_batch():
+    q, k, v, mask = seen(3, 4, 2, 100, 64)
+    together = torch.ops.gpt_flex.attention(q, k, v, mask)
+    for row in range(3):
+        alone = torch.ops.gpt_flex.attention(*(t[row : row + 1] for t in (q, k, v, mask)))
+        assert torch.equal(alone[0], together[row])
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_models_attend_by_it_where_their_products_are_ours(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_products, "WORTH", 0)
+    lm = random_model(CONFIG, device="cpu", dtype=dtype)
+    cache = lm.make_caches(2, 8)[0]
+    wanted = torch.ops.gpt_flex.attention if dtype == torch.bfloat16 else KVCache.attention
+    assert cache.attention is wanted
+    assert cache.first(1).attention is wanted

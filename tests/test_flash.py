@@ -429,7 +429,7 @@ def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
     found = open_pack(models["opt"] / "model.flash", Checkpoint(models["opt"]))
     stride, neurons = found.format.stride, 768
     reads = {1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}
-    slow = Disk(reads, 1e-9, 1e-9)
+    slow = Disk(reads, 1e-9, 1e-9, by_slots=True)
     rooms = [int(share * 4 * neurons * stride) for share in (0.2, 0.4, 0.6)]
     residences = [choose(found, neurons, room + 77, 77, slow, None) for room in rooms]
     for room, residence in zip(rooms, residences, strict=True):

@@ -44,8 +44,13 @@ FLOORS = {
     "reads": set(),
     "neurons": {"disk", "quantized", "reads"},
     "pack": {"checkpoint", "model", "neurons"},
-    "window": {"bench", "checkpoint", "disk", "neurons", "pack", "probe", "ring"},
-    "sparse": {"checkpoint", "disk", "model", "neurons", "pack", "ring", "window"},
+    "neuron_products": {"cpu_products", "neurons"},
+    "window": {
+        "bench", "checkpoint", "disk", "neuron_products", "neurons", "pack", "probe", "ring",
+    },
+    "sparse": {
+        "checkpoint", "disk", "model", "neuron_products", "neurons", "pack", "ring", "window",
+    },
     "predictor": {"checkpoint", "gptq", "load", "model", "quantized"},
     "flash": {
         "calibrate", "checkpoint", "command", "disk", "gptq", "load", "model", "neurons", "pack",

@@ -160,7 +160,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torch.dtype):
     """In bfloat16 where products have the same bits whatever rows are beside one."""
-    if dtype == torch.bfloat16 and (reason := hindrance("quantised", dtype)):
+    if dtype == torch.bfloat16 and (reason := hindrance(dtype)):
         pytest.skip(reason)
     options = {"device": "cpu", "dtype": dtype}
     plain = load_model(quantised[mode], **options)

@@ -1,0 +1,99 @@
+"""Products by records of neurons, cpu_neurons.cpp's and torch's, against sums in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuron_products import Products, taken, takes_kernel
+from neurons import GATED, KINDS, PLAIN, Format
+
+CPU = torch.device("cpu")
+NEURONS = 70  # of the layer; slots hold some of them, in no order
+
+
+def layer(kind: str, matrices: tuple[str, ...], dim: int) -> tuple[Products, Tensor, np.ndarray]:
+    """A layer's products, records in slots, and which neurons these are; every seventh is none."""
+    generator = torch.Generator().manual_seed(dim)
+    format = Format(matrices, dim, kind, torch.bfloat16, groupsize=32)
+    shapes = {m: (dim, NEURONS) if m == "down" else (NEURONS, dim) for m in matrices}
+    weights = {m: torch.randn(shape, generator=generator) for m, shape in shapes.items()}
+    records, scales = format.pack({m: w.bfloat16().float() for m, w in weights.items()})
+    order = torch.randperm(NEURONS, generator=generator)
+    neurons = order.numpy().copy()
+    neurons[::7] = NEURONS
+    bias = torch.randn(NEURONS + 1, len(matrices) - 1, generator=generator).bfloat16()
+    bias[-1] = torch.tensor([-torch.inf, 0])[: len(matrices) - 1]
+    inner = F.pad(scales["inner_scales"], (0, 0, 0, 1)) if kind == "int8" else None
+    kernel = takes_kernel(format, CPU, torch.bfloat16)
+    return Products(format, bias, inner, kernel), records[order], neurons
+
+
+def exact(
+    products: Products, x: Tensor, records: Tensor, neurons: np.ndarray
+) -> tuple[Tensor, int]:
+    """In float64, neuron by neuron."""
+    format, y, active = products.format, torch.zeros(x.shape, dtype=torch.float64), 0
+    rows = {m: format.rows(records, m, torch.float32).double() for m in format.matrices}
+    for slot, neuron in enumerate(neurons):
+        if neuron == NEURONS:
+            continue
+        parts = []
+        for n, matrix in enumerate(format.matrices[:-1]):
+            scale = 1 if products.scales is None else products.scales[neuron, n].double()
+            parts.append(x.double() @ rows[matrix][slot] * scale + products.bias[neuron, n])
+        h = parts[0].clamp_min(0) * (parts[1] if len(parts) == 2 else 1)
+        active += bool((h != 0).any())
+        y += h[:, None] * rows["down"][slot]
+    return y, active
+
+
+@pytest.mark.parametrize("matrices", [GATED, PLAIN], ids=len)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [32, 96, 1152])
+def test_sums_are_those_of_float64(kind: str, matrices: tuple[str, ...], dim: int):
+    products, records, neurons = layer(kind, matrices, dim)
+    if not products.kernel:
+        pytest.skip("this CPU has no products for records")
+    some = np.arange(NEURONS)[::-3].copy()
+    for N, slots in itertools.product((1, 3, 4, 9), (None, some)):
+        x = torch.randn(N, dim, generator=torch.Generator().manual_seed(N)).bfloat16()
+        here = np.arange(NEURONS) if slots is None else slots
+        wanted, active = exact(products, x, records[here], neurons[here])
+        found, counted = products.sums(x, records, neurons, slots)
+        assert counted == active
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert torch.equal(found, products.sums(x, records, neurons, slots)[0])
+
+
+@pytest.mark.parametrize("matrices", [GATED, PLAIN], ids=len)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
+    """torch rounds to bfloat16 between its products."""
+    quick, records, neurons = layer(kind, matrices, 96)
+    slow = Products(quick.format, quick.bias, quick.scales, kernel=False)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    some = np.arange(0, NEURONS, 2)
+    for slots in (None, some):
+        here = np.arange(NEURONS) if slots is None else slots
+        wanted, _ = exact(slow, x, records[here], neurons[here])
+        for products in (slow, quick):
+            found, _ = products.sums(x, records, neurons, slots)
+            assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_what_the_kernel_does_not_take():
+    odd = Format(PLAIN, 40, "dense", torch.bfloat16)
+    other = Format(PLAIN, 64, "dense", torch.float32)
+    assert not takes_kernel(odd, CPU, torch.bfloat16)
+    assert not takes_kernel(other, CPU, torch.bfloat16)
+    assert not takes_kernel(other, CPU, torch.float32)
+    assert not takes_kernel(other, torch.device("meta"), torch.float32)
+
+
+def test_taken_records():
+    records = torch.arange(4 * 512).remainder(251).to(torch.uint8).view(4, 512)
+    assert torch.equal(taken(records, torch.tensor([2, 0])), records[[2, 0]])
