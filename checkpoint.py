@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import hf
+from disk import page_aligned
 from foreign import foreign_fields, foreign_scheme
 from formats import Part, index_file, read_part, staging_buffer, write_aligned
 
@@ -234,7 +235,8 @@ def allocate(
         check_memory(needed, device, "the model", remedy)
 
     def here(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        nbytes = shape.numel() * dtype.itemsize
+        return page_aligned(nbytes, torch.device(device)).view(dtype).view(shape)
 
     for name, (tensor, aliases) in skeleton.items():
         value = (home or here)(name, tensor.shape, final[name])

@@ -39,7 +39,7 @@ constexpr int64_t kAhead = 4096;
 constexpr int64_t kSums = 16;     // registers that add up, of the 32 that there are
 constexpr int64_t kEight = 8;     // rows that an AMX tile takes, as 16 rows of bytes
 constexpr int64_t kFew = 4;       // rows up to which they are faster one by one
-constexpr int64_t kGrain = 1 << 14;  // fours of products that are worth another thread
+constexpr int64_t kGrain = 1 << 16;  // products that are worth another thread
 constexpr int64_t kPad = 32;      // of an unpacked row: a power of two would hit the same cache sets
 
 // Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
@@ -550,57 +550,58 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
 }
 #endif
 
-// 32 weights of each of four outputs at a time, by M rows: (4, M). The bits of a row's result are
+// Sums of N outputs by M rows, one after the other over the inputs: the bits of a row's result are
 // those it has alone.
-template <int M>
-void four_outputs(const at::BFloat16* const (&weights)[kFew], const at::BFloat16* rows, int64_t K,
-                  float* y) {
-  auto pairs = [](const at::BFloat16* from, int64_t count) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(_bzhi_u32(~0u, count), from);
-  };
-  __m512 sums[kFew][M];
-  for (int i = 0; i < kFew * M; i++) sums[i / M][i % M] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += kChunk) {
-    const int64_t count = std::min(kChunk, K - k);
-    __m512bh inputs[M];
+template <int N, int M>
+void add_pairs(const at::BFloat16* weights, const at::BFloat16* rows, int64_t K, int64_t k,
+               __mmask32 there, __m512 (&sums)[N][M]) {
+  __m512bh inputs[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++) inputs[m] = pairs(rows + m * K + k, count);
+  for (int m = 0; m < M; m++)
+    inputs[m] = (__m512bh)_mm512_maskz_loadu_epi16(there, rows + m * K + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < kFew; i++) {
-      _mm_prefetch(weights[i] + k + kAhead / 2, _MM_HINT_T0);
-      const __m512bh some = pairs(weights[i] + k, count);
+  for (int n = 0; n < N; n++) {
+    const auto some = (__m512bh)_mm512_maskz_loadu_epi16(there, weights + n * K + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sums[i][m] = _mm512_dpbf16_ps(sums[i][m], some, inputs[m]);
-    }
+    for (int m = 0; m < M; m++) sums[n][m] = _mm512_dpbf16_ps(sums[n][m], some, inputs[m]);
   }
-  for (int i = 0; i < kFew * M; i++) y[i] = _mm512_reduce_add_ps(sums[i / M][i % M]);
 }
 
-// The same without AMX, for weights of any shape.
+// N outputs, from output n on, of rows in groups of M; `outputs` there are.
+template <int N, int M>
+void some_outputs(const at::BFloat16* x, const at::BFloat16* weights, const at::BFloat16* bias,
+                  int64_t rows, int64_t K, int64_t outputs, int64_t n, at::BFloat16* y) {
+  for (int64_t m = 0; m < rows; m += M) {
+    __m512 sums[N][M];
+#pragma GCC unroll 16
+    for (int i = 0; i < N * M; i++) sums[i / M][i % M] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + kChunk <= K; k += kChunk)
+      add_pairs<N, M>(weights + n * K, x + m * K, K, k, ~0u, sums);
+    if (k < K) add_pairs<N, M>(weights + n * K, x + m * K, K, k, _bzhi_u32(~0u, K - k), sums);
+#pragma GCC unroll 16
+    for (int i = 0; i < N * M; i++)
+      y[(m + i % M) * outputs + n + i / M] = _mm512_reduce_add_ps(sums[i / M][i % M]) +
+                                             (bias ? static_cast<float>(bias[n + i / M]) : 0.f);
+  }
+}
+
+// The same without AMX, for weights of any shape. By one row, weights are read from the first to the
+// last, which is faster than outputs side by side; of several rows, four outputs share each input.
 void dense_product_of_pairs(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
                             Tensor& out) {
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), fours = M / kFew * kFew;
   const auto* rows = x.const_data_ptr<at::BFloat16>();
   const auto* weights = weight.const_data_ptr<at::BFloat16>();
   auto* y = out.mutable_data_ptr<at::BFloat16>();
-  at::parallel_for(0, (N + kFew - 1) / kFew, kGrain / K, [&](int64_t from, int64_t to) {
-    for (int64_t n = from * kFew; n < std::min(to * kFew, N); n += kFew) {
-      const at::BFloat16* outputs[kFew];
-      for (int64_t i = 0; i < kFew; i++) outputs[i] = weights + std::min(n + i, N - 1) * K;
-      float sums[kFew][kFew];  // of outputs, of rows
-      for (int64_t m = 0; m < M; m += kFew) {
-        const int64_t count = std::min(kFew, M - m);
-        if (count == kFew) four_outputs<4>(outputs, rows + m * K, K, sums[0]);
-        else for (int64_t j = 0; j < count; j++) {
-          float alone[kFew];
-          four_outputs<1>(outputs, rows + (m + j) * K, K, alone);
-          for (int64_t i = 0; i < kFew; i++) sums[i][j] = alone[i];
-        }
-        for (int64_t i = 0; i < std::min(kFew, N - n); i++)
-          for (int64_t j = 0; j < count; j++)
-            y[(m + j) * N + n + i] = sums[i][j] + (bias ? static_cast<float>(bias[n + i]) : 0.f);
-      }
+  at::parallel_for(0, (N + kFew - 1) / kFew, kGrain / kFew / K + 1, [&](int64_t from, int64_t to) {
+    const int64_t end = std::min(to * kFew, N);
+    int64_t n = from * kFew;
+    for (; M > 1 && n + kFew <= end; n += kFew) {
+      some_outputs<4, 4>(rows, weights, bias, fours, K, N, n, y);
+      some_outputs<4, 1>(rows + fours * K, weights, bias, M - fours, K, N, n, y + fours * N);
     }
+    for (; n < end; n++) some_outputs<1, 1>(rows, weights, bias, M, K, N, n, y);
   });
 }
 

@@ -9,7 +9,6 @@ neuron_products.py.
 
 import contextlib
 import fcntl
-import mmap
 import os
 import shutil
 import sys
@@ -23,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disk import page_aligned
 from model import KVCache, Linear, RMSNorm, Transformer
 from quantized import Int4Linear, Int8Linear, QuantizedLinear
 
 SOURCES = sorted(Path(__file__).resolve().parent.glob("cpu_*.cpp"))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cpp
-HUGE = 2**21  # bytes of a huge page
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
 NEEDED = "avx512_vnni", "avx512_bf16"
@@ -67,7 +66,7 @@ class TiledLinear(nn.Module):
         self.register_buffer("bias", None)
         widest = INT8 if isinstance(linear, Int8Linear) else INT4_HALF
         # What a shorter format leaves of it is never touched, and takes no memory.
-        self._room = huge_pages(self.strips * strip_bytes(linear, widest))
+        self._room = page_aligned(self.strips * strip_bytes(linear, widest), torch.device("cpu"))
         if not linear.weight.is_meta:
             self.take(linear)
 
@@ -116,20 +115,6 @@ def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     header = groups * (STRIP * scale_bytes + STRIP // 2)
     inputs = linear.weight.shape[1] * 8 // bits
     return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
-
-
-def huge_pages(nbytes: int) -> Tensor:
-    """Bytes in huge pages, as far as they fill any and the system has them.
-
-    A step reads every weight once, and 4 kB at a time it waits for page tables: 4 %.
-    """
-    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    memory = mmap.mmap(-1, nbytes + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -buffer.data_ptr() % HUGE
-    memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE * HUGE)
-    return buffer[start : start + nbytes]
 
 
 def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:

@@ -104,15 +104,17 @@ class ScratchFile(DirectFile):
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
     """That many bytes of zeros, beginning at a multiple of BLOCK. pinned: for copies to a GPU.
 
-    On a CPU in huge pages, as far as it fills any: the disk then has fewer places to write to.
+    On a CPU in huge pages, as far as it fills any and the system has them: the disk then has fewer
+    places to write to, and a step, which reads every weight once, waits less for page tables.
     """
     if device.type != "cpu" or pinned:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, nbytes + HUGE if nbytes >= HUGE else nbytes, flags)
-    if nbytes >= HUGE:
+    huge = nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
+    memory = mmap.mmap(-1, nbytes + HUGE * huge, flags)
+    if huge:
         start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE * HUGE)
     return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)

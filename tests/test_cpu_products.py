@@ -18,6 +18,7 @@ from torch import Tensor
 
 import cpu_products
 from cpu_products import FewRowsLinear, TiledLinear
+from disk import page_aligned
 from load import random_model
 from model import KVCache, Linear
 from quantized import (
@@ -222,7 +223,7 @@ def test_products_leave_alone_what_is_on_the_meta_device():
 
 def test_huge_pages_are_as_large_as_is_asked():
     for nbytes in (3_000_001, 1000):  # larger than a huge page, and smaller
-        room = cpu_products.huge_pages(nbytes)
+        room = page_aligned(nbytes, torch.device("cpu"))
         assert room.shape == (nbytes,)
         assert room.fill_(7).is_contiguous()
         if nbytes > 2**21 and hasattr(mmap, "MADV_HUGEPAGE"):
