@@ -68,7 +68,7 @@ FLOORS = {
     "pace": set(),
     "decoding": {"checkpoint", "model", "pace", "sampling", "tokenizer"},
     "speculate": {"decoding", "model", "pace", "sampling"},
-    "bench": {"checkpoint", "decoding", "model", "sampling"},
+    "bench": {"checkpoint", "decoding", "disk", "model", "sampling"},
     "chat": {"tokenizer"},
     "jobs": set(),
     "command": set(),
