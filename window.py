@@ -41,6 +41,7 @@ BETWEEN = 2**24  # bytes of a product between two calls
 REPEATS = 15
 COMPUTED = 2**26  # bytes: more than a processor's caches hold
 ACTIVE = 17  # neurons, of which one is active in what is measured; the last is none
+STREAMING = 5e-3  # seconds of a whole layer beside its bytes: ten chunks go from thread to thread
 MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
 
 
@@ -189,7 +190,7 @@ def cost(
         call=call,
         request=request,
         record=byte * stride,
-        whole=neurons * (disk.streamed * stride + disk.computed),
+        whole=neurons * (disk.streamed * stride + disk.computed) + STREAMING,
         reading=float(disk.reading(depth, requests, records * stride).sum()),
         computing=float((computed * disk.computed + MANAGING).sum()),
         nbytes=float(records.sum() * stride),
