@@ -39,7 +39,7 @@ FOUR, EIGHT = {"bits": 4, "groupsize": 32}, {"bits": 8}
 TEXTS = ("Once upon a time", "Lily", "Tim and his dog saw a big red ball. They")
 tiles = pytest.mark.skipif(
     cpu_products.hindrance(torch.bfloat16) is not None,
-    reason=f"no tiles here: {cpu_products.hindrance('quantised', torch.bfloat16)}",
+    reason=f"no tiles here: {cpu_products.hindrance(torch.bfloat16)}",
 )
 
 
