@@ -234,12 +234,9 @@ def allocate(
         remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
         check_memory(needed, device, "the model", remedy)
 
-    def here(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        nbytes = shape.numel() * dtype.itemsize
-        return page_aligned(nbytes, torch.device(device)).view(dtype).view(shape)
-
     for name, (tensor, aliases) in skeleton.items():
-        value = (home or here)(name, tensor.shape, final[name])
+        given = tensor.shape, final[name]
+        value = home(name, *given) if home else room(*given, torch.device(device))
         if value is None:
             continue
         fill(name, value)
@@ -250,6 +247,11 @@ def allocate(
     for module in model.modules():  # what no checkpoint stores
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = module._buffers[name].to(device)
+
+
+def room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor that is read again and again, see page_aligned."""
+    return page_aligned(shape.numel() * dtype.itemsize, device).view(dtype).view(shape)
 
 
 def give(model: nn.Module, name: str, value: Tensor) -> None:

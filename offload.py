@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import disk
-from checkpoint import final_dtype, give, stored_tensors
+from checkpoint import final_dtype, give, room, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
 from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
 from model import KVCache, Rotation
@@ -81,7 +81,7 @@ class StreamedLayers(nn.ModuleList):
         if j in self._slabs:
             return self.layout.of(self.layout.cut(self._slabs[j]))[place[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
-        return None if on_disk else torch.empty(shape, dtype=dtype, device=self.device)
+        return None if on_disk else room(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
         """Make the ring. Layers that no file has as they are go to a scratch file, by `fill`."""
