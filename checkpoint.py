@@ -21,7 +21,15 @@ from torch import Tensor, nn
 import hf
 from disk import page_aligned
 from foreign import foreign_fields, foreign_scheme
-from formats import Part, index_file, read_part, staging_buffer, write_aligned
+from formats import (
+    Part,
+    index_file,
+    read_columns,
+    read_part,
+    rows_of,
+    staging_buffer,
+    write_aligned,
+)
 
 PREPARED = "model.pth"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -134,6 +142,43 @@ class Checkpoint:
                 stored = torch.empty(part.shape, dtype=part.dtype)
                 read_part(part, stored.view(-1), stage)
                 piece.copy_(record.translate(stored).flatten())
+
+    def read_rows_into(self, name: str, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
+        """Fill `out`, see read_into, with ranges of the tensor's rows, one after the other."""
+        record, filled = self.records[name], 0
+        for wanted in rows:
+            first = 0  # row of a part
+            for part, piece in zip(record.parts, record.pieces, strict=True):
+                end = first + len(piece)
+                start, stop = max(wanted.start, first), min(wanted.stop, end)
+                if start < stop:
+                    within = range(start - first, stop - first)
+                    self._read_rows(record, part, within, out[filled:][: len(within)], stage)
+                    filled += len(within)
+                first = end
+
+    def _read_rows(
+        self, record: Record, part: Part, rows: range, out: Tensor, stage: Tensor
+    ) -> None:
+        if record.translate is None:
+            return read_part(rows_of(part, rows), out.view(-1), stage)
+        out.copy_(self._translated(record, part)[rows.start : rows.stop])
+
+    def _translated(self, record: Record, part: Part) -> Tensor:
+        stored = torch.empty(part.shape, dtype=part.dtype)
+        read_part(part, stored.view(-1), stored.view(-1).view(torch.uint8))
+        return record.translate(stored)
+
+    def read_columns_into(self, name: str, columns: range, out: Tensor, stage: Tensor) -> None:
+        """Fill `out`, see read_into, with some of a matrix's columns."""
+        record, first = self.records[name], 0
+        for part, piece in zip(record.parts, record.pieces, strict=True):
+            rows = out[first : first + len(piece)]
+            if record.translate is None:
+                read_columns(part, columns, rows, stage)
+            else:
+                rows.copy_(self._translated(record, part)[:, columns.start : columns.stop])
+            first += len(piece)
 
     def load_into(
         self,

@@ -181,6 +181,40 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
                 piece.copy_(staged)
 
 
+def rows_of(part: Part, rows: range) -> Part:
+    """The same tensor, of which only some rows are looked at."""
+    row_bytes = part.nbytes // part.shape[0]
+    return replace(
+        part,
+        offset=part.offset + rows.start * row_bytes,
+        shape=(len(rows), *part.shape[1:]),
+        held=None if part.held is None else part.held[rows.start : rows.stop],
+    )
+
+
+def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
+    """Fill `out`, (rows, columns), with some columns of a matrix; see read_part. No more than that
+    is read."""
+    if part.held is not None:
+        out.copy_(part.held[:, columns.start : columns.stop])
+        return
+    in_place = out.device.type == "cpu" and out.dtype == part.dtype
+    staged = stage.view(part.dtype)
+    count = len(out) if in_place else max(1, len(staged) // len(columns))
+    size, at = part.dtype.itemsize, part.offset + columns.start * part.dtype.itemsize
+    with open(part.file, "rb", buffering=0) as f:
+        for start in range(0, len(out), count):
+            piece = out[start : start + count]
+            rows = piece if in_place else staged[: piece.numel()].view_as(piece)
+            for n, row in enumerate(rows, start):
+                if transfer(os.preadv, f, row, at + n * part.shape[1] * size) < row.nbytes:
+                    raise ValueError(
+                        f"{part.file} ends within {part.name}: download or convert it again"
+                    )
+            if not in_place:
+                piece.copy_(rows)
+
+
 def write_aligned(
     file: Path,
     said: dict[str, Any],

@@ -37,6 +37,7 @@ from quantized_cache import QuantizedKVCache
 from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
+from tp import Ranks, narrow_head, part_filler, sharded
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
@@ -61,6 +62,7 @@ def load_model(
     speculate_k: int | None = None,
     policy: Policy | None = None,
     flash: Flash | None = None,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
@@ -85,7 +87,8 @@ def load_model(
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        model = skeleton(checkpoint.args, scheme)
+        model = (sharded(checkpoint.args, scheme, ranks) if ranks else
+                 skeleton(checkpoint.args, scheme))
         model.new_cache = new_cache
         if pack:
             leave_on_disk(model, pack)
@@ -98,7 +101,11 @@ def load_model(
                 fill = rounded_filler(model, checkpoint, fill)
             if pack:
                 fill = fill_resident(pack, fill)
+            if ranks:
+                fill = part_filler(checkpoint, model, ranks, target, fill)
             allocate(model, target, dtype, fill, layers and layers.home)
+            if ranks:
+                narrow_head(model, ranks)
             if layers:
                 layers.start(fill, checkpoint.direct if scheme == checkpoint.scheme else nowhere)
         if pack:

@@ -246,6 +246,8 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
+    inputs_per_column = {"weight": 1}  # of each tensor that has some for every input
+
     def forward(self, x: Tensor) -> Tensor:
         # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
         # constants (torch 2.13).

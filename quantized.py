@@ -53,6 +53,8 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """weight: (N, K) int8. scales: (N,) float32."""
 
+    inputs_per_column = {"weight": 1}
+
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
@@ -78,6 +80,7 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.float16))
         zeros = torch.empty(out_features, -(-groups // 2), dtype=torch.uint8)
         self.register_buffer("zeros", zeros)
+        self.inputs_per_column = {"weight": 2, "scales": groupsize, "zeros": 2 * groupsize}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         weights = dense_int4(self.weight, self.scales, self.zeros)  # (N, P*S)

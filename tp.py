@@ -1,0 +1,204 @@
+"""Tensor parallelism: each rank has a share of every layer, and two all-reduces make them one.
+
+Start at share_of, then Sharded. A rank holds some heads of each attention, some neurons of each
+feed-forward layer, and the head's rows for some of the vocabulary: a Transformer like any other,
+with smaller numbers in its args. What makes the ranks one model are RowParallel, which adds what
+they have of wo's and w2's outputs, and Gathered, which puts the logits together. Every rank then
+knows all logits, bit for bit the same, and draws the same token.
+
+Based on Megatron-LM (arXiv 1909.08053, section 3). The engine is torch.distributed under torchrun:
+NCCL between GPUs, Gloo between CPUs.
+
+Shapes: B rows, T tokens, V vocab.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+from formats import staging_buffer
+from model import Linear, ModelArgs, Transformer
+from quantized import pack_nibbles, swap_linears, unpack_nibbles
+
+Fill = Callable[[str, Tensor], Any]
+MOST = 64  # ranks that are looked at when others are proposed
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int
+    count: int
+
+    def part(self, whole: int) -> range:
+        """This rank's of so many things, as evenly as they go; the last ranks may have fewer."""
+        most = -(-whole // self.count)
+        return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
+
+
+def join(device: torch.device) -> Ranks | None:
+    """Meet the other processes that torchrun has started; None: there are none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank keeps of a stored tensor. rows: ranges that are put together, None: all;
+    columns: a range in inputs of the linear, None: all."""
+
+    rows: tuple[range, ...] | None = None
+    columns: range | None = None
+
+
+def share_of(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
+    """The args of the model that a rank holds.
+
+    Raises ValueError naming the numbers of ranks that would do, where this one does not.
+    """
+    if reason := misfit(args, scheme, ranks.count):
+        others = [n for n in range(1, MOST + 1) if not misfit(args, scheme, n)]
+        raise ValueError(
+            f"{ranks.count} ranks cannot share this model: {reason}; "
+            f"{', '.join(map(str, others))} can"
+        )
+    n = ranks.count
+    return replace(
+        args,
+        n_heads=args.n_heads // n,
+        n_kv_heads=max(1, args.n_kv_heads // n),
+        hidden_dim=args.hidden_dim // n,
+    )
+
+
+def misfit(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
+    """Why so many ranks cannot share a model."""
+    heads, kv_heads = args.n_heads, args.n_kv_heads
+    group = (scheme or {}).get("linears", {}).get("groupsize", 1)
+    if heads % count:
+        return f"it has {heads} heads"
+    if kv_heads % count and count % kv_heads:
+        return f"it has {kv_heads} key/value heads"
+    if args.hidden_dim % (count * group):
+        return f"it has {args.hidden_dim} neurons a layer" + f", in groups of {group}" * (group > 1)
+    if heads // count * args.head_dim % group:
+        return f"{heads // count} heads of {args.head_dim} channels are no groups of {group}"
+    return None
+
+
+def slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, Slice]]:
+    """The linears of which a rank has a part: how their names end, and which part. args: of the
+    whole model."""
+    E, H, G, F_ = args.head_dim, args.n_heads, args.n_kv_heads, args.hidden_dim
+    heads, neurons = ranks.part(H), ranks.part(F_)
+    first = ranks.rank * G // ranks.count  # where ranks outnumber key/value heads, some share one
+    kv = range(first, first + max(1, G // ranks.count))
+    q, k, v = (
+        range(start + part.start * E, start + part.stop * E)
+        for start, part in ((0, heads), (H * E, kv), ((H + G) * E, kv))
+    )
+    yield "attention.wqkv", Slice(rows=(q, k, v))
+    yield "attention.wo", Slice(columns=q)
+    yield "feed_forward.w1", Slice(rows=(neurons,))
+    yield "feed_forward.w13", Slice(rows=(neurons, range(neurons.start + F_, neurons.stop + F_)))
+    yield "feed_forward.w2", Slice(columns=neurons)
+    yield "output", Slice(rows=(ranks.part(args.vocab_size),))
+
+
+class RowParallel(nn.Module):
+    """A linear of which each rank has some inputs: outputs are added, then, once, the bias."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.bias, linear.bias = linear.bias, None
+        self.shard = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = collectives.all_reduce(self.shard(x), "sum", dist.group.WORLD)
+        return y if self.bias is None else y + self.bias
+
+
+class Gathered(nn.Module):
+    """A linear of which each rank has some outputs, the last ranks perhaps fewer."""
+
+    def __init__(self, linear: nn.Module, outputs: int, count: int):
+        super().__init__()
+        self.shard, self.outputs = linear, outputs
+        self.idle = -(-outputs // count) - linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.shard(x), (0, self.idle))  # (..., most)
+        y = collectives.all_gather_tensor(y, y.dim() - 1, dist.group.WORLD)
+        return y[..., : self.outputs]
+
+
+def sharded(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> Transformer:
+    """What a rank holds of a model, on the meta device, with the linears that its checkpoint
+    stores."""
+    with torch.device("meta"):
+        model = Transformer(share_of(args, scheme, ranks))
+        model.output = Linear(args.embed_dim, len(ranks.part(args.vocab_size)), bias=False)
+        if scheme:
+            swap_linears(model, scheme)
+    if args.tied and isinstance(model.output, Linear):
+        model.output.weight = model.tok_embeddings.weight  # all of it, until `narrow_head`
+    for layer in model.layers:
+        layer.attention.wo = RowParallel(layer.attention.wo)
+        layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
+    model.output = Gathered(model.output, args.vocab_size, ranks.count)
+    return model
+
+
+def narrow_head(model: Transformer, ranks: Ranks) -> None:
+    """A tied head becomes this rank's rows of the table, the same memory."""
+    head, table = model.output.shard, model.tok_embeddings.weight
+    if getattr(head, "weight", None) is table:
+        part = ranks.part(len(table))
+        head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
+
+
+def part_filler(
+    checkpoint: Checkpoint, model: Transformer, ranks: Ranks, device: torch.device, fill: Fill
+) -> Fill:
+    """What gives a rank's tensors their values, of which it reads no more than it keeps.
+
+    fill: the same for whole tensors, by the names that the checkpoint has.
+    """
+    kept = dict(slices(checkpoint.args, ranks))
+    stage = staging_buffer(device)
+
+    def filling(name: str, tensor: Tensor) -> None:
+        stored = stored_name(name)
+        module, _, leaf = stored.rpartition(".")
+        part = kept.get(re.sub(r"^layers\.\d+\.", "", module))
+        if part is None or tuple(tensor.shape) == checkpoint.records[stored].shape:
+            return fill(stored, tensor)
+        if part.rows:
+            return checkpoint.read_rows_into(stored, part.rows, tensor, stage)
+        per = model.get_submodule(name.rpartition(".")[0]).inputs_per_column[leaf]
+        start, stop = part.columns.start // per, -(-part.columns.stop // per)
+        if part.columns.start % per == 0:
+            return checkpoint.read_columns_into(stored, range(start, stop), tensor, stage)
+        # Zero points, two to a byte, and the first of this rank's is the second of its byte.
+        covering = torch.empty(len(tensor), stop - start, dtype=tensor.dtype)
+        checkpoint.read_columns_into(stored, range(start, stop), covering, stage)
+        tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, 1:])[:, : tensor.shape[1]])
+
+    return filling
+
+
+def stored_name(name: str) -> str:
+    """Of a rank's tensor, what the checkpoint calls the whole."""
+    return name.replace(".shard.", ".")
