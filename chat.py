@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ranks import agreed
 from tokenizer import Tokenizer
 
 HELP = "Ctrl-C stops an answer, Ctrl-D or /exit leaves, /reset begins again."
@@ -75,7 +76,7 @@ def chat(conversation: Conversation, answer: Callable[[list[int], int], Any]) ->
     Completion, cut short by Ctrl-C or not.
     """
     print(HELP, file=sys.stderr)
-    while (text := read_message()) is not None:
+    while (text := agreed(read_message)) is not None:
         if text == "/exit":
             return
         if text == "/reset":

@@ -37,9 +37,10 @@ from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from command import check_needs, exit_code, log, positive
 from completion import Completion
 from decoding import LoadedModel, plain_steps
-from load import CACHES, DEMO, DRAFTS, compile_now, count_weights, load_model, random_model
+from load import CACHES, DEMO, DRAFTS, compile_now, count_weights, find_device, load_model, random_model
 from model import KVCache
 from quantized import make_scheme
+from ranks import agreed, join, own_device
 from sampling import GenerationConfig, Sampler
 from speculate import speculative_steps
 from tokenizer import Tokenizer
@@ -179,7 +180,9 @@ def run_prompts(
     prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
     check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
     todo = jobs.make_jobs(prompts, args.num_samples)
-    sink = jobs.JsonlOutput(args.output, todo) if args.output else jobs.Console(todo)
+    writes = args.output and not (args.ranks and args.ranks.rank)
+    sink = jobs.JsonlOutput(args.output, todo) if writes else jobs.Console(todo)
+    sink.todo = agreed(lambda: sink.todo)
     if not sink.todo:
         return
     longest = max(len(job.ids) for job in todo) + config.max_new_tokens
@@ -223,7 +226,7 @@ def encoded_prompts(
 def run_chat(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
-    half_free = available_memory(lm.device) // 2
+    half_free = agreed(lambda: available_memory(lm.device) // 2)
     fitting = args.slots or half_free // lm.kv_bytes_per_token()
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
     compile_timed(lm, caches, stats)
@@ -285,8 +288,10 @@ def run_bench(
 
 def run(args: argparse.Namespace) -> None:
     config = GenerationConfig(**{f.name: getattr(args, f.name) for f in fields(GenerationConfig)})
+    device = own_device(find_device(args.device))
+    args.ranks = join(device)
     options = {
-        "device": args.device,
+        "device": str(device),
         "kv_dtype": args.kv_dtype,
         "dtype": DTYPES.get(args.dtype),
         "compile": args.compile,
@@ -308,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
         scheme = make_scheme(args.random_mode) if args.random_mode else None
         lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
-        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
+        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), ranks=args.ranks, **options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight

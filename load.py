@@ -34,11 +34,12 @@ from quantized import (
     swap_linears,
 )
 from quantized_cache import QuantizedKVCache
+from ranks import Ranks
 from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
-from tp import Ranks, narrow_head, part_filler, sharded
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
+from tp import narrow_head, part_filler, sharded
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
     None: KVCache,
@@ -87,8 +88,9 @@ def load_model(
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        model = (sharded(checkpoint.args, scheme, ranks) if ranks else
-                 skeleton(checkpoint.args, scheme))
+        model = (
+            sharded(checkpoint.args, scheme, ranks) if ranks else skeleton(checkpoint.args, scheme)
+        )
         model.new_cache = new_cache
         if pack:
             leave_on_disk(model, pack)

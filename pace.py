@@ -12,6 +12,8 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+from ranks import agreed
+
 MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
 RECENT = 9  # times of each number of guesses that a median is taken of
 UNTYPICAL = 2  # first cycles of each kind that are not timed: CUDA graphs warm up, and record
@@ -59,7 +61,7 @@ class Pace:
         """How many guesses to ask for, at most `most`."""
         self._cycle += 1
         due = len(self._times[0]) < 2 or self._cycle - self._timed[0] >= PLAIN_EVERY
-        k = 0 if due else self.k or self._best()
+        k = agreed(lambda: 0 if due else self.k or self._best())
         self._resumed, self._paused = self._paused and k > 0, k == 0
         return max(0, min(k, most))
 

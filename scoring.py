@@ -18,6 +18,7 @@ from checkpoint import available_memory
 from decoding import PREFILL_TOKENS, LoadedModel, visible_slots
 from load import count_weights
 from model import KVCache
+from ranks import agreed
 
 Ids = Sequence[int]
 SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
@@ -165,7 +166,8 @@ class Reader:
         # Beyond so much padding two calls are faster than one.
         self.padding = WEIGHTS_READ + begun // count_weights(lm.model.args)
         per_slot = lm.kv_bytes_per_token() * depth(roots)
-        self.most_slots = min(self.most_slots, available_memory(lm.device) // 4 // per_slot)
+        fitting = agreed(lambda: available_memory(lm.device) // 4 // per_slot)
+        self.most_slots = min(self.most_slots, fitting)
         self.longest = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
         # Compiled, each number of rows or slots is a graph of its own: there is one of each.

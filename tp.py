@@ -12,7 +12,6 @@ NCCL between GPUs, Gloo between CPUs.
 Shapes: B rows, T tokens, V vocab.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,30 +27,10 @@ from checkpoint import Checkpoint
 from formats import staging_buffer
 from model import Linear, ModelArgs, Transformer
 from quantized import pack_nibbles, swap_linears, unpack_nibbles
+from ranks import Ranks
 
 Fill = Callable[[str, Tensor], Any]
 MOST = 64  # ranks that are looked at when others are proposed
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which of how many processes this is."""
-
-    rank: int
-    count: int
-
-    def part(self, whole: int) -> range:
-        """This rank's of so many things, as evenly as they go; the last ranks may have fewer."""
-        most = -(-whole // self.count)
-        return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
-
-
-def join(device: torch.device) -> Ranks | None:
-    """Meet the other processes that torchrun has started; None: there are none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 @dataclass(frozen=True)
