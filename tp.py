@@ -30,6 +30,8 @@ from quantized import pack_nibbles, swap_linears, unpack_nibbles
 from ranks import Ranks
 
 Fill = Callable[[str, Tensor], Any]
+# Its name until torch 2.12, and from then on.
+ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 MOST = 64  # ranks that are looked at when others are proposed
 
 
@@ -105,7 +107,7 @@ class RowParallel(nn.Module):
         self.shard = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        y = collectives.all_reduce(self.shard(x), "sum", dist.group.WORLD)
+        y = all_reduce(self.shard(x))
         return y if self.bias is None else y + self.bias
 
 
@@ -119,8 +121,17 @@ class Gathered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.pad(self.shard(x), (0, self.idle))  # (..., most)
-        y = collectives.all_gather_tensor(y, y.dim() - 1, dist.group.WORLD)
-        return y[..., : self.outputs]
+        return gather(y)[..., : self.outputs]
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of what all ranks have, on all of them."""
+    return collectives.all_reduce(x, "sum", dist.group.WORLD)
+
+
+def gather(x: Tensor) -> Tensor:
+    """What all ranks have, along the last dimension, on all of them."""
+    return ALL_GATHER(x, x.dim() - 1, dist.group.WORLD)
 
 
 def sharded(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> Transformer:

@@ -1,0 +1,253 @@
+"""Several ranks against one: the same tokens, whatever is sharded, and no more said than needed."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import formats
+import quantize
+import tp
+from checkpoint import Checkpoint, allocate, stored_tensors
+from load import skeleton
+from model import ModelArgs
+from quantized import Int4Linear, pack_nibbles, unpack_nibbles
+from ranks import Ranks
+from tests.ranks_worker import TEXTS, answers
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "ranks_worker.py"
+CPU = torch.device("cpu")
+SEED = 20261122
+
+
+def on_ranks(count: int, cases: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
+    """What each rank found, for each case."""
+    asked, results = folder / "cases.json", folder / "results"
+    asked.write_text(json.dumps(cases))
+    words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}", WORKER]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words), asked, results], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{results}.{rank}") for rank in range(count)]
+
+
+def quantised(path: Path, *options: str) -> Path:
+    words = ["--checkpoint_path", str(path), *options]
+    before = set(path.glob("*.pth"))
+    assert quantize.main(quantize.parse_args(words)) == 0
+    (made,) = set(path.glob("*.pth")) - before
+    return made
+
+
+def random_llama(folder: Path, **options: Any) -> Path:
+    """A small Llama of random weights, with biases; of other numbers of everything."""
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "vocab_size": 2051,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_bias": True,
+        "mlp_bias": True,
+    }
+    torch.manual_seed(SEED)
+    config = transformers.LlamaConfig(**(shape | options))
+    model = transformers.LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        weight.data.normal_(std=0.2).add_("norm" in name)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((ROOT / "checkpoints" / "demo" / file).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for name in ("demo", "demo-opt"):
+        found[name] = folder / name
+        found[name].mkdir()
+        for file in (ROOT / "checkpoints" / name).iterdir():
+            (found[name] / file.name).symlink_to(file)
+        found[f"{name}-int8"] = quantised(found[name], "--mode", "int8")
+        found[f"{name}-int4"] = quantised(found[name], "--mode", "int4")
+    text = folder / "text.txt"
+    text.write_text("Once upon a time there was a little girl. " * 200)
+    gptq = "--mode", "int4-gptq", "--train_steps", "0", "--calibration_file", str(text)
+    found["demo-gptq"] = quantised(
+        found["demo"], *gptq, "--calibration_seq_length", "64", "--calibration_samples", "8"
+    )
+    # Two key/value heads; three groups of 32 neurons for each of two ranks: two share a byte.
+    found["random"] = random_llama(folder / "random")
+    found["random-int4"] = quantised(found["random"], "--mode", "int4")
+    return found
+
+
+CASES = {
+    2: ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
+    + ["demo-gptq", "random", "random-int4"],
+    4: ["demo", "demo-opt", "demo-int8", "demo-int4", "random"],
+}
+COMPILED = {2: ["demo", "demo-opt", "demo-int8", "demo-int4"], 4: ["demo"]}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[int, dict[tuple[str, bool], list[dict[str, Any]]]]:
+    """The ranks, and what each of them found, for each model, eager and compiled."""
+    count = request.param
+    names = [(name, False) for name in CASES[count]] + [(name, True) for name in COMPILED[count]]
+    cases = [{"path": str(checkpoints[name]), "compile": compile} for name, compile in names]
+    by_rank = on_ranks(count, cases, tmp_path_factory.mktemp("ranks"))
+    return count, dict(zip(names, zip(*by_rank, strict=True), strict=True))
+
+
+def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, Path]):
+    """Distinct prompts: gpt-fast's sharding gives every row of a batch what row 0 attends to."""
+    _, results = found
+    for (name, compile), by_rank in results.items():
+        alone = answers(str(checkpoints[name]), None)
+        assert len({tuple(ids) for ids in alone["ids"]}) == len(TEXTS)
+        for rank, said in enumerate(by_rank):
+            assert said["ids"] == alone["ids"], (name, compile, rank)
+            if not compile:
+                error = (said["logits"] - alone["logits"]).abs().max()
+                assert error < 1e-4 * max(1.0, alone["logits"].abs().max()), (name, rank)
+
+
+def test_all_ranks_have_the_same_logits(found):
+    for (name, compile), by_rank in found[1].items():
+        for said in by_rank if not compile else []:
+            assert torch.equal(said["logits"], by_rank[0]["logits"]), name
+
+
+def test_two_all_reduces_a_layer_and_one_gather(found, checkpoints: dict[str, Path]):
+    for (name, compile), by_rank in found[1].items():
+        layers = Checkpoint(checkpoints[name]).args.n_layers
+        for said in by_rank if not compile else []:
+            assert said["calls"] == {"all_reduce": 2 * layers, "gather": 1}
+
+
+def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
+    """All but what every rank has: the table, norms, biases, key/value heads that are too few."""
+    count, results = found
+    (said, *_) = results["demo", False]
+    checkpoint = Checkpoint(checkpoints["demo"])
+    whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.records.values())
+    table = 4 * torch.Size(checkpoint.records["tok_embeddings.weight"].shape).numel()
+    positions = 2 * checkpoint.args.context * checkpoint.args.head_dim // 2 * 4
+    assert said["weights"] < 1.1 * ((whole - table) / count + table + positions)
+
+
+@pytest.mark.parametrize(
+    ("count", "scheme", "says"),
+    [(3, None, "8 heads; 1, 2, 4, 8 can"), (8, {"linears": {"bits": 4, "groupsize": 128}}, "1, 2")],
+)
+def test_ranks_that_do_not_fit_are_told_which_would(count: int, scheme: dict | None, says: str):
+    args = Checkpoint(ROOT / "checkpoints" / "demo").args
+    with pytest.raises(ValueError, match=says):
+        tp.share_of(args, scheme, Ranks(0, count))
+
+
+def test_parts_cover_everything_once():
+    for whole, count in ((2051, 4), (8, 2), (5, 4), (3, 3), (1, 1)):
+        parts = [Ranks(rank, count).part(whole) for rank in range(count)]
+        assert [n for part in parts for n in part] == list(range(whole))
+
+
+def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
+    """What a rank loads, without any other."""
+    checkpoint = Checkpoint(path)
+    model = tp.sharded(checkpoint.args, checkpoint.scheme, ranks)
+    fill = tp.part_filler(checkpoint, model, ranks, CPU, checkpoint.filler(CPU))
+    allocate(model, CPU, torch.float32, fill)
+    return model
+
+
+def test_packed_int4_sharding_is_sharding_then_packing(tmp_path: Path):
+    draw = random.Random(SEED)
+    print("seed", SEED)
+    for n in range(12):
+        count, groupsize = draw.choice((2, 3, 4)), draw.choice((32, 64))
+        heads = count * draw.randint(1, 2)
+        shape = {
+            "vocab_size": 2048 + n,
+            "num_attention_heads": heads,
+            "num_key_value_heads": draw.choice([g for g in (1, count, heads) if heads % g == 0]),
+            "head_dim": groupsize,
+            "hidden_size": heads * groupsize,
+            "intermediate_size": count * groupsize * draw.randint(1, 5),
+            "num_hidden_layers": 1,
+        }
+        path = random_llama(tmp_path / str(n), **shape)
+        path = quantised(path, "--mode", "int4", "--groupsize", str(groupsize), "--head", "int4")
+        checkpoint = Checkpoint(path)
+        whole = skeleton(checkpoint.args, checkpoint.scheme)
+        checkpoint.load_into(whole)
+        for rank in range(count):
+            ranks = Ranks(rank, count)
+            model = rank_of(path, ranks)
+            for name, part in cut_linears(checkpoint.args, ranks):
+                theirs = whole.get_submodule(name)
+                mine = model.get_submodule(name)
+                mine = getattr(mine, "shard", mine)
+                for key, values in sharded_then_packed(theirs, part).items():
+                    assert torch.equal(getattr(mine, key), values), (shape, rank, name, key)
+
+
+def cut_linears(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, tp.Slice]]:
+    for name, part in tp.slices(args, ranks):
+        if name == "output":
+            yield name, part
+        elif not name.endswith("w1"):
+            yield from ((f"layers.{n}.{name}", part) for n in range(args.n_layers))
+
+
+def sharded_then_packed(linear: Int4Linear, part: tp.Slice) -> dict[str, Tensor]:
+    """The buffers of the cut linear, put together from single numbers."""
+    S, rows = linear.groupsize, slice(None)
+    q, zeros = unpack_nibbles(linear.weight), unpack_nibbles(linear.zeros)
+    if part.rows:
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in part.rows])
+    inputs = part.columns or range(linear.in_features)
+    groups = slice(inputs.start // S, -(-inputs.stop // S))
+    return {
+        "weight": pack_nibbles(q[rows][:, groups.start * S : groups.stop * S]),
+        "scales": linear.scales[rows][:, groups],
+        "zeros": pack_nibbles(zeros[rows][:, groups]),
+    }
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-opt", "demo-int8", "demo-int4"])
+def test_no_more_is_read_than_is_kept(
+    name: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    read = []
+    transfer = formats.transfer
+
+    def counting(*given: Any) -> int:
+        read.append(transfer(*given))
+        return read[-1]
+
+    monkeypatch.setattr(formats, "transfer", counting)
+    model = rank_of(checkpoints[name], Ranks(1, 2))
+    checkpoint = Checkpoint(checkpoints[name])
+    stored = {n: checkpoint.records[tp.stored_name(n)].dtype for n in stored_tensors(model)}
+    kept = sum(t.numel() * stored[n].itemsize for n, (t, _) in stored_tensors(model).items())
+    assert sum(read) <= 1.02 * kept
