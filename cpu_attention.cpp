@@ -10,14 +10,16 @@
 #include <immintrin.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
+#include <vector>
 
 namespace {
 
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kFew = 16;         // queries of a head up to which this is faster
+constexpr int64_t kFew = 2;  // queries of a key/value head up to which this is faster
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGrain = 1 << 16;  // products that are worth another thread
 
@@ -109,7 +111,9 @@ void attend(const Sizes& n, const at::BFloat16* q, const Heads& k, const Heads& 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const int64_t B = q.size(0), Q = q.size(2), S = k.size(2), E = q.size(3);
   const bool fits = Q <= kFew && E % kLanes == 0 && k.stride(3) == 1 && v.stride(3) == 1;
-  if (!fits || q.scalar_type() != at::kBFloat16)
+  bool bfloat16 = true;
+  for (const Tensor& t : {q, k, v, mask}) bfloat16 &= t.scalar_type() == at::kBFloat16;
+  if (!fits || !bfloat16)
     return at::scaled_dot_product_attention(q, k, v, mask);
   const Sizes sizes{q.size(1), Q, S, E};
   const Tensor queries = q.contiguous(), seen = mask.contiguous();

@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace {
 
 using at::Tensor;

@@ -295,14 +295,14 @@ def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:
 
 @needed
 @pytest.mark.parametrize("E", [16, 64, 128, 20])
-@pytest.mark.parametrize("B, G, Q", [(1, 1, 1), (3, 2, 1), (2, 4, 8), (1, 12, 1), (2, 2, 17)])
+@pytest.mark.parametrize("B, G, Q", [(1, 1, 1), (3, 2, 1), (2, 4, 2), (1, 12, 1), (2, 2, 3)])
 def test_attention(B: int, G: int, Q: int, E: int):
-    """Channels of 20 and 17 queries are left to torch, which rounds its weights to bfloat16."""
+    """Channels of 20 and 3 queries are left to torch, which rounds its weights to bfloat16."""
     for S in (1, 15, 48, 333):
         given = seen(B, G, Q, S, E)
         found = torch.ops.gpt_flex.attention(*given)
         exact = F.scaled_dot_product_attention(*(t.double() for t in given))
-        ours = Q <= 16 and E != 20
+        ours = Q <= 2 and E != 20
         assert (found - exact).abs().max() <= exact.abs().max() * (1 / 256 if ours else 1 / 32)
 
 
