@@ -19,7 +19,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kFew = 2;  // queries of a key/value head up to which this is faster
+constexpr int64_t kFew = 16;  // queries of a head; of more torch's is faster (see LOG.md: of four)
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGrain = 1 << 16;  // products that are worth another thread
 

@@ -147,8 +147,13 @@ def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None
 
 
 def attend_fast(model: Transformer) -> None:
-    """Let caches of a model that has such products attend by cpu_attention.cpp."""
-    if any(isinstance(module, (TiledLinear, FewRowsLinear)) for module in model.modules()):
+    """Let caches of a model that has such products attend by cpu_attention.cpp.
+
+    Where query heads share keys and values torch's is as fast. A step and a sweep of several
+    tokens have to go the same way, so that a draft's text is plain text to the bit.
+    """
+    alone = model.args.n_heads == model.args.n_kv_heads
+    if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
         model.new_cache = partial(attending, model.new_cache)
 
 
