@@ -189,7 +189,7 @@ def build() -> str | None:
     texts = b"".join(source.read_bytes() for source in SOURCES)
     folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
     if not list(folder.glob("*.so")):
-        print("compiling products for this CPU, once: about ten seconds ...", file=sys.stderr)
+        print("compiling products for this CPU, once: about twenty seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         try:
             with alone_in(folder):
