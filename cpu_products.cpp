@@ -1,5 +1,5 @@
 // Products of bfloat16 rows with int8 and int4 weights, for CPUs with AVX-512 VNNI and BF16; at the
-// end, where there is AMX, of few rows with dense weights.
+// end, of few rows with dense weights, by AMX where there is any.
 //
 // Start at `product`. Decoding is bound by the rate at which weights are read, so the arithmetic has
 // to be cheap beside a load, and still exact. Activations are therefore written as 16-bit fixed-point
@@ -586,7 +586,7 @@ void some_outputs(const at::BFloat16* x, const at::BFloat16* weights, const at::
   }
 }
 
-// The same without AMX, for weights of any shape. By one row, weights are read from the first to the
+// Without AMX, or for shapes that fill no tiles. By one row, weights are read from the first to the
 // last, which is faster than outputs side by side; of several rows, four outputs share each input.
 void dense_product_of_pairs(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
                             Tensor& out) {

@@ -91,7 +91,8 @@ class TiledLinear(nn.Module):
 
 
 class FewRowsLinear(nn.Module):
-    """A dense linear, with the same weights. With up to 16 rows it is as fast as with one."""
+    """A dense linear, with the same weights. Up to 16 rows are read together with them, by AMX in
+    the time of one; more are torch's."""
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -146,8 +147,13 @@ def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None
 
 
 def attend_fast(model: Transformer) -> None:
-    """Let caches of a model that has such products attend by cpu_attention.cpp."""
-    if any(isinstance(module, (TiledLinear, FewRowsLinear)) for module in model.modules()):
+    """Let caches of a model that has such products attend by cpu_attention.cpp.
+
+    Where query heads share keys and values torch's is as fast. A step and a sweep of several
+    tokens have to go the same way, so that a draft's text is plain text to the bit.
+    """
+    alone = model.args.n_heads == model.args.n_kv_heads
+    if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
         model.new_cache = partial(attending, model.new_cache)
 
 
@@ -183,7 +189,7 @@ def build() -> str | None:
     texts = b"".join(source.read_bytes() for source in SOURCES)
     folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
     if not list(folder.glob("*.so")):
-        print("compiling products for this CPU, once: about ten seconds ...", file=sys.stderr)
+        print("compiling products for this CPU, once: about twenty seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):
         try:
             with alone_in(folder):

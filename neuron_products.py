@@ -27,7 +27,7 @@ torch.library.define(
 )
 
 
-def takes_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
+def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cpu_neurons.cpp computes such records here; it is built at the first question."""
     if device.type != "cpu" or format.dim % TOGETHER or format.groupsize % TOGETHER:
         return False
@@ -41,7 +41,7 @@ class Products:
     """The products by neurons of one layer.
 
     bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last neuron stands for an empty
-    slot, and is never active. kernel: takes_kernel.
+    slot, and is never active. kernel: has_kernel.
     """
 
     format: Format

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from checkpoint import size_text, stored_tensors
 from disk import page_aligned, whole_blocks
 from model import Linear, ModelArgs, Transformer
-from neuron_products import Products, taken, takes_kernel
+from neuron_products import Products, has_kernel, taken
 from neurons import Format, NeuronCache, NeuronFile
 from pack import Pack
 from ring import CPU, Courier, Ring, Slot, Staged, Waited
@@ -200,7 +200,7 @@ class SparseFeedForward(nn.Module):
         self.layer, self.source, self.tally = layer, source, source.tally
         neurons = len(self.inner_bias) - 1
         self.cache = NeuronCache(neurons, slots, self.format.stride, source.device)
-        kernel = takes_kernel(self.format, source.device, self.inner_bias.dtype)
+        kernel = has_kernel(self.format, source.device, self.inner_bias.dtype)
         self.products = Products(self.format, self.inner_bias, self.inner_scales, kernel)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from bench import machine_name
 from checkpoint import size_text, write_whole
 from disk import page_aligned
-from neuron_products import Products, takes_kernel
+from neuron_products import Products, has_kernel
 from neurons import NeuronFile
 from pack import Pack
 from probe import CACHE, typical
@@ -201,7 +201,7 @@ def cost(
 def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
     """What is known of this machine's disk and products, or is measured now, within seconds."""
     format, place = pack.format, pack.neurons.stat()
-    kernel = takes_kernel(format, device, dtype)
+    kernel = has_kernel(format, device, dtype)
     key = machine_name(device), place.st_dev, place.st_size, format, tuple(depths), dtype, kernel
     bias = torch.full((ACTIVE, len(format.matrices) - 1), -1, device=device, dtype=dtype)
     bias[0] = 1

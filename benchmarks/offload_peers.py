@@ -73,6 +73,9 @@ def beside_ourselves(
 ) -> dict[str, Any]:
     """memory: of the whole process, as --host_memory means it; options: as accelerate's, where
     batch is the most rows that are to be had."""
+    import cpu_products
+
+    cpu_products.build()  # a compiler takes more memory than what it compiles for
     given = {"folder": forms.ours, "memory": memory, "directory": directory} | options
     return alone(sys.executable, "ours", forms.ours, limit_bytes, given)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron_products import Products, taken, takes_kernel
+from neuron_products import Products, has_kernel, taken
 from neurons import GATED, KINDS, PLAIN, Format
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def layer(kind: str, matrices: tuple[str, ...], dim: int) -> tuple[Products, Ten
     bias = torch.randn(NEURONS + 1, len(matrices) - 1, generator=generator).bfloat16()
     bias[-1] = torch.tensor([-torch.inf, 0])[: len(matrices) - 1]
     inner = F.pad(scales["inner_scales"], (0, 0, 0, 1)) if kind == "int8" else None
-    kernel = takes_kernel(format, CPU, torch.bfloat16)
+    kernel = has_kernel(format, CPU, torch.bfloat16)
     return Products(format, bias, inner, kernel), records[order], neurons
 
 
@@ -88,10 +88,10 @@ def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
 def test_what_the_kernel_does_not_take():
     odd = Format(PLAIN, 40, "dense", torch.bfloat16)
     other = Format(PLAIN, 64, "dense", torch.float32)
-    assert not takes_kernel(odd, CPU, torch.bfloat16)
-    assert not takes_kernel(other, CPU, torch.bfloat16)
-    assert not takes_kernel(other, CPU, torch.float32)
-    assert not takes_kernel(other, torch.device("meta"), torch.float32)
+    assert not has_kernel(odd, CPU, torch.bfloat16)
+    assert not has_kernel(other, CPU, torch.bfloat16)
+    assert not has_kernel(other, CPU, torch.float32)
+    assert not has_kernel(other, torch.device("meta"), torch.float32)
 
 
 def test_taken_records():
