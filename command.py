@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ranks import heard, lost_another, speak
+
 MISTAKES = OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError
 
 
@@ -28,8 +30,14 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         log(f"{script}: stopped, as the output was closed")
         return 141
     except MISTAKES as error:
-        log(f"{script}: {' '.join(str(error).split())}")
+        speak(f"{script}: {' '.join(str(error).split())}")
         return 2
+    except Exception as error:
+        heard()
+        if not lost_another(error):
+            raise
+        log(f"{script}: another rank has ended, and its connection is closed")
+        return 3
     return 0
 
 

@@ -7,6 +7,7 @@ make steps, several tokens at a time. load.py makes the LoadedModel that both ru
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,8 +27,12 @@ PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and t
 ENDED = 1 / 4
 
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
+# A step's rows, and what waits for their ids and reads them.
+Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
 # Asked for k guesses for the rows that go on: up to so many, (B, k), and how many each row has.
 Guess = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
+
+Flight = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the caches of those
 
 
 class Draft(Protocol):
@@ -46,6 +51,10 @@ class Draft(Protocol):
     def kv_bytes_per_token(self) -> int: ...
 
 
+def one_flight(caches: Sequence[KVCache]) -> list[Flight]:
+    return [(range(caches[0].rows), caches)]
+
+
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[KVCache]:
     needed = batch * length * lm.kv_bytes_per_token()
     what = f"a KV cache of {batch} rows of {length} tokens"
@@ -62,8 +71,12 @@ class LoadedModel:
     decode: Callable[..., Tensor]  # one token per row, or with a draft the few to be verified
     tokenizer: Tokenizer
     draft: Draft | None = None
+    any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
     sweep: int | None = None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
+    sampler: Callable[..., Sampler] = Sampler
+    # Rows that go through the model by themselves, and their caches.
+    flights: Callable[[Sequence[KVCache]], Sequence[Flight]] = one_flight
 
     @property
     def device(self) -> torch.device:
@@ -73,11 +86,6 @@ class LoadedModel:
     def make_caches(self, batch: int, length: int) -> Sequence[KVCache]:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
         return self.new_caches(self, batch, visible_slots(length, self.model.args.context))
-
-    @property
-    def any_rows(self) -> bool:
-        """Whether a step may have any number of rows; a compiled one is compiled for each."""
-        return self.decode is self.model
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers, the draft's included."""
@@ -95,11 +103,29 @@ def visible_slots(filled: int, most: int) -> int:
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
 
 
-def plain_steps(lm: LoadedModel, prompts: Texts, *given: Any) -> Iterator[list[list[int]]]:
+def plain_steps(
+    lm: LoadedModel,
+    prompts: Texts,
+    caches: Sequence[KVCache],
+    past: int,
+    sampler: Sampler,
+    *given: Any,
+) -> Iterator[list[list[int]]]:
     """Steps of one new id for each row; given: what launched_steps takes. The host waits for a
     step's ids alone: where the device works by itself, it has been given the next step by then."""
-    steps = launched_steps(lm, prompts, *given)
-    for rows, read in launched_ahead(steps) if lm.device.type == "cuda" else steps:
+    flights = lm.flights(caches)
+    if len(flights) > 1:
+        samplers = [sampler.part(torch.tensor(rows, device=lm.device)) for rows, _ in flights]
+        steps = together(
+            [
+                launched_steps(lm, prompts, flight, past, drawing, *given)
+                for flight, drawing in zip(flights, samplers, strict=True)
+            ]
+        )
+    else:
+        steps = launched_steps(lm, prompts, flights[0], past, sampler, *given)
+        steps = launched_ahead(steps) if lm.device.type == "cuda" else steps
+    for rows, read in steps:
         new = dict(zip(rows, read(), strict=True))
         yield [new.get(row, []) for row in range(len(prompts))]
 
@@ -107,25 +133,26 @@ def plain_steps(lm: LoadedModel, prompts: Texts, *given: Any) -> Iterator[list[l
 def launched_steps(
     lm: LoadedModel,
     prompts: Texts,
-    caches: Sequence[KVCache],
+    flight: Flight,
     past: int,
     sampler: Sampler,
     count: int,
     live: AbstractSet[int],
-) -> Iterator[tuple[list[int], Callable[[], list[list[int]]]]]:
+) -> Iterator[Launched]:
     """At most `count` steps, each launched when it is asked for: the rows that it computes, and
     what reads their ids. Once enough rows have ended, caches and sampler are of the others alone.
 
     live: the rows that go on, looked at before every step; the others get nothing, or ids that
     mean nothing.
     """
-    rows, length = list(range(len(prompts))), caches[0].length
+    (rows, caches), length = flight, flight[1][0].length
     slots = torch.arange(length, device=lm.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=lm.device).unsqueeze(1)  # (B, 1)
-    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
+    texts = [prompts[row] for row in rows]
+    lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
+    logits = prefill(lm, texts, caches, past, slots)  # (B, 1, V)
     for n in range(count):
         tokens = sampler(logits, slots[n : n + 1].expand(len(rows), 1))  # (B, 1)
-        yield rows, begin_reading(tokens)
+        yield rows, sampler.begin_reading(tokens)
         if n + 1 == count:
             return
         going = [i for i, row in enumerate(rows) if row in live]
@@ -149,20 +176,18 @@ def longest(prompts: Texts, rows: Sequence[int]) -> int:
     return max(len(prompts[row]) for row in rows)
 
 
-def begin_reading(tokens: Tensor) -> Callable[[], list[list[int]]]:
-    """Start copying ids, (B, T), to the host. The call returned waits for them alone, not for what
-    the device was given to do after them."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    host = tokens.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[list[int]]:
-        copied.synchronize()
-        return host.tolist()
-
-    return read
+def together(flights: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
+    """Steps of several flights as steps of all their rows. Of each the next is launched as soon as
+    its ids are known, while the others are under way."""
+    launched = [next(flight) for flight in flights]
+    while all(launched):
+        rows, ids = [], []
+        for n, flight in enumerate(flights):
+            some, read = launched[n]
+            rows += some
+            ids += read()
+            launched[n] = next(flight, None)
+        yield rows, partial(list, ids)
 
 
 def launched_ahead(steps: Iterator[T]) -> Iterator[T]:

@@ -24,6 +24,7 @@ from checkpoint import DTYPES, Checkpoint, size_text, write_whole
 from command import check_needs, exit_code, log, positive
 from decoding import LoadedModel
 from load import CACHES, DEMO, find_device, load_model
+from ranks import join, leave, own_device, writes
 from scoring import Ids, log_likelihoods
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
@@ -156,14 +157,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, with how they came about. Raises what load_model and scoring.py raise."""
     prepare, evaluate = (read_text, perplexity) if args.perplexity else (find_tasks, tasks)
     asked = prepare(args)  # what is wrong with it is said before a model is loaded
+    device = own_device(find_device(args.device))
+    ranks = join(device)
     lm = load_model(
         args.checkpoint_path,
-        device=args.device,
+        device=str(device),
+        ranks=ranks,
         dtype=DTYPES.get(args.dtype),
         kv_dtype=args.kv_dtype,
         compile=args.compile,
         # On a CPU what is scored, many ids at once, runs slower compiled: 0.67x at 1.1 billion.
-        compile_prefill=args.compile and find_device(args.device).type != "cpu",
+        compile_prefill=args.compile and device.type != "cpu",
     )
     bos = f"{lm.tokenizer.bos_token} before every text" if begins_with_bos(lm, args) else "none"
     weight = lm.model.tok_embeddings.weight
@@ -180,6 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         how["note"] = f"--limit {args.limit}: a part of the data, not a score"
         log(how["note"])
+    leave()
     return how | figures
 
 
@@ -267,7 +272,9 @@ def main(args: argparse.Namespace) -> int:
     def work() -> None:
         if args.output and not args.output.parent.is_dir():  # not after hours
             raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
-        write(run(args), args.output)
+        figures = run(args)
+        if writes():
+            write(figures, args.output)
 
     more = "; the same command goes on from --use_cache" if args.use_cache else ""
     return exit_code("eval.py", work, f"stopped; no file was written{more}")

@@ -37,11 +37,20 @@ from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from command import check_needs, exit_code, log, positive
 from completion import Completion
 from decoding import LoadedModel, plain_steps
-from load import CACHES, DEMO, DRAFTS, compile_now, count_weights, find_device, load_model, random_model
+from load import (
+    CACHES,
+    DEMO,
+    DRAFTS,
+    compile_now,
+    count_weights,
+    find_device,
+    load_model,
+    random_model,
+)
 from model import KVCache
 from quantized import make_scheme
-from ranks import agreed, join, own_device
-from sampling import GenerationConfig, Sampler
+from ranks import agreed, join, leave, own_device, writes
+from sampling import GenerationConfig
 from speculate import speculative_steps
 from tokenizer import Tokenizer
 
@@ -82,7 +91,7 @@ def generate(
     if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
         caches = [cache.first(B) for cache in caches]
     idle = caches[0].rows - B  # rows that are computed and not looked at
-    sampler = Sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
+    sampler = lm.sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
     live = set() if live is None else live
     live.update(range(B))
@@ -180,8 +189,8 @@ def run_prompts(
     prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
     check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
     todo = jobs.make_jobs(prompts, args.num_samples)
-    writes = args.output and not (args.ranks and args.ranks.rank)
-    sink = jobs.JsonlOutput(args.output, todo) if writes else jobs.Console(todo)
+    to_file = args.output and writes()
+    sink = jobs.JsonlOutput(args.output, todo) if to_file else jobs.Console(todo)
     sink.todo = agreed(lambda: sink.todo)
     if not sink.todo:
         return
@@ -253,7 +262,7 @@ def run_chat(
 
 
 def compile_timed(lm: LoadedModel, caches: list[KVCache], stats: bench.Stats) -> None:
-    if lm.decode is lm.model:
+    if lm.any_rows:
         return
     log("compiling ...")
     start = time.perf_counter()
@@ -292,6 +301,9 @@ def run(args: argparse.Namespace) -> None:
     args.ranks = join(device)
     options = {
         "device": str(device),
+        "ranks": args.ranks,
+        "pipeline": args.pipeline,
+        "flights": args.flights,
         "kv_dtype": args.kv_dtype,
         "dtype": DTYPES.get(args.dtype),
         "compile": args.compile,
@@ -313,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
         scheme = make_scheme(args.random_mode) if args.random_mode else None
         lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
-        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), ranks=args.ranks, **options)
+        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight
@@ -339,6 +351,7 @@ def run(args: argparse.Namespace) -> None:
     if lm.draft:
         for line in lm.draft.pace.report.lines():
             log(line)
+    leave()
 
 
 def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Prediction:
@@ -414,6 +427,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
+    help = "layers on ranks, one after the other, in place of a share of each (with torchrun)"
+    add("--pipeline", action="store_true", help=help)
+    add("--flights", type=positive, help="batches that are under way in a pipeline")
     add("--profile", type=Path, metavar="FILE", help="write a trace of the run")
     add("--interactive", action="store_true", help="chat, by the model's template")
     add("--system", help="system message for --interactive")
@@ -436,6 +452,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("json", "bench"),
         ("random_mode", "random_weights"),
         ("compile_prefill", "compile"),
+        ("flights", "pipeline"),
     ]
     check_needs(parser, args, needs)
     plan.check_options(parser, args)

@@ -31,15 +31,16 @@ from quantized import (
     nearest,
     quantized_bytes,
     quantized_copy,
-    swap_linears,
+    skeleton,
 )
 from quantized_cache import QuantizedKVCache
-from ranks import Ranks
+from pp import Staged, staged
+from ranks import Division, Ranks
 from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
-from tp import narrow_head, part_filler, sharded
+from tp import Sharded
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
     None: KVCache,
@@ -64,6 +65,8 @@ def load_model(
     policy: Policy | None = None,
     flash: Flash | None = None,
     ranks: Ranks | None = None,
+    pipeline: bool = False,
+    flights: int | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
@@ -72,6 +75,8 @@ def load_model(
     guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
     many, None: as many as pay. policy: where the model lives and how it runs where that is not on
     the device alone (offload.py); flash: how its feed-forward neurons are left on disk (sparse.py).
+    ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
+    pipeline (pp.py), some layers; flights: of rows that are under way in that, None: as many as pay.
     Raises FileNotFoundError, ValueError and MemoryError, in one line
     each, before anything large is allocated.
     """
@@ -84,13 +89,13 @@ def load_model(
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     check_pairs(policy, draft, flash, compile)
+    check_ranks(ranks, pipeline, views, draft, flash)
     pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        model = (
-            sharded(checkpoint.args, scheme, ranks) if ranks else skeleton(checkpoint.args, scheme)
-        )
+        division = divided(ranks, pipeline)
+        model = division.skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         if pack:
             leave_on_disk(model, pack)
@@ -103,16 +108,23 @@ def load_model(
                 fill = rounded_filler(model, checkpoint, fill)
             if pack:
                 fill = fill_resident(pack, fill)
-            if ranks:
-                fill = part_filler(checkpoint, model, ranks, target, fill)
+            fill = division.filler(checkpoint, model, target, fill)
             allocate(model, target, dtype, fill, layers and layers.home)
-            if ranks:
-                narrow_head(model, ranks)
+            division.finish(model, dtype, target)
             if layers:
-                layers.start(fill, checkpoint.direct if scheme == checkpoint.scheme else nowhere)
+                same = scheme == checkpoint.scheme
+                layers.start(fill, division.stored(checkpoint) if same else nowhere)
         if pack:
             start_neurons(model, pack, flash)
-        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
+        lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
+        return staged(lm, ranks, flights) if ranks and pipeline else lm
+
+
+def divided(ranks: Ranks | None, pipeline: bool) -> Division:
+    """How a model is divided among ranks."""
+    if ranks is None:
+        return Division()
+    return Staged(ranks) if pipeline else Sharded(ranks)
 
 
 def random_model(
@@ -127,6 +139,9 @@ def random_model(
     draft: str | LoadedModel | None = None,
     speculate_k: int | None = None,
     policy: Policy | None = None,
+    ranks: Ranks | None = None,
+    pipeline: bool = False,
+    flights: int | None = None,
 ) -> LoadedModel:
     """A model of the shape that a config.json gives, with random weights: for benchmarks.
 
@@ -139,16 +154,21 @@ def random_model(
     tokenizer = id_tokenizer(args.vocab_size)
     check_draft(draft, args.vocab_size, tokenizer, scheme)
     check_pairs(policy, draft, None, compile)
+    check_ranks(ranks, pipeline, {"compile": compile}, draft, None)
     with compiler_imported(compile):
-        model = skeleton(args, compressed_scheme(policy and policy.compress_weight, scheme))
+        division = divided(ranks, pipeline)
+        scheme = compressed_scheme(policy and policy.compress_weight, scheme)
+        model = division.skeleton(args, scheme)
         model.new_cache = new_cache
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
         allocate(model, target, dtype, fill, layers and layers.home)
+        division.finish(model, dtype, target)
         if layers:
             layers.start(fill, nowhere)
         views = {"compile": compile, "compile_prefill": compile_prefill}
-        return make_ready(model, tokenizer, views, draft, speculate_k, policy)
+        lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
+        return staged(lm, ranks, flights) if ranks and pipeline else lm
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -300,13 +320,22 @@ def check_pairs(
         )
 
 
-def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-    """The model on the meta device, with the linears that its checkpoint stores."""
-    with torch.device("meta"):
-        model = Transformer(args)
-        if scheme:
-            swap_linears(model, scheme)
-    return model
+def check_ranks(
+    ranks: Ranks | None,
+    pipeline: bool,
+    views: dict[str, bool],
+    draft: str | LoadedModel | None,
+    flash: Flash | None,
+) -> None:
+    """ValueError for features that ranks do not have."""
+    if pipeline and not ranks:
+        raise ValueError("--pipeline needs ranks: torchrun --nproc_per_node=2 generate.py ...")
+    if ranks and flash:
+        raise ValueError("--flash is for one process, without torchrun")
+    if ranks and pipeline and draft:
+        raise ValueError("a pipeline's stages do not guess: omit the draft, or --pipeline")
+    if ranks and pipeline and views["compile"]:
+        raise ValueError("a pipeline's stages are not compiled: omit --compile, or --pipeline")
 
 
 def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
@@ -325,7 +354,7 @@ def make_views(
         compiled_view(model, device, lengths_vary=True) if compile and compile_prefill else model
     )
     decode = compiled_view(model, device) if compile else model
-    return LoadedModel(model, prefill, decode, tokenizer)
+    return LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
 
 
 def find_device(name: str) -> torch.device:

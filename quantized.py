@@ -189,6 +189,15 @@ def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str,
     return {"mode": mode, "linears": eight if mode == "int8" else four, "output": output}
 
 
+def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    """The model on the meta device, with the linears that its checkpoint stores."""
+    with torch.device("meta"):
+        model = Transformer(args)
+        if scheme:
+            swap_linears(model, scheme)
+    return model
+
+
 def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
     """Replace the linears of a model, on the meta device, by those that its checkpoint stores."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
@@ -202,21 +211,28 @@ def quantized_copy(
     model: Transformer, scheme: dict[str, Any], progress: Callable[[int], Any] = lambda nbytes: None
 ) -> Transformer:
     """The same model with rounded linears; all else it shares. progress: told of bytes made."""
-    with torch.device("meta"):
-        copied = Transformer(model.args)
-        swap_linears(copied, scheme)
-    for name, module in list(copied.named_modules()):
-        theirs = model.get_submodule(name)
-        if isinstance(module, QuantizedLinear):
-            dense = theirs.weight if isinstance(theirs, Linear) else theirs.dense(torch.float32)
-            for key, buffer in nearest(dense, module).items():
-                setattr(module, key, buffer)
-            module.bias = theirs.bias
-            progress(sum(buffer.nbytes for buffer in module.buffers()))
-        elif not list(module.children()):
-            copied.set_submodule(name, copy.copy(theirs))  # its tensors are the same ones
-    copied.new_cache = model.new_cache
+    copied = shallow_copy(model)
+    for name, linear in list(copied.named_modules()):
+        if not isinstance(linear, Linear | QuantizedLinear):
+            continue
+        with torch.device("meta"):
+            rounded = quantized_linear(linear, layer_scheme(name, scheme))
+        if rounded:
+            dense = linear.weight if isinstance(linear, Linear) else linear.dense(torch.float32)
+            for key, buffer in nearest(dense, rounded).items():
+                setattr(rounded, key, buffer)
+            rounded.bias = linear.bias
+            copied.set_submodule(name, rounded)
+            progress(sum(buffer.nbytes for buffer in rounded.buffers()))
     return copied.eval()
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Modules of its own, and the same tensors."""
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
+    copied._modules = {name: shallow_copy(part) for name, part in module._modules.items()}
+    return copied
 
 
 def quantized_bytes(model: Transformer) -> int:
@@ -227,7 +243,7 @@ def quantized_bytes(model: Transformer) -> int:
 
 def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:
     """What a scheme says of one linear; see make_scheme."""
-    return scheme["output" if name == "output" else "linears"]
+    return scheme["output" if name.partition(".")[0] == "output" else "linears"]
 
 
 def quantized_linear(linear: Linear, said: dict[str, Any]) -> QuantizedLinear | None:

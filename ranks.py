@@ -1,20 +1,31 @@
-"""The processes that run one model together, started by torchrun: how they meet and agree.
+"""The processes that run one model together, started by torchrun: how they meet, agree and end.
 
 Start at join. Every rank runs the same program on the same input, and what they compute is the same
 on all; only what a clock, free memory or a person decides is asked of rank 0, by `agreed`. Rank 0
-alone is heard and writes files.
+alone is heard and writes files, but for what ends another rank. A Division (tp.py, pp.py) says what
+each of them holds of the model.
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint import Checkpoint
+from model import ModelArgs, Transformer
+from quantized import skeleton
 
 T = TypeVar("T")
+Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
+Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
+HEARD = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,28 @@ class Ranks:
         return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
 
 
+class Division:
+    """What a rank holds of a model; this one: all of it, as there is no other.
+
+    A model is made by these in turn: `skeleton`, on the meta device; `filler`, what gives its
+    tensors their values; `stored`, where a file has them as they are; `finish`, once it has them.
+    """
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        return skeleton(args, scheme)
+
+    def filler(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        """fill: the same for whole tensors, by the names that the checkpoint has."""
+        return fill
+
+    def stored(self, checkpoint: Checkpoint) -> Stored:
+        return checkpoint.direct
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
+
+
 def own_device(device: torch.device) -> torch.device:
     """The one of this machine's GPUs that this process is to use."""
     local = os.environ.get("LOCAL_RANK")
@@ -40,11 +73,25 @@ def join(device: torch.device) -> Ranks | None:
     """Meet the other processes that torchrun has started; None: there are none."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if ranks.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- for good
     return ranks
+
+
+def leave() -> None:
+    """Once all have done their work."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def writes() -> bool:
+    """Whether this process writes files: rank 0 does."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def agreed(say: Callable[[], T]) -> T:
@@ -54,3 +101,28 @@ def agreed(say: Callable[[], T]) -> T:
     said = [say() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(said)
     return said[0]
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says no more than that another rank has ended. Then wait, for that one to
+    be heard first: torchrun ends this process meanwhile, if it has ended by itself."""
+    lost = dist.is_initialized() and isinstance(error, RuntimeError)
+    lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
+    if lost:
+        time.sleep(HEARD)
+    return lost
+
+
+def speak(line: str) -> None:
+    """Say on stderr what ends this process. Where all ranks end for the same reason, rank 0 is
+    enough: torchrun has ended the others before they speak."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(HEARD / 4)
+    heard()
+    print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
+
+
+def heard() -> None:
+    """From now on this process is heard, whatever its rank."""
+    sys.stderr = sys.__stderr__

@@ -14,7 +14,7 @@ that a draft and its model share its noise is from 2408.07978. The noise is Spli
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,21 @@ class Sampler:
             return logits.max(dim=-1).indices  # in bfloat16 four times as fast as argmax
         keys = self.keys.gather(1, numbers.clamp_max(self.keys.shape[1] - 1))  # (B, T)
         return draw(*candidates(logits, self.config), keys)
+
+    def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
+        """Start copying ids, (B, T), to the host. The call returned waits for them alone, not for
+        what the device was given to do after them."""
+        if tokens.device.type != "cuda":
+            return tokens.tolist
+        host = tokens.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[list[int]]:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
 
     def part(self, rows: Tensor) -> "Sampler":
         """The same draws, of some rows, (B,)."""

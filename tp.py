@@ -1,6 +1,6 @@
 """Tensor parallelism: each rank has a share of every layer, and two all-reduces make them one.
 
-Start at share_of, then Sharded. A rank holds some heads of each attention, some neurons of each
+Start at Sharded. A rank holds some heads of each attention, some neurons of each
 feed-forward layer, and the head's rows for some of the vocabulary: a Transformer like any other,
 with smaller numbers in its args. What makes the ranks one model are RowParallel, which adds what
 they have of wo's and w2's outputs, and Gathered, which puts the logits together. Every rank then
@@ -13,7 +13,7 @@ Shapes: B rows, T tokens, V vocab.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +27,8 @@ from checkpoint import Checkpoint
 from formats import staging_buffer
 from model import Linear, ModelArgs, Transformer
 from quantized import pack_nibbles, swap_linears, unpack_nibbles
-from ranks import Ranks
+from ranks import Division, Fill, Ranks, Stored
 
-Fill = Callable[[str, Tensor], Any]
 # Its name until torch 2.12, and from then on.
 ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 MOST = 64  # ranks that are looked at when others are proposed
@@ -134,59 +133,70 @@ def gather(x: Tensor) -> Tensor:
     return ALL_GATHER(x, x.dim() - 1, dist.group.WORLD)
 
 
-def sharded(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> Transformer:
-    """What a rank holds of a model, on the meta device, with the linears that its checkpoint
-    stores."""
-    with torch.device("meta"):
-        model = Transformer(share_of(args, scheme, ranks))
-        model.output = Linear(args.embed_dim, len(ranks.part(args.vocab_size)), bias=False)
-        if scheme:
-            swap_linears(model, scheme)
-    if args.tied and isinstance(model.output, Linear):
-        model.output.weight = model.tok_embeddings.weight  # all of it, until `narrow_head`
-    for layer in model.layers:
-        layer.attention.wo = RowParallel(layer.attention.wo)
-        layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
-    model.output = Gathered(model.output, args.vocab_size, ranks.count)
-    return model
+@dataclass(frozen=True)
+class Sharded(Division):
+    """Each rank has a share of every layer, of whatever can be cut by heads, neurons or words."""
+
+    ranks: Ranks
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Raises ValueError naming the numbers of ranks that would do, where this one does not."""
+        ranks = self.ranks
+        with torch.device("meta"):
+            model = Transformer(share_of(args, scheme, ranks))
+            words = len(ranks.part(args.vocab_size))
+            model.output = Linear(args.embed_dim, words, bias=False)
+            if scheme:
+                swap_linears(model, scheme)
+        if args.tied and isinstance(model.output, Linear):
+            model.output.weight = model.tok_embeddings.weight  # all of it, until `finish`
+        for layer in model.layers:
+            layer.attention.wo = RowParallel(layer.attention.wo)
+            layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
+        model.output = Gathered(model.output, args.vocab_size, ranks.count)
+        return model
+
+    def filler(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        """A rank reads no more than it keeps."""
+        kept = dict(slices(checkpoint.args, self.ranks))
+        stage = staging_buffer(device)
+
+        def filling(name: str, tensor: Tensor) -> None:
+            stored = stored_name(name)
+            module, _, leaf = stored.rpartition(".")
+            part = kept.get(re.sub(r"^layers\.\d+\.", "", module))
+            if part is None or tuple(tensor.shape) == checkpoint.records[stored].shape:
+                return fill(stored, tensor)
+            if part.rows:
+                return checkpoint.read_rows_into(stored, part.rows, tensor, stage)
+            per = inputs_per_column(model, name)
+            start, stop = part.columns.start // per, -(-part.columns.stop // per)
+            if part.columns.start % per == 0:
+                return checkpoint.read_columns_into(stored, range(start, stop), tensor, stage)
+            # Zero points, two to a byte, and the first of this rank's is the second of its byte.
+            covering = torch.empty(len(tensor), stop - start, dtype=tensor.dtype)
+            checkpoint.read_columns_into(stored, range(start, stop), covering, stage)
+            tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, 1:])[:, : tensor.shape[1]])
+
+        return filling
+
+    def stored(self, checkpoint: Checkpoint) -> Stored:
+        return lambda name, dtype: None  # shares lie in pieces
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        """A tied head becomes this rank's rows of the table, the same memory."""
+        head, table = model.output.shard, model.tok_embeddings.weight
+        if getattr(head, "weight", None) is table:
+            part = self.ranks.part(len(table))
+            head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
 
 
-def narrow_head(model: Transformer, ranks: Ranks) -> None:
-    """A tied head becomes this rank's rows of the table, the same memory."""
-    head, table = model.output.shard, model.tok_embeddings.weight
-    if getattr(head, "weight", None) is table:
-        part = ranks.part(len(table))
-        head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
-
-
-def part_filler(
-    checkpoint: Checkpoint, model: Transformer, ranks: Ranks, device: torch.device, fill: Fill
-) -> Fill:
-    """What gives a rank's tensors their values, of which it reads no more than it keeps.
-
-    fill: the same for whole tensors, by the names that the checkpoint has.
-    """
-    kept = dict(slices(checkpoint.args, ranks))
-    stage = staging_buffer(device)
-
-    def filling(name: str, tensor: Tensor) -> None:
-        stored = stored_name(name)
-        module, _, leaf = stored.rpartition(".")
-        part = kept.get(re.sub(r"^layers\.\d+\.", "", module))
-        if part is None or tuple(tensor.shape) == checkpoint.records[stored].shape:
-            return fill(stored, tensor)
-        if part.rows:
-            return checkpoint.read_rows_into(stored, part.rows, tensor, stage)
-        per = model.get_submodule(name.rpartition(".")[0]).inputs_per_column[leaf]
-        start, stop = part.columns.start // per, -(-part.columns.stop // per)
-        if part.columns.start % per == 0:
-            return checkpoint.read_columns_into(stored, range(start, stop), tensor, stage)
-        # Zero points, two to a byte, and the first of this rank's is the second of its byte.
-        covering = torch.empty(len(tensor), stop - start, dtype=tensor.dtype)
-        checkpoint.read_columns_into(stored, range(start, stop), covering, stage)
-        tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, 1:])[:, : tensor.shape[1]])
-
-    return filling
+def inputs_per_column(model: Transformer, name: str) -> int:
+    """How many of a linear's inputs a column of one of its tensors is for."""
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module).inputs_per_column[leaf]
 
 
 def stored_name(name: str) -> str:

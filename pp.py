@@ -1,0 +1,228 @@
+"""Pipeline parallelism: consecutive layers on consecutive ranks, several flights of rows under way.
+
+Start at Staged. A rank's stage is a Transformer like any other, of fewer layers, whose embedding
+receives what the rank before it sends, and whose head sends. The last rank alone has logits; it
+draws the tokens and tells them to the others. Rows go through the stages in flights: while the last
+stage has one, those before it have others. A rank launches a flight's next step as soon as it knows
+the tokens of the one before, which is what keeps all of them busy.
+
+Based on GPipe (arXiv 1811.06965), with steps of decoding in place of micro-batches of one step,
+and FlexGen's multi-GPU mode (2303.06865, section 4.3).
+
+Shapes: B rows, T tokens, D dim, V vocab.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+from decoding import LoadedModel
+from model import KVCache, LearnedPositions, ModelArgs, Transformer
+from ranks import Division, Fill, Ranks, Stored
+from quantized import skeleton
+from sampling import GenerationConfig, Sampler
+
+FLIGHTS = 2  # of each stage: one is there, one on its way
+
+
+@dataclass(frozen=True)
+class Staged(Division):
+    """Each rank has consecutive layers, the first the embedding, the last the head."""
+
+    ranks: Ranks
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Raises ValueError where there are more ranks than layers."""
+        first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.count - 1
+        model = skeleton(replace(args, n_layers=len(own_layers(args, self.ranks))), scheme)
+        if not first:
+            tied = model.output.weight is model.tok_embeddings.weight if last else False
+            table = model.tok_embeddings.weight if tied else None
+            model.tok_embeddings = Received(args.dim, self.ranks.rank - 1, table)
+            model.project_in = nn.Identity()
+            if isinstance(model.positions, LearnedPositions):
+                model.positions = Unplaced()
+        if not last:
+            model.norm = model.project_out = nn.Identity()
+            model.output = Sent(self.ranks.rank + 1)
+        return model
+
+    def filler(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        return lambda name, tensor: fill(self._stored_name(checkpoint, name), tensor)
+
+    def stored(self, checkpoint: Checkpoint) -> Stored:
+        return lambda name, dtype: checkpoint.direct(self._stored_name(checkpoint, name), dtype)
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        if isinstance(model.tok_embeddings, Received) and model.tok_embeddings.weight.is_meta:
+            model.tok_embeddings.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
+
+    def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:
+        if not name.startswith("layers."):
+            return name
+        layers, n, rest = name.split(".", 2)
+        return f"{layers}.{own_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
+
+
+def own_layers(args: ModelArgs, ranks: Ranks) -> range:
+    """The layers of a rank, so that all ranks have as much to multiply, the head included.
+
+    Raises ValueError where there are more ranks than layers.
+    """
+    if ranks.count > args.n_layers:
+        raise ValueError(f"{ranks.count} ranks cannot share {args.n_layers} layers in a pipeline")
+    inner = args.hidden_dim * (3 if args.feed_forward == "gated" else 2)
+    heads = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim
+    head = args.vocab_size * args.embed_dim / (args.dim * (inner + heads))  # in layers
+    share = (args.n_layers + head) / ranks.count
+    bounds = [0]
+    for rank in range(1, ranks.count):
+        least, most = bounds[-1] + 1, args.n_layers - (ranks.count - rank)
+        bounds.append(min(max(round(rank * share), least), most))
+    bounds.append(args.n_layers)
+    return range(bounds[ranks.rank], bounds[ranks.rank + 1])
+
+
+class Posted:
+    """What is on its way: nobody else may hold it, and it must stay until it has arrived."""
+
+    def __init__(self):
+        self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def add(self, work: dist.Work, tensor: Tensor) -> None:
+        while self._under_way and self._under_way[0][0].is_completed():
+            self._under_way.popleft()
+        self._under_way.append((work, tensor))
+
+
+class Received(nn.Module):
+    """In place of the embedding: (B, T) ids -> (B, T, D), what the rank before made of them.
+
+    weight: the table, where this rank's head is tied to it, else nothing of the right dtype.
+    """
+
+    def __init__(self, dim: int, source: int, table: Tensor | None):
+        super().__init__()
+        self.dim, self.source = dim, source
+        self.weight = torch.empty(0, dim, device="meta") if table is None else table
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.weight.new_empty(*tokens.shape, self.dim)
+        dist.recv(x, self.source)
+        return x
+
+
+class Sent(nn.Module):
+    """In place of the head: (B, T, D) is sent to the rank behind, and is what comes out, too."""
+
+    def __init__(self, target: int):
+        super().__init__()
+        self.target, self._posted = target, Posted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self._posted.add(dist.isend(x, self.target), x)
+        return x
+
+
+class Unplaced(nn.Module):
+    """In place of learned positions, which the first rank has added."""
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+class SharedSampler(Sampler):
+    """The last rank draws, and tells the others, which know when they begin to read."""
+
+    def __init__(
+        self, ranks: Ranks, config: GenerationConfig, rows: Sequence[int], device: torch.device
+    ):
+        super().__init__(config, rows, device)
+        self._rank, self._last, self._posted = ranks.rank, ranks.count - 1, Posted()
+
+    def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        if self._rank == self._last:
+            tokens = super().__call__(logits, numbers)
+            for other in range(self._last):
+                self._posted.add(dist.isend(tokens, other), tokens)
+            return tokens
+        tokens = torch.empty(numbers.shape, dtype=torch.long, device=logits.device)
+        self._coming = dist.irecv(tokens, self._last)
+        self._posted.add(self._coming, tokens)
+        return tokens
+
+    def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
+        if self._rank == self._last:
+            return super().begin_reading(tokens)
+        coming = self._coming
+
+        def read() -> list[list[int]]:
+            coming.wait()
+            return tokens.tolist()
+
+        return read
+
+
+class FlightCache:
+    """One layer's cache of all rows, as KVCache is used: each flight has one of its own."""
+
+    def __init__(self, parts: Sequence[KVCache]):
+        self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
+        self.rows = sum(part.rows for part in parts)
+
+    def first(self, count: int) -> "FlightCache":
+        """The same memory, of so many rows."""
+        first = copy.copy(self)
+        first.rows = count
+        return first
+
+
+def flight_caches(
+    flights: int, make: Callable[..., Sequence[KVCache]], lm: LoadedModel, batch: int, length: int
+) -> list[FlightCache]:
+    size = -(-batch // flights)
+    made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
+    return [FlightCache(parts) for parts in zip(*made, strict=True)]
+
+
+def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]]]:
+    """The rows of each flight, and its caches."""
+    found, start = [], 0
+    for n, part in enumerate(caches[0].parts):
+        rows = range(start, min(start + part.rows, caches[0].rows))
+        start = rows.stop
+        if rows:
+            found.append((rows, [cache.parts[n].first(len(rows)) for cache in caches]))
+    return found
+
+
+def staged(lm: LoadedModel, ranks: Ranks, flights: int | None) -> LoadedModel:
+    """A rank's stage, ready to run. flights: None: as many as keep all stages busy."""
+
+    def view(
+        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, at: Tensor | None = None
+    ) -> Tensor:
+        x = lm.model(tokens, pos, slots, caches)  # (B, T, D): the rank behind needs all of it
+        return x if at is None else x.flatten(0, 1)[at]
+
+    last = ranks.rank == ranks.count - 1
+    count = flights or FLIGHTS * ranks.count
+    return replace(
+        lm,
+        prefill=lm.prefill if last else view,
+        decode=lm.decode if last else view,
+        sampler=partial(SharedSampler, ranks),
+        new_caches=partial(flight_caches, count, lm.new_caches),
+        flights=flights_of,
+    )
