@@ -298,8 +298,9 @@ class LearnedPositions(Embedding):
 
 
 def takes_kernel(x: Tensor) -> bool:
-    """Whether x may go through the operators below: they are for CPUs and have no gradient."""
-    return x.device.type == "cpu" and not x.requires_grad
+    """Whether x goes through the operators below: they are for compiled code on CPUs, and have no
+    gradient."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
 
 
 def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:

@@ -27,7 +27,9 @@ from checkpoint import Checkpoint
 from gptq import embed, fill_module
 from load import skeleton
 from model import Linear, Transformer
+from neurons import NeuronCache
 from quantized import QuantizedLinear
+from ring import CPU
 
 TEXTS = 8  # that run through a block together
 BATCH = 512  # tokens of a training step
@@ -45,8 +47,8 @@ class Learned:
     """What is known of a layer. Neurons are in the order of the file: `order` says which they were.
 
     usage: how many neurons are predicted within so many tokens, one number for each of WINDOWS.
-    records, requests: of a token's reads where those of the last WINDOWS tokens are in memory, for
-    each of GAPS; windows x gaps.
+    records, requests: of a token's reads where so many are in memory, for each of GAPS; windows x
+    gaps.
     """
 
     order: Tensor  # (F,)
@@ -195,30 +197,39 @@ def threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
 
 def locality(predicted: np.ndarray) -> dict[str, Any]:
     """What the tokens of texts have in common. predicted: (B, T, F) in the file's order."""
-    usage = np.zeros(len(WINDOWS))
-    records, requests = (np.zeros((len(WINDOWS), len(GAPS))) for _ in range(2))
-    counted = np.zeros(len(WINDOWS))
-    for text in predicted:
-        last = np.full(text.shape[1], -(10**9))  # when each neuron was last predicted
-        for t, row in enumerate(text):
-            ids = np.flatnonzero(row)
-            ages = t - last[ids]  # of a neuron predicted for the token before: 1
-            last[ids] = t
-            for n, window in enumerate(WINDOWS):
-                if t < window:
-                    break
-                counted[n] += 1
-                usage[n] += np.count_nonzero(t - last < window)
-                steps = np.diff(ids[ages > window])
-                missing = len(steps) + 1 if (ages > window).any() else 0
-                for m, gap in enumerate(GAPS):
-                    near = steps[steps <= gap + 1]
-                    records[n, m] += missing + (near - 1).sum()
-                    requests[n, m] += missing - len(near)
-    reached = int((counted > 0).sum())  # of longer windows than the texts nothing is known
-    counted = counted.clip(1)
-    return {
-        "usage": (usage / counted)[:reached].tolist(),
-        "records": (records / counted[:, None])[:reached].tolist(),
-        "requests": (requests / counted[:, None])[:reached].tolist(),
-    }
+    texts = [[np.flatnonzero(row) for row in text] for text in predicted]
+    (T, neurons), figures = predicted.shape[1:], {"usage": [], "records": [], "requests": []}
+    for window in WINDOWS:
+        if window >= T:  # of longer windows than the texts nothing is known
+            break
+        used = float(np.mean([used_within(text, window, neurons) for text in texts]))
+        brought = [reads(text, window, math.ceil(used), neurons) for text in texts]
+        records, requests = np.mean(brought, 0).T  # (gaps,) each
+        found = used, records.tolist(), requests.tolist()
+        for values, value in zip(figures.values(), found, strict=True):
+            values.append(value)
+    return figures
+
+
+def used_within(text: list[np.ndarray], window: int, neurons: int) -> float:
+    """How many neurons so many tokens want together, in the mean."""
+    last, counts = np.full(neurons, -(10**9)), []  # when each was last wanted
+    for t, ids in enumerate(text):
+        last[ids] = t
+        if t >= window:
+            counts.append(np.count_nonzero(t - last < window))
+    return float(np.mean(counts))
+
+
+def reads(text: list[np.ndarray], window: int, slots: int, neurons: int) -> np.ndarray:
+    """(gaps, 2): records and requests of a token beyond the window, in the mean, where so many
+    neurons are in memory."""
+    cache, found = NeuronCache(neurons, max(1, slots), 0, CPU), []
+    for t, ids in enumerate(text):
+        brought, places, rest = cache.admit(ids)
+        cache.hold(brought, places)
+        if t >= window:
+            steps, missing = np.diff(np.append(brought, rest)), len(brought) + len(rest)
+            near = [steps[steps <= gap + 1] for gap in GAPS]
+            found.append([(missing + (n - 1).sum(), missing - len(n)) for n in near])
+    return np.mean(found, 0)

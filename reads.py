@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Protocol
@@ -42,14 +43,21 @@ ENTRY = np.dtype(
 COMPLETION = np.dtype([("number", "u8"), ("result", "i4"), ("flags", "u4")])
 
 
+Work = Callable[[], None]
+
+
+def nothing() -> None:
+    """To be done while reads are under way."""
+
+
 class Reads(Protocol):
     """depth: requests that are under way at a time."""
 
     depth: int
 
-    def read(self, file: int, requests: np.ndarray) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
         """What each of the requests, (n,) of REQUEST, has read: bytes, or an error's number below
-        0. When this returns, or raises, none is under way."""
+        0. When this returns, or raises, none is under way. meanwhile: is done beside the first."""
 
 
 def many_reads(depth: int) -> Reads:
@@ -80,7 +88,7 @@ class Threads:
         list(pool.map(lambda _: barrier.wait(), range(count)))
         return pool
 
-    def read(self, file: int, requests: np.ndarray) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
         results = np.zeros(len(requests), dtype=np.int64)
 
         def share(start: int) -> None:
@@ -88,8 +96,10 @@ class Threads:
                 results[n] = read_pieces(file, requests[n])
 
         try:
-            list(self._pool.map(share, range(min(len(requests), MOST_THREADS))))
-        except BaseException:  # Ctrl-C: what is under way writes to memory
+            shares = self._pool.map(share, range(min(len(requests), MOST_THREADS)))
+            meanwhile()
+            list(shares)
+        except BaseException:  # what is under way writes to memory
             self._pool.shutdown(cancel_futures=True)
             self._pool = self._new_pool()
             raise
@@ -145,33 +155,34 @@ class Uring:
         def number(offset: int, count: int = 1) -> np.ndarray:
             return np.frombuffer(shared, np.uint32, count, offset)
 
-        number(ins.array, said.submissions)[:] = np.arange(said.submissions)
+        self._order = number(ins.array, said.submissions)  # in which entries are to be taken
         self._in_head, self._tail = number(ins.head), number(ins.tail)
         self._in_mask = int(number(ins.mask)[0])
         self._head, self._out_mask = number(outs.head), int(number(outs.mask)[0])
         self._out_tail = number(outs.tail)
-        self._entries = np.frombuffer(entries, ENTRY, said.submissions)
+        queue = np.frombuffer(entries, ENTRY, said.submissions)
+        self._numbers = np.arange(said.submissions, dtype=np.uint32)
+        queue["opcode"], queue["number"] = READV, self._numbers
+        self._fields = {name: queue[name] for name in ("fd", *REQUEST.names)}
         self._completions = np.frombuffer(shared, COMPLETION, said.completions, outs.entries)
 
     def __del__(self):
         if getattr(self, "_queue", -1) >= 0:
             os.close(self._queue)
 
-    def read(self, file: int, requests: np.ndarray) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
         results = np.zeros(len(requests), dtype=np.int64)
+        self._fields["fd"][:] = file
         for start in range(0, len(requests), self.depth):
-            self._together(file, requests[start : start + self.depth], start, results)
+            part = slice(start, start + self.depth)
+            self._together(requests[part], results[part], nothing if start else meanwhile)
         return results
 
-    def _together(self, file: int, requests: np.ndarray, first: int, results: np.ndarray) -> None:
+    def _together(self, requests: np.ndarray, results: np.ndarray, meanwhile: Work) -> None:
         count, tail = len(requests), int(self._tail[0])
-        at = (tail + np.arange(count)) & self._in_mask
-        entries = np.zeros(count, dtype=ENTRY)
-        entries["opcode"], entries["fd"] = READV, file
         for name in REQUEST.names:
-            entries[name] = requests[name]
-        entries["number"] = first + np.arange(count)
-        self._entries[at] = entries
+            self._fields[name][:count] = requests[name]
+        self._order[(tail + self._numbers[:count]) & self._in_mask] = self._numbers[:count]
         head = int(self._head[0])
 
         def handed_over() -> int:
@@ -183,6 +194,9 @@ class Uring:
         # Counted by what the kernel and we have written down, which Ctrl-C cannot come between.
         try:
             self._tail[0] = (tail + count) & MASK
+            if meanwhile is not nothing:
+                self._enter(count, 0)
+                meanwhile()
             while complete() < count:
                 self._enter(count - handed_over(), count - complete())
                 self._collect(results)

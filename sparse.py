@@ -29,6 +29,7 @@ from model import Linear, ModelArgs, Transformer
 from neuron_products import Products, has_kernel, taken
 from neurons import Format, NeuronCache, NeuronFile
 from pack import Pack
+from reads import Work, nothing
 from ring import CPU, Courier, Ring, Slot, Staged, Waited
 from window import DEPTHS, Residence, choose, measured
 
@@ -66,9 +67,10 @@ class Tally:
     active: int = 0  # neurons that gave something
     seen_active: int = 0  # at the end of prompts, where all neurons are looked at
     seen_predicted: int = 0  # of those
-    reading: float = 0.0  # seconds
+    reading: float = 0.0  # seconds from the first request to the last answer
     managing: float = 0.0
     computing: float = 0.0  # of feed-forward layers, predictions with them
+    meanwhile: float = 0.0  # of that, beside reading
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -134,6 +136,7 @@ class Source:
             f"{file.requests / tokens:.0f} requests and {tally.whole / tokens:.1f} whole layers "
             f"for a token: {1000 * tally.reading / tokens:.1f} ms of reading, "
             f"{1000 * tally.computing / tokens:.1f} ms of feed-forward products, "
+            f"{1000 * tally.meanwhile / tokens:.1f} of them meanwhile, "
             f"{1000 * tally.managing / tokens:.1f} ms of managing memory"
         )
         if tally.calls:
@@ -156,11 +159,14 @@ class Source:
                 stride = self.file.stride
                 yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
 
-    def fetch(self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor) -> None:
+    def fetch(
+        self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work = nothing
+    ) -> None:
         """Bring neurons, ascending, of layer j into slots of (C, stride) bytes."""
         stride, gap, first = self.file.stride, self.residence.gap, j * self.region
         if self._stage is None:
-            return self.file.bring(first, ids, slab.data_ptr() + slots * stride, gap)
+            return self.file.bring(first, ids, slab.data_ptr() + slots * stride, gap, meanwhile)
+        meanwhile()  # which a GPU has yet to do when this returns
         room = len(self._stage) // stride
         places = self._stage.data_ptr() + np.arange(room) * stride
         for n in range(0, len(ids), room):
@@ -223,36 +229,43 @@ class SparseFeedForward(nn.Module):
         tally, cache = self.tally, self.cache
         tally.calls += 1
         tally.predicted += len(wanted)
-        rest = self._bring(wanted)
-        with tally.timed("computing"):
-            # What has to be unpacked first is no more than what is wanted.
-            y = self._sums(rows, None if self.products.by_slots else cache.slots(wanted))
+        y = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        # What has to be unpacked first is no more than what is wanted.
+        here = None if self.products.by_slots else cache.slots(wanted)
+        new, rest = self._bring(wanted, lambda: self._add(y, rows, here))
+        self._add(y, rows, new)
         while len(rest):  # more than there are slots for
-            now, rest = rest[: len(cache)], rest[len(cache) :]
-            self._bring(now)
-            with tally.timed("computing"):
-                y = y + self._sums(rows, cache.slots(now))
+            new, rest = self._bring(rest, nothing)
+            self._add(y, rows, new)
         return self._output(y, rows.dtype)
 
-    def _bring(self, wanted: np.ndarray) -> np.ndarray:
-        """Read what is wanted and not there; returns what there was no slot for."""
+    def _bring(self, wanted: np.ndarray, meanwhile: Work) -> tuple[np.ndarray, np.ndarray]:
+        """Read what is wanted and not there, and do something beside; returns the slots of what
+        came, and what there was no slot for."""
         tally = self.tally
         with tally.timed("managing"):
             ids, slots, rest = self.cache.admit(wanted)
+        if not len(ids):
+            meanwhile()
+            return slots, rest
         tally.missed += len(ids)
-        tally.fetches += len(ids) > 0
+        tally.fetches += 1
+        before = tally.computing
         with tally.timed("reading"):
-            if len(ids):
-                self.source.fetch(self.layer, ids, slots, self.cache.slab)
+            self.source.fetch(self.layer, ids, slots, self.cache.slab, meanwhile)
+        tally.meanwhile += tally.computing - before
         with tally.timed("managing"):
             self.cache.hold(ids, slots)
-        return rest
+        return slots, rest
 
-    def _sums(self, rows: Tensor, some: np.ndarray | None) -> Tensor:
-        """What neurons in slots, some or all, give to the rows, (N, D) float32."""
-        y, active = self.products.sums(rows, self.cache.slab, self.cache.neurons, some)
+    def _add(self, y: Tensor, rows: Tensor, some: np.ndarray | None) -> None:
+        """Add to y, (N, D) float32, what neurons in slots, some or all, give to the rows."""
+        if some is not None and not len(some):
+            return
+        with self.tally.timed("computing"):
+            sums, active = self.products.sums(rows, self.cache.slab, self.cache.neurons, some)
+            y += sums
         self.tally.active += active
-        return y
 
     def _index(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).to(self.source.device)
@@ -266,7 +279,9 @@ class SparseFeedForward(nn.Module):
         """(B, T, D) -> (B, T, D) by all neurons; those of the last tokens stay."""
         tally, cache, rows = self.tally, self.cache, x.flatten(0, 1)
         likely = self.predictor(x[:, -RECENT:].flatten(0, 1))  # (n, F)
-        ids, slots, _ = cache.admit(likely.any(0).nonzero().squeeze(1).cpu().numpy())
+        times = likely.sum(0).cpu().numpy()  # (F,)
+        wanted = np.flatnonzero(times)
+        ids, slots, _ = cache.admit(wanted, times[wanted])
         y = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
         for start, records in self.source.streamed(self.layer):
             end = start + len(records)

@@ -78,6 +78,7 @@ class Residence:
     whole: float  # seconds of a layer, read from one end to the other
     reading: float  # seconds of a token
     computing: float
+    meanwhile: float  # of that, beside reading
     nbytes: float  # that are read for a token
     requests: float
 
@@ -97,7 +98,7 @@ class Residence:
             f"use; {self.depth} reads at a time, gaps of up to {self.gap}",
             f"  expected    {size_text(self.nbytes)} in {self.requests:.0f} requests for a token: "
             f"{1000 * self.reading:.1f} ms of reading, {1000 * self.computing:.1f} ms of "
-            "feed-forward products",
+            f"feed-forward products, {1000 * self.meanwhile:.1f} of them meanwhile",
         ]
 
 
@@ -171,7 +172,7 @@ def choose(
         cost(pack, usage, neurons, disk, *way)
         for way in itertools.product(windows, disk.reads, usage.gaps)
     ]
-    return min(found, key=lambda residence: residence.reading + residence.computing)
+    return min(found, key=lambda way: way.reading + way.computing - way.meanwhile)
 
 
 def cost(
@@ -182,6 +183,8 @@ def cost(
     slots = usage.slots(window)
     computed = slots if disk.by_slots else usage.predicted
     call, request, byte = disk.reads[depth]
+    reading = disk.reading(depth, requests, records * stride)  # (L,) seconds
+    here = ((computed - records) * disk.computed).clip(0)  # (L,) seconds, while others come
     return Residence(
         window=window,
         slots=tuple(slots.tolist()),
@@ -191,8 +194,9 @@ def cost(
         request=request,
         record=byte * stride,
         whole=neurons * (disk.streamed * stride + disk.computed) + STREAMING,
-        reading=float(disk.reading(depth, requests, records * stride).sum()),
+        reading=float(reading.sum()),
         computing=float((computed * disk.computed + MANAGING).sum()),
+        meanwhile=float(np.minimum(reading, here).sum()),
         nbytes=float(records.sum() * stride),
         requests=float(requests.sum()),
     )

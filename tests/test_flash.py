@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -26,11 +27,22 @@ from disk import page_aligned
 from generate import GenerationConfig, complete
 from gptq import fill_module
 from load import LoadedModel, load_model, skeleton
-from neurons import GATED, KINDS, MOST_PIECES, PLAIN, Format, NeuronCache, NeuronFile, gathered
+from neurons import (
+    GATED,
+    KINDS,
+    LASTING,
+    MOST_NOW,
+    MOST_PIECES,
+    PLAIN,
+    Format,
+    NeuronCache,
+    NeuronFile,
+    gathered,
+)
 from pack import flash_directory, open_pack
 from predictor import GAPS, WINDOWS, dense, locality
 from quantized import Int4Linear, Int8Linear, nearest
-from reads import Reads, Threads, many_reads, read_pieces
+from reads import Reads, Threads, Work, many_reads, nothing, read_pieces
 from sparse import Flash, source_of
 from window import Disk, Usage, choose
 
@@ -180,14 +192,28 @@ def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(
         assert set(wanted) - set(rest) <= set(held)
 
 
-def test_the_oldest_gives_way():
-    cache = NeuronCache(10, 3, 512, CPU)
-    for wanted in ([0], [1], [2], [0]):
-        ids, slots, _ = cache.admit(np.array(wanted))
-        cache.hold(ids, slots)
-    ids, slots, _ = cache.admit(np.array([7]))
-    cache.hold(ids, slots)
-    assert set(cache.neurons.tolist()) == {0, 2, 7}
+def test_the_least_used_give_way():
+    """Beside use counted anew from all that was ever wanted, over so long that units change."""
+    generator = np.random.default_rng(SEED)
+    F, C = 60, 20
+    cache, wanted_at, here = NeuronCache(F, C, 512, CPU), [], set()
+    for now in range(300):
+        ids = np.flatnonzero(generator.random(F) < generator.random(F) ** 4)[:C]
+        times = 1 + generator.random(len(ids))  # no two have been of the same use
+        if now == 100:
+            cache._use *= 0.9 * MOST_NOW / cache._now
+            cache._now = 0.9 * MOST_NOW
+        wanted_at.append(dict(zip(ids.tolist(), times, strict=True)))
+        new, slots, rest = cache.admit(ids, times)
+        assert not len(rest) and set(new.tolist()) == set(ids.tolist()) - here
+        cache.hold(new, slots)
+        use = {
+            i: sum(past.get(i, 0) * LASTING ** (now - t) for t, past in enumerate(wanted_at))
+            for i in here - set(ids.tolist())
+        }
+        gone = sorted(use, key=use.get)[: max(0, len(here) + len(new) - C)]
+        here = here - set(gone) | set(new.tolist())
+        assert set(cache.neurons.tolist()) - {cache.empty} == here
 
 
 @pytest.mark.parametrize("gap", [0, 1, 3])
@@ -406,11 +432,14 @@ def test_locality_is_what_windows_of_sets_say(seed: int):
     for n, window in enumerate(WINDOWS[: len(found["usage"])]):
         usage, records, requests = [], {g: [] for g in GAPS}, {g: [] for g in GAPS}
         for text in predicted:
-            for t in range(window, len(text)):
-                kept = set(np.flatnonzero(text[t - window : t].any(0)))
-                now = np.flatnonzero(text[t - window + 1 : t + 1].any(0))
-                usage.append(len(now))
-                missing = [i for i in np.flatnonzero(text[t]) if i not in kept]
+            cache = NeuronCache(text.shape[1], math.ceil(found["usage"][n]), 0, CPU)
+            for t, row in enumerate(text):
+                wanted = np.flatnonzero(row)
+                missing = [i for i in wanted if i in cache.missing(wanted)]
+                cache.hold(*cache.admit(wanted)[:2])
+                if t < window:
+                    continue
+                usage.append(text[t - window + 1 : t + 1].any(0).sum())
                 for gap in GAPS:
                     joined = [
                         b - a
@@ -518,9 +547,9 @@ class Tampered:
     def __init__(self, inner: Reads, change: Callable[[np.ndarray, int], np.ndarray]):
         self.inner, self.change, self.calls = inner, change, 0
 
-    def read(self, file: int, requests: np.ndarray) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
         self.calls += 1
-        return self.change(self.inner.read(file, requests), self.calls)
+        return self.change(self.inner.read(file, requests, meanwhile), self.calls)
 
 
 @pytest.mark.parametrize("kind", [many_reads, Threads])

@@ -49,9 +49,10 @@ FLOORS = {
         "bench", "checkpoint", "disk", "neuron_products", "neurons", "pack", "probe", "ring",
     },
     "sparse": {
-        "checkpoint", "disk", "model", "neuron_products", "neurons", "pack", "ring", "window",
+        "checkpoint", "disk", "model", "neuron_products", "neurons", "pack", "reads", "ring",
+        "window",
     },
-    "predictor": {"checkpoint", "gptq", "load", "model", "quantized"},
+    "predictor": {"checkpoint", "gptq", "load", "model", "neurons", "quantized", "ring"},
     "flash": {
         "calibrate", "checkpoint", "command", "disk", "gptq", "load", "model", "neurons", "pack",
         "plan", "predictor", "quantized", "sparse",
