@@ -48,6 +48,7 @@ from load import (
     random_model,
 )
 from model import KVCache
+from pp import enough_flights
 from quantized import make_scheme
 from ranks import agreed, join, leave, own_device, writes
 from sampling import GenerationConfig
@@ -297,10 +298,12 @@ def run_bench(
 
 def run(args: argparse.Namespace) -> None:
     config = GenerationConfig(**{f.name: getattr(args, f.name) for f in fields(GenerationConfig)})
-    device = own_device(find_device(args.device))
-    args.ranks = join(device)
+    args.device = str(own_device(find_device(args.device)))
+    args.ranks = join(torch.device(args.device))
+    if args.pipeline and args.ranks:
+        args.flights = args.flights or enough_flights(args.ranks)
     options = {
-        "device": str(device),
+        "device": args.device,
         "ranks": args.ranks,
         "pipeline": args.pipeline,
         "flights": args.flights,
@@ -311,14 +314,17 @@ def run(args: argparse.Namespace) -> None:
         "draft": args.draft_checkpoint_path or args.draft,
         "speculate_k": None if args.speculate_k == "auto" else args.speculate_k,
     }
-    expected = offload_plan(args, config) if args.offload or args.percent or args.plan else None
+    placed = args.offload or args.percent or args.plan
+    expected = agreed(lambda: offload_plan(args, config)) if placed else None
     if expected:
         for line in plan.lines(expected):
             print(line, flush=True) if args.plan else log(line)
         if args.plan:
-            return
+            for line in plan.on_devices(plan.subject(args)[0], args) if args.link else ():
+                print(line, flush=True)
+            return leave()
         options["policy"] = expected.policy
-        args.batch_size = expected.policy.rows
+        args.batch_size = expected.policy.rows * (args.flights or 1)
         args.slots = expected.work.prompt + expected.work.new
     start = time.perf_counter()
     if args.random_weights:
@@ -368,7 +374,8 @@ def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Pre
         lengths = [len(ids) for _, ids in encoded] * args.num_samples
     longest = min(max(lengths), most)
     new = min(config.max_new_tokens, subject.args.context - longest)
-    return plan.make_plan(subject, plan.Work(len(lengths), longest, new), args)
+    texts = -(-len(lengths) // (args.flights or 1))
+    return plan.make_plan(subject, plan.Work(texts, longest, new), args)
 
 
 @contextlib.contextmanager

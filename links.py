@@ -54,7 +54,9 @@ def all_reduce_seconds(link: Link, nbytes: float, count: int) -> float:
     """Latency, and each device sends and receives nearly twice what is added."""
     if count == 1:
         return 0.0
-    return link.latency + link.doubling * math.log2(count) + 2 * nbytes * (1 - 1 / count) / link.rate
+    return (
+        link.latency + link.doubling * math.log2(count) + 2 * nbytes * (1 - 1 / count) / link.rate
+    )
 
 
 def tensor_parallel_seconds(step: Step, rate: float, link: Link, count: int) -> float:

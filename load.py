@@ -21,10 +21,11 @@ from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
 from model import KVCache, ModelArgs, Transformer
-from offload import Fill, StreamedLayers
+from offload import Fill, Stored, StreamedLayers
 from pace import Pace
 from pack import flash_directory, open_pack
 from policy import Policy
+from pp import Staged, enough_flights, staged
 from quantized import (
     QuantizedLinear,
     make_scheme,
@@ -34,8 +35,7 @@ from quantized import (
     skeleton,
 )
 from quantized_cache import QuantizedKVCache
-from pp import Staged, staged
-from ranks import Division, Ranks
+from ranks import Ranks
 from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tiered_cache import tiered_caches
@@ -76,9 +76,9 @@ def load_model(
     many, None: as many as pay. policy: where the model lives and how it runs where that is not on
     the device alone (offload.py); flash: how its feed-forward neurons are left on disk (sparse.py).
     ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
-    pipeline (pp.py), some layers; flights: of rows that are under way in that, None: as many as pay.
-    Raises FileNotFoundError, ValueError and MemoryError, in one line
-    each, before anything large is allocated.
+    pipeline (pp.py), some layers; flights: of rows that are under way there, None: as many as pay.
+    Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
+    allocated.
     """
     target, new_cache = find_device(device), find_cache(kv_dtype)
     policy = None if policy and policy.plain else policy
@@ -89,7 +89,7 @@ def load_model(
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     check_pairs(policy, draft, flash, compile)
-    check_ranks(ranks, pipeline, views, draft, flash)
+    check_ranks(ranks, pipeline, views, draft, flash, policy)
     pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
@@ -117,13 +117,38 @@ def load_model(
         if pack:
             start_neurons(model, pack, flash)
         lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
-        return staged(lm, ranks, flights) if ranks and pipeline else lm
+        return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm
 
 
-def divided(ranks: Ranks | None, pipeline: bool) -> Division:
+class Whole:
+    """What one process alone holds of a model; tp.Sharded and pp.Staged are what a rank does.
+
+    share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
+    device; `filler`, what gives its tensors their values, where `fill` does so by the names that
+    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them.
+    """
+
+    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+        return args
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        return skeleton(args, scheme)
+
+    def filler(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        return fill
+
+    def stored(self, checkpoint: Checkpoint) -> Stored:
+        return checkpoint.direct
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
+
+
+def divided(ranks: Ranks | None, pipeline: bool) -> Whole | Sharded | Staged:
     """How a model is divided among ranks."""
     if ranks is None:
-        return Division()
+        return Whole()
     return Staged(ranks) if pipeline else Sharded(ranks)
 
 
@@ -154,7 +179,7 @@ def random_model(
     tokenizer = id_tokenizer(args.vocab_size)
     check_draft(draft, args.vocab_size, tokenizer, scheme)
     check_pairs(policy, draft, None, compile)
-    check_ranks(ranks, pipeline, {"compile": compile}, draft, None)
+    check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
     with compiler_imported(compile):
         division = divided(ranks, pipeline)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
@@ -168,7 +193,7 @@ def random_model(
             layers.start(fill, nowhere)
         views = {"compile": compile, "compile_prefill": compile_prefill}
         lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
-        return staged(lm, ranks, flights) if ranks and pipeline else lm
+        return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -326,12 +351,15 @@ def check_ranks(
     views: dict[str, bool],
     draft: str | LoadedModel | None,
     flash: Flash | None,
+    policy: Policy | None,
 ) -> None:
     """ValueError for features that ranks do not have."""
     if pipeline and not ranks:
         raise ValueError("--pipeline needs ranks: torchrun --nproc_per_node=2 generate.py ...")
     if ranks and flash:
         raise ValueError("--flash is for one process, without torchrun")
+    if ranks and policy and policy.compress_weight:
+        raise ValueError("--compress_weight is for one process: run quantize.py first")
     if ranks and pipeline and draft:
         raise ValueError("a pipeline's stages do not guess: omit the draft, or --pipeline")
     if ranks and pipeline and views["compile"]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import Stats, machine_name
+from bench import Stats, machine_name, read_bandwidth
 from checkpoint import (
     DTYPES,
     Checkpoint,
@@ -32,9 +32,11 @@ from checkpoint import (
 from command import check_needs, log, positive
 from decoding import LoadedModel
 from hf import model_args
+from links import LINKS, Step, table
 from load import (
     compressed_scheme,
     config_dtype,
+    divided,
     find_cache,
     find_device,
     random_filler,
@@ -49,6 +51,7 @@ from probe import CACHE, Machine, probe, sample_args
 from quantized import make_scheme
 from ring import META, Layout
 from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+from tp import misfit
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
 
@@ -68,6 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models larger than memory (see README)").add_argument
     add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
     add("--plan", action="store_true", help="say where and how fast, and do no more")
+    add("--link", choices=LINKS, help="with it: and on 1 to 64 devices that are joined by those")
+    help = "with it: what each of them reads a second, 2TB (default: what this one does)"
+    add("--read_rate", type=nbytes, metavar="BYTES", help=help)
     add("--device_memory", type=nbytes, metavar="BYTES", help="6GB: the most it may take")
     add("--host_memory", type=nbytes, metavar="BYTES", help="the same of the host's")
     add("--offload_dir", type=Path, default=Path("offload"), help="on the disk to be used")
@@ -95,6 +101,7 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if getattr(options, name) and not placed:
             parser.error(f"--{name} needs --offload auto, --percent or --plan")
     check_needs(parser, options, [(n, "percent") for n in ("gpu_batch_size", "cpu_cache_compute")])
+    check_needs(parser, options, [("link", "plan"), ("read_rate", "link")])
     if options.attn_sparsity < 1 and not options.cpu_cache_compute:
         parser.error("--attn_sparsity needs --cpu_cache_compute")
     if options.offload and options.percent:
@@ -133,6 +140,7 @@ def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
     scheme = compressed_scheme(options.compress_weight, scheme)
+    args = divided(options.ranks, options.pipeline).share(args, scheme)
     return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
 
 
@@ -143,7 +151,9 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
     """
     options.offload_dir.mkdir(parents=True, exist_ok=True)
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
-    planner = Planner(sizes(subject), measured, subject.device.type == "cpu")
+    whole = sizes(subject)
+    whole = replace(whole, slot=whole.slot * (options.flights or 1))  # each has a cache
+    planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
     start = Policy(
@@ -220,7 +230,8 @@ def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> 
     free = {"host": available_memory(cpu) + process_bytes(cpu), "device": 0}
     if device.type != "cpu":
         free["device"] = available_memory(device)
-    limits = {tier: given[tier] or (1 - RESERVE) * free[tier] for tier in free}
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+    limits = {tier: given[tier] or (1 - RESERVE) * free[tier] / sharing for tier in free}
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
     stat = os.statvfs(options.offload_dir)
@@ -288,3 +299,24 @@ def lines(plan: Prediction) -> Iterator[str]:
             f"  expected    {plan.rate:.3g} tokens/s; the first after "
             f"{max(plan.prefill.values()):.2f} s, a block of rows in {plan.latency:.1f} s"
         )
+
+
+def step_of(subject: Subject) -> Step:
+    """What a step for one text reads, its head with the layers, and passes on."""
+    found = sizes(subject)
+    shared = found.layers * found.layer + found.head
+    return Step(found.layers, shared, 0, subject.args.dim * subject.dtype.itemsize)
+
+
+def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
+    """What 1 to 64 devices would do, for a person."""
+    rate = options.read_rate or read_bandwidth(subject.device)
+    yield (
+        f"on several devices, each reading {size_text(int(rate))} a second, links: {options.link} "
+        "(a model of them, and no measurement)"
+    )
+    for count, sharded, staged in table(step_of(subject), rate, LINKS[options.link]):
+        unfit = misfit(subject.args, subject.scheme, count)
+        alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
+        flights = f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""
+        yield f"  {count:2} devices  {alone}{flights}"

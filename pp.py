@@ -26,23 +26,27 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
-from ranks import Division, Fill, Ranks, Stored
+from offload import Fill, Stored
 from quantized import skeleton
+from ranks import Ranks
 from sampling import GenerationConfig, Sampler
 
 FLIGHTS = 2  # of each stage: one is there, one on its way
 
 
 @dataclass(frozen=True)
-class Staged(Division):
+class Staged:
     """Each rank has consecutive layers, the first the embedding, the last the head."""
 
     ranks: Ranks
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError where there are more ranks than layers."""
+        return replace(args, n_layers=len(own_layers(args, self.ranks)))
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.count - 1
-        model = skeleton(replace(args, n_layers=len(own_layers(args, self.ranks))), scheme)
+        model = skeleton(self.share(args, scheme), scheme)
         if not first:
             tied = model.output.weight is model.tok_embeddings.weight if last else False
             table = model.tok_embeddings.weight if tied else None
@@ -98,6 +102,9 @@ class Posted:
 
     def __init__(self):
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
 
     def add(self, work: dist.Work, tensor: Tensor) -> None:
         while self._under_way and self._under_way[0][0].is_completed():
@@ -207,8 +214,13 @@ def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]
     return found
 
 
-def staged(lm: LoadedModel, ranks: Ranks, flights: int | None) -> LoadedModel:
-    """A rank's stage, ready to run. flights: None: as many as keep all stages busy."""
+def enough_flights(ranks: Ranks) -> int:
+    """As many as keep all stages busy."""
+    return FLIGHTS * ranks.count
+
+
+def staged(lm: LoadedModel, ranks: Ranks, flights: int) -> LoadedModel:
+    """A rank's stage, ready to run."""
 
     def view(
         tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, at: Tensor | None = None
@@ -217,12 +229,11 @@ def staged(lm: LoadedModel, ranks: Ranks, flights: int | None) -> LoadedModel:
         return x if at is None else x.flatten(0, 1)[at]
 
     last = ranks.rank == ranks.count - 1
-    count = flights or FLIGHTS * ranks.count
     return replace(
         lm,
         prefill=lm.prefill if last else view,
         decode=lm.decode if last else view,
         sampler=partial(SharedSampler, ranks),
-        new_caches=partial(flight_caches, count, lm.new_caches),
+        new_caches=partial(flight_caches, flights, lm.new_caches),
         flights=flights_of,
     )

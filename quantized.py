@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Linear, Transformer
+from model import Linear, ModelArgs, Transformer
 
 GROUP_SIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4", "int4-gptq")

@@ -2,8 +2,8 @@
 
 Start at join. Every rank runs the same program on the same input, and what they compute is the same
 on all; only what a clock, free memory or a person decides is asked of rank 0, by `agreed`. Rank 0
-alone is heard and writes files, but for what ends another rank. A Division (tp.py, pp.py) says what
-each of them holds of the model.
+alone is heard and writes files, but for what ends another rank. What each of them holds of the
+model is said in tp.py and pp.py.
 """
 
 import os
@@ -11,20 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from checkpoint import Checkpoint
-from model import ModelArgs, Transformer
-from quantized import skeleton
 
 T = TypeVar("T")
-Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
-Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
 HEARD = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
 
 
@@ -39,28 +31,6 @@ class Ranks:
         """This rank's of so many things, as evenly as they go; the last ranks may have fewer."""
         most = -(-whole // self.count)
         return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
-
-
-class Division:
-    """What a rank holds of a model; this one: all of it, as there is no other.
-
-    A model is made by these in turn: `skeleton`, on the meta device; `filler`, what gives its
-    tensors their values; `stored`, where a file has them as they are; `finish`, once it has them.
-    """
-
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        return skeleton(args, scheme)
-
-    def filler(
-        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
-    ) -> Fill:
-        """fill: the same for whole tensors, by the names that the checkpoint has."""
-        return fill
-
-    def stored(self, checkpoint: Checkpoint) -> Stored:
-        return checkpoint.direct
-
-    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 
 
 def own_device(device: torch.device) -> torch.device:

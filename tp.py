@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from formats import staging_buffer
 from model import Linear, ModelArgs, Transformer
+from offload import Fill, Stored
 from quantized import pack_nibbles, swap_linears, unpack_nibbles
-from ranks import Division, Fill, Ranks, Stored
+from ranks import Ranks
 
 # Its name until torch 2.12, and from then on.
 ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -134,16 +135,19 @@ def gather(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sharded(Division):
+class Sharded:
     """Each rank has a share of every layer, of whatever can be cut by heads, neurons or words."""
 
     ranks: Ranks
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError naming the numbers of ranks that would do, where this one does not."""
+        return share_of(args, scheme, self.ranks)
+
+    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         ranks = self.ranks
         with torch.device("meta"):
-            model = Transformer(share_of(args, scheme, ranks))
+            model = Transformer(self.share(args, scheme))
             words = len(ranks.part(args.vocab_size))
             model.output = Linear(args.embed_dim, words, bias=False)
             if scheme:

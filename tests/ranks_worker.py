@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,38 @@ import torch
 import tp
 from generate import GenerationConfig, complete
 from load import load_model
-from ranks import Ranks, join
+from policy import Policy, Share
+from ranks import Ranks, join, leave
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
 CPU = torch.device("cpu")
 
 
-def answers(path: str, ranks: Ranks | None, **options: Any) -> dict[str, Any]:
-    """Greedy ids of distinct prompts in a batch and, eager, the logits of one of the steps."""
+def answers(
+    path: str,
+    ranks: Ranks | None,
+    *,
+    texts: Sequence[str] = TEXTS,
+    percent: Sequence[float] | None = None,
+    how: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ids of distinct prompts in a batch and, eager and not in a pipeline, the logits of a step.
+
+    percent: of weights and cache on the device and in host memory. how: to generate, else greedily.
+    """
+    if percent:
+        WG, WC, CG, CC = percent
+        options["policy"] = Policy(
+            Share(WG, WC), Share(CG, CC), micro_batch=1, directory=Path(path).parent / "scratch"
+        )
     lm = load_model(path, device="cpu", dtype=torch.float32, ranks=ranks, **options)
-    prompts = [lm.tokenizer.encode(text) for text in TEXTS]
-    config = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
-    said: dict[str, Any] = {"ids": [c.ids for c in complete(lm, prompts, config)]}
+    prompts = [lm.tokenizer.encode(text) for text in texts]
+    how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
+    done = complete(lm, prompts, GenerationConfig(**how))
+    said: dict[str, Any] = {"ids": [c.ids for c in done]}
     said["weights"] = sum(p.nbytes for p in {id(t): t for t in tensors(lm.model)}.values())
-    if lm.decode is lm.model:
+    if lm.any_rows and not options.get("pipeline") and not percent:
         tokens = torch.tensor([prompt[:2] for prompt in prompts])
         slots = torch.arange(4)
         with torch.inference_mode(), counted() as calls:
@@ -74,6 +92,7 @@ def main(cases: Path, results: Path) -> None:
     ranks = join(CPU)
     found = [answers(case.pop("path"), ranks, **case) for case in json.loads(cases.read_text())]
     torch.save(found, results.with_name(f"{results.name}.{os.environ['RANK']}"))
+    leave()
 
 
 if __name__ == "__main__":

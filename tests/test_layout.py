@@ -37,9 +37,13 @@ FLOORS = {
     "tiered_cache": {"disk", "model", "policy", "ring"},
     "load": {
         "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "offload", "pace",
-        "pack", "policy", "quantized", "quantized_cache", "sparse", "speculate", "tiered_cache",
-        "tokenizer",
+        "pack", "policy", "pp", "quantized", "quantized_cache", "ranks", "sparse", "speculate",
+        "tiered_cache", "tokenizer", "tp",
     },
+    "ranks": set(),
+    "links": set(),
+    "tp": {"checkpoint", "formats", "model", "offload", "quantized", "ranks"},
+    "pp": {"checkpoint", "decoding", "model", "offload", "quantized", "ranks", "sampling"},
     "probe": {"disk", "model"},
     "reads": set(),
     "neurons": {"disk", "quantized", "reads"},
@@ -59,36 +63,36 @@ FLOORS = {
     },
     "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
     "plan": {
-        "bench", "checkpoint", "command", "decoding", "hf", "load", "model", "offload", "planner",
-        "policy", "probe", "quantized", "ring", "tokenizer",
+        "bench", "checkpoint", "command", "decoding", "hf", "links", "load", "model", "offload",
+        "planner", "policy", "probe", "quantized", "ring", "tokenizer", "tp",
     },
     "gptq": {"checkpoint", "model", "quantized"},
     "distill": {"checkpoint", "gptq", "load", "model", "quantized"},
     "calibrate": {"checkpoint", "distill", "gptq", "load", "model", "tokenizer"},
     "quantize": {"calibrate", "checkpoint", "command", "load", "model", "quantized"},
-    "pace": set(),
+    "pace": {"ranks"},
     "decoding": {"checkpoint", "model", "pace", "sampling", "tokenizer"},
     "speculate": {"decoding", "model", "pace", "sampling"},
     "bench": {"checkpoint", "decoding", "disk", "model", "sampling"},
-    "chat": {"tokenizer"},
+    "chat": {"ranks", "tokenizer"},
     "jobs": set(),
-    "command": set(),
-    "scoring": {"checkpoint", "decoding", "load", "model"},
+    "command": {"ranks"},
+    "scoring": {"checkpoint", "decoding", "load", "model", "ranks"},
     "harness": {"decoding", "generate", "sampling", "scoring"},
-    "eval": {"checkpoint", "command", "decoding", "harness", "load", "scoring"},
+    "eval": {"checkpoint", "command", "decoding", "harness", "load", "ranks", "scoring"},
     "generate": {
         "bench", "chat", "checkpoint", "command", "completion", "decoding", "flash", "jobs", "load",
-        "model", "plan", "quantized", "sampling", "speculate", "tokenizer",
+        "model", "plan", "pp", "quantized", "ranks", "sampling", "speculate", "tokenizer",
     },
 }  # fmt: skip
 OPTIONS = """
     attn_sparsity batch_size bench checkpoint_path compile compile_prefill compress_cache
     compress_weight cpu_cache_compute device device_memory dram_budget draft draft_checkpoint_path
     dtype flash flash_dir flash_threads flash_window gpu_batch_size help host_memory ignore_eos
-    interactive json kv_dtype max_new_tokens min_p
-    num_gpu_batches num_samples offload offload_dir output overlap percent pin_weight plan profile
-    prompt prompts random_mode random_weights repeats seed speculate_k stop system temperature top_k
-    top_p
+    flights interactive json kv_dtype link max_new_tokens min_p
+    num_gpu_batches num_samples offload offload_dir output overlap percent pin_weight pipeline plan
+    profile prompt prompts random_mode random_weights read_rate repeats seed speculate_k stop system
+    temperature top_k top_p
 """
 EVAL_OPTIONS = """
     apply_chat_template batch_size checkpoint_path compile device dtype gen_kwargs help include_path

@@ -1,0 +1,123 @@
+"""A pipeline against one process: the same tokens, with and without offload, whatever is under way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint import Checkpoint
+from model import ModelArgs
+from pp import FlightCache, Posted, flights_of, own_layers
+from quantized import skeleton
+from ranks import Ranks
+from tests.ranks_worker import TEXTS, answers
+from tests.test_tp import on_ranks, random_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+MANY = [*TEXTS, "The sun", "A dragon lived in a cave and", "Mom said", "Ben was"]
+PLAIN = {"pipeline": True}
+# Everything that a stage can be: whole, from files, with caches on other tiers; sampled; compacted.
+CASES: list[dict[str, Any]] = [
+    {"model": "demo"},
+    {"model": "demo-opt"},
+    {"model": "demo", "texts": MANY, "flights": 2},
+    {"model": "demo", "texts": MANY, "flights": 3, "how": {"ignore_eos": False}},
+    {"model": "demo-opt", "texts": MANY, "how": {"temperature": 0.8, "ignore_eos": False}},
+    {"model": "demo", "texts": MANY[:1]},
+    {"model": "demo-opt", "kv_dtype": "int8"},
+    {"model": "random"},
+    {"model": "demo", "texts": MANY, "flights": 2, "percent": [0, 0, 100, 0]},
+    {"model": "demo-opt", "texts": MANY, "flights": 2, "percent": [30, 30, 0, 0]},
+    {"model": "demo", "texts": MANY, "flights": 3, "percent": [0, 50, 50, 0]},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    found = {name: ROOT / "checkpoints" / name for name in ("demo", "demo-opt")}
+    return found | {"random": random_llama(folder / "random", num_hidden_layers=5)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_tokens_are_those_of_one_process(
+    count: int, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cases = [dict(case) for case in CASES]
+    for case in cases:
+        case["path"] = str(models[case.pop("model")])
+    by_rank = on_ranks(count, [PLAIN | case for case in cases], tmp_path)
+    for n, case in enumerate(cases):
+        alone = {k: v for k, v in case.items() if k not in ("flights", "percent")}
+        expected = answers(alone.pop("path"), None, **alone)["ids"]
+        assert len({tuple(ids) for ids in expected}) == len(expected)
+        for rank in range(count):
+            assert by_rank[rank][n]["ids"] == expected, (CASES[n], rank)
+
+
+def test_a_stage_holds_its_layers_and_no_more(models: dict[str, Path], tmp_path: Path):
+    """The first has the table, the last the head; the demo's are one."""
+    by_rank = on_ranks(2, [{"path": str(models["random"]), **PLAIN}], tmp_path)
+    args = Checkpoint(models["random"]).args
+    model = skeleton(args, None)
+    layer = sum(p.numel() for p in model.layers[0].parameters())
+    table = args.vocab_size * args.dim
+    angles = args.context * args.head_dim  # cosines and sines
+    caches_aside = [said["weights"] / 4 - angles for (said,) in by_rank]
+    shares = [len(own_layers(args, Ranks(rank, 2))) for rank in range(2)]
+    assert caches_aside == [shares[0] * layer + table, shares[1] * layer + table + args.dim]
+
+
+def shape(layers: int, vocab: int = 1000) -> ModelArgs:
+    return ModelArgs(64, layers, 4, 4, 16, 128, vocab, 100, 64)
+
+
+@pytest.mark.parametrize("layers", range(1, 12))
+def test_every_layer_is_somewhere_once(layers: int):
+    for vocab in (10, 1000, 10**6):
+        for count in range(1, layers + 1):
+            parts = [own_layers(shape(layers, vocab), Ranks(rank, count)) for rank in range(count)]
+            assert [n for part in parts for n in part] == list(range(layers))
+            assert all(parts)
+
+
+def test_a_large_head_leaves_the_last_rank_fewer_layers():
+    even = [len(own_layers(shape(12, 8), Ranks(rank, 2))) for rank in range(2)]
+    uneven = [len(own_layers(shape(12, 2560), Ranks(rank, 2))) for rank in range(2)]
+    assert even == [6, 6] and uneven[0] > uneven[1]
+
+
+def test_more_ranks_than_layers():
+    with pytest.raises(ValueError, match="3 ranks cannot share 2 layers"):
+        own_layers(shape(2), Ranks(0, 3))
+
+
+def test_flights_are_of_the_rows_that_there_are():
+    model = skeleton(shape(2), None)
+    parts = [model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)]
+    cache = FlightCache(parts)
+    assert cache.rows == 8 and cache.length == 8
+    for count, expected in ((8, [3, 3, 2]), (7, [3, 3, 1]), (4, [3, 1]), (3, [3]), (1, [1])):
+        found = flights_of([cache.first(count)])
+        assert [len(rows) for rows, _ in found] == expected
+        assert [row for rows, _ in found for row in rows] == list(range(count))
+        assert [caches[0].rows for _, caches in found] == expected
+
+
+def test_what_has_arrived_is_let_go():
+    class Done:
+        def __init__(self, done: bool):
+            self.done = done
+
+        def is_completed(self) -> bool:
+            return self.done
+
+    posted, waiting = Posted(), Done(False)
+    posted.add(Done(True), torch.zeros(1))
+    posted.add(waiting, torch.zeros(1))
+    posted.add(Done(True), torch.zeros(1))
+    assert len(posted) == 2  # in order: the last may not pass the one that is under way
+    waiting.done = True
+    posted.add(Done(False), torch.zeros(1))
+    assert len(posted) == 1
