@@ -1,4 +1,4 @@
-"""A pipeline against one process: the same tokens, with and without offload, whatever is under way."""
+"""A pipeline against one process: the same tokens, with offload and without, all at once or not."""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,9 @@ def test_more_ranks_than_layers():
 
 def test_flights_are_of_the_rows_that_there_are():
     model = skeleton(shape(2), None)
-    parts = [model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)]
+    parts = [
+        model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)
+    ]
     cache = FlightCache(parts)
     assert cache.rows == 8 and cache.length == 8
     for count, expected in ((8, [3, 3, 2]), (7, [3, 3, 1]), (4, [3, 1]), (3, [3]), (1, [1])):

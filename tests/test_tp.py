@@ -96,6 +96,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+# What a model does beside greedy steps: guesses, rounded caches, layers on other tiers.
+OTHERS = [
+    {"name": "demo", "draft": "ngram"},
+    {"name": "demo", "draft": "self-int8"},
+    {"name": "demo-opt", "draft": "self-int4", "how": {"temperature": 0.8}},
+    {"name": "demo", "kv_dtype": "int8"},
+    {"name": "demo-opt", "how": {"temperature": 0.8, "ignore_eos": False}},
+    {"name": "demo", "percent": [0, 50, 0, 0]},
+]
 CASES = {
     2: ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
     + ["demo-gptq", "random", "random-int4"],
@@ -129,6 +138,18 @@ def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, P
             if not compile:
                 error = (said["logits"] - alone["logits"]).abs().max()
                 assert error < 1e-4 * max(1.0, alone["logits"].abs().max()), (name, rank)
+
+
+def test_guesses_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
+    cases = [dict(case) for case in OTHERS]
+    for case in cases:
+        case["path"] = str(checkpoints[case.pop("name")])
+    by_rank = on_ranks(2, cases, tmp_path)
+    for n, case in enumerate(cases):
+        alone = {k: v for k, v in case.items() if k not in ("draft", "percent")}
+        expected = answers(alone.pop("path"), None, **alone)["ids"]
+        for rank in range(2):
+            assert by_rank[rank][n]["ids"] == expected, (OTHERS[n], rank)
 
 
 def test_all_ranks_have_the_same_logits(found):

@@ -1,0 +1,205 @@
+"""The commands under torchrun, as their user meets them: who speaks, who writes, how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "checkpoints" / "demo")
+OPT = str(ROOT / "checkpoints" / "demo-opt")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+GREEDY = ["--temperature", "0", "--max_new_tokens", "12", "--device", "cpu"]
+
+
+def environment() -> dict[str, str]:
+    """That of a user's shell: this process may be a rank of nothing."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*words: str, text: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*TORCHRUN, *words],
+        cwd=ROOT,
+        env=environment(),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def alone(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["shares", "pipeline"])
+def test_generate_speaks_once_and_says_what_one_process_says(how: list[str]):
+    words = [
+        "generate.py",
+        "--checkpoint_path",
+        DEMO,
+        *GREEDY,
+        "--prompt",
+        "Lily",
+        "--prompt",
+        "Tim",
+    ]
+    found = torchrun(*words, *how)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == alone(*words)
+    assert found.stderr.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["shares", "pipeline"])
+def test_results_are_written_once_and_a_rerun_does_the_rest(how: list[str], tmp_path: Path):
+    prompts, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Lily\nTim\nOnce\nThe sun\nBen\n")
+    words = ["generate.py", "--checkpoint_path", OPT, *GREEDY, "--prompts", str(prompts)]
+    words += ["--output", str(output), "--batch_size", "2"]
+    assert torchrun(*words, *how).returncode == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 5
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert torchrun(*words, *how).returncode == 0
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {tuple(line.items()) for line in map(plain, again)} == {
+        tuple(line.items()) for line in map(plain, lines)
+    }
+
+
+def plain(line: dict) -> dict:
+    return {key: str(value) for key, value in sorted(line.items())}
+
+
+def test_rank_0_talks():
+    said = torchrun(
+        "generate.py", "--checkpoint_path", DEMO, *GREEDY, "--interactive", text="Hi\n/exit\n"
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()
+
+
+def test_perplexity_is_that_of_one_process(tmp_path: Path):
+    text, output = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("Once upon a time there was a girl who liked to play with her red ball. " * 30)
+    words = ["eval.py", "--checkpoint_path", DEMO, "--perplexity", str(text), "--device", "cpu"]
+    expected = json.loads(alone(*words))
+    done = torchrun(*words, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert found["tokens"] == expected["tokens"]
+
+
+def test_a_mistake_that_all_make_is_said_once():
+    done = torchrun("generate.py", "--checkpoint_path", "/nowhere", *GREEDY)
+    assert done.returncode != 0
+    assert done.stderr.count("generate.py: /nowhere") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (["--nproc_per_node=3"], "3 ranks cannot share this model: it has 8 heads; 1, 2, 4, 8 can"),
+        (["--pipeline", "--draft", "ngram"], "a pipeline's stages do not guess"),
+        (["--pipeline", "--compile"], "a pipeline's stages are not compiled"),
+    ],
+)
+def test_what_ranks_cannot_do_is_one_line(how: list[str], says: str):
+    ranks = [word for word in how if word.startswith("--nproc")]
+    done = subprocess.run(
+        [*TORCHRUN, *ranks, "generate.py", "--checkpoint_path", DEMO, *GREEDY]
+        + [word for word in how if word not in ranks],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if says in line]
+    assert done.stderr.count("Traceback (most recent call last)") <= 1  # torchrun's own, of its own
+
+
+def test_a_pipeline_needs_ranks(capfd: pytest.CaptureFixture):
+    words = ["generate.py", "--checkpoint_path", DEMO, *GREEDY, "--pipeline"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--pipeline needs ranks" in done.stderr
+
+
+FAULT = """
+import os, sys
+sys.path.insert(0, {root!r})
+import generate
+from decoding import LoadedModel
+
+if os.environ["RANK"] == "{rank}":
+    real = generate.load_model
+
+    def failing(*given, **options):
+        lm = real(*given, **options)
+        forward, calls = lm.model.forward, []
+
+        def stumble(*given, **options):
+            calls.append(1)
+            if len(calls) == 5:
+                {fault}
+            return forward(*given, **options)
+
+        lm.model.forward = stumble
+        return lm
+
+    generate.load_model = failing
+sys.exit(generate.main(generate.parse_args({words!r})))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ('raise ValueError("the disk has gone")', "the disk has gone"),
+        ("os.kill(os.getpid(), 9)", "Signal 9"),
+    ],
+    ids=["error", "killed"],
+)
+@pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["shares", "pipeline"])
+def test_a_rank_that_dies_ends_the_job_with_its_error_first(
+    rank: int, fault: str, says: str, how: list[str], tmp_path: Path
+):
+    words = ["--checkpoint_path", DEMO, *GREEDY, "--max_new_tokens", "100", *how]
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULT.format(root=str(ROOT), rank=rank, fault=fault, words=words))
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*TORCHRUN, str(script)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
+        if left:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert time.monotonic() - start < 60  # with what Python takes to begin
+    assert not left, "processes stay behind"
+    own = next(n for n, line in enumerate(said.splitlines()) if says in line)
+    lost = [n for n, line in enumerate(said.splitlines()) if "another rank has ended" in line]
+    assert not lost or own < lost[0], said
