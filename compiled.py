@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cpu_products import TiledLinear
 from model import KVCache, Rotation, Transformer
+from ranks import one_shot_sums
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -161,6 +162,8 @@ def compiler_settings(
 ) -> dict[str, Any]:
     if device.type != "cpu":
         # CUDA graphs count Dynamo's calls as steps, and the host is ahead of the device anyway.
+        if cuda_graphs and one_shot_sums(device):
+            return {"options": {"triton.cudagraphs": True, "_collective.auto_select": True}}
         return {"mode": "reduce-overhead"} if cuda_graphs else {}
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")

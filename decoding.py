@@ -139,8 +139,9 @@ def launched_steps(
     count: int,
     live: AbstractSet[int],
 ) -> Iterator[Launched]:
-    """At most `count` steps, each launched when it is asked for: the rows that it computes, and
-    what reads their ids. Once enough rows have ended, caches and sampler are of the others alone.
+    """At most `count` steps of a flight, each launched when it is asked for: the rows that it
+    computes, and what reads their ids. Once enough rows have ended, caches and sampler are of the
+    others alone.
 
     live: the rows that go on, looked at before every step; the others get nothing, or ids that
     mean nothing.
@@ -153,9 +154,9 @@ def launched_steps(
     for n in range(count):
         tokens = sampler(logits, slots[n : n + 1].expand(len(rows), 1))  # (B, 1)
         yield rows, sampler.begin_reading(tokens)
-        if n + 1 == count:
-            return
         going = [i for i, row in enumerate(rows) if row in live]
+        if n + 1 == count or not going:
+            return
         if lm.any_rows and worth_moving(len(rows), len(going), caches[0].grain):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.part(at)
@@ -179,15 +180,16 @@ def longest(prompts: Texts, rows: Sequence[int]) -> int:
 def together(flights: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
     """Steps of several flights as steps of all their rows. Of each the next is launched as soon as
     its ids are known, while the others are under way."""
-    launched = [next(flight) for flight in flights]
-    while all(launched):
-        rows, ids = [], []
-        for n, flight in enumerate(flights):
-            some, read = launched[n]
+    under_way = [(flight, next(flight)) for flight in flights]
+    while under_way:
+        rows, ids, going = [], [], []
+        for flight, (some, read) in under_way:
             rows += some
             ids += read()
-            launched[n] = next(flight, None)
+            if launched := next(flight, None):
+                going.append((flight, launched))
         yield rows, partial(list, ids)
+        under_way = going
 
 
 def launched_ahead(steps: Iterator[T]) -> Iterator[T]:

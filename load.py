@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, allocate, check_memory, read_json
+from checkpoint import (
+    Checkpoint,
+    allocate,
+    check_memory,
+    final_dtype,
+    read_json,
+    stored_tensors,
+)
 from compiled import compiled_block, compiled_view, compiler_imported
 from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
@@ -101,14 +108,15 @@ def load_model(
             leave_on_disk(model, pack)
         dtype = dtype or checkpoint.dtype
         layers = stream_layers(model, policy, dtype, target)
-        nbytes = checkpoint.nbytes - (feed_forward_bytes(checkpoint) if pack else 0)
+        own = stored_tensors(model).values()
+        nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
         with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-            fill = checkpoint.filler(target, bar.update)
+            fill = checkpoint.filler(target)
             if scheme != checkpoint.scheme:
                 fill = rounded_filler(model, checkpoint, fill)
             if pack:
                 fill = fill_resident(pack, fill)
-            fill = division.filler(checkpoint, model, target, fill)
+            fill = counted(division.filler(checkpoint, model, target, fill), bar.update)
             allocate(model, target, dtype, fill, layers and layers.home)
             division.finish(model, dtype, target)
             if layers:
@@ -275,9 +283,14 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
     return rounding
 
 
-def feed_forward_bytes(checkpoint: Checkpoint) -> int:
-    records = checkpoint.records.items()
-    return sum(record.nbytes for name, record in records if ".feed_forward." in name)
+def counted(fill: Fill, progress: Callable[[int], Any]) -> Fill:
+    """The same, and progress is told of the bytes."""
+
+    def filling(name: str, tensor: Tensor) -> None:
+        fill(name, tensor)
+        progress(tensor.nbytes)
+
+    return filling
 
 
 def nowhere(name: str, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ FLOORS = {
     "quantized": {"model"},
     "quantized_cache": {"model", "quantized"},
     "cpu_products": {"disk", "model", "quantized"},
-    "compiled": {"cpu_products", "model"},
+    "compiled": {"cpu_products", "model", "ranks"},
     "disk": set(),
     "ring": {"disk"},
     "policy": set(),

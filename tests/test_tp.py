@@ -195,8 +195,9 @@ def test_parts_cover_everything_once():
 def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
     """What a rank loads, without any other."""
     checkpoint = Checkpoint(path)
-    model = tp.sharded(checkpoint.args, checkpoint.scheme, ranks)
-    fill = tp.part_filler(checkpoint, model, ranks, CPU, checkpoint.filler(CPU))
+    division = tp.Sharded(ranks)
+    model = division.skeleton(checkpoint.args, checkpoint.scheme)
+    fill = division.filler(checkpoint, model, CPU, checkpoint.filler(CPU))
     allocate(model, CPU, torch.float32, fill)
     return model
 
