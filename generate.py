@@ -327,11 +327,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size = expected.policy.rows * (args.flights or 1)
         args.slots = expected.work.prompt + expected.work.new
     start = time.perf_counter()
-    if args.random_weights:
-        scheme = make_scheme(args.random_mode) if args.random_mode else None
-        lm = random_model(args.random_weights, scheme=scheme, **options)
-    else:
-        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
+    lm = load(args, options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     weight = lm.model.tok_embeddings.weight
@@ -358,6 +354,13 @@ def run(args: argparse.Namespace) -> None:
         for line in lm.draft.pace.report.lines():
             log(line)
     leave()
+
+
+def load(args: argparse.Namespace, options: dict[str, Any]) -> LoadedModel:
+    if not args.random_weights:
+        return load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
+    scheme = make_scheme(args.random_mode) if args.random_mode else None
+    return random_model(args.random_weights, scheme=scheme, **options)
 
 
 def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Prediction:

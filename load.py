@@ -108,24 +108,38 @@ def load_model(
             leave_on_disk(model, pack)
         dtype = dtype or checkpoint.dtype
         layers = stream_layers(model, policy, dtype, target)
-        own = stored_tensors(model).values()
-        nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
-        with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
-            fill = checkpoint.filler(target)
-            if scheme != checkpoint.scheme:
-                fill = rounded_filler(model, checkpoint, fill)
-            if pack:
-                fill = fill_resident(pack, fill)
-            fill = counted(division.filler(checkpoint, model, target, fill), bar.update)
-            allocate(model, target, dtype, fill, layers and layers.home)
-            division.finish(model, dtype, target)
-            if layers:
-                same = scheme == checkpoint.scheme
-                layers.start(fill, division.stored(checkpoint) if same else nowhere)
+        fill = checkpoint.filler(target)
+        if scheme != checkpoint.scheme:
+            fill = rounded_filler(model, checkpoint, fill)
+        if pack:
+            fill = fill_resident(pack, fill)
+        fill = division.filler(checkpoint, model, target, fill)
+        stored = division.stored(checkpoint) if scheme == checkpoint.scheme else nowhere
+        fill_model(model, division, fill, layers, stored, target, dtype)
         if pack:
             start_neurons(model, pack, flash)
         lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
         return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm
+
+
+def fill_model(
+    model: Transformer,
+    division: "Whole | Sharded | Staged",
+    fill: Fill,
+    layers: StreamedLayers | None,
+    stored: Stored,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model on the meta device its tensors, with a bar."""
+    own = stored_tensors(model).values()
+    nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
+        fill = counted(fill, bar.update)
+        allocate(model, device, dtype, fill, layers and layers.home)
+        division.finish(model, dtype, device)
+        if layers:
+            layers.start(fill, stored)
 
 
 class Whole:
@@ -195,10 +209,7 @@ def random_model(
         model.new_cache = new_cache
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
-        allocate(model, target, dtype, fill, layers and layers.home)
-        division.finish(model, dtype, target)
-        if layers:
-            layers.start(fill, nowhere)
+        fill_model(model, division, fill, layers, nowhere, target, dtype)
         views = {"compile": compile, "compile_prefill": compile_prefill}
         lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
         return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm

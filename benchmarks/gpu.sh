@@ -7,6 +7,7 @@
 #     ./benchmarks/gpu.sh speculate                         # a second run: 8B, with 1B as its draft
 #     ./benchmarks/gpu.sh offload                           # a third: OPT-30B's shape in 16 GB
 #     ./benchmarks/gpu.sh flash                             # a fourth: neurons from disk, the demo
+#     ./benchmarks/gpu.sh ranks                             # a fifth: several GPUs of one machine
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
 #
 # Needs no network. PYTHON: which python. OUT: where to write. Files: log.txt (all that was said),
@@ -113,6 +114,21 @@ elif [[ $what == flash ]]; then
     part check 120 "$python" -m pytest -q -m gpu tests/test_flash.py
     part decode 60 "$python" generate.py --checkpoint_path "$scratch/opt" --device "$device" --flash \
         --dram_budget 80% --bench --json --prompt 64 --max_new_tokens 64
+elif [[ $what == ranks ]]; then
+    count=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    ((count > 1)) || say "there are $count GPUs here, and this takes two"
+    for ranks in 2 4 8; do
+        ((ranks <= count)) || continue
+        torchrun=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$ranks")
+        for mode in "" int8 int4; do
+            part "decode_${mode:-bf16}_$ranks" 120 "${torchrun[@]}" generate.py --bench --json \
+                --random_weights "$config" ${mode:+--random_mode "$mode"} --device "$device" \
+                --temperature 0 --compile --prompt 128 --max_new_tokens 128 --repeats 3
+        done
+        part "pipeline_$ranks" 120 "${torchrun[@]}" generate.py --bench --json --pipeline \
+            --random_weights "$config" --device "$device" --temperature 0 --prompt 128 \
+            --max_new_tokens 64 --batch_size 64 --repeats 3
+    done
 else
     part check 150 "$python" benchmarks/gpu_check.py --device "$device"
     bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3
