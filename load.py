@@ -32,7 +32,7 @@ from offload import Fill, Stored, StreamedLayers
 from pace import Pace
 from pack import flash_directory, open_pack
 from policy import Policy
-from pp import Staged, enough_flights, staged
+from pp import Staged, enough_flights
 from quantized import (
     QuantizedLinear,
     make_scheme,
@@ -101,7 +101,7 @@ def load_model(
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        division = divided(ranks, pipeline)
+        division = divided(ranks, pipeline, flights)
         model = division.skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         if pack:
@@ -118,8 +118,7 @@ def load_model(
         fill_model(model, division, fill, layers, stored, target, dtype)
         if pack:
             start_neurons(model, pack, flash)
-        lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
-        return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm
+        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
 
 
 def fill_model(
@@ -147,7 +146,8 @@ class Whole:
 
     share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
     device; `filler`, what gives its tensors their values, where `fill` does so by the names that
-    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them.
+    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them;
+    `ready`, what runs it.
     """
 
     def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
@@ -166,12 +166,17 @@ class Whole:
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 
+    def ready(self, lm: LoadedModel) -> LoadedModel:
+        return lm
 
-def divided(ranks: Ranks | None, pipeline: bool) -> Whole | Sharded | Staged:
+
+def divided(
+    ranks: Ranks | None, pipeline: bool, flights: int | None = None
+) -> Whole | Sharded | Staged:
     """How a model is divided among ranks."""
     if ranks is None:
         return Whole()
-    return Staged(ranks) if pipeline else Sharded(ranks)
+    return Staged(ranks, flights or enough_flights(ranks)) if pipeline else Sharded(ranks)
 
 
 def random_model(
@@ -203,7 +208,7 @@ def random_model(
     check_pairs(policy, draft, None, compile)
     check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
     with compiler_imported(compile):
-        division = divided(ranks, pipeline)
+        division = divided(ranks, pipeline, flights)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
         model = division.skeleton(args, scheme)
         model.new_cache = new_cache
@@ -211,8 +216,7 @@ def random_model(
         layers = stream_layers(model, policy, dtype, target)
         fill_model(model, division, fill, layers, nowhere, target, dtype)
         views = {"compile": compile, "compile_prefill": compile_prefill}
-        lm = make_ready(model, tokenizer, views, draft, speculate_k, policy)
-        return staged(lm, ranks, flights or enough_flights(ranks)) if ranks and pipeline else lm
+        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -39,6 +39,7 @@ class Staged:
     """Each rank has consecutive layers, the first the embedding, the last the head."""
 
     ranks: Ranks
+    flights: int  # of rows, that are under way
 
     def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError where there are more ranks than layers."""
@@ -70,6 +71,23 @@ class Staged:
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         if isinstance(model.tok_embeddings, Received) and model.tok_embeddings.weight.is_meta:
             model.tok_embeddings.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
+
+    def ready(self, lm: LoadedModel) -> LoadedModel:
+        def view(
+            tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, at: Tensor | None = None
+        ) -> Tensor:
+            x = lm.model(tokens, pos, slots, caches)  # (B, T, D): the rank behind needs all of it
+            return x if at is None else x.flatten(0, 1)[at]
+
+        last = self.ranks.rank == self.ranks.count - 1
+        return replace(
+            lm,
+            prefill=lm.prefill if last else view,
+            decode=lm.decode if last else view,
+            sampler=partial(SharedSampler, self.ranks),
+            new_caches=partial(flight_caches, self.flights, lm.new_caches),
+            flights=flights_of,
+        )
 
     def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:
         if not name.startswith("layers."):
@@ -217,23 +235,3 @@ def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]
 def enough_flights(ranks: Ranks) -> int:
     """As many as keep all stages busy."""
     return FLIGHTS * ranks.count
-
-
-def staged(lm: LoadedModel, ranks: Ranks, flights: int) -> LoadedModel:
-    """A rank's stage, ready to run."""
-
-    def view(
-        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, at: Tensor | None = None
-    ) -> Tensor:
-        x = lm.model(tokens, pos, slots, caches)  # (B, T, D): the rank behind needs all of it
-        return x if at is None else x.flatten(0, 1)[at]
-
-    last = ranks.rank == ranks.count - 1
-    return replace(
-        lm,
-        prefill=lm.prefill if last else view,
-        decode=lm.decode if last else view,
-        sampler=partial(SharedSampler, ranks),
-        new_caches=partial(flight_caches, flights, lm.new_caches),
-        flights=flights_of,
-    )

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
+from decoding import LoadedModel
 from formats import staging_buffer
 from model import Linear, ModelArgs, Transformer
 from offload import Fill, Stored
@@ -195,6 +196,9 @@ class Sharded:
         if getattr(head, "weight", None) is table:
             part = self.ranks.part(len(table))
             head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
+
+    def ready(self, lm: LoadedModel) -> LoadedModel:
+        return lm
 
 
 def inputs_per_column(model: Transformer, name: str) -> int:

@@ -42,7 +42,7 @@ FLOORS = {
     },
     "ranks": set(),
     "links": set(),
-    "tp": {"checkpoint", "formats", "model", "offload", "quantized", "ranks"},
+    "tp": {"checkpoint", "decoding", "formats", "model", "offload", "quantized", "ranks"},
     "pp": {"checkpoint", "decoding", "model", "offload", "quantized", "ranks", "sampling"},
     "probe": {"disk", "model"},
     "reads": set(),
