@@ -213,7 +213,8 @@ def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
     widths = []
     with torch.inference_mode():
         sampler = Sampler(config, rows, early.lm.device)
-        steps = launched_steps(early.lm, early.given, caches, 0, sampler, LIMIT, live)
+        flight = rows, caches
+        steps = launched_steps(early.lm, early.given, flight, 0, sampler, LIMIT, live)
         for computed, read in launched_ahead(steps):
             widths.append(len(computed))
             for row, ids in zip(computed, read(), strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from checkpoint import Checkpoint
+from decoding import together
 from model import ModelArgs
 from pp import FlightCache, Posted, flights_of, own_layers
 from quantized import skeleton
@@ -123,3 +124,28 @@ def test_what_has_arrived_is_let_go():
     waiting.done = True
     posted.add(Done(False), torch.zeros(1))
     assert len(posted) == 1
+
+
+def test_flights_that_end_early_leave_the_others():
+    """Each is asked for its next step once its ids are read, and before the others' are."""
+    calls = []
+
+    def flight(name: str, rows: list[int], steps: int):
+        for n in range(steps):
+            calls.append(f"launch {name}{n}")
+            yield (
+                rows,
+                lambda n=n: calls.append(f"read {name}{n}") or [[10 * row + n] for row in rows],
+            )
+
+    steps = [
+        (rows, read()) for rows, read in together([flight("a", [0, 1], 3), flight("b", [2], 1)])
+    ]
+    assert steps == [
+        ([0, 1, 2], [[0], [10], [20]]),
+        ([0, 1], [[1], [11]]),
+        ([0, 1], [[2], [12]]),
+    ]
+    assert calls == "launch a0,launch b0,read a0,launch a1,read b0,read a1,launch a2,read a2".split(
+        ","
+    )
