@@ -1,10 +1,11 @@
 """Feed-forward layers whose neurons stay on disk until they are needed.
 
 Start at SparseFeedForward.forward. Behind a ReLU most neurons of a token give nothing. A small
-predictor says which may give something, those that are not in memory are read, and the product is
-of all neurons that are there: one that is there without having been predicted is computed too, so
-that only those can be missed that are on disk. Many tokens at once, as in a prompt, go through all
-neurons instead, which stream by in the file's order, and leave behind what the last tokens used.
+predictor says which may give something, those that are not in memory are read, and the product,
+begun while they come, is of all neurons that are there: one that is there without having been
+predicted is computed too, so that only those can be missed that are on disk. Many tokens at once,
+as in a prompt, go through all neurons instead, which stream by in the file's order, and leave
+behind what the last tokens used.
 
 Based on "LLM in a flash" (arXiv 2312.11514, section 3): predictor, window, bundles.
 
