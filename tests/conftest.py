@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker, and what it starts, has a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -21,6 +24,15 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data at {path}: set GPT_FLEX_DATA")
     return path
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Of products, which are shared among threads, whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

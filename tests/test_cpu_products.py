@@ -36,6 +36,7 @@ CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "conf
 
 
 hindrance = cpu_products.hindrance(torch.bfloat16) or cpu_products.build()
+pytestmark = pytest.mark.usefixtures("two_threads")
 needed = pytest.mark.skipif(hindrance is not None, reason=f"no products: {hindrance}")
 
 

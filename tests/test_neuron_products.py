@@ -12,6 +12,7 @@ from neuron_products import Products, has_kernel, taken
 from neurons import GATED, KINDS, PLAIN, Format
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("two_threads")
 NEURONS = 70  # of the layer; slots hold some of them, in no order
 
 
