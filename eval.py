@@ -159,6 +159,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     asked = prepare(args)  # what is wrong with it is said before a model is loaded
     device = own_device(find_device(args.device))
     ranks = join(device)
+    if ranks and args.use_cache:
+        raise ValueError("--use_cache is for one process, without torchrun")
     lm = load_model(
         args.checkpoint_path,
         device=str(device),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -46,7 +47,9 @@ def join(device: torch.device) -> Ranks | None:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
+    patience = timedelta(weeks=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if ranks.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- for good
