@@ -178,12 +178,13 @@ class Sharded:
                 return checkpoint.read_rows_into(stored, part.rows, tensor, stage)
             per = inputs_per_column(model, name)
             start, stop = part.columns.start // per, -(-part.columns.stop // per)
-            if part.columns.start % per == 0:
+            if part.columns.start % per == part.columns.stop % per == 0:
                 return checkpoint.read_columns_into(stored, range(start, stop), tensor, stage)
-            # Zero points, two to a byte, and the first of this rank's is the second of its byte.
+            # Zero points, two to a byte, of which this rank has the first or the last half.
             covering = torch.empty(len(tensor), stop - start, dtype=tensor.dtype)
             checkpoint.read_columns_into(stored, range(start, stop), covering, stage)
-            tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, 1:])[:, : tensor.shape[1]])
+            first, count = (2 * n // per for n in (part.columns.start % per, len(part.columns)))
+            tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, first : first + count]))
 
         return filling
 

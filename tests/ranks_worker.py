@@ -48,7 +48,7 @@ def answers(
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
     done = complete(lm, prompts, GenerationConfig(**how))
     said: dict[str, Any] = {"ids": [c.ids for c in done]}
-    said["weights"] = sum(p.nbytes for p in {id(t): t for t in tensors(lm.model)}.values())
+    said["weights"] = sum({t.data_ptr(): t.nbytes for t in reversed(tensors(lm.model))}.values())
     if lm.any_rows and not options.get("pipeline") and not percent:
         tokens = torch.tensor([prompt[:2] for prompt in prompts])
         slots = torch.arange(4)
