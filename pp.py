@@ -31,7 +31,9 @@ from quantized import skeleton
 from ranks import Ranks
 from sampling import GenerationConfig, Sampler
 
-FLIGHTS = 2  # of each stage: one is there, one on its way
+# Prompt tokens of a flight that go on together: the next stage waits for the first of them, and
+# products of fewer would read weights more often than they compute with them.
+SWEEPS = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Staged:
             sampler=partial(SharedSampler, self.ranks),
             new_caches=partial(flight_caches, self.flights, lm.new_caches),
             flights=flights_of,
+            sweep=lm.sweep or SWEEPS[lm.device.type],
         )
 
     def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:
@@ -233,5 +236,5 @@ def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]
 
 
 def enough_flights(ranks: Ranks) -> int:
-    """As many as keep all stages busy."""
-    return FLIGHTS * ranks.count
+    """As many as keep all stages busy, and no more: weights are read for each."""
+    return ranks.count

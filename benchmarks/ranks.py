@@ -23,7 +23,7 @@ if "RANK" in os.environ:  # before torch counts cores
 
 import torch
 
-from bench import provenance
+from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from generate import GenerationConfig, complete
 from load import random_model
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
-    """One rank: the batch once to warm up, then as often as asked for."""
+    """One rank: a few tokens to warm up, then the batch."""
     torch.set_num_threads(1)
     ranks = join(CPU)
     how = {"pipeline": not args.shares, "flights": args.flights} if ranks else {}
@@ -44,16 +44,16 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     caches = lm.make_caches(args.rows, args.prompt + args.new)
     config = GenerationConfig(max_new_tokens=args.new, temperature=0, ignore_eos=True)
     short = GenerationConfig(max_new_tokens=2, temperature=0, ignore_eos=True)
-    seconds = {}
-    for name, to_do in (("warm", short), ("prompts", short), ("all", config)):
-        start = time.perf_counter()
-        complete(lm, prompts, to_do, caches=caches)
-        seconds[name] = time.perf_counter() - start
+    complete(lm, [prompt[:2] for prompt in prompts], short, caches=caches)
+    stats, start = Stats(lm), time.perf_counter()
+    complete(lm, prompts, config, caches=caches, stats=stats)
+    seconds = time.perf_counter() - start
     leave()
     return {
-        "seconds": seconds["all"],
-        "tokens_per_s": args.rows * args.new / seconds["all"],
-        "decode_per_s": args.rows * (args.new - 2) / (seconds["all"] - seconds["prompts"]),
+        "seconds": seconds,
+        "tokens_per_s": args.rows * args.new / seconds,
+        "decode_per_s": stats.decode_rate,
+        "prompt_per_s": stats.prefill_rate,
     }
 
 
@@ -80,11 +80,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             of.append(run(args, count))
             log(
                 f"{count} ranks: {of[-1]['tokens_per_s']:.1f} tokens/s, prompts included; "
-                f"{of[-1]['decode_per_s']:.1f} of decoding"
+                f"{of[-1]['decode_per_s']:.1f} of decoding, {of[-1]['prompt_per_s']:.1f} of prompts"
             )
     ratios = {
         name: spread([b[name] / a[name] for a, b in zip(*runs.values(), strict=True)])
-        for name in ("tokens_per_s", "decode_per_s")
+        for name in ("tokens_per_s", "decode_per_s", "prompt_per_s")
     }
     for name, of in ratios.items():
         log(f"{args.ranks} ranks over one, {name}: {show(of)}")
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--ranks", type=int, default=2, help="(default: 2)")
     add("--shares", action="store_true", help="of each layer, in place of a pipeline")
-    add("--rows", type=int, default=32, help="texts (default: 32)")
+    add("--rows", type=int, default=64, help="texts (default: 64)")
     add("--prompt", type=int, default=32, help="tokens (default: 32)")
     add("--new", type=int, default=32, help="tokens (default: 32)")
     add("--flights", type=int, help="of rows (default: the pipeline's own)")
