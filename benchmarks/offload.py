@@ -60,6 +60,7 @@ TEXTS = "Once upon a time", "Lily", "Tim saw a ball. They", "One day, a", "The s
 RUNS = 3  # of a policy, of which the median counts
 REMEASURE = 3  # policies, after which the machine is no longer what it was
 LONG = 512  # tokens of a prompt
+ANSWER = 128  # tokens after such a prompt
 FEWER = 48, 32, 24, 16, 12, 8, 4  # rows, until they fit
 REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
 
@@ -318,7 +319,10 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def contexts(args: argparse.Namespace) -> dict[str, Any]:
-    """The same memory, prompts of 512 tokens: accelerate's cache stays in memory, ours need not."""
+    """The same memory, prompts of 512 tokens: accelerate's cache stays in memory, ours need not.
+
+    Of an answer, for whose length the policy is chosen, the first tokens are made.
+    """
     forms = Forms(args.forms)
     limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
     if reason := hindrance():
@@ -336,7 +340,7 @@ def contexts(args: argparse.Namespace) -> dict[str, Any]:
         runs["accelerate"].append(run | {"rows": rows})
         if len(runs["accelerate"]) == 2:  # the most rows that fit, and fewer
             break
-    ours = {"memory": limit, "directory": args.directory}
+    ours = {"memory": limit, "directory": args.directory, "answer": ANSWER}
     for rows in args.rows:
         runs["ours"].append(beside_ourselves(forms, limit, batch=rows, **ours, **common))
         log(f"ours, {rows} rows: {runs['ours'][-1]['tokens_per_s']:.2f} tokens/s")

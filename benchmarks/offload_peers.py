@@ -188,7 +188,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint, cpu = Checkpoint(args.folder), torch.device("cpu")
     subject = Subject(checkpoint.args, None, checkpoint.dtype, None, cpu)
     planner = Planner(sizes(subject), machine(subject, args.directory, needed=True), True)
-    work = Work(args.batch, args.prompt_length, args.new_tokens + 1)
+    work = Work(args.batch, args.prompt_length, (args.answer or args.new_tokens) + 1)
     budgets = {"device": args.memory, "disk": 1e13}
     plan = planner.choose(work, budgets, Policy(directory=args.directory), args.batch)
     rows = min(args.batch, plan.policy.rows)
@@ -197,7 +197,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     caches = lm.make_caches(rows, work.prompt + work.new)
     clock = Clock()
     clock.put(prompts)
-    config = GenerationConfig(work.new, 0, ignore_eos=True)
+    config = GenerationConfig(args.new_tokens + 1, 0, ignore_eos=True)
     for step in generate(lm, prompts, config, caches=caches):
         clock.put(step[0][0])
     return {
@@ -386,6 +386,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=1, help="texts, and the most rows at once (default: 1)")
     add("--memory", type=float, required=True, help="bytes, of the whole process")
     add("--directory", type=Path, required=True, help="for scratch files")
+    add("--answer", type=int, help="tokens that the policy is chosen for (default: --new_tokens)")
     add = command("write", write)
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--folder", type=Path, required=True, help="will hold ours/, hf/ and model.gguf")
