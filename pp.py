@@ -133,6 +133,10 @@ class Posted:
         self._under_way.append((work, tensor))
 
 
+# As long as the process lives: what a batch, or a model, has sent last may arrive after its end.
+posted = Posted()
+
+
 class Received(nn.Module):
     """In place of the embedding: (B, T) ids -> (B, T, D), what the rank before made of them.
 
@@ -155,11 +159,11 @@ class Sent(nn.Module):
 
     def __init__(self, target: int):
         super().__init__()
-        self.target, self._posted = target, Posted()
+        self.target = target
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._posted.add(dist.isend(x, self.target), x)
+        posted.add(dist.isend(x, self.target), x)
         return x
 
 
@@ -177,17 +181,17 @@ class SharedSampler(Sampler):
         self, ranks: Ranks, config: GenerationConfig, rows: Sequence[int], device: torch.device
     ):
         super().__init__(config, rows, device)
-        self._rank, self._last, self._posted = ranks.rank, ranks.count - 1, Posted()
+        self._rank, self._last = ranks.rank, ranks.count - 1
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         if self._rank == self._last:
             tokens = super().__call__(logits, numbers)
             for other in range(self._last):
-                self._posted.add(dist.isend(tokens, other), tokens)
+                posted.add(dist.isend(tokens, other), tokens)
             return tokens
         tokens = torch.empty(numbers.shape, dtype=torch.long, device=logits.device)
         self._coming = dist.irecv(tokens, self._last)
-        self._posted.add(self._coming, tokens)
+        posted.add(self._coming, tokens)
         return tokens
 
     def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:

@@ -6,8 +6,11 @@ torchrun --nproc_per_node=N tests/ranks_worker.py CASES.json RESULTS.pt
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import tp
 from generate import GenerationConfig, complete
 from load import load_model
 from policy import Policy, Share
+from pp import SharedSampler
 from ranks import Ranks, join, leave
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
@@ -32,11 +36,13 @@ def answers(
     texts: Sequence[str] = TEXTS,
     percent: Sequence[float] | None = None,
     how: dict[str, Any] | None = None,
+    lag: float = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ids of distinct prompts in a batch and, eager and not in a pipeline, the logits of a step.
+    """Ids of distinct prompts in a batch and, if not in a pipeline, the logits of a step.
 
     percent: of weights and cache on the device and in host memory. how: to generate, else greedily.
+    lag: seconds that a stage is late to receive tokens.
     """
     if percent:
         WG, WC, CG, CC = percent
@@ -44,19 +50,32 @@ def answers(
             Share(WG, WC), Share(CG, CC), micro_batch=1, directory=Path(path).parent / "scratch"
         )
     lm = load_model(path, device="cpu", dtype=torch.float32, ranks=ranks, **options)
+    if lag and ranks.rank < ranks.count - 1:
+        lm = replace(lm, sampler=partial(LateSampler, lag, ranks))
     prompts = [lm.tokenizer.encode(text) for text in texts]
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
     done = complete(lm, prompts, GenerationConfig(**how))
     said: dict[str, Any] = {"ids": [c.ids for c in done]}
     said["weights"] = sum({t.data_ptr(): t.nbytes for t in reversed(tensors(lm.model))}.values())
-    if lm.any_rows and not options.get("pipeline") and not percent:
-        tokens = torch.tensor([prompt[:2] for prompt in prompts])
-        slots = torch.arange(4)
-        with torch.inference_mode(), counted() as calls:
-            given = tokens, slots[:2].expand_as(tokens), slots, lm.make_caches(len(prompts), 4)
-            said["logits"] = lm.model(*given)
+    if not options.get("pipeline") and not percent:
+        caches = lm.make_caches(len(prompts), 512)  # as above: compiled steps are there
+        slots = torch.arange(64)
+        for n in range(2):
+            tokens = torch.tensor([prompt[n : n + 1] for prompt in prompts])
+            with torch.inference_mode(), counted() as calls:
+                said["logits"] = lm.decode(tokens, slots[n].expand_as(tokens), slots, caches)
         said["calls"] = dict(calls)
     return said
+
+
+class LateSampler(SharedSampler):
+    def __init__(self, lag: float, *given: Any):
+        super().__init__(*given)
+        self._lag = lag
+
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        time.sleep(self._lag)
+        return super().__call__(*given)
 
 
 def tensors(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -25,6 +25,8 @@ CASES: list[dict[str, Any]] = [
     {"model": "demo", "texts": MANY, "flights": 2},
     {"model": "demo", "texts": MANY, "flights": 3, "how": {"ignore_eos": False}},
     {"model": "demo-opt", "texts": MANY, "how": {"temperature": 0.8, "ignore_eos": False}},
+    # What was sent last has not arrived when the sender is done with its batch, and its model.
+    {"model": "demo", "texts": MANY[:3], "flights": 3, "how": {"max_new_tokens": 3}, "lag": 0.2},
     {"model": "demo", "texts": MANY[:1]},
     {"model": "demo-opt", "kv_dtype": "int8"},
     {"model": "random"},
@@ -50,7 +52,7 @@ def test_tokens_are_those_of_one_process(
         case["path"] = str(models[case.pop("model")])
     by_rank = on_ranks(count, [PLAIN | case for case in cases], tmp_path)
     for n, case in enumerate(cases):
-        alone = {k: v for k, v in case.items() if k not in ("flights", "percent")}
+        alone = {k: v for k, v in case.items() if k not in ("flights", "lag", "percent")}
         expected = answers(alone.pop("path"), None, **alone)["ids"]
         assert len({tuple(ids) for ids in expected}) == len(expected)
         for rank in range(count):
@@ -116,14 +118,14 @@ def test_what_has_arrived_is_let_go():
         def is_completed(self) -> bool:
             return self.done
 
-    posted, waiting = Posted(), Done(False)
-    posted.add(Done(True), torch.zeros(1))
-    posted.add(waiting, torch.zeros(1))
-    posted.add(Done(True), torch.zeros(1))
-    assert len(posted) == 2  # in order: the last may not pass the one that is under way
+    some, waiting = Posted(), Done(False)
+    some.add(Done(True), torch.zeros(1))
+    some.add(waiting, torch.zeros(1))
+    some.add(Done(True), torch.zeros(1))
+    assert len(some) == 2  # in order: the last may not pass the one that is under way
     waiting.done = True
-    posted.add(Done(False), torch.zeros(1))
-    assert len(posted) == 1
+    some.add(Done(False), torch.zeros(1))
+    assert len(some) == 1
 
 
 def test_flights_that_end_early_leave_the_others():

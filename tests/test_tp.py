@@ -34,7 +34,10 @@ def on_ranks(count: int, cases: list[dict[str, Any]], folder: Path) -> list[list
     asked.write_text(json.dumps(cases))
     words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}", WORKER]
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, words), asked, results], capture_output=True, text=True
+        [sys.executable, "-m", *map(str, words), asked, results],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(f"{results}.{rank}") for rank in range(count)]
@@ -105,12 +108,11 @@ OTHERS = [
     {"name": "demo-opt", "how": {"temperature": 0.8, "ignore_eos": False}},
     {"name": "demo", "percent": [0, 50, 0, 0]},
 ]
-CASES = {
-    2: ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
-    + ["demo-gptq", "random", "random-int4"],
-    4: ["demo", "demo-opt", "demo-int8", "demo-int4", "random"],
-}
-COMPILED = {2: ["demo", "demo-opt", "demo-int8", "demo-int4"], 4: ["demo"]}
+STORED = ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
+STORED += ["demo-gptq", "random", "random-int4"]
+COMPILED = ["demo", "demo-opt", "demo-int8", "demo-int4", "demo-gptq"]
+# Of the random model's 192 neurons four ranks would have one and a half groups of 32 each.
+CASES = {2: STORED, 4: [name for name in STORED if name != "random-int4"]}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -121,7 +123,7 @@ def found(
 ) -> tuple[int, dict[tuple[str, bool], list[dict[str, Any]]]]:
     """The ranks, and what each of them found, for each model, eager and compiled."""
     count = request.param
-    names = [(name, False) for name in CASES[count]] + [(name, True) for name in COMPILED[count]]
+    names = [(name, False) for name in CASES[count]] + [(name, True) for name in COMPILED]
     cases = [{"path": str(checkpoints[name]), "compile": compile} for name, compile in names]
     by_rank = on_ranks(count, cases, tmp_path_factory.mktemp("ranks"))
     return count, dict(zip(names, zip(*by_rank, strict=True), strict=True))
@@ -135,9 +137,8 @@ def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, P
         assert len({tuple(ids) for ids in alone["ids"]}) == len(TEXTS)
         for rank, said in enumerate(by_rank):
             assert said["ids"] == alone["ids"], (name, compile, rank)
-            if not compile:
-                error = (said["logits"] - alone["logits"]).abs().max()
-                assert error < 1e-4 * max(1.0, alone["logits"].abs().max()), (name, rank)
+            error = (said["logits"] - alone["logits"]).abs().max()
+            assert error < 1e-4, (name, compile, rank)
 
 
 def test_guesses_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
@@ -153,9 +154,9 @@ def test_guesses_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
 
 
 def test_all_ranks_have_the_same_logits(found):
-    for (name, compile), by_rank in found[1].items():
-        for said in by_rank if not compile else []:
-            assert torch.equal(said["logits"], by_rank[0]["logits"]), name
+    for case, by_rank in found[1].items():
+        for said in by_rank:
+            assert torch.equal(said["logits"], by_rank[0]["logits"]), case
 
 
 def test_two_all_reduces_a_layer_and_one_gather(found, checkpoints: dict[str, Path]):
