@@ -122,4 +122,5 @@ def speak(line: str) -> None:
 
 def heard() -> None:
     """From now on this process is heard, whatever its rank."""
-    sys.stderr = sys.__stderr__
+    if not writes():
+        sys.stderr = sys.__stderr__
