@@ -111,12 +111,11 @@ def lost_another(error: Exception) -> bool:
 
 
 def speak(line: str) -> None:
-    """Say on stderr what ends this process. Where all ranks end for the same reason, rank 0 is
-    enough: torchrun has ended the others before they speak."""
+    """Say on stderr what ends this process; where all end for the same reason, one of them does."""
     rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(HEARD / 4)
     heard()
+    if dist.is_initialized() and dist.distributed_c10d._get_default_store().add(line, 1) > 1:
+        return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 
 

@@ -106,7 +106,7 @@ def test_perplexity_is_that_of_one_process(tmp_path: Path):
 def test_a_mistake_that_all_make_is_said_once():
     done = torchrun("generate.py", "--checkpoint_path", "/nowhere", *GREEDY)
     assert done.returncode != 0
-    assert done.stderr.count("generate.py: /nowhere") == 1
+    assert done.stderr.count("generate.py: /nowhere") == 1, done.stderr
 
 
 @pytest.mark.parametrize(
