@@ -140,6 +140,10 @@ def test_a_pipeline_needs_ranks(capfd: pytest.CaptureFixture):
     assert "--pipeline needs ranks" in done.stderr
 
 
+FAULTS = {
+    "error": ('raise ValueError("the disk has gone")', "the disk has gone"),
+    "killed": ("os.kill(os.getpid(), 9)", "Signal 9"),
+}
 FAULT = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -167,19 +171,20 @@ sys.exit(generate.main(generate.parse_args({words!r})))
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "rank", "how"),
     [
-        ('raise ValueError("the disk has gone")', "the disk has gone"),
-        ("os.kill(os.getpid(), 9)", "Signal 9"),
+        ("error", 0, []),
+        ("error", 1, []),
+        ("error", 1, ["--pipeline"]),
+        ("killed", 1, []),
+        ("killed", 0, ["--pipeline"]),
     ],
-    ids=["error", "killed"],
 )
-@pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["shares", "pipeline"])
 def test_a_rank_that_dies_ends_the_job_with_its_error_first(
-    rank: int, fault: str, says: str, how: list[str], tmp_path: Path
+    fault: str, rank: int, how: list[str], tmp_path: Path
 ):
+    fault, says = FAULTS[fault]
     words = ["--checkpoint_path", DEMO, *GREEDY, "--max_new_tokens", "100", *how]
     script = tmp_path / "faulty.py"
     script.write_text(FAULT.format(root=str(ROOT), rank=rank, fault=fault, words=words))
