@@ -28,7 +28,7 @@ from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
 from quantized import skeleton
-from ranks import Ranks
+from ranks import PATIENCE, Ranks
 from sampling import GenerationConfig, Sampler
 
 # Prompt tokens of a flight that go on together: the next stage waits for the first of them, and
@@ -86,7 +86,9 @@ class Staged:
             lm,
             prefill=lm.prefill if last else view,
             decode=lm.decode if last else view,
-            sampler=partial(SharedSampler, self.ranks),
+            # A group of its own: NCCL does what two ranks have to do in one group in its order,
+            # and flights would wait for each other's tokens.
+            sampler=partial(SharedSampler, self.ranks, dist.new_group(timeout=PATIENCE)),
             new_caches=partial(flight_caches, self.flights, lm.new_caches),
             flights=flights_of,
             sweep=lm.sweep or SWEEPS[lm.device.type],
@@ -178,19 +180,24 @@ class SharedSampler(Sampler):
     """The last rank draws, and tells the others, which know when they begin to read."""
 
     def __init__(
-        self, ranks: Ranks, config: GenerationConfig, rows: Sequence[int], device: torch.device
+        self,
+        ranks: Ranks,
+        group: dist.ProcessGroup,
+        config: GenerationConfig,
+        rows: Sequence[int],
+        device: torch.device,
     ):
         super().__init__(config, rows, device)
-        self._rank, self._last = ranks.rank, ranks.count - 1
+        self._rank, self._last, self._group = ranks.rank, ranks.count - 1, group
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         if self._rank == self._last:
             tokens = super().__call__(logits, numbers)
             for other in range(self._last):
-                posted.add(dist.isend(tokens, other), tokens)
+                posted.add(dist.isend(tokens, other, self._group), tokens)
             return tokens
         tokens = torch.empty(numbers.shape, dtype=torch.long, device=logits.device)
-        self._coming = dist.irecv(tokens, self._last)
+        self._coming = dist.irecv(tokens, self._last, self._group)
         posted.add(self._coming, tokens)
         return tokens
 

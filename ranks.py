@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+# However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
+PATIENCE = timedelta(weeks=1)
 HEARD = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
 
 
@@ -47,9 +49,7 @@ def join(device: torch.device) -> Ranks | None:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
-    patience = timedelta(weeks=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if ranks.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- for good

@@ -51,7 +51,7 @@ def answers(
         )
     lm = load_model(path, device="cpu", dtype=torch.float32, ranks=ranks, **options)
     if lag and ranks.rank < ranks.count - 1:
-        lm = replace(lm, sampler=partial(LateSampler, lag, ranks))
+        lm = replace(lm, sampler=partial(LateSampler, lag, *lm.sampler.args))
     prompts = [lm.tokenizer.encode(text) for text in texts]
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
     done = complete(lm, prompts, GenerationConfig(**how))
