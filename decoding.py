@@ -104,27 +104,15 @@ def visible_slots(filled: int, most: int) -> int:
 
 
 def plain_steps(
-    lm: LoadedModel,
-    prompts: Texts,
-    caches: Sequence[KVCache],
-    past: int,
-    sampler: Sampler,
-    *given: Any,
+    lm: LoadedModel, prompts: Texts, caches: Sequence[KVCache], *given: Any
 ) -> Iterator[list[list[int]]]:
     """Steps of one new id for each row; given: what launched_steps takes. The host waits for a
     step's ids alone: where the device works by itself, it has been given the next step by then."""
-    flights = lm.flights(caches)
-    if len(flights) > 1:
-        samplers = [sampler.part(torch.tensor(rows, device=lm.device)) for rows, _ in flights]
-        steps = together(
-            [
-                launched_steps(lm, prompts, flight, past, drawing, *given)
-                for flight, drawing in zip(flights, samplers, strict=True)
-            ]
-        )
+    flights = [launched_steps(lm, prompts, flight, *given) for flight in lm.flights(caches)]
+    if lm.flights is not one_flight:
+        steps = together(flights)
     else:
-        steps = launched_steps(lm, prompts, flights[0], past, sampler, *given)
-        steps = launched_ahead(steps) if lm.device.type == "cuda" else steps
+        steps = launched_ahead(flights[0]) if lm.device.type == "cuda" else flights[0]
     for rows, read in steps:
         new = dict(zip(rows, read(), strict=True))
         yield [new.get(row, []) for row in range(len(prompts))]
@@ -143,12 +131,12 @@ def launched_steps(
     computes, and what reads their ids. Once enough rows have ended, caches and sampler are of the
     others alone.
 
-    live: the rows that go on, looked at before every step; the others get nothing, or ids that
-    mean nothing.
+    sampler: of all rows. live: the rows that go on, looked at before every step; the others get
+    nothing, or ids that mean nothing.
     """
     (rows, caches), length = flight, flight[1][0].length
     slots = torch.arange(length, device=lm.device)
-    texts = [prompts[row] for row in rows]
+    texts, sampler = [prompts[row] for row in rows], sampler.part(slots.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, slots)  # (B, 1, V)
     for n in range(count):
