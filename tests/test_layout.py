@@ -184,6 +184,7 @@ def test_the_options_are_those_agreed_on(script: str, options: str, capsys: pyte
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", line) for line in lines]
     return [line.partition("  #")[0] for line in lines if line.startswith("python ")]
 
 
