@@ -24,16 +24,17 @@ Graph = Callable[..., Sequence[Tensor]]
 
 
 def compiled_view(
-    model: Transformer, device: torch.device, lengths_vary: bool = False
+    model: Transformer, device: torch.device, cuda_graphs: bool = True
 ) -> Callable[..., Tensor]:
     """One graph for every number of visible slots and, beyond one, of new tokens per row and of
     tokens that are picked.
 
-    Called as the model is. The model must keep the tensors that it has. lengths_vary: a CUDA graph,
-    which is for one length, would hardly be used again, and the device is busy without.
+    Called as the model is. The model must keep the tensors that it has. cuda_graphs: on a GPU; not
+    for a view whose lengths vary, as such a graph is for one length, nor where the host has a part
+    in the step.
     """
     shortcuts = Shortcuts()
-    settings = compiler_settings(model, device, shortcuts, not lengths_vary)
+    settings = compiler_settings(model, device, shortcuts, cuda_graphs)
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)

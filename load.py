@@ -95,7 +95,7 @@ def load_model(
     if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
         draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
     check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
-    check_pairs(policy, draft, flash, compile)
+    check_pairs(policy, draft, flash)
     check_ranks(ranks, pipeline, views, draft, flash, policy)
     pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
     with compiler_imported(compile):
@@ -205,7 +205,7 @@ def random_model(
     args, fill = model_args(config), random_filler(target)
     tokenizer = id_tokenizer(args.vocab_size)
     check_draft(draft, args.vocab_size, tokenizer, scheme)
-    check_pairs(policy, draft, None, compile)
+    check_pairs(policy, draft, None)
     check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
     with compiler_imported(compile):
         division = divided(ranks, pipeline, flights)
@@ -351,16 +351,11 @@ def check_draft(
 
 
 def check_pairs(
-    policy: Policy | None,
-    draft: str | LoadedModel | None,
-    flash: Flash | None,
-    compile: bool,
+    policy: Policy | None, draft: str | LoadedModel | None, flash: Flash | None
 ) -> None:
     """ValueError for features that do not go together."""
     if flash and policy:
         raise ValueError("--flash leaves neurons on disk, offloading whole layers: choose one")
-    if flash and compile:
-        raise ValueError("--flash reads within a layer, which cannot be compiled: omit --compile")
     if flash and draft in SELF_BITS:
         raise ValueError(
             f"--draft {draft} copies a model that is in memory, and with --flash its neurons are "
@@ -406,10 +401,9 @@ def make_views(
 ) -> LoadedModel:
     """Prefill and decode as two views of one model, each compiled or not."""
     device = model.tok_embeddings.weight.device
-    prefill = (
-        compiled_view(model, device, lengths_vary=True) if compile and compile_prefill else model
-    )
-    decode = compiled_view(model, device) if compile else model
+    by_itself = source_of(model) is None  # else the host reads within a step
+    prefill = compiled_view(model, device, False) if compile and compile_prefill else model
+    decode = compiled_view(model, device, by_itself) if compile else model
     return LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
 
 

@@ -14,6 +14,7 @@ Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons, r rank, C slots, n
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -39,6 +40,18 @@ RECENT = 16  # tokens of each row whose neurons a prompt leaves behind
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 CHUNK = 8 * 2**20  # bytes of records that stream by at a time
 AHEAD = 2  # chunks
+
+# Compiled code calls a layer by this: what it reads depends on what it is given. The number says
+# which one, and is a tensor, so that one compiled block serves all of them.
+torch.library.define(
+    "gpt_flex::sparse_feed_forward", "(Tensor x, Tensor likely, Tensor number) -> Tensor"
+)
+torch.library.register_fake("gpt_flex::sparse_feed_forward")(lambda x, *_: torch.empty_like(x))
+
+
+@torch.library.impl("gpt_flex::sparse_feed_forward", "CompositeExplicitAutograd")
+def called(x: Tensor, likely: Tensor, number: Tensor) -> Tensor:
+    return NUMBERED[int(number)].run(x, likely)
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Tally:
     seen_predicted: int = 0  # of those
     reading: float = 0.0  # seconds from the first request to the last answer
     managing: float = 0.0
-    computing: float = 0.0  # of feed-forward layers, predictions with them
+    computing: float = 0.0  # of feed-forward layers, predictions apart
     meanwhile: float = 0.0  # of that, beside reading
 
     @contextlib.contextmanager
@@ -179,7 +192,7 @@ class Source:
 
 def chunk_size(neurons: int, stride: int) -> int:
     """Neurons that stream by at a time: in a small model, too, a small part of a layer."""
-    return max(1, min(neurons // 8, CHUNK // stride))
+    return max(1, min(neurons // 16, CHUNK // stride))
 
 
 class SparseFeedForward(nn.Module):
@@ -205,25 +218,29 @@ class SparseFeedForward(nn.Module):
 
     def start(self, layer: int, source: Source, slots: int) -> None:
         self.layer, self.source, self.tally = layer, source, source.tally
+        NUMBERED[id(self)] = self
+        self.register_buffer("number", torch.tensor(id(self), device=CPU), persistent=False)
         neurons = len(self.inner_bias) - 1
         self.cache = NeuronCache(neurons, slots, self.format.stride, source.device)
         kernel = has_kernel(self.format, source.device, self.inner_bias.dtype)
         self.products = Products(self.format, self.inner_bias, self.inner_scales, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (N, D)
+        likely = self.predictor(x[:, -MANY:].flatten(0, 1))  # (n, F), of all tokens or the last
+        if torch.compiler.is_compiling():
+            return torch.ops.gpt_flex.sparse_feed_forward(x, likely, self.number)
+        return self.run(x, likely)
+
+    def run(self, x: Tensor, likely: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D). likely: (n, F), which neurons may be active."""
+        rows = x.flatten(0, 1)  # (N, D)
         if len(rows) > MANY:
-            return self._whole(x)
-        with self.tally.timed("computing"):
-            wanted = self._wanted(rows)
+            return self._whole(x, likely)
+        wanted = np.flatnonzero(likely.any(0).cpu().numpy())
         if self.source.residence.prefers_whole(self.cache.missing(wanted)):
             self.tally.whole += 1
-            return self._whole(x)
+            return self._whole(x, likely)
         return self._sparse(rows, wanted).view_as(x)
-
-    def _wanted(self, rows: Tensor) -> np.ndarray:
-        """Ids of the neurons that any row may need, ascending."""
-        return self.predictor(rows).any(0).nonzero().squeeze(1).cpu().numpy()
 
     def _sparse(self, rows: Tensor, wanted: np.ndarray) -> Tensor:
         """(N, D) -> (N, D), by the neurons that are wanted and those that are there."""
@@ -276,10 +293,10 @@ class SparseFeedForward(nn.Module):
             y = y * self.outer_scales
         return (y + self.outer_bias).to(dtype)
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, likely: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) by all neurons; those of the last tokens stay."""
         tally, cache, rows = self.tally, self.cache, x.flatten(0, 1)
-        likely = self.predictor(x[:, -RECENT:].flatten(0, 1))  # (n, F)
+        likely = likely.unflatten(0, (len(x), -1))[:, -RECENT:].flatten(0, 1)  # (n, F)
         times = likely.sum(0).cpu().numpy()  # (F,)
         wanted = np.flatnonzero(times)
         ids, slots, _ = cache.admit(wanted, times[wanted])
@@ -297,6 +314,9 @@ class SparseFeedForward(nn.Module):
                 cache.slab[self._index(slots[here])] = kept
         cache.hold(ids, slots)
         return self._output(y, x.dtype).view_as(x)
+
+
+NUMBERED: weakref.WeakValueDictionary[int, SparseFeedForward] = weakref.WeakValueDictionary()
 
 
 def leave_on_disk(model: Transformer, pack: Pack) -> None:

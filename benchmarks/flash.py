@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,18 @@ from benchmarks.limited import drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
 from checkpoint import Checkpoint, stored_tensors
 from gptq import fill_module
-from load import LoadedModel, load_model, make_views, skeleton
+from load import LoadedModel, compile_now, load_model, make_views, skeleton
 from neurons import NeuronFile
 from pack import flash_directory
 from policy import Policy, Share
 from predictor import gate
+from reads import Work, nothing
 from ring import CPU
 from sparse import Flash, Source, source_of
 from tokenizer import load_tokenizer
 
 DATA = ROOT / ".." / "shared" / "data"
+UNLIMITED = 16e9  # bytes
 FIRST = 32  # tokens after the prompt that are reported apart
 
 
@@ -55,6 +57,7 @@ FIRST = 32  # tokens after the prompt that are reported apart
 def decode(lm: LoadedModel, ids: list[int], prompt: int) -> dict[str, Any]:
     """The text's tokens one by one after a prompt: seconds, bytes and nats of each."""
     caches = lm.make_caches(1, len(ids))
+    compile_now(lm, caches)
     slots = torch.arange(caches[0].length)
     tokens = torch.tensor([ids])
     last = torch.tensor([prompt - 1])
@@ -82,7 +85,7 @@ def bfloat16_bytes(model: nn.Module) -> int:
 def reloaded(args: argparse.Namespace, share: float = 0.0) -> LoadedModel:
     """Layers stream from disk for every token; that share of them stays in memory."""
     policy = Policy(Share(100 * share, 0), micro_batch=1, directory=args.directory)
-    return load_model(args.model, device="cpu", policy=policy)
+    return load_model(args.model, device="cpu", compile=args.compile, policy=policy)
 
 
 def half(args: argparse.Namespace) -> LoadedModel:
@@ -102,12 +105,12 @@ def paged(args: argparse.Namespace) -> LoadedModel:
     model.load_state_dict(mapped, strict=False, assign=True)
     if checkpoint.args.tied:
         model.output.weight = model.tok_embeddings.weight
-    return make_views(model, load_tokenizer(checkpoint.directory), False, False)
+    return make_views(model, load_tokenizer(checkpoint.directory), args.compile, False)
 
 
 def sparse(args: argparse.Namespace) -> LoadedModel:
     flash = Flash(args.share, args.window, args.depth)
-    lm = load_model(args.model, device="cpu", flash=flash)
+    lm = load_model(args.model, device="cpu", compile=args.compile, flash=flash)
     if args.never_whole:  # a small model's layers are read faster than some of their neurons
         source = source_of(lm.model)
         source.residence = replace(source.residence, whole=math.inf)
@@ -188,10 +191,11 @@ def apart(source: Source, path: Path) -> Callable[..., None]:
     step, gap = source.file.stride // 2, source.residence.gap
     file = NeuronFile(path, step, source.residence.depth)
 
-    def fetch(j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor) -> None:
+    def fetch(j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work) -> None:
         for half in range(2):
             first = j * source.region + half * source.neurons * step
-            file.bring(first, ids, slab.data_ptr() + (2 * slots + half) * step, gap)
+            places = slab.data_ptr() + (2 * slots + half) * step
+            file.bring(first, ids, places, gap, nothing if half else meanwhile)
         source.file.nbytes, source.file.requests = file.nbytes, file.requests
 
     return fetch
@@ -289,31 +293,34 @@ def alone(args: argparse.Namespace, name: str, limit: float) -> dict[str, Any]:
     for option in ("window", "depth"):
         if getattr(args, option):
             words += [f"--{option}", getattr(args, option)]
-    words += ["--never_whole"] * args.never_whole
+    words += ["--never_whole"] * args.never_whole + ["--compile"] * args.compile
     return limited(words, int(limit))
 
 
-def limits(args: argparse.Namespace) -> tuple[float, float]:
-    """Bytes of the model, and those that a process takes beside it."""
+def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float]:
+    """Bytes of the model, and those that a process takes beside it. names: of ways to come."""
     if reason := hindrance():
         raise ValueError(f"skipped: {reason}")
     cpu_products.build()  # a compiler takes more memory than what it compiles for
+    for name in names if args.compile else ():
+        alone(args, name, UNLIMITED)  # and leaves its results in a cache
     whole = bfloat16_bytes(skeleton(Checkpoint(args.model).args, None))
-    beside = alone(args, "demo", 2e9)["peak_rss_bytes"]
+    beside = alone(args, "demo", UNLIMITED)["peak_rss_bytes"]
     log(f"the model: {whole / 1e9:.2f} GB; a process beside it: {beside / 1e9:.2f} GB")
     return whole, beside
 
 
 def modes(args: argparse.Namespace) -> dict[str, Any]:
     """The five, in turns."""
-    whole, beside = limits(args)
+    names = args.ways or ("naive", "half", "paged", "oracle", "predictor")
+    whole, beside = limits(args, names)
     limit = args.limit * whole + beside
     shape = Checkpoint(args.model).args
     # An oracle's, beside the limit; while it is made, two layers in float32 for some moments.
     inner = 2 * (shape.n_layers + 8) * shape.hidden_dim * shape.dim
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.repeats):
-        for name in args.ways or ("naive", "half", "paged", "oracle", "predictor"):
+        for name in names:
             run = alone(args, name, limit + inner * (name == "oracle"))
             runs.setdefault(name, []).append(run)
             log(
@@ -335,9 +342,9 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def ablate(args: argparse.Namespace) -> dict[str, Any]:
     """In the form of the paper's table 2, one thing after the other."""
-    whole, beside = limits(args)
-    runs = {}
-    for name in ("naive", "half", "no window, no bundles", "no bundles", "predictor"):
+    runs, names = {}, ("naive", "half", "no window, no bundles", "no bundles", "predictor")
+    whole, beside = limits(args, names)
+    for name in names:
         run = alone(args, name, args.limit * whole + beside)
         runs[name] = [run]
         reading = run.get("reading_s")
@@ -433,6 +440,7 @@ def parse_args() -> argparse.Namespace:
     add("--window", type=float, help="tokens (default: as many as pay)")
     add("--depth", type=int, help="reads at a time (default: as many as pay)")
     add("--never_whole", action="store_true", help="read neurons where a layer were faster")
+    add("--compile", action="store_true", help="every way: its steps, or its blocks")
     add("--prompt", type=int, default=128, help="tokens (default: 128)")
     add("--new", type=int, default=128, help="tokens after them (default: 128)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")

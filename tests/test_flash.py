@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import flash
 import generate as command
 import quantize
+from benchmarks.flash import unbundled
 from checkpoint import Checkpoint
 from disk import page_aligned
 from generate import GenerationConfig, complete
@@ -42,7 +43,7 @@ from neurons import (
 from pack import flash_directory, open_pack
 from predictor import GAPS, WINDOWS, dense, locality
 from quantized import Int4Linear, Int8Linear, nearest
-from reads import Reads, Threads, Work, many_reads, nothing, read_pieces
+from reads import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
 from sparse import Flash, source_of
 from window import Disk, Usage, choose
 
@@ -99,6 +100,8 @@ class Oracle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = nn.functional.linear(x.float(), self.weight, self.bias) > 0
+        if not self.more:
+            return active
         return active | (torch.rand(active.shape, generator=self.draw) < self.more)
 
 
@@ -317,6 +320,35 @@ def test_with_a_draft(family: str, draft: str, models: dict[str, Path]):
     assert texts(lm) == texts(in_memory(path))
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("opt", {"compile_prefill": True}), ("reglu", {"draft": "ngram", "speculate_k": 3})],
+    ids=str,
+)
+def test_compiled(family: str, options: dict, models: dict[str, Path]):
+    """Distinct prompts in a batch, alone, and long ones, which stream."""
+    path = models[family]
+    other = in_memory(path)
+    lm = foresee(sparse(path, compile=True, **options), path, more=0)
+    expected = texts(other)
+    assert texts(lm) == expected
+    (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
+    assert alone.ids == expected[2]
+    prompts = [lm.tokenizer.encode(" ".join(TEXTS * n)) for n in (8, 5)]
+    got, wanted = ([c.ids for c in complete(model, prompts, GREEDY)] for model in (lm, other))
+    assert got == wanted
+    tally = source_of(lm.model).tally
+    assert tally.calls and tally.missed and tally.seen_active
+
+
+def test_unbundled_records_of_the_benchmark(models: dict[str, Path]):
+    path = models["opt"]
+    lm = foresee(sparse(path), path)
+    unbundled(lm)
+    assert texts(lm) == texts(in_memory(path))
+    assert source_of(lm.model).file.requests
+
+
 @pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"dtype": torch.bfloat16}], ids=str)
 def test_with_other_caches_and_dtypes(options: dict, models: dict[str, Path]):
     """bfloat16 sums in another order: logits are near, and not the same."""
@@ -526,9 +558,10 @@ def test_a_pack_is_verified_once(models: dict[str, Path], monkeypatch: pytest.Mo
     sparse(models["opt"])
 
 
-def test_a_pack_cut_short_while_it_is_read(models: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_pack_cut_short_while_it_is_read(compile: bool, models: dict[str, Path], tmp_path: Path):
     directory = shutil.copytree(models["opt"] / "model.flash", tmp_path / "model.flash")
-    lm = sparse(models["opt"], directory=directory)
+    lm = sparse(models["opt"], directory=directory, compile=compile)
     os.truncate(directory / "neurons.bin", 0)
     with pytest.raises(ValueError, match="cut short"):
         texts(lm)
@@ -638,6 +671,20 @@ def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Pa
     assert interrupted
 
 
+def test_a_queue_is_closed_when_python_has_taken_its_modules_apart(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    queue = many_reads(8)
+    if not isinstance(queue, Uring):
+        pytest.skip("there is no io_uring here")
+    file = queue._queue
+    monkeypatch.setattr("reads.os", None)
+    queue.__del__()
+    with pytest.raises(OSError):
+        os.fstat(file)
+    queue._queue = -1
+
+
 @pytest.fixture(autouse=True)
 def alarms_are_ctrl_c():
     def interrupt(*_: object) -> None:
@@ -662,10 +709,9 @@ def test_too_little_memory_says_how_much_would_do(models: dict[str, Path]):
         sparse(models["opt"], memory=0.6, window=16.0)
 
 
-@pytest.mark.parametrize("options", [{"compile": True}, {"draft": "self-int4"}], ids=str)
-def test_pairs_that_cannot_be(options: dict, models: dict[str, Path]):
+def test_pairs_that_cannot_be(models: dict[str, Path]):
     with pytest.raises(ValueError, match="--flash"):
-        sparse(models["opt"], **options)
+        sparse(models["opt"], draft="self-int4")
 
 
 # The command.
