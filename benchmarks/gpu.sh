@@ -112,8 +112,11 @@ elif [[ $what == flash ]]; then
     part pack 120 "$python" flash.py --checkpoint_path "$scratch/opt" --device "$device" \
         --calibration_file "$text"
     part check 120 "$python" -m pytest -q -m gpu tests/test_flash.py
-    part decode 60 "$python" generate.py --checkpoint_path "$scratch/opt" --device "$device" --flash \
-        --dram_budget 80% --bench --json --prompt 64 --max_new_tokens 64
+    for how in "" --compile; do
+        part "decode$how" 100 "$python" generate.py --checkpoint_path "$scratch/opt" \
+            --device "$device" --flash --dram_budget 80% --bench --json --prompt 64 \
+            --max_new_tokens 64 ${how:+"$how"}
+    done
 elif [[ $what == ranks ]]; then
     count=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     ((count > 1)) || say "there are $count GPUs here, and this takes two"

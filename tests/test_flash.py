@@ -303,12 +303,12 @@ def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu(kind: str, models: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu(kind: str, compile: bool, models: dict[str, Path], tmp_path: Path):
     path, directory = models["opt"], tmp_path / "model.flash"
     pack(path, "--neurons", kind, "--flash_dir", directory)
-    assert texts(sparse(path, directory=directory, device="cuda")) == texts(
-        sparse(path, directory=directory)
-    )
+    there = sparse(path, directory=directory, device="cuda", compile=compile)
+    assert texts(there) == texts(sparse(path, directory=directory))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
