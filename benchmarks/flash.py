@@ -37,6 +37,7 @@ from benchmarks.common import ROOT, Others, exit_code, log, show, spread
 from benchmarks.limited import drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
 from checkpoint import Checkpoint, stored_tensors
+from decoding import visible_slots
 from gptq import fill_module
 from load import LoadedModel, compile_now, load_model, make_views, skeleton
 from neurons import NeuronFile
@@ -64,8 +65,9 @@ def decode(lm: LoadedModel, ids: list[int], prompt: int) -> dict[str, Any]:
     lm.prefill(tokens[:, :prompt], slots[None, :prompt], slots[:prompt], caches, last)
     seconds, nats, read = [], [], [bytes_read()]
     for n in range(prompt, len(ids) - 1):
+        visible = slots[: visible_slots(n + 1, len(slots))]
         start = time.perf_counter()
-        logits = lm.decode(tokens[:, n : n + 1], slots[None, n : n + 1], slots[: n + 1], caches)
+        logits = lm.decode(tokens[:, n : n + 1], slots[None, n : n + 1], visible, caches)
         seconds.append(time.perf_counter() - start)
         read.append(bytes_read())
         nats.append(F.cross_entropy(logits[0].float(), tokens[0, n + 1 : n + 2]).item())
