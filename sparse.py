@@ -43,6 +43,7 @@ AHEAD = 2  # chunks
 
 # Compiled code calls a layer by this: what it reads depends on what it is given. The number says
 # which one, and is a tensor, so that one compiled block serves all of them.
+NUMBERED: weakref.WeakValueDictionary[int, "SparseFeedForward"] = weakref.WeakValueDictionary()
 torch.library.define(
     "gpt_flex::sparse_feed_forward", "(Tensor x, Tensor likely, Tensor number) -> Tensor"
 )
@@ -226,7 +227,8 @@ class SparseFeedForward(nn.Module):
         self.products = Products(self.format, self.inner_bias, self.inner_scales, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        likely = self.predictor(x[:, -MANY:].flatten(0, 1))  # (n, F), of all tokens or the last
+        last = max(RECENT, MANY // len(x))  # tokens of each row: all, or what a prompt leaves
+        likely = self.predictor(x[:, -last:].flatten(0, 1))  # (n, F)
         if torch.compiler.is_compiling():
             return torch.ops.gpt_flex.sparse_feed_forward(x, likely, self.number)
         return self.run(x, likely)
@@ -314,9 +316,6 @@ class SparseFeedForward(nn.Module):
                 cache.slab[self._index(slots[here])] = kept
         cache.hold(ids, slots)
         return self._output(y, x.dtype).view_as(x)
-
-
-NUMBERED: weakref.WeakValueDictionary[int, SparseFeedForward] = weakref.WeakValueDictionary()
 
 
 def leave_on_disk(model: Transformer, pack: Pack) -> None:
