@@ -88,6 +88,8 @@ class Residence:
 
     def prefers_whole(self, missing: np.ndarray) -> bool:
         """Whether a layer is read faster than so many of its neurons are, ascending ids."""
+        if self.seconds(1, len(missing), len(missing)) <= self.whole:  # wherever they are
+            return False
         requests = 1 + np.count_nonzero(missing[1:] - missing[:-1] > self.gap + 1)
         return self.seconds(1, requests, len(missing)) > self.whole
 

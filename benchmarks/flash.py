@@ -9,7 +9,8 @@
 Start at WAYS. Every way decodes the same text, given token by token, in a process of its own, with
 the page cache empty and memory limited by the kernel: to a share of the model's bytes, and to what
 a process takes that does the same with the demo model. Bytes read are counted by the reader and by
-the operating system (/proc/self/io).
+the operating system (/proc/self/io). A shared disk drifts by a factor of two within minutes: --rate
+holds it to what it gives at all times.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import cpu_products
 from bench import provenance
 from benchmarks.common import ROOT, Others, exit_code, log, show, spread
-from benchmarks.limited import drop_cache, hindrance, limited
+from benchmarks.limited import Rate, drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
 from checkpoint import Checkpoint, stored_tensors
 from decoding import visible_slots
@@ -126,8 +127,12 @@ class Oracle(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
 
+    def values(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, F), behind the ReLU."""
+        return F.linear(x, self.weight, self.bias).relu()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) > 0
+        return self.values(x) > 0
 
 
 def oracles(path: Path, dtype: torch.dtype) -> list[Oracle]:
@@ -296,12 +301,16 @@ def alone(args: argparse.Namespace, name: str, limit: float) -> dict[str, Any]:
         if getattr(args, option):
             words += [f"--{option}", getattr(args, option)]
     words += ["--never_whole"] * args.never_whole + ["--compile"] * args.compile
-    return limited(words, int(limit))
+    return limited(words, int(limit), rate=rate_of(args))
+
+
+def rate_of(args: argparse.Namespace) -> Rate | None:
+    return Rate(args.model, int(args.rate)) if args.rate else None
 
 
 def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float]:
     """Bytes of the model, and those that a process takes beside it. names: of ways to come."""
-    if reason := hindrance():
+    if reason := hindrance(rate_of(args)):
         raise ValueError(f"skipped: {reason}")
     cpu_products.build()  # a compiler takes more memory than what it compiles for
     for name in names if args.compile else ():
@@ -377,13 +386,15 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     means = {name: statistics.mean(values) for name, values in nats.items()}
     change = np.exp(means["sparse"] - means["dense"]) - 1
     watched = [layer.feed_forward.predictor for layer in lm.model.layers]
-    active, predicted, found = (
-        sum(getattr(w, name) for w in watched) for name in ("active", "predicted", "found")
+    active, predicted, found, mass, mass_found = (
+        sum(getattr(w, name) for w in watched)
+        for name in ("active", "predicted", "found", "mass", "mass_found")
     )
     log(
         f"{len(nats['dense'])} tokens: perplexity {np.exp(means['dense']):.3f} dense, "
-        f"{change:+.2%} sparse; {found / active:.1%} of the active neurons predicted, "
-        f"{predicted / active:.2f} for one that is active"
+        f"{change:+.2%} sparse; {found / active:.1%} of the active neurons predicted, with "
+        f"{mass_found / mass:.2%} of what they give; {predicted / active:.2f} for one that is "
+        "active"
     )
     layers = [
         {"recall": w.found / max(w.active, 1), "over": w.predicted / max(w.active, 1)}
@@ -394,6 +405,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "nats": means,
         "perplexity_change": float(change),
         "recall": found / active,
+        "mass_recall": mass_found / mass,
         "predicted_over_active": predicted / active,
         "layers": layers,
         "flash": sparse_figures(lm, len(nats["sparse"]), (0, 0), {"read": [0]}),
@@ -401,20 +413,26 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Watched(nn.Module):
-    """A predictor, and how it compares with an oracle where single tokens are decoded."""
+    """A predictor, and how it compares with an oracle where single tokens are decoded.
+
+    mass: the sum of what is behind the ReLU, of all neurons; of those that were found.
+    """
 
     def __init__(self, predictor: nn.Module, oracle: Oracle):
         super().__init__()
         self.predictor, self.oracle = predictor, oracle
         self.active = self.predicted = self.found = 0
+        self.mass = self.mass_found = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.predictor(x)
         if len(x) == 1:
-            active = self.oracle(x)
-            self.active += int(active.sum())
+            values = self.oracle.values(x)
+            self.active += int((values > 0).sum())
             self.predicted += int(mask.sum())
-            self.found += int((active & mask).sum())
+            self.found += int((values[mask] > 0).sum())
+            self.mass += values.float().sum().item()
+            self.mass_found += values[mask].float().sum().item()
         return mask
 
 
@@ -439,6 +457,7 @@ def parse_args() -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, help="of mode modes (default: five)")
     add("--share", type=float, default=0.5, help="of the weights' bytes in memory (default: 0.5)")
     add("--limit", type=float, default=0.52, help="the same, enforced (default: 0.52)")
+    add("--rate", type=float, help="bytes a second at most that the disk gives, such as 1e9")
     add("--window", type=float, help="tokens (default: as many as pay)")
     add("--depth", type=int, help="reads at a time (default: as many as pay)")
     add("--never_whole", action="store_true", help="read neurons where a layer were faster")

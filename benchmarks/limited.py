@@ -1,11 +1,12 @@
-"""Run a command under a memory limit that the kernel enforces, by a control group of its own.
+"""Run a command under limits that the kernel enforces, of memory and of a disk's rate.
 
     python benchmarks/limited.py --limit 1.1e9 -- python benchmarks/offload_peers.py ...
 
 Start at limited. Page cache counts: a page of a file is charged to the group that first read it,
 so a mapped file larger than the limit must come from disk again and again. What another group
-read before costs nothing, however, so drop_cache the files first. Linux, cgroups 1 or 2, and the
-right to make one: hindrance says what is missing.
+read before costs nothing, however, so drop_cache the files first. A disk can be held to a rate,
+too, where its own drifts with what others do. Linux, cgroups 1 or 2, and the right to make a group:
+hindrance says what is missing.
 """
 
 import argparse
@@ -26,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import exit_code
 
 MOUNTED = Path("/sys/fs/cgroup")
-ENTER = 'echo $$ > "$0" && exec "$@"'  # not preexec_fn, which may deadlock beside threads
+# Groups, --, and what to run in them: not by preexec_fn, which may deadlock beside threads.
+ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
 
 
 class OutOfMemory(ChildProcessError):
@@ -57,8 +59,24 @@ VERSIONS = (
 
 
 @dataclass(frozen=True)
+class Rate:
+    """What may be read in a second from the disk that a file lies on."""
+
+    file: Path
+    nbytes: int
+
+    def disk(self) -> str:
+        """Its numbers; OSError where the file lies on none."""
+        device = self.file.stat().st_dev
+        entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+        if (entry / "partition").exists():  # only whole disks have rates
+            entry = entry.parent
+        return (entry / "dev").read_text().strip()
+
+
+@dataclass(frozen=True)
 class Group:
-    """A control group with a memory limit."""
+    """A control group."""
 
     path: Path
     version: Version
@@ -95,18 +113,22 @@ class Group:
 
 
 def limited(
-    command: Sequence[object], limit_bytes: int, env: dict[str, str] | None = None
+    command: Sequence[object],
+    limit_bytes: int,
+    env: dict[str, str] | None = None,
+    rate: Rate | None = None,
 ) -> dict[str, Any]:
-    """The JSON object on the last line that a command prints, run alone under a memory limit.
+    """The JSON object on the last line that a command prints, run alone under a memory limit, and
+    with a disk no faster than a rate.
 
     With it goes cgroup_peak_bytes, which page cache usually fills to the limit. Raises
     OutOfMemory where the kernel killed it, ChildProcessError where it failed, both in one line,
     and OSError where there is no such limit, see hindrance.
     """
     words = [str(word) for word in command]
-    with new_group(limit_bytes) as group:
+    with new_group(limit_bytes) as group, slow_disk(group, rate) as groups:
         done = subprocess.run(
-            ["sh", "-c", ENTER, str(group.procs), *words],
+            ["sh", "-c", ENTER, "sh", *(str(group.procs) for group in groups), "--", *words],
             env=os.environ | (env or {}),
             capture_output=True,
             text=True,
@@ -131,6 +153,25 @@ def new_group(limit_bytes: int) -> Iterator[Group]:
             yield group
         finally:
             group.remove()
+
+
+@contextmanager
+def slow_disk(group: Group, rate: Rate | None) -> Iterator[list[Group]]:
+    """The groups to be in for a disk no faster than that: in version 1 rates have groups apart."""
+    if rate is None:
+        yield [group]
+    elif (group.path / "io.max").exists():
+        (group.path / "io.max").write_text(f"{rate.disk()} rbps={rate.nbytes}")
+        yield [group]
+    else:
+        second = Group(MOUNTED / "blkio" / group.path.name, group.version)
+        second.path.mkdir()
+        try:
+            slowed = second.path / "blkio.throttle.read_bps_device"
+            slowed.write_text(f"{rate.disk()} {rate.nbytes}")
+            yield [group, second]
+        finally:
+            second.remove()
 
 
 @contextmanager
@@ -186,12 +227,13 @@ def places() -> Iterator[Path]:
             yield from outer or [MOUNTED]
 
 
-def hindrance() -> str | None:
-    """Why no memory limit can be enforced here, in one line; None where it can."""
+def hindrance(rate: Rate | None = None) -> str | None:
+    """Why no memory limit, or rate, can be enforced here, in one line; None where it can."""
     try:
-        limited(["echo", "{}"], 2**30)
+        limited(["echo", "{}"], 2**30, rate=rate)
     except OSError as error:
-        return f"no memory limit can be enforced: {error}; it takes Linux, cgroups and mostly root"
+        what = "memory limit and rate" if rate else "memory limit"
+        return f"no {what} can be enforced: {error}; it takes Linux, cgroups and mostly root"
     return None
 
 

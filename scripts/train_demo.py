@@ -63,6 +63,10 @@ CONFIGS = {
         "hidden_size": 384, "word_embed_proj_dim": 384, "ffn_dim": 1536, "num_hidden_layers": 8,
         "num_attention_heads": 12,
     },
+    "opt-sparse-41m": OPT | {
+        "hidden_size": 640, "word_embed_proj_dim": 640, "ffn_dim": 2560, "num_hidden_layers": 8,
+        "num_attention_heads": 10,
+    },
 }  # fmt: skip
 DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
