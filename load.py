@@ -437,6 +437,8 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     meet_shapes(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (drafting := lm.draft.views(caches)):
         meet_shapes(*drafting)
+    if (source := source_of(lm.model)) and not lm.any_rows:
+        source.count_anew()
 
 
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:

@@ -180,6 +180,11 @@ class Source:
             found = tally.seen_predicted / tally.seen_active
             yield f"  recall      {found:.1%} of the neurons that were active in layers read whole"
 
+    def count_anew(self) -> None:
+        """What came so far, as shapes were met, is no token's."""
+        vars(self.tally).update(vars(Tally()))
+        self.file.nbytes = self.file.requests = 0
+
     def streamed(self, j: int) -> Iterator[tuple[int, Tensor]]:
         """All neurons of a layer: the first of each chunk, and its records, (n, stride)."""
         for start, end in self.chunks:

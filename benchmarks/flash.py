@@ -199,11 +199,13 @@ def apart(source: Source, path: Path) -> Callable[..., None]:
     file = NeuronFile(path, step, source.residence.depth)
 
     def fetch(j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work) -> None:
+        file.nbytes = file.requests = 0
         for half in range(2):
             first = j * source.region + half * source.neurons * step
             places = slab.data_ptr() + (2 * slots + half) * step
             file.bring(first, ids, places, gap, nothing if half else meanwhile)
-        source.file.nbytes, source.file.requests = file.nbytes, file.requests
+        source.file.nbytes += file.nbytes
+        source.file.requests += file.requests
 
     return fetch
 
@@ -226,9 +228,6 @@ def way(args: argparse.Namespace) -> dict[str, Any]:
         args.model, args.way = ROOT / "checkpoints" / "demo-opt", "naive"
     lm = WAYS[args.way](args)
     ids = text_ids(lm, args)
-    source = source_of(lm.model)
-    if source:
-        reset = source.file.nbytes, source.file.requests
     start = time.perf_counter()
     found = decode(lm, ids, args.prompt)
     settled = found["seconds"][FIRST:] or found["seconds"]
@@ -245,26 +244,24 @@ def way(args: argparse.Namespace) -> dict[str, Any]:
         "resident_bytes": resident(lm.model),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    return figures | (sparse_figures(lm, len(found["seconds"]), reset, found) if source else {})
+    sparsely = source_of(lm.model) is not None
+    return figures | (sparse_figures(lm, len(found["seconds"]), found) if sparsely else {})
 
 
-def sparse_figures(
-    lm: LoadedModel, tokens: int, before: tuple[int, int], found: dict[str, Any]
-) -> dict[str, Any]:
+def sparse_figures(lm: LoadedModel, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
     source = source_of(lm.model)
     tally, file = source.tally, source.file
     slots = sum(len(layer.feed_forward.cache) for layer in lm.model.layers)
     layers, kept = lm.model.args.n_layers, slots * file.stride
     staged = 2 * max(end - start for start, end in source.chunks) * file.stride
-    nbytes, requests = file.nbytes - before[0], file.requests - before[1]
-    share = (nbytes + tally.whole * source.region) / tokens / (layers * source.region)
+    counted = file.nbytes + tally.whole * source.region
     return {
         "resident_bytes": resident(lm.model) + kept + staged,
         "slots_share": slots / layers / source.neurons,
-        "counted_per_token": (nbytes + tally.whole * source.region) / tokens,
-        "system_over_counted": sum(found["read"]) / max(1, nbytes + tally.whole * source.region),
-        "share_of_ffn": share,
-        "requests_per_token": requests / tokens,
+        "counted_per_token": counted / tokens,
+        "system_over_counted": sum(found["read"]) / max(1, counted),
+        "share_of_ffn": counted / tokens / (layers * source.region),
+        "requests_per_token": file.requests / tokens,
         "hit_rate": 1 - tally.missed / max(1, tally.predicted),
         "predicted_share": tally.predicted / max(1, tally.calls) / source.neurons,
         "predicted_over_active": tally.predicted / max(1, tally.active),
@@ -273,7 +270,9 @@ def sparse_figures(
         "managing_s": tally.managing / tokens,
         "feed_forward_s": tally.computing / tokens,
         "expected_reading_s": source.residence.reading,
-        "rates_reading_s": source.residence.seconds(tally.fetches, requests, nbytes // file.stride)
+        "rates_reading_s": source.residence.seconds(
+            tally.fetches, file.requests, file.nbytes // file.stride
+        )
         / tokens,
         "direct": file.direct,
         "window": source.residence.window,
@@ -408,7 +407,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "mass_recall": mass_found / mass,
         "predicted_over_active": predicted / active,
         "layers": layers,
-        "flash": sparse_figures(lm, len(nats["sparse"]), (0, 0), {"read": [0]}),
+        "flash": sparse_figures(lm, len(nats["sparse"]), {"read": [0]}),
     }
 
 

@@ -27,7 +27,7 @@ from checkpoint import Checkpoint
 from disk import page_aligned
 from generate import GenerationConfig, complete
 from gptq import fill_module
-from load import LoadedModel, load_model, skeleton
+from load import LoadedModel, compile_now, load_model, skeleton
 from neurons import (
     GATED,
     KINDS,
@@ -44,7 +44,7 @@ from pack import flash_directory, open_pack
 from predictor import GAPS, WINDOWS, dense, locality
 from quantized import Int4Linear, Int8Linear, nearest
 from reads import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
-from sparse import Flash, source_of
+from sparse import Flash, Tally, source_of
 from window import Disk, Usage, choose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,6 +330,9 @@ def test_compiled(family: str, options: dict, models: dict[str, Path]):
     path = models[family]
     other = in_memory(path)
     lm = foresee(sparse(path, compile=True, **options), path, more=0)
+    compile_now(lm, lm.make_caches(len(TEXTS), 64))
+    source = source_of(lm.model)
+    assert source.tally == Tally() and not source.file.requests  # which is no token's
     expected = texts(other)
     assert texts(lm) == expected
     (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
@@ -337,8 +340,7 @@ def test_compiled(family: str, options: dict, models: dict[str, Path]):
     prompts = [lm.tokenizer.encode(" ".join(TEXTS * n)) for n in (8, 5)]
     got, wanted = ([c.ids for c in complete(model, prompts, GREEDY)] for model in (lm, other))
     assert got == wanted
-    tally = source_of(lm.model).tally
-    assert tally.calls and tally.missed and tally.seen_active
+    assert source.tally.calls and source.tally.missed and source.tally.seen_active
 
 
 def test_unbundled_records_of_the_benchmark(models: dict[str, Path]):
