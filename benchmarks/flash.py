@@ -323,6 +323,9 @@ def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float
 def modes(args: argparse.Namespace) -> dict[str, Any]:
     """The five, in turns."""
     names = args.ways or ("naive", "half", "paged", "oracle", "predictor")
+    if "paged" in names and (path := Checkpoint(args.model).path).suffix != ".pth":
+        log(f"paged: skipped; a model.pth has tensors that can be mapped, and this is {path}")
+        names = [name for name in names if name != "paged"]
     whole, beside = limits(args, names)
     limit = args.limit * whole + beside
     shape = Checkpoint(args.model).args
