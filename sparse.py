@@ -262,7 +262,7 @@ class SparseFeedForward(nn.Module):
         if len(rows) > MANY:
             return self._whole(x, likely)
         wanted = np.flatnonzero(likely.any(0).cpu().numpy())
-        if self.source.residence.prefers_whole(self.cache.missing(wanted)):
+        if self.source.residence.prefers_whole(self.cache.missing(wanted), len(self.cache)):
             self.tally.whole += 1
             return self._whole(x, likely)
         return self._sparse(rows, wanted).view_as(x)

@@ -86,12 +86,14 @@ class Residence:
         """What the disk's rates say that so much takes."""
         return calls * self.call + requests * self.request + records * self.record
 
-    def prefers_whole(self, missing: np.ndarray) -> bool:
-        """Whether a layer is read faster than so many of its neurons are, ascending ids."""
-        if self.seconds(1, len(missing), len(missing)) <= self.whole:  # wherever they are
+    def prefers_whole(self, missing: np.ndarray, slots: int) -> bool:
+        """Whether a layer is read faster than so many of its neurons are, ascending ids, by calls
+        that each fill its slots."""
+        calls = -(-len(missing) // slots)
+        if self.seconds(calls, len(missing), len(missing)) <= self.whole:  # wherever they are
             return False
         requests = 1 + np.count_nonzero(missing[1:] - missing[:-1] > self.gap + 1)
-        return self.seconds(1, requests, len(missing)) > self.whole
+        return self.seconds(calls, max(calls, requests), len(missing)) > self.whole
 
     def lines(self, neurons: int) -> list[str]:
         share = 100 * sum(self.slots) / (neurons * len(self.slots))

@@ -45,7 +45,7 @@ from predictor import GAPS, WINDOWS, dense, locality
 from quantized import Int4Linear, Int8Linear, nearest
 from reads import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
 from sparse import Flash, Tally, source_of
-from window import Disk, Usage, choose
+from window import Disk, Residence, Usage, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -731,6 +731,19 @@ def test_the_command_says_what_was_expected_and_what_came(
     said = capsys.readouterr()
     assert said.out.startswith(TEXTS[0])
     assert "flash: " in said.err and "expected" in said.err and "came" in said.err
+
+
+def test_what_is_read_whole():
+    """Few slots are filled many times over, each by a call."""
+    rates = {"call": 100.0, "request": 10.0, "record": 1.0, "whole": 400.0}
+    rest = dict.fromkeys(("window", "depth", "reading", "computing", "meanwhile", "nbytes"), 0)
+    residence = Residence(slots=(), gap=1, requests=0, **rates, **rest)
+    apart, near = np.arange(0, 90, 3), np.arange(30)  # 30 requests, and one
+    assert residence.prefers_whole(apart, 30) and not residence.prefers_whole(near, 30)
+    assert not residence.prefers_whole(apart[:27], 27)
+    assert not residence.prefers_whole(near, 15) and residence.prefers_whole(near, 9)
+    assert not residence.prefers_whole(near[:0], 1) and not residence.prefers_whole(near[:3], 1)
+    assert residence.prefers_whole(near[:4], 1)
 
 
 def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
