@@ -96,7 +96,7 @@ class Tally:
 
 class Timed:
     """Adds the seconds in which it is entered to one of a tally's. (A generator with contextlib's
-    decorator takes three times as long, and a token enters forty of them.)"""
+    decorator takes four times as long, and a token enters forty of them.)"""
 
     def __init__(self, tally: Tally, what: str):
         self.tally, self.what = tally, what

@@ -255,6 +255,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--limit", type=float, required=True, help="bytes, such as 1.1e9")
+    add("--rate", type=float, help="bytes a second at most from the disk that this directory is on")
     add("--drop", type=Path, nargs="*", default=[], help="read these from disk, not from cache")
     add("command", nargs="+", help="prints a JSON object as its last line")
     return parser.parse_args()
@@ -263,7 +264,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     for path in args.drop:
         drop_cache(path)
-    return limited(args.command, args.limit)
+    rate = Rate(Path.cwd(), int(args.rate)) if args.rate else None
+    return limited(args.command, args.limit, rate=rate)
 
 
 if __name__ == "__main__":
