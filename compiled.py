@@ -1,7 +1,9 @@
 """A model's step as one compiled graph: how it is compiled, and how it is called.
 
-Start at compiled_view. As in gpt-fast the whole step is under torch.compile, with CUDA graphs where
-there is a GPU, over a KV cache that does not move.
+Start at compiled_view. As in gpt-fast the whole step is under torch.compile, over a KV cache that
+does not move. On a GPU the step is then recorded as a CUDA graph (CudaGraphs): by ourselves and not
+by torch.compile's mode "reduce-overhead", which would check the address of every weight at each
+step, record again for new caches, and warn of each size of the visible cache.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import importlib
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from cpu_products import TiledLinear
+from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
+from quantized import shallow_copy
 from ranks import one_shot_sums
 
 FRAME = 2**13  # words of Python's stack, 64 kB
@@ -34,21 +39,14 @@ def compiled_view(
     in the step.
     """
     shortcuts = Shortcuts()
-    settings = compiler_settings(model, device, shortcuts, cuda_graphs)
+    settings = compiler_settings(model, device, shortcuts)
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
-    def view(
+    def step(
         tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
-        # A graph holds for certain strides only, even those of dimensions of size 1.
-        tokens, pos, *at = (
-            t.clone(memory_format=torch.contiguous_format) for t in (tokens, pos, *at)
-        )
-        given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
-        if (logits := shortcuts.take(given)) is not None:
-            return logits
         torch._dynamo.mark_dynamic(slots, 0)
         if tokens.shape[1] > 1:
             torch._dynamo.mark_dynamic(tokens, 1)
@@ -56,14 +54,29 @@ def compiled_view(
         for picked in at:
             if len(picked) > 1:
                 torch._dynamo.mark_dynamic(picked, 0)
+        return compiled(tokens, pos, slots, caches, *at)
+
+    def view(
+        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+    ) -> Tensor:
+        tokens, pos, *at = map(fresh, (tokens, pos, *at))
+        given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
+        if (logits := shortcuts.take(given)) is not None:
+            return logits
         with shortcuts.watching(given):
-            return compiled(tokens, pos, slots, caches, *at)
+            return step(tokens, pos, slots, caches, *at)
 
     # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
     # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
     # this large begins a chunk of its own, which has room for all that it calls.
     view.__code__ = view.__code__.replace(co_stacksize=FRAME)
-    return view
+    return CudaGraphs(step, device) if cuda_graphs and device.type == "cuda" else view
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A contiguous copy: compiled code holds for certain strides only, even those of dimensions of
+    size 1."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
@@ -75,14 +88,14 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     def call(block: nn.Module, *given: Any) -> Tensor:
         return block(*given)
 
-    settings = compiler_settings(model, device, Shortcuts(), cuda_graphs=False)
+    settings = compiler_settings(model, device, Shortcuts())
     torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(call, fullgraph=True, dynamic=False, **settings)
 
     def run(
         block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
     ) -> Tensor:
-        x, mask, pos = (t.clone(memory_format=torch.contiguous_format) for t in (x, mask, pos))
+        x, mask, pos = map(fresh, (x, mask, pos))
         torch._dynamo.mark_dynamic(mask, 3)
         if x.shape[1] > 1:
             for tensor, dimension in (
@@ -95,6 +108,122 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
         return compiled(block, x, rotation, mask, pos, cache)
 
     return run
+
+
+class CudaGraphs:
+    """A view whose calls are replayed as CUDA graphs: one for each shape of what it is given.
+
+    A graph reads and writes at the addresses that it was recorded with. Those of the weights stay;
+    tokens and positions are copied to the graph's own; caches are told apart by their addresses,
+    and as many sets of them as KEPT have graphs. ReusedCaches sees to it that a new call has the
+    addresses of an earlier one. The first call of a shape runs as it is, since kernels may have to
+    be compiled, and the second one is recorded.
+    """
+
+    KEPT = 4  # sets of caches, the latest
+
+    def __init__(self, step: Callable[..., Tensor], device: torch.device):
+        self.step, self.device = step, device
+        self.sets: dict[Any, dict[Any, RecordedStep | None]] = {}
+        self.recorded = self.nbytes = 0  # graphs so far, and the memory that recording them took
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(
+        self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+    ) -> Tensor:
+        graphs = self._graphs_of(caches)
+        key = tokens.shape, slots.shape, *(picked.shape for picked in at)
+        if key not in graphs:
+            graphs[key] = None
+            return self.step(fresh(tokens), fresh(pos), slots, caches, *map(fresh, at))
+        graph = graphs[key]
+        if graph is None:
+            graph = graphs[key] = self._record(tokens, pos, slots, caches, *at)
+        return graph(tokens, pos, *at)
+
+    @property
+    def held(self) -> int:
+        """Graphs that can be replayed."""
+        return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
+
+    def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":
+        key = tuple(t.data_ptr() for c in caches for t in c._buffers.values())
+        graphs = self.sets.pop(key, {})
+        while len(self.sets) >= self.KEPT:
+            self.sets.pop(next(iter(self.sets)))
+        self.sets[key] = graphs  # the latest stands last
+        return graphs
+
+    def _record(self, *given: Any) -> "RecordedStep":
+        free = torch.cuda.mem_get_info(self.device)[0]
+        graph = RecordedStep(self.step, self._pool, *given)
+        self.recorded += 1
+        self.nbytes += max(0, free - torch.cuda.mem_get_info(self.device)[0])
+        return graph
+
+
+class RecordedStep:
+    """A step as a CUDA graph, with the inputs that it reads and the logits that it writes."""
+
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        pool: Any,
+        tokens: Tensor,
+        pos: Tensor,
+        slots: Tensor,
+        caches: Sequence[KVCache],
+        *at: Tensor,
+    ):
+        self.inputs = [fresh(t) for t in (tokens, pos, *at)]
+        self.slots = slots.clone()  # always the same numbers, but the graph needs their memory
+        self.graph = torch.cuda.CUDAGraph()
+        tokens, pos, *at = self.inputs
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.logits = step(tokens, pos, self.slots, caches, *at)
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        for mine, new in zip(self.inputs, given, strict=True):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.logits.clone()  # all graphs share memory: another one writes there
+
+
+class ReusedCaches:
+    """Makes caches, in the memory of earlier ones that are gone: see CudaGraphs.
+
+    They may be longer than was asked for. make: LoadedModel.new_caches of a model that is whole.
+    """
+
+    def __init__(self, make: Callable[..., Sequence[KVCache]]):
+        self.make = make
+        # Of each layer, a cache of the same memory, and whether the one handed out is still used.
+        self.latest: list[tuple[KVCache, weakref.ref[KVCache]]] = []
+        self.shape = 0, 0  # rows and length of those
+
+    def __call__(self, lm: Any, batch: int, length: int) -> Sequence[KVCache]:
+        rows, longest = self.shape
+        gone = all(alive() is None for _, alive in self.latest)
+        if not gone or rows != batch or longest < length:
+            if gone:
+                self.latest = []  # before there are new ones
+            caches = self.make(lm, batch, length)
+            self.shape = batch, length
+        else:
+            caches = [shallow_copy(cache) for cache, _ in self.latest]
+        self.latest = [(shallow_copy(cache), weakref.ref(cache)) for cache in caches]
+        return caches
+
+
+def has_graphs(view: Callable[..., Tensor]) -> bool:
+    return isinstance(view, CudaGraphs)
+
+
+def graphs_report(view: Callable[..., Tensor]) -> Iterator[str]:
+    """A line about a view's CUDA graphs, if it has any."""
+    if isinstance(view, CudaGraphs) and view.recorded:
+        size = f"{view.nbytes / 2**20:.0f} MiB"
+        yield f"CUDA graphs: {view.recorded} recorded, {view.held} held, {size} of memory"
 
 
 class Shortcuts:
@@ -159,13 +288,10 @@ def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def compiler_settings(
-    model: Transformer, device: torch.device, shortcuts: Shortcuts, cuda_graphs: bool
+    model: Transformer, device: torch.device, shortcuts: Shortcuts
 ) -> dict[str, Any]:
     if device.type != "cpu":
-        # CUDA graphs count Dynamo's calls as steps, and the host is ahead of the device anyway.
-        if cuda_graphs and one_shot_sums(device):
-            return {"options": {"triton.cudagraphs": True, "_collective.auto_select": True}}
-        return {"mode": "reduce-overhead"} if cuda_graphs else {}
+        return {"options": gpu_options(device)}
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them
@@ -186,6 +312,18 @@ def compiler_settings(
         "size_asserts": False,
     }
     return {"backend": shortcuts.inductor(options)}
+
+
+def gpu_options(device: torch.device) -> dict[str, Any]:
+    from torch._inductor import config  # takes a second
+
+    options: dict[str, Any] = {}
+    if one_shot_sums(device):
+        options["_collective.auto_select"] = True
+    if dependent_launch(device) and hasattr(config.triton, "enable_pdl"):
+        # A kernel may begin while the one before it ends, as ours in kernels/gpu do.
+        options["triton.enable_pdl"] = True
+    return options
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ import jobs
 import plan
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
 from command import check_needs, exit_code, log, positive
+from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
 from load import (
@@ -345,6 +346,8 @@ def run(args: argparse.Namespace) -> None:
     if stats.prefill_seconds:
         for line in stats.report(bench.read_bandwidth(lm.device)):
             log(line)
+    for line in graphs_report(lm.decode):
+        log(line)
     if expected and stats.decoded_tokens:
         for line in plan.report(expected, lm, stats):
             log(line)

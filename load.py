@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import gpu_products
 from checkpoint import (
     Checkpoint,
     allocate,
@@ -23,7 +24,7 @@ from checkpoint import (
     read_json,
     stored_tensors,
 )
-from compiled import compiled_block, compiled_view, compiler_imported
+from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
 from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
 from hf import model_args
@@ -391,9 +392,12 @@ def check_ranks(
 
 def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
     """Exchange what there is something faster for on the model's device."""
-    if model.tok_embeddings.weight.device.type == "cpu":
+    device = model.tok_embeddings.weight.device.type
+    if device == "cpu":
         use_products(model, dtype, large=True if source_of(model) else None)
         attend_fast(model)
+    elif device == "cuda":
+        gpu_products.use_products(model)
 
 
 def make_views(
@@ -404,7 +408,8 @@ def make_views(
     by_itself = source_of(model) is None  # else the host reads within a step
     prefill = compiled_view(model, device, False) if compile and compile_prefill else model
     decode = compiled_view(model, device, by_itself) if compile else model
-    return LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
+    lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
+    return replace(lm, new_caches=ReusedCaches(lm.new_caches)) if has_graphs(decode) else lm
 
 
 def find_device(name: str) -> torch.device:

@@ -349,6 +349,21 @@ ROPE_SCALINGS = {"linear": scale_linear, "llama3": scale_llama3}
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
+def grouped_attention(
+    attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> Tensor:
+    """What queries, (B, T, H, E), see of keys and values, (B, S, G, E) each: (B, T, H, E).
+
+    attention: called as F.scaled_dot_product_attention is. mask: see Transformer.mask.
+    """
+    T = q.shape[1]
+    # The R query heads that share a key/value head become rows of one query, so that keys
+    # and values are read once and never expanded.
+    q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
+    y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
+
+
 class KVCache(nn.Module):
     """Keys and values of one layer: (B, slots, G, E) each, slot = position.
 
@@ -358,6 +373,8 @@ class KVCache(nn.Module):
 
     grain = 1  # rows that cost as much as one of them
     attention = staticmethod(F.scaled_dot_product_attention)
+    # On a GPU: attention that reads what is stored by itself, see gpu_products.attend.
+    gpu_attention: Callable[..., Tensor] | None = None
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -379,13 +396,11 @@ class KVCache(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         """What queries, (B, T, H, E), see of all keys and values once k and v are stored."""
-        T = q.shape[1]
+        if self.gpu_attention is not None and q.is_cuda:
+            self.store(pos, k, v)
+            return self.gpu_attention(self, q, mask, pos)
         k, v = self.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
-        # The R query heads that share a key/value head become rows of one query, so that keys
-        # and values are read once and never expanded.
-        q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
-        y = self.attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
-        return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
+        return grouped_attention(self.attention, q, k, v, mask)
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
@@ -397,10 +412,18 @@ class KVCache(nn.Module):
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` slots."""
+        self.store(pos, k, v)
+        return self.visible(visible)
+
+    def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep k and v, (B, T, G, E), at pos, (B, T)."""
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
         self.k[rows, pos] = k
         self.v[rows, pos] = v
-        return self.k[:, :visible], self.v[:, :visible]  # (B, visible, G, E)
+
+    def visible(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `count` slots, (B, count, G, E) each."""
+        return self.k[:, :count], self.v[:, :count]
 
     def part(self, rows: slice) -> "KVCache":
         """The same memory, of some rows."""

@@ -1,8 +1,8 @@
 """Linear layers with int8 or int4 weights, as a checkpoint stores them.
 
 Start at Int4Linear. A layer knows the numbers that its integers stand for (`dense`) and multiplies
-by them in plain PyTorch: that runs everywhere, Inductor fuses it into one kernel for one row on a
-GPU, and it is the oracle of the faster products, which pack these layers anew (cpu_products.py).
+by them in plain PyTorch. That runs everywhere and is the oracle of the faster products: those of
+kernels/gpu, which read the same tensors, and those of cpu_products.py, which pack them anew.
 `swap_linears` puts such layers into a model, as a checkpoint's scheme says.
 
 int8: symmetric, a scale per output channel: w = q * scale. int4: asymmetric, a scale and a zero
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import gpu
 from model import Linear, ModelArgs, Transformer
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -41,13 +42,15 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        if len(rows) == 1 and rows.is_cuda:
-            # A sum that Inductor fuses with the unpacking: weights are read once, as integers.
-            y = (self.dense(torch.float32) * rows.float()).sum(-1).to(x.dtype)  # (N,)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = F.linear(rows, self.dense(x.dtype), self.bias)  # (M, N)
+        y = self.on_gpu(rows) if gpu.serves(rows) else self.plain(rows)  # (M, N)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def plain(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.dense(rows.dtype), self.bias)
+
+    def on_gpu(self, rows: Tensor) -> Tensor:
+        """The same by the kernels for GPUs."""
+        raise NotImplementedError
 
 
 class Int8Linear(QuantizedLinear):
@@ -62,6 +65,9 @@ class Int8Linear(QuantizedLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.weight * self.scales.unsqueeze(-1)).to(dtype)
+
+    def on_gpu(self, rows: Tensor) -> Tensor:
+        return gpu.int8_linear(rows, self.weight, self.scales, self.bias)
 
 
 class Int4Linear(QuantizedLinear):
@@ -85,6 +91,9 @@ class Int4Linear(QuantizedLinear):
     def dense(self, dtype: torch.dtype) -> Tensor:
         weights = dense_int4(self.weight, self.scales, self.zeros)  # (N, P*S)
         return weights[:, : self.in_features].to(dtype)
+
+    def on_gpu(self, rows: Tensor) -> Tensor:
+        return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias)
 
 
 def dense_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

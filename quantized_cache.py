@@ -37,14 +37,22 @@ class QuantizedKVCache(KVCache):
             zeros = torch.zeros(*slots, groups, dtype=torch.float16, device=device)
             self.register_buffer(name, zeros)
 
-    def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    def stored(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """Of keys and of values: bytes, scales and lows."""
+        return (self.k, self.k_scales, self.k_lows), (self.v, self.v_scales, self.v_lows)
+
+    def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
-        stored = (self.k, self.k_scales, self.k_lows), (self.v, self.v_scales, self.v_lows)
-        for tensors, new in zip(stored, (k, v), strict=True):
+        for tensors, new in zip(self.stored(), (k, v), strict=True):
             for tensor, value in zip(tensors, self.rounded(new), strict=True):
                 tensor[rows, pos] = value
-        k, v = (self.dense(*(t[:, :visible] for t in tensors)) for tensors in stored)
-        return k, v  # (B, visible, G, E)
+
+    def visible(self, count: int) -> tuple[Tensor, Tensor]:
+        k, v = (
+            dense(*(t[:, :count] for t in tensors), self.bits, self.dtype)
+            for tensors in self.stored()
+        )
+        return k, v  # (B, count, G, E)
 
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, G, E) -> bytes (B, T, G, E*bits/8), scales and lows (B, T, G, E/S)."""
@@ -57,9 +65,10 @@ class QuantizedKVCache(KVCache):
         q = q.flatten(-2).to(torch.uint8)  # (B, T, G, E)
         return (pack_nibbles(q) if self.bits == 4 else q), scale, low
 
-    def dense(self, q: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-        """The way back, to (B, T, G, E) in the model's dtype."""
-        q = unpack_nibbles(q) if self.bits == 4 else q
-        q = q.unflatten(-1, (scale.shape[-1], -1))  # (B, T, G, E/S, S)
-        x = q * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)
-        return x.flatten(-2).to(self.dtype)
+
+def dense(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The way back from bytes, (..., E*bits/8), to numbers, (..., E)."""
+    q = unpack_nibbles(q) if bits == 4 else q
+    q = q.unflatten(-1, (scale.shape[-1], -1))  # (..., E/S, S)
+    x = q * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)
+    return x.flatten(-2).to(dtype)

@@ -1,0 +1,155 @@
+"""Attention of a few new tokens over a KV cache that may be quantised: one decoding step.
+
+Start at attention_kernel. The visible positions of a row are divided among SPLITS programs, so
+that the whole GPU reads the cache even at batch 1; each stores what it has seen, not yet divided by
+the sum of the weights, and combine_kernel puts the parts together (flash-decoding; the online
+softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and values become numbers in
+registers: no dequantised copy is ever written.
+
+The query heads that share a key/value head, and the new tokens, are rows of one tile: R*T of them.
+
+Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, R = H // G, E head_dim,
+S visible positions.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.one_row import begin, wait
+
+
+@triton.jit
+def load_numbers(
+    data, scales, lows, place, scale_place, there, HALF: tl.constexpr, BITS: tl.constexpr
+):
+    """Numbers of a cache at `place`: stored as they are, or as low + scale * q.
+
+    BITS 4: those of the low nibbles (HALF 0) or of the high nibbles (HALF 1).
+    """
+    values = tl.load(data + place, there, 0)
+    if BITS != 16:
+        if BITS == 4:
+            values = (values >> (4 * HALF)) & 15
+        scale = tl.load(scales + scale_place, there, 0).to(tl.float32)
+        values = values.to(tl.float32) * scale + tl.load(lows + scale_place, there, 0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def attention_kernel(
+    q,  # (B, T, H, E)
+    k,  # (B, positions, G, E), or bytes (B, positions, G, E * BITS / 8)
+    v,
+    k_scales,  # (B, positions, G, E / GROUP) float16, of quantised caches
+    k_lows,
+    v_scales,
+    v_lows,
+    pos,  # (B, T) int64: a query sees the positions up to its own
+    parts,  # (B * G, SPLITS, R*T, E) float32
+    tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
+    T,
+    G,
+    batch_stride,  # of a cache, in tokens: from row to row
+    position_stride,  # and from position to position
+    factor,  # of the scores: 1 / sqrt(E), times log2(e)
+    R: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,  # E or, where it is none, the next power of two
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BR: tl.constexpr,  # R*T or more
+    BS: tl.constexpr,
+    STEPS: tl.constexpr,  # blocks of BS positions of a program
+    SPLITS: tl.constexpr,
+    DOT: tl.constexpr,  # the type in which tensor cores multiply
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    row = tl.arange(0, BR)
+    t, r = row // R, row % R
+    real = row < R * T
+    wait(PDL)
+    at = tl.load(pos + b * T + t, real, -1)  # (BR,)
+    last = tl.max(at, 0)
+    HALVES: tl.constexpr = 2 if BITS == 4 else 1  # int4: even channels, then odd ones
+    WIDTH: tl.constexpr = BE // HALVES
+    e = tl.arange(0, WIDTH)
+    inside = e < E // HALVES
+    query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
+    there = real[:, None] & inside[None, :]
+    low_q = tl.load(query, there, 0).to(DOT)  # (BR, WIDTH)
+    high_q = tl.load(query + HALVES - 1, there, 0).to(DOT)
+    top = tl.full((BR,), -1e38, tl.float32)
+    sum = tl.zeros((BR,), tl.float32)
+    low = tl.zeros((BR, WIDTH), tl.float32)
+    high = tl.zeros((BR, WIDTH), tl.float32)
+    for step in range(STEPS):
+        first = (split * STEPS + step) * BS
+        if first <= last:
+            s = first + tl.arange(0, BS)
+            token = (b * batch_stride + s * position_stride).to(tl.int64) * G + g
+            place = token[:, None] * (E // HALVES) + e[None, :]
+            group = token[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
+            filled = (s <= last)[:, None] & inside[None, :]
+            keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
+            scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
+            if BITS == 4:
+                keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
+                scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
+            scores = tl.where(s[None, :] <= at[:, None], scores * factor, -1e38)  # (BR, BS)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.exp2(scores - new_top[:, None])
+            weights = tl.where(s[None, :] <= at[:, None], weights, 0)
+            sum = sum * shrink + tl.sum(weights, 1)
+            top = new_top
+            values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
+            weights = weights.to(DOT)
+            low = tl.dot(weights, values.to(DOT), low * shrink[:, None], input_precision="ieee")
+            if BITS == 4:
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
+                high = tl.dot(
+                    weights, values.to(DOT), high * shrink[:, None], input_precision="ieee"
+                )
+    part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
+    tl.store(tops + part * 2, top, real)
+    tl.store(tops + part * 2 + 1, sum, real)
+    place = parts + part[:, None] * E + e[None, :] * HALVES
+    tl.store(place, low, there)
+    if BITS == 4:
+        tl.store(place + 1, high, there)
+
+
+@triton.jit
+def combine_kernel(
+    parts,  # (B * G, SPLITS, R*T, E) float32
+    tops,  # (B * G, SPLITS, R*T, 2) float32
+    out,  # (B, T, H, E)
+    T,
+    G,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One head of one new token: its parts, weighted by what each has seen."""
+    begin(PDL)
+    token, head = tl.program_id(0), tl.program_id(1)
+    b, t, g, r = token // T, token % T, head // R, head % R
+    first = (b * G + g) * SPLITS * (R * T) + t * R + r
+    e = tl.arange(0, BE)
+    wait(PDL)
+    top = tl.full((), -1e38, tl.float32)
+    for split in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(tops + (first + split * R * T) * 2))
+    sum = tl.full((), 0, tl.float32)
+    total = tl.zeros((BE,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = first + split * R * T
+        weight = tl.exp2(tl.load(tops + part * 2) - top)
+        sum += weight * tl.load(tops + part * 2 + 1)
+        total += weight * tl.load(parts + part * E + e, e < E, 0)
+    place = out + (token * (G * R) + head) * E + e
+    tl.store(place, (total / sum).to(out.dtype.element_ty), e < E)

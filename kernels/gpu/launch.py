@@ -1,0 +1,349 @@
+"""Grids, tiles and outputs of the Triton kernels: each function here launches one product.
+
+Nothing here chooses between kernels; kernels/gpu/__init__.py does. Tensors may lie on a CPU where
+Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
+
+Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu import attention, dependent_launch, few_rows, one_row, unpack
+from kernels.gpu.fixed_point import FixedPoint
+from kernels.gpu.tiles import FEW_ROWS, ONE_ROW, FewRows, OneRow, shape_class
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+CHUNK = 16  # bytes
+ROWS_AT_A_TIME = 64  # that one program multiplies; more take another read of the weights
+
+
+def options(x: Tensor, warps: int) -> dict[str, object]:
+    """What every launch is given beside the kernel's own arguments."""
+    pdl = dependent_launch(x.device)
+    given = {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": True}
+    return given | ({"launch_pdl": True} if pdl else {})
+
+
+def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | None = None) -> Tensor:
+    """(1, K) x (N, K) -> (1, N). K and the weights' row stride are multiples of 8."""
+    N, K = weight.shape
+    tile = tile or ONE_ROW["dense"][shape_class(N, K)]
+    out = x.new_empty(1, N)
+    one_row.dense_kernel[(triton.cdiv(N, tile.outputs),)](
+        x,
+        weight,
+        bias,
+        out,
+        N,
+        K,
+        weight.stride(0) // 8,
+        BN=tile.outputs,
+        BC=tile.chunks,
+        HAS_BIAS=bias is not None,
+        **options(x, tile.warps),
+    )
+    return out
+
+
+def int8_row(
+    x: FixedPoint,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: OneRow | None = None,
+) -> Tensor:
+    """One row, by for_int8, x (N, K) int8 -> (1, N). K and the row stride: multiples of 16."""
+    N, K = weight.shape
+    tile = tile or ONE_ROW["int8"][shape_class(N, K)]
+    out = scales.new_empty(1, N, dtype=dtype)
+    one_row.int8_kernel[(triton.cdiv(N, tile.outputs),)](
+        x.q.view(torch.int32),
+        x.units,
+        weight.view(torch.int32),
+        scales,
+        bias,
+        out,
+        N,
+        K // CHUNK,
+        weight.stride(0) // CHUNK,
+        BN=tile.outputs,
+        BC=tile.chunks,
+        HAS_BIAS=bias is not None,
+        PTX=not INTERPRETED,
+        **options(scales, tile.warps),
+    )
+    return out
+
+
+def int4_row(
+    x: FixedPoint,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: OneRow | None = None,
+) -> Tensor:
+    """One row, by for_int4, x the buffers of an Int4Linear -> (1, N)."""
+    N, columns = weight.shape
+    tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
+    out = scales.new_empty(1, N, dtype=dtype)
+    one_row.int4_kernel[(triton.cdiv(N, tile.outputs),)](
+        x.q.view(torch.int32),
+        x.units,
+        x.sums,
+        weight.view(torch.int32),
+        scales,
+        zeros,
+        bias,
+        out,
+        N,
+        len(x.units),
+        weight.stride(0) // CHUNK,
+        scales.stride(0),
+        zeros.stride(0),
+        CHUNKS=columns // CHUNK // scales.shape[1],
+        BN=tile.outputs,
+        BC=tile.chunks,
+        HAS_BIAS=bias is not None,
+        PTX=not INTERPRETED,
+        **options(scales, tile.warps),
+    )
+    return out
+
+
+def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
+    """(M, K) -> (M, parts, width / parts) float16 and units (M,) float32; see scale_kernel."""
+    M, K = x.shape
+    out = x.new_empty(M, parts, width // parts, dtype=torch.float16)
+    units = x.new_empty(M, dtype=torch.float32)
+    block = min(8192, triton.next_power_of_2(K))
+    few_rows.scale_kernel[(M,)](
+        x,
+        out,
+        units,
+        K,
+        width,
+        x.stride(0),
+        PARTS=parts,
+        BLOCK=block,
+        **options(x, 8 if block > 2048 else 4),
+    )
+    return out, units
+
+
+def rows_of_tile(M: int) -> int:
+    """16, 32 or 64: the rows that a program multiplies."""
+    return min(ROWS_AT_A_TIME, max(16, triton.next_power_of_2(M)))
+
+
+def int8_rows(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: FewRows | None = None
+) -> Tensor:
+    """(M, K) x (N, K) int8 -> (M, N). K and the weights' row stride are multiples of 4."""
+    (N, K), M = weight.shape, len(x)
+    tile = tile or FEW_ROWS["int8"][shape_class(N, K)]
+    inputs, units = scaled_rows(x, K, 4)
+    out = partial_sums(x, N, tile.splits)
+    few_rows.int8_kernel[grid(M, N, tile)](
+        inputs,
+        units,
+        weight.view(torch.int32),
+        scales,
+        bias,
+        out,
+        M,
+        N,
+        K // 4,
+        weight.stride(0) // 4,
+        BN=tile.outputs,
+        BM=rows_of_tile(M),
+        BW=tile.words,
+        SPLITS=tile.splits,
+        HAS_BIAS=bias is not None,
+        PTX=not INTERPRETED,
+        **options(x, tile.warps),
+    )
+    return out if tile.splits == 1 else summed(out, x, scales, units, bias)
+
+
+def int4_rows(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    tile: FewRows | None = None,
+) -> Tensor:
+    """(M, K) x the buffers of an Int4Linear -> (M, N)."""
+    (N, columns), M = weight.shape, len(x)
+    tile = tile or FEW_ROWS["int4"][shape_class(N, 2 * columns)]
+    words = columns // scales.shape[1] // 4  # of a group
+    inputs, units = scaled_rows(x, 2 * columns, 8)
+    out = partial_sums(x, N, tile.splits)
+    few_rows.int4_kernel[grid(M, N, tile)](
+        inputs,
+        units,
+        weight.view(torch.int32),
+        scales,
+        zeros,
+        bias,
+        out,
+        M,
+        N,
+        columns // 4,
+        weight.stride(0) // CHUNK,
+        scales.stride(0),
+        zeros.stride(0),
+        WORDS=words,
+        BN=tile.outputs,
+        BM=rows_of_tile(M),
+        GROUPS=max(1, tile.words // words),
+        SPLITS=tile.splits,
+        HAS_BIAS=bias is not None,
+        PTX=not INTERPRETED,
+        **options(x, tile.warps),
+    )
+    return out if tile.splits == 1 else summed(out, x, None, units, bias)
+
+
+def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
+    return triton.cdiv(N, tile.outputs), triton.cdiv(M, rows_of_tile(M)), tile.splits
+
+
+def partial_sums(x: Tensor, N: int, splits: int) -> Tensor:
+    """Where a product goes: (M, N) or, for sum_kernel, (splits, M, N) float32."""
+    if splits == 1:
+        return x.new_empty(len(x), N)
+    return x.new_empty(splits, len(x), N, dtype=torch.float32)
+
+
+def summed(
+    parts: Tensor, x: Tensor, scales: Tensor | None, units: Tensor, bias: Tensor | None
+) -> Tensor:
+    """(splits, M, N) -> (M, N)."""
+    splits, M, N = parts.shape
+    out = x.new_empty(M, N)
+    few_rows.sum_kernel[(triton.cdiv(N, 512), M)](
+        parts,
+        scales,
+        units,
+        bias,
+        out,
+        M,
+        N,
+        SPLITS=splits,
+        BLOCK=512,
+        HAS_SCALES=scales is not None,
+        HAS_BIAS=bias is not None,
+        **options(x, 4),
+    )
+    return out
+
+
+def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) int8 -> (N, K) of another dtype."""
+    N, K = weight.shape
+    out = weight.new_empty(N, K, dtype=dtype)
+    unpack.int8_kernel[(triton.cdiv(N, 8), triton.cdiv(K, 512))](
+        weight, scales, out, N, K, weight.stride(0), BN=8, BK=512, **options(weight, 4)
+    )
+    return out
+
+
+def int4_dense(
+    weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The buffers of an Int4Linear -> (N, in_features)."""
+    (N, columns), P = weight.shape, scales.shape[1]
+    half = columns // P  # bytes of a group
+    groups = max(1, 256 // half)
+    out = weight.new_empty(N, in_features, dtype=dtype)
+    unpack.int4_kernel[(triton.cdiv(N, 8), triton.cdiv(P, groups))](
+        weight,
+        scales,
+        zeros,
+        out,
+        N,
+        in_features,
+        weight.stride(0) // CHUNK,
+        scales.stride(0),
+        zeros.stride(0),
+        HALF=half,
+        BN=8,
+        GROUPS=groups,
+        **options(weight, 4),
+    )
+    return out
+
+
+TENSOR_CORE_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+POSITIONS = 64  # that attention looks at together
+PROGRAMS = 128  # that divide attention's work: about one for each multiprocessor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: Sequence[Tensor],
+    pos: Tensor,
+    visible: int,
+    bits: int,
+) -> Tensor:
+    """(B, T, H, E) queries over the first `visible` positions of a cache -> (B, T, H, E).
+
+    k, v: (B, positions, G, E), or bytes of `bits` per channel with, as `extra`, the scales and lows
+    of a QuantizedKVCache. pos: (B, T), contiguous as q is.
+    """
+    (B, T, H, E), (G, width) = q.shape, k.shape[2:]
+    R = H // G
+    blocks = triton.cdiv(visible, POSITIONS)
+    splits = max(1, min(blocks, PROGRAMS // (B * G)))
+    steps = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, steps)
+    parts = q.new_empty(B * G, splits, R * T, E, dtype=torch.float32)
+    tops = q.new_empty(B * G, splits, R * T, 2, dtype=torch.float32)
+    out = torch.empty_like(q)
+    wide = max(16 * (2 if bits == 4 else 1), triton.next_power_of_2(E))
+    group = E // extra[0].shape[-1] if extra else E
+    attention.attention_kernel[(B * G, splits)](
+        q,
+        k,
+        v,
+        *(extra or (k, k, k, k)),  # never read if there are none
+        pos,
+        parts,
+        tops,
+        T,
+        G,
+        k.stride(0) // (G * width),
+        k.stride(1) // (G * width),
+        math.log2(math.e) / math.sqrt(E),
+        R=R,
+        E=E,
+        BE=wide,
+        GROUP=group,
+        BITS=bits,
+        BR=max(16, triton.next_power_of_2(R * T)),
+        BS=POSITIONS,
+        STEPS=steps,
+        SPLITS=splits,
+        DOT=TENSOR_CORE_TYPES[q.dtype],
+        **options(q, 4),
+    )
+    attention.combine_kernel[(B * T, H)](
+        parts, tops, out, T, G, R=R, E=E, BE=wide, SPLITS=splits, **options(q, 1)
+    )
+    return out
