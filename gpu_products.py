@@ -36,7 +36,7 @@ class OneRowLinear(Linear):
 
 
 def use_products(model: Transformer) -> None:
-    """Give a model that is on a CUDA device these products and this attention, if they run there."""
+    """Give a model on a CUDA device these products and this attention, if they run there."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
         print(f"without kernels for this GPU: {reason}", file=sys.stderr)

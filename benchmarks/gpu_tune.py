@@ -25,7 +25,7 @@ from torch import Tensor
 from bench import provenance
 from benchmarks.common import exit_code, log
 from benchmarks.gpu_products import seconds_on_gpu
-from kernels.gpu.fixed_point import for_int4, for_int8
+from kernels.gpu.fixed_point import INT4, INT8
 from kernels.gpu.tiles import FewRows, OneRow, shape_class
 
 SHAPES = (6144, 4096), (4096, 14336), (28672, 4096), (128256, 4096)  # Llama 3.1 8B's
@@ -37,15 +37,15 @@ ONE_ROW_TILES = [OneRow(n, chunks, warps) for n in (1, 2, 4) for chunks, warps i
 FEW_ROWS_TILES = [
     FewRows(n, words, splits, warps)
     for (n, warps), words, splits in itertools.product(
-        ((32, 2), (64, 4), (128, 4), (128, 8)), (16, 32), (1, 2, 4)
+        ((32, 2), (64, 2), (64, 4), (128, 4)), (16, 32), (1, 2, 4)
     )
 ]
 Tile = OneRow | FewRows
 
 
-def cases(rows: tuple[int, ...]) -> Iterator[tuple[str, int, Tile]]:
+def cases(kinds: list[str], rows: list[int]) -> Iterator[tuple[str, int, Tile]]:
     """Kernel, rows and tile of all that is timed."""
-    for kind in ("dense", "int8", "int4"):
+    for kind in kinds:
         for M in rows:
             if M == 1:
                 yield from ((kind, 1, tile) for tile in ONE_ROW_TILES)
@@ -76,12 +76,9 @@ def product(kind: str, M: int, K: int, tile: Tile) -> Callable[[tuple[Tensor, ..
         return lambda weights: call(x, *weights, None, tile)
     if kind == "dense":
         return lambda weights: launch.dense_row(x, *weights, None, tile)
-    call, prepare = {
-        "int8": (launch.int8_row, for_int8),
-        "int4": (launch.int4_row, for_int4),
-    }[kind]
-    prepared = prepare(x[0])
-    return lambda weights: call(prepared, *weights, None, x.dtype, tile)
+    call, order = {"int8": (launch.int8_row, INT8), "int4": (launch.int4_row, INT4)}[kind]
+    fixed = launch.fixed_point(x[0], order)
+    return lambda weights: call(fixed, *weights, None, x.dtype, tile)
 
 
 def compile_some(cases: list[tuple[str, int, Tile]]) -> None:
@@ -114,7 +111,7 @@ def microseconds(kind: str, M: int, tile: Tile, weights: list[tuple[Tensor, ...]
 
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    found = list(cases(tuple(args.rows)))
+    found = list(cases(args.kinds, args.rows))
     log(f"compiling {len(found)} kernels in {args.processes} processes ...")
     compile_all(found, args.processes)
     if args.lock:
@@ -123,7 +120,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         lock = args.lock.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     timed: list[dict[str, Any]] = []
-    for (N, K), kind in itertools.product(SHAPES, ("dense", "int8", "int4")):
+    for (N, K), kind in itertools.product(SHAPES, args.kinds):
         one = random_weights(kind, N, K)
         nbytes = sum(t.nbytes for t in one)
         weights = [one, *(random_weights(kind, N, K) for _ in range(CYCLED // nbytes))]
@@ -131,11 +128,20 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             tiles = [tile for k, m, tile in found if (k, m) == (kind, M)]
             results = sorted((microseconds(kind, M, tile, weights), tile) for tile in tiles)
             for us, tile in results[:3]:
-                log(f"{kind:5} {M:3} rows {N:6} x {K:5}: {us:8.2f} us, {nbytes / us / 1e6:5.2f} "
-                    f"TB/s {tuple(tile)}")
+                log(
+                    f"{kind:5} {M:3} rows {N:6} x {K:5}: {us:8.2f} us, {nbytes / us / 1e6:5.2f} "
+                    f"TB/s {tuple(tile)}"
+                )
             timed += [
-                {"kind": kind, "rows": M, "N": N, "K": K, "class": shape_class(N, K),
-                 "tile": tile, "us": us if us < math.inf else None}
+                {
+                    "kind": kind,
+                    "rows": M,
+                    "N": N,
+                    "K": K,
+                    "class": shape_class(N, K),
+                    "tile": tile,
+                    "us": us if us < math.inf else None,
+                }
                 for us, tile in results
             ]
         del weights, one
@@ -153,6 +159,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--rows", type=int, nargs="+", default=list(ROWS), help="(default: 1 8 64)")
+    kinds = "dense", "int8", "int4"
+    add("--kinds", nargs="+", choices=kinds, default=kinds, help="of weights (default: all)")
     add("--processes", type=int, default=12, help="that compile (default: 12)")
     add("--output", type=Path, help="all times, as JSON lines")
     add("--lock", type=Path, help="a file to lock while times are taken")

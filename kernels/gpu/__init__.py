@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu.fixed_point import FixedPoint, for_int4, for_int8
+from kernels.gpu.fixed_point import INT4, INT8
 
 OLDEST = 8, 0  # compute capability: Ampere, the first whose tensor cores take bfloat16
 FEW = 64  # rows; beyond them dense weights and cuBLAS are faster
@@ -68,14 +68,14 @@ def int4_linear(
 ) -> Tensor:
     """(M, K) x the buffers of an Int4Linear -> (M, N)."""
     if len(x) == 1:
-        return torch.ops.gpt_flex.int4_row(*for_int4(x[0]), weight, scales, zeros, bias, x.dtype)
+        return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias)
     return torch.ops.gpt_flex.int4_rows(x, weight, scales, zeros, bias)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """(M, K) x (N, K) int8 -> (M, N)."""
     if len(x) == 1 and aligned(weight, 16):
-        return torch.ops.gpt_flex.int8_row(*for_int8(x[0]), weight, scales, bias, x.dtype)
+        return torch.ops.gpt_flex.int8_row(x, weight, scales, bias)
     return torch.ops.gpt_flex.int8_rows(x, weight, scales, bias)
 
 
@@ -101,29 +101,32 @@ def define(schema: str, on_gpu, fake) -> None:
 
 
 # launch.py imports Triton, which takes half a second: not before a GPU computes.
-def int4_row(q, units, sums, weight, scales, zeros, bias, dtype):
+def int4_row(x, weight, scales, zeros, bias):
     from kernels.gpu import launch
 
-    return launch.int4_row(FixedPoint(q, units, sums), weight, scales, zeros, bias, dtype)
+    fixed = launch.fixed_point(x.contiguous()[0], INT4)
+    return launch.int4_row(fixed, weight, scales, zeros, bias, x.dtype)
 
 
-def int8_row(q, units, sums, weight, scales, bias, dtype):
+def int8_row(x, weight, scales, bias):
     from kernels.gpu import launch
 
-    return launch.int8_row(FixedPoint(q, units, sums), weight, scales, bias, dtype)
+    return launch.int8_row(
+        launch.fixed_point(x.contiguous()[0], INT8), weight, scales, bias, x.dtype
+    )
 
 
 def dense_row(x, weight, bias):
     from kernels.gpu import launch
 
-    return launch.dense_row(x, weight, bias)
+    return launch.dense_row(x.contiguous(), weight, bias)
 
 
 def int4_rows(x, weight, scales, zeros, bias):
     from kernels.gpu import launch
 
     if len(x) <= FEW:
-        return launch.int4_rows(x, weight, scales, zeros, bias)
+        return launch.int4_rows(x.contiguous(), weight, scales, zeros, bias)
     return F.linear(x, launch.int4_dense(weight, scales, zeros, x.shape[1], x.dtype), bias)
 
 
@@ -131,21 +134,19 @@ def int8_rows(x, weight, scales, bias):
     from kernels.gpu import launch
 
     if len(x) <= FEW and aligned(weight, 4):
-        return launch.int8_rows(x, weight, scales, bias)
+        return launch.int8_rows(x.contiguous(), weight, scales, bias)
     return F.linear(x, launch.int8_dense(weight, scales, x.dtype), bias)
 
 
 define(
-    "int4_row(Tensor q, Tensor units, Tensor sums, Tensor weight, Tensor scales, Tensor zeros, "
-    "Tensor? bias, ScalarType dtype) -> Tensor",
+    "int4_row(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias) -> Tensor",
     int4_row,
-    lambda *given: given[3].new_empty(1, given[3].shape[0], dtype=given[-1]),
+    lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
 )
 define(
-    "int8_row(Tensor q, Tensor units, Tensor sums, Tensor weight, Tensor scales, Tensor? bias, "
-    "ScalarType dtype) -> Tensor",
+    "int8_row(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
     int8_row,
-    lambda *given: given[3].new_empty(1, given[3].shape[0], dtype=given[-1]),
+    lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
 )
 define(
     "dense_row(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

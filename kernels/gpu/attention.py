@@ -2,9 +2,9 @@
 
 Start at attention_kernel. The visible positions of a row are divided among SPLITS programs, so
 that the whole GPU reads the cache even at batch 1; each stores what it has seen, not yet divided by
-the sum of the weights, and combine_kernel puts the parts together (flash-decoding; the online
-softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and values become numbers in
-registers: no dequantised copy is ever written.
+the sum of the weights, and the last one to do so puts the parts together, in their order
+(flash-decoding; the online softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and
+values become numbers in registers: no dequantised copy is ever written.
 
 The query heads that share a key/value head, and the new tokens, are rows of one tile: R*T of them.
 
@@ -31,7 +31,8 @@ def load_numbers(
         if BITS == 4:
             values = (values >> (4 * HALF)) & 15
         scale = tl.load(scales + scale_place, there, 0).to(tl.float32)
-        values = values.to(tl.float32) * scale + tl.load(lows + scale_place, there, 0).to(tl.float32)
+        low = tl.load(lows + scale_place, there, 0).to(tl.float32)
+        values = values.to(tl.float32) * scale + low
     return values
 
 
@@ -47,6 +48,8 @@ def attention_kernel(
     pos,  # (B, T) int64: a query sees the positions up to its own
     parts,  # (B * G, SPLITS, R*T, E) float32
     tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
+    arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after
+    out,  # (B, T, H, E)
     T,
     G,
     batch_stride,  # of a cache, in tokens: from row to row
@@ -112,44 +115,68 @@ def attention_kernel(
                 high = tl.dot(
                     weights, values.to(DOT), high * shrink[:, None], input_precision="ieee"
                 )
-    part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
-    tl.store(tops + part * 2, top, real)
-    tl.store(tops + part * 2 + 1, sum, real)
-    place = parts + part[:, None] * E + e[None, :] * HALVES
-    tl.store(place, low, there)
-    if BITS == 4:
-        tl.store(place + 1, high, there)
+    result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
+    if SPLITS == 1:
+        finish(low, high, sum, result, there, BITS)
+    else:
+        part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
+        tl.store(tops + part * 2, top, real)
+        tl.store(tops + part * 2 + 1, sum, real)
+        place = parts + part[:, None] * E + e[None, :] * HALVES
+        tl.store(place, low, there)
+        if BITS == 4:
+            tl.store(place + 1, high, there)
+        tl.debug_barrier()  # all of this program has been stored before it counts as arrived
+        if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
+            tl.store(arrived + tl.program_id(0), 0)
+            combine(parts, tops, result, e, row, real, there, R * T, E, BR, WIDTH, BITS, SPLITS)
 
 
 @triton.jit
-def combine_kernel(
-    parts,  # (B * G, SPLITS, R*T, E) float32
-    tops,  # (B * G, SPLITS, R*T, 2) float32
-    out,  # (B, T, H, E)
-    T,
-    G,
-    R: tl.constexpr,
+def finish(low, high, sum, result, there, BITS: tl.constexpr):
+    """Store what was seen, divided by the sum of the weights; rows that are none have seen 0."""
+    sum = tl.where(sum > 0, sum, 1)[:, None]
+    tl.store(result, (low / sum).to(result.dtype.element_ty), there)
+    if BITS == 4:
+        tl.store(result + 1, (high / sum).to(result.dtype.element_ty), there)
+
+
+@triton.jit
+def combine(
+    parts,
+    tops,
+    result,
+    e,
+    row,
+    real,
+    there,
+    rows,
     E: tl.constexpr,
-    BE: tl.constexpr,
+    BR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
     SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """One head of one new token: its parts, weighted by what each has seen."""
-    begin(PDL)
-    token, head = tl.program_id(0), tl.program_id(1)
-    b, t, g, r = token // T, token % T, head // R, head % R
-    first = (b * G + g) * SPLITS * (R * T) + t * R + r
-    e = tl.arange(0, BE)
-    wait(PDL)
-    top = tl.full((), -1e38, tl.float32)
-    for split in tl.static_range(SPLITS):
-        top = tl.maximum(top, tl.load(tops + (first + split * R * T) * 2))
-    sum = tl.full((), 0, tl.float32)
-    total = tl.zeros((BE,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = first + split * R * T
-        weight = tl.exp2(tl.load(tops + part * 2) - top)
-        sum += weight * tl.load(tops + part * 2 + 1)
-        total += weight * tl.load(parts + part * E + e, e < E, 0)
-    place = out + (token * (G * R) + head) * E + e
-    tl.store(place, (total / sum).to(out.dtype.element_ty), e < E)
+    """The parts of a key/value head, each weighted by what it has seen.
+
+    They are read past the L1 cache, which does not know of what other multiprocessors have stored.
+    """
+    HALVES: tl.constexpr = 2 if BITS == 4 else 1
+    top = tl.full((BR,), -1e38, tl.float32)
+    sum = tl.zeros((BR,), tl.float32)
+    low = tl.zeros((BR, WIDTH), tl.float32)
+    high = tl.zeros((BR, WIDTH), tl.float32)
+    for split in range(SPLITS):
+        part = (tl.program_id(0) * SPLITS + split) * rows + row
+        part_top = tl.load(tops + part * 2, real, -1e38, cache_modifier=".cg")
+        part_sum = tl.load(tops + part * 2 + 1, real, 0, cache_modifier=".cg")
+        new_top = tl.maximum(top, part_top)
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+        place = parts + part[:, None] * E + e[None, :] * HALVES
+        part_low = tl.load(place, there, 0, cache_modifier=".cg")
+        low = low * shrink[:, None] + part_low * weight[:, None]
+        if BITS == 4:
+            part_high = tl.load(place + 1, there, 0, cache_modifier=".cg")
+            high = high * shrink[:, None] + part_high * weight[:, None]
+        sum, top = sum * shrink + part_sum * weight, new_top
+    finish(low, high, sum, result, there, BITS)

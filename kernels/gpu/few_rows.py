@@ -8,7 +8,8 @@ A GPU has no instruction that turns bytes into float16 as fast as memory deliver
 bits 0x6400 + b are the number 1024 + b: a byte permutation, a logical operation and a subtraction
 do it for two bytes at once. A word of weights is eight (or four) neighbouring inputs, and becomes
 one element of eight matrices, whose products with every eighth input are added: no number ever
-changes its place in a register.
+changes its place in a register. Every function of this has one result and works element by
+element, so that Triton moves the words, once, to where the tensor cores want the weights.
 
 The K inputs of a product may be divided among SPLITS programs, each of which stores its part of
 the sum; sum_kernel adds the parts in their order, so that results never vary.
@@ -22,93 +23,32 @@ import triton.language as tl
 
 from kernels.gpu.one_row import begin, wait
 
-# Two words of eight nibbles -> eight pairs of float16: (q - zero) * scale. $10: 1024 + zeros, $11:
-# -64 - zeros, $12: scales, of both words. A high nibble lies 4 bits higher: 1024 + 16 q, which the
-# multiplication by 1/16 (0x2C00) makes 64 + q.
-UNPACK_INT4 = tl.constexpr(
-    "{ .reg .b32 p0, p1, p2, p3, sixteenth;"
-    "mov.b32 sixteenth, 0x2C002C00;"
-    "prmt.b32 p0, $8, $9, 0x4400; prmt.b32 p1, $8, $9, 0x5511;"
-    "prmt.b32 p2, $8, $9, 0x6622; prmt.b32 p3, $8, $9, 0x7733;"
-    + "".join(
-        f"lop3.b32 ${2 * byte}, p{byte}, 0x000F000F, 0x64006400, 0xEA;"
-        f"lop3.b32 ${2 * byte + 1}, p{byte}, 0x00F000F0, 0x64006400, 0xEA;"
-        f"sub.f16x2 ${2 * byte}, ${2 * byte}, $10;"
-        f"fma.rn.f16x2 ${2 * byte + 1}, ${2 * byte + 1}, sixteenth, $11;"
-        f"mul.f16x2 ${2 * byte}, ${2 * byte}, $12;"
-        f"mul.f16x2 ${2 * byte + 1}, ${2 * byte + 1}, $12;"
-        for byte in range(4)
-    )
-    + "}"
-)
-# Two words of four int8 -> four pairs of float16: 1024 + 128 + q, less 1152 (0x6480).
-UNPACK_INT8 = tl.constexpr(
-    "{ .reg .b32 a, b, offset;"
-    "mov.b32 offset, 0x64806480;"
-    "xor.b32 a, $4, 0x80808080; xor.b32 b, $5, 0x80808080;"
-    "prmt.b32 $0, a, b, 0x4400; prmt.b32 $1, a, b, 0x5511;"
-    "prmt.b32 $2, a, b, 0x6622; prmt.b32 $3, a, b, 0x7733;"
-    + "".join(
-        f"lop3.b32 ${byte}, ${byte}, 0x00FF00FF, 0x64006400, 0xEA;"
-        f"sub.f16x2 ${byte}, ${byte}, offset;"
-        for byte in range(4)
-    )
-    + "}"
-)
-INT4_REGISTERS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 5))
-INT8_REGISTERS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
-EIGHT_HALVES = tl.constexpr((tl.float16,) * 8)
-FOUR_HALVES = tl.constexpr((tl.float16,) * 4)
+BYTES = tl.constexpr(("0x4400", "0x5511", "0x6622", "0x7733"))  # selectors of prmt
 
 
 @triton.jit
-def int4_weight(words, zeros, scales, nibble: tl.constexpr):
-    """float16 weights of one nibble of each word; the formula that UNPACK_INT4 is an equal of."""
-    return (((words >> (4 * nibble)) & 15).to(tl.float16) - zeros) * scales
+def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
+    """A byte of each int32 word, twice in an int16: what is in the upper half means nothing.
 
-
-@triton.jit
-def unpack_int4(words, zeros, scales, PTX: tl.constexpr):
-    """int32 words of eight nibbles -> eight float16 matrices of weights, in the inputs' order.
-
-    zeros, scales: float16, of the words' shape.
+    Inline assembly works on two neighbouring elements, here and below.
     """
     if PTX:
         return tl.inline_asm_elementwise(
-            UNPACK_INT4,
-            INT4_REGISTERS,
-            [words, zeros + 1024, -64 - zeros, scales],
-            EIGHT_HALVES,
-            True,
-            2,
+            "prmt.b32 $0, $1, $2, " + BYTES[number] + ";", "=r,r,r", [words], tl.int16, True, 2
         )
     else:
-        return (
-            int4_weight(words, zeros, scales, 0),
-            int4_weight(words, zeros, scales, 1),
-            int4_weight(words, zeros, scales, 2),
-            int4_weight(words, zeros, scales, 3),
-            int4_weight(words, zeros, scales, 4),
-            int4_weight(words, zeros, scales, 5),
-            int4_weight(words, zeros, scales, 6),
-            int4_weight(words, zeros, scales, 7),
-        )
+        return ((words >> (8 * number)) & 255).to(tl.int16)
 
 
 @triton.jit
-def unpack_int8(words, PTX: tl.constexpr):
-    """int32 words of four int8 -> four float16 matrices of the same numbers."""
+def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
+    """1024 + those bits of a byte, in float16."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            UNPACK_INT8, INT8_REGISTERS, [words], FOUR_HALVES, True, 2
-        )
+        logic: tl.constexpr = "lop3.b32 $0, $1, " + MASK + ", 0x64006400, 0xEA;"
+        return tl.inline_asm_elementwise(logic, "=r,r", [bytes], tl.float16, True, 2)
     else:
-        return (
-            ((words << 24) >> 24).to(tl.float16),
-            ((words << 16) >> 24).to(tl.float16),
-            ((words << 8) >> 24).to(tl.float16),
-            (words >> 24).to(tl.float16),
-        )
+        bits: tl.constexpr = 255 if MASK == "0x00FF00FF" else 15 if MASK == "0x000F000F" else 240
+        return (1024 + (bytes & bits)).to(tl.float16)
 
 
 @triton.jit
@@ -146,7 +86,9 @@ def scale_kernel(
 
 
 @triton.jit
-def finish_rows(total, scale, units, bias, out, m, n, M, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr):
+def finish_rows(
+    total, scale, units, bias, out, m, n, M, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     """Store (BN, BM) outputs: in their last form, or as this program's part of the sum."""
     inside = (n[:, None] < N) & (m[None, :] < M)
     if SPLITS == 1:
@@ -191,26 +133,31 @@ def int4_kernel(
     first = tl.program_id(2) * steps * BW
     row, real = weight + n[:, None] * (weight_stride * 4), n[:, None] < N
     step = tl.arange(0, BW)[None, :]
-    words = tl.load(row + first + step, real & (first + step < W), 0)  # (BN, BW)
+    group = first // WORDS + tl.arange(0, GROUPS)[None, :]  # (1, GROUPS)
+    inside = real & (group * WORDS < W)
+    zero_row, scale_row = zeros + n[:, None] * zero_stride, scales + n[:, None] * scale_stride
+    zero, scale = tl.load(zero_row + group // 2, inside, 0), tl.load(scale_row + group, inside, 0)
     total = tl.zeros((BN, BM), tl.float32)
     wait(PDL)
     for start in range(first, tl.minimum(W, first + steps * BW), BW):
-        ahead = start + BW + step
-        following = tl.load(row + ahead, real & (ahead < W), 0)
-        group = start // WORDS + tl.arange(0, GROUPS)[None, :]  # (1, GROUPS)
-        inside = real & (group * WORDS < W)
-        zero = tl.load(zeros + n[:, None] * zero_stride + group // 2, inside, 0).to(tl.int32)
-        zero = ((zero >> (group % 2 * 4)) & 15).to(tl.float16)
-        scale = tl.load(scales + n[:, None] * scale_stride + group, inside, 0)
-        zero = tl.broadcast_to(zero[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
-        scale = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
-        weights = unpack_int4(words, zero, scale, PTX)
+        words = tl.load(row + start + step, real & (start + step < W), 0)  # (BN, BW)
+        number = ((zero >> (group % 2 * 4).to(tl.uint8)) & 15).to(tl.float16)
+        number = tl.broadcast_to(number[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
+        factor = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
         k = start + tl.arange(0, BW)[:, None]
         there = (k < W) & (m[None, :] < M)  # (BW, BM)
-        for part in tl.static_range(8):
-            inputs = tl.load(x + (m[None, :] * 8 + part) * W + k, there, 0)
-            total = tl.dot(weights[part], inputs, total)
-        words = following
+        inputs = x + (m[None, :] * 8) * W + k
+        for byte in tl.static_range(4):
+            both = bytes_of(words, byte, PTX)
+            low = number_above(both, "0x000F000F", PTX) - (number + 1024)
+            total = tl.dot(low * factor, tl.load(inputs + 2 * byte * W, there, 0), total)
+            # A high nibble lies 4 bits higher: 1024 + 16 q.
+            high = number_above(both, "0x00F000F0", PTX) * 0.0625 - (number + 64)
+            total = tl.dot(high * factor, tl.load(inputs + (2 * byte + 1) * W, there, 0), total)
+        group += GROUPS
+        inside = real & (group * WORDS < W)
+        zero = tl.load(zero_row + group // 2, inside, 0)
+        scale = tl.load(scale_row + group, inside, 0)
     ones = tl.full((BN,), 1, tl.float32)
     finish_rows(total, ones, units, bias, out, m, n, M, N, SPLITS, HAS_BIAS)
 
@@ -242,20 +189,18 @@ def int8_kernel(
     first = tl.program_id(2) * steps * BW
     row, real = weight + n[:, None] * weight_stride, n[:, None] < N
     step = tl.arange(0, BW)[None, :]
-    words = tl.load(row + first + step, real & (first + step < W), 0)  # (BN, BW)
     scale = tl.load(scales + n, n < N, 0)
     total = tl.zeros((BN, BM), tl.float32)
     wait(PDL)
     for start in range(first, tl.minimum(W, first + steps * BW), BW):
-        ahead = start + BW + step
-        following = tl.load(row + ahead, real & (ahead < W), 0)
-        weights = unpack_int8(words, PTX)
+        words = tl.load(row + start + step, real & (start + step < W), 0)  # (BN, BW)
+        raised = words ^ -2139062144  # 0x80808080: each byte is then q + 128
         k = start + tl.arange(0, BW)[:, None]
         there = (k < W) & (m[None, :] < M)  # (BW, BM)
-        for part in tl.static_range(4):
-            inputs = tl.load(x + (m[None, :] * 4 + part) * W + k, there, 0)
-            total = tl.dot(weights[part], inputs, total)
-        words = following
+        inputs = x + (m[None, :] * 4) * W + k
+        for byte in tl.static_range(4):
+            weights = number_above(bytes_of(raised, byte, PTX), "0x00FF00FF", PTX) - 1152
+            total = tl.dot(weights, tl.load(inputs + byte * W, there, 0), total)
     finish_rows(total, scale, units, bias, out, m, n, M, N, SPLITS, HAS_BIAS)
 
 

@@ -6,6 +6,7 @@ Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import attention, dependent_launch, few_rows, one_row, unpack
-from kernels.gpu.fixed_point import FixedPoint
+from kernels.gpu.fixed_point import FixedPoint, Order
 from kernels.gpu.tiles import FEW_ROWS, ONE_ROW, FewRows, OneRow, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -51,6 +52,19 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
     return out
 
 
+def fixed_point(x: Tensor, order: Order) -> FixedPoint:
+    """(K,) -> 16-bit fixed point; see fixed_point.py."""
+    K, size = len(x), order.size
+    C = triton.cdiv(K, size)
+    q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
+    units, sums = x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.int32)
+    chunks = 512 // size  # of a program
+    one_row.fixed_point_kernel[(triton.cdiv(C, chunks),)](
+        x, q, units, sums, K, C, SIZE=size, NIBBLES=size // 16, BC=chunks, **options(x, 1)
+    )
+    return FixedPoint(q, units, sums)
+
+
 def int8_row(
     x: FixedPoint,
     weight: Tensor,
@@ -59,7 +73,7 @@ def int8_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """One row, by for_int8, x (N, K) int8 -> (1, N). K and the row stride: multiples of 16."""
+    """One row x (N, K) int8 -> (1, N). K and the row stride: multiples of 16."""
     N, K = weight.shape
     tile = tile or ONE_ROW["int8"][shape_class(N, K)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -91,7 +105,7 @@ def int4_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """One row, by for_int4, x the buffers of an Int4Linear -> (1, N)."""
+    """One row x the buffers of an Int4Linear -> (1, N)."""
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -326,6 +340,8 @@ def attend(
         pos,
         parts,
         tops,
+        arrivals(q.device),
+        out,
         T,
         G,
         k.stride(0) // (G * width),
@@ -343,7 +359,13 @@ def attend(
         DOT=TENSOR_CORE_TYPES[q.dtype],
         **options(q, 4),
     )
-    attention.combine_kernel[(B * T, H)](
-        parts, tops, out, T, G, R=R, E=E, BE=wide, SPLITS=splits, **options(q, 1)
-    )
     return out
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """Counters at 0 for programs that work together; the last one to arrive sets its own back.
+
+    All launches on a device share them: attention may not run on two streams at the same time.
+    """
+    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)

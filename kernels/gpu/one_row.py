@@ -66,8 +66,43 @@ def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def fixed_point_kernel(
+    x,  # (K,)
+    q,  # (PLANES, C, SIZE / PLANES) int16
+    units,  # (C,) float32
+    sums,  # (C,) int32
+    K,
+    C,
+    SIZE: tl.constexpr,  # inputs of a chunk
+    NIBBLES: tl.constexpr,  # 1: bytes of weights are one input; 2: a nibble is
+    BC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The kernel that fixed_point.fixed_point is the oracle of."""
+    begin(PDL)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    place = tl.arange(0, SIZE)[None, :]  # plane, word, p
+    plane, word, p = place // 8, place % 8 // 2, place % 2
+    k = c[:, None] * SIZE + word * (4 * NIBBLES) + plane % 2 * (2 * NIBBLES) + p * NIBBLES
+    k += plane // 2  # the nibble
+    wait(PDL)
+    values = tl.load(x + k, k < K, 0).to(tl.float32)  # (BC, SIZE)
+    exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
+    inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
+    scaled = values * inverse[:, None]
+    # To the nearest, ties to even: what is added makes the sum a multiple of 1.
+    rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
+    rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
+    tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, rounded.to(tl.int16), c[:, None] < C)
+    finite = tl.sum(values * 0, 1)  # NaN for chunks with infinite inputs or NaN
+    tl.store(units + c, unit.to(tl.float32, bitcast=True) + finite, c < C)
+    tl.store(sums + c, tl.sum(rounded, 1), c < C)
+
+
+@triton.jit
 def int4_kernel(
-    pairs,  # (C, 16) int32: pairs of int16, FixedPoint.q
+    pairs,  # (4, C, 4) int32: pairs of int16, FixedPoint.q
     units,  # (C,) float32
     sums,  # (C,) int32
     weight,  # (N, 4 C) int32: eight nibbles each
@@ -94,31 +129,35 @@ def int4_kernel(
     c = tl.arange(0, BC)[None, :, None]
     total = tl.zeros((BN, BC), tl.float32)
     words = tl.load(weight + (row + c) * 4 + word, real & (c < C), 0)  # (BN, BC, 4)
+    chunk = tl.arange(0, BC)[None, :]
+    inside, group = (n[:, None] < N) & (chunk < C), chunk // CHUNKS
+    zero_row, scale_row = zeros + n[:, None] * zero_stride, scales + n[:, None] * scale_stride
+    zero, scale = tl.load(zero_row + group // 2, inside, 0), tl.load(scale_row + group, inside, 0)
     wait(PDL)
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)[None, :, None]
         ahead = c + BC
         following = tl.load(weight + (row + ahead) * 4 + word, real & (ahead < C), 0)
         even, odd = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F  # (BN, BC, 4)
-        pair, real_chunk = pairs + c * 16 + word, c < C
+        pair, real_chunk = pairs + c * 4 + word, c < C
         dot = dot_pairs(tl.load(pair, real_chunk, 0), even, 0, False, False, PTX)
-        dot = dot_pairs(tl.load(pair + 4, real_chunk, 0), even, dot, True, False, PTX)
-        dot = dot_pairs(tl.load(pair + 8, real_chunk, 0), odd, dot, False, False, PTX)
-        dot = dot_pairs(tl.load(pair + 12, real_chunk, 0), odd, dot, True, False, PTX)
-        chunk = start + tl.arange(0, BC)[None, :]
-        group, inside = chunk // CHUNKS, (n[:, None] < N) & (chunk < C)
-        zero = tl.load(zeros + n[:, None] * zero_stride + group // 2, inside, 0).to(tl.int32)
-        zero = (zero >> (group % 2 * 4)) & 15
-        scale = tl.load(scales + n[:, None] * scale_stride + group, inside, 0).to(tl.float32)
-        exact = tl.sum(dot, 2) - zero * tl.load(sums + chunk, chunk < C, 0)  # (BN, BC)
-        total += exact.to(tl.float32) * (scale * tl.load(units + chunk, chunk < C, 0))
-        words = following
+        dot = dot_pairs(tl.load(pair + 4 * C, real_chunk, 0), even, dot, True, False, PTX)
+        dot = dot_pairs(tl.load(pair + 8 * C, real_chunk, 0), odd, dot, False, False, PTX)
+        dot = dot_pairs(tl.load(pair + 12 * C, real_chunk, 0), odd, dot, True, False, PTX)
+        number = (zero.to(tl.int32) >> (group % 2 * 4)) & 15  # (BN, BC)
+        exact = tl.sum(dot, 2) - number * tl.load(sums + chunk, chunk < C, 0)
+        unit = tl.load(units + chunk, chunk < C, 0)
+        total += exact.to(tl.float32) * (scale.to(tl.float32) * unit)
+        chunk += BC
+        inside, group = (n[:, None] < N) & (chunk < C), chunk // CHUNKS
+        words, zero = following, tl.load(zero_row + group // 2, inside, 0)
+        scale = tl.load(scale_row + group, inside, 0)
     finish(tl.sum(total, 1), bias, out, n, N, HAS_BIAS)
 
 
 @triton.jit
 def int8_kernel(
-    pairs,  # (C, 8) int32: pairs of int16, FixedPoint.q
+    pairs,  # (2, C, 4) int32: pairs of int16, FixedPoint.q
     units,  # (C,) float32
     weight,  # (N, 4 C) int32: four bytes each
     scales,  # (N,) float32
@@ -146,9 +185,9 @@ def int8_kernel(
         c = start + tl.arange(0, BC)[None, :, None]
         ahead = c + BC
         following = tl.load(weight + (row + ahead) * 4 + word, real & (ahead < C), 0)
-        pair, real_chunk = pairs + c * 8 + word, c < C
+        pair, real_chunk = pairs + c * 4 + word, c < C
         dot = dot_pairs(tl.load(pair, real_chunk, 0), words, 0, False, True, PTX)  # (BN, BC, 4)
-        dot = dot_pairs(tl.load(pair + 4, real_chunk, 0), words, dot, True, True, PTX)
+        dot = dot_pairs(tl.load(pair + 4 * C, real_chunk, 0), words, dot, True, True, PTX)
         chunk = start + tl.arange(0, BC)[None, :]
         total += tl.sum(dot, 2).to(tl.float32) * tl.load(units + chunk, chunk < C, 0)  # (BN, BC)
         words = following
