@@ -67,6 +67,8 @@ class Timings:
             self.figures["read_bytes_per_s"] = read_bandwidth(self.device)
         for rows in self.args.rows:
             self.of_rows(rows)
+        if self.args.profile:  # last, as a profiler may leave something running
+            self.attempt("profile", self.profile)
         if self.args.cold:
             self.attempt("cold compile", self.cold)
 
@@ -79,8 +81,6 @@ class Timings:
             attempt("verify", lambda: self.verify(caches))
         if rows in PREFILLS:
             attempt(f"prefill, {rows} rows", lambda: self.prefill(rows, caches))
-        if rows == 1 and args.profile:
-            attempt("profile", lambda: self.profile(caches))
 
     def compiled(self, name: str, call: Callable[[], Any]) -> None:
         """Make a call for the first time; what it takes is compilation."""
@@ -148,8 +148,9 @@ class Timings:
         self.figures["verify"]["over_step"] = ratio
         log(f"{self.args.mode}, verifying {VERIFIED} tokens: {show(ratio)}x a step")
 
-    def profile(self, caches: list[KVCache]) -> None:
+    def profile(self) -> None:
         """A trace of steps alone, past the ones in which CUDA graphs are recorded."""
+        caches = self.lm.make_caches(1, min(slots(1), self.lm.model.args.context))
         config = GenerationConfig(max_new_tokens=2 * PROFILED, temperature=0, ignore_eos=True)
         steps = generate(self.lm, self.prompts(1, PROMPT), config, caches=caches)
         for _ in range(PROFILED):
