@@ -49,8 +49,8 @@ wanted=${*:-check decode speculate offload flash gptq ${gptfast:+gptfast}}
 for what in $wanted; do
     [[ " $PARTS " == *" $what "* ]] || { echo "gpu.sh: $what is not one of $PARTS" >&2; exit 2; }
 done
-out=${OUT:-benchmarks/results/gpu${1:+-${*// /-}}-$(date +%F)}
-out=${out// /-}
+parts=$*
+out=${OUT:-benchmarks/results/gpu${parts:+-${parts// /-}}-$(date +%F)}
 mkdir -p "$out" && : > "$out/log.txt" && : > "$out/results.jsonl" &&
     : > "$out/kernels.txt" || exit 2
 scratch=$(mktemp -d)
@@ -219,13 +219,14 @@ first_phase() {
 }
 
 one_by_one() {
-    local mode
+    local mode compiling=170 # more for what is not warm
     if named decode; then
+        compiling=0
         timing bf16 130 --cold
         timing int8 100 --profile "$scratch/int8.json"
         timing int4 100 --profile "$scratch/int4.json"
     fi
-    ! named speculate || speculation speculate 130
+    ! named speculate || speculation speculate $((130 + compiling))
     ! named offload || part offload 100 "$python" benchmarks/gpu_offload.py --config "$big" \
         --device "$device" --directory "$scratch/offload" "${offload[@]}"
     ! named gptq || part gptq 90 "$python" benchmarks/gpu_gptq.py --config "$config" \
