@@ -35,7 +35,7 @@ lanes() { # how many processes share the device: all together need some 65 GB of
 if [[ $device == cpu ]]; then # little of everything
     big=${BIG_CONFIG:-$config} deadline=${DEADLINE:-1500} slow=4 side_by_side=2
     decode=(--rows 1 --new 16 --rounds 1) speculate=(--new_tokens 16 --rounds 1)
-    offload=(--rounds 1) gptq=(--samples 8 --length 128) policies=2 texts=16
+    offload=(--rounds 1) gptq=(--samples 8 --length 128) policies=2 texts=4
     models=(demo-opt) kinds=(int4) check=() fast=(--modes bf16 int8 --shape stories15M --new 16)
 else
     big=${BIG_CONFIG:-$configs/opt-13b.json} slow=1 side_by_side=$(lanes)
