@@ -1,62 +1,111 @@
 #!/usr/bin/env bash
-# All that is to be measured on a machine with one NVIDIA H200, in less than nine minutes:
-# versions, correctness, an 8B shape eager, compiled and in int8 and int4, its products beside
-# tinygemm's, a decode step's kernels.
+# All that is to be measured on a machine with one NVIDIA GPU, unattended, in less than nine
+# minutes: first, side by side, whether it is right, and all that must be compiled; then each
+# timing, with nothing else running; last a table, with what each figure is to reach.
 #
-#     ./benchmarks/gpu.sh                                   # to benchmarks/results/gpu-decode-DATE
-#     ./benchmarks/gpu.sh speculate                         # a second run: 8B, with 1B as its draft
-#     ./benchmarks/gpu.sh offload                           # a third: OPT-30B's shape in 16 GB
-#     ./benchmarks/gpu.sh flash                             # a fourth: neurons from disk, the demo
-#     ./benchmarks/gpu.sh ranks                             # a fifth: several GPUs of one machine
+#     ./benchmarks/gpu.sh                                   # to benchmarks/results/gpu-DATE
+#     ./benchmarks/gpu.sh speculate offload                 # some parts alone: of PARTS below
+#     ./benchmarks/gpu.sh ranks                             # several GPUs of one machine
+#     GPTFAST=~/gpt-fast ./benchmarks/gpu.sh                # gpt-fast's checkout, beside ours
 #     DEVICE=cpu CONFIG=small.json ./benchmarks/gpu.sh      # tries the script itself
 #
-# Needs no network. PYTHON: which python. OUT: where to write. Files: log.txt (all that was said),
-# results.jsonl (a line for each part), kernels.txt, summary.json (also the last line of stdout).
-# Each part has a time limit of its own; one that fails does not stop the others.
+# Needs no network. PYTHON: which python. OUT: where to write. DEADLINE: seconds for all, which
+# a card of less than 80 GB needs more of, as less goes on side by side there.
+# Files: log.txt (all that was said), results.jsonl (a line for each part), kernels.txt (of decode
+# steps), summary.json (also the last line of stdout). Each part has a time limit of its own; one
+# that fails does not stop the others. Exit code: 0 where no part and no check failed; whether a
+# figure reaches its bar is said, and does not matter for it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
+PARTS="check decode speculate offload flash gptq gptfast products ranks"
 python=${PYTHON:-.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
-what=${1:-decode}
-out=${OUT:-benchmarks/results/gpu-$what-$(date +%F)}
 device=${DEVICE:-cuda}
-config=${CONFIG:-benchmarks/configs/llama-3.1-8b.json}
-draft=${DRAFT_CONFIG:-benchmarks/configs/llama-3.2-1b.json}
-deadline=520 # seconds from the start; a part that would run beyond it is cut short
+configs=benchmarks/configs
+config=${CONFIG:-$configs/llama-3.1-8b.json}
+[[ -f $config || ! -f $configs/$config ]] || config=$configs/$config
+draft=${DRAFT_CONFIG:-$([[ -n ${CONFIG:-} ]] && echo "$config" || echo $configs/llama-3.2-1b.json)}
+gptfast=${GPTFAST:-}
+lanes() { # how many processes share the device: all together need some 65 GB of its memory
+    local mib
+    mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2> /dev/null | head -n1)
+    if ((${mib:-0} > 70000)); then echo 20; elif ((${mib:-0} > 35000)); then echo 3; else echo 1; fi
+}
+if [[ $device == cpu ]]; then # little of everything
+    big=${BIG_CONFIG:-$config} deadline=${DEADLINE:-1500} slow=4 side_by_side=2
+    decode=(--rows 1 --new 16 --rounds 1) speculate=(--new_tokens 16 --rounds 1)
+    offload=(--rounds 1) gptq=(--samples 8 --length 128) policies=2 texts=4
+    models=(demo-opt) kinds=(int4) check=() fast=(--modes bf16 int8 --shape stories15M --new 16)
+else
+    big=${BIG_CONFIG:-$configs/opt-13b.json} slow=1 side_by_side=$(lanes)
+    deadline=${DEADLINE:-$([[ -n $gptfast ]] && echo 575 || echo 525)}
+    decode=(--rows 1 8 64 --rounds 3) speculate=(--rounds 3)
+    offload=(--rounds 3) gptq=() policies=15 texts=64
+    models=(demo-opt demo) kinds=(int4 int8 dense) check=(--drafts) fast=()
+fi
+
+wanted=${*:-check decode speculate offload flash gptq ${gptfast:+gptfast}}
+for what in $wanted; do
+    [[ " $PARTS " == *" $what "* ]] || { echo "gpu.sh: $what is not one of $PARTS" >&2; exit 2; }
+done
+parts=$*
+out=${OUT:-benchmarks/results/gpu${parts:+-${parts// /-}}-$(date +%F)}
+mkdir -p "$out" && : > "$out/log.txt" && : > "$out/results.jsonl" &&
+    : > "$out/kernels.txt" || exit 2
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-trap 'echo stopped >&2; exit 130' INT
-mkdir -p "$out" && : > "$out/log.txt" && : > "$out/results.jsonl" || exit 2
+mkdir "$scratch/running"
+export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton
+
+stop() { # what runs is told to end, with all that it has started
+    local file
+    for file in "$scratch"/running/*; do
+        [[ ! -f $file ]] || kill -TERM "$(< "$file")" 2> /dev/null
+    done
+}
+trap 'stop; rm -rf "$scratch"' EXIT
+trap 'echo stopped >&2; exit 130' INT TERM
 
 say() { echo "$*" | tee -a "$out/log.txt" >&2; }
+named() { [[ " $wanted " == *" $1 "* ]]; }
 
-# limited SECONDS COMMAND...: its stderr joins the log; 124: it ran out of time
+# limited NAME SECONDS COMMAND...: stdout to a file, stderr to the log; 124: it ran out of time
 limited() {
-    local left=$((deadline - SECONDS)) limit=$1
-    shift
+    local name=$1 limit=$(($2 * slow)) left=$((deadline - SECONDS)) pid rc
+    shift 2
     ((left < limit)) && limit=$left
-    ((limit > 5)) || return 124
-    timeout --foreground --signal=INT --kill-after=5 "$limit" "$@" 2> >(tee -a "$out/log.txt" >&2)
+    ((limit > 5)) || { say "$name: there is no time left"; return 124; }
+    timeout --signal=INT --kill-after=5 "$limit" "$@" > "$scratch/$name.out" \
+        2> >(sed -u -e 's/.*\r//' -e "s/^/$name: /" | tee -a "$out/log.txt" >&2) &
+    pid=$!
+    echo $pid > "$scratch/running/$name"
+    wait $pid
+    rc=$?
+    rm -f "$scratch/running/$name"
+    return $rc
 }
 
 # part NAME SECONDS COMMAND...: the last line of its stdout, where that is JSON, is its result
 part() {
-    local name=$1 limit=$2 started=$SECONDS rc=0 figures
-    shift 2
-    say "== $name: $*"
-    limited "$limit" "$@" > "$scratch/stdout" || rc=$?
-    figures=$(tail -n 1 "$scratch/stdout")
-    [[ $figures == "{"* ]] || figures=null
-    printf '{"part": "%s", "rc": %d, "seconds": %d, "figures": %s}\n' \
-        "$name" "$rc" "$((SECONDS - started))" "$figures" >> "$out/results.jsonl"
+    local name=$1 started=$SECONDS rc=0 figures
+    say "== $name: ${*:3}"
+    : > "$scratch/$name.out"
+    limited "$@" || rc=$?
+    figures=$(tail -n 1 "$scratch/$name.out")
+    [[ $figures == "{"*"}" ]] || figures=null
+    {
+        flock 9
+        printf '{"part": "%s", "rc": %d, "seconds": %d, "figures": %s}\n' \
+            "$name" "$rc" "$((SECONDS - started))" "$figures" >> "$out/results.jsonl"
+    } 9> "$scratch/lock"
     ((rc == 0)) || say "== $name failed with code $rc"
+    return $rc
 }
 
-# bench NAME SECONDS OPTION...: prefill and decode of the 8B shape with random weights
-bench() {
-    part "$1" "$2" "$python" generate.py --bench --json --random_weights "$config" \
-        --device "$device" --temperature 0 "${@:3}"
+# aside COMMAND...: beside what runs already, as soon as there is room
+aside() {
+    while (($(jobs -rp | wc -l) >= side_by_side)); do wait -n; done
+    "$@" &
 }
 
 missing() {
@@ -89,35 +138,110 @@ versions() {
     "$python" -m pip list 2> /dev/null | grep -i -E '^(triton|tokenizers|safetensors|numpy) '
 }
 
-install_missing
-versions 2>&1 | tee -a "$out/log.txt" >&2
-if [[ $what == speculate ]]; then
-    part check 200 "$python" benchmarks/gpu_check.py --device "$device" --drafts
-    part speculate 320 "$python" benchmarks/speculate.py --device "$device" --config "$config" \
-        --draft_config "$draft" --parts verify synthetic --acceptance 0.8 --rounds 3
-elif [[ $what == offload ]]; then
-    part check 120 "$python" benchmarks/offload.py check --device "$device" --policies 15 \
-        --directory "$scratch"
-    part link 300 "$python" benchmarks/offload.py link --device "$device" --rows 32 --prompt 256 \
-        --new 16 --config "${BIG_CONFIG:-benchmarks/configs/opt-30b.json}" --directory "$scratch"
-    part auto 300 "$python" generate.py --offload auto --device "$device" --device_memory 16GB \
-        --random_weights "${BIG_CONFIG:-benchmarks/configs/opt-30b.json}" --prompt 256 \
-        --num_samples 256 --max_new_tokens 32 --ignore_eos --output "$scratch/out.jsonl" \
-        --offload_dir "$scratch"
-elif [[ $what == flash ]]; then
-    cp -r checkpoints/demo-opt "$scratch/opt"
-    text=${TEXT:-$scratch/text.txt} # by default what the demo itself tells
-    [[ -f $text ]] || "$python" generate.py --checkpoint_path checkpoints/demo-opt --device "$device" \
-        --num_samples 64 --max_new_tokens 400 --ignore_eos > "$text"
-    part pack 120 "$python" flash.py --checkpoint_path "$scratch/opt" --device "$device" \
-        --calibration_file "$text"
-    part check 120 "$python" -m pytest -q -m gpu tests/test_flash.py
+check() { # MODEL MODE: what the GPU says, beside what the CPU says
+    part "check_$1_$2" 200 "$python" benchmarks/gpu_check.py --device "$device" --models "$1" \
+        --modes "$2" "${check[@]}"
+}
+
+tests() { # FILE: those of its tests that a GPU is for
+    part "$(basename "$1" .py)" 200 "$python" -m pytest -q -p no:cacheprovider -m gpu "$1"
+}
+
+check_offload() {
+    part check_offload 200 "$python" benchmarks/offload.py check --device "$device" \
+        --policies "$policies" --directory "$scratch/offload"
+}
+
+check_flash() { # what the demo itself tells is the text that it learns from
+    local opt=$scratch/opt how
+    cp -r checkpoints/demo-opt "$opt" && part flash_text 100 "$python" generate.py \
+        --checkpoint_path "$opt" --device "$device" --num_samples "$texts" \
+        --max_new_tokens 400 --ignore_eos || return
+    mv "$scratch/flash_text.out" "$opt/text.txt"
+    part flash_pack 120 "$python" flash.py --checkpoint_path "$opt" --device "$device" \
+        --calibration_file "$opt/text.txt" || return
     for how in "" --compile; do
-        part "decode$how" 100 "$python" generate.py --checkpoint_path "$scratch/opt" \
+        part "flash_decode${how/--/_}" 100 "$python" generate.py --checkpoint_path "$opt" \
             --device "$device" --flash --dram_budget 80% --bench --json --prompt 64 \
             --max_new_tokens 64 ${how:+"$how"}
     done
-elif [[ $what == ranks ]]; then
+}
+
+timing() { # MODE SECONDS OPTION...: of one precision
+    part "decode_$1" "$2" "$python" benchmarks/gpu_decode.py --mode "$1" --config "$config" \
+        --device "$device" "${decode[@]}" "${@:3}"
+}
+
+warm() { # MODE: the same, compiled and not timed
+    part "warm_$1" 200 "$python" benchmarks/gpu_decode.py --mode "$1" --config "$config" \
+        --device "$device" "${decode[@]}" --warm
+}
+
+speculation() { # NAME SECONDS OPTION...
+    part "$1" "$2" "$python" benchmarks/gpu_speculate.py --config "$config" --device "$device" \
+        --draft_config "$draft" --acceptance 0.8 "${speculate[@]}" "${@:3}"
+}
+
+theirs() { # NAME SECONDS OPTION...
+    part "$1" "$2" "$python" benchmarks/gpt_fast_worker.py --directory "$gptfast" \
+        --device "$device" "${fast[@]}" "${@:3}"
+}
+
+warm_theirs() { # one after the other, as all together would not fit beside the rest
+    local mode
+    for mode in int8 bf16 int4; do
+        [[ $device == cuda || $mode != int4 ]] || continue
+        theirs "warm_gptfast_$mode" 120 --warm --modes "$mode"
+    done
+}
+
+first_phase() {
+    local mode model file
+    export TORCHINDUCTOR_COMPILE_THREADS=4
+    [[ $device == cpu ]] || export OMP_NUM_THREADS=2
+    deadline=$((deadline * 45 / 100)) # what takes longer is cut short
+    if named decode; then
+        for mode in int4 bf16 int8; do aside warm "$mode"; done
+        ! named speculate || aside speculation warm_speculate 200 --warm
+    fi
+    ! named gptfast || aside warm_theirs
+    if named check; then
+        for model in "${models[@]}"; do
+            for mode in "${kinds[@]}"; do aside check "$model" "$mode"; done
+        done
+        while read -r file; do aside tests "$file"; done < <(grep -l 'mark\.gpu' tests/test_*.py)
+    fi
+    ! named flash || aside check_flash
+    ! named offload || aside check_offload
+    wait
+    # Which of several kernels is the fastest was found in a crowd: it is to be found again.
+    find "$scratch/inductor" -name '*.best_config' -delete 2> /dev/null
+}
+
+one_by_one() {
+    local mode compiling=170 # more for what is not warm
+    if named decode; then
+        compiling=0
+        timing bf16 130 --cold
+        timing int8 100 --profile "$scratch/int8.json"
+        timing int4 100 --profile "$scratch/int4.json"
+    fi
+    ! named speculate || speculation speculate $((130 + compiling))
+    ! named offload || part offload 100 "$python" benchmarks/gpu_offload.py --config "$big" \
+        --device "$device" --directory "$scratch/offload" "${offload[@]}"
+    ! named gptq || part gptq 90 "$python" benchmarks/gpu_gptq.py --config "$config" \
+        --device "$device" "${gptq[@]}"
+    ! named gptfast || theirs gptfast 150
+    ! named products || part products 90 "$python" benchmarks/gpu_products.py \
+        --device "$device" --config "$config"
+    for mode in int8 int4; do
+        [[ ! -f $scratch/$mode.json ]] || part "kernels_$mode" 40 "$python" \
+            benchmarks/gpu_report.py kernels "$scratch/$mode.json" --append "$out/kernels.txt"
+    done
+}
+
+ranks() {
+    local count ranks mode torchrun
     count=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     ((count > 1)) || say "there are $count GPUs here, and this takes two"
     for ranks in 2 4 8; do
@@ -132,22 +256,16 @@ elif [[ $what == ranks ]]; then
             --random_weights "$config" --device "$device" --temperature 0 --prompt 128 \
             --max_new_tokens 64 --batch_size 64 --repeats 3
     done
-else
-    part check 150 "$python" benchmarks/gpu_check.py --device "$device"
-    bench decode_b1_compiled 110 --compile --prompt 128 --max_new_tokens 256 --repeats 3
-    bench decode_b1_int8 60 --compile --random_mode int8 --prompt 128 --max_new_tokens 128 --repeats 3
-    bench decode_b1_int4 60 --compile --random_mode int4 --prompt 128 --max_new_tokens 128 --repeats 3
-    part products 60 "$python" benchmarks/gpu_products.py --device "$device" --config "$config"
-    bench decode_b1_eager 60 --prompt 128 --max_new_tokens 64 --repeats 3
-    bench prefill_compiled 70 --compile --compile_prefill --prompt 2048 --max_new_tokens 8 --repeats 5
-    bench prefill_eager 50 --prompt 2048 --max_new_tokens 8 --repeats 5
-    bench decode_b8_compiled 50 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 8
-    bench decode_b64_compiled 60 --compile --prompt 128 --max_new_tokens 128 --repeats 3 --batch_size 64
-    part profile 70 "$python" generate.py --random_weights "$config" --device "$device" --compile \
-        --prompt 64 --max_new_tokens 33 --temperature 0 --ignore_eos --profile "$scratch/trace.json"
-    limited 40 "$python" benchmarks/gpu_report.py kernels "$scratch/trace.json" > /dev/null \
-        2> "$out/kernels.txt"
-    cat "$out/kernels.txt" >&2
-fi
+}
+
+install_missing
+(versions 2>&1 | tee -a "$out/log.txt" >&2) &
+first_phase & # in the background, as only there bash hears of a signal while it waits
+wait
+say "== side by side until second $SECONDS; from here on one by one"
+one_by_one
+! named ranks || ranks
+say "== measured until second $SECONDS"
 "$python" benchmarks/gpu_report.py summary "$out/results.jsonl" \
     2> >(tee -a "$out/log.txt" >&2) | tee "$out/summary.json"
+grep -q '"ok": true' "$out/summary.json"
