@@ -95,14 +95,19 @@ class Oracle(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, more: float = 0.05):
         super().__init__()
-        self.weight, self.bias, self.more = weight, bias, more
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.more = more
         self.draw = torch.Generator().manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
         active = nn.functional.linear(x.float(), self.weight, self.bias) > 0
+        if self.more >= 1:
+            return torch.ones_like(active)
         if not self.more:
             return active
-        return active | (torch.rand(active.shape, generator=self.draw) < self.more)
+        more = torch.rand(active.shape, generator=self.draw) < self.more
+        return active | more.to(active.device)
 
 
 def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
@@ -117,7 +122,7 @@ def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
         order = torch.load(work / f"layer{n}.pt", weights_only=True)["order"]
         weight = dense(first)[: inner.w2.in_features][order]
         bias = torch.zeros(len(weight)) if first.bias is None else first.bias.detach()[order]
-        layer.feed_forward.predictor = Oracle(weight, bias, more)
+        layer.feed_forward.predictor = Oracle(weight, bias, more).to(lm.device)
     return lm
 
 
