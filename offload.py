@@ -27,7 +27,7 @@ import disk
 from checkpoint import final_dtype, give, room, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
 from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
-from model import KVCache, Rotation
+from model import KVCache, Linear, Rotation
 from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
 from ring import (
@@ -141,7 +141,11 @@ class StreamedLayers(nn.ModuleList):
         if j == 0 and self.policy.activations.device < 100:
             x = Parked(x, self.policy)
         workers = self._workers if self._host_has_a_part() else None
-        zigzag(partial(self.run, block), self.policy, x, *given, workers)
+        B, T, _ = x.shape
+        again = min(self.policy.micro_batch, self.policy.chunk // T) < B
+        unpacks = again and self.device.type == "cuda" and self.run is eager
+        with unpacked(block, self._dtype) if unpacks else contextlib.nullcontext():
+            zigzag(partial(self.run, block), self.policy, x, *given, workers)
         return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
 
     def _host_has_a_part(self) -> bool:
@@ -214,6 +218,24 @@ class StreamedLayers(nn.ModuleList):
 
 def eager(block: nn.Module, *given: Any) -> Tensor:
     return block(*given)
+
+
+@contextlib.contextmanager
+def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Quantised linears are dense for a while: on a GPU eager code unpacks them in passes that take
+    several times as long as the product, and here once for all that a layer is given."""
+    packed = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
+    try:
+        for name, linear in packed.items():
+            with META:
+                dense = Linear(linear.in_features, linear.out_features, bias=False)
+            dense.weight = nn.Parameter(linear.dense(dtype), requires_grad=False)
+            dense.bias = linear.bias
+            block.set_submodule(name, dense)
+        yield
+    finally:
+        for name, linear in packed.items():
+            block.set_submodule(name, linear)
 
 
 def zigzag(

@@ -130,9 +130,10 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Pretended":
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        tensor = Tensor._make_wrapper_subclass(
-            cls, inner.shape, **layout, dtype=inner.dtype, device=CUDA
-        )
+        with torch.inference_mode(False):  # a view of what is none must be none
+            tensor = Tensor._make_wrapper_subclass(
+                cls, inner.shape, **layout, dtype=inner.dtype, device=CUDA
+            )
         tensor.inner = inner
         return tensor
 

@@ -309,11 +309,38 @@ def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu(kind: str, compile: bool, models: dict[str, Path], tmp_path: Path):
-    path, directory = models["opt"], tmp_path / "model.flash"
-    pack(path, "--neurons", kind, "--flash_dir", directory)
-    there = sparse(path, directory=directory, device="cuda", compile=compile)
-    assert texts(there) == texts(sparse(path, directory=directory))
+def test_on_a_gpu(
+    kind: str,
+    compile: bool,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """What is missed depends on what is in memory, and that on the machine: here nothing is."""
+    path, options = models["opt"], {"directory": tmp_path / "model.flash"}
+    pack(path, "--neurons", kind, "--flash_dir", options["directory"])
+    more = 0 if kind == "dense" else 1.0  # what is active behind rounded weights is not known
+    wanted = texts(foresee(sparse(path, **options), path, more))
+    lm = foresee(sparse(path, device="cuda", compile=compile, **options), path, more)
+    for whole in (False, True):
+        monkeypatch.setattr("window.Residence.prefers_whole", lambda *_, p=whole: p)
+        assert texts(lm) == wanted
+        (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
+        assert alone.ids == wanted[2]
+    tally = source_of(lm.model).tally
+    assert tally.missed and tally.whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("draft", ["ngram", "model"])
+def test_with_a_draft_on_a_gpu(draft: str, compile: bool, models: dict[str, Path]):
+    path = models["opt"]
+    options = {"device": "cuda", "compile": compile}
+    guess = draft if draft == "ngram" else in_memory(path, **options)
+    lm = foresee(sparse(path, draft=guess, speculate_k=3, **options), path, more=0)
+    assert texts(lm) == texts(in_memory(path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

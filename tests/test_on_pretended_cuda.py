@@ -21,6 +21,7 @@ import predictor
 from load import LoadedModel
 from neurons import KINDS
 from policy import Policy, Share
+from quantized import Int4Linear
 from sparse import source_of
 from tiered_cache import AttendsThere
 
@@ -208,6 +209,21 @@ def test_the_host_attends_while_the_device_computes(
         most.clear()
         assert ids(away(dataclasses.replace(policy, overlap=False))) == wanted
         assert max(most) == 1
+
+
+def test_packed_layers_are_unpacked_once_for_all_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy = dataclasses.replace(AWAY, compress_weight=True, directory=tmp_path)
+    wanted = ids(demo("demo", policy=policy))
+    calls, really = [], Int4Linear.dense
+    monkeypatch.setattr(Int4Linear, "dense", lambda *given: calls.append(1) or really(*given))
+    with pretended_cuda():
+        lm = away(policy)
+        assert ids(lm) == wanted
+        kinds = {type(m) for m in lm.model.layers.slots[0].holds.block.modules()}
+    linears = 4 * len(lm.model.layers)
+    assert len(calls) == FEW.max_new_tokens * linears and Int4Linear in kinds
 
 
 def test_sparse_attention_is_the_host_s(tmp_path: Path):
