@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpu_products import build, hindrance
 from neurons import Format
+from ring import sent
 
 BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight, as cpu_neurons.cpp has it
 TOGETHER = 32  # weights that it unpacks together
@@ -56,12 +57,12 @@ class Products:
 
     def sums(
         self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None = None
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int | Tensor]:
         """What neurons give to the rows, (N, D) -> (N, D) float32, and how many are active.
 
         records: (C, stride) bytes, neurons: (C,) of them; some: (n,) slots, None: all.
         """
-        index = None if some is None else torch.from_numpy(some).to(rows.device)
+        index = None if some is None else sent(torch.from_numpy(some), rows.device)
         if self.kernel:
             format, ids = self.format, torch.from_numpy(neurons)
             how = format.starts, BITS[format.kind], format.groupsize
@@ -70,9 +71,10 @@ class Products:
             )
         if index is not None:
             records, neurons = taken(records, index), neurons[some]
-        h = self.hidden(rows, records, torch.from_numpy(neurons).to(rows.device))  # (N, n)
+        ids = sent(torch.from_numpy(neurons), rows.device)
+        h = self.hidden(rows, records, ids)  # (N, n)
         down = self.format.rows(records, "down", h.dtype)  # (n, D)
-        return (h @ down).float(), int((h != 0).any(0).sum())
+        return (h @ down).float(), (h != 0).any(0).sum()
 
     def hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
         """(N, D) rows -> (N, n): what records of such neurons make of them."""
@@ -89,3 +91,9 @@ class Products:
 def taken(records: Tensor, index: Tensor) -> Tensor:
     """Those of the records, (n, stride) bytes, copied eight bytes at a time: 40 times as fast."""
     return records.view(torch.int64)[index].view(torch.uint8)
+
+
+def put(slab: Tensor, index: Tensor, records: Tensor) -> None:
+    """Let records, (n, stride) bytes, be in those slots of a slab; they may come from the host."""
+    words = sent(records, slab.device).view(torch.int64)
+    slab.view(torch.int64)[index] = words

@@ -10,7 +10,10 @@ Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
 Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
 """
 
+import contextlib
 import copy
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -24,11 +27,27 @@ import disk
 from checkpoint import final_dtype, give, room, stored_tensors
 from cpu_products import WORTH, TiledLinear, use_products
 from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
-from model import KVCache, Rotation
+from model import KVCache, Linear, Rotation
 from policy import WEIGHT_SLOTS, Policy
 from quantized import QuantizedLinear
-from ring import CPU, META, Courier, HostMemory, Layout, Ring, Slot, Staged, Store, Waited, fence
+from ring import (
+    CPU,
+    META,
+    Courier,
+    HostMemory,
+    Layout,
+    Ring,
+    Slot,
+    Staged,
+    Store,
+    Waited,
+    Workers,
+    fence,
+)
 
+# Micro-batches of which the host attends to some while the device computes others: one here, one
+# there and one on its way; no more than the ring has slots for their cells.
+UNDER_WAY = 3
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
 Source = tuple[Store, dict[str, int]]  # where each tensor of a layer is
@@ -53,7 +72,7 @@ class StreamedLayers(nn.ModuleList):
         super().__init__(layers)
         self._files: dict[Path, Store] = {}
         self.waited = {"layers": Waited(), "cache": Waited()}
-        self.run: Callable[..., Tensor] = lambda block, *given: block(*given)  # or compiled
+        self.run: Callable[..., Tensor] = eager  # or compiled
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
@@ -93,6 +112,7 @@ class StreamedLayers(nn.ModuleList):
         # Two layers at a time: when the requests for one run out, those for the next are there.
         self._courier = Courier(self.device, "weights", WEIGHT_SLOTS)
         self._packer = Courier(self.device, "pack")
+        self._workers = Workers(self.device, "micro-batches", UNDER_WAY)
         self._ring = self._new_ring()
 
     def set_policy(self, policy: Policy) -> None:
@@ -111,15 +131,29 @@ class StreamedLayers(nn.ModuleList):
                 yield partial(self._through, j, layer)
             else:
                 with self._ring.holding(j) as slot:
-                    yield partial(self._through, j, slot.holds.block)
-                    slot.used = fence(self.device)
+                    try:
+                        yield partial(self._through, j, slot.holds.block)
+                    finally:  # after an error, too, the device may still compute with it
+                        slot.used = fence(self.device)
 
     def _through(self, j: int, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
         if j == 0 and self.policy.activations.device < 100:
             x = Parked(x, self.policy)
-        zigzag(partial(self.run, block), self.policy, x, *given)
+        workers = self._workers if self._host_has_a_part() else None
+        B, T, _ = x.shape
+        again = min(self.policy.micro_batch, self.policy.chunk // T) < B
+        unpacks = again and self.device.type == "cuda" and self.run is eager
+        with unpacked(block, self._dtype) if unpacks else contextlib.nullcontext():
+            zigzag(partial(self.run, block), self.policy, x, *given, workers)
         return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
+
+    def _host_has_a_part(self) -> bool:
+        """Whether it attends, so that the device has other micro-batches to go on with meanwhile.
+        (Compiled blocks take turns with it.)"""
+        policy = self.policy
+        attends = policy.cpu_attention and policy.cache.device < 100 and self.device.type != "cpu"
+        return attends and policy.overlap and self.run is eager
 
     def _in_file(self, j: int, stored: Stored) -> Source | None:
         tensors = self.layout.tensors.items()
@@ -166,7 +200,7 @@ class StreamedLayers(nn.ModuleList):
             for name, module in block.named_modules()
             if isinstance(module, TiledLinear)
         ]
-        return Slot(parts, Streamed(block, tiled))
+        return Slot(parts, Streamed(block, tiled), fence(self.device))
 
     def _fetch(self, j: int, slot: Slot) -> Future:
         store, places = self.sources[j]
@@ -182,6 +216,28 @@ class StreamedLayers(nn.ModuleList):
         return self._packer.send(pack) if slot.holds.tiled else read
 
 
+def eager(block: nn.Module, *given: Any) -> Tensor:
+    return block(*given)
+
+
+@contextlib.contextmanager
+def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Quantised linears are dense for a while: on a GPU eager code unpacks them in passes that take
+    several times as long as the product, and here once for all that a layer is given."""
+    packed = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
+    try:
+        for name, linear in packed.items():
+            with META:
+                dense = Linear(linear.in_features, linear.out_features, bias=False)
+            dense.weight = nn.Parameter(linear.dense(dtype), requires_grad=False)
+            dense.bias = linear.bias
+            block.set_submodule(name, dense)
+        yield
+    finally:
+        for name, linear in packed.items():
+            block.set_submodule(name, linear)
+
+
 def zigzag(
     block: Callable[..., Tensor],
     policy: Policy,
@@ -190,19 +246,59 @@ def zigzag(
     mask: Tensor,
     pos: Tensor,
     cache: KVCache,
+    workers: Workers | None = None,
 ) -> None:
     """A layer, called as a block is, for all rows of x, (B, T, D), which it overwrites: one
-    micro-batch after the other, and of that as many rows at once as have a chunk of tokens."""
+    micro-batch after the other, and of that as many rows at once as have a chunk of tokens.
+
+    workers: who computes micro-batches at the same time; None: no two are."""
     (B, T, _), g = x.shape, policy.micro_batch
     step = max(1, min(g, policy.chunk // T))
-    for first in range(0, B, g):
-        end = min(first + g, B)
+
+    def compute(cell: KVCache, first: int, end: int) -> None:
+        for start in range(first, end, step):
+            rows = slice(start, min(start + step, end))
+            turned = rotation and tuple(t[rows] for t in rotation)
+            within = cell.part(slice(start - first, rows.stop - first))
+            x[rows] = block(x[rows], turned, mask[rows], pos[rows], within)
+
+    spans = [(first, min(first + g, B)) for first in range(0, B, g)]
+    if workers and len(spans) > 1:
+        return compute_together(workers, compute, spans, cache, pos)
+    for first, end in spans:
         with cache.opened(slice(first, end), pos) as cell:
-            for start in range(first, end, step):
-                rows = slice(start, min(start + step, end))
-                turned = rotation and tuple(t[rows] for t in rotation)
-                within = cell.part(slice(start - first, rows.stop - first))
-                x[rows] = block(x[rows], turned, mask[rows], pos[rows], within)
+            compute(cell, first, end)
+
+
+def compute_together(
+    workers: Workers,
+    compute: Callable[[KVCache, int, int], None],
+    spans: Sequence[tuple[int, int]],
+    cache: KVCache,
+    pos: Tensor,
+) -> None:
+    """Micro-batches, UNDER_WAY of them at a time. Their cells are opened and closed here, in order.
+    Nothing is under way when this returns, or raises."""
+    under_way: deque[tuple[contextlib.ExitStack, Future]] = deque()
+
+    def finish() -> None:
+        opened, computed = under_way.popleft()
+        with opened:
+            computed.result()
+
+    try:
+        for span in spans:
+            if len(under_way) == UNDER_WAY:
+                finish()
+            opened = contextlib.ExitStack()
+            cell = opened.enter_context(cache.opened(slice(*span), pos))
+            under_way.append((opened, workers.send(partial(compute, cell, *span))))
+        while under_way:
+            finish()
+    finally:
+        while under_way:  # one has failed
+            with contextlib.suppress(Exception):
+                finish()
 
 
 class Parked:
@@ -222,19 +318,25 @@ class Parked:
         }
         tiers = policy.activations.tiers(-(-len(x) // self._g))
         self._homes = [make[tier]() for tier in tiers]
-        self._stage = page_aligned(nbytes, CPU, pin)
+        stage = page_aligned(nbytes, CPU, pin)
+        # What stays on a GPU does not pass through the host.
+        here = page_aligned(nbytes, x.device) if x.device.type != "cpu" else stage
+        self._stages = [here if tier == "device" else stage for tier in tiers]
+        self._turn = threading.Lock()  # of those who use a stage
         for start in range(0, len(x), self._g):
             self[start : start + self._g] = x[start : start + self._g]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        pieces, stage = self._pieces(rows)
-        self._homes[rows.start // self._g].read(pieces)
-        return stage.to(self._like.device, copy=True)
+        with self._turn:
+            pieces, stage = self._pieces(rows)
+            self._homes[rows.start // self._g].read(pieces)
+            return stage.to(self._like.device, copy=True)
 
     def __setitem__(self, rows: slice, x: Tensor) -> None:
-        pieces, stage = self._pieces(rows)
-        stage.copy_(x)
-        self._homes[rows.start // self._g].write(pieces)
+        with self._turn:
+            pieces, stage = self._pieces(rows)
+            stage.copy_(x)
+            self._homes[rows.start // self._g].write(pieces)
 
     def whole(self) -> Tensor:
         B = self.shape[0]
@@ -243,7 +345,7 @@ class Parked:
     def _pieces(self, rows: slice) -> tuple[list[tuple[int, Tensor]], Tensor]:
         """Where rows are in their store and in the memory on the way there, and that as x."""
         count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g
-        stage = self._stage[: count * self._row]
+        stage = self._stages[rows.start // self._g][: count * self._row]
         values = stage.view(self._like.dtype).view(count, -1)  # (rows, T * D and a rest)
         width = self.shape[1] * self.shape[2]
         return [(first * self._row, stage)], values[:, :width].unflatten(1, self.shape[1:])

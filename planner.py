@@ -154,6 +154,8 @@ class Planner:
             copies = "to device", "to host", "host attention"
             seconds["compute"] += sum(seconds.pop(name) for name in copies)
         else:
+            if K == 1 or not policy.overlap:  # the device has nothing else to do meanwhile
+                seconds["compute"] += seconds["host attention"]
             seconds["to device"] += disk * machine.to_device(sizes.layer)
             seconds["to device"] += cells_disk * (not stays) * machine.to_device(filled)
         return seconds

@@ -190,9 +190,10 @@ def threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
     """The score that so large a share of the active neurons reaches."""
     found = scores[active]
     if not len(found):
-        return torch.zeros(())
+        return scores.new_zeros(())
     rank = max(1, math.floor((1 - recall) * len(found)))
-    return found.kthvalue(rank).values.nextafter(torch.tensor(-math.inf))
+    least = found.kthvalue(rank).values
+    return least.nextafter(least.new_tensor(-math.inf))
 
 
 def locality(predicted: np.ndarray) -> dict[str, Any]:

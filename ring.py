@@ -24,6 +24,7 @@ from torch import Tensor
 from disk import Pieces, page_aligned, whole_blocks
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+COPIED = 2**25  # bytes that go to a GPU at once: half a millisecond
 Item = TypeVar("Item", bound=Hashable)
 Parts = dict[str, Tensor]  # bytes by the names of tensors
 Fence = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
@@ -68,14 +69,18 @@ class Store(Protocol):
 
 
 class HostMemory:
-    """Bytes in the host's memory. On a GPU's stream, copies may be under way on return."""
+    """Bytes in the host's memory. On a GPU's stream, copies may be under way on return; they are in
+    pieces, so that what others send meanwhile need not wait for a whole layer."""
 
     def __init__(self, slab: Tensor):
         self.slab = slab
 
     def read(self, pieces: Pieces) -> None:
         for offset, piece in pieces:
-            piece.copy_(self.slab[offset : offset + len(piece)], non_blocking=True)
+            source = self.slab[offset : offset + len(piece)]
+            size = COPIED if piece.is_cuda else max(1, len(piece))
+            for to, part in zip(piece.split(size), source.split(size), strict=True):
+                to.copy_(part, non_blocking=True)
 
     def write(self, pieces: Pieces) -> None:
         for offset, piece in pieces:
@@ -117,6 +122,14 @@ class Staged:
             self._stages.put(stage)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On that device, in its stream's order, and without waiting for it. What is pinned must stay
+    as it is until then; of what is not, a copy is sent."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
 def fence(device: torch.device) -> Fence:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
@@ -140,6 +153,25 @@ class Courier:
             work()
             if self._stream:
                 self._stream.synchronize()
+
+
+class Workers:
+    """Threads that give a device work, each for itself, in the stream of who sends it to them."""
+
+    def __init__(self, device: torch.device, name: str, threads: int):
+        self._device, self._threads = device, ThreadPoolExecutor(threads, name)
+
+    def send(self, work: Callable[[], Any]) -> Future:
+        """Its result is there when the device has been given all of the work, which it may not yet
+        have done."""
+        cuda = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if cuda else None
+        return self._threads.submit(self._run, work, stream)
+
+    def _run(self, work: Callable[[], Any], stream: "torch.cuda.Stream | None") -> Any:
+        within = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
+        with torch.inference_mode(), within:
+            return work()
 
 
 @dataclass

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from checkpoint import size_text, stored_tensors
 from disk import page_aligned, whole_blocks
 from model import Linear, ModelArgs, Transformer
-from neuron_products import Products, has_kernel, taken
+from neuron_products import Products, has_kernel, put, taken
 from neurons import Format, NeuronCache, NeuronFile
 from pack import Pack
 from reads import Work, nothing
-from ring import CPU, Courier, Ring, Slot, Staged, Waited
+from ring import CPU, Courier, Fence, Ring, Slot, Staged, Waited, fence, sent
 from window import DEPTHS, Residence, choose, measured
 
 MANY = 64  # tokens; more of them at once are a prompt
@@ -75,16 +75,17 @@ class Flash:
 
 @dataclass
 class Tally:
-    """What a model's sparse layers have done. Seconds are the host's."""
+    """What a model's sparse layers have done. Seconds are the host's. A GPU counts neurons by
+    itself, in tensors, so that the host need not wait for it."""
 
     calls: int = 0  # of layers, by way of predictions
     whole: int = 0  # of layers, by all neurons, as too many were missing
     predicted: int = 0  # neurons
     missed: int = 0  # of these: not in memory
     fetches: int = 0  # calls that brought some
-    active: int = 0  # neurons that gave something
-    seen_active: int = 0  # at the end of prompts, where all neurons are looked at
-    seen_predicted: int = 0  # of those
+    active: int | Tensor = 0  # neurons that gave something
+    seen_active: int | Tensor = 0  # at the end of prompts, where all neurons are looked at
+    seen_predicted: int | Tensor = 0  # of those
     reading: float = 0.0  # seconds from the first request to the last answer
     managing: float = 0.0
     computing: float = 0.0  # of feed-forward layers, predictions apart
@@ -140,10 +141,12 @@ class Source:
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
         self._order = [(j, *chunk) for j in range(layers) for chunk in self.chunks]
         size = chunk * stride
-        slots = [Slot({"": page_aligned(size, device)}, None) for _ in range(AHEAD)]
+        parts = [{"": page_aligned(size, device)} for _ in range(AHEAD)]
+        slots = [Slot(part, None, fence(device)) for part in parts]
         staged = AHEAD + 1 if device.type != "cpu" else 0  # files are not read into a GPU's memory
         stages = [page_aligned(size, CPU, pinned) for _ in range(staged)]
         self._stage = stages.pop() if stages else None
+        self._staged: Fence = None  # when what is on the stage has been copied
         self._stream = Staged(file, stages) if stages else file
         self._courier = Courier(device, "stream", AHEAD)
         self._ring = Ring(self._order, slots, self._fetch, Waited())
@@ -172,12 +175,12 @@ class Source:
             share, hits = predicted / tally.calls / self.neurons, 1 - tally.missed / predicted
             yield (
                 f"  neurons     {share:.1%} of a layer predicted, {hits:.1%} of them in memory; "
-                f"{predicted / max(tally.active, 1):.2f} predicted for one active"
+                f"{predicted / max(int(tally.active), 1):.2f} predicted for one active"
             )
         if not file.direct:
             yield "  through the page cache: this disk refuses to be read past it"
         if tally.seen_active:
-            found = tally.seen_predicted / tally.seen_active
+            found = int(tally.seen_predicted) / int(tally.seen_active)
             yield f"  recall      {found:.1%} of the neurons that were active in layers read whole"
 
     def count_anew(self) -> None:
@@ -190,7 +193,10 @@ class Source:
         for start, end in self.chunks:
             with self._ring.holding((j, start, end)) as slot:
                 stride = self.file.stride
-                yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
+                try:
+                    yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
+                finally:
+                    slot.used = fence(self.device)
 
     def fetch(
         self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work = nothing
@@ -204,9 +210,12 @@ class Source:
         places = self._stage.data_ptr() + np.arange(room) * stride
         for n in range(0, len(ids), room):
             part = ids[n : n + room]
+            if self._staged:
+                self._staged.synchronize()
             self.file.bring(first, part, places[: len(part)], gap)
             staged = self._stage[: len(part) * stride].view(len(part), stride)
-            slab[torch.from_numpy(slots[n : n + room]).to(self.device)] = staged.to(self.device)
+            put(slab, sent(torch.from_numpy(slots[n : n + room]), self.device), staged)
+            self._staged = fence(self.device)
 
 
 def chunk_size(neurons: int, stride: int) -> int:
@@ -308,10 +317,10 @@ class SparseFeedForward(nn.Module):
         with self.tally.timed("computing"):
             sums, active = self.products.sums(rows, self.cache.slab, self.cache.neurons, some)
             y += sums
-        self.tally.active += active
+        self.tally.active = self.tally.active + active
 
     def _index(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(ids).to(self.source.device)
+        return sent(torch.from_numpy(ids), self.source.device)
 
     def _whole(self, x: Tensor, likely: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) float32, by all neurons; those of the last tokens stay."""
@@ -326,12 +335,12 @@ class SparseFeedForward(nn.Module):
             h = self.products.hidden(rows, records, torch.arange(start, end, device=x.device))
             y += h @ self.format.rows(records, "down", h.dtype)
             active = h.unflatten(0, x.shape[:2])[:, -RECENT:].flatten(0, 1) != 0
-            tally.seen_active += int(active.sum())
-            tally.seen_predicted += int((active & likely[:, start:end]).sum())
+            tally.seen_active = tally.seen_active + active.sum()
+            tally.seen_predicted = tally.seen_predicted + (active & likely[:, start:end]).sum()
             here = (ids >= start) & (ids < end)
             if here.any():
                 kept = taken(records, self._index(ids[here] - start))
-                cache.slab[self._index(slots[here])] = kept
+                put(cache.slab, self._index(slots[here]), kept)
         cache.hold(ids, slots)
         return y.view_as(x)
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import gc
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from ring import (
     Store,
     Waited,
     fence,
+    sent,
 )
 
 
@@ -94,8 +96,10 @@ class TieredCaches(Sequence["TieredCache"]):
             yield cell.cache
             return
         with self._ring_over(-(-len(pos) // self.policy.micro_batch)).holding(cell) as slot:
-            yield slot.holds
-            slot.used = fence(self.device)
+            try:
+                yield slot.holds
+            finally:  # after an error, too, the device may still compute with it
+                slot.used = fence(self.device)
             first, cell.filled = self._span(k, pos)
             self._store(cell, slot, first)
             if not self.policy.overlap:
@@ -216,7 +220,7 @@ class TieredCaches(Sequence["TieredCache"]):
     def _slot(self) -> Slot:
         device = CPU if self._host_reads() else self.device
         parts = self.layout.allocate(device)
-        return Slot(parts, self._cache(parts, device))
+        return Slot(parts, self._cache(parts, device), fence(self.device))
 
     def _cache(self, parts: Parts, device: torch.device) -> KVCache:
         """A cache in that memory."""
@@ -261,14 +265,28 @@ class TieredCache:
 
 class AttendsThere:
     """A cache to which queries, new keys and new values are sent, and from which what they see
-    comes back."""
+    comes back. Who calls waits; the device goes on with what others give it (offload.zigzag)."""
+
+    turn = threading.Lock()  # of those who attend on the host: one has all its cores
 
     def __init__(self, cache: KVCache):
         self._cache = cache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        there = self._cache.device
-        return self._cache.attend(*(t.to(there) for t in (q, k, v, mask, pos))).to(q.device)
+        if torch.compiler.is_compiling():  # neither events nor threads are for the compiler
+            there = self._cache.device
+            return self._cache.attend(*(t.to(there) for t in (q, k, v, mask, pos))).to(q.device)
+        given = self._received(q, k, v, mask, pos)
+        with self.turn:
+            y = self._cache.attend(*given)
+        return sent(y, q.device)
+
+    def _received(self, *tensors: Tensor) -> list[Tensor]:
+        """The same there, once they have come: what the device does afterwards may take longer."""
+        copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
+        if copied := fence(tensors[0].device):
+            copied.synchronize()
+        return copies
 
     def part(self, rows: slice) -> "AttendsThere":
         return AttendsThere(self._cache.part(rows))
@@ -291,8 +309,15 @@ class AttendsSparsely(AttendsThere):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         if q.shape[1] > 1:
             return super().attend(q, k, v, mask, pos)
-        device, there = q.device, self._cache.device
-        q, k, v, mask, pos = (t.to(there) for t in (q, k, v, mask, pos))
+        device = q.device
+        q, k, v, mask, pos = self._received(q, k, v, mask, pos)
+        with self.turn:
+            return sent(self._attend_sparsely(q, k, v, mask, pos), device)
+
+    def _attend_sparsely(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
+    ) -> Tensor:
+        """(B, 1, H, E), all on the host."""
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
         scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
@@ -302,7 +327,7 @@ class AttendsSparsely(AttendsThere):
         kept = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
         at = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)
         y = kept @ v.transpose(1, 2).gather(2, at)  # (B, G, R, E)
-        return y.flatten(1, 2).unsqueeze(1).to(device)  # (B, 1, H, E)
+        return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
 
     def part(self, rows: slice) -> "AttendsSparsely":
         return AttendsSparsely(self._cache.part(rows), self._share)

@@ -373,7 +373,7 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
 
 def link(args: argparse.Namespace) -> dict[str, Any]:
     """All layers in host memory: a step beside pinned copies of its bytes; then with the cache
-    there too, attended to here, and there; then without overlap."""
+    there too, attended to here, and there; then without overlap; then layers of 4 bits."""
     g, K = args.rows[0], 4
     policy = Policy(Share(0, 100), micro_batch=g, micro_batches=K, directory=args.directory)
     lm = random_model(args.config, device=args.device, policy=policy)
@@ -394,6 +394,14 @@ def link(args: argparse.Namespace) -> dict[str, Any]:
         log(
             f"{name}: {g * K / step:.1f} tokens/s, {nbytes / step / ceiling:.2f} of the link's rate"
         )
+    sixteen, lm, placed = figures[next(iter(ways))]["tokens_per_s"], None, None
+    gc.collect()  # a model refers to itself
+    packed = random_model(
+        args.config, device=args.device, policy=replace(policy, compress_weight=True)
+    )
+    step = statistics.median(run(packed, g * K, args.prompt, args.new)[1:])
+    figures["4 bits"] = {"tokens_per_s": g * K / step, "of_16_bits": g * K / step / sixteen}
+    log(f"4 bits: {g * K / step:.1f} tokens/s, {g * K / step / sixteen:.2f} times as many")
     return figures | {"link_bytes_per_s": ceiling}
 
 

@@ -48,7 +48,7 @@ FLOORS = {
     "reads": set(),
     "neurons": {"disk", "quantized", "reads"},
     "pack": {"checkpoint", "model", "neurons"},
-    "neuron_products": {"cpu_products", "neurons"},
+    "neuron_products": {"cpu_products", "neurons", "ring"},
     "window": {
         "bench", "checkpoint", "disk", "neuron_products", "neurons", "pack", "probe", "ring",
     },

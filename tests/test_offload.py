@@ -105,6 +105,17 @@ def test_any_policy_gives_the_tokens_of_the_model_in_memory(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("number", range(6))
+def test_any_policy_on_a_gpu(resident: tuple[str, LoadedModel], number: int, tmp_path: Path):
+    """Attention on the host beside the device's work among them."""
+    name, lm = resident
+    policy = some_policy(random.Random(SEED + number), tmp_path)
+    policy = dataclasses.replace(policy, cpu_attention=number % 2 == 0, overlap=True)
+    assert ids(demo(name, policy=policy, device="cuda")) == ids(lm)
+
+
 def test_every_tier_and_choice_is_among_the_policies():
     policies = [some_policy(random.Random(SEED + n), Path()) for n in range(POLICIES)]
     for what in ("weights", "cache", "activations"):

@@ -1,0 +1,254 @@
+"""What a GPU would run, on a device that is pretended: nothing is mixed up, no stream overtakes
+another, and the text is the CPU's."""
+
+import dataclasses
+import random
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_cuda import CUDA, Race, here, pretended_cuda
+from test_flash import foresee, sparse, texts
+from test_flash import in_memory as demo_in_memory
+from test_offload import GREEDY, SEED, TEXTS, demo, some_policy
+from test_offload import ids as all_ids
+
+import flash
+import predictor
+from load import LoadedModel
+from neurons import KINDS
+from policy import Policy, Share
+from quantized import Int4Linear
+from sparse import source_of
+from tiered_cache import AttendsThere
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "Once upon a time there was a little dog. He liked to play in the sun. " * 20
+DEVICE = "cuda:0"
+POLICIES = 4
+FEW = dataclasses.replace(GREEDY, max_new_tokens=6)
+
+
+def ids(lm: LoadedModel, **options: Any) -> list[list[int]]:
+    return all_ids(lm, FEW, **options)
+
+
+def pack(path: Path, *options: object) -> Path:
+    given = ["--checkpoint_path", path, "--calibration_seq_length", 64, "--rank", 16, *options]
+    return flash.run(flash.parse_args([str(word) for word in given]))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo OPT with what is learned of it there, by the start of training alone: the pretended
+    device has no gradients. (Steps of training are gone through, but for these.)"""
+    folder = tmp_path_factory.mktemp("pretended")
+    path = shutil.copytree(ROOT / "checkpoints" / "demo-opt", folder / "opt")
+    (folder / "text.txt").write_text(TEXT)
+    given = "--calibration_file", folder / "text.txt"
+    with pretended_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor, "fit", torch.no_grad()(predictor.fit))
+        pack(path, *given, "--epochs", 1, "--device", DEVICE)
+        pack(path, *given, "--epochs", 0, "--device", DEVICE)
+    return path
+
+
+# The device itself.
+
+
+def test_it_is_strict():
+    with pretended_cuda():
+        there = torch.ones(3, device=CUDA)
+        with pytest.raises(RuntimeError, match="same device"):
+            there + torch.ones(3)
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        late = there.to("cpu", non_blocking=True)
+        assert (late != 1).all()
+        here().synchronize()
+        assert (late == 1).all()
+
+
+def test_it_sees_a_stream_that_does_not_wait():
+    with pretended_cuda():
+        there, other = torch.zeros(3, device=CUDA), torch.cuda.Stream()
+        with torch.cuda.stream(other), pytest.raises(Race):
+            there.copy_(torch.ones(3), non_blocking=True)
+        done = here().record_event()
+        with torch.cuda.stream(other):
+            other.wait_event(done)
+            there.copy_(torch.ones(3), non_blocking=True)
+        with pytest.raises(Race):
+            there + 1
+        other.synchronize()
+        assert (there + 1).tolist() == [2, 2, 2]
+
+
+# Neurons from disk.
+
+
+def test_a_threshold_is_found_on_the_device():
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(SEED))
+    expected = predictor.threshold(scores, scores > -1, 0.9)
+    none = predictor.threshold(scores, scores > 100, 0.9)
+    with pretended_cuda():
+        there = scores.to(CUDA)
+        found = predictor.threshold(there, there > -1, 0.9)
+        assert found.device == CUDA and found.item() == expected.item()
+        assert predictor.threshold(there, there > 100, 0.9).item() == none.item() == 0
+
+
+def test_what_is_learned_is_the_same(model: Path, tmp_path: Path):
+    path = shutil.copytree(ROOT / "checkpoints" / "demo-opt", tmp_path / "opt")
+    pack(path, "--calibration_file", model.parent / "text.txt", "--epochs", 0, "--device", "cpu")
+    for n in range(4):
+        name = f"model.flash.learned/layer{n}.pt"
+        here, there = (torch.load(folder / name, weights_only=True) for folder in (path, model))
+        for what in ("order", "down", "up", "bias"):
+            assert torch.equal(here[what], there[what])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_neurons_from_disk(
+    kind: str, whole: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Missing neurons and whole layers, in a batch; of dense ones those of the model in memory."""
+    options = {"directory": tmp_path / "model.flash", "memory": 0.95}
+    pack(model, "--neurons", kind, "--flash_dir", options["directory"])
+    more = 0.05 if kind == "dense" else 1.0  # what is active behind rounded weights is not known
+    wanted = texts(foresee(sparse(model, **options), model, more))
+    assert kind != "dense" or wanted == texts(demo_in_memory(model))
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: whole)
+    with pretended_cuda():
+        lm = foresee(sparse(model, device=DEVICE, **options), model, more)
+        assert texts(lm) == wanted
+        tally = source_of(lm.model).tally
+        assert tally.whole if whole else tally.missed and int(tally.active)
+        assert list(flash.report(lm.model))
+
+
+def test_the_host_waits_once_a_layer_where_nothing_is_missed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+    with pretended_cuda() as device:
+        lm = foresee(sparse(model, device=DEVICE), model, more=0)
+        layer = lm.model.layers[1].feed_forward
+        x = torch.randn(1, 1, lm.model.args.dim).to(CUDA)
+        layer(x)
+        before = device.waits
+        layer(x)
+        assert device.waits == before + 1
+        layer.cache.forget()
+        layer(x)
+        assert device.waits <= before + 3  # the stage may still be read from
+
+
+@pytest.mark.parametrize("draft", ["ngram", "model"])
+def test_neurons_from_disk_with_a_draft(draft: str, model: Path):
+    wanted = texts(demo_in_memory(model))
+    with pretended_cuda():
+        guess = draft if draft == "ngram" else demo_in_memory(model, device=DEVICE)
+        given = {"device": DEVICE, "memory": 0.95, "draft": guess, "speculate_k": 3}
+        assert texts(foresee(sparse(model, **given), model)) == wanted
+
+
+# Layers and caches on several tiers.
+
+
+@pytest.fixture(scope="module", params=["demo", "demo-opt"])
+def still(request: pytest.FixtureRequest) -> tuple[str, list[list[int]]]:
+    return request.param, ids(demo(request.param))
+
+
+@pytest.mark.parametrize("number", range(POLICIES))
+def test_any_policy(still: tuple[str, list[list[int]]], number: int, tmp_path: Path):
+    name, wanted = still
+    policy = some_policy(random.Random(SEED + 100 + number), tmp_path)
+    print(policy)
+    with pretended_cuda():
+        assert ids(demo(name, policy=policy, device=DEVICE)) == wanted
+
+
+AWAY = Policy(Share(0, 100), Share(0, 100), micro_batch=2, micro_batches=5, cpu_attention=True)
+
+
+def away(policy: Policy) -> LoadedModel:
+    return demo("demo", policy=policy, device=DEVICE)
+
+
+@pytest.mark.parametrize("cache", [Share(0, 100), Share(30, 30), Share(0, 0)], ids=str)
+def test_the_host_attends_while_the_device_computes(
+    cache: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Queries of a micro-batch come before those of the one before it have been answered."""
+    wanted = ids(demo("demo"))
+    waiting, most, really = [], [], AttendsThere._received
+    second = threading.Condition()
+
+    def received(self: AttendsThere, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        there = really(self, *tensors)
+        with second:
+            waiting.append(1)
+            most.append(len(waiting))
+            second.notify_all()
+            if len(most) < 40:
+                second.wait_for(lambda: len(waiting) > 1, timeout=0.05)
+            waiting.pop()
+        return there
+
+    monkeypatch.setattr(AttendsThere, "_received", received)
+    policy = dataclasses.replace(AWAY, cache=cache, directory=tmp_path)
+    with pretended_cuda():
+        assert ids(away(policy)) == wanted
+        assert max(most) > 1
+        most.clear()
+        assert ids(away(dataclasses.replace(policy, overlap=False))) == wanted
+        assert max(most) == 1
+
+
+def test_packed_layers_are_unpacked_once_for_all_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy = dataclasses.replace(AWAY, compress_weight=True, directory=tmp_path)
+    wanted = ids(demo("demo", policy=policy))
+    calls, really = [], Int4Linear.dense
+    monkeypatch.setattr(Int4Linear, "dense", lambda *given: calls.append(1) or really(*given))
+    with pretended_cuda():
+        lm = away(policy)
+        assert ids(lm) == wanted
+        kinds = {type(m) for m in lm.model.layers.slots[0].holds.block.modules()}
+    linears = 4 * len(lm.model.layers)
+    assert len(calls) == FEW.max_new_tokens * linears and Int4Linear in kinds
+
+
+def test_sparse_attention_is_the_host_s(tmp_path: Path):
+    policy = dataclasses.replace(AWAY, attention_share=1.0, directory=tmp_path)
+    few = dataclasses.replace(policy, attention_share=0.3)
+    on_host = ids(demo("demo", policy=few), texts=TEXTS[:4])
+    with pretended_cuda():
+        assert ids(away(few), texts=TEXTS[:4]) == on_host
+
+
+def test_a_micro_batch_that_fails_leaves_nothing_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted, really, calls = ids(demo("demo")), AttendsThere._received, []
+
+    def failing(self: AttendsThere, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 40:
+            raise ValueError("it failed")
+        return really(self, *tensors)
+
+    with pretended_cuda():
+        lm = away(dataclasses.replace(AWAY, cache=Share(0, 50), directory=tmp_path))
+        with monkeypatch.context() as patch:
+            patch.setattr(AttendsThere, "_received", failing)
+            with pytest.raises(ValueError, match="it failed"):
+                ids(lm)
+        assert ids(lm) == wanted
