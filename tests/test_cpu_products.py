@@ -52,6 +52,31 @@ def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
         pass
 
 
+def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
+    """Of any machine: a CPU that lacks instructions, another dtype, no compiler; or nothing."""
+    has = dict.fromkeys(cpu_products.NEEDED, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", has.copy)
+    monkeypatch.setenv("CXX", "sh")
+    assert cpu_products.hindrance(torch.bfloat16) is None
+    assert "bfloat16, not float32" in cpu_products.hindrance(torch.float32)
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name")
+    assert "install g++" in cpu_products.hindrance(torch.bfloat16)
+    del has["avx512_vnni"]
+    assert cpu_products.hindrance(torch.bfloat16) == "this CPU lacks avx512_vnni"
+
+
+def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    model = torch.nn.ModuleList([filled(64, 32, None, True), filled(64, 32, 32, False)])
+    model.append(linear(64, 32, True))
+    cpu_products.use_products(model, torch.bfloat16, large=True)
+    assert [type(m) for m in model] == [Int8Linear, Int4Linear, Linear]
+    said = capsys.readouterr().err
+    assert said == "quantised layers run slowly here: this CPU lacks avx512_vnni, avx512_bf16\n"
+
+
 def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
     """groupsize None: int8. What is stored for inputs beyond K is random too."""
     generator = torch.Generator().manual_seed(seed)

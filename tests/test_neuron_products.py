@@ -86,13 +86,22 @@ def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
             assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-def test_what_the_kernel_does_not_take():
+def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
+    """Where products in bfloat16 are possible, whether or not they are here."""
+    hindrance = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
+    monkeypatch.setattr("neuron_products.hindrance", hindrance.__getitem__)
+    monkeypatch.setattr("neuron_products.build", lambda: None)
+    taken = Format(PLAIN, 64, "dense", torch.bfloat16)
     odd = Format(PLAIN, 40, "dense", torch.bfloat16)
     other = Format(PLAIN, 64, "dense", torch.float32)
+    assert has_kernel(taken, CPU, torch.bfloat16)
+    assert not has_kernel(taken, CPU, torch.float32)
+    assert not has_kernel(taken, torch.device("meta"), torch.bfloat16)
     assert not has_kernel(odd, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.float32)
-    assert not has_kernel(other, torch.device("meta"), torch.float32)
+    monkeypatch.setattr("neuron_products.build", lambda: "it did not compile")
+    assert not has_kernel(taken, CPU, torch.bfloat16)
 
 
 def test_taken_records():

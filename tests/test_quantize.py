@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint as checkpoint_module
 import cpu_products
@@ -141,6 +141,35 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
         assert ((tiled(x).double() - wanted).abs() <= 2**-8 * bound + 1e-9).all()
 
 
+def fit_a_byte(scales: Tensor) -> bool:
+    multiples = scales.float() / scale_units(scales)
+    return bool((multiples == multiples.byte()).all())
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 2**-18), (torch.bfloat16, 2**-7)], ids=str)
+@pytest.mark.parametrize("groupsize", GROUP_SIZES)
+def test_scales_that_fit_no_byte_are_multiplied_by_as_they_are(
+    groupsize: int, dtype: torch.dtype, near: float
+):
+    """As others' files have them. In plain PyTorch, which runs on every CPU."""
+    layer = filled(random_linear((48, 300)), {"bits": 4, "groupsize": groupsize}, dtype)
+    assert fit_a_byte(layer.scales)
+    layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
+    assert not fit_a_byte(layer.scales)
+    P = layer.scales.shape[1]
+    scales, zeros = (
+        t.double().repeat_interleave(groupsize, 1)[:, :300]
+        for t in (layer.scales, unpack_nibbles(layer.zeros)[:, :P])
+    )
+    weight = (unpack_nibbles(layer.weight)[:, :300].double() - zeros) * scales
+    x, bias = torch.randn(260, 300).to(dtype), layer.bias.double()
+    for rows in (x[:1], x[:3], x[:60], x):
+        wanted = rows.double() @ weight.t() + bias
+        bound = rows.double().abs() @ weight.t().abs() + bias.abs()
+        assert ((layer(rows).double() - wanted).abs() <= near * bound).all()
+
+
+@tiles
 @pytest.mark.parametrize("groupsize", GROUP_SIZES)
 def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     """As others' files have them."""
