@@ -1,9 +1,11 @@
-"""A model's step as one compiled graph: how it is compiled, and how it is called.
+"""A model's step under torch.compile: how it is compiled, and how it is called.
 
-Start at compiled_view. As in gpt-fast the whole step is under torch.compile, over a KV cache that
-does not move. On a GPU the step is then recorded as a CUDA graph (CudaGraphs): by ourselves and not
-by torch.compile's mode "reduce-overhead", which would check the address of every weight at each
-step, record again for new caches, and warn of each size of the visible cache.
+Start at compiled_view. As in gpt-fast a step is compiled over a KV cache that does not move. On a
+CPU the whole step is one graph. On a GPU the embedding, one block and the head are a graph each,
+and the block's serves all layers, whose weights are its inputs: that compiles a model of any depth
+in the time of one layer. The launches of the whole step are then recorded as a CUDA graph
+(CudaGraphs), by ourselves and not by the mode "reduce-overhead": that would check the address of
+every weight at each step, record again for new caches, and warn of each size of the visible cache.
 """
 
 import contextlib
@@ -31,30 +33,21 @@ Graph = Callable[..., Sequence[Tensor]]
 def compiled_view(
     model: Transformer, device: torch.device, cuda_graphs: bool = True
 ) -> Callable[..., Tensor]:
-    """One graph for every number of visible slots and, beyond one, of new tokens per row and of
+    """Compiled once for every number of visible slots and, beyond one, of new tokens per row and of
     tokens that are picked.
 
     Called as the model is. The model must keep the tensors that it has. cuda_graphs: on a GPU; not
     for a view whose lengths vary, as such a graph is for one length, nor where the host has a part
     in the step.
     """
-    shortcuts = Shortcuts()
-    settings = compiler_settings(model, device, shortcuts)
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
     torch._dynamo.config.recompile_limit = 64
+    if device.type != "cpu":
+        step = compiled_parts(model, {"options": gpu_options(device)})
+        return CudaGraphs(step, device) if cuda_graphs and device.type == "cuda" else step
+    shortcuts = Shortcuts()
+    settings = {"backend": shortcuts.inductor(cpu_options(model))}
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
-
-    def step(
-        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
-    ) -> Tensor:
-        torch._dynamo.mark_dynamic(slots, 0)
-        if tokens.shape[1] > 1:
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(pos, 1)
-        for picked in at:
-            if len(picked) > 1:
-                torch._dynamo.mark_dynamic(picked, 0)
-        return compiled(tokens, pos, slots, caches, *at)
 
     def view(
         tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
@@ -63,14 +56,66 @@ def compiled_view(
         given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
         if (logits := shortcuts.take(given)) is not None:
             return logits
+        vary_inputs(tokens, pos, slots, *at)
         with shortcuts.watching(given):
-            return step(tokens, pos, slots, caches, *at)
+            return compiled(tokens, pos, slots, caches, *at)
 
     # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
     # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
     # this large begins a chunk of its own, which has room for all that it calls.
     view.__code__ = view.__code__.replace(co_stacksize=FRAME)
-    return CudaGraphs(step, device) if cuda_graphs and device.type == "cuda" else view
+    return view
+
+
+def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[..., Tensor]:
+    """A model's forward of which the embedding, a block and the head are compiled."""
+    settings = settings | {"fullgraph": True, "dynamic": False}
+    embed = torch.compile(model.embed, **settings)
+    unembed = torch.compile(model.unembed, **settings)
+    run = torch.compile(call_block, **settings)
+
+    def step(
+        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+    ) -> Tensor:
+        tokens, pos, *at = map(fresh, (tokens, pos, *at))
+        vary_inputs(tokens, pos, slots, *at)
+        x, rotation, mask = embed(tokens, pos, slots)
+        for layer, cache in zip(model.layers, caches, strict=True):
+            vary_block_inputs(x, rotation, mask, pos)
+            x = run(layer, x, rotation, mask, pos, cache)
+        if x.shape[1] > 1 and not at:
+            torch._dynamo.mark_dynamic(x, 1)
+        return unembed(x, *at)
+
+    return step
+
+
+def call_block(block: nn.Module, *given: Any) -> Tensor:
+    return block(*given)
+
+
+def vary_inputs(tokens: Tensor, pos: Tensor, slots: Tensor, *at: Tensor) -> None:
+    """Tell the compiler which dimensions of a step's inputs vary."""
+    torch._dynamo.mark_dynamic(slots, 0)
+    if tokens.shape[1] > 1:
+        torch._dynamo.mark_dynamic(tokens, 1)
+        torch._dynamo.mark_dynamic(pos, 1)
+    for picked in at:
+        if len(picked) > 1:
+            torch._dynamo.mark_dynamic(picked, 0)
+
+
+def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) -> None:
+    """Tell the compiler which dimensions of a block's inputs vary."""
+    torch._dynamo.mark_dynamic(mask, 3)
+    if x.shape[1] > 1:
+        for tensor, dimension in (
+            (x, 1),
+            (mask, 2),
+            (pos, 1),
+            *((t, 1) for t in rotation or ()),
+        ):
+            torch._dynamo.mark_dynamic(tensor, dimension)
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -84,27 +129,18 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
 
     Their weights are inputs of it, so that neither another block nor another slot compiles anew.
     """
-
-    def call(block: nn.Module, *given: Any) -> Tensor:
-        return block(*given)
-
-    settings = compiler_settings(model, device, Shortcuts())
+    if device.type == "cpu":
+        settings = {"backend": Shortcuts().inductor(cpu_options(model))}
+    else:
+        settings = {"options": gpu_options(device)}
     torch._dynamo.config.recompile_limit = 64
-    compiled = torch.compile(call, fullgraph=True, dynamic=False, **settings)
+    compiled = torch.compile(call_block, fullgraph=True, dynamic=False, **settings)
 
     def run(
         block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
     ) -> Tensor:
         x, mask, pos = map(fresh, (x, mask, pos))
-        torch._dynamo.mark_dynamic(mask, 3)
-        if x.shape[1] > 1:
-            for tensor, dimension in (
-                (x, 1),
-                (mask, 2),
-                (pos, 1),
-                *((t, 1) for t in rotation or ()),
-            ):
-                torch._dynamo.mark_dynamic(tensor, dimension)
+        vary_block_inputs(x, rotation, mask, pos)
         return compiled(block, x, rotation, mask, pos, cache)
 
     return run
@@ -135,7 +171,7 @@ class CudaGraphs:
         key = tokens.shape, slots.shape, *(picked.shape for picked in at)
         if key not in graphs:
             graphs[key] = None
-            return self.step(fresh(tokens), fresh(pos), slots, caches, *map(fresh, at))
+            return self.step(tokens, pos, slots, caches, *at)
         graph = graphs[key]
         if graph is None:
             graph = graphs[key] = self._record(tokens, pos, slots, caches, *at)
@@ -287,17 +323,13 @@ def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((t.shape, t.dtype) for t in tensors)
 
 
-def compiler_settings(
-    model: Transformer, device: torch.device, shortcuts: Shortcuts
-) -> dict[str, Any]:
-    if device.type != "cpu":
-        return {"options": gpu_options(device)}
+def cpu_options(model: Transformer) -> dict[str, Any]:
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them
     # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
     packed = any(isinstance(module, TiledLinear) for module in model.modules())
-    options = {
+    return {
         "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
         "cpp.vec_isa_ok": True,
         # A vectorised loop over one row is over before a second thread has begun.
@@ -311,7 +343,6 @@ def compiler_settings(
         # 400 tensors of a step, each looked at anew: 0.5 ms, and never once wrong.
         "size_asserts": False,
     }
-    return {"backend": shortcuts.inductor(options)}
 
 
 def gpu_options(device: torch.device) -> dict[str, Any]:

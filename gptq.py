@@ -190,10 +190,10 @@ def quantize_block(
 ) -> Iterator[tuple[str, Buffers]]:
     for name in block.linears():
         start = time.perf_counter()
-        hessian, cross = block.statistics(name)
+        hessian, drift = block.statistics(name)
         linear = block.quantized.get_submodule(name)
         weight = linear.weight.clone()
-        target = without_drift(weight, hessian, cross)
+        target = without_drift(weight, hessian, drift)
         rounded = round_int4(weight, groupsize)
         chosen = gptq(target, hessian, groupsize, act_order)
         refined = refine(chosen, target, hessian, groupsize)
@@ -205,13 +205,13 @@ def quantize_block(
         yield prefix + name, {leaf: buffer.cpu() for leaf, buffer in buffers.items()}
 
 
-def without_drift(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """Weights, (N, K), that give on the inputs Y what `weight` gives on X, as far as they can.
 
-    hessian: Y'Y, cross: X'Y, both (K, K). The least squares solution is W X'Y (Y'Y)^-1.
+    hessian: Y'Y, drift: (X - Y)'Y, both (K, K). The least squares solution is W X'Y (Y'Y)^-1.
     """
     U = inverse_factor(hessian)
-    return weight + DRIFT * (weight @ (cross - hessian)) @ U.t() @ U
+    return weight + DRIFT * (weight @ drift) @ U.t() @ U
 
 
 class CalibratedBlock:
@@ -233,11 +233,15 @@ class CalibratedBlock:
         return [name for name, _ in seen]
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """Y'Y and X'Y, (K, K) float32, for the inputs X, dense, and Y, quantised, of a linear."""
+        """Y'Y and (X - Y)'Y, (K, K) float32, for the inputs X, dense, and Y, quantised, of a linear.
+
+        The difference comes before the product, where rounding cannot hide it.
+        """
         weight = self.quantized.get_submodule(name).weight
-        hessian, cross = weight.new_zeros(2, weight.shape[1], weight.shape[1])
+        hessian, drift = weight.new_zeros(2, weight.shape[1], weight.shape[1])
         x: list[tuple[str, Tensor]] = []
         with (
+            tensor_cores(weight.device),
             watched(self.dense, name, partial(saw, x, "dense", last=True)),
             watched(self.quantized, name, partial(saw, x, "quantized", last=True)),
         ):
@@ -248,15 +252,16 @@ class CalibratedBlock:
                         self.run(block, part)
                 X, Y = (rows.flatten(0, -2) for _, rows in x)  # (texts * T, K)
                 hessian.addmm_(Y.t(), Y)
-                cross.addmm_(X.t(), Y)
-        return hessian, cross
+                drift.addmm_((X - Y).t(), Y)
+        return hessian, drift
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """What the two make of the texts, (B, T, D) each."""
         both = (self.dense, self.dense_inputs), (self.quantized, self.inputs)
-        for block, inputs in both:
-            for part in inputs.split(TEXTS):
-                part.copy_(self.run(block, part))
+        with tensor_cores(next(self.dense.parameters()).device):
+            for block, inputs in both:
+                for part in inputs.split(TEXTS):
+                    part.copy_(self.run(block, part))
         return self.dense_inputs, self.inputs
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -268,6 +273,19 @@ class CalibratedBlock:
         cache = KVCache((*x.shape[:2], args.n_kv_heads, args.head_dim), x.dtype, device)
         _, rotation = self.model.positions(x, pos)
         return block(x, rotation, self.model.mask(pos, slots, x.dtype), pos, cache)
+
+
+@contextlib.contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Multiply float32 on a GPU in TensorFloat-32, of 11 significant bits: what calibration sums up
+    over thousands of tokens needs no more, and an H100 does it eight times as fast."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -105,11 +105,19 @@ class Transformer(nn.Module):
         B*T, before the output head, the widest product of all.
         Returns (B, T, V), or (N, V) with `at`.
         """
-        x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
-        x, rotation = self.positions(x, pos)
-        mask = self.mask(pos, slots, x.dtype)
+        x, rotation, mask = self.embed(tokens, pos, slots)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, mask, pos, cache)
+        return self.unembed(x, at)
+
+    def embed(self, tokens: Tensor, pos: Tensor, slots: Tensor) -> tuple[Tensor, Rotation, Tensor]:
+        """What all layers are given: x, (B, T, D), the rotation of its positions, and the mask."""
+        x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
+        x, rotation = self.positions(x, pos)
+        return x, rotation, self.mask(pos, slots, x.dtype)
+
+    def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """The last layer's x -> logits."""
         if at is not None:
             x = x.flatten(0, 1)[at]  # (N, D)
         return self.output(self.project_out(self.norm(x)))

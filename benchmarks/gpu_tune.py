@@ -35,9 +35,9 @@ GROUP = 32
 STEPS = (32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 4), (256, 8), (512, 8)
 ONE_ROW_TILES = [OneRow(n, chunks, warps) for n in (1, 2, 4) for chunks, warps in STEPS]
 FEW_ROWS_TILES = [
-    FewRows(n, words, splits, warps)
-    for (n, warps), words, splits in itertools.product(
-        ((32, 2), (64, 2), (64, 4), (128, 4)), (16, 32), (1, 2, 4)
+    FewRows(n, words, splits, warps, stages)
+    for (n, warps), words, splits, stages in itertools.product(
+        ((16, 1), (32, 2), (64, 2), (64, 4)), (16, 32), (1, 2, 4), (2, 3)
     )
 ]
 Tile = OneRow | FewRows

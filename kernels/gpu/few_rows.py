@@ -12,7 +12,7 @@ changes its place in a register. Every function of this has one result and works
 element, so that Triton moves the words, once, to where the tensor cores want the weights.
 
 The K inputs of a product may be divided among SPLITS programs, each of which stores its part of
-the sum; sum_kernel adds the parts in their order, so that results never vary.
+the sum; the last one to do so adds the parts in their order, so that results never vary.
 
 The oracle of each kernel is the PyTorch formula in quantized.py. The trick with 0x6400 is from Kim
 et al. (arXiv 2211.10017, section 3.2).
@@ -87,18 +87,47 @@ def scale_kernel(
 
 @triton.jit
 def finish_rows(
-    total, scale, units, bias, out, m, n, M, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr
+    total,  # (BN, BM) float32
+    scale,  # (BN,)
+    units,
+    bias,
+    out,
+    parts,  # (SPLITS, M, N) float32
+    arrived,  # int32, one for each tile: programs that have stored their part; 0 before and after
+    m,
+    n,
+    M,
+    N,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """Store (BN, BM) outputs: in their last form, or as this program's part of the sum."""
+    """Store a tile of outputs, once all programs that share its inputs have made their part."""
     inside = (n[:, None] < N) & (m[None, :] < M)
+    place = m[None, :] * N + n[:, None]
     if SPLITS == 1:
-        total *= scale[:, None] * tl.load(units + m, m < M, 0)[None, :]
-        if HAS_BIAS:
-            total += tl.load(bias + n, n < N, 0).to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), inside)
+        store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS)
     else:
-        part = out + tl.program_id(2) * M * N
-        tl.store(part + m[None, :] * N + n[:, None], total, inside)
+        tl.store(parts + tl.program_id(2) * M * N + place, total, inside)
+        tl.debug_barrier()  # all of this program has been stored before it counts as arrived
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(arrived + tile, 1) == SPLITS - 1:
+            tl.store(arrived + tile, 0)
+            whole = tl.zeros_like(total)
+            for split in tl.static_range(SPLITS):
+                # Past the L1 cache, which does not know of what other programs have stored.
+                part = parts + split * M * N + place
+                whole += tl.load(part, inside, 0, cache_modifier=".cg")
+            store_rows(whole, scale, units, bias, out, m, n, M, N, HAS_BIAS)
+
+
+@triton.jit
+def store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS: tl.constexpr):
+    """Store (BN, BM) outputs with scales, units and bias."""
+    total *= scale[:, None] * tl.load(units + m, m < M, 0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + n, n < N, 0).to(tl.float32)[:, None]
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -109,7 +138,9 @@ def int4_kernel(
     scales,  # (N, P) float16
     zeros,  # (N, ceil(P / 2)) uint8
     bias,
-    out,  # (M, N), or (SPLITS, M, N) float32
+    out,  # (M, N)
+    parts,  # (SPLITS, M, N) float32
+    arrived,  # see finish_rows
     M,
     N,
     W,
@@ -159,7 +190,7 @@ def int4_kernel(
         zero = tl.load(zero_row + group // 2, inside, 0)
         scale = tl.load(scale_row + group, inside, 0)
     ones = tl.full((BN,), 1, tl.float32)
-    finish_rows(total, ones, units, bias, out, m, n, M, N, SPLITS, HAS_BIAS)
+    finish_rows(total, ones, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)
 
 
 @triton.jit
@@ -169,7 +200,9 @@ def int8_kernel(
     weight,  # (N, W) int32: four int8 each
     scales,  # (N,) float32
     bias,
-    out,  # (M, N), or (SPLITS, M, N) float32
+    out,  # (M, N)
+    parts,  # (SPLITS, M, N) float32
+    arrived,  # see finish_rows
     M,
     N,
     W,
@@ -201,34 +234,4 @@ def int8_kernel(
         for byte in tl.static_range(4):
             weights = number_above(bytes_of(raised, byte, PTX), "0x00FF00FF", PTX) - 1152
             total = tl.dot(weights, tl.load(inputs + byte * W, there, 0), total)
-    finish_rows(total, scale, units, bias, out, m, n, M, N, SPLITS, HAS_BIAS)
-
-
-@triton.jit
-def sum_kernel(
-    parts,  # (SPLITS, M, N) float32
-    scales,  # (N,) float32: int8's
-    units,  # (M,) float32
-    bias,
-    out,  # (M, N)
-    M,
-    N,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The sum of the parts in their order, with units, scales and bias."""
-    begin(PDL)
-    m, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wait(PDL)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + (split * M + m) * N + n, n < N, 0)
-    total *= tl.load(units + m)
-    if HAS_SCALES:
-        total *= tl.load(scales + n, n < N, 0)
-    if HAS_BIAS:
-        total += tl.load(bias + n, n < N, 0).to(tl.float32)
-    tl.store(out + m * N + n, total.to(out.dtype.element_ty), n < N)
+    finish_rows(total, scale, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)

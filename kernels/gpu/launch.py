@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kernels.gpu import attention, dependent_launch, few_rows, one_row, unpack
 from kernels.gpu.fixed_point import FixedPoint, Order
-from kernels.gpu.tiles import FEW_ROWS, ONE_ROW, FewRows, OneRow, shape_class
+from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 CHUNK = 16  # bytes
 ROWS_AT_A_TIME = 64  # that one program multiplies; more take another read of the weights
+COUNTERS = 65536  # tiles whose inputs several programs share: of a vocabulary, too
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
@@ -154,8 +155,8 @@ def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of_tile(M: int) -> int:
-    """16, 32 or 64: the rows that a program multiplies."""
-    return min(ROWS_AT_A_TIME, max(16, triton.next_power_of_2(M)))
+    """8, 16, 32 or 64: the rows that a program multiplies."""
+    return min(ROWS_AT_A_TIME, max(8, triton.next_power_of_2(M)))
 
 
 def int8_rows(
@@ -163,9 +164,9 @@ def int8_rows(
 ) -> Tensor:
     """(M, K) x (N, K) int8 -> (M, N). K and the weights' row stride are multiples of 4."""
     (N, K), M = weight.shape, len(x)
-    tile = tile or FEW_ROWS["int8"][shape_class(N, K)]
+    tile = tile or few_rows_tile("int8", M, N, K)
     inputs, units = scaled_rows(x, K, 4)
-    out = partial_sums(x, N, tile.splits)
+    out = x.new_empty(M, N)
     few_rows.int8_kernel[grid(M, N, tile)](
         inputs,
         units,
@@ -173,6 +174,7 @@ def int8_rows(
         scales,
         bias,
         out,
+        *split_sums(x, N, tile),
         M,
         N,
         K // 4,
@@ -183,9 +185,10 @@ def int8_rows(
         SPLITS=tile.splits,
         HAS_BIAS=bias is not None,
         PTX=not INTERPRETED,
+        num_stages=tile.stages,
         **options(x, tile.warps),
     )
-    return out if tile.splits == 1 else summed(out, x, scales, units, bias)
+    return out
 
 
 def int4_rows(
@@ -198,10 +201,10 @@ def int4_rows(
 ) -> Tensor:
     """(M, K) x the buffers of an Int4Linear -> (M, N)."""
     (N, columns), M = weight.shape, len(x)
-    tile = tile or FEW_ROWS["int4"][shape_class(N, 2 * columns)]
+    tile = tile or few_rows_tile("int4", M, N, 2 * columns)
     words = columns // scales.shape[1] // 4  # of a group
     inputs, units = scaled_rows(x, 2 * columns, 8)
-    out = partial_sums(x, N, tile.splits)
+    out = x.new_empty(M, N)
     few_rows.int4_kernel[grid(M, N, tile)](
         inputs,
         units,
@@ -210,6 +213,7 @@ def int4_rows(
         zeros,
         bias,
         out,
+        *split_sums(x, N, tile),
         M,
         N,
         columns // 4,
@@ -223,51 +227,37 @@ def int4_rows(
         SPLITS=tile.splits,
         HAS_BIAS=bias is not None,
         PTX=not INTERPRETED,
+        num_stages=tile.stages,
         **options(x, tile.warps),
     )
-    return out if tile.splits == 1 else summed(out, x, None, units, bias)
+    return out
 
 
 def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
     return triton.cdiv(N, tile.outputs), triton.cdiv(M, rows_of_tile(M)), tile.splits
 
 
-def partial_sums(x: Tensor, N: int, splits: int) -> Tensor:
-    """Where a product goes: (M, N) or, for sum_kernel, (splits, M, N) float32."""
-    if splits == 1:
-        return x.new_empty(len(x), N)
-    return x.new_empty(splits, len(x), N, dtype=torch.float32)
+def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
+    """Where programs that share K put their parts, and count themselves; see finish_rows."""
+    size = tile.splits * len(x) * N if tile.splits > 1 else 0
+    return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 
 
-def summed(
-    parts: Tensor, x: Tensor, scales: Tensor | None, units: Tensor, bias: Tensor | None
-) -> Tensor:
-    """(splits, M, N) -> (M, N)."""
-    splits, M, N = parts.shape
-    out = x.new_empty(M, N)
-    few_rows.sum_kernel[(triton.cdiv(N, 512), M)](
-        parts,
-        scales,
-        units,
-        bias,
-        out,
-        M,
-        N,
-        SPLITS=splits,
-        BLOCK=512,
-        HAS_SCALES=scales is not None,
-        HAS_BIAS=bias is not None,
-        **options(x, 4),
-    )
-    return out
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """Counters at 0 for programs that work together; the last one to arrive sets its own back.
+
+    All launches on a device share them: these kernels may not run on two streams at the same time.
+    """
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) int8 -> (N, K) of another dtype."""
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
-    unpack.int8_kernel[(triton.cdiv(N, 8), triton.cdiv(K, 512))](
-        weight, scales, out, N, K, weight.stride(0), BN=8, BK=512, **options(weight, 4)
+    unpack.int8_kernel[(triton.cdiv(K, 4096), N)](
+        weight, scales, out, N, K, weight.stride(0), BN=1, BK=4096, **options(weight, 4)
     )
     return out
 
@@ -278,9 +268,9 @@ def int4_dense(
     """The buffers of an Int4Linear -> (N, in_features)."""
     (N, columns), P = weight.shape, scales.shape[1]
     half = columns // P  # bytes of a group
-    groups = max(1, 256 // half)
+    groups = 2048 // half  # of a program: 4096 inputs of a row
     out = weight.new_empty(N, in_features, dtype=dtype)
-    unpack.int4_kernel[(triton.cdiv(N, 8), triton.cdiv(P, groups))](
+    unpack.int4_kernel[(triton.cdiv(P, groups), N)](
         weight,
         scales,
         zeros,
@@ -291,7 +281,7 @@ def int4_dense(
         scales.stride(0),
         zeros.stride(0),
         HALF=half,
-        BN=8,
+        BN=1,
         GROUPS=groups,
         **options(weight, 4),
     )
@@ -360,12 +350,3 @@ def attend(
         **options(q, 4),
     )
     return out
-
-
-@functools.cache
-def arrivals(device: torch.device) -> Tensor:
-    """Counters at 0 for programs that work together; the last one to arrive sets its own back.
-
-    All launches on a device share them: attention may not run on two streams at the same time.
-    """
-    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)

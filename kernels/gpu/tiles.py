@@ -1,8 +1,8 @@
 """How large a program's tile is: a table for each kernel, class of shapes and kind of GPU.
 
 Written from what `benchmarks/gpu_tune.py` measured (benchmarks/results/gpu-tune-*.json); a user's
-first token does not wait for an autotuner. GPUs that are not in it use the table of the nearest
-older compute capability, which is right, if perhaps not the fastest.
+first token does not wait for an autotuner. All of it was measured on an H100; another GPU computes
+the same by these tiles, if perhaps not as fast as it could.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,14 @@ class OneRow(NamedTuple):
 
 
 class FewRows(NamedTuple):
-    """outputs of a program, words (4 bytes of weights) of a step, programs that share K, warps."""
+    """outputs of a program, words (4 bytes of weights) of a step, programs that share K, warps, and
+    steps that are under way at a time."""
 
     outputs: int
     words: int
     splits: int
     warps: int
+    stages: int = 3
 
 
 def shape_class(N: int, K: int) -> str:
@@ -34,38 +36,56 @@ def shape_class(N: int, K: int) -> str:
     return "long" if K > 8192 else "square"
 
 
-# What is there for capability 8.0 was measured on 9.0: no such card was at hand.
 ONE_ROW: dict[str, dict[str, OneRow]] = {
     "dense": {
-        "square": OneRow(2, 64, 4),
-        "long": OneRow(2, 64, 4),
-        "wide": OneRow(2, 64, 4),
-        "head": OneRow(4, 64, 4),
+        "square": OneRow(1, 128, 4),
+        "long": OneRow(1, 256, 8),
+        "wide": OneRow(1, 256, 8),
+        "head": OneRow(1, 512, 8),
     },
     "int8": {
-        "square": OneRow(2, 64, 2),
-        "long": OneRow(2, 64, 2),
-        "wide": OneRow(2, 64, 2),
+        "square": OneRow(2, 128, 4),
+        "long": OneRow(1, 256, 8),
+        "wide": OneRow(1, 256, 4),
         "head": OneRow(2, 64, 2),
     },
     "int4": {
         "square": OneRow(2, 32, 1),
-        "long": OneRow(2, 32, 1),
+        "long": OneRow(1, 256, 8),
         "wide": OneRow(2, 32, 1),
-        "head": OneRow(2, 32, 1),
+        "head": OneRow(2, 64, 1),
     },
 }
-FEW_ROWS: dict[str, dict[str, FewRows]] = {
-    "int8": {
+# By whether there are more than MANY rows: then a program needs more threads for its sums. The bits
+# of a row depend on that, and on nothing else about the rows beside it.
+MANY = 16
+FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
+    ("int8", False): {
+        "square": FewRows(32, 32, 4, 2),
+        "long": FewRows(32, 32, 4, 2),
+        "wide": FewRows(64, 32, 1, 2),
+        "head": FewRows(64, 32, 1, 2),
+    },
+    ("int4", False): {
+        "square": FewRows(32, 32, 4, 2),
+        "long": FewRows(32, 32, 4, 2),
+        "wide": FewRows(32, 32, 1, 2),
+        "head": FewRows(32, 32, 1, 2),
+    },
+    ("int8", True): {
         "square": FewRows(64, 32, 4, 4),
         "long": FewRows(64, 32, 4, 4),
         "wide": FewRows(64, 32, 1, 4),
         "head": FewRows(64, 32, 1, 4),
     },
-    "int4": {
-        "square": FewRows(64, 32, 4, 4),
+    ("int4", True): {
+        "square": FewRows(64, 16, 4, 4),
         "long": FewRows(64, 32, 4, 4),
         "wide": FewRows(64, 32, 1, 4),
         "head": FewRows(64, 32, 1, 4),
     },
 }
+
+
+def few_rows_tile(kind: str, M: int, N: int, K: int) -> FewRows:
+    return FEW_ROWS[kind, M > MANY][shape_class(N, K)]

@@ -1,6 +1,7 @@
 """Dense weights from int4 or int8, in one pass: for prompts, where many rows share the cost.
 
-One read of the packed weights and one write of the dense ones; cuBLAS multiplies by them. The
+One read of the packed weights and one write of the dense ones; cuBLAS multiplies by them. Programs
+that follow one another write one after the other, along the rows. The
 numbers are those of the PyTorch formula in quantized.py to the bit: (q - zero) * scale in float32,
 rounded once.
 """
@@ -29,8 +30,8 @@ def int4_kernel(
 ):
     begin(PDL)
     wait(PDL)
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None, None]
-    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None, None]
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     byte = group * HALF + tl.arange(0, HALF)[None, None, :]
     inside = (n < N) & (2 * byte < K)
     bytes = tl.load(weight + n.to(tl.int64) * (weight_stride * 16) + byte, inside, 0)
@@ -42,8 +43,8 @@ def int4_kernel(
     high = ((bytes >> 4).to(tl.int32) - zero).to(tl.float32) * scale
     values = tl.join(low, high).to(out.dtype.element_ty)  # (BN, GROUPS, HALF, 2)
     values = values.reshape(BN, GROUPS * HALF * 2)
-    k = tl.program_id(1) * (GROUPS * HALF * 2) + tl.arange(0, GROUPS * HALF * 2)[None, :]
-    rows = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    k = tl.program_id(0) * (GROUPS * HALF * 2) + tl.arange(0, GROUPS * HALF * 2)[None, :]
+    rows = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None]
     tl.store(out + rows.to(tl.int64) * K + k, values, (rows < N) & (k < K))
 
 
@@ -61,8 +62,8 @@ def int8_kernel(
 ):
     begin(PDL)
     wait(PDL)
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
-    k = tl.program_id(1) * BK + tl.arange(0, BK)[None, :]
+    n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None]
+    k = tl.program_id(0) * BK + tl.arange(0, BK)[None, :]
     inside = (n < N) & (k < K)
     q = tl.load(weight + n.to(tl.int64) * weight_stride + k, inside, 0).to(tl.float32)
     values = q * tl.load(scales + n, n < N, 0)

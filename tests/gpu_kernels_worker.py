@@ -1,0 +1,301 @@
+"""What test_gpu_kernels.py runs in a process of its own, with or without Triton's interpreter.
+
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py products SEED CASES
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py attention SEED CASES
+    python tests/gpu_kernels_worker.py compile CAPABILITY
+
+The first two compare kernels with the PyTorch formulas over random shapes and print how many cases
+there were; compile prints a JSON line for each kernel: its registers, and what it spills.
+"""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu import attention, few_rows, launch, one_row, unpack
+from kernels.gpu.fixed_point import INT4, INT8, fixed_point
+from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
+from model import KVCache, grouped_attention
+from quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedLinear, round_int4, round_int8
+from quantized_cache import QuantizedKVCache
+
+CPU = torch.device("cpu")
+# Of the largest output. One row: activations of 16 bits. Several: weights rounded to float16.
+TOLERANCE = {"one row": 2e-4, "rows": 1e-3}
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+# Of outputs. The interpreter rounds bfloat16 towards zero; a GPU rounds to the nearest.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float, what: Any) -> None:
+    """Raises AssertionError where they differ by more than that share of the largest number."""
+    largest = wanted.abs().max().clamp_min(1e-30)
+    error = ((found.float() - wanted).abs().max() / largest).item()
+    assert error <= tolerance, f"{what}: off by {error:.2e} of the largest output"
+
+
+def random_linear(K: int, N: int, groupsize: int | None, bias: bool) -> QuantizedLinear:
+    weight = torch.randn(N, K) / math.sqrt(K)
+    if groupsize is None:
+        linear, buffers = Int8Linear(K, N, bias), round_int8(weight)
+    else:
+        linear, buffers = Int4Linear(K, N, bias, groupsize), round_int4(weight, groupsize)
+    for name, buffer in buffers.items():
+        setattr(linear, name, buffer)
+    if bias:
+        linear.bias = torch.nn.Parameter(torch.randn(N), requires_grad=False)
+    return linear
+
+
+def a_view(tensor: Tensor, columns: int) -> Tensor:
+    """The same numbers as part of a wider tensor, as shards and slices have them."""
+    wide = F.pad(tensor, (0, columns))
+    return wide[:, : tensor.shape[1]]
+
+
+def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dtype: Any) -> None:
+    """One linear by each of its kernels, and rows alone beside rows together."""
+    case = M, K, N, groupsize, bias, dtype
+    linear, x = random_linear(K, N, groupsize, bias), torch.randn(M, K)
+    x[:, : K // 8] *= random.choice([1, 300])  # outliers, as real activations have
+    x = x.to(dtype)
+    given = None if linear.bias is None else linear.bias.to(dtype)
+    exact = F.linear(
+        x.float(), linear.dense(torch.float32), None if given is None else given.float()
+    )
+    rounding = ROUNDING[dtype]
+    few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2)
+    one = OneRow(random.choice([1, 2, 4]), random.choice([8, 32]), 1)
+    if groupsize is None:
+        weight = a_view(linear.weight, 16 * random.randint(0, 1))
+        assert torch.equal(
+            launch.int8_dense(weight, linear.scales, torch.float32), linear.dense(torch.float32)
+        )
+        if K % 16 == 0:
+            y = launch.int8_row(
+                launch.fixed_point(x[0], INT8), weight, linear.scales, given, dtype, one
+            )
+            near(y, exact[:1], TOLERANCE["one row"] + rounding, case)
+        rows = None
+        if K % 4 == 0:
+            rows = lambda some: launch.int8_rows(some, weight, linear.scales, given, few)  # noqa: E731
+    else:
+        stored = (a_view(linear.weight, 16 * random.randint(0, 1)), linear.scales, linear.zeros)
+        assert torch.equal(
+            launch.int4_dense(*stored, K, torch.float32), linear.dense(torch.float32)
+        )
+        y = launch.int4_row(launch.fixed_point(x[0], INT4), *stored, given, dtype, one)
+        near(y, exact[:1], TOLERANCE["one row"] + rounding, case)
+        rows = lambda some: launch.int4_rows(some, *stored, given, few)  # noqa: E731
+    if rows is not None:
+        together = rows(x)
+        near(together, exact, TOLERANCE["rows"] + rounding, case)
+        row = random.randrange(M)
+        assert torch.equal(rows(x[row : row + 1]), together[row : row + 1]), (
+            f"{case}: bits of a row"
+        )
+    if K % 8 == 0:
+        dense = linear.dense(torch.float32).to(dtype)
+        wanted = F.linear(x[:1].float(), dense.float(), None if given is None else given.float())
+        near(launch.dense_row(x[:1], dense, given, one), wanted, 1e-5 + rounding, case)
+
+
+def products(seed: int, cases: int) -> None:
+    for _ in range(cases):
+        K = random.choice(
+            [random.randint(1, 40) * 4, 32, 64, 172, 256, 1000, random.randint(1, 99)]
+        )
+        check_products(
+            M=random.choice([1, 2, 3, 6, 17]),
+            K=K,
+            N=random.choice([1, 3, 16, 33, 70]),
+            groupsize=random.choice([None, *GROUP_SIZES]),
+            bias=random.random() < 0.5,
+            dtype=random.choice(DTYPES),
+        )
+    for order in (INT4, INT8):
+        x = torch.randn(1000) * torch.logspace(-30, 30, 1000)
+        x[70], x[500], x[900] = math.inf, math.nan, 0
+        for mine, oracle in zip(launch.fixed_point(x, order), fixed_point(x, order), strict=True):
+            nan = mine.isnan() if mine.is_floating_point() else torch.zeros_like(mine).bool()
+            assert nan.sum() in (0, 2)
+            finite = oracle.isfinite() if oracle.is_floating_point() else oracle == oracle
+            if mine.is_floating_point():
+                assert torch.equal(mine[finite], oracle[finite])
+                assert not mine[~finite].isfinite().any()
+
+
+def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -> None:
+    shape = B, S + 9, G, E
+    if bits == 16:
+        cache = KVCache(shape, torch.float32, CPU)
+    else:
+        cache = QuantizedKVCache(shape, torch.float32, CPU, bits)
+    everywhere = torch.arange(S).expand(B, S)
+    cache.store(everywhere, torch.randn(B, S, G, E), torch.randn(B, S, G, E))
+    ends = torch.randint(0, S - T + 1, (B, 1))
+    ends[0] = S - T
+    pos = (ends + torch.arange(T)).contiguous()  # (B, T)
+    q = torch.randn(B, T, G * R, E)
+    mask = torch.zeros(B, T, S).masked_fill(torch.arange(S) > pos.unsqueeze(-1), -math.inf)
+    mask = mask.repeat(1, R, 1).unsqueeze(1)  # (B, 1, R*T, S)
+    wanted = grouped_attention(F.scaled_dot_product_attention, q, *cache.visible(S), mask)
+    names = ("k_scales", "k_lows", "v_scales", "v_lows") if bits != 16 else ()
+    extra = [cache.get_buffer(name) for name in names]
+    found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits)
+    near(found, wanted, 1e-5, (B, T, R, G, E, S, bits))
+    assert not launch.arrivals(CPU).any(), "counters are not back at 0"
+
+
+def attend(seed: int, cases: int) -> None:
+    for _ in range(cases):
+        check_attention(
+            B=random.randint(1, 3),
+            T=random.choice([1, 1, 2, 5]),
+            R=random.choice([1, 2, 4]),
+            G=random.choice([1, 2]),
+            E=random.choice([8, 24, 32, 64, 80]),
+            S=random.choice([6, 64, 70, 129, 300]),
+            bits=random.choice([16, 8, 4]),
+        )
+
+
+ALIGNED = [["tt.divisibility", 16]]
+INTEGERS = {
+    "N", "K", "C", "M", "W", "T", "G", "Kp", "weight_stride", "scale_stride", "zero_stride",
+    "x_stride", "batch_stride", "position_stride",
+}  # fmt: skip
+POINTERS = {
+    "pairs": "i32", "units": "fp32", "sums": "i32", "zeros": "u8", "bias": "bf16", "out": "bf16",
+    "x": "bf16", "parts": "fp32", "arrived": "i32", "tops": "fp32", "q": "bf16", "k": "bf16",
+    "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
+    "pos": "i64",
+}  # fmt: skip
+
+
+def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Name, kernel, its pointers' types where they differ from POINTERS, constants, warps, stages:
+    all kernels with the tiles that they are launched with."""
+    common = {"HAS_BIAS": True, "PDL": pdl}
+    for kind, weight, scales in (
+        ("int4", "i32", "fp16"),
+        ("int8", "i32", "fp32"),
+        ("dense", "bf16", ""),
+    ):
+        kernel = getattr(one_row, f"{kind}_kernel")
+        for shape, tile in ONE_ROW[kind].items():
+            constants = common | {"BN": tile.outputs, "BC": tile.chunks}
+            constants |= {} if kind == "dense" else {"PTX": True}
+            constants |= {"CHUNKS": 1} if kind == "int4" else {}
+            types = {"weight": weight, "scales": scales}
+            yield f"one_row.{kind} {shape}", kernel, types, constants, tile.warps, 3
+    for kind, scales in (("int4", "fp16"), ("int8", "fp32")):
+        kernel = getattr(few_rows, f"{kind}_kernel")
+        shapes = {"square": (4096, 4096), "long": (4096, 9000), "wide": (20000, 4096)}
+        for (shape, size), rows in itertools.product(shapes.items(), (8, 16, 32, 64)):
+            tile = few_rows_tile(kind, rows, *size)
+            constants = common | {
+                "BN": tile.outputs,
+                "BM": rows,
+                "SPLITS": tile.splits,
+                "PTX": True,
+            }
+            if kind == "int4":
+                constants |= {"WORDS": 4, "GROUPS": tile.words // 4}
+            else:
+                constants |= {"BW": tile.words}
+            types = {"x": "fp16", "weight": "i32", "scales": scales}
+            name = f"few_rows.{kind} {shape} {rows}"
+            yield name, kernel, types, constants, tile.warps, tile.stages
+    yield (
+        "scale", few_rows.scale_kernel, {"out": "fp16"},
+        {"PARTS": 8, "BLOCK": 4096, "PDL": pdl}, 8, 3,
+    )  # fmt: skip
+    yield (
+        "fixed_point", one_row.fixed_point_kernel, {"q": "i16"},
+        {"SIZE": 32, "NIBBLES": 2, "BC": 16, "PDL": pdl}, 1, 3,
+    )  # fmt: skip
+    yield (
+        "unpack.int8", unpack.int8_kernel, {"weight": "i8", "scales": "fp32"},
+        {"BN": 1, "BK": 4096, "PDL": pdl}, 4, 3,
+    )  # fmt: skip
+    yield (
+        "unpack.int4", unpack.int4_kernel, {"weight": "u8", "scales": "fp16"},
+        {"HALF": 16, "BN": 1, "GROUPS": 128, "PDL": pdl}, 4, 3,
+    )  # fmt: skip
+    for bits, stored in ((16, "bf16"), (8, "u8"), (4, "u8")):
+        constants = {
+            "R": 4, "E": 128, "BE": 128, "GROUP": 32, "BITS": bits, "BR": 16, "BS": 64, "STEPS": 1,
+            "SPLITS": 3, "DOT": tl.bfloat16, "PDL": pdl,
+        }  # fmt: skip
+        types = {"k": stored, "v": stored}
+        yield f"attention {bits}", attention.attention_kernel, types, constants, 4, 3
+
+
+def compile_all(capability: int) -> None:
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    for name, kernel, types, constants, warps, stages in kernels(pdl=capability >= 90):
+        signature: dict[str, str] = {}
+        for argument in kernel.arg_names:
+            if argument in constants:
+                signature[argument] = "constexpr"
+            elif argument == "factor":
+                signature[argument] = "fp32"
+            elif argument in INTEGERS and argument not in types:
+                signature[argument] = "i32"
+            else:
+                signature[argument] = "*" + types.get(argument, POINTERS.get(argument, ""))
+        attributes = {
+            (n,): ALIGNED
+            for n, a in enumerate(kernel.arg_names)
+            if signature[a] not in ("constexpr", "fp32") and a != "M"
+        }
+        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=target, options=options)
+        print(json.dumps({"kernel": name, **resources(compiled.asm["cubin"])}), flush=True)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes that it keeps in memory instead, read off a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = dict(
+        word.split(":") for word in text.split() if word.count(":") == 1 and word[-1] != ":"
+    )
+    return {"registers": int(words["REG"]), "stack": int(words["STACK"])}
+
+
+def main(what: str, *numbers: str) -> None:
+    if what == "compile":
+        compile_all(int(numbers[0]))
+        return
+    seed, cases = map(int, numbers)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    {"products": products, "attention": attend}[what](seed, cases)
+    print(f"{cases} cases of {what}, seed {seed}: equal")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

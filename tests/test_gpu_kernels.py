@@ -1,0 +1,43 @@
+"""Triton's kernels without a GPU: interpreted beside their oracles, and compiled for three GPUs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("gpu_kernels_worker.py")
+MOST_REGISTERS = 255  # of a thread: more are kept in memory
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: pip install triton (the extra gpu-kernels)",
+)
+
+
+def work(*words: object, interpret: bool) -> str:
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    command = [sys.executable, str(WORKER), *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_products_are_those_of_the_formula(seed: int):
+    print(f"seed {seed}")
+    assert "100 cases" in work("products", seed, 100, interpret=True)
+
+
+def test_attention_is_that_of_the_formula():
+    assert "60 cases" in work("attention", 0, 60, interpret=True)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_fit_the_registers_of_a_gpu(capability: int):
+    lines = [json.loads(line) for line in work("compile", capability, interpret=False).splitlines()]
+    assert len(lines) > 20
+    assert [line for line in lines if line["stack"] or line["registers"] > MOST_REGISTERS] == []
