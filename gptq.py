@@ -233,7 +233,7 @@ class CalibratedBlock:
         return [name for name, _ in seen]
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """Y'Y and (X - Y)'Y, (K, K) float32, for the inputs X, dense, and Y, quantised, of a linear.
+        """Y'Y and (X - Y)'Y, (K, K) float32 each, for a linear's inputs: X, dense; Y, quantised.
 
         The difference comes before the product, where rounding cannot hide it.
         """

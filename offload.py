@@ -222,14 +222,13 @@ def eager(block: nn.Module, *given: Any) -> Tensor:
 
 @contextlib.contextmanager
 def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Quantised linears are dense for a while: on a GPU eager code unpacks them in passes that take
-    several times as long as the product, and here once for all that a layer is given."""
+    """Quantised linears are dense for a while: they are unpacked once for all micro-batches."""
     packed = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
     try:
         for name, linear in packed.items():
             with META:
                 dense = Linear(linear.in_features, linear.out_features, bias=False)
-            dense.weight = nn.Parameter(linear.dense(dtype), requires_grad=False)
+            dense.weight = nn.Parameter(linear.unpacked(dtype), requires_grad=False)
             dense.bias = linear.bias
             block.set_submodule(name, dense)
         yield

@@ -40,6 +40,10 @@ class QuantizedLinear(nn.Module):
         """The weights that the integers stand for, (N, K)."""
         raise NotImplementedError
 
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The same, by a kernel where there is one. Not for compiled code."""
+        return self.dense(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
         y = self.on_gpu(rows) if gpu.serves(rows) else self.plain(rows)  # (M, N)
@@ -66,6 +70,11 @@ class Int8Linear(QuantizedLinear):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.weight * self.scales.unsqueeze(-1)).to(dtype)
 
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        if not gpu.serves(self.weight):
+            return self.dense(dtype)
+        return gpu.int8_dense(self.weight, self.scales, dtype)
+
     def on_gpu(self, rows: Tensor) -> Tensor:
         return gpu.int8_linear(rows, self.weight, self.scales, self.bias)
 
@@ -91,6 +100,11 @@ class Int4Linear(QuantizedLinear):
     def dense(self, dtype: torch.dtype) -> Tensor:
         weights = dense_int4(self.weight, self.scales, self.zeros)  # (N, P*S)
         return weights[:, : self.in_features].to(dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        if not gpu.serves(self.weight):
+            return self.dense(dtype)
+        return gpu.int4_dense(self.weight, self.scales, self.zeros, self.in_features, dtype)
 
     def on_gpu(self, rows: Tensor) -> Tensor:
         return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias)

@@ -35,18 +35,18 @@ from quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedLinear, roun
 from quantized_cache import QuantizedKVCache
 
 CPU = torch.device("cpu")
-# Of the largest output. One row: activations of 16 bits. Several: weights rounded to float16.
-TOLERANCE = {"one row": 2e-4, "rows": 1e-3}
+# Of the sum of |input * weight|. One row: activations of 16 bits, 2**-16 of the largest of 32; rows:
+# weights rounded to float16.
+TOLERANCE = 2**-11
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # Of outputs. The interpreter rounds bfloat16 towards zero; a GPU rounds to the nearest.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def near(found: Tensor, wanted: Tensor, tolerance: float, what: Any) -> None:
-    """Raises AssertionError where they differ by more than that share of the largest number."""
-    largest = wanted.abs().max().clamp_min(1e-30)
-    error = ((found.float() - wanted).abs().max() / largest).item()
-    assert error <= tolerance, f"{what}: off by {error:.2e} of the largest output"
+def near(found: Tensor, wanted: Tensor, tolerance: float, size: Tensor | float, what: Any) -> None:
+    """Raises AssertionError where they differ by more than that share of `size`."""
+    error = ((found.float() - wanted).abs() / size).max().item()
+    assert error <= tolerance, f"{what}: off by {error:.2e}, and may be by {tolerance:.2e}"
 
 
 def random_linear(K: int, N: int, groupsize: int | None, bias: bool) -> QuantizedLinear:
@@ -78,9 +78,11 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     exact = F.linear(
         x.float(), linear.dense(torch.float32), None if given is None else given.float()
     )
-    rounding = ROUNDING[dtype]
+    size = F.linear(x.float().abs(), linear.dense(torch.float32).abs())  # (M, N)
+    size += 1e-20 if given is None else given.float().abs()
+    tolerance = TOLERANCE + ROUNDING[dtype]
     few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2)
-    one = OneRow(random.choice([1, 2, 4]), random.choice([8, 32]), 1)
+    one = OneRow(random.choice([1, 2, 4]), random.choice([4, 32]), 1)
     if groupsize is None:
         weight = a_view(linear.weight, 16 * random.randint(0, 1))
         assert torch.equal(
@@ -90,7 +92,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
             y = launch.int8_row(
                 launch.fixed_point(x[0], INT8), weight, linear.scales, given, dtype, one
             )
-            near(y, exact[:1], TOLERANCE["one row"] + rounding, case)
+            near(y, exact[:1], tolerance, size[:1], case)
         rows = None
         if K % 4 == 0:
             rows = lambda some: launch.int8_rows(some, weight, linear.scales, given, few)  # noqa: E731
@@ -100,19 +102,18 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
             launch.int4_dense(*stored, K, torch.float32), linear.dense(torch.float32)
         )
         y = launch.int4_row(launch.fixed_point(x[0], INT4), *stored, given, dtype, one)
-        near(y, exact[:1], TOLERANCE["one row"] + rounding, case)
+        near(y, exact[:1], tolerance, size[:1], case)
         rows = lambda some: launch.int4_rows(some, *stored, given, few)  # noqa: E731
     if rows is not None:
         together = rows(x)
-        near(together, exact, TOLERANCE["rows"] + rounding, case)
-        row = random.randrange(M)
-        assert torch.equal(rows(x[row : row + 1]), together[row : row + 1]), (
-            f"{case}: bits of a row"
-        )
+        near(together, exact, tolerance, size, case)
+        row, others = random.randrange(M), torch.randn(M, K).to(dtype)
+        others[row] = x[row]
+        assert torch.equal(rows(others)[row], together[row]), f"{case}: bits of a row"
     if K % 8 == 0:
         dense = linear.dense(torch.float32).to(dtype)
         wanted = F.linear(x[:1].float(), dense.float(), None if given is None else given.float())
-        near(launch.dense_row(x[:1], dense, given, one), wanted, 1e-5 + rounding, case)
+        near(launch.dense_row(x[:1], dense, given, one), wanted, tolerance, size[:1], case)
 
 
 def products(seed: int, cases: int) -> None:
@@ -123,7 +124,7 @@ def products(seed: int, cases: int) -> None:
         check_products(
             M=random.choice([1, 2, 3, 6, 17]),
             K=K,
-            N=random.choice([1, 3, 16, 33, 70]),
+            N=random.choice([1, 3, 16, 20]),
             groupsize=random.choice([None, *GROUP_SIZES]),
             bias=random.random() < 0.5,
             dtype=random.choice(DTYPES),
@@ -158,7 +159,7 @@ def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if bits != 16 else ()
     extra = [cache.get_buffer(name) for name in names]
     found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits)
-    near(found, wanted, 1e-5, (B, T, R, G, E, S, bits))
+    near(found, wanted, 1e-5, wanted.abs().max().item(), (B, T, R, G, E, S, bits))
     assert not launch.arrivals(CPU).any(), "counters are not back at 0"
 
 

@@ -86,6 +86,22 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def int4_dense(
+    weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """The buffers of an Int4Linear -> (N, in_features). Not for compiled code."""
+    from kernels.gpu import launch
+
+    return launch.int4_dense(weight, scales, zeros, in_features, dtype)
+
+
+def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) int8 -> the numbers that it stands for. Not for compiled code."""
+    from kernels.gpu import launch
+
+    return launch.int8_dense(weight, scales, dtype)
+
+
 def aligned(weight: Tensor, count: int) -> bool:
     """Whether each row of a matrix begins and ends at a multiple of so many numbers."""
     whole = weight.shape[1] % count == 0 and weight.stride(0) % count == 0
