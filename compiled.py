@@ -162,7 +162,7 @@ class CudaGraphs:
         self.step, self.device = step, device
         self.sets: dict[Any, dict[Any, RecordedStep | None]] = {}
         self.recorded = self.nbytes = 0  # graphs so far, and the memory that recording them took
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def __call__(
         self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
@@ -191,6 +191,8 @@ class CudaGraphs:
         return graphs
 
     def _record(self, *given: Any) -> "RecordedStep":
+        if not self.held:  # PyTorch forgets a pool whose last graph is gone
+            self._pool = torch.cuda.graph_pool_handle()
         free = torch.cuda.mem_get_info(self.device)[0]
         graph = RecordedStep(self.step, self._pool, *given)
         self.recorded += 1

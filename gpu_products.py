@@ -1,8 +1,8 @@
 """What is faster on a GPU than PyTorch's own: put into a model, as cpu_products.py does for CPUs.
 
-Start at use_products. Quantised linears find their kernels by themselves (quantized.py); here dense
-ones get a faster product of one row, and caches attention that reads them as they are stored. The
-kernels are in kernels/gpu.
+Start at use_products. Quantised linears find their kernels by themselves (quantized.py). Here dense
+ones get a faster product of one row, quantised ones take over the norm or the gate before them, and
+caches get attention that reads them as they are stored. The kernels are in kernels/gpu.
 """
 
 import sys
@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gpu
-from model import KVCache, Linear, Transformer, grouped_attention
+from model import (
+    GatedFeedForward,
+    KVCache,
+    Linear,
+    PreNormBlock,
+    RMSNorm,
+    Transformer,
+    grouped_attention,
+)
+from quantized import QuantizedLinear
 from quantized_cache import QuantizedKVCache, dense
 
 ROWS = 64  # new tokens times the query heads of a key/value head; for more, PyTorch's is faster
@@ -35,16 +44,68 @@ class OneRowLinear(Linear):
         return product(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
+class NormedLinear(nn.Module):
+    """A quantised linear and the RMS norm before it: of one row they are one kernel's work."""
+
+    def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
+        super().__init__()
+        self.norm, self.linear = norm, linear
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (M, K)
+        if len(rows) > 1 or not gpu.serves(rows):
+            return self.linear(self.norm(x))
+        prologue = gpu.Prologue(norm=self.norm.weight, eps=self.norm.eps)
+        return self.linear.on_gpu(rows, prologue).view(*x.shape[:-1], -1)  # (..., N)
+
+
+class OneRowFeedForward(GatedFeedForward):
+    """The same; for one row, silu(gate) * up takes no kernel of its own."""
+
+    def __init__(self, whole: GatedFeedForward):
+        nn.Module.__init__(self)
+        self.w13, self.w2, self.activation = whole.w13, whole.w2, whole.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (M, D)
+        if len(rows) > 1 or not gpu.serves(rows):
+            return super().forward(x)
+        return self.w2.on_gpu(self.w13(rows), gpu.Prologue(gated=True)).view_as(x)
+
+
 def use_products(model: Transformer) -> None:
     """Give a model on a CUDA device these products and this attention, if they run there."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
         print(f"without kernels for this GPU: {reason}", file=sys.stderr)
-        return
+    else:
+        exchange(model)
+
+
+def exchange(model: Transformer) -> None:
+    for layer in model.layers if type(model.layers) is nn.ModuleList else ():
+        fuse(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
     model.new_cache = partial(attending, model.new_cache)
+
+
+def fuse(layer: nn.Module) -> None:
+    """Let quantised linears of a layer do what comes before them, where they can."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
+    if type(layer) is PreNormBlock and normed and takes_prologue(attention.wqkv):
+        attention.wqkv = NormedLinear(layer.attention_norm, attention.wqkv)
+        layer.attention_norm = nn.Identity()
+    gated = type(feed_forward) is GatedFeedForward and feed_forward.activation is F.silu
+    if gated and takes_prologue(feed_forward.w2):
+        layer.feed_forward = OneRowFeedForward(feed_forward)
+
+
+def takes_prologue(linear: nn.Module) -> bool:
+    return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
 
 
 def attending(new_cache: Callable[..., KVCache], *given: object) -> KVCache:

@@ -404,7 +404,7 @@ class KVCache(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         """What queries, (B, T, H, E), see of all keys and values once k and v are stored."""
-        if self.gpu_attention is not None and q.is_cuda:
+        if self.gpu_attention is not None:
             self.store(pos, k, v)
             return self.gpu_attention(self, q, mask, pos)
         k, v = self.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)

@@ -52,9 +52,13 @@ class QuantizedLinear(nn.Module):
     def plain(self, rows: Tensor) -> Tensor:
         return F.linear(rows, self.dense(rows.dtype), self.bias)
 
-    def on_gpu(self, rows: Tensor) -> Tensor:
-        """The same by the kernels for GPUs."""
+    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
+        """The same by the kernels for GPUs, (M, K) -> (M, N)."""
         raise NotImplementedError
+
+    def takes_prologue(self) -> bool:
+        """Whether one row on a GPU may come with a prologue."""
+        return True
 
 
 class Int8Linear(QuantizedLinear):
@@ -75,8 +79,11 @@ class Int8Linear(QuantizedLinear):
             return self.dense(dtype)
         return gpu.int8_dense(self.weight, self.scales, dtype)
 
-    def on_gpu(self, rows: Tensor) -> Tensor:
-        return gpu.int8_linear(rows, self.weight, self.scales, self.bias)
+    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
+        return gpu.int8_linear(rows, self.weight, self.scales, self.bias, prologue)
+
+    def takes_prologue(self) -> bool:
+        return gpu.aligned(self.weight, gpu.INT8.size)
 
 
 class Int4Linear(QuantizedLinear):
@@ -106,8 +113,8 @@ class Int4Linear(QuantizedLinear):
             return self.dense(dtype)
         return gpu.int4_dense(self.weight, self.scales, self.zeros, self.in_features, dtype)
 
-    def on_gpu(self, rows: Tensor) -> Tensor:
-        return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias)
+    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
+        return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias, prologue)
 
 
 def dense_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

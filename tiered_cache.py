@@ -225,6 +225,8 @@ class TieredCaches(Sequence["TieredCache"]):
     def _cache(self, parts: Parts, device: torch.device) -> KVCache:
         """A cache in that memory."""
         cache = self._new_cache()
+        if device.type != "cuda":
+            cache.gpu_attention = None
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
             cache._buffers[name] = tensor.transpose(0, 1)
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:

@@ -71,12 +71,6 @@ def checks(
     for name, lm in (("eager", eager), ("compiled", compiled)):
         furthest = max(abs(a - b) for a, b in zip(likely, scored(lm, prompts, wanted), strict=True))
         yield f"log-likelihoods within {NEAR}, {name}", True, furthest < NEAR
-    for kv_dtype in ("int8", "int4"):
-        there = {"dtype": dtype, "kv_dtype": kv_dtype}
-        answers = [
-            singly(load_model(path, device=on, **there), prompts) for on in ("cpu", str(device))
-        ]
-        yield f"a cache in {kv_dtype}", *answers
     for draft in drafts:
         options = {"device": str(device), "dtype": dtype, "draft": draft, "compile": True}
         drafted = load_model(path, **options)

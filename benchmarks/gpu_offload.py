@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     device, attempt, figures = find_device(args.device), Attempts(), {}
     args.device, host = str(device), 100 if device.type == "cuda" else 0
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory / total), device)
     share, grouping = Share(0, host), {"micro_batch": args.rows, "micro_batches": args.batches}

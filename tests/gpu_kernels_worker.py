@@ -2,10 +2,12 @@
 
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py products SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py attention SEED CASES
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py model SEED CASES
     python tests/gpu_kernels_worker.py compile CAPABILITY
 
-The first two compare kernels with the PyTorch formulas over random shapes and print how many cases
-there were; compile prints a JSON line for each kernel: its registers, and what it spills.
+The first two compare kernels with the PyTorch formulas over random shapes; model compares a whole
+model's logits with them and without; they print how many cases there were. compile prints a JSON
+line for each kernel: its registers, and what it spills.
 """
 
 import itertools
@@ -27,16 +29,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import gpu_products
+from kernels import gpu
 from kernels.gpu import attention, few_rows, launch, one_row, unpack
-from kernels.gpu.fixed_point import INT4, INT8, fixed_point
+from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
-from model import KVCache, grouped_attention
-from quantized import GROUP_SIZES, Int4Linear, Int8Linear, QuantizedLinear, round_int4, round_int8
+from load import find_cache
+from model import KVCache, ModelArgs, Transformer, grouped_attention
+from quantized import (
+    GROUP_SIZES,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    make_scheme,
+    quantized_copy,
+    round_int4,
+    round_int8,
+    shallow_copy,
+)
 from quantized_cache import QuantizedKVCache
 
 CPU = torch.device("cpu")
-# Of the sum of |input * weight|. One row: activations of 16 bits, 2**-16 of the largest of 32; rows:
-# weights rounded to float16.
+# Of the sum of |input * weight|. One row: activations of 16 bits, 2**-16 of the largest of 32;
+# rows: weights rounded to float16.
 TOLERANCE = 2**-11
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # Of outputs. The interpreter rounds bfloat16 towards zero; a GPU rounds to the nearest.
@@ -81,7 +96,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     size = F.linear(x.float().abs(), linear.dense(torch.float32).abs())  # (M, N)
     size += 1e-20 if given is None else given.float().abs()
     tolerance = TOLERANCE + ROUNDING[dtype]
-    few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2)
+    few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
     one = OneRow(random.choice([1, 2, 4]), random.choice([4, 32]), 1)
     if groupsize is None:
         weight = a_view(linear.weight, 16 * random.randint(0, 1))
@@ -116,6 +131,13 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
         near(launch.dense_row(x[:1], dense, given, one), wanted, tolerance, size[:1], case)
 
 
+def same(found: FixedPoint, x: Tensor, order: Order) -> None:
+    """Raises AssertionError where fixed point is not that of x, but for the rounding of x."""
+    wanted = fixed_point(x, order)
+    near(found.q * found.units[:, None], wanted.q * wanted.units[:, None], 1e-4, 1.0, order)
+    assert torch.equal(found.sums, found.q.sum((0, 2), dtype=torch.int32))
+
+
 def products(seed: int, cases: int) -> None:
     for _ in range(cases):
         K = random.choice(
@@ -129,6 +151,11 @@ def products(seed: int, cases: int) -> None:
             bias=random.random() < 0.5,
             dtype=random.choice(DTYPES),
         )
+    for order, K in itertools.product((INT4, INT8), (48, 1100)):
+        x, weight = torch.randn(2 * K), torch.randn(K)
+        normed = F.rms_norm(x[:K], (K,), weight, 1e-5)
+        same(launch.fixed_point(x[:K], order, weight, 1e-5), normed, order)
+        same(launch.fixed_point(x, order, gated=True), F.silu(x[:K]) * x[K:], order)
     for order in (INT4, INT8):
         x = torch.randn(1000) * torch.logspace(-30, 30, 1000)
         x[70], x[500], x[900] = math.inf, math.nan, 0
@@ -176,6 +203,53 @@ def attend(seed: int, cases: int) -> None:
         )
 
 
+SMALL = ModelArgs(
+    dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=40,
+    context=80, embed_dim=64,
+)  # fmt: skip
+
+
+def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
+    """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
+    model.new_cache = find_cache(kv_dtype)
+    slots, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
+    for rows in (1, 2):
+        caches = model.make_caches(rows, 70)
+        pos = slots[:20].expand(rows, 20)
+        found.append(model(tokens[:rows, :20], pos, slots[:64], caches))
+        pos = slots[20 : 20 + rows].expand(rows, rows)
+        found.append(model(tokens[:rows, 20 : 20 + rows], pos, slots[:64], caches))
+    return found
+
+
+@torch.inference_mode()
+def model(seed: int, cases: int) -> None:
+    """A small model with everything that a GPU's would have, beside the plain one."""
+    for name in ("int4_row", "int8_row", "int4_rows", "int8_rows", "dense_row"):
+        torch.library.impl(f"gpt_flex::{name}", "cpu")(getattr(gpu, name))
+    torch.library.impl("gpt_flex::attend", "cpu")(gpu_products.attend_on_gpu)
+    dense = Transformer(SMALL).eval()
+    for parameter in dense.parameters():
+        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.1)
+    for mode, kv_dtype in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
+        whole = quantized_copy(dense, make_scheme(mode)) if mode else dense
+        gpu.serves = lambda x: False
+        torch.manual_seed(seed)
+        wanted = model_logits(shallow_copy(whole), kv_dtype)
+        gpu.serves = lambda x: True
+        fast = shallow_copy(whole)
+        gpu_products.exchange(fast)
+        torch.manual_seed(seed)
+        for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
+            near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype))
+        if mode:
+            assert isinstance(fast.layers[0].attention.wqkv, gpu_products.NormedLinear)
+            assert isinstance(fast.layers[0].feed_forward, gpu_products.OneRowFeedForward)
+
+
+CASES_OF_MODEL = (("int4", None), ("int8", "int8"), (None, "int4"), ("int4", "int8"))
+
+
 ALIGNED = [["tt.divisibility", 16]]
 INTEGERS = {
     "N", "K", "C", "M", "W", "T", "G", "Kp", "weight_stride", "scale_stride", "zero_stride",
@@ -185,7 +259,7 @@ POINTERS = {
     "pairs": "i32", "units": "fp32", "sums": "i32", "zeros": "u8", "bias": "bf16", "out": "bf16",
     "x": "bf16", "parts": "fp32", "arrived": "i32", "tops": "fp32", "q": "bf16", "k": "bf16",
     "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
-    "pos": "i64",
+    "pos": "i64", "norm": "bf16",
 }  # fmt: skip
 
 
@@ -229,7 +303,10 @@ def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
     )  # fmt: skip
     yield (
         "fixed_point", one_row.fixed_point_kernel, {"q": "i16"},
-        {"SIZE": 32, "NIBBLES": 2, "BC": 16, "PDL": pdl}, 1, 3,
+        {
+            "SIZE": 32, "NIBBLES": 2, "NORM": True, "GATED": True, "BC": 16, "BLOCK": 1024,
+            "PDL": pdl,
+        }, 4, 3,
     )  # fmt: skip
     yield (
         "unpack.int8", unpack.int8_kernel, {"weight": "i8", "scales": "fp32"},
@@ -255,7 +332,7 @@ def compile_all(capability: int) -> None:
         for argument in kernel.arg_names:
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument == "factor":
+            elif argument in ("factor", "eps"):
                 signature[argument] = "fp32"
             elif argument in INTEGERS and argument not in types:
                 signature[argument] = "i32"
@@ -294,7 +371,7 @@ def main(what: str, *numbers: str) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    {"products": products, "attention": attend}[what](seed, cases)
+    {"products": products, "attention": attend, "model": model}[what](seed, cases)
     print(f"{cases} cases of {what}, seed {seed}: equal")
 
 

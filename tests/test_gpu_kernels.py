@@ -36,6 +36,10 @@ def test_attention_is_that_of_the_formula():
     assert "60 cases" in work("attention", 0, 60, interpret=True)
 
 
+def test_a_model_with_kernels_computes_the_same():
+    assert "4 cases" in work("model", 0, 4, interpret=True)
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_fit_the_registers_of_a_gpu(capability: int):
     lines = [json.loads(line) for line in work("compile", capability, interpret=False).splitlines()]

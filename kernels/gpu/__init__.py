@@ -21,6 +21,7 @@ NVIDIA GPU of compute capability 8.0 is missing, that is what runs (unsupported_
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +64,42 @@ def serves(x: Tensor) -> bool:
     return x.is_cuda and not learning and usable(x.device.index)
 
 
+class Prologue(NamedTuple):
+    """What one row goes through before it is multiplied, in the kernel that makes it fixed point.
+
+    norm: the weight, (K,), of RMSNorm(x), with eps. gated: the row, (1, 2 K), stands for
+    silu(first half) * second half.
+    """
+
+    norm: Tensor | None = None
+    eps: float = 0.0
+    gated: bool = False
+
+
 def int4_linear(
-    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """(M, K) x the buffers of an Int4Linear -> (M, N)."""
+    """(M, K) x the buffers of an Int4Linear -> (M, N). prologue: of one row only."""
     if len(x) == 1:
-        return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias)
+        return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
     return torch.ops.gpt_flex.int4_rows(x, weight, scales, zeros, bias)
 
 
-def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, K) x (N, K) int8 -> (M, N)."""
-    if len(x) == 1 and aligned(weight, 16):
-        return torch.ops.gpt_flex.int8_row(x, weight, scales, bias)
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    prologue: Prologue = Prologue(),
+) -> Tensor:
+    """(M, K) x (N, K) int8 -> (M, N). prologue: of one row only, of weights that are aligned."""
+    if len(x) == 1 and aligned(weight, INT8.size):
+        return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
     return torch.ops.gpt_flex.int8_rows(x, weight, scales, bias)
 
 
@@ -117,19 +141,18 @@ def define(schema: str, on_gpu, fake) -> None:
 
 
 # launch.py imports Triton, which takes half a second: not before a GPU computes.
-def int4_row(x, weight, scales, zeros, bias):
+def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
     from kernels.gpu import launch
 
-    fixed = launch.fixed_point(x.contiguous()[0], INT4)
+    fixed = launch.fixed_point(x.contiguous()[0], INT4, norm, eps, gated)
     return launch.int4_row(fixed, weight, scales, zeros, bias, x.dtype)
 
 
-def int8_row(x, weight, scales, bias):
+def int8_row(x, weight, scales, bias, norm, eps, gated):
     from kernels.gpu import launch
 
-    return launch.int8_row(
-        launch.fixed_point(x.contiguous()[0], INT8), weight, scales, bias, x.dtype
-    )
+    fixed = launch.fixed_point(x.contiguous()[0], INT8, norm, eps, gated)
+    return launch.int8_row(fixed, weight, scales, bias, x.dtype)
 
 
 def dense_row(x, weight, bias):
@@ -155,12 +178,14 @@ def int8_rows(x, weight, scales, bias):
 
 
 define(
-    "int4_row(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias) -> Tensor",
+    "int4_row(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, Tensor? norm, "
+    "float eps, bool gated) -> Tensor",
     int4_row,
     lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
 )
 define(
-    "int8_row(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
+    "int8_row(Tensor x, Tensor weight, Tensor scales, Tensor? bias, Tensor? norm, float eps, "
+    "bool gated) -> Tensor",
     int8_row,
     lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
 )

@@ -53,15 +53,34 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
     return out
 
 
-def fixed_point(x: Tensor, order: Order) -> FixedPoint:
-    """(K,) -> 16-bit fixed point; see fixed_point.py."""
-    K, size = len(x), order.size
+def fixed_point(
+    x: Tensor, order: Order, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False
+) -> FixedPoint:
+    """(K,) -> 16-bit fixed point; see fixed_point.py.
+
+    norm: of RMSNorm(x), the weight, with eps. gated: (2 K,) stands for silu(first) * second half.
+    """
+    K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)
     q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
     units, sums = x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.int32)
     chunks = 512 // size  # of a program
     one_row.fixed_point_kernel[(triton.cdiv(C, chunks),)](
-        x, q, units, sums, K, C, SIZE=size, NIBBLES=size // 16, BC=chunks, **options(x, 1)
+        x,
+        norm,
+        q,
+        units,
+        sums,
+        K,
+        C,
+        eps,
+        SIZE=size,
+        NIBBLES=size // 16,
+        NORM=norm is not None,
+        GATED=gated,
+        BC=chunks,
+        BLOCK=1024,
+        **options(x, 4 if norm is not None else 1),
     )
     return FixedPoint(q, units, sums)
 

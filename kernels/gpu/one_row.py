@@ -67,26 +67,49 @@ def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def fixed_point_kernel(
-    x,  # (K,)
-    q,  # (PLANES, C, SIZE / PLANES) int16
+    x,  # (K,), or (2 K,) where GATED
+    norm,  # (K,): the weight of an RMS norm
+    q,  # (PLANES, C, 8) int16
     units,  # (C,) float32
     sums,  # (C,) int32
     K,
     C,
+    eps,
     SIZE: tl.constexpr,  # inputs of a chunk
     NIBBLES: tl.constexpr,  # 1: bytes of weights are one input; 2: a nibble is
+    NORM: tl.constexpr,  # the inputs are RMSNorm(x)
+    GATED: tl.constexpr,  # the inputs are silu(first half) * second half
     BC: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The kernel that fixed_point.fixed_point is the oracle of."""
+    """The kernel that fixed_point.fixed_point is the oracle of, with what comes before the product.
+
+    Every program of a norm adds up the whole row: it is in the L2 cache, and a kernel of its own
+    for the sum would take longer.
+    """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     place = tl.arange(0, SIZE)[None, :]  # plane, word, p
     plane, word, p = place // 8, place % 8 // 2, place % 2
     k = c[:, None] * SIZE + word * (4 * NIBBLES) + plane % 2 * (2 * NIBBLES) + p * NIBBLES
     k += plane // 2  # the nibble
+    if NORM:
+        factor = tl.load(norm + k, k < K, 0).to(tl.float32)
     wait(PDL)
     values = tl.load(x + k, k < K, 0).to(tl.float32)  # (BC, SIZE)
+    if NORM:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, K, BLOCK):
+            all = start + tl.arange(0, BLOCK)
+            row = tl.load(x + all, all < K, 0).to(tl.float32)
+            squares += row * row
+        values = values * tl.rsqrt(tl.sum(squares, 0) / K + eps) * factor
+        values = values.to(x.dtype.element_ty).to(tl.float32)
+    if GATED:
+        up = tl.load(x + K + k, k < K, 0).to(tl.float32)
+        values = values / (1 + tl.exp(-values)) * up
+        values = values.to(x.dtype.element_ty).to(tl.float32)
     exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)

@@ -18,13 +18,13 @@ class OneRow(NamedTuple):
 
 class FewRows(NamedTuple):
     """outputs of a program, words (4 bytes of weights) of a step, programs that share K, warps, and
-    steps that are under way at a time."""
+    steps that are under way at a time (Triton's num_stages)."""
 
     outputs: int
     words: int
     splits: int
     warps: int
-    stages: int = 3
+    stages: int
 
 
 def shape_class(N: int, K: int) -> str:
@@ -61,28 +61,28 @@ ONE_ROW: dict[str, dict[str, OneRow]] = {
 MANY = 16
 FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
     ("int8", False): {
-        "square": FewRows(32, 32, 4, 2),
-        "long": FewRows(32, 32, 4, 2),
-        "wide": FewRows(64, 32, 1, 2),
-        "head": FewRows(64, 32, 1, 2),
+        "square": FewRows(16, 32, 2, 1, 3),
+        "long": FewRows(16, 32, 4, 1, 3),
+        "wide": FewRows(64, 32, 1, 4, 3),
+        "head": FewRows(64, 32, 1, 4, 2),
     },
     ("int4", False): {
-        "square": FewRows(32, 32, 4, 2),
-        "long": FewRows(32, 32, 4, 2),
-        "wide": FewRows(32, 32, 1, 2),
-        "head": FewRows(32, 32, 1, 2),
+        "square": FewRows(64, 32, 4, 4, 3),
+        "long": FewRows(64, 32, 4, 4, 2),
+        "wide": FewRows(32, 32, 1, 2, 2),
+        "head": FewRows(32, 32, 1, 2, 2),
     },
     ("int8", True): {
-        "square": FewRows(64, 32, 4, 4),
-        "long": FewRows(64, 32, 4, 4),
-        "wide": FewRows(64, 32, 1, 4),
-        "head": FewRows(64, 32, 1, 4),
+        "square": FewRows(64, 32, 4, 4, 3),
+        "long": FewRows(64, 32, 4, 4, 3),
+        "wide": FewRows(64, 32, 1, 4, 2),
+        "head": FewRows(64, 32, 1, 4, 3),
     },
     ("int4", True): {
-        "square": FewRows(64, 16, 4, 4),
-        "long": FewRows(64, 32, 4, 4),
-        "wide": FewRows(64, 32, 1, 4),
-        "head": FewRows(64, 32, 1, 4),
+        "square": FewRows(64, 32, 2, 4, 3),
+        "long": FewRows(64, 32, 4, 4, 3),
+        "wide": FewRows(64, 32, 1, 4, 3),
+        "head": FewRows(64, 32, 1, 4, 2),
     },
 }
 
