@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, allocate
+from kernels import gpu
 from model import KVCache, Linear, Transformer
 from quantized import (
     dense_int4,
@@ -65,24 +66,65 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
     units = scale_units(scales)
     W, U = W[:, order], inverse_factor(H[order][:, order])
     q = torch.empty_like(W)
-    for start in range(0, K, COLUMNS):
-        end = min(start + COLUMNS, K)
-        errors = torch.empty_like(W[:, start:end])
-        for n in range(start, end):
-            g = group[n]
-            if not act_order and n % groupsize == 0:
-                # The group's grid is laid over what the columns before it have made of it.
-                stop = n + groupsize
-                beyond = W[:, end:stop] - errors[:, : n - start] @ U[start:n, end:stop]
-                rest = torch.cat((W[:, n : min(end, stop)], beyond), 1)
-                grid = int4_grid(rest, groupsize, units)
-                scales[:, g], zeros[:, g] = (t[:, 0] for t in grid)
-            q[:, n] = nearest_int4(W[:, n], scales[:, g], zeros[:, g])
-            rounded = (q[:, n] - zeros[:, g]) * scales[:, g]
-            errors[:, n - start] = (W[:, n] - rounded) / U[n, n]
-            W[:, n:end] -= torch.outer(errors[:, n - start], U[n, n:end])
+    # Without act_order a group's grid is laid over what the columns before it have made of it: then
+    # columns go by groups.
+    width = COLUMNS if act_order else min(COLUMNS, groupsize)
+    for start in range(0, K, width):
+        end, g = min(start + width, K), group[start]
+        if not act_order and start % groupsize == 0:
+            grid = int4_grid(W[:, start : start + groupsize], groupsize, units)
+            scales[:, g], zeros[:, g] = (t[:, 0] for t in grid)
+        wide = (t[:, group[start:end]] for t in (scales, zeros))  # (N, columns) each
+        q[:, start:end], errors = fastest(W, "round_columns")(
+            W[:, start:end], U[start:end, start:end], *wide
+        )
         W[:, end:] -= errors @ U[start:end, end:]
     return store_int4(q[:, order.argsort()], scales, zeros, groupsize)
+
+
+def round_columns(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round one column after the other, each error spread over the columns behind it.
+
+    weight, scales, zeros: (N, C). factor: (C, C), of inverse_factor. Returns indices and errors,
+    (N, C) each; an error is divided by the factor's diagonal.
+    """
+    weight, q, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+    for n in range(weight.shape[1]):
+        q[:, n] = nearest_int4(weight[:, n], scales[:, n], zeros[:, n])
+        rounded = (q[:, n] - zeros[:, n]) * scales[:, n]
+        errors[:, n] = (weight[:, n] - rounded) / factor[n, n]
+        weight[:, n:] -= torch.outer(errors[:, n], factor[n, n:])
+    return q, errors
+
+
+def refine_columns(
+    slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose the best index for one column after the other, all other weights as they are.
+
+    All (N, C) but hessian, (C, C). slope: half the gradient of the output error. Returns the new
+    indices, and by how much each weight has changed.
+    """
+    slope, q, steps = slope.clone(), q.clone(), torch.zeros_like(slope)
+    for n in range(slope.shape[1]):
+        scale, zero = scales[:, n], zeros[:, n]
+        now = (q[:, n] - zero) * scale
+        best = nearest_int4(now - slope[:, n] / hessian[n, n].clamp_min(1e-30), scale, zero)
+        steps[:, n] = (best - q[:, n]) * scale
+        q[:, n] = best
+        slope[:, n:] += torch.outer(steps[:, n], hessian[n, n:])
+    return q, steps
+
+
+def fastest(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """round_columns or refine_columns; on a GPU, the kernel that does the same."""
+    if not gpu.serves(weight):
+        return {"round_columns": round_columns, "refine_columns": refine_columns}[name]
+    from kernels.gpu import columns  # imports Triton
+
+    return getattr(columns, name)
 
 
 def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
@@ -106,16 +148,12 @@ def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) ->
             errors[:, of] = unit * scales[:, g : g + 1] - W[:, of]
         slope = errors @ H  # (N, K), half the gradient
         for start in range(0, K, COLUMNS):
-            end = min(start + COLUMNS, K)
-            steps = torch.zeros_like(W[:, start:end])
-            for n in range(start, end):
-                scale, zero = scales[:, group[n]], zeros[:, group[n]]
-                now = (q[:, n] - zero) * scale
-                best = nearest_int4(now - slope[:, n] / H[n, n].clamp_min(1e-30), scale, zero)
-                steps[:, n - start] = (best - q[:, n]) * scale
-                q[:, n] = best
-                slope[:, n:end] += torch.outer(steps[:, n - start], H[n, n:end])
-            slope[:, end:] += steps @ H[start:end, end:]
+            of = slice(start, min(start + COLUMNS, K))
+            wide = (t[:, group[of]] for t in (scales, zeros))  # (N, columns) each
+            q[:, of], steps = fastest(W, "refine_columns")(
+                slope[:, of], H[of, of], q[:, of].contiguous(), *wide
+            )
+            slope[:, of.stop :] += steps @ H[of, of.stop :]
     return store_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
 
 

@@ -2,10 +2,11 @@
 
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py products SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py attention SEED CASES
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py loops SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py model SEED CASES
     python tests/gpu_kernels_worker.py compile CAPABILITY
 
-The first two compare kernels with the PyTorch formulas over random shapes; model compares a whole
+The first three compare kernels with the PyTorch formulas over random shapes; model compares a whole
 model's logits with them and without; they print how many cases there were. compile prints a JSON
 line for each kernel: its registers, and what it spills.
 """
@@ -29,9 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import gptq
 import gpu_products
 from kernels import gpu
-from kernels.gpu import attention, few_rows, launch, one_row, unpack
+from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
 from load import find_cache
@@ -203,6 +205,25 @@ def attend(seed: int, cases: int) -> None:
         )
 
 
+def loops(seed: int, cases: int) -> None:
+    """GPTQ's loops over columns."""
+    for _ in range(cases):
+        N, C = random.choice([3, 8, 20]), random.choice([5, 32, 64])
+        weight, scales = torch.randn(N, C + 9)[:, :C], torch.rand(N, C) * 0.2 + 0.05
+        zeros = torch.randint(16, (N, C)).float()
+        inputs = torch.randn(4 * C, C)
+        hessian = inputs.t() @ inputs
+        factor = gptq.inverse_factor(hessian)
+        q, errors = columns.round_columns(weight, factor, scales, zeros)
+        wanted = gptq.round_columns(weight, factor, scales, zeros)
+        assert (q != wanted[0]).float().mean() < 0.01  # a tie may fall either way
+        near(errors[q == wanted[0]], wanted[1][q == wanted[0]], 1e-3, 1.0, (N, C))
+        slope = torch.randn(N, C)
+        found = columns.refine_columns(slope, hessian, q, scales, zeros)
+        wanted = gptq.refine_columns(slope, hessian, q, scales, zeros)
+        assert (found[0] != wanted[0]).float().mean() < 0.01
+
+
 SMALL = ModelArgs(
     dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=40,
     context=80, embed_dim=64,
@@ -253,13 +274,15 @@ CASES_OF_MODEL = (("int4", None), ("int8", "int8"), (None, "int4"), ("int4", "in
 ALIGNED = [["tt.divisibility", 16]]
 INTEGERS = {
     "N", "K", "C", "M", "W", "T", "G", "Kp", "weight_stride", "scale_stride", "zero_stride",
-    "x_stride", "batch_stride", "position_stride",
+    "x_stride", "batch_stride", "position_stride", "slope_stride", "factor_stride",
+    "hessian_stride",
 }  # fmt: skip
 POINTERS = {
     "pairs": "i32", "units": "fp32", "sums": "i32", "zeros": "u8", "bias": "bf16", "out": "bf16",
     "x": "bf16", "parts": "fp32", "arrived": "i32", "tops": "fp32", "q": "bf16", "k": "bf16",
     "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
-    "pos": "i64", "norm": "bf16",
+    "pos": "i64", "norm": "bf16", "factor": "fp32", "hessian": "fp32", "better": "fp32",
+    "steps": "fp32",
 }  # fmt: skip
 
 
@@ -316,6 +339,10 @@ def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
         "unpack.int4", unpack.int4_kernel, {"weight": "u8", "scales": "fp16"},
         {"HALF": 16, "BN": 1, "GROUPS": 128, "PDL": pdl}, 4, 3,
     )  # fmt: skip
+    for name in ("round", "refine"):
+        types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
+        kernel = getattr(columns, f"{name}_kernel")
+        yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS, "BC": 128}, 4, 3
     for bits, stored in ((16, "bf16"), (8, "u8"), (4, "u8")):
         constants = {
             "R": 4, "E": 128, "BE": 128, "GROUP": 32, "BITS": bits, "BR": 16, "BS": 64, "STEPS": 1,
@@ -332,7 +359,7 @@ def compile_all(capability: int) -> None:
         for argument in kernel.arg_names:
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument in ("factor", "eps"):
+            elif argument in ("factor", "eps") and not kernel.fn.__name__.startswith("round"):
                 signature[argument] = "fp32"
             elif argument in INTEGERS and argument not in types:
                 signature[argument] = "i32"
@@ -371,7 +398,7 @@ def main(what: str, *numbers: str) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    {"products": products, "attention": attend, "model": model}[what](seed, cases)
+    {"products": products, "attention": attend, "model": model, "loops": loops}[what](seed, cases)
     print(f"{cases} cases of {what}, seed {seed}: equal")
 
 

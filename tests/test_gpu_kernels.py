@@ -36,6 +36,10 @@ def test_attention_is_that_of_the_formula():
     assert "60 cases" in work("attention", 0, 60, interpret=True)
 
 
+def test_the_loops_of_gptq_are_those_in_pytorch():
+    assert "20 cases" in work("loops", 0, 20, interpret=True)
+
+
 def test_a_model_with_kernels_computes_the_same():
     assert "4 cases" in work("model", 0, 4, interpret=True)
 
