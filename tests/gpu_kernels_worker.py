@@ -286,9 +286,11 @@ POINTERS = {
 }  # fmt: skip
 
 
-def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def product_kernels(
+    pdl: bool,
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """Name, kernel, its pointers' types where they differ from POINTERS, constants, warps, stages:
-    all kernels with the tiles that they are launched with."""
+    of all products with the tiles that they are launched with."""
     common = {"HAS_BIAS": True, "PDL": pdl}
     for kind, weight, scales in (
         ("int4", "i32", "fp16"),
@@ -320,6 +322,10 @@ def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
             types = {"x": "fp16", "weight": "i32", "scales": scales}
             name = f"few_rows.{kind} {shape} {rows}"
             yield name, kernel, types, constants, tile.warps, tile.stages
+
+
+def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """The same of what is no product."""
     yield (
         "scale", few_rows.scale_kernel, {"out": "fp16"},
         {"PARTS": 8, "BLOCK": 4096, "PDL": pdl}, 8, 3,
@@ -354,7 +360,11 @@ def kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any
 
 def compile_all(capability: int) -> None:
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    for name, kernel, types, constants, warps, stages in kernels(pdl=capability >= 90):
+    pdl = capability >= 90
+    for name, kernel, types, constants, warps, stages in (
+        *product_kernels(pdl),
+        *other_kernels(pdl),
+    ):
         signature: dict[str, str] = {}
         for argument in kernel.arg_names:
             if argument in constants:

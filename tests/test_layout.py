@@ -29,16 +29,17 @@ FLOORS = {
     "quantized": {"model"},
     "quantized_cache": {"model", "quantized"},
     "cpu_products": {"disk", "model", "quantized"},
-    "compiled": {"cpu_products", "model", "ranks"},
+    "compiled": {"cpu_products", "model", "quantized", "ranks"},
+    "gpu_products": {"model", "quantized", "quantized_cache"},
     "disk": set(),
     "ring": {"disk"},
     "policy": set(),
     "offload": {"checkpoint", "cpu_products", "disk", "model", "policy", "quantized", "ring"},
     "tiered_cache": {"disk", "model", "policy", "ring"},
     "load": {
-        "checkpoint", "compiled", "cpu_products", "decoding", "hf", "model", "offload", "pace",
-        "pack", "policy", "pp", "quantized", "quantized_cache", "ranks", "sparse", "speculate",
-        "tiered_cache", "tokenizer", "tp",
+        "checkpoint", "compiled", "cpu_products", "decoding", "gpu_products", "hf", "model",
+        "offload", "pace", "pack", "policy", "pp", "quantized", "quantized_cache", "ranks",
+        "sparse", "speculate", "tiered_cache", "tokenizer", "tp",
     },
     "ranks": set(),
     "links": set(),
@@ -81,8 +82,9 @@ FLOORS = {
     "harness": {"decoding", "generate", "sampling", "scoring"},
     "eval": {"checkpoint", "command", "decoding", "harness", "load", "ranks", "scoring"},
     "generate": {
-        "bench", "chat", "checkpoint", "command", "completion", "decoding", "flash", "jobs", "load",
-        "model", "plan", "pp", "quantized", "ranks", "sampling", "speculate", "tokenizer",
+        "bench", "chat", "checkpoint", "command", "compiled", "completion", "decoding", "flash",
+        "jobs", "load", "model", "plan", "pp", "quantized", "ranks", "sampling", "speculate",
+        "tokenizer",
     },
 }  # fmt: skip
 OPTIONS = """
@@ -106,8 +108,10 @@ PARSERS = {
     "quantize.py": quantize.parse_args,
 }
 ROOT_FILES = sorted(ROOT.glob("*.py"))
+KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 ALL_FILES = [
     *ROOT_FILES,
+    *KERNEL_FILES,
     *sorted(
         f for folder in ("scripts", "benchmarks", "tests") for f in (ROOT / folder).glob("*.py")
     ),
@@ -141,6 +145,11 @@ def test_imports_go_downwards(file: Path):
     assert ours == FLOORS[file.stem]
 
 
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.name)
+def test_kernels_import_no_file_of_the_root(file: Path):
+    assert not imported(file) & set(FLOORS)
+
+
 def test_the_floors_have_no_cycle():
     below: dict[str, set[str]] = {}
     while len(below) < len(FLOORS):
@@ -158,7 +167,8 @@ def test_habits(file: Path):
         bare = isinstance(node, ast.ExceptHandler) and node.type is None
         assert not bare, f"bare except in line {node.lineno}"
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+            # A kernel's arguments, one a line with its shape, do not count.
+            assert node.end_lineno - node.body[0].lineno < 60, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize("file", ROOT_FILES, ids=lambda file: file.name)

@@ -37,6 +37,17 @@ def load_numbers(
 
 
 @triton.jit
+def softmax_step(scores, seen, top, sum):
+    """Weights of a block of scores, (BR, BS), and what they make of the blocks before: the factor
+    of these, (BR, 1), the largest score so far and the sum of the weights so far, (BR,) each."""
+    scores = tl.where(seen, scores, -1e38)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shrink = tl.exp2(top - new_top)
+    weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0)
+    return weights, shrink[:, None], new_top, sum * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def attention_kernel(
     q,  # (B, T, H, E)
     k,  # (B, positions, G, E), or bytes (B, positions, G, E * BITS / 8)
@@ -100,21 +111,14 @@ def attention_kernel(
             if BITS == 4:
                 keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
                 scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
-            scores = tl.where(s[None, :] <= at[:, None], scores * factor, -1e38)  # (BR, BS)
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shrink = tl.exp2(top - new_top)
-            weights = tl.exp2(scores - new_top[:, None])
-            weights = tl.where(s[None, :] <= at[:, None], weights, 0)
-            sum = sum * shrink + tl.sum(weights, 1)
-            top = new_top
+            seen = s[None, :] <= at[:, None]  # (BR, BS)
+            weights, shrink, top, sum = softmax_step(scores * factor, seen, top, sum)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             weights = weights.to(DOT)
-            low = tl.dot(weights, values.to(DOT), low * shrink[:, None], input_precision="ieee")
+            low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
             if BITS == 4:
                 values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
-                high = tl.dot(
-                    weights, values.to(DOT), high * shrink[:, None], input_precision="ieee"
-                )
+                high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
         finish(low, high, sum, result, there, BITS)
