@@ -249,6 +249,8 @@ class ReusedCaches:
             self.shape = batch, length
         else:
             caches = [shallow_copy(cache) for cache, _ in self.latest]
+            for tensor in (t for cache in caches for t in cache.buffers()):
+                tensor.zero_()  # as new ones are
         self.latest = [(shallow_copy(cache), weakref.ref(cache)) for cache in caches]
         return caches
 

@@ -5,6 +5,7 @@ ones get a faster product of one row, quantised ones take over the norm or the g
 caches get attention that reads them as they are stored. The kernels are in kernels/gpu.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -50,7 +51,6 @@ class NormedLinear(nn.Module):
     def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
         super().__init__()
         self.norm, self.linear = norm, linear
-        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
@@ -78,12 +78,18 @@ def use_products(model: Transformer) -> None:
     """Give a model on a CUDA device these products and this attention, if they run there."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
-        print(f"without kernels for this GPU: {reason}", file=sys.stderr)
+        say_once(f"without the kernels for GPUs: {reason}")
     else:
         exchange(model)
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def exchange(model: Transformer) -> None:
+    """Put all of it into a model, whatever its device."""
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}

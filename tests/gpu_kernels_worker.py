@@ -6,6 +6,8 @@
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py model SEED CASES
     python tests/gpu_kernels_worker.py compile CAPABILITY
 
+Without the variable the first four run on the GPU.
+
 The first three compare kernels with the PyTorch formulas over random shapes; model compares a whole
 model's logits with them and without; they print how many cases there were. compile prints a JSON
 line for each kernel: its registers, and what it spills.
@@ -51,7 +53,7 @@ from quantized import (
 )
 from quantized_cache import QuantizedKVCache
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 # Of the sum of |input * weight|. One row: activations of 16 bits, 2**-16 of the largest of 32;
 # rows: weights rounded to float16.
 TOLERANCE = 2**-11
@@ -173,9 +175,9 @@ def products(seed: int, cases: int) -> None:
 def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -> None:
     shape = B, S + 9, G, E
     if bits == 16:
-        cache = KVCache(shape, torch.float32, CPU)
+        cache = KVCache(shape, torch.float32, DEVICE)
     else:
-        cache = QuantizedKVCache(shape, torch.float32, CPU, bits)
+        cache = QuantizedKVCache(shape, torch.float32, DEVICE, bits)
     everywhere = torch.arange(S).expand(B, S)
     cache.store(everywhere, torch.randn(B, S, G, E), torch.randn(B, S, G, E))
     ends = torch.randint(0, S - T + 1, (B, 1))
@@ -189,7 +191,7 @@ def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -
     extra = [cache.get_buffer(name) for name in names]
     found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits)
     near(found, wanted, 1e-5, wanted.abs().max().item(), (B, T, R, G, E, S, bits))
-    assert not launch.arrivals(CPU).any(), "counters are not back at 0"
+    assert not launch.arrivals(cache.k.device).any(), "counters are not back at 0"
 
 
 def attend(seed: int, cases: int) -> None:
@@ -246,10 +248,11 @@ def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
 @torch.inference_mode()
 def model(seed: int, cases: int) -> None:
     """A small model with everything that a GPU's would have, beside the plain one."""
-    for name in ("int4_row", "int8_row", "int4_rows", "int8_rows", "dense_row"):
-        torch.library.impl(f"gpt_flex::{name}", "cpu")(getattr(gpu, name))
-    torch.library.impl("gpt_flex::attend", "cpu")(gpu_products.attend_on_gpu)
-    dense = Transformer(SMALL).eval()
+    if launch.INTERPRETED:
+        for name in ("int4_row", "int8_row", "int4_rows", "int8_rows", "dense_row"):
+            torch.library.impl(f"gpt_flex::{name}", "cpu")(getattr(gpu, name))
+        torch.library.impl("gpt_flex::attend", "cpu")(gpu_products.attend_on_gpu)
+    dense = Transformer(SMALL).to(DEVICE).eval()  # rotary tables begin on the CPU
     for parameter in dense.parameters():
         parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.1)
     for mode, kv_dtype in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
@@ -408,6 +411,7 @@ def main(what: str, *numbers: str) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
+    torch.set_default_device(DEVICE)
     {"products": products, "attention": attend, "model": model, "loops": loops}[what](seed, cases)
     print(f"{cases} cases of {what}, seed {seed}: equal")
 

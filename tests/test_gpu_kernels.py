@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 WORKER = Path(__file__).with_name("gpu_kernels_worker.py")
 MOST_REGISTERS = 255  # of a thread: more are kept in memory
@@ -42,6 +43,16 @@ def test_the_loops_of_gptq_are_those_in_pytorch():
 
 def test_a_model_with_kernels_computes_the_same():
     assert "4 cases" in work("model", 0, 4, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("what", "cases"), [("products", 8), ("attention", 8), ("loops", 4), ("model", 4)]
+)
+def test_kernels_on_a_gpu(what: str, cases: int):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert f"{cases} cases" in work(what, 0, cases, interpret=False)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
