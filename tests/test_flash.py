@@ -77,8 +77,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps read neurons one by one, even from a disk that is faster at whole layers."""
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+
+
 def pack(path: Path, *options: object) -> Path:
-    given = ["--checkpoint_path", path, "--calibration_seq_length", 64, "--rank", 16, *options]
+    given = ["--checkpoint_path", path, "--device", "cpu", "--rank", 16]
+    given += ["--calibration_seq_length", 64, *options]
     return flash.run(flash.parse_args([str(word) for word in given]))
 
 
@@ -290,7 +297,7 @@ def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
+def test_by_way_of_a_stage(family: str, models: dict[str, Path], never_whole: None):
     """As a GPU has it, into whose memory no file is read."""
     path = models[family]
     lm = foresee(sparse(path), path)
@@ -325,7 +332,7 @@ def test_with_a_draft(family: str, draft: str, models: dict[str, Path]):
     [("opt", {"compile_prefill": True}), ("reglu", {"draft": "ngram", "speculate_k": 3})],
     ids=str,
 )
-def test_compiled(family: str, options: dict, models: dict[str, Path]):
+def test_compiled(family: str, options: dict, models: dict[str, Path], never_whole: None):
     """Distinct prompts in a batch, alone, and long ones, which stream."""
     path = models[family]
     other = in_memory(path)
@@ -343,7 +350,7 @@ def test_compiled(family: str, options: dict, models: dict[str, Path]):
     assert source.tally.calls and source.tally.missed and source.tally.seen_active
 
 
-def test_unbundled_records_of_the_benchmark(models: dict[str, Path]):
+def test_unbundled_records_of_the_benchmark(models: dict[str, Path], never_whole: None):
     path = models["opt"]
     lm = foresee(sparse(path), path)
     unbundled(lm)
@@ -589,11 +596,10 @@ class Tampered:
 
 @pytest.mark.parametrize("kind", [many_reads, Threads])
 def test_a_read_that_fails_leaves_no_wrong_neuron(
-    kind: Callable, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: Callable, models: dict[str, Path], never_whole: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The same model goes on with the right text once the disk does."""
     monkeypatch.setattr("neurons.many_reads", kind)
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
     path = models["opt"]
     lm = foresee(sparse(path), path)
     file = source_of(lm.model).file
@@ -775,7 +781,7 @@ def test_options_that_make_no_sense(options: list[str], capsys: pytest.CaptureFi
 
 def test_flash_py_as_its_user_meets_it(models: dict[str, Path], tmp_path: Path):
     path = shutil.copytree(models["opt"], tmp_path / "model")
-    words = [sys.executable, str(ROOT / "flash.py"), "--checkpoint_path"]
+    words = [sys.executable, str(ROOT / "flash.py"), "--device", "cpu", "--checkpoint_path"]
     again = subprocess.run([*words, str(path)], capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.strip().endswith("model.flash"), again.stderr
     shutil.rmtree(path / "model.flash.learned")
