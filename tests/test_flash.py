@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ TEXTS = (
 )
 FAMILIES = ("opt", "reglu")
 CPU = torch.device("cpu")
+triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="what is compiled for a GPU needs Triton"
+)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +314,7 @@ def test_by_way_of_a_stage(family: str, models: dict[str, Path], never_whole: No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=triton)])
 def test_on_a_gpu(kind: str, compile: bool, models: dict[str, Path], tmp_path: Path):
     path, directory = models["opt"], tmp_path / "model.flash"
     pack(path, "--neurons", kind, "--flash_dir", directory)
