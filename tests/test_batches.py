@@ -1,10 +1,10 @@
 """Many prompts at once: a result is in the file as soon as its text ends, whatever ends the run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,17 +120,35 @@ def test_a_run_that_dies_in_any_step_is_taken_up_without_loss(
     assert len(lines(whole)) == len(TEXTS)
 
 
+# The command, which waits to be killed once it has written a result.
+WAITING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import jobs
+from generate import main, parse_args
+
+ended = jobs.JsonlOutput.ended
+
+def wait(*given):
+    ended(*given)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+jobs.JsonlOutput.ended = wait
+main(parse_args(sys.argv[1:]))
+"""
+
+
 def test_a_run_that_is_killed_within_a_batch_is_taken_up_without_loss(
     command: list[str], tmp_path: Path
 ):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert main(parse_args([*command, "--output", str(whole)])) == 0
     script = [sys.executable, str(ROOT / "generate.py"), *command, "--output", str(output)]
+    waiting = [sys.executable, "-c", WAITING.format(root=str(ROOT)), *script[2:]]
     counts = [0]
     for _ in range(2):
-        process = subprocess.Popen(script, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(complete_lines(output)) == counts[-1]:
-            time.sleep(0.002)
+        process = subprocess.Popen(waiting, stderr=subprocess.DEVNULL)
+        os.waitpid(process.pid, os.WUNTRACED)
         process.kill()
         process.wait()
         counts.append(len(complete_lines(output)))

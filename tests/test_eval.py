@@ -25,15 +25,19 @@ DEMO, DEMO_OPT = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-opt
 TEXT = (ROOT / "checkpoints" / "demo" / "training.log").read_text()[:2000] + "Tom ♥ cats.\n" * 20
 
 
+def run(*options: Any) -> int:
+    return main(parse_args(["--device", "cpu", *map(str, options)]))
+
+
 def figures(capsys: pytest.CaptureFixture, *options: Any) -> dict[str, Any]:
-    code = main(parse_args([str(option) for option in options]))
+    code = run(*options)
     printed = capsys.readouterr()
     assert code == 0, printed.err
     return json.loads(printed.out)
 
 
 def error(capsys: pytest.CaptureFixture, *options: Any) -> str:
-    assert main(parse_args([str(option) for option in options])) == 2
+    assert run(*options) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     return printed.err.strip().splitlines()[-1]
@@ -100,7 +104,7 @@ def test_perplexity_of_real_models(name: str, data_dir: Path, capsys: pytest.Cap
         capsys, "--checkpoint_path", path, "--perplexity", text, "--limit", 20, "--dtype", "float32"
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    lm = load_model(path)
+    lm = load_model(path, device="cpu")
     ids = lm.tokenizer.encode(text.read_text(), bos=False, special=True)
     length = lm.model.args.context
     rows = torch.tensor([[1, *ids[n * (length - 1) :][: length - 1]] for n in range(20)])
@@ -119,7 +123,7 @@ def test_quantised_checkpoints(
     """Near the dense model's figure, and exactly what the dequantised logits give."""
     for file in DEMO.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    options = ["--checkpoint_path", tmp_path, "--mode", mode]
+    options = ["--checkpoint_path", tmp_path, "--mode", mode, "--device", "cpu"]
     if "gptq" in mode:
         options += ["--calibration_file", text, "--calibration_seq_length", 64, "--train_steps", 0]
     path = quantize.run(quantize.parse_args([str(option) for option in options]))
@@ -128,7 +132,8 @@ def test_quantised_checkpoints(
     found = figures(capsys, *given, "--checkpoint_path", path)["nats_per_token"]
     assert found != dense
     assert found == pytest.approx(dense, rel=0.001 if mode == "int8" else 0.1)
-    lm, slots, total, count = load_model(path, dtype=torch.float32), torch.arange(63), 0.0, 0
+    lm = load_model(path, device="cpu", dtype=torch.float32)
+    slots, total, count = torch.arange(63), 0.0, 0
     for ids, _ in windows(lm.tokenizer.encode(TEXT, bos=False), [0], 64, 63):
         given, n = torch.tensor([ids[:-1]]), len(ids) - 1
         with torch.inference_mode():
@@ -172,8 +177,8 @@ def test_windows_score_each_id_once():
 
 
 def test_a_part_of_the_data_is_said_to_be_no_score(text: Path, capsys: pytest.CaptureFixture):
-    options = ["--perplexity", str(text), "--max_seq_length", "64"]
-    assert main(parse_args([*options, "--limit", "2"])) == 0
+    options = ["--perplexity", text, "--max_seq_length", 64]
+    assert run(*options, "--limit", 2) == 0
     printed = capsys.readouterr()
     assert "not a score" in json.loads(printed.out)["note"]
     assert "not a score" in printed.err
@@ -208,7 +213,7 @@ def test_a_killed_run_leaves_no_broken_file(how: int, tmp_path: Path):
     text.write_text(TEXT * 40, encoding="utf-8")
     output.write_text('{"of an earlier run": 1}')
     command = [sys.executable, ROOT / "eval.py", "--perplexity", text, "--output", output]
-    command += ["--max_seq_length", "256", "--stride", "1"]  # minutes
+    command += ["--max_seq_length", "256", "--stride", "1", "--device", "cpu"]  # minutes
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
         seen = b""
         while b"perplexity:" not in seen:  # its bar

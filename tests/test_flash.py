@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ TEXTS = (
 )
 FAMILIES = ("opt", "reglu")
 CPU = torch.device("cpu")
+triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="what is compiled for a GPU needs Triton"
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +81,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps read neurons one by one, even from a disk that is faster at whole layers."""
+    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+
+
 def pack(path: Path, *options: object) -> Path:
-    given = ["--checkpoint_path", path, "--calibration_seq_length", 64, "--rank", 16, *options]
+    given = ["--checkpoint_path", path, "--device", "cpu", "--rank", 16]
+    given += ["--calibration_seq_length", 64, *options]
     return flash.run(flash.parse_args([str(word) for word in given]))
 
 
@@ -295,7 +306,7 @@ def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
+def test_by_way_of_a_stage(family: str, models: dict[str, Path], never_whole: None):
     """As a GPU has it, into whose memory no file is read."""
     path = models[family]
     lm = foresee(sparse(path), path)
@@ -308,7 +319,7 @@ def test_by_way_of_a_stage(family: str, models: dict[str, Path]):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=triton)])
 def test_on_a_gpu(
     kind: str,
     compile: bool,
@@ -333,7 +344,7 @@ def test_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=triton)])
 @pytest.mark.parametrize("draft", ["ngram", "model"])
 def test_with_a_draft_on_a_gpu(draft: str, compile: bool, models: dict[str, Path]):
     path = models["opt"]
@@ -357,7 +368,7 @@ def test_with_a_draft(family: str, draft: str, models: dict[str, Path]):
     [("opt", {"compile_prefill": True}), ("reglu", {"draft": "ngram", "speculate_k": 3})],
     ids=str,
 )
-def test_compiled(family: str, options: dict, models: dict[str, Path]):
+def test_compiled(family: str, options: dict, models: dict[str, Path], never_whole: None):
     """Distinct prompts in a batch, alone, and long ones, which stream."""
     path = models[family]
     other = in_memory(path)
@@ -375,7 +386,7 @@ def test_compiled(family: str, options: dict, models: dict[str, Path]):
     assert source.tally.calls and source.tally.missed and source.tally.seen_active
 
 
-def test_unbundled_records_of_the_benchmark(models: dict[str, Path]):
+def test_unbundled_records_of_the_benchmark(models: dict[str, Path], never_whole: None):
     path = models["opt"]
     lm = foresee(sparse(path), path)
     unbundled(lm)
@@ -621,11 +632,10 @@ class Tampered:
 
 @pytest.mark.parametrize("kind", [many_reads, Threads])
 def test_a_read_that_fails_leaves_no_wrong_neuron(
-    kind: Callable, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: Callable, models: dict[str, Path], never_whole: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The same model goes on with the right text once the disk does."""
     monkeypatch.setattr("neurons.many_reads", kind)
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
     path = models["opt"]
     lm = foresee(sparse(path), path)
     file = source_of(lm.model).file
@@ -807,7 +817,7 @@ def test_options_that_make_no_sense(options: list[str], capsys: pytest.CaptureFi
 
 def test_flash_py_as_its_user_meets_it(models: dict[str, Path], tmp_path: Path):
     path = shutil.copytree(models["opt"], tmp_path / "model")
-    words = [sys.executable, str(ROOT / "flash.py"), "--checkpoint_path"]
+    words = [sys.executable, str(ROOT / "flash.py"), "--device", "cpu", "--checkpoint_path"]
     again = subprocess.run([*words, str(path)], capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.strip().endswith("model.flash"), again.stderr
     shutil.rmtree(path / "model.flash.learned")

@@ -117,7 +117,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def ours(path: Path, batch_size: int | None = None, **options: Any) -> HarnessModel:
-    lm = load_model(path, dtype=torch.float32, **options)
+    lm = load_model(path, device="cpu", dtype=torch.float32, **options)
     return HarnessModel(lm, batch_size, lm.model.args.context, True)
 
 
@@ -343,7 +343,7 @@ def test_merges_across_words(data_dir: Path, tmp_path: Path):
 
 
 def test_without_bos(path: Path, files: dict[str, str]):
-    lm = load_model(path, dtype=torch.float32)
+    lm = load_model(path, device="cpu", dtype=torch.float32)
     model = HarnessModel(lm, None, lm.model.args.context, False)
     data = {"hellaswag_local": files["hellaswag_local"]}
     check(evaluated(model, data), evaluated(theirs(path, add_bos_token=False), data))
@@ -416,7 +416,7 @@ def test_what_a_task_asks_for_of_the_sampler():
 
 
 def command(capsys: pytest.CaptureFixture, *options: Any) -> tuple[int, str, str]:
-    code = main(parse_args([str(option) for option in options]))
+    code = main(parse_args(["--device", "cpu", *map(str, options)]))
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

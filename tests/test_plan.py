@@ -173,7 +173,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def generate(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "generate.py"), *map(str, options)]
+    command = [sys.executable, str(ROOT / "generate.py"), "--device", "cpu", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -65,7 +65,7 @@ def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def command(*options: object) -> int:
-    return quantize.main(quantize.parse_args([str(option) for option in options]))
+    return quantize.main(quantize.parse_args(["--device", "cpu", *map(str, options)]))
 
 
 def quantized(folder: Path, mode: str = "int4", *options: object) -> Path:

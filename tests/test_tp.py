@@ -44,7 +44,7 @@ def on_ranks(count: int, cases: list[dict[str, Any]], folder: Path) -> list[list
 
 
 def quantised(path: Path, *options: str) -> Path:
-    words = ["--checkpoint_path", str(path), *options]
+    words = ["--checkpoint_path", str(path), "--device", "cpu", *options]
     before = set(path.glob("*.pth"))
     assert quantize.main(quantize.parse_args(words)) == 0
     (made,) = set(path.glob("*.pth")) - before
