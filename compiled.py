@@ -83,7 +83,7 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
         for layer, cache in zip(model.layers, caches, strict=True):
             vary_block_inputs(x, rotation, mask, pos)
             x = run(layer, x, rotation, mask, pos, cache)
-        if x.shape[1] > 1 and not at:
+        if x.shape[1] > 1:
             torch._dynamo.mark_dynamic(x, 1)
         return unembed(x, *at)
 
@@ -147,13 +147,14 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
 
 
 class CudaGraphs:
-    """A view whose calls are replayed as CUDA graphs: one for each shape of what it is given.
+    """A step whose calls are replayed as CUDA graphs: one for each shape of what it is given.
 
-    A graph reads and writes at the addresses that it was recorded with. Those of the weights stay;
-    tokens and positions are copied to the graph's own; caches are told apart by their addresses,
-    and as many sets of them as KEPT have graphs. ReusedCaches sees to it that a new call has the
-    addresses of an earlier one. The first call of a shape runs as it is, since kernels may have to
-    be compiled, and the second one is recorded.
+    A graph reads and writes at the addresses that it was recorded with. The weights stay where they
+    are. Tokens and positions are copied to tensors that the graph owns; slots are always the same
+    numbers, so that it owns a copy, too. Caches are told apart by their addresses: the graphs of
+    the latest KEPT sets of caches are kept, and ReusedCaches gives a new call the addresses of an
+    earlier one. The first call of a shape is not recorded, since kernels may have to be compiled;
+    the second one is. What is returned is the caller's own.
     """
 
     KEPT = 4  # sets of caches, the latest
@@ -183,7 +184,9 @@ class CudaGraphs:
         return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
 
     def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":
-        key = tuple(t.data_ptr() for c in caches for t in c._buffers.values())
+        tensors = [t for c in caches for t in c._buffers.values()]
+        # A longer cache may begin where a shorter one began.
+        key = tensors[0].shape, *(t.data_ptr() for t in tensors)
         graphs = self.sets.pop(key, {})
         while len(self.sets) >= self.KEPT:
             self.sets.pop(next(iter(self.sets)))
@@ -228,9 +231,8 @@ class RecordedStep:
 
 
 class ReusedCaches:
-    """Makes caches, in the memory of earlier ones that are gone: see CudaGraphs.
-
-    They may be longer than was asked for. make: LoadedModel.new_caches of a model that is whole.
+    """Makes the caches of one model, in the memory of the latest ones once nobody holds these: see
+    CudaGraphs. They may be longer than was asked for. make: called as LoadedModel.new_caches is.
     """
 
     def __init__(self, make: Callable[..., Sequence[KVCache]]):
@@ -244,7 +246,7 @@ class ReusedCaches:
         gone = all(alive() is None for _, alive in self.latest)
         if not gone or rows != batch or longest < length:
             if gone:
-                self.latest = []  # before there are new ones
+                self.latest, self.shape = [], (0, 0)  # memory that new ones may take
             caches = self.make(lm, batch, length)
             self.shape = batch, length
         else:

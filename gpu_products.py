@@ -46,7 +46,8 @@ class OneRowLinear(Linear):
 
 
 class NormedLinear(nn.Module):
-    """A quantised linear and the RMS norm before it: of one row they are one kernel's work."""
+    """A quantised linear and the RMS norm before it. Of one row the kernel that makes activations
+    fixed point computes the norm, too."""
 
     def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
         super().__init__()
@@ -122,7 +123,10 @@ def attending(new_cache: Callable[..., KVCache], *given: object) -> KVCache:
 
 
 def attend(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """What queries, (B, T, H, E), see of what a cache has stored; see KVCache.attend."""
+    """What queries, (B, T, H, E), see of what a cache has stored; see KVCache.attend.
+
+    For few queries the mask is not read: a query sees the positions up to its own.
+    """
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
     extra = [cache.get_buffer(name) for name in names]

@@ -22,7 +22,7 @@ def column_of(tile, here):
 
 
 @triton.jit
-def nearest(value):
+def nearest_index(value):
     """The nearest of 0 to 15, ties to even: what is added makes the sum a multiple of 1."""
     value = tl.minimum(tl.maximum(value, -1.0), 16.0)
     value = (value + 12582912.0) - 12582912.0
@@ -32,11 +32,11 @@ def nearest(value):
 @triton.jit
 def round_kernel(
     weight,  # (N, C) float32
-    factor,  # (C, C) float32, upper triangular
-    scales,  # (N, C) float32, contiguous, as all that follow
-    zeros,
-    q,
-    errors,
+    factor,  # (C, C) float32, upper triangular: of the inverse Hessian, see gptq.inverse_factor
+    scales,  # (N, C) float32, contiguous; above 0
+    zeros,  # (N, C) float32, contiguous, as q and errors are
+    q,  # the indices, 0 to 15
+    errors,  # of each weight, divided by the factor's diagonal
     N,
     C,
     weight_stride,
@@ -44,6 +44,7 @@ def round_kernel(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """Round column after column, and spread each one's error over the columns behind it."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
     there = (n < N) & (k < C)
@@ -55,7 +56,7 @@ def round_kernel(
     for c in range(C):
         here = k == c
         value, s, z = column_of(w, here), column_of(scale, here), column_of(zero, here)
-        index = nearest(tl.div_rn(value, s) + z)
+        index = nearest_index(tl.div_rn(value, s) + z)
         diagonal = tl.load(factor + c * factor_stride + c)
         error = tl.div_rn(value - (index - z) * s, diagonal)
         w -= error[:, None] * tl.load(factor + c * factor_stride + k, (k >= c) & (k < C), 0)
@@ -95,7 +96,7 @@ def refine_kernel(
         old = column_of(indices, here)
         curvature = tl.maximum(tl.load(hessian + c * hessian_stride + c), 1e-30)
         wanted = (old - z) * s - tl.div_rn(g, curvature)
-        index = nearest(tl.div_rn(wanted, s) + z)
+        index = nearest_index(tl.div_rn(wanted, s) + z)
         step = (index - old) * s
         row = tl.load(hessian + c * hessian_stride + k, (k >= c) & (k < C), 0)
         gradient += step[:, None] * row

@@ -7,12 +7,15 @@ activation leaves float16's range, each row is first scaled by a power of two (s
 A GPU has no instruction that turns bytes into float16 as fast as memory delivers them. But the
 bits 0x6400 + b are the number 1024 + b: a byte permutation, a logical operation and a subtraction
 do it for two bytes at once. A word of weights is eight (or four) neighbouring inputs, and becomes
-one element of eight matrices, whose products with every eighth input are added: no number ever
-changes its place in a register. Every function of this has one result and works element by
+one element of eight matrices, whose products with every eighth input are added: no weight moves to
+another thread for it. Every function of this has one result and works element by
 element, so that Triton moves the words, once, to where the tensor cores want the weights.
 
 The K inputs of a product may be divided among SPLITS programs, each of which stores its part of
-the sum; the last one to do so adds the parts in their order, so that results never vary.
+the sum; the last one to do so adds the parts in their order, so that a run repeats another's bits.
+
+A weight (q - zero) * scale is rounded to float16, by 2**-12 of itself at most; bfloat16, which the
+formula rounds to, is 16 times as coarse.
 
 The oracle of each kernel is the PyTorch formula in quantized.py. The trick with 0x6400 is from Kim
 et al. (arXiv 2211.10017, section 3.2).
@@ -45,7 +48,7 @@ def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
-    """1024 + those bits of a byte, in float16."""
+    """1024 + the bits of a byte that MASK, a string, leaves: in float16. bytes: of bytes_of."""
     if PTX:
         logic: tl.constexpr = "lop3.b32 $0, $1, " + MASK + ", 0x64006400, 0xEA;"
         return tl.inline_asm_elementwise(logic, "=r,r", [bytes], tl.float16, True, 2)
@@ -104,7 +107,7 @@ def finish_rows(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Store a tile of outputs, once all programs that share its inputs have made their part."""
+    """Store a tile of outputs, once all programs that divide its inputs have stored their part."""
     inside = (n[:, None] < N) & (m[None, :] < M)
     place = m[None, :] * N + n[:, None]
     if SPLITS == 1:

@@ -2,7 +2,7 @@
 
 A chunk, 16 or 32 inputs whose weights take 16 bytes, shares a unit, a power of two: x = unit * q
 with q from -32768 to 32767. Scaling by a power of two is exact, so a bfloat16 input of at least
-1/128 of its chunk's largest loses nothing, and a smaller one loses at most 2**-16 of the largest.
+1/128 of its chunk's largest loses nothing, and a smaller one loses at most 2**-15 of the largest.
 
 This is the formula in PyTorch, the oracle of one_row.fixed_point_kernel.
 
@@ -52,7 +52,9 @@ def fixed_point(x: Tensor, order: Order) -> FixedPoint:
     """
     x = F.pad(x.float(), (0, -x.shape[0] % order.size)).view(-1, order.size)  # (C, size)
     exponents = x.abs().amax(1).view(torch.int32) & EXPONENT  # (C,)
-    # The largest |q| is then 2**14 to 2**15. At least 2**-111: units stay clear of subnormals.
+    # Bits of float32 numbers: of the unit with which the largest |q| is 2**14 to 2**15, at least
+    # 2**-111, which keeps it clear of subnormals; and of 1 / unit. Only a float32 input can be
+    # rounded up to 2**15, hence the clamp.
     units = exponents.clamp_min(30 << 23) - (14 << 23)
     inverses = ((254 << 23) - units).view(torch.float32)
     q = (x * inverses.unsqueeze(1)).round().clamp(-32768, 32767).to(torch.int16)  # (C, size)

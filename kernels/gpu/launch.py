@@ -257,7 +257,7 @@ def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
 
 
 def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
-    """Where programs that share K put their parts, and count themselves; see finish_rows."""
+    """Where programs that divide K put their parts, and count those stored; see finish_rows."""
     size = tile.splits * len(x) * N if tile.splits > 1 else 0
     return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 

@@ -8,7 +8,7 @@ weights: four instructions for eight 4-bit weights, exact in 32 bits.
 
 A program computes BN outputs and walks over all K in steps of BC chunks of 16 bytes of weights.
 It asks for the first weights before it waits for the kernel before it (programmatic dependent
-launch, compute capability 9.0 on), as no kernel writes weights.
+launch, compute capability 9.0 on): no kernel of a step writes weights, scales or zero points.
 
 The oracle of each kernel is the PyTorch formula in quantized.py.
 """
@@ -20,9 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr):
-    """total + the products of a word's two int16 by its other word's two low (or HIGH) bytes.
+    """total + the two products of a word's int16 pair by the two low (or HIGH) bytes of another.
 
-    All three are int32 of shapes that broadcast. PTX False: the same by shifts, for Triton's
+    int32 of shapes that broadcast, or 0. PTX False: the same by shifts, for Triton's
     interpreter, which knows no assembly.
     """
     if PTX:
@@ -118,8 +118,8 @@ def fixed_point_kernel(
     rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
     rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
     tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, rounded.to(tl.int16), c[:, None] < C)
-    finite = tl.sum(values * 0, 1)  # NaN for chunks with infinite inputs or NaN
-    tl.store(units + c, unit.to(tl.float32, bitcast=True) + finite, c < C)
+    poison = tl.sum(values * 0, 1)  # 0, or NaN for chunks with infinite inputs or NaN
+    tl.store(units + c, unit.to(tl.float32, bitcast=True) + poison, c < C)
     tl.store(sums + c, tl.sum(rounded, 1), c < C)
 
 

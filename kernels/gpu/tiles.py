@@ -17,8 +17,8 @@ class OneRow(NamedTuple):
 
 
 class FewRows(NamedTuple):
-    """outputs of a program, words (4 bytes of weights) of a step, programs that share K, warps, and
-    steps that are under way at a time (Triton's num_stages)."""
+    """outputs of a program, words (4 bytes of weights) of a step, programs that divide K, warps,
+    and steps that are under way at a time (Triton's num_stages)."""
 
     outputs: int
     words: int
