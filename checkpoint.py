@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hf
 from disk import page_aligned
+from files import sync
 from foreign import foreign_fields, foreign_scheme
 from formats import (
     Part,
@@ -364,27 +365,6 @@ def save_checkpoint(
     said = {"config": config, "scheme": scheme}
     try:
         write_aligned(temporary, said, tensors, tensors.items() if values is None else values)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(directory: Path) -> None:
-    """A rename is durable once its directory is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write a text file: all of it or, whatever happens, nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     finally:

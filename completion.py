@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from sampling import GenerationConfig
+from generation_config import GenerationConfig
 from tokenizer import Tokenizer
 
 

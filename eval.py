@@ -20,9 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint, size_text, write_whole
+from checkpoint import DTYPES, Checkpoint, size_text
 from command import check_needs, exit_code, log, positive
 from decoding import LoadedModel
+from files import write_whole
 from load import CACHES, DEMO, find_device, load_model
 from ranks import join, leave, own_device, writes
 from scoring import Ids, log_likelihoods

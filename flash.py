@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibrate import calibration_text, calibration_tokens, say, take_up
-from checkpoint import Checkpoint, check_memory, size_text, sync
+from checkpoint import Checkpoint, check_memory, size_text
 from command import check_needs, exit_code, log, positive
 from disk import whole_blocks
+from files import sync
 from gptq import fill_module
 from load import find_device, skeleton
 from model import Transformer

@@ -38,6 +38,7 @@ from command import check_needs, exit_code, log, positive
 from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
+from generation_config import GenerationConfig
 from load import (
     CACHES,
     DEMO,
@@ -52,7 +53,6 @@ from model import KVCache
 from pp import enough_flights
 from quantized import make_scheme
 from ranks import agreed, join, leave, own_device, writes
-from sampling import GenerationConfig
 from speculate import speculative_steps
 from tokenizer import Tokenizer
 

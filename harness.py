@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from decoding import LoadedModel
 from generate import complete
-from sampling import GenerationConfig
+from generation_config import GenerationConfig
 from scoring import Ids, common, log_likelihoods
 
 GENERATED = 256  # tokens at most, where a task says nothing; as lm_eval's own backends

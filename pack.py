@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, read_json, write_whole
+from checkpoint import Checkpoint, read_json
+from files import write_whole
 from model import ModelArgs
 from neurons import Format
 

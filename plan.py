@@ -27,10 +27,10 @@ from checkpoint import (
     read_json,
     size_text,
     stored_tensors,
-    write_whole,
 )
 from command import check_needs, log, positive
 from decoding import LoadedModel
+from files import write_whole
 from hf import model_args
 from links import LINKS, Step, table
 from load import (

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
+from generation_config import GenerationConfig
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
 from quantized import skeleton
 from ranks import PATIENCE, Ranks
-from sampling import GenerationConfig, Sampler
+from sampling import Sampler
 
 # Prompt tokens of a flight that go on together: the next stage waits for the first of them, and
 # products of fewer would read weights more often than they compute with them.

@@ -1,8 +1,7 @@
 """From logits to the next token: what may be drawn, and the draw.
 
-Start at GenerationConfig, the one source of defaults for everything that generates. `Sampler`
-joins the two halves: `candidates` gives the tokens that the config allows and their probabilities,
-`draw` lets a race among them decide.
+Start at Sampler. It joins two halves: `candidates` gives the tokens that the GenerationConfig
+allows and their probabilities, `draw` lets a race among them decide.
 
 The n-th token of a row is drawn by noise that depends on the seed, the row's number and n alone:
 its text does not depend on which rows share its batch, on the batch's size, on compilation, or on
@@ -15,42 +14,16 @@ that a draft and its model share its noise is from 2408.07978. The noise is Spli
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from generation_config import GenerationConfig
+
 # SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How to continue a prompt. Raises ValueError for a value outside its range."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 200  # draw among the k likeliest; 0: all
-    top_p: float = 1.0  # draw among the likeliest that together have this probability
-    min_p: float = 0.0  # drop what is less than min_p times as likely as the likeliest
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # strings that end a text and are not part of it
-    ignore_eos: bool = False
-
-    def __post_init__(self):
-        for name, holds, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-            ("stop", all(self.stop), "strings that are not empty"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r} and must be {wanted}")
 
 
 class Sampler:

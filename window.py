@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from bench import machine_name
-from checkpoint import size_text, write_whole
+from checkpoint import size_text
 from disk import page_aligned
+from files import write_whole
 from neuron_products import Products, has_kernel
 from neurons import NeuronFile
 from pack import Pack

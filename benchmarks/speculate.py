@@ -36,10 +36,11 @@ from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from decoding import LoadedModel, visible_slots
 from generate import complete
+from generation_config import GenerationConfig
 from load import compile_now, find_device, load_model, random_model
 from model import KVCache
 from pace import Pace
-from sampling import GenerationConfig, Sampler
+from sampling import Sampler
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling import GenerationConfig, Sampler, candidates, draw, exponentials
+from generation_config import GenerationConfig
+from sampling import Sampler, candidates, draw, exponentials
 
 VOCAB = 97
 FILTERS = list(
