@@ -79,7 +79,8 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, slots, *at)
-        x, rotation, mask = embed(tokens, pos, slots)
+        at, lengths = at[:1], at[1:]
+        x, rotation, mask = embed(tokens, pos, slots, *lengths)
         for layer, cache in zip(model.layers, caches, strict=True):
             vary_block_inputs(x, rotation, mask, pos)
             x = run(layer, x, rotation, mask, pos, cache)
@@ -94,15 +95,20 @@ def call_block(block: nn.Module, *given: Any) -> Tensor:
     return block(*given)
 
 
-def vary_inputs(tokens: Tensor, pos: Tensor, slots: Tensor, *at: Tensor) -> None:
+def vary_inputs(
+    tokens: Tensor,
+    pos: Tensor,
+    slots: Tensor,
+    at: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
     """Tell the compiler which dimensions of a step's inputs vary."""
     torch._dynamo.mark_dynamic(slots, 0)
     if tokens.shape[1] > 1:
         torch._dynamo.mark_dynamic(tokens, 1)
         torch._dynamo.mark_dynamic(pos, 1)
-    for picked in at:
-        if len(picked) > 1:
-            torch._dynamo.mark_dynamic(picked, 0)
+    if at is not None and len(at) > 1:
+        torch._dynamo.mark_dynamic(at, 0)
 
 
 def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) -> None:

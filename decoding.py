@@ -200,7 +200,8 @@ def prefill(
 
     Returns the logits that follow each prompt's last token, (B, 1, V).
     """
-    lengths = torch.tensor([len(p) - past for p in prompts], device=lm.device)  # (B,)
+    whole = torch.tensor([[len(p)] for p in prompts], device=lm.device)  # (B, 1)
+    lengths = whole[:, 0] - past  # (B,)
     width = max(map(len, prompts)) - past
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
@@ -215,7 +216,7 @@ def prefill(
         last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
         last += torch.arange(0, part.numel(), part.shape[1], device=lm.device)
         visible = slots[: visible_slots(end, len(slots))]
-        out = lm.prefill(part, pos, visible, caches, last).unsqueeze(1)  # (B, 1, V)
+        out = lm.prefill(part, pos, visible, caches, last, whole).unsqueeze(1)  # (B, 1, V)
         # A row that ended in an earlier chunk keeps the logits it had there.
         reached = (lengths > start).view(-1, 1, 1)
         logits = out if logits is None else torch.where(reached, out, logits)

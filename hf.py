@@ -1,123 +1,248 @@
 """Hugging Face's vocabulary, translated to ours: config keys to ModelArgs, tensor names to names.
 
-Start at model_args, then FAMILIES; tensor_name and export_tensors read the name tables at the
-end. Nothing here opens a file. Keys and defaults are those of transformers' configurations, in
-both schemas of the rotary settings (`rope_theta` with `rope_scaling`, and transformers 5's
-`rope_parameters`).
+Start at model_args, then FAMILIES; Config checks each value that is read. tensor_name and
+export_tensors read the name tables at the end. Nothing here opens a file. Keys and defaults are
+those of transformers' configurations, in both schemas of the rotary settings (`rope_theta` with
+`rope_scaling`, and transformers 5's `rope_parameters`).
 """
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
+# Far above any real model. What is larger is a mistake, and might take minutes to build.
+MOST_LAYERS = 2**10
+MOST_POSITIONS = 2**31
+MOST_WEIGHTS = 2**46
+REQUIRED: Any = object()
 
-class Config(dict):
-    """A parsed config.json; a key that is needed and absent is a mistake of the file's."""
 
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"config.json does not say '{key}', which a {self['model_type']} needs")
+class Config:
+    """The values of a config.json, or of an object in it; each is checked when it is read.
+
+    A key that is absent has the default. null is a mistake, as it is to transformers, where the
+    caller does not give a meaning to it. Raises ValueErrors of one line that name the key, its
+    value and what it must be.
+    """
+
+    def __init__(self, values: Any, where: str = "config.json"):
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {short(values)} and must be an object with keys")
+        self.values, self.where = values, where
+
+    def integer(
+        self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
+    ) -> Any:
+        """From 1 to `most`; 256.0 is no integer, nor is it to transformers."""
+
+        def fits(value: Any) -> bool:
+            return type(value) is int and 1 <= value <= most
+
+        return self._read(key, fits, f"an integer from 1 to {most}", default, null)
+
+    def number(self, key: str, default: Any = REQUIRED, *, most: float = 1e15) -> float:
+        """Above 0 and at most `most`."""
+
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and 0 < value <= most
+
+        return float(self._read(key, fits, f"a number above 0 and at most {most:g}", default))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
+
+    def choice(
+        self,
+        key: str,
+        known: Collection[str],
+        default: Any = REQUIRED,
+        *,
+        null: Any = REQUIRED,
+    ) -> str:
+        def fits(value: Any) -> bool:
+            return isinstance(value, str) and value in known
+
+        expected = f"one of those that are supported: {', '.join(known)}"
+        return self._read(key, fits, expected, default, null)
+
+    def section(self, key: str) -> "Config":
+        """An object within this one, empty where it is absent or null."""
+        values = self._read(key, lambda v: isinstance(v, dict), "an object with keys", {}, {})
+        return Config(values, f"{self.where}, {key}")
+
+    def _read(
+        self,
+        key: str,
+        fits: Callable[[Any], bool],
+        expected: str,
+        default: Any = REQUIRED,
+        null: Any = REQUIRED,
+    ) -> Any:
+        if key not in self.values:
+            if default is REQUIRED:
+                raise ValueError(f"{self.where} has no '{key}', which must be {expected}")
+            return default
+        value = self.values[key]
+        if value is None and null is not REQUIRED:
+            return null
+        if not fits(value):
+            raise ValueError(f"{self.where}: '{key}' is {short(value)} and must be {expected}")
+        return value
 
 
-def model_args(config: dict[str, Any]) -> ModelArgs:
+def short(value: Any) -> str:
+    """A value as JSON writes it, on one line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # it is from no JSON file
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def model_args(config: Any) -> ModelArgs:
     """The shape of the model that a Hugging Face config describes.
 
-    Raises ValueError naming a key that is missing, or an architecture, activation or rope type
-    that is not supported.
+    Raises ValueError naming a key that is missing, a value that has the wrong type, is out of
+    range or not supported, and sizes that do not fit together or that no computer can hold.
     """
-    config = Config({"model_type": None} | config)
-    return FAMILIES[supported(config["model_type"], FAMILIES, "model_type")](config)
+    config = Config(config)
+    args = FAMILIES[config.choice("model_type", FAMILIES)](config)
+    check_sizes(args)
+    return args
 
 
 def llama_args(config: Config) -> ModelArgs:
-    dim, n_heads = config["hidden_size"], config["num_attention_heads"]
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    context = config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS)
+    theta, scaling = rope_settings(config, context)
+    dynamic = scaling is not None and scaling.kind == "dynamic"
+    biased = config.flag("attention_bias", False)
     return ModelArgs(
         dim=dim,
-        n_layers=config["num_hidden_layers"],
+        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
         n_heads=n_heads,
-        n_kv_heads=config.get("num_key_value_heads") or n_heads,
-        head_dim=config.get("head_dim") or dim // n_heads,
-        hidden_dim=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        context=config.get("max_position_embeddings", 2048),
+        n_kv_heads=config.integer("num_key_value_heads", n_heads, null=n_heads),
+        head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
+        hidden_dim=config.integer("intermediate_size"),
+        vocab_size=config.integer("vocab_size", most=2**28),
+        # As vLLM has it; transformers goes on without end.
+        context=int(context * max(1.0, scaling.factor)) if dynamic else context,
         embed_dim=dim,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation=supported(config.get("hidden_act", "silu"), ACTIVATIONS, "activation"),
-        rope_theta=rope_settings(config).get("rope_theta", 10000.0),
-        rope_scaling=rope_scaling(config),
-        attention_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-        tied=config.get("tie_word_embeddings", False),
+        norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
+        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        positions="dynamic" if dynamic else "rotary",
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=config.flag("mlp_bias", False),
+        tied=config.flag("tie_word_embeddings", False),
     )
 
 
 def mistral_args(config: Config) -> ModelArgs:
     """Llama's, cut to the window: up to its end, windowed and full attention are the same."""
-    context = config["max_position_embeddings"]
-    window = config.get("sliding_window", 4096) or context
-    defaults = {"num_key_value_heads": 8}
-    return llama_args(Config(defaults | config | {"max_position_embeddings": min(context, window)}))
+    defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+    args = llama_args(Config(defaults | config.values))
+    window = config.integer("sliding_window", 4096, null=args.context, most=MOST_POSITIONS)
+    return replace(args, context=min(args.context, window))
 
 
 def opt_args(config: Config) -> ModelArgs:
-    dim, n_heads = config["hidden_size"], config["num_attention_heads"]
-    norm_first = config.get("do_layer_norm_before", True)
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    norm_first = config.flag("do_layer_norm_before", True)
+    no_final_norm = config.flag("_remove_final_layer_norm", False)
+    biased = config.flag("enable_bias", True)
     return ModelArgs(
         dim=dim,
-        n_layers=config["num_hidden_layers"],
+        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        head_dim=dim // n_heads,
-        hidden_dim=config["ffn_dim"],
-        vocab_size=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        embed_dim=config.get("word_embed_proj_dim") or dim,
+        head_dim=equal_share(dim, n_heads),
+        hidden_dim=config.integer("ffn_dim"),
+        vocab_size=config.integer("vocab_size", most=2**28),
+        context=config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS),
+        embed_dim=config.integer("word_embed_proj_dim", dim, null=dim),
         norm="layer",
-        norm_affine=config.get("layer_norm_elementwise_affine", True),
+        norm_affine=config.flag("layer_norm_elementwise_affine", True),
         norm_first=norm_first,
-        final_norm=norm_first and not config.get("_remove_final_layer_norm", False),
+        final_norm=norm_first and not no_final_norm,
         feed_forward="plain",
-        activation=supported(config.get("activation_function", "relu"), ACTIVATIONS, "activation"),
+        activation=config.choice("activation_function", ACTIVATIONS, "relu"),
         positions="learned",
-        attention_bias=config.get("enable_bias", True),
-        mlp_bias=config.get("enable_bias", True),
-        tied=config.get("tie_word_embeddings", True),
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=biased,
+        tied=config.flag("tie_word_embeddings", True),
     )
 
 
 FAMILIES = {"llama": llama_args, "mistral": mistral_args, "opt": opt_args}
 
 
-def rope_settings(config: Config) -> dict[str, Any]:
-    """The rotary settings of either schema, under transformers 5's names."""
-    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    return theta | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+def equal_share(dim: int, n_heads: int) -> int:
+    """Channels of a head where the config does not say it."""
+    if dim % n_heads:
+        raise ValueError(
+            f"config.json: 'hidden_size' is {dim} and must be a multiple of 'num_attention_heads', "
+            f"{n_heads}, where there is no 'head_dim'"
+        )
+    return dim // n_heads
 
 
-def rope_scaling(config: Config) -> RopeScaling | None:
-    rope = Config({"model_type": config["model_type"]} | rope_settings(config))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if supported(kind, ("default", *ROPE_SCALINGS), "rope type") == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind, rope["factor"])
-    return RopeScaling(
-        kind,
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
+def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, from either schema.
+
+    Where a config has both, the older `rope_scaling` is read, as transformers does. context: what
+    the model was trained on.
+    """
+    old, new = config.section("rope_scaling"), config.section("rope_parameters")
+    rope = old if old.values else new
+    theta = (rope if "rope_theta" in rope.values else config).number("rope_theta", 10000.0)
+    key = "rope_type" if "rope_type" in rope.values else "type"
+    kind = rope.choice(key, ("default", *ROPE_SCALINGS), "default")
+    if kind == "default":
+        return theta, None
+    scaling = RopeScaling(kind, rope.number("factor", most=1e6), original_context=context)
+    return theta, llama3_settings(rope, scaling) if kind == "llama3" else scaling
 
 
-def supported(name: Any, known: Iterable[str], what: str) -> Any:
-    """The name itself, or ValueError listing the known ones."""
-    if name not in known:
-        raise ValueError(f"{what} '{name}' is not supported; supported are {', '.join(known)}")
-    return name
+def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"{rope.where}: 'low_freq_factor' is {low:g} and must be less than "
+            f"'high_freq_factor', {high:g}"
+        )
+    key = "original_max_position_embeddings"
+    context = rope.integer(key, scaling.original_context, most=MOST_POSITIONS)
+    return replace(scaling, low_freq_factor=low, high_freq_factor=high, original_context=context)
+
+
+def check_sizes(args: ModelArgs) -> None:
+    """ValueError for sizes that do not fit together or that no computer can hold."""
+    rotary, least = args.positions != "learned", 4 if args.positions == "dynamic" else 2
+    layer = args.dim * (2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim)
+    tables = (2 * args.vocab_size + (0 if rotary else args.context)) * max(args.dim, args.embed_dim)
+    faults = {
+        f"'num_attention_heads' is {args.n_heads} and must be a multiple of "
+        f"'num_key_value_heads', {args.n_kv_heads}": args.n_heads % args.n_kv_heads,
+        f"'head_dim' is {args.head_dim} and must be even and at least {least}, as channels are "
+        "rotated in pairs": rotary and (args.head_dim % 2 or args.head_dim < least),
+        f"a model of 'hidden_size' {args.dim}, {args.n_layers} layers and 'vocab_size' "
+        f"{args.vocab_size} has more than {MOST_WEIGHTS:.0e} weights": (
+            args.n_layers * layer + tables > MOST_WEIGHTS
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"config.json: {fault}")
 
 
 def tensor_name(name: str) -> tuple[str, int] | None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import gpu_products
 from checkpoint import (
+    DTYPES,
     Checkpoint,
     allocate,
     check_memory,
@@ -27,7 +28,7 @@ from checkpoint import (
 from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
 from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
-from hf import model_args
+from hf import Config, model_args
 from model import KVCache, ModelArgs, Transformer
 from offload import Fill, Stored, StreamedLayers
 from pace import Pace
@@ -221,7 +222,15 @@ def random_model(
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    """What weights would be stored in: bfloat16 where the config does not say it, or says auto.
+
+    Raises ValueError for a dtype that models do not run in.
+    """
+    key = "torch_dtype" if config.get("dtype") is None else "dtype"
+    name = config.get(key, "auto")
+    name = name.removeprefix("torch.") if isinstance(name, str) else name
+    known = {"auto": torch.bfloat16, "half": torch.float16, "float": torch.float32} | DTYPES
+    return known[Config({key: name}).choice(key, known, null="auto")]
 
 
 def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
@@ -453,5 +462,5 @@ def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            at = (tokens[:, 0],) if view is lm.prefill else ()
+            at = (tokens[:, 0], tokens[:, :1]) if view is lm.prefill else ()
             view(tokens, slots[:width].expand_as(tokens), visible, caches, *at)

@@ -63,7 +63,8 @@ class ModelArgs:
     positions: str = "rotary"  # a key of POSITIONS
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False  # wqkv and wo
+    attention_bias: bool = False  # of wqkv
+    wo_bias: bool = False
     mlp_bias: bool = False  # w1, w2, w3
     tied: bool = False  # output head shares the embedding table
 
@@ -96,24 +97,28 @@ class Transformer(nn.Module):
         slots: Tensor,
         caches: Iterable["KVCache"],
         at: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Logits after each new token, reading and extending the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
         slots: (S,) = arange(S), the cache slots that attention reads, S > pos.max(); what lies
         beyond S costs nothing. caches: one per layer. at: (N,) picks tokens, counted through all
-        B*T, before the output head, the widest product of all.
+        B*T, before the output head, the widest product of all. lengths: (B, 1), tokens of the whole
+        prompt of each row; see DynamicRotaryPositions.
         Returns (B, T, V), or (N, V) with `at`.
         """
-        x, rotation, mask = self.embed(tokens, pos, slots)
+        x, rotation, mask = self.embed(tokens, pos, slots, lengths)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, mask, pos, cache)
         return self.unembed(x, at)
 
-    def embed(self, tokens: Tensor, pos: Tensor, slots: Tensor) -> tuple[Tensor, Rotation, Tensor]:
+    def embed(
+        self, tokens: Tensor, pos: Tensor, slots: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Rotation, Tensor]:
         """What all layers are given: x, (B, T, D), the rotation of its positions, and the mask."""
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
-        x, rotation = self.positions(x, pos)
+        x, rotation = self.positions(x, pos, lengths)
         return x, rotation, self.mask(pos, slots, x.dtype)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
@@ -186,7 +191,7 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
         self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
-        self.wo = Linear(self.widths[0], args.dim, bias=args.attention_bias)
+        self.wo = Linear(self.widths[0], args.dim, bias=args.wo_bias)
         self.rotate = POSITIONS[args.positions].rotate
 
     def forward(
@@ -274,12 +279,20 @@ class RotaryPositions(nn.Module):
         freqs = 1.0 / args.rope_theta ** (channels / args.head_dim)  # (E/2,)
         if args.rope_scaling is not None:
             freqs = ROPE_SCALINGS[args.rope_scaling.kind](freqs, args.rope_scaling)
-        angles = torch.outer(torch.arange(args.context, device="cpu"), freqs)  # (context, E/2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("freqs", freqs, persistent=False)
 
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Rotation]:
-        return x, (self.cos[pos].unsqueeze(2), self.sin[pos].unsqueeze(2))  # (B, T, 1, E/2) each
+    def forward(
+        self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Rotation]:
+        # Of the new positions alone: a table of all that a context of 4M has would be 2 GB.
+        angles = pos[..., None, None] * self.frequencies(pos, lengths)  # (B, T, 1, E/2)
+        if takes_kernel(angles):
+            return x, torch.ops.gpt_flex.cos_sin(angles)
+        return x, (angles.cos(), angles.sin())
+
+    def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
+        """Of the tokens at pos, (B, T): (E/2,) of all, or (B, T, 1, E/2) of each."""
+        return self.freqs
 
     @staticmethod
     def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -287,6 +300,28 @@ class RotaryPositions(nn.Module):
         cos, sin = rotation
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class DynamicRotaryPositions(RotaryPositions):
+    """Frequencies that depend on the length of the text, once it exceeds the trained context: the
+    NTK scaling that transformers calls "dynamic".
+
+    A prompt is rotated by the length of the whole prompt, a token of the answer by the length of
+    the text up to it. Keys in the caches keep the rotation that they were stored with.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        scaling = args.rope_scaling
+        self.settings = args.rope_theta, scaling.factor, scaling.original_context
+        channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
+        self.register_buffer("exponents", channels / args.head_dim, persistent=False)  # (E/2,)
+
+    def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
+        seen = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)  # (B, T)
+        stretch = torch.ops.gpt_flex.ntk_freqs if takes_kernel(seen) else ntk_freqs
+        longer = seen[..., None, None] > self.settings[-1]  # (B, T, 1, 1)
+        return torch.where(longer, stretch(seen, self.exponents, *self.settings), self.freqs)
 
 
 class LearnedPositions(Embedding):
@@ -297,7 +332,9 @@ class LearnedPositions(Embedding):
     def __init__(self, args: ModelArgs):
         super().__init__(args.context + self.OFFSET, args.dim)
 
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Rotation]:
+    def forward(
+        self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Rotation]:
         return x + super().forward(pos + self.OFFSET), None
 
     @staticmethod
@@ -319,8 +356,22 @@ def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tenso
     torch.library.register_fake(name)(fake)
 
 
-# On a CPU, Inductor's own norms sum in another order: in bfloat16 compiled text would not be eager
-# text.
+def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    return angles.cos(), angles.sin()
+
+
+def ntk_freqs(seen: Tensor, exponents: Tensor, theta: float, factor: float, context: int) -> Tensor:
+    """Frequencies, (B, T, 1, E/2), where the text has the length `seen`, (B, T).
+
+    The base grows so that the slowest channel turns as far as it did over the trained context.
+    """
+    n = 2 * len(exponents)  # E
+    base = theta * (factor * seen / context - (factor - 1)) ** (n / (n - 2))  # (B, T)
+    return 1.0 / base[..., None, None] ** exponents
+
+
+# On a CPU, Inductor's own norms sum in another order, and its cosines and powers differ in the last
+# bit: in bfloat16 compiled text would not be eager text.
 kernel(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
@@ -330,6 +381,16 @@ kernel(
     "layer_norm(Tensor x, int[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     torch.layer_norm,
     lambda x, *_: torch.empty_like(x),
+)
+kernel(
+    "cos_sin(Tensor angles) -> (Tensor, Tensor)",
+    cos_sin,
+    lambda angles: (torch.empty_like(angles), torch.empty_like(angles)),
+)
+kernel(
+    "ntk_freqs(Tensor seen, Tensor exponents, float theta, float factor, int context) -> Tensor",
+    ntk_freqs,
+    lambda seen, exponents, *_: exponents.new_empty(*seen.shape, 1, len(exponents)),
 )
 
 
@@ -352,8 +413,16 @@ def make_norm(args: ModelArgs) -> nn.Module:
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 FEED_FORWARDS = {"gated": GatedFeedForward, "plain": PlainFeedForward}
-POSITIONS = {"rotary": RotaryPositions, "learned": LearnedPositions}
-ROPE_SCALINGS = {"linear": scale_linear, "llama3": scale_llama3}
+POSITIONS = {
+    "rotary": RotaryPositions,
+    "dynamic": DynamicRotaryPositions,
+    "learned": LearnedPositions,
+}
+ROPE_SCALINGS = {
+    "linear": scale_linear,
+    "llama3": scale_llama3,
+    "dynamic": lambda freqs, scaling: freqs,  # up to the trained context
+}
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 

@@ -77,9 +77,15 @@ class Staged:
 
     def ready(self, lm: LoadedModel) -> LoadedModel:
         def view(
-            tokens: Tensor, pos: Tensor, slots: Tensor, caches: Any, at: Tensor | None = None
+            tokens: Tensor,
+            pos: Tensor,
+            slots: Tensor,
+            caches: Any,
+            at: Tensor | None = None,
+            lengths: Tensor | None = None,
         ) -> Tensor:
-            x = lm.model(tokens, pos, slots, caches)  # (B, T, D): the rank behind needs all of it
+            # (B, T, D): the rank behind needs all of it.
+            x = lm.model(tokens, pos, slots, caches, lengths=lengths)
             return x if at is None else x.flatten(0, 1)[at]
 
         last = self.ranks.rank == self.ranks.count - 1
@@ -173,7 +179,7 @@ class Sent(nn.Module):
 class Unplaced(nn.Module):
     """In place of learned positions, which the first rank has added."""
 
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, pos: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
         return x, None
 
 
