@@ -6,6 +6,7 @@ the nodes below go on from copies of its KV cache. Of the output head only the s
 computed. eval.py asks for perplexities and for lm_eval's tasks.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice, pairwise
@@ -17,7 +18,7 @@ from torch import Tensor
 from checkpoint import available_memory
 from decoding import PREFILL_TOKENS, LoadedModel, visible_slots
 from load import count_weights
-from model import KVCache
+from model import KVCache, ModelArgs
 from ranks import agreed
 
 Ids = Sequence[int]
@@ -84,7 +85,7 @@ def log_likelihoods(
     if not sequences:
         return
     check(sequences, lm.model.args.context, lm.model.args.vocab_size)
-    roots = grow(sequences)
+    roots = grow(sequences, least_shared(lm.model.args, max(len(ids) for ids, _ in sequences)))
     yield from Reader(lm, roots, batch_size).read([(node, 0) for node in roots])
 
 
@@ -103,8 +104,15 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
             )
 
 
-def grow(sequences: Sequence[tuple[Ids, int]]) -> list[Node]:
-    """The roots of trees that hold all the sequences."""
+def least_shared(args: ModelArgs, longest: int) -> float:
+    """How many ids must be the same to be read once. None are where keys are rotated by the length
+    of the whole sequence: see model.DynamicRotaryPositions."""
+    by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
+    return math.inf if by_length else SHARED
+
+
+def grow(sequences: Sequence[tuple[Ids, int]], least: float = SHARED) -> list[Node]:
+    """The roots of trees that hold all the sequences. least: ids that are shared, if any are."""
     order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
     texts = [tuple(sequences[n][0]) for n in order]
     shared = [0, *(common(a, b) for a, b in pairwise(texts))]  # with the one before
@@ -114,7 +122,7 @@ def grow(sequences: Sequence[tuple[Ids, int]]) -> list[Node]:
         cuts = [first]
         for n in range(first + 1, stop):
             longer = max(len(texts[n - 1]), len(texts[n]))
-            if shared[n] - begin < max(SHARED, (longer - begin) // 4):
+            if shared[n] - begin < max(least, (longer - begin) // 4):
                 cuts.append(n)
         return [node(a, b, begin, above) for a, b in pairwise([*cuts, stop])]
 
@@ -266,17 +274,21 @@ class Reader:
             if self.fixed:
                 visible = visible_slots(visible, caches[0].length)
             slots = torch.arange(visible, device=self.lm.device)
-            given = *self.to_device(tokens, pos), slots, caches
-            for one, score in zip(wanted, self.scores(given, wanted), strict=True):
+            tokens, pos, lengths = self.to_device(tokens, pos, [[node.end] for node in rows])
+            given = tokens, pos, slots, caches
+            for one, score in zip(wanted, self.scores(given, lengths, wanted), strict=True):
                 one.node.scores.append(score)
 
     def scores(
-        self, given: tuple[Tensor, Tensor, Tensor, list[KVCache]], wanted: Sequence[Wanted]
+        self,
+        given: tuple[Tensor, Tensor, Tensor, list[KVCache]],
+        lengths: Tensor,
+        wanted: Sequence[Wanted],
     ) -> Iterator[tuple[float, bool]]:
         """Logarithm of the probability of each wanted id, and whether it is the likeliest."""
         places = {place: n for n, place in enumerate(dict.fromkeys(w.place for w in wanted))}
         (at,) = self.to_device(list(places) or [0])
-        logits = self.lm.prefill(*given, at)  # (N, V)
+        logits = self.lm.prefill(*given, at, lengths)  # (N, V)
         if not wanted:
             return iter(())
         which, said = self.to_device([places[w.place] for w in wanted], [w.said for w in wanted])
