@@ -104,6 +104,7 @@ class Checkpoint:
                 # One table under two names; a file holds either or both.
                 head = self.records.pop("output.weight")
                 self.records.setdefault("tok_embeddings.weight", head)
+        self.args = hf.with_stored_biases(self.args, self.records, self.path)
 
     @property
     def nbytes(self) -> int:

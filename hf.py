@@ -8,8 +8,10 @@ those of transformers' configurations, in both schemas of the rotary settings (`
 
 import json
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -245,6 +247,26 @@ def check_sizes(args: ModelArgs) -> None:
             raise ValueError(f"config.json: {fault}")
 
 
+def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> ModelArgs:
+    """The same without the biases that no layer has in the file, and a line about them.
+
+    They count as zeros, as they do to transformers: descendants of Llama that have biases of q, k
+    and v alone say "attention_bias". A bias that some layers have is missed in the others.
+    """
+    found = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
+    absent = {
+        flag: module
+        for flag, module in BIASES.items()
+        if getattr(args, flag) and not any(name.startswith(module) for name in found)
+    }
+    for module in absent.values():
+        print(
+            f"{path} has no biases of {module}, although its config declares them: zeros are used",
+            file=sys.stderr,
+        )
+    return replace(args, **dict.fromkeys(absent, False))
+
+
 def tensor_name(name: str) -> tuple[str, int] | None:
     """Hugging Face's tensor name -> ours, and which part of ours it is, counted along rows.
 
@@ -292,6 +314,8 @@ def split_name(name: str) -> tuple[str, str, str]:
     return LAYER.sub(".N.", module), layer[1] if layer else "", kind
 
 
+# What of ModelArgs says that modules of a layer have biases.
+BIASES = {"attention_bias": "attention.wqkv", "wo_bias": "attention.wo", "mlp_bias": "feed_forward"}
 PREFIX = re.compile(r"^(model\.)?(decoder\.)?")
 LAYER = re.compile(r"\.(\d+)\.")
 # Their module: our module, and which part of it. N stands for the layer.

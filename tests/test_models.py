@@ -1,19 +1,30 @@
 """Logits against transformers': tiny random models of every variant, and real small ones."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
+from decoding import Draft, LoadedModel
+from generate import generate
+from generation_config import GenerationConfig
 from hf import export_tensors, model_args
+from load import make_views
 from model import Transformer
+from pace import Pace
+from scoring import log_likelihoods
+from speculate import NgramDraft, SelfDraft
+from tokenizer import id_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
+Prompts = list[list[int]]
 TOLERANCE = 1e-4  # max abs, fp32
 BATCH, LENGTH = 3, 24
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -231,3 +242,102 @@ def test_mistral_context_ends_where_windowed_attention_begins_to_differ():
     assert model_args(config | {"sliding_window": 16}).context == 16
     assert model_args(config | {"sliding_window": None}).context == 64
     assert model_args(config | {"sliding_window": 4096}).context == 64
+
+
+def views(model: Transformer, **options) -> LoadedModel:
+    lm = make_views(model, id_tokenizer(model.args.vocab_size), False, False)
+    return dataclasses.replace(lm, **options)
+
+
+def answers(lm: LoadedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    config = GenerationConfig(max_new_tokens=count, temperature=0, ignore_eos=True)
+    steps = list(generate(lm, prompts, config))
+    return [[token for step in steps for token in step[row]] for row in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Prompts, Prompts]:
+    """A model of 64 trained positions, prompts within, across and beyond them, and the answers
+    that transformers gives to each alone."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    save(oracle("llama-dynamic"), folder, "single")
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(97, (1, n), generator=generator) for n in (10, 30, 50, 63, 64, 65, 100)
+    ]
+    answers = []
+    for prompt in prompts:
+        reference = oracle("llama-dynamic")  # anew: it keeps the frequencies of the longest text
+        options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+        mask = torch.ones_like(prompt)
+        answer = reference.generate(prompt, attention_mask=mask, pad_token_id=0, **options)
+        answers.append(answer[0, prompt.shape[1] :].tolist())
+    return load(folder), [prompt[0].tolist() for prompt in prompts], answers
+
+
+def test_dynamic_rope_within_across_and_beyond_the_trained_context(dynamic: tuple):
+    model, prompts, expected = dynamic
+    assert model.args.context == 160
+    assert answers(views(model), prompts, 40) == expected
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert answers(views(model), [prompt], 40) == [answer]
+
+
+@pytest.mark.parametrize("chunk", [16, 37])
+def test_dynamic_rope_reads_a_prompt_in_chunks_as_in_one(dynamic: tuple, chunk: int):
+    model, prompts, expected = dynamic
+    assert answers(views(model, sweep=chunk), prompts[-1:], 40) == expected[-1:]
+    assert answers(views(model, sweep=chunk * len(prompts)), prompts, 40) == expected
+
+
+@pytest.mark.parametrize("draft", [NgramDraft, lambda pace: SelfDraft(pace, None)])
+def test_dynamic_rope_with_a_draft(dynamic: tuple, draft: Callable[[Pace], Draft]):
+    model, prompts, expected = dynamic
+    made = draft(Pace(3))
+    if isinstance(made, SelfDraft):
+        made.lm = views(model)  # guesses that hold, and many tokens verified at once
+    assert answers(views(model, draft=made), prompts, 40) == expected
+
+
+def test_dynamic_rope_scores_each_text_as_transformers_does_alone(dynamic: tuple):
+    model, prompts, _ = dynamic
+    text = prompts[-1]
+    asked = [(text[:n], 1) for n in (20, 66, 90, 100)]  # all begin alike
+    for number, nats, _ in log_likelihoods(views(model), asked):
+        ids = torch.tensor([asked[number][0]])
+        with torch.inference_mode():
+            logits = oracle("llama-dynamic")(ids[:, :-1]).logits.log_softmax(-1)
+        expected = logits.gather(-1, ids[:, 1:, None]).sum().item()
+        assert nats == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("variant", "absent", "named"),
+    [
+        ("llama-biases", "o_proj.bias", "attention.wo"),
+        ("llama-biases", "_proj.bias", "feed_forward"),
+        ("opt", "out_proj.bias", "attention.wo"),
+    ],
+)
+def test_biases_that_no_layer_has_are_zeros(
+    variant: str, absent: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    reference = oracle(variant)
+    for name, weight in reference.named_parameters():
+        if name.endswith(absent):
+            weight.data.zero_()
+    save(reference, tmp_path, "single")
+    file = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith(absent)}, file)
+    check_logits(load(tmp_path), reference)
+    assert f"no biases of {named}" in capsys.readouterr().err
+
+
+def test_a_bias_that_one_layer_lacks_is_missed(tmp_path: Path):
+    save(oracle("llama-biases"), tmp_path, "single")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.o_proj.bias"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"layers.1.attention.wo.bias is missing"):
+        load(tmp_path)
