@@ -66,8 +66,8 @@ def test_a_stage_holds_its_layers_and_no_more(models: dict[str, Path], tmp_path:
     model = skeleton(args, None)
     layer = sum(p.numel() for p in model.layers[0].parameters())
     table = args.vocab_size * args.dim
-    angles = args.context * args.head_dim  # cosines and sines
-    caches_aside = [said["weights"] / 4 - angles for (said,) in by_rank]
+    frequencies = args.head_dim // 2
+    caches_aside = [said["weights"] / 4 - frequencies for (said,) in by_rank]
     shares = [len(own_layers(args, Ranks(rank, 2))) for rank in range(2)]
     assert caches_aside == [shares[0] * layer + table, shares[1] * layer + table + args.dim]
 
