@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf import Config, short
 from quantized import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]
@@ -38,15 +39,16 @@ def foreign_scheme(config: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises ValueError naming what about it cannot be read.
     """
-    if not (said := config.get("quantization_config")):
+    if not (said := Config(config).section("quantization_config").values):
         return None
     method, sizes = said.get("quant_method", "unknown"), ", ".join(map(str, GROUP_SIZES))
+    method = method if isinstance(method, str) else short(method)
     wanted = READ.get(method, {}) | {"group_size": (None, *GROUP_SIZES), "lm_head": (False,)}
     found = {key: said.get(key, known[0]) for key, known in wanted.items()}
     faults = [
-        f"{key} {found[key]}"
+        f"{key} {short(found[key])}"
         for key, known in wanted.items()
-        if found[key] is None or found[key] not in known
+        if found[key] is None or (type(found[key]), found[key]) not in [(type(k), k) for k in known]
     ]
     if method not in READ or faults:
         what = ", ".join(faults) if method in READ else "which"

@@ -120,13 +120,13 @@ def test_a_foreign_checkpoint_is_the_dense_model_of_its_numbers(
     ("change", "message"),
     [
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*which cannot be read.*unquantised"),
-        ({"desc_act": True}, "'gptq'.*desc_act True"),
+        ({"desc_act": True}, "'gptq'.*desc_act true"),
         ({"bits": 3}, "bits 3"),
         ({"group_size": -1}, "group_size -1.*32, 64, 128, 256"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format marlin"),
-        ({"lm_head": True}, "lm_head True"),
-        ({"is_marlin_format": True}, "is_marlin_format True"),
-        ({"quant_method": "awq", "zero_point": True, "version": "gemv"}, "version gemv"),
+        ({"checkpoint_format": "marlin"}, 'checkpoint_format "marlin"'),
+        ({"lm_head": True}, "lm_head true"),
+        ({"is_marlin_format": True}, "is_marlin_format true"),
+        ({"quant_method": "awq", "zero_point": True, "version": "gemv"}, 'version "gemv"'),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict, message: str):
