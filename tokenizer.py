@@ -82,6 +82,10 @@ class Tokenizer:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token whose text is exactly this; such an id decodes to ""."""
+        return self._backend.special_id(text)
+
     def stream(self, prompt_ids: Iterable[int] = ()) -> TextStream:
         """A decoder for the ids that follow prompt_ids."""
         return TextStream(self._backend, prompt_ids)

@@ -73,6 +73,7 @@ class Backend(Protocol):
     def encode(self, text: str, special: bool) -> list[int]: ...
     def token_bytes(self, token: int) -> bytes: ...  # empty for special tokens and unknown ids
     def id_of(self, text: str) -> int | None: ...
+    def special_id(self, text: str) -> int | None: ...  # id_of, for special tokens alone
     def text_of(self, token: int) -> str: ...
 
 
@@ -86,8 +87,8 @@ class TokenizersBackend:
         self._tk = tk
         self._added = tk.get_added_tokens_decoder()
         self._bytes_of, self.strips_space = _piece_rule(tk.decoder)
-        special = {token.content: i for i, token in self._added.items() if token.special}
-        self.eos_ids = tuple(special[text] for text in END_TOKENS if text in special)
+        self._special = {t.content: i for i, t in self._added.items() if t.special}
+        self.eos_ids = tuple(self._special[t] for t in END_TOKENS if t in self._special)
         self.vocab_size = max([tk.get_vocab_size(), *(i + 1 for i in self._added)])
         probe = tk.encode("a")
         self.adds_bos = probe.special_tokens_mask[:1] == [1]
@@ -104,6 +105,9 @@ class TokenizersBackend:
 
     def id_of(self, text: str) -> int | None:
         return self._tk.token_to_id(text)
+
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
 
     def text_of(self, token: int) -> str:
         # Added tokens first: one that is normalised goes by another name in the vocabulary.
@@ -145,6 +149,9 @@ class SentencePieceBackend:
         token = self._sp.piece_to_id(text)
         return token if self.text_of(token) == text else None  # it answers <unk> for the unknown
 
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
+
     def text_of(self, token: int) -> str:
         return self._sp.id_to_piece(token) if token < self.vocab_size else ""
 
@@ -164,6 +171,9 @@ class IdBackend:
         return f"{token} ".encode()
 
     def id_of(self, text: str) -> int | None:
+        return None
+
+    def special_id(self, text: str) -> int | None:
         return None
 
     def text_of(self, token: int) -> str:
