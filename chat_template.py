@@ -27,20 +27,20 @@ _lock = threading.Lock()
 _worker: "Worker | None" = None
 
 
-def render(template: str, given: dict[str, Any]) -> str:
+def render(template: str, given: dict[str, Any], seconds: int = SECONDS) -> str:
     """What a template makes of the values given, which JSON can hold.
 
     Raises ValueError if it fails, refuses the values or exceeds a limit.
     """
     global _worker
     try:
-        request = json.dumps({"template": template, "given": given}).encode() + b"\n"
+        request = json.dumps({"template": template, "given": given, "seconds": seconds})
     except (TypeError, ValueError, RecursionError) as err:
         raise ValueError(f"the messages cannot be written as JSON ({err})") from err
     with _lock:
         worker = _worker or Worker()
         _worker = None  # an exception, Ctrl-C too, leaves no worker with an answer under way
-        reply = worker.ask(request)
+        reply = worker.ask(request.encode() + b"\n")
         _worker = worker
     if "error" in reply:
         raise ValueError(f"the chat template failed: {reply['error']}")
@@ -78,8 +78,7 @@ class Worker:
             return json.loads(line)
         self._end()
         raise ValueError(
-            f"the chat template failed: it took more than {SECONDS} seconds of computing or "
-            f"{MEMORY >> 20} MiB of memory"
+            f"the chat template failed: it took too long, or more than {MEMORY >> 20} MiB of memory"
         )
 
     def _end(self) -> None:
@@ -93,10 +92,11 @@ def serve() -> None:
     """Answer requests on stdin, a line of JSON each, until its end."""
     lower(resource.RLIMIT_AS, MEMORY)
     for line in sys.stdin.buffer:
-        spent = time.process_time()
-        lower(resource.RLIMIT_CPU, math.ceil(spent) + SECONDS)
         try:
-            reply = {"text": rendered(**json.loads(line), most=OUTPUT + 8 * len(line))}
+            request = json.loads(line)
+            spent = math.ceil(time.process_time())
+            lower(resource.RLIMIT_CPU, spent + request.pop("seconds"))
+            reply = {"text": rendered(**request, most=OUTPUT + 8 * len(line))}
         except MemoryError:
             reply = {"error": f"it took more than {MEMORY >> 20} MiB of memory"}
         except RecursionError:

@@ -159,11 +159,13 @@ class SentencePieceBackend:
         self.strips_space = sp.encode("a", out_type=str)[0].startswith("▁")
         pieces = {i: sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)}
         self._added = {i: special_token(piece) for i, piece in pieces.items()}
-        self.vocab_size = sp.vocab_size()
-        for i, token in declared.added:
-            i = i if i is not None else self.id_of(token.content)
-            self._added[self.vocab_size if i is None else i] = token
-            self.vocab_size = max(self.vocab_size, *(i + 1 for i in self._added))
+        self._added |= {i: token for i, token in declared.added if i is not None}
+        self.vocab_size = max(sp.vocab_size(), *(i + 1 for i in self._added))
+        for token in (token for i, token in declared.added if i is None):
+            own = sp.piece_to_id(token.content)  # of <unk> for a text that is no piece
+            i = own if sp.id_to_piece(own) == token.content else self.vocab_size
+            self._added[i] = token
+            self.vocab_size = max(self.vocab_size, i + 1)
         self._split = Splitter(self._added)
         self._ids = {token.content: i for i, token in self._added.items()}
 
