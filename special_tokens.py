@@ -129,7 +129,7 @@ class Declared:
 
     def _text(self, key: str, value: Any) -> str:
         text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str | None):
+        if not isinstance(text, str | None) or re.search("[\ud800-\udfff]", text or ""):
             raise self._wrong(key, value, "a token's text or null")
         return text or ""
 
@@ -152,7 +152,8 @@ class Declared:
     def _wrong(
         self, key: str, value: Any, wanted: str, file: str = "tokenizer_config.json"
     ) -> ValueError:
-        file = "special_tokens_map.json" if value == self._overrides.get(key, ...) else file
+        if key in self._overrides and file == "tokenizer_config.json":
+            file = "special_tokens_map.json"
         shown = json.dumps(value)
         shown = shown if len(shown) < 60 else shown[:57] + "..."
         return ValueError(f'{self.directory / file}: "{key}" is {shown} and must be {wanted}')

@@ -10,6 +10,7 @@ alphabet is GPT-2's.
 
 import base64
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from special_tokens import Declared, refuse_pointer
+from special_tokens import MOST_IDS, Declared, refuse_pointer
 
 END_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 UNKNOWN = ("<unk>", "[UNK]", "<|unk|>")
@@ -58,8 +59,11 @@ def open_backend(directory: Path, declared: Declared) -> "Backend":
             for path in paths:
                 refuse_pointer(path)
             declared.added  # noqa: B018 -- an error there names a file of its own
-            with library_errors(" with ".join(map(str, paths)) + ": not a readable tokenizer"):
-                return read(*paths, declared)
+            what = " with ".join(map(str, paths)) + ": not a readable tokenizer"
+            with library_errors(what):
+                backend = read(*paths, declared)
+                try_out(backend)
+            return backend
     wanted = ", ".join(" with ".join(names) for names in FORMATS)
     held = ", ".join(sorted(path.name for path in directory.glob("*"))) or "nothing"
     raise FileNotFoundError(f"no tokenizer in {directory}: looked for {wanted}; found {held}")
@@ -67,13 +71,41 @@ def open_backend(directory: Path, declared: Declared) -> "Backend":
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Whatever a library raises becomes a ValueError. A panic of Rust code is no Exception."""
+    """Whatever a library raises becomes a ValueError, in silence. A panic of Rust code is no
+    Exception, and is written to stderr before it is raised."""
     try:
-        yield
+        with muted():
+            yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as err:
         raise ValueError(f"{what} ({one_line(err)})") from err
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Nothing that this process writes to stderr is shown."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def try_out(backend: "Backend") -> None:
+    """What a damaged file holds shows at the first use: here, and not in the middle of a run."""
+    if not 0 < backend.vocab_size <= MOST_IDS:
+        raise ValueError(f"it has token ids up to {backend.vocab_size - 1}")
+    for special in (False, True):
+        for token in backend.encode("Hello <s>\n\t42 \u00e9\u4f60\U0001f600", special):
+            backend.token_bytes(token)
 
 
 def one_line(err: BaseException) -> str:
@@ -113,7 +145,7 @@ class TokenizersBackend:
         self._bytes_of, self.strips_space = _piece_rule(tk.decoder)
         self._special = {t.content: i for i, t in self._added.items() if t.special}
         self.eos_ids = tuple(self._special[t] for t in END_TOKENS if t in self._special)
-        self.vocab_size = max([tk.get_vocab_size(), *(i + 1 for i in self._added)])
+        self.vocab_size = 1 + max(tk.get_vocab().values(), default=-1)  # there may be gaps
         probe = tk.encode("a")
         self.adds_bos = probe.special_tokens_mask[:1] == [1]
         self.bos_id = probe.ids[0] if self.adds_bos else None

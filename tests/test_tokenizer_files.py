@@ -234,7 +234,8 @@ TEMPLATES = {
     "{% endfor %}",
     "generation trimmed": "{%- for m in messages %}\n  {%- generation -%}\n {% set x = m.content %}"
     " {{ x }} {%- endgeneration %}{{ x }}{% endfor %}",
-    "named": "{{ unk_token + pad_token + cls_token }}{% if sep_token is defined %}{{ 1 }}{% endif %}"
+    "named": "{{ unk_token + pad_token + cls_token }}"
+    "{% if sep_token is defined %}{{ 1 }}{% endif %}"
     "{{ image_token }}{{ add_bos_token }}",
     "break": "{% for m in messages %}{{ m | tojson(indent=2) }}{% break %}{% endfor %}{{ tools }}",
 }
@@ -284,3 +285,151 @@ def test_a_template_without_end_is_ended(template):
         chat_template.render(template, {}, seconds=1)
     assert "\n" not in str(caught.value)
     assert chat_template.render("{{ x }}", {"x": "goes on"}) == "goes on"
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+WRONG = [
+    ("tokenizer_config", "bos_token", 5),
+    ("tokenizer_config", "eos_token", ["</s>"]),
+    ("tokenizer_config", "pad_token", {"content": 1.5}),
+    ("tokenizer_config", "eos_token", "\ud800"),
+    ("tokenizer_config", "add_bos_token", "yes"),
+    ("tokenizer_config", "legacy", 0),
+    ("tokenizer_config", "chat_template", 7),
+    ("tokenizer_config", "chat_template", [{"name": "default", "template": ["a"]}]),
+    ("tokenizer_config", "added_tokens_decoder", [1]),
+    ("tokenizer_config", "added_tokens_decoder", {"one": entry("x")}),
+    ("tokenizer_config", "added_tokens_decoder", {"7": "x", "8": 9}),
+    ("tokenizer_config", "added_tokens_decoder", {"999999999": entry("x")}),
+    ("tokenizer_config", "added_tokens_decoder", {"7": entry("x", lstrip=None)}),
+    ("tokenizer_config", "additional_special_tokens", "<x>"),
+    ("special_tokens_map", "bos_token", [1]),
+    ("special_tokens_map", "additional_special_tokens", [3]),
+    ("added_tokens", "<x>", "7"),
+    ("added_tokens", "<x>", -1),
+    ("config", "bos_token_id", "1"),
+    ("config", "eos_token_id", [2, "x"]),
+    ("config", "eos_token_id", {"a": 2}),
+    ("generation_config", "eos_token_id", True),
+    ("generation_config", "eos_token_id", 2.5),
+    ("chat_template", "chat_template", True),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), WRONG)
+def test_a_value_of_a_wrong_type_is_named(beside, file, key, value):
+    folder = beside("sp", **{file: {key: value}})
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(folder)
+    message = str(caught.value)
+    assert f"{folder / file}.json" in message and f'"{key}"' in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer_config.json", "chat_template.jinja", "tokenizer.model"]
+)
+def test_a_pointer_of_git_lfs_is_called_one(beside, file):
+    folder = beside("sp")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(ValueError, match=f"{file} is a git-lfs pointer.*git lfs pull"):
+        load_tokenizer(folder)
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    write_json(path, content | changes)
+    return folder
+
+
+SPECIAL_PIECE = [{"SpecialToken": {"id": "<zz>", "type_id": 0}}]
+PANICS = {
+    "template": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": SPECIAL_PIECE,
+            "pair": SPECIAL_PIECE,
+            "special_tokens": {},
+        }
+    },
+    "normalizer": {
+        "normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}
+    },
+    "ids": {"model": {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}},
+    "no tokens": {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []},
+}
+
+
+@pytest.mark.parametrize("changes", PANICS.values(), ids=list(PANICS))
+def test_a_panic_of_the_library_is_one_line(beside, changes, capfd):
+    folder = edited(beside("bpe"), **changes)
+    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["sp", "bpe", "opt"])
+def test_half_a_surrogate_pair_is_no_character(beside, name):
+    tok = load_tokenizer(beside(name))
+    for special in (False, True):
+        ids = tok.encode("caf\udce9 \ud83d", special=special)
+        assert ids == tok.encode("caf\ufffd \ufffd", special=special)
+    settings = {"chat_template": "{{ messages[0].content }}"}
+    tok = load_tokenizer(beside(name, tokenizer_config=settings))
+    ids = tok.apply_chat_template([{"role": "user", "content": "\udcff!"}])
+    assert ids == tok.encode("\ufffd!", bos=False)
+
+
+ODD = [None, True, -1, 2**31, 2**63, 1e30, float("nan"), "", "\ud800", [], {}, [[]], ["a"], -2.5]
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Paths to what a JSON value holds, of long lists and objects the first part."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, inner in itertools.islice(pairs, 40):
+        found.append((*path, key))
+        if isinstance(inner, dict | list):
+            found += places(inner, (*path, key))
+    return found
+
+
+def damaged(content: bytes, rng: random.Random, is_json: bool) -> bytes:
+    if is_json and rng.random() < 0.7:
+        value = json.loads(content)
+        *path, last = rng.choice(places(value))
+        at = value
+        for key in path:
+            at = at[key]
+        at[last] = rng.choice(ODD)
+        return json.dumps(value).encode()
+    start = rng.randrange(len(content))
+    middle = rng.randbytes(rng.choice([0, 1, 9]))
+    return content[:start] + middle + content[start + rng.choice([0, 1, 40]) :]
+
+
+def test_damaged_files_work_or_are_one_line(beside, sp_size):
+    rng, outcomes = random.Random(SEED), {"works": 0, "one line": 0}
+    for n in range(100):
+        name = rng.choice(list(MAKERS))
+        files = chatml_files(sp_size) | {"generation_config": {"eos_token_id": [1, 2]}}
+        folder = beside(name, **files)
+        path = rng.choice(sorted(folder.iterdir()))
+        content = damaged(path.read_bytes(), rng, path.suffix == ".json")
+        path.unlink()
+        path.write_bytes(content)
+        try:
+            tok = load_tokenizer(folder)
+            tok.decode(tok.encode("Hello <|im_end|> é😀\n", special=True))
+            if tok.chat_template is not None:
+                tok.apply_chat_template(CHAT)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error), f"seed {SEED}, {n}: {path.name}"
+            outcomes["one line"] += 1
+        else:
+            outcomes["works"] += 1
+    print(outcomes)
+    assert all(count > 10 for count in outcomes.values())
