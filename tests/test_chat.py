@@ -217,6 +217,14 @@ class Terminal:
         self.send(text)
         return self.expect(answer)
 
+    def press(self, key: str, seen: str) -> None:
+        """Again and again: Python without readline can miss a signal that comes early."""
+        while seen not in self.seen:
+            self.send(key)
+            if select.select([self._fd], [], [], 0.5)[0]:
+                self.seen += os.read(self._fd, 1 << 16).decode(errors="replace")
+        self.expect(seen)
+
     def close(self) -> int:
         code = self.process.wait(100)
         os.close(self._fd)
@@ -249,24 +257,20 @@ def test_at_a_terminal():
 def test_at_a_terminal_without_readline():
     terminal = echoing("no readline")
     terminal.say("one\ntwo\nthree\n", "<13 2 one #1>")
-    terminal.say("half\x03", "leaves)")
+    terminal.expect("> ")
+    terminal.press("\x03", "leaves)")
     terminal.say("/exit\n", "left")
     assert terminal.close() == 0
 
 
 def test_ctrl_c_under_torchrun_stops_the_answer_on_all_ranks_and_nothing_else():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    options = ["--temperature", "0", "--ignore_eos", "--max_new_tokens", "100", "--device", "cpu"]
+    options = ["--temperature", "0", "--ignore_eos", "--max_new_tokens", "480", "--device", "cpu"]
     chat = [str(ROOT / "generate.py"), "--interactive", "--checkpoint_path", str(DEMO), *options]
     terminal = Terminal([sys.executable, *launch, *chat])
-    terminal.say("Once upon a time\r", "\n")
-    whole = terminal.expect("> ")
-    terminal.send("/reset\r")
-    terminal.say("Once upon a time\r", "\n")
-    stopped = terminal.expect(" a ")
+    terminal.say("Once upon a time\r", " a ")
     terminal.send("\x03")
-    stopped += terminal.expect("> ")
-    assert len(stopped) < len(whole) / 1.5
+    assert len(terminal.expect("> ")) < 800  # of 1,700 characters
     terminal.send("\x03/exit\r")
     terminal.expect("decode: ")
     assert terminal.close() == 0
