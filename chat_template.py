@@ -23,8 +23,57 @@ PATIENCE = 60.0  # seconds of waiting, for a machine that is busy with other thi
 MEMORY = 1 << 29  # bytes of address space of the process: Python with jinja2 takes a fifth
 OUTPUT = 1 << 20  # characters of output, beside 8 for each character of the request
 
-_lock = threading.Lock()
-_worker: "Worker | None" = None
+
+class Worker:
+    """The process that renders templates, started when it is asked, and the socket to it."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+
+    def ask(self, request: str) -> dict[str, str]:
+        """The reply to a line of JSON. Raises ValueError if the process exceeds a limit."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+            line = b""
+            try:
+                self._socket.sendall(request.encode() + b"\n")
+                line = self._replies.readline()
+            except OSError:  # it has ended, or does not answer in time
+                pass
+            finally:  # Ctrl-C, too, must leave no process with an answer under way
+                if not line:
+                    self._end()
+        if not line:
+            raise ValueError(
+                "the chat template failed: it took too long, or more than "
+                f"{MEMORY >> 20} MiB of memory"
+            )
+        return json.loads(line)
+
+    def _start(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(PATIENCE)
+        self._replies = self._socket.makefile("rb")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is not meant for it
+            )
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        self._replies.close()
+        self._socket.close()
+
+
+WORKER = Worker()
 
 
 def render(template: str, given: dict[str, Any], seconds: int = SECONDS) -> str:
@@ -32,60 +81,14 @@ def render(template: str, given: dict[str, Any], seconds: int = SECONDS) -> str:
 
     Raises ValueError if it fails, refuses the values or exceeds a limit.
     """
-    global _worker
     try:
         request = json.dumps({"template": template, "given": given, "seconds": seconds})
     except (TypeError, ValueError, RecursionError) as err:
         raise ValueError(f"the messages cannot be written as JSON ({err})") from err
-    with _lock:
-        worker = _worker or Worker()
-        _worker = None  # an exception, Ctrl-C too, leaves no worker with an answer under way
-        reply = worker.ask(request.encode() + b"\n")
-        _worker = worker
+    reply = WORKER.ask(request)
     if "error" in reply:
         raise ValueError(f"the chat template failed: {reply['error']}")
     return reply["text"]
-
-
-class Worker:
-    """A process that renders templates, and the socket that leads to it."""
-
-    def __init__(self):
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            # A session of its own: Ctrl-C in the terminal is meant for this process alone.
-            command = [sys.executable, __file__]
-            self._process = subprocess.Popen(
-                command,
-                stdin=theirs,
-                stdout=theirs,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._socket.settimeout(PATIENCE)
-        self._replies = self._socket.makefile("rb")
-
-    def ask(self, request: bytes) -> dict[str, str]:
-        try:
-            self._socket.sendall(request)
-            line = self._replies.readline()
-        except OSError:  # it has ended, or does not answer
-            line = b""
-        except BaseException:
-            self._end()
-            raise
-        if line:
-            return json.loads(line)
-        self._end()
-        raise ValueError(
-            f"the chat template failed: it took too long, or more than {MEMORY >> 20} MiB of memory"
-        )
-
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._replies.close()
-        self._socket.close()
 
 
 def serve() -> None:
