@@ -2,18 +2,26 @@
 
 Start at `chat`. Conversation turns messages into ids by the model's chat template; a model without
 one gets the plain texts, one after the other. What the caches hold is compared with what the next
-turn needs, and only the rest is prefilled.
+turn needs, and only the rest is prefilled. prompt_ids does the same for one prompt of a batch.
 """
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ranks import agreed
+from terminal import Messages
 from tokenizer import Tokenizer
 
-HELP = "Ctrl-C stops an answer, Ctrl-D or /exit leaves, /reset begins again."
+HELP = "Ctrl-C stops an answer, Ctrl-D or /exit leaves, /reset begins again, /help lists commands."
+COMMANDS = {
+    "/help": "this list",
+    "/reset": "forget the conversation and begin again",
+    "/exit": "leave, as Ctrl-D does",
+}
 
 
 class Conversation:
@@ -69,34 +77,92 @@ class Conversation:
         return self.tokenizer.apply_chat_template(messages)
 
 
-def chat(conversation: Conversation, answer: Callable[[list[int], int], Any]) -> None:
+def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     """Ask, answer, repeat, until end of input.
 
-    answer: takes ids and how many of them the caches hold, prints as it goes and returns a
-    Completion, cut short by Ctrl-C or not.
+    answer: takes ids, how many of them the caches hold and what shows a row's text as it comes
+    (which raises KeyboardInterrupt to end the answer); returns a Completion, whole or cut short.
     """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    messages = Messages(launched)
+    if launched:  # a signal, unlike the key, means that torchrun is about to end all processes
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    watched = agreed(lambda: messages.keeps_ctrl_c)
     print(HELP, file=sys.stderr)
-    while (text := agreed(read_message)) is not None:
-        if text == "/exit":
-            return
-        if text == "/reset":
-            conversation.reset()
-            continue
-        try:
-            ids, held = conversation.ask(text)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            continue
-        completion = answer(ids, held)
-        conversation.answered(ids, completion.ids, completion.text)
+    with messages.opened():
+        while (text := agreed(messages.read)) is not None:
+            command = command_in(text)
+            if command == "/exit":
+                return
+            if command:
+                obey(command, conversation)
+                continue
+            try:
+                ids, held = conversation.ask(text)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
+            with messages.stoppable() as stopped:
+
+                def show(row: int, piece: str, stopped: Callable[[], bool] = stopped) -> None:
+                    print(piece, end="", flush=True)
+                    if watched and agreed(stopped):  # on all ranks at the same token
+                        raise KeyboardInterrupt
+
+                completion = answer(ids, held, show)
+            conversation.answered(ids, completion.ids, completion.text)
 
 
-def read_message() -> str | None:
-    """The next line that says something; None at the end of the input."""
-    text = ""
-    while not text.strip():
-        try:
-            text = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return None
-    return text
+def command_in(text: str) -> str | None:
+    """The command that a message is: /word, but not /a/path."""
+    found = re.match(r"\s*(/\w*)(?!\S)", text)
+    return found and found[1]
+
+
+def obey(command: str, conversation: Conversation) -> None:
+    if command == "/reset":
+        conversation.reset()
+        return
+    if command not in COMMANDS:
+        print(f"{command} is not a command; these are:", file=sys.stderr)
+    for name, text in COMMANDS.items():
+        print(f"  {name:8}{text}", file=sys.stderr)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> list[int]:
+    """The ids of a prompt by the chat template, up to where the answer begins.
+
+    prompt: the text of a user's message, or a list of messages as check_messages takes it. system:
+    a first message for a conversation that does not begin with one of that role.
+    Raises ValueError for messages of another form, and what apply_chat_template raises.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    check_messages(messages)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.apply_chat_template(messages)
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ValueError unless these are [{"role": "user", "content": "Hello"}, ...]."""
+    form = 'an object {"role": "user", "content": "a text"}'
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
+    for n, message in enumerate(messages, 1):
+        which = f"message {n} of {len(messages)}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{which} is a {type(message).__name__} and must be {form}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                kind = type(message[key]).__name__ if key in message else "missing"
+                raise ValueError(f'{which}: its "{key}" is {kind} and must be a text')
+
+
+def template_hint(tokenizer: Tokenizer) -> str | None:
+    """A line for who gives a plain prompt to a model that has a chat template."""
+    if tokenizer.chat_template is None:
+        return None
+    return (
+        "this model has a chat template: --chat applies it to the prompt, --interactive holds a "
+        "conversation"
+    )

@@ -245,7 +245,7 @@ def run_chat(
         lm.tokenizer, caches[0].length, config.max_new_tokens, args.system
     )
 
-    def answer(ids: list[int], held: int) -> Completion:
+    def answer(ids: list[int], held: int, show: Callable[[int, str], None]) -> Completion:
         (completion,) = complete(
             lm,
             [ids],
@@ -255,7 +255,7 @@ def run_chat(
             past=held,
             stats=stats,
             interruptible=True,
-            on_text=lambda row, text: print(text, end="", flush=True),
+            on_text=show,
         )
         print(flush=True)
         return completion

@@ -2,22 +2,32 @@
 
 Start at load_tokenizer. A Backend (vocabulary.py) says which ids a text has and which bytes an id
 stands for. Decoding is the stream of those bytes read as UTF-8: TextStream is the only decoder,
-so what is printed token by token is what decode returns. Chat templates are rendered by jinja2,
-as Hugging Face's library renders them.
+so what is printed token by token is what decode returns.
+
+The files of one checkpoint often contradict one another. The first valid answer counts:
+
+| question | in this order |
+|---|---|
+| BOS | bos_token, the vocabulary, generation_config.json, config.json |
+| EOS | generation_config.json, config.json, eos_token, the vocabulary |
+| whether BOS begins a text | add_bos_token of tokenizer_config.json, the vocabulary |
+
+The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.json. bos_token and
+eos_token are those of special_tokens_map.json, then of tokenizer_config.json; the former is not
+read beside an added_tokens_decoder in the latter. That is what transformers does: how a text
+begins is its tokenizer's affair, and config.json may hold a library's defaults; where a text ends
+is generation's. An id is not valid that is negative, that neither tokenizer nor model has, or that
+means <unk> or an empty text.
 """
 
 import codecs
-import json
+import re
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from vocabulary import Backend, IdBackend, one_line, open_backend
-
-SETTINGS = ("chat_template", "bos_token", "eos_token")
+import chat_template
+from special_tokens import Declared
+from vocabulary import Backend, IdBackend, library_errors, open_backend
 
 
 class TextStream:
@@ -56,31 +66,43 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, bos_id: int | None, eos_ids: tuple[int, ...], settings: dict
+        self,
+        backend: Backend,
+        bos_id: int | None = None,
+        eos_ids: tuple[int, ...] = (),
+        names: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        add_bos: bool | None = None,
     ):
+        """names: texts of special tokens, for the template; add_bos: None for the backend's."""
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self.vocab_size = backend.vocab_size
-        self.chat_template = settings["chat_template"]
+        self.chat_template = chat_template
         self._backend = backend
-        add_bos = settings.get("add_bos_token")
         self._adds_bos = bos_id is not None and (backend.adds_bos if add_bos is None else add_bos)
-        self.bos_token = settings["bos_token"]
-        self._names = {key: settings[key] for key in ("bos_token", "eos_token")}
+        self._names = {"bos_token": "", "eos_token": ""} | (names or {})
+        self.bos_token = self._names["bos_token"]
 
     def encode(self, text: str, bos: bool = True, *, special: bool = False) -> list[int]:
         """The ids of text, after BOS if this tokenizer begins its texts with one.
 
         Names of special tokens in text are plain characters, so that no document or user can
         forge the end of a turn; special=True reads them as ids, for what a chat template wrote.
-        If the first of those is BOS already, no second one is put before it.
+        If the first of those is BOS already, no second one is put before it. Half a surrogate
+        pair, as a JSON string or a shell's argument can hold, is no character and becomes U+FFFD.
         """
-        ids = self._backend.encode(text, special)
+        with library_errors("the tokenizer failed on this text"):
+            ids = self._backend.encode(without_surrogates(text), special)
         return [self.bos_id, *ids] if bos and self._adds_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens and ids outside the vocabulary have none."""
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token whose text is exactly this; such an id decodes to ""."""
+        return self._backend.special_id(text)
 
     def stream(self, prompt_ids: Iterable[int] = ()) -> TextStream:
         """A decoder for the ids that follow prompt_ids."""
@@ -107,11 +129,13 @@ class Tokenizer:
                 "tokenizer_config.json; give this model a plain prompt"
             )
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:  # tools: templates ask whether they are none, and undefined is not
-            template = _jinja().from_string(self.chat_template)
-            return template.render(**given, **self._names, tools=None, documents=None)
-        except Exception as err:  # a template is a program: it can fail in any way
-            raise ValueError(f"the chat template failed: {one_line(err)}") from err
+        # tools: templates ask whether they are none, and undefined is not
+        given |= {"tools": None, "documents": None}
+        return chat_template.render(self.chat_template, self._names | given)
+
+
+def without_surrogates(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def difference(a: Tokenizer, b: Tokenizer) -> str | None:
@@ -129,7 +153,7 @@ def difference(a: Tokenizer, b: Tokenizer) -> str | None:
 
 def id_tokenizer(vocab_size: int) -> Tokenizer:
     """For a model without tokenizer files: ids print as numbers, and no text can be encoded."""
-    return Tokenizer(IdBackend(vocab_size), None, (), dict.fromkeys(SETTINGS))
+    return Tokenizer(IdBackend(vocab_size))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -137,67 +161,41 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     Raises FileNotFoundError if it holds none, ValueError naming a file that cannot be read.
     """
-    directory = Path(directory)
-    backend = open_backend(directory)
-    settings = _read_json(directory / "special_tokens_map.json")
-    settings |= _read_json(directory / "tokenizer_config.json")
-    bos_text, eos_text = settings.get("bos_token"), settings.get("eos_token")
-    config = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
-    bos, eos = "bos_token_id", "eos_token_id"
-    # How a text begins is the tokenizer's affair (config.json may hold a library's defaults);
-    # where it ends, generation's.
-    bos_ids = _ids(backend, bos_text, generation.get(bos), config.get(bos), backend.bos_id)
-    eos_ids = _ids(backend, generation.get(eos), config.get(eos), eos_text, backend.eos_ids)
-    settings["bos_token"] = "".join(map(backend.text_of, bos_ids[:1]))
-    settings["eos_token"] = "".join(map(backend.text_of, _ids(backend, eos_text, eos_ids)[:1]))
-    settings["chat_template"] = _chat_template(directory, settings)
-    return Tokenizer(backend, next(iter(bos_ids), None), eos_ids, settings)
-
-
-def _ids(backend: Backend, *sources) -> tuple[int, ...]:
-    """The ids in the first source with any: an id, a token's text, a dict around it, or a list."""
-    for source in sources:
-        entries = source if isinstance(source, list | tuple) else [source]
-        entries = (e.get("content") if isinstance(e, dict) else e for e in entries)
-        found = (backend.id_of(e) if isinstance(e, str) else e for e in entries)
-        if ids := tuple(dict.fromkeys(i for i in found if i is not None and i >= 0)):
-            return ids
-    return ()
-
-
-def _chat_template(directory: Path, settings: dict) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name, the others for tools or retrieval
-        return next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
-
-
-def _jinja() -> ImmutableSandboxedEnvironment:
-    """The environment that Hugging Face's templates expect, sandboxed as they come from afar."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    declared = Declared(Path(directory))
+    backend = open_backend(declared.directory, declared)
+    own_eos = named_id(backend, declared, "eos_token")
+    bos_ids, eos_ids = (
+        [declared.ids(file, key) for file in ("generation_config.json", "config.json")]
+        for key in ("bos_token_id", "eos_token_id")
     )
+    size = declared.model_size()
+    bos = first_valid(
+        backend, size, named_id(backend, declared, "bos_token"), [backend.bos_id], *bos_ids
+    )
+    eos = first_valid(backend, size, *eos_ids, own_eos, backend.eos_ids)
+    names = declared.names | {
+        "bos_token": "".join(map(backend.text_of, bos[:1])),
+        "eos_token": "".join(map(backend.text_of, first_valid(backend, size, own_eos, eos)[:1])),
+    }
+    template, add_bos = declared.chat_template(), declared.flag("add_bos_token")
+    return Tokenizer(backend, next(iter(bos), None), eos, names, template, add_bos)
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, **options):  # jinja's own escapes for HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    env.filters["tojson"] = tojson
-    return env
+def named_id(backend: Backend, declared: Declared, name: str) -> list[int | None]:
+    """The id of a named token, in a list."""
+    return [backend.id_of(declared.names.get(name, ""))]
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as err:
-        raise ValueError(f"{path}: not a JSON object ({one_line(err)})") from err
+def first_valid(
+    backend: Backend, model_size: int, *sources: Iterable[int | None]
+) -> tuple[int, ...]:
+    """The valid ids of the first source that has any, each once."""
+
+    def is_valid(token: int | None) -> bool:
+        if token is None or not 0 <= token < max(backend.vocab_size, model_size):
+            return False
+        is_named = backend.text_of(token) != "" or token >= backend.vocab_size
+        return is_named and not backend.is_unknown(token)
+
+    found = (tuple(dict.fromkeys(filter(is_valid, source))) for source in sources)
+    return next(filter(None, found), ())

@@ -9,15 +9,21 @@ alphabet is GPT-2's.
 """
 
 import base64
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from special_tokens import MOST_IDS, Declared, refuse_pointer
 
 END_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+UNKNOWN = ("<unk>", "[UNK]", "<|unk|>")
 OPT_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Llama 3.1's names. What Llama 3 left reserved at these ids it never learnt to emit, so one list
 # serves both; the file itself is the same.
@@ -31,6 +37,9 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Appended to a sentencepiece model: in normalizer_spec, add_dummy_prefix is false. Protocol buffers
+# merge messages that way, and what comes last counts.
+NO_PREFIX = b"\x1a\x02\x18\x00"
 # GPT-2 writes a byte as the character of that number where it is visible, and the other bytes,
 # in order, as the characters from 256 on: its vocabularies are text without blanks.
 VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -39,25 +48,67 @@ CHAR_OF = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(
 BYTE_OF = {c: b for b, c in CHAR_OF.items()}
 
 
-def open_backend(directory: Path) -> "Backend":
-    """The first format of FORMATS whose files the directory holds.
+def open_backend(directory: Path, declared: Declared) -> "Backend":
+    """The first format of FORMATS whose files the directory holds, with the tokens declared.
 
     Raises FileNotFoundError if it holds none, ValueError naming a file that cannot be read.
     """
     for names, read in FORMATS.items():
         paths = [directory / name for name in names]
         if all(path.is_file() for path in paths):
-            try:
-                return read(*paths)
-            except Exception as err:  # the libraries raise bare Exception and RuntimeError
-                files = " with ".join(map(str, paths))
-                raise ValueError(f"{files}: not a readable tokenizer ({one_line(err)})") from err
+            for path in paths:
+                refuse_pointer(path)
+            declared.added  # noqa: B018 -- an error there names a file of its own
+            what = " with ".join(map(str, paths)) + ": not a readable tokenizer"
+            with library_errors(what):
+                backend = read(*paths, declared)
+                try_out(backend)
+            return backend
     wanted = ", ".join(" with ".join(names) for names in FORMATS)
     held = ", ".join(sorted(path.name for path in directory.glob("*"))) or "nothing"
     raise FileNotFoundError(f"no tokenizer in {directory}: looked for {wanted}; found {held}")
 
 
-def one_line(err: Exception) -> str:
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Whatever a library raises becomes a ValueError, in silence. A panic of Rust code is no
+    Exception, and is written to stderr before it is raised."""
+    try:
+        with muted():
+            yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as err:
+        raise ValueError(f"{what} ({one_line(err)})") from err
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Nothing that this process writes to stderr is shown."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def try_out(backend: "Backend") -> None:
+    """What a damaged file holds shows at the first use: here, and not in the middle of a run."""
+    if not 0 < backend.vocab_size <= MOST_IDS:
+        raise ValueError(f"it has token ids up to {backend.vocab_size - 1}")
+    for special in (False, True):
+        for token in backend.encode("Hello <s>\n\t42 \u00e9\u4f60\U0001f600", special):
+            backend.token_bytes(token)
+
+
+def one_line(err: BaseException) -> str:
     return " ".join(str(err).split()) or type(err).__name__
 
 
@@ -73,22 +124,28 @@ class Backend(Protocol):
     def encode(self, text: str, special: bool) -> list[int]: ...
     def token_bytes(self, token: int) -> bytes: ...  # empty for special tokens and unknown ids
     def id_of(self, text: str) -> int | None: ...
+    def special_id(self, text: str) -> int | None: ...  # id_of, for special tokens alone
     def text_of(self, token: int) -> str: ...
+    def is_unknown(self, token: int) -> bool: ...  # whether it stands for what has no id
 
 
 class TokenizersBackend:
     """A tokenizers.Tokenizer: tokenizer.json, and what is built in memory below."""
 
-    def __init__(self, tk: tokenizers.Tokenizer):
+    def __init__(self, tk: tokenizers.Tokenizer, declared: Declared):
         # The file may hold the limits of somebody's training run, which would cut prompts.
         tk.no_truncation()
         tk.no_padding()
         self._tk = tk
+        tk.add_tokens([token for _, token in declared.added])
+        marked = {token.content for token in tk.get_added_tokens_decoder().values()}
+        named = [t for t in declared.special_texts() if tk.token_to_id(t) is not None]
+        tk.add_tokens([special_token(text) for text in named if text not in marked])
         self._added = tk.get_added_tokens_decoder()
         self._bytes_of, self.strips_space = _piece_rule(tk.decoder)
-        special = {token.content: i for i, token in self._added.items() if token.special}
-        self.eos_ids = tuple(special[text] for text in END_TOKENS if text in special)
-        self.vocab_size = max([tk.get_vocab_size(), *(i + 1 for i in self._added)])
+        self._special = {t.content: i for i, t in self._added.items() if t.special}
+        self.eos_ids = tuple(self._special[t] for t in END_TOKENS if t in self._special)
+        self.vocab_size = 1 + max(tk.get_vocab().values(), default=-1)  # there may be gaps
         probe = tk.encode("a")
         self.adds_bos = probe.special_tokens_mask[:1] == [1]
         self.bos_id = probe.ids[0] if self.adds_bos else None
@@ -105,48 +162,97 @@ class TokenizersBackend:
     def id_of(self, text: str) -> int | None:
         return self._tk.token_to_id(text)
 
+    def special_id(self, text: str) -> int | None:
+        return self._special.get(text)
+
     def text_of(self, token: int) -> str:
         # Added tokens first: one that is normalised goes by another name in the vocabulary.
         added = self._added.get(token)
         return added.content if added else self._tk.id_to_token(token) or ""
 
+    def is_unknown(self, token: int) -> bool:
+        # Not the model's unk_token: GPT-2's is its BOS and EOS as well.
+        return self.text_of(token) in UNKNOWN
+
 
 class SentencePieceBackend:
-    """A sentencepiece model: Llama and Llama 2 as first published."""
+    """A sentencepiece model: Llama and Llama 2 as first published, and added tokens beside it."""
 
     adds_bos = True
 
-    def __init__(self, path: Path):
-        self._sp = sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = sp.vocab_size()
+    def __init__(self, path: Path, declared: Declared):
+        model = path.read_bytes()
+        self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._continue = sp  # for stretches after an added token
+        if declared.flag("legacy") is False:
+            self._continue = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_ids = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
         self.strips_space = sp.encode("a", out_type=str)[0].startswith("▁")
-        control = (i for i in range(self.vocab_size) if sp.is_control(i))
-        self._special = {sp.id_to_piece(i): i for i in control}
-        longest_first = sorted(map(re.escape, self._special), key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
+        pieces = {i: sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)}
+        self._added = {i: special_token(piece) for i, piece in pieces.items()}
+        self._added |= {i: token for i, token in declared.added if i is not None}
+        self.vocab_size = max(sp.vocab_size(), *(i + 1 for i in self._added))
+        for token in (token for i, token in declared.added if i is None):
+            own = sp.piece_to_id(token.content)  # of <unk> for a text that is no piece
+            i = own if sp.id_to_piece(own) == token.content else self.vocab_size
+            self._added[i] = token
+            self.vocab_size = max(self.vocab_size, i + 1)
+        self._split = Splitter(self._added)
+        self._ids = {token.content: i for i, token in self._added.items()}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        if not special:
-            return self._sp.encode(text)
         # Every stretch between special tokens gets its own leading space, as every turn of a
-        # chat does in Llama 2's reference code.
-        ids = self._special
-        parts = ([ids[p]] if p in ids else self._sp.encode(p) for p in self._split(text))
-        return [i for part in parts for i in part]
+        # chat does in Llama 2's reference code, unless "legacy" is false.
+        ids: list[int] = []
+        for n, part in enumerate(self._split(text, special)):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += (self._continue if n else self._sp).encode(part)
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
-        if token >= self.vocab_size or self._sp.is_control(token) or self._sp.is_unknown(token):
+        if added := self._added.get(token):
+            return b"" if added.special else added.content.encode()
+        if not self._holds(token) or self._sp.is_unknown(token):
             return b""
         return _metaspace_bytes(self._sp.id_to_piece(token))
 
     def id_of(self, text: str) -> int | None:
-        token = self._sp.piece_to_id(text)
+        token = self._ids.get(text, self._sp.piece_to_id(text))
         return token if self.text_of(token) == text else None  # it answers <unk> for the unknown
 
+    def special_id(self, text: str) -> int | None:
+        token = self._ids.get(text)
+        return token if token is not None and self._added[token].special else None
+
     def text_of(self, token: int) -> str:
-        return self._sp.id_to_piece(token) if token < self.vocab_size else ""
+        if added := self._added.get(token):
+            return added.content
+        return self._sp.id_to_piece(token) if self._holds(token) else ""
+
+    def is_unknown(self, token: int) -> bool:
+        return self._holds(token) and self._sp.is_unknown(token)
+
+    def _holds(self, token: int) -> bool:
+        return token < self._sp.vocab_size()
+
+
+class Splitter:
+    """Finds added tokens in a text, by the tokenizers library, which knows what their flags mean:
+    its vocabulary here has no other tokens, so that every stretch between them is one unknown."""
+
+    def __init__(self, added: dict[int, AddedToken]):
+        self._tk = tokenizers.Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+        self._tk.add_tokens(list(added.values()))
+        self._ids = {self._tk.token_to_id(token.content): i for i, token in added.items()}
+
+    def __call__(self, text: str, special: bool) -> Iterator[str | int]:
+        self._tk.encode_special_tokens = not special
+        found = self._tk.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            yield self._ids.get(token, text[start:end])
 
 
 class IdBackend:
@@ -166,8 +272,18 @@ class IdBackend:
     def id_of(self, text: str) -> int | None:
         return None
 
+    def special_id(self, text: str) -> int | None:
+        return None
+
     def text_of(self, token: int) -> str:
         return ""
+
+    def is_unknown(self, token: int) -> bool:
+        return False
+
+
+def special_token(text: str) -> AddedToken:
+    return AddedToken(text, special=True, normalized=False)
 
 
 def _piece_rule(decoder):
@@ -194,17 +310,17 @@ def _metaspace_bytes(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-def _from_json(path: Path) -> Backend:
-    return TokenizersBackend(tokenizers.Tokenizer.from_file(str(path)))
+def _from_json(path: Path, declared: Declared) -> Backend:
+    return TokenizersBackend(tokenizers.Tokenizer.from_file(str(path)), declared)
 
 
-def _from_model(path: Path) -> Backend:
+def _from_model(path: Path, declared: Declared) -> Backend:
     with path.open("rb") as file:
         is_ranks = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
-    return _from_ranks(path) if is_ranks else SentencePieceBackend(path)
+    return _from_ranks(path, declared) if is_ranks else SentencePieceBackend(path, declared)
 
 
-def _from_ranks(path: Path) -> Backend:
+def _from_ranks(path: Path, declared: Declared) -> Backend:
     """Llama 3's file: on each line a token in base64 and its rank."""
     lines = (line.split() for line in path.read_bytes().splitlines())
     tokens = ((base64.b64decode(token, validate=True), int(rank)) for token, rank in lines)
@@ -223,23 +339,31 @@ def _from_ranks(path: Path) -> Backend:
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tk.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
-    return _byte_level(tk, LLAMA3_SPECIAL, LLAMA3_SPECIAL[0])
+    return _byte_level(tk, LLAMA3_SPECIAL, LLAMA3_SPECIAL[0], declared)
 
 
-def _from_merges(vocab: Path, merges: Path) -> Backend:
+def _from_merges(vocab: Path, merges: Path, declared: Declared) -> Backend:
     """OPT's files: GPT-2's tokenizer, except that </s> begins a text as well as ends it."""
-    tk = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    pieces, pairs = models.BPE.read_file(str(vocab), str(merges))
+    taken = set(pieces.values())
+    for i, token in declared.added:  # the library would give them the next ids, without gaps
+        if i is not None and i not in taken:
+            pieces.setdefault(token.content, i)
+    tk = tokenizers.Tokenizer(models.BPE(pieces, pairs))
     tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return _byte_level(tk, [t for t in OPT_SPECIAL if tk.token_to_id(t) is not None], "</s>")
+    special = [text for text in OPT_SPECIAL if text in pieces]
+    return _byte_level(tk, special, "</s>", declared)
 
 
-def _byte_level(tk: tokenizers.Tokenizer, special: list[str], bos: str) -> Backend:
+def _byte_level(
+    tk: tokenizers.Tokenizer, special: list[str], bos: str, declared: Declared
+) -> Backend:
     tk.decoder = decoders.ByteLevel()
     tk.add_special_tokens(special)
     if bos in special:
         bos_id = (bos, tk.token_to_id(bos))
         tk.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [bos_id])
-    return TokenizersBackend(tk)
+    return TokenizersBackend(tk, declared)
 
 
 FORMATS = {  # in order of preference

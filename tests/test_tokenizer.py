@@ -442,7 +442,7 @@ def test_bos_and_eos_come_from_the_configs(copy_of):
     assert load_tokenizer(copy_of("small-bpe")).eos_ids == (2, 5)  # </s> and <|eot_id|>
     directory = copy_of("small-sp", config={"bos_token_id": 7, "eos_token_id": 8})
     tok = load_tokenizer(directory)
-    assert (tok.bos_id, tok.eos_ids, tok.encode("")) == (7, (8,), [7])
+    assert (tok.bos_id, tok.eos_ids, tok.encode("")) == (1, (8,), [1])  # the model's own BOS
     write_json(directory / "generation_config.json", {"eos_token_id": [9, 2, 9]})
     assert load_tokenizer(directory).eos_ids == (9, 2)
     entry = {"content": "<s>", "lstrip": False}
@@ -451,7 +451,9 @@ def test_bos_and_eos_come_from_the_configs(copy_of):
     tok = load_tokenizer(directory)
     assert (tok.bos_id, tok.eos_ids, tok.encode("")) == (1, (9, 2), [1])
     write_json(directory / "special_tokens_map.json", {"bos_token": "</s>"})
-    assert load_tokenizer(directory).bos_id == 1  # the older file gives way
+    assert load_tokenizer(directory).bos_id == 2  # as transformers has it ...
+    write_json(directory / "tokenizer_config.json", settings | {"added_tokens_decoder": {}})
+    assert load_tokenizer(directory).bos_id == 1  # ... unless this file is of the newer kind
     write_json(directory / "generation_config.json", {"eos_token_id": None})
     write_json(directory / "config.json", {})
     assert load_tokenizer(directory).eos_ids == (1,)
@@ -470,8 +472,12 @@ def test_add_bos_token_false(copy_of, name):
 def test_ids_outside_the_vocabulary_do_no_harm(copy_of):
     config = {"bos_token_id": -1, "eos_token_id": 10**6}
     for name in SMALL:
-        tok = load_tokenizer(copy_of(name, config=config))
-        assert tok.eos_ids == (10**6,) and tok.bos_id >= 0 and tok.decode([10**6]) == ""
+        directory = copy_of(name)
+        plain = load_tokenizer(directory)
+        write_json(directory / "config.json", config)
+        tok = load_tokenizer(directory)
+        assert (tok.bos_id, tok.eos_ids) == (plain.bos_id, plain.eos_ids)
+        assert tok.decode([10**6]) == ""
 
 
 def test_opt_begins_with_its_eos(locate):
