@@ -323,13 +323,14 @@ def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -
     if isinstance(error, (errors.HTTPError, ConnectionError, errors.EntryNotFoundError)):
         reason = str(error).partition("\n")[0] or type(error).__name__
         return ConnectionError(
-            f"no connection to {hub} ({reason}): run the command again, it will resume"
+            f"no connection to {hub} to download {repo_id} ({reason}): run the command again, "
+            "it will resume"
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ValueError(
             f"the disk of {store} is full: make space and run the command again, it will resume"
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return ValueError(
             f"{store} cannot be written ({error.strerror}): set HF_HUB_CACHE to a folder of yours"
         )
