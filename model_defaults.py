@@ -47,8 +47,8 @@ def checked(path: Path, key: str, value: Any) -> float:
         or not abs(value) <= sys.float_info.max  # also NaN
         or kind(value) != value
     ):
-        article = "a whole number" if kind is int else "a finite number"
-        raise ValueError(f"{path}: {key} is {str(value)[:40]!r} and must be {article}")
+        wanted = "a whole number" if kind is int else "a finite number"
+        raise ValueError(f"{path}: {key} is {str(value)[:40]!r} and must be {wanted}")
     value = 0 if (key, value) == ("top_k", -1) else kind(value)  # -1: vLLM's word for all
     try:
         GenerationConfig(**{key: value})
