@@ -165,19 +165,25 @@ def download(
         files = [file for file in info.siblings if file.rfilename in names]
         transfer = Transfer(repo_id, info.sha, files, store, folder is None, token)
         transfer.show_sizes(say)
-        small = transfer.take([name for name in names if re.fullmatch(SUPPORT, name)])
-        if check:
-            check(small)
-        for file in files:
-            if file.lfs:
-                transfer.fetch(file)
-        # What is small of the weights, and the hub's own check of what is large in a plain folder.
-        snapshot = transfer.take(names)
-        if folder is None and revision != info.sha:
-            ref = store / "refs" / (revision or "main")
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(ref, [info.sha])
-    return snapshot
+        with alone(store, say):
+            return transfer.run(revision, check)
+
+
+@contextmanager
+def alone(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
+    """One process at a time: those of torchrun ask for the same files at once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another process is downloading these files: waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def needed_files(names: list[str], repo_id: str) -> list[str]:
@@ -229,6 +235,23 @@ class Transfer:
                 f"{self.store} needs {size_text(needed)}, {size_text(free)} of disk is free"
             )
 
+    def run(self, revision: str | None, check: Callable[[Path], Any] | None) -> Path:
+        """Bring the files, the small ones first, and return their folder."""
+        names = [file.rfilename for file in self.files]
+        folder = self.take([name for name in names if re.fullmatch(SUPPORT, name)])
+        if check:
+            check(folder)
+        for file in self.files:
+            if file.lfs and not self.home(file).exists():
+                self.fetch(file)
+        # What is small of the weights, and the hub's own check of what is large in a plain folder.
+        self.take(names)
+        if self.in_cache and revision != self.commit:
+            ref = self.store / "refs" / (revision or "main")
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(ref, [self.commit])
+        return folder
+
     def take(self, names: list[str]) -> Path:
         """Let huggingface_hub bring what is not there, and return the folder of all."""
         from huggingface_hub import snapshot_download
@@ -246,22 +269,19 @@ class Transfer:
         """One large file, from where an earlier run broke off.
 
         snapshot_download alone would begin it again: since huggingface_hub 2 it takes up a broken
-        transfer within one run only. Several processes (of torchrun) may ask for it at once.
+        transfer within one run only.
         """
-        home, part = self.home(file), self.part(file)
-        if home.exists():
-            return
+        part = self.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            if home.exists():  # another process has brought it meanwhile
-                return part.unlink(missing_ok=True)
-            resumed = f.tell() > 0
+            if f.tell() > file.size:
+                f.truncate(0)
+            resumed = f.seek(0, os.SEEK_END) > 0
             self.append(file, f)
             if resumed and not has_hash(f, file.lfs.sha256):
                 f.truncate(0)
                 self.append(file, f)
-            part.replace(home)
+        part.replace(self.home(file))
 
     def append(self, file: "RepoSibling", f: BinaryIO) -> None:
         from huggingface_hub import hf_hub_url

@@ -170,16 +170,16 @@ def test_a_repository_is_downloaded_once_into_the_cache_that_transformers_uses(
     assert theirs == [str(path / name) for name in names]
 
 
-@pytest.mark.parametrize("revision", [(), ("v1",), (COMMIT,)])
+@pytest.mark.parametrize("revision", ["v1", COMMIT])
 def test_offline_the_cache_serves_what_was_asked_for_before(
-    revision: tuple[str, ...], hub: Hub, tmp_path: Path
+    revision: str, hub: Hub, tmp_path: Path
 ):
-    path, _ = found(hub.url, tmp_path, REPO, *revision)
+    path, _ = found(hub.url, tmp_path, REPO, revision)
     hub.requests.clear()
     for variables in ({}, OFFLINE):
-        again, err = found("http://127.0.0.1:9", tmp_path, REPO, *revision, **variables)
+        again, err = found("http://127.0.0.1:9", tmp_path, REPO, revision, **variables)
         assert again == path
-        assert ("hf download" in err) == (revision != (COMMIT,))
+        assert ("hf download" in err) == (revision != COMMIT)
     assert "v2" in refused(hub.url, tmp_path, REPO, "v2")
     assert "HF_HUB_OFFLINE is set" in refused(hub.url, tmp_path, REPO, "v2", **OFFLINE)
 
@@ -229,12 +229,15 @@ def test_a_broken_transfer_is_resumed_by_the_next_run(hub: Hub, tmp_path: Path):
     assert int(resumed.removeprefix("bytes=").rstrip("-")) >= 10 * 2**20
 
 
-def test_a_part_with_wrong_bytes_comes_again(hub: Hub, tmp_path: Path):
+@pytest.mark.parametrize(("size", "expected"), [(1000, "bytes=1000-"), (2**24, None)])
+def test_a_part_with_wrong_bytes_comes_again(
+    size: int, expected: str | None, hub: Hub, tmp_path: Path
+):
     sha256 = etag(hub.files["model.safetensors"])
     (store(tmp_path) / "blobs").mkdir(parents=True)
-    (store(tmp_path) / "blobs" / f"{sha256}.{sha256[:12]}.part").write_bytes(bytes(1000))
+    (store(tmp_path) / "blobs" / f"{sha256}.{sha256[:12]}.part").write_bytes(bytes(size))
     assert_complete(found(hub.url, tmp_path, REPO)[0], hub)
-    assert hub.ranges() == ["bytes=1000-", None]
+    assert hub.ranges() == ([expected, None] if expected else [None])
 
 
 def test_an_interrupted_download_goes_on(hub: Hub, tmp_path: Path):
@@ -255,7 +258,7 @@ def test_processes_that_ask_at_once_download_once(hub: Hub, tmp_path: Path):
     processes = [start(hub.url, tmp_path, REPO) for _ in range(3)]
     for process in processes:
         out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        assert process.returncode == 0, err[-2000:]
         assert_complete(Path(out.strip()), hub)
     assert len(hub.ranges()) == 1
 
