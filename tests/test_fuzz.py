@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import traceback
 from base64 import b64encode
 from collections import Counter
@@ -46,6 +47,7 @@ SECONDS = 5  # of this process's computing, for one input
 MEMORY = 1 << 30  # bytes of address space that an input may take beside what there is
 LONGEST = 2000  # characters of a message
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems limit otherwise")
 Files = dict[str, bytes]  # of a checkpoint's folder, by name
 
 

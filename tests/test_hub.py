@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, REPO, Hub, environment, etag
 
+from checkpoint import Checkpoint
 from hub import needed_files, resolve
+from quantized import skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
 # Prints the path; an error as the commands do, in one line. Neither needs torch.
@@ -158,6 +160,8 @@ def test_a_repository_is_downloaded_once_into_the_cache_that_transformers_uses(
     path, err = found(hub.url, tmp_path, REPO)
     assert path == store(tmp_path) / "snapshots" / COMMIT
     assert_complete(path, hub)
+    checkpoint = Checkpoint(path)  # through the links
+    checkpoint.check(skeleton(checkpoint.args, None))
     assert err.index("12.8MB  model.safetensors") < err.index("in all, to") < err.index("100%")
     hub.requests.clear()
     again, err = found(hub.url, tmp_path, REPO)
