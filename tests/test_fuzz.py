@@ -333,14 +333,11 @@ def damage_safetensors(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def safetensors(rng: random.Random) -> tuple[Files, str]:
-    files = rng.choice(BASES)
-    if rng.random() < 0.2:
-        names = list(TENSORS[0])
-        index = dumped({"weight_map": dict.fromkeys(names, "model.safetensors"), "metadata": {}})
-        return damaged(
-            rng, BASES[0] | {"model.safetensors.index.json": index}, "model.safetensors.index.json"
-        )
-    return damaged(rng, files, "model.safetensors", damage_safetensors)
+    if rng.random() < 0.8:
+        return damaged(rng, rng.choice(BASES), "model.safetensors", damage_safetensors)
+    index = {"weight_map": dict.fromkeys(TENSORS[0], "model.safetensors"), "metadata": {}}
+    name = "model.safetensors.index.json"
+    return damaged(rng, BASES[0] | {name: dumped(index)}, name)
 
 
 TENSOR_ACTS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -369,13 +366,12 @@ TENSOR_ACTS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def damage_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> tuple[dict, str]:
-    name, act = rng.choice(list(tensors)), rng.choice([*TENSOR_ACTS, *["delete", "rename"] * 2])
+    name, act = rng.choice(list(tensors)), rng.choice([*TENSOR_ACTS, *["missing", "renamed"] * 2])
     rest = {n: t for n, t in tensors.items() if n != name}
-    if act == "rename":
-        rest |= {
-            rng.choice([f"{name}_", "", 7, None, f"model.{name}", "layers.99.x"]): tensors[name]
-        }
-    elif act != "delete":
+    if act == "renamed":
+        other = rng.choice([f"{name}_", "", 7, None, f"model.{name}", "layers.99.x"])
+        return rest | {other: tensors[name]}, f"{name} is renamed {other}"
+    if act != "missing":
         rest[name] = TENSOR_ACTS[act](tensors[name])
     return rest, f"{name} is {act}"
 
@@ -387,13 +383,12 @@ def old_or_new(rng: random.Random) -> dict[str, Any]:
 def bins(rng: random.Random) -> tuple[Files, str]:
     number = rng.randrange(len(CONFIGS))
     files = {n: d for n, d in BASES[number].items() if n != "model.safetensors"}
-    tensors, what = damage_tensors(rng, TENSORS[number])
     if rng.random() < 0.4:
-        tensors = TENSORS[number]
-    content = pickled(tensors, **old_or_new(rng))
-    if tensors is TENSORS[number]:
-        content, what = damage_bytes(rng, content)
-    return files | {"pytorch_model.bin": content}, f"pytorch_model.bin: {what}"
+        data, what = damage_bytes(rng, pickled(TENSORS[number], **old_or_new(rng)))
+    else:
+        tensors, what = damage_tensors(rng, TENSORS[number])
+        data = pickled(tensors, **old_or_new(rng))
+    return files | {"pytorch_model.bin": data}, f"pytorch_model.bin: {what}"
 
 
 def prepared_files(rng: random.Random) -> tuple[Files, str]:
