@@ -3,14 +3,19 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker, and what it starts, has a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,3 +45,22 @@ def forgetful_compiler() -> Iterator[None]:
     """What one file compiles does not count towards another's limit of recompilations."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def hub_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    from hub_server import repository_files
+
+    return repository_files(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture
+def hub(hub_files: dict[str, bytes]) -> "Iterator[Hub]":
+    """A Hugging Face hub on this machine that serves one repository."""
+    from hub_server import Hub
+
+    with Hub() as server:
+        server.files = dict(hub_files)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
