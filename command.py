@@ -1,19 +1,55 @@
-"""What the commands share: a user's mistake is one line, and options may need one another.
+"""How the commands begin, before torch is imported, and how they end: a mistake is one line.
 
-Start at exit_code, which generate.py, quantize.py and eval.py end in.
+Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing
+here imports torch before it is needed.
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
+MISTAKES = OSError, ValueError, MemoryError, ImportError  # of the user's, or of the machine
+# RuntimeErrors of torch that a user can cause, by what they say.
+TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
+LOGGER = logging.getLogger("gpt_flex")
+LOGGER.setLevel(logging.INFO)
 
-from ranks import heard, lost_another, speak
 
-MISTAKES = OSError, ValueError, MemoryError, ImportError, torch.OutOfMemoryError
+def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """The options of a command, with standard streams that can be used and a quiet Ctrl-C.
+
+    Ctrl-C ends the imports that follow without a traceback.
+    """
+    open_streams()
+    sys.excepthook = end_of_imports
+    args = parse_args()
+    if args.quiet:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    return args
+
+
+def open_streams() -> None:
+    """Put /dev/null where a standard stream is closed.
+
+    A file that is opened later would take its number, and libraries' messages would go into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 -- for good
+
+
+def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What Python calls for an error that nothing has caught."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") -> int:
@@ -22,40 +58,38 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         work()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        log(f"\n{stopped}")
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Nobody reads stdout any more; Python must not try to flush it again on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        log(f"{script}: stopped, as the output was closed")
+        print(f"{script}: stopped, as the output was closed", file=sys.stderr)
         return 141
-    except MISTAKES as error:
-        speak(f"{script}: {' '.join(str(error).split())}")
-        return 2
     except Exception as error:
-        heard()
-        if not lost_another(error):
+        import ranks  # imports torch, which whatever failed has done
+
+        if is_mistake(error):
+            ranks.speak(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
+            return 2
+        ranks.heard()
+        if not ranks.lost_another(error):
             raise
-        log(f"{script}: another rank has ended, and its connection is closed")
+        print(f"{script}: another rank has ended, and its connection is closed", file=sys.stderr)
         return 3
     return 0
 
 
-def check_needs(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, needs: Iterable[tuple[str, str]]
-) -> None:
-    """An error of the parser's for an option that is given without the one that it needs."""
-    for given, needed in needs:
-        if getattr(args, given) and not getattr(args, needed):
-            parser.error(f"--{given} needs --{needed}")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def is_mistake(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's, and not the program's."""
+    known = isinstance(error, RuntimeError) and any(t in str(error) for t in TORCH_MISTAKES)
+    return known or isinstance(error, MISTAKES)
 
 
 def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr, unless --quiet."""
+    if LOGGER.isEnabledFor(logging.INFO):
+        print(line, file=sys.stderr, flush=True)
+
+
+def be_quiet(quiet: bool) -> None:
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)

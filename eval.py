@@ -18,18 +18,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
+from options import parse_eval_args as parse_args
+
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    ARGS = command.begin(parse_args)
+
 from tqdm import tqdm
 
+import hub
 from checkpoint import DTYPES, Checkpoint, size_text
-from command import check_needs, exit_code, log, positive
+from command import be_quiet, exit_code, log
 from decoding import LoadedModel
-from files import write_whole
-from load import CACHES, DEMO, find_device, load_model
+from files import DEMO, write_whole
+from host import set_threads
+from load import find_device, load_model
 from ranks import join, leave, own_device, writes
 from scoring import Ids, log_likelihoods
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
-OF_TASKS = "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache".split()
 DETAILS = {"configs", "pretty_env_info", "group_subtasks", "higher_is_better"}  # not for stdout
 
 
@@ -156,8 +163,10 @@ def fingerprint(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, with how they came about. Raises what load_model and scoring.py raise."""
+    args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
     prepare, evaluate = (read_text, perplexity) if args.perplexity else (find_tasks, tasks)
     asked = prepare(args)  # what is wrong with it is said before a model is loaded
+    set_threads(args.threads)
     device = own_device(find_device(args.device))
     ranks = join(device)
     if ranks and args.use_cache:
@@ -217,61 +226,9 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=plain, **options)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    help = "model.pth, quantised or not, or a Hugging Face directory (default: the demo model)"
-    add("--checkpoint_path", type=Path, default=DEMO, help=help)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file")
-    what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm_eval, or in --include_path")
-    help = f"tokens read at once (default: the context; of --perplexity at most {WINDOW})"
-    add("--max_seq_length", type=positive, help=help)
-    help = "tokens from a window's beginning to the next one's (default: no overlap)"
-    add("--stride", type=positive, help=help)
-    add(
-        "--batch_size", type=size_or_auto, help="rows, or auto: as many as are fast (default: auto)"
-    )
-    add("--limit", type=positive, help="the first documents of a task, or windows: not a score")
-    add("--num_fewshot", type=int, help="examples before each document (default: the task's)")
-    add("--apply_chat_template", action="store_true", help="ask as in a chat")
-    add("--system", help="system message for --apply_chat_template")
-    add("--gen_kwargs", help="for tasks that generate: max_gen_toks=256,temperature=0")
-    add("--include_path", type=Path, help="a directory of more tasks, such as scripts/tasks")
-    help = "the files of scripts/tasks: hellaswag_local=FILE"
-    add("--task_data", nargs="+", default=[], metavar="TASK=PATH", type=pair, help=help)
-    add("--no_bos", action="store_true", help="put no BOS before texts")
-    add("--output", type=Path, metavar="FILE.json", help="the results, with how they were made")
-    add("--log_samples", action="store_true", help="and each document: FILE.TASK.jsonl")
-    help = "keep tasks' answers: an interrupted run goes on from there"
-    add("--use_cache", type=Path, metavar="FILE", help=help)
-    add("--compile", action="store_true", help="compile the model")
-    add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
-    add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
-    args = parser.parse_args(argv)
-    needs = [
-        *((name, "tasks") for name in OF_TASKS),
-        ("stride", "perplexity"),
-        ("log_samples", "output"),
-        ("system", "apply_chat_template"),
-        ("task_data", "include_path"),
-    ]
-    check_needs(parser, args, needs)
-    return args
-
-
-def size_or_auto(text: str) -> int | None:
-    return None if text == "auto" else positive(text)
-
-
-def pair(text: str) -> str:
-    if not all(text.partition("=")):
-        raise argparse.ArgumentTypeError(f"{text} is not TASK=PATH")
-    return text
-
-
 def main(args: argparse.Namespace) -> int:
+    be_quiet(args.quiet)
+
     def work() -> None:
         if args.output and not args.output.parent.is_dir():  # not after hours
             raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
@@ -284,4 +241,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(main(ARGS))

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# The model that is committed: what runs where none is named.
+DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 BOM = "\ufeff"  # some editors begin a file with this mark; it is no part of the text
 
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -22,19 +21,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import command
+from options import parse_flash_args as parse_args
+
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    ARGS = command.begin(parse_args)
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibrate import calibration_text, calibration_tokens, say, take_up
 from checkpoint import Checkpoint, check_memory, size_text
-from command import check_needs, exit_code, log, positive
+from command import be_quiet, exit_code, log
 from disk import whole_blocks
 from files import sync
 from gptq import fill_module
+from host import set_threads
 from load import find_device, skeleton
 from model import Transformer
-from neurons import GATED, KINDS, PLAIN, SECTOR, Format
+from neurons import GATED, PLAIN, Format
 from pack import (
     FILES,
     VERSION,
@@ -44,43 +50,11 @@ from pack import (
     hash_file,
     write_manifest,
 )
-from plan import nbytes, share
 from predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
-from quantized import GROUP_SIZES
 from sparse import Flash, source_of
 
 RANK = 32  # the predictor's is the model's width divided by this
 CPU = torch.device("cpu")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """generate.py's."""
-    add = parser.add_argument_group("ReLU models from disk (see README)").add_argument
-    add("--flash", action="store_true", help="read the neurons that a token needs; see flash.py")
-    add(
-        "--dram_budget", type=amount, help="weights in memory: 50%% of them, or 4GB (default: 50%%)"
-    )
-    add("--flash_window", type=float, help="tokens whose neurons stay (default: as many as pay)")
-    add("--flash_threads", type=positive, help="reads at a time (default: as many as pay)")
-    add("--flash_dir", type=Path, help="where flash.py wrote (default: beside the checkpoint)")
-
-
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    names = "dram_budget", "flash_window", "flash_threads", "flash_dir"
-    check_needs(parser, options, [(name, "flash") for name in names])
-    if options.flash and options.random_weights:
-        parser.error("--flash needs a checkpoint: random weights have no neurons on disk")
-    if options.flash_window is not None and options.flash_window < 1:
-        parser.error("--flash_window is 1 or more")
-
-
-def amount(text: str) -> float:
-    """50% -> 0.5; 4GB -> 4e9."""
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
-        if not 0 < float(found[1]) <= 100:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")
-        return float(found[1]) / 100
-    return nbytes(text)
 
 
 def chosen(options: argparse.Namespace) -> Flash | None:
@@ -101,6 +75,7 @@ def report(model: Transformer) -> Iterator[str]:
 
 def run(args: argparse.Namespace) -> Path:
     """The directory of the pack. Raises what Checkpoint, calibration and the disk raise."""
+    set_threads(args.threads)
     checkpoint = Checkpoint(args.checkpoint_path)
     check_sparse(checkpoint.args)
     checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
@@ -237,30 +212,11 @@ def layer_records(
     return records, {name: tensor.detach() for name, tensor in kept.items()}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
-    add("--flash_dir", type=Path, help="where to write (default: beside the checkpoint)")
-    add("--neurons", choices=KINDS, default="dense", help="their weights (default: dense)")
-    add("--groupsize", type=int, choices=GROUP_SIZES, default=64, help="of int4 (default: 64)")
-    add("--sector", type=positive, default=SECTOR, help="bytes that the disk reads (default: 512)")
-    add("--calibration_file", type=Path, metavar="TEXT", help="text to learn from")
-    add("--calibration_seq_length", type=positive, default=512, help="tokens of a text (512)")
-    add("--calibration_samples", type=positive, default=64, help="texts at most (64)")
-    add("--rank", type=positive, help=f"of the predictors (default: the width over {RANK})")
-    add("--recall", type=share, default=0.97, help="of active neurons to be found (default: 0.97)")
-    add("--epochs", type=int, default=4, help="of training predictors (default: 4)")
-    add("--device", default="auto", help="to learn on: auto, cuda, cuda:N or cpu (default: auto)")
-    args = parser.parse_args(argv)
-    args.calibration_tasks = None
-    return args
-
-
 def main(args: argparse.Namespace) -> int:
+    be_quiet(args.quiet)
     stopped = "stopped; no file was written; the same command goes on from here"
     return exit_code("flash.py", lambda: print(run(args)), stopped)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(main(ARGS))

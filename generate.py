@@ -26,30 +26,31 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import command
+from options import parse_args
+
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    ARGS = command.begin(parse_args)
+
 import torch
 
 import bench
 import chat
 import flash
+import hub
 import jobs
 import plan
 from checkpoint import DTYPES, available_memory, size_text, stored_tensors
-from command import check_needs, exit_code, log, positive
+from command import be_quiet, exit_code, log
 from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
+from files import DEMO
 from generation_config import GenerationConfig
-from load import (
-    CACHES,
-    DEMO,
-    DRAFTS,
-    compile_now,
-    count_weights,
-    find_device,
-    load_model,
-    random_model,
-)
+from host import set_threads
+from load import compile_now, count_weights, find_device, load_model, random_model
 from model import KVCache
+from model_defaults import model_defaults, taken
 from pp import enough_flights
 from quantized import make_scheme
 from ranks import agreed, join, leave, own_device, writes
@@ -298,25 +299,16 @@ def run_bench(
 
 
 def run(args: argparse.Namespace) -> None:
-    config = GenerationConfig(**{f.name: getattr(args, f.name) for f in fields(GenerationConfig)})
+    """What the options ask for, from a name to a report."""
+    set_threads(args.threads)
     args.device = str(own_device(find_device(args.device)))
     args.ranks = join(torch.device(args.device))
+    find_models(args)
+    config = generation_config(args)
     if args.pipeline and args.ranks:
         args.flights = args.flights or enough_flights(args.ranks)
-    options = {
-        "device": args.device,
-        "ranks": args.ranks,
-        "pipeline": args.pipeline,
-        "flights": args.flights,
-        "kv_dtype": args.kv_dtype,
-        "dtype": DTYPES.get(args.dtype),
-        "compile": args.compile,
-        "compile_prefill": args.compile_prefill,
-        "draft": args.draft_checkpoint_path or args.draft,
-        "speculate_k": None if args.speculate_k == "auto" else args.speculate_k,
-    }
-    placed = args.offload or args.percent or args.plan
-    expected = agreed(lambda: offload_plan(args, config)) if placed else None
+    args.slots, options = None, model_options(args)
+    expected = agreed(lambda: offload_plan(args, config)) if args.placed else None
     if expected:
         for line in plan.lines(expected):
             print(line, flush=True) if args.plan else log(line)
@@ -331,32 +323,78 @@ def run(args: argparse.Namespace) -> None:
     lm = load(args, options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
+    for line in model_lines(lm, args):
+        log(line)
+    mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
+    with profiled(args.profile):
+        mode(lm, config, stats, args)
+    for line in report(lm, stats, expected):
+        log(line)
+    leave()
+
+
+def find_models(args: argparse.Namespace) -> None:
+    """Replace the names of repositories by the folders that hold them."""
+    args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+    if args.draft_checkpoint_path:
+        args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)
+
+
+def generation_config(args: argparse.Namespace) -> GenerationConfig:
+    """What the options say; what they leave open, the model's generation_config.json does."""
+    given = {f.name: getattr(args, f.name) for f in fields(GenerationConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    path = Path(args.checkpoint_path)
+    directory = path if path.is_dir() else path.parent
+    defaults = {} if args.random_weights else model_defaults(directory)
+    if defaults := {name: value for name, value in defaults.items() if name not in given}:
+        log(taken(defaults, directory))
+    return GenerationConfig(**(defaults | given))
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What load_model and random_model are given."""
+    return {
+        "device": args.device,
+        "ranks": args.ranks,
+        "pipeline": args.pipeline,
+        "flights": args.flights,
+        "kv_dtype": args.kv_dtype,
+        "dtype": DTYPES.get(args.dtype),
+        "compile": args.compile,
+        "compile_prefill": args.compile_prefill,
+        "draft": args.draft_checkpoint_path or args.draft,
+        "speculate_k": None if args.speculate_k == "auto" else args.speculate_k,
+    }
+
+
+def model_lines(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
+    """What was loaded."""
     weight = lm.model.tok_embeddings.weight
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
-    log(
+    yield (
         f"{args.random_weights or args.checkpoint_path}: "
         f"{count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
         f"{str(weight.dtype).removeprefix('torch.')} on {bench.machine_name(weight.device)}"
     )
     if lm.draft and lm.draft.lm:
         reads = (size_text(m.bytes_per_step()) for m in (lm.draft.lm.model, lm.model))
-        log("draft: reads {} for a guess, the model {} for a step".format(*reads))
-    with profiled(args.profile):
-        args.mode(lm, config, stats, args)
+        yield "draft: reads {} for a guess, the model {} for a step".format(*reads)
+    hint = chat.template_hint(lm.tokenizer)
+    if hint and not (args.chat or args.interactive or args.bench):
+        yield hint
+
+
+def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Prediction | None) -> Iterator[str]:
+    """What the run took, feature by feature."""
     if stats.prefill_seconds:
-        for line in stats.report(bench.read_bandwidth(lm.device)):
-            log(line)
-    for line in graphs_report(lm.decode):
-        log(line)
+        yield from stats.report(bench.read_bandwidth(lm.device))
+    yield from graphs_report(lm.decode)
     if expected and stats.decoded_tokens:
-        for line in plan.report(expected, lm, stats):
-            log(line)
-    for line in flash.report(lm.model):
-        log(line)
+        yield from plan.report(expected, lm, stats)
+    yield from flash.report(lm.model)
     if lm.draft:
-        for line in lm.draft.pace.report.lines():
-            log(line)
-    leave()
+        yield from lm.draft.pace.report.lines()
 
 
 def load(args: argparse.Namespace, options: dict[str, Any]) -> LoadedModel:
@@ -396,119 +434,10 @@ def profiled(file: Path | None) -> Iterator[None]:
     log(f"profile: {file}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint_path",
-        type=Path,
-        default=DEMO,
-        help="model.pth, or a Hugging Face directory (default: the demo model)",
-    )
-    weights.add_argument(
-        "--random_weights", type=Path, metavar="CONFIG.json", help="a shape, for benchmarks"
-    )
-    add("--random_mode", choices=["int8", "int4"], help="quantise what --random_weights makes")
-    add("--prompt", action="append", help="text, or a number: so many random tokens; repeatable")
-    add("--prompts", type=Path, metavar="FILE", help=".txt: one per line; or .jsonl")
-    add("--output", type=Path, metavar="FILE.jsonl", help="results; a rerun does what is missing")
-    add("--num_samples", type=positive, default=1, help="texts for each prompt")
-    add("--batch_size", type=positive, help="rows at a time (default: 16 at most; --bench: 1)")
-    for field in fields(GenerationConfig):
-        name, default, text = f"--{field.name}", field.default, OPTION_HELP[field.name]
-        if isinstance(default, bool):
-            add(name, action="store_true", help=text)
-        elif isinstance(default, tuple):
-            add(name, action="append", default=[], help=text)
-        else:
-            add(name, type=type(default), default=default, help=f"{text} (default: {default})")
-    add("--compile", action="store_true", help="compile decoding")
-    add("--compile_prefill", action="store_true", help="compile prefill too; needs --compile")
-    add(
-        "--draft_checkpoint_path",
-        type=Path,
-        help="a small model that guesses tokens, same tokenizer",
-    )
-    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
-    add(
-        "--speculate_k",
-        type=count_or_auto,
-        default="auto",
-        help="tokens to guess, or auto: as many as pay (default: auto)",
-    )
-    add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
-    add("--kv_dtype", choices=[k for k in CACHES if k], help="KV cache (default: as the model)")
-    help = "layers on ranks, one after the other, in place of a share of each (with torchrun)"
-    add("--pipeline", action="store_true", help=help)
-    add("--flights", type=positive, help="batches that are under way in a pipeline")
-    add("--profile", type=Path, metavar="FILE", help="write a trace of the run")
-    add("--interactive", action="store_true", help="chat, by the model's template")
-    add("--system", help="system message for --interactive")
-    add("--bench", action="store_true", help="time prefill of --prompt N (default: 512) and decode")
-    add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
-    add("--json", action="store_true", help="print --bench's figures as a line of JSON")
-    plan.add_options(parser)
-    flash.add_options(parser)
-    args = parser.parse_args(argv)
-    check_options(parser, args)
-    args.stop, args.slots = tuple(args.stop), None
-    args.mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
-    return args
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that need, or exclude, one another."""
-    needs = [
-        ("system", "interactive"),
-        ("json", "bench"),
-        ("random_mode", "random_weights"),
-        ("compile_prefill", "compile"),
-        ("flights", "pipeline"),
-    ]
-    check_needs(parser, args, needs)
-    plan.check_options(parser, args)
-    flash.check_options(parser, args)
-    for one, other in (
-        ("prompt", "prompts"),
-        ("bench", "interactive"),
-        ("prompts", "bench"),
-        ("output", "bench"),
-        ("prompt", "interactive"),
-        ("prompts", "interactive"),
-        ("output", "interactive"),
-        ("draft", "draft_checkpoint_path"),
-    ):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"give --{one} or --{other}, not both")
-    if args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path):
-        parser.error("--speculate_k needs --draft or --draft_checkpoint_path")
-    if args.bench and (len(args.prompt or []) > 1 or not "".join(args.prompt or "0").isdecimal()):
-        parser.error("--bench takes one number of tokens as --prompt")
-
-
-OPTION_HELP = {
-    "max_new_tokens": "most tokens to add to each prompt",
-    "temperature": "0: always the likeliest token",
-    "top_k": "draw among the k likeliest; 0: all",
-    "top_p": "draw among the likeliest that have this probability together",
-    "min_p": "drop what is less than min_p times as likely as the likeliest",
-    "seed": "of the random draws",
-    "stop": "end a text before this string; repeatable",
-    "ignore_eos": "go on after the end-of-text token",
-}
-
-
-def count_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
-    return text if text == "auto" else positive(text)
-
-
 def main(args: argparse.Namespace) -> int:
+    be_quiet(args.quiet)
     return exit_code("generate.py", lambda: run(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(main(ARGS))

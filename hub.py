@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
+from command import log
 from files import write_whole
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ SUPPORT = (
 )
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def resolve(

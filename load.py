@@ -28,6 +28,7 @@ from checkpoint import (
 from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
 from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
+from files import DEMO
 from hf import Config, model_args
 from model import KVCache, ModelArgs, Transformer
 from offload import Fill, Stored, StreamedLayers
@@ -58,7 +59,6 @@ CACHES: dict[str | None, Callable[..., KVCache]] = {
 }
 SELF_BITS = {"self-int8": 8, "self-int4": 4}
 DRAFTS = "ngram", *SELF_BITS  # or else a model
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "demo"
 
 
 def load_model(

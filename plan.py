@@ -8,7 +8,6 @@ measurements in probe.py.
 import argparse
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from checkpoint import (
     size_text,
     stored_tensors,
 )
-from command import check_needs, log, positive
+from command import log
 from decoding import LoadedModel
 from files import write_whole
 from hf import model_args
@@ -65,65 +64,6 @@ class Subject:
     dtype: torch.dtype
     kv_dtype: str | None
     device: torch.device
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("models larger than memory (see README)").add_argument
-    add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
-    add("--plan", action="store_true", help="say where and how fast, and do no more")
-    add("--link", choices=LINKS, help="with it: and on 1 to 64 devices that are joined by those")
-    help = "with it: what each of them reads a second, 2TB (default: what this one does)"
-    add("--read_rate", type=nbytes, metavar="BYTES", help=help)
-    add("--device_memory", type=nbytes, metavar="BYTES", help="6GB: the most it may take")
-    add("--host_memory", type=nbytes, metavar="BYTES", help="the same of the host's")
-    add("--offload_dir", type=Path, default=Path("offload"), help="on the disk to be used")
-    add(
-        "--percent",
-        type=float,
-        nargs=6,
-        metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
-        help="by hand: weights, cache, activations on device and in host memory; the rest on disk",
-    )
-    add("--gpu_batch_size", type=positive, help="rows that a layer takes at once, by hand")
-    add("--num_gpu_batches", type=positive, default=1, help="of them that share a layer's weights")
-    add("--compress_weight", action="store_true", help="round weights to 4 bits, group size 64")
-    add("--compress_cache", action="store_true", help="the KV cache to 4 bits")
-    add("--cpu_cache_compute", action="store_true", help="attend on the host to a cache there")
-    add("--attn_sparsity", type=share, default=1.0, help="with it: of how many tokens values count")
-    add("--pin_weight", type=int, choices=[0, 1], default=1, help="pin host memory (default: 1)")
-    add("--overlap", type=int, choices=[0, 1], default=1, help="copy while computing (default: 1)")
-
-
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Options that say how something is placed need one that says that it is."""
-    placed = options.offload or options.percent or options.plan
-    for name in ("device_memory", "host_memory", "compress_weight", "compress_cache"):
-        if getattr(options, name) and not placed:
-            parser.error(f"--{name} needs --offload auto, --percent or --plan")
-    check_needs(parser, options, [(n, "percent") for n in ("gpu_batch_size", "cpu_cache_compute")])
-    check_needs(parser, options, [("link", "plan"), ("read_rate", "link")])
-    if options.attn_sparsity < 1 and not options.cpu_cache_compute:
-        parser.error("--attn_sparsity needs --cpu_cache_compute")
-    if options.offload and options.percent:
-        parser.error("give --offload auto or --percent, not both")
-    if options.compress_cache:
-        options.kv_dtype = "int4"
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def nbytes(text: str) -> int:
-    """6GB -> 6000000000; 6GiB -> 6442450944."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:

@@ -16,23 +16,27 @@ import argparse
 import itertools
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import command
+from options import parse_quantize_args as parse_args
+
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    ARGS = command.begin(parse_args)
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import SMALL, TRAIN_STEPS, calibrated_blocks
+from calibrate import calibrated_blocks
 from checkpoint import Checkpoint, save_checkpoint, size_text, stored_tensors
-from command import exit_code, log
+from command import be_quiet, exit_code, log
+from host import set_threads
 from load import skeleton
 from model import Transformer
 from quantized import (
-    GROUP_SIZES,
-    HEADS,
-    MODES,
     QuantizedLinear,
     layer_scheme,
     make_scheme,
@@ -137,6 +141,7 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
 
 def run(args: argparse.Namespace) -> Path:
     """The path of the file written. Raises what quantize and calibrated_blocks raise."""
+    set_threads(args.threads)
     scheme = make_scheme(args.mode, args.groupsize, args.head)
     checkpoint = Checkpoint(args.checkpoint_path)
     if checkpoint.scheme:
@@ -158,38 +163,12 @@ def run(args: argparse.Namespace) -> Path:
     return target
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
-    add("--mode", choices=MODES, default="int8", help="(default: int8)")
-    sizes = ", ".join(map(str, GROUP_SIZES))
-    add("--groupsize", type=int, default=32, help=f"inputs to a scale, of int4: {sizes} (32)")
-    add("--head", choices=HEADS, default="int8", help="the output head (default: int8)")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--calibration_file", type=Path, metavar="TEXT", help="text for GPTQ")
-    text.add_argument("--calibration_tasks", nargs="+", help="lm_eval tasks whose text GPTQ takes")
-    add("--calibration_seq_length", type=int, default=2048, help="tokens of a text (2048)")
-    add("--calibration_samples", type=int, default=128, help="how many texts at most (128)")
-    trained = (
-        f"of training after GPTQ ({TRAIN_STEPS} for models of up to {SMALL:,} weights, else 0)"
-    )
-    add("--train_steps", type=int, metavar="N", help=trained)
-    add("--no_act_order", action="store_true", help="GPTQ: take columns as they come")
-    add("--device", default="auto", help="for GPTQ: auto, cuda, cuda:N or cpu (default: auto)")
-    args = parser.parse_args(argv)
-    if args.mode == "int4-gptq" and not (args.calibration_file or args.calibration_tasks):
-        parser.error("--mode int4-gptq needs --calibration_file TEXT or --calibration_tasks")
-    if args.train_steps is not None and (args.train_steps < 0 or args.mode != "int4-gptq"):
-        parser.error("--train_steps is 0 or more, and for --mode int4-gptq")
-    return args
-
-
 def main(args: argparse.Namespace) -> int:
+    be_quiet(args.quiet)
     more = "; the same command goes on from here" if "gptq" in args.mode else ""
     stopped = f"stopped; no file was written{more}"
     return exit_code("quantize.py", lambda: print(run(args)), stopped)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(main(ARGS))

@@ -1,0 +1,132 @@
+"""Options: answered before torch is imported, in one line, with what was meant."""
+
+import os
+import subprocess
+import sys
+import time
+from argparse import ArgumentTypeError
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import options
+from arguments import documents, percentage, token_bias
+from checkpoint import DTYPES
+from generation_config import GenerationConfig
+from load import CACHES, DRAFTS
+from neurons import KINDS
+from quantized import GROUP_SIZES, HEADS, MODES
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = "generate.py", "eval.py", "quantize.py", "flash.py"
+
+
+def command(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    given = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(given, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_names_are_those_of_the_modules_that_define_them():
+    assert tuple(DTYPES) == options.DTYPES
+    assert tuple(name for name in CACHES if name) == options.CACHES
+    assert DRAFTS == options.DRAFTS
+    assert (MODES, HEADS, GROUP_SIZES) == (options.MODES, options.HEADS, options.GROUP_SIZES)
+    assert KINDS == options.NEURONS
+
+
+def test_each_field_of_the_generation_config_is_an_option():
+    given = vars(options.parse_args([]))
+    assert {field.name for field in fields(GenerationConfig)} <= given.keys()
+    assert all(given[field.name] is None for field in fields(GenerationConfig))
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_wrong_option_is_one_line_and_torch_is_not_imported(script: str):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{script}', '--abacus']\n"
+        f"sys.path.insert(0, '{ROOT}')\n"
+        f"try: runpy.run_path('{ROOT / script}', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{script}: ")
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = "import sys, options; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--tempreture", "0"], "did you mean --temperature?"),
+        (["--max_new_token_s", "3"], "did you mean --max_new_tokens?"),
+        (["--Max-New-Tokens=3"], "did you mean --max_new_tokens?"),
+        (["Once", "upon"], "a text with blanks needs quotes"),
+        (["--dtype", "bf16"], "invalid choice: 'bf16'"),
+        (["--percent", "nan", "0", "100", "0", "100", "0"], "nan is not from 0 to 100"),
+        (["--logit_bias", "5"], "5 is not ID=BIAS"),
+        (["--logprobs", "2"], "--logprobs needs --output"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt or --prompt_file, not both"),
+        (["--model", "a/b", "--random_weights", "c"], "not both"),
+        (["--revision", "main"], "--revision needs --checkpoint_path"),
+        (["--host_memory", "4GB"], "--host_memory needs --offload or --percent or --plan"),
+    ],
+)
+def test_a_mistake_is_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        options.parse_args(args)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert expected in line and line.count("\n") == 1
+
+
+def test_hyphens_are_as_good_as_underscores():
+    args = options.parse_args(["--max-new-tokens", "7", "--top-p=0.5", "--prompt", "a-b--c"])
+    assert (args.max_new_tokens, args.top_p, args.prompt) == (7, 0.5, ["a-b--c"])
+    assert options.parse_eval_args(["--perplexity", "x", "--batch-size", "auto"]).batch_size is None
+
+
+def test_only_one_rank_tells_of_a_mistake():
+    assert command("generate.py", "--abacus", RANK="0").stderr
+    done = command("generate.py", "--abacus", RANK="1")
+    assert done.returncode == 2 and not done.stderr
+
+
+def test_chat_is_implied_by_a_system_message():
+    assert options.parse_args(["--system", "Be brief."]).chat
+    assert not options.parse_args(["--system", "Be brief.", "--interactive"]).chat
+
+
+def test_the_version_names_the_parts():
+    done = command("generate.py", "--version")
+    assert done.returncode == 0 and "gpt-flex" in done.stdout and "torch 2" in done.stdout
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_comes_at_once(script: str):
+    start = time.perf_counter()
+    done = command(script, "--help")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0 and "--quiet" in done.stdout
+    assert seconds < 10  # 0.2 s alone; torch would take 3
+
+
+def test_kinds_of_numbers():
+    assert documents("0.1") == 0.1 and documents("3") == 3 and isinstance(documents("1"), int)
+    assert percentage("12.5") == 12.5
+    assert token_bias("29=-1.5") == (29, -1.5) and token_bias("0=-inf") == (0, float("-inf"))
+    for kind, texts in (
+        (documents, ("0", "1.5", "nan", "inf", "-1")),
+        (percentage, ("nan", "-1", "101", "inf")),
+        (token_bias, ("a=1", "-1=2", "3", "3=", "3=nan")),
+    ):
+        for text in texts:
+            with pytest.raises(ArgumentTypeError, match=text):
+                kind(text)
