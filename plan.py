@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import Stats, machine_name, read_bandwidth
+from bench import Stats, known_bandwidth, machine_name, measured_bandwidth
 from checkpoint import (
     DTYPES,
     Checkpoint,
@@ -310,7 +310,8 @@ def step_of(subject: Subject) -> Step:
 
 def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
     """What 1 to 64 devices would do, for a person."""
-    rate = options.read_rate or read_bandwidth(subject.device)
+    rate = options.read_rate or known_bandwidth(subject.device)
+    rate = rate or measured_bandwidth(subject.device)
     yield (
         f"on several devices, each reading {size_text(int(rate))} a second, links: {options.link} "
         "(a model of them, and no measurement)"
