@@ -366,7 +366,7 @@ def load(args: argparse.Namespace, options: dict[str, Any]) -> LoadedModel:
     return random_model(args.random_weights, scheme=scheme, **options)
 
 
-def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Prediction:
+def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Plan:
     """Where the model that the options name is to be, for the texts that they ask for."""
     subject, tokenizer = plan.subject(args)
     most = subject.args.context - 1

@@ -10,7 +10,6 @@ llama.cpp lives in a process, and where wanted in a Python environment, of its o
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -31,8 +30,8 @@ from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from checkpoint import size_text
 from decoding import LoadedModel
 from generate import GenerationConfig, complete
-from measurements import cache_directory
 from load import compile_now, make_views, random_model
+from measurements import cache_directory
 from quantized import make_scheme
 
 CPU = torch.device("cpu")
