@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,14 @@ import chat
 import flash
 import jobs
 import plan
-from checkpoint import DTYPES, available_memory, size_text, stored_tensors
+from checkpoint import (
+    DTYPES,
+    available_memory,
+    find_weights,
+    shards,
+    size_text,
+    stored_tensors,
+)
 from command import check_needs, exit_code, log, positive
 from compiled import graphs_report
 from completion import Completion
@@ -184,21 +191,51 @@ def complete(
     return completions
 
 
+def ask(
+    args: argparse.Namespace, config: GenerationConfig
+) -> tuple[list[jobs.Prompt], jobs.JsonlOutput | None]:
+    """The prompts, and the file that takes the results: what is wrong with them is said now,
+    before a model is loaded."""
+    prompts = given_prompts(args)
+    if not (args.output and writes()):
+        return prompts, None
+    shape = args.random_weights
+    files = [shape] if shape else shards(find_weights(args.checkpoint_path))
+    changes_texts = "dtype kv_dtype num_samples compress_weight attn_sparsity flash".split()
+    settings = asdict(config) | {name: getattr(args, name) for name in changes_texts}
+    settings |= {"stop": list(config.stop)}  # as JSON has it
+    origin = jobs.Origin(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
+    return prompts, jobs.JsonlOutput(args.output, prompts, args.num_samples, origin)
+
+
+def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
+    if args.prompts:
+        return jobs.read_prompts(args.prompts)
+    texts = [jobs.without_surrogates(text) for text in args.prompt or [DEMO_PROMPT]]
+    if not all(texts):
+        raise ValueError("the prompt is empty: give it some text")
+    return texts
+
+
 def run_prompts(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
     """Every prompt num_samples times, in batches, to stdout or, as each ends, to --output."""
-    prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
-    check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
-    todo = jobs.make_jobs(prompts, args.num_samples)
-    to_file = args.output and writes()
-    sink = jobs.JsonlOutput(args.output, todo) if to_file else jobs.Console(todo)
+    prompts, output = ask(args, config)
+    context, vocab = lm.model.args.context, lm.model.args.vocab_size
+    encoded = encoded_prompts(lm.tokenizer, vocab, prompts, args)
+    check_prompts([ids for _, ids in encoded], context, vocab)
+    todo = jobs.make_jobs(encoded, args.num_samples, config.max_new_tokens, context)
+    ends = jobs.Ends(config.max_new_tokens)
+    if output:
+        sink = jobs.FileSink(output, todo, ends, lambda: stats.new_tokens)
+    else:
+        sink = jobs.Console(todo, ends)
     sink.todo = agreed(lambda: sink.todo)
     if not sink.todo:
-        return
-    longest = max(len(job.ids) for job in todo) + config.max_new_tokens
+        return log(f"{args.output} holds all {len(todo)} results: nothing was to be done")
     size = min(args.batch_size or 16, len(sink.todo))
-    caches = lm.make_caches(size, longest)
+    caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
     compile_timed(lm, caches, stats)
     with sink:
         for batch in jobs.batches(sink.todo, size):
@@ -216,19 +253,17 @@ def run_prompts(
 
 
 def encoded_prompts(
-    tokenizer: Tokenizer, vocab: int, args: argparse.Namespace
-) -> list[tuple[str, list[int]]]:
-    """Text and ids of each prompt; a number given as --prompt stands for so many random tokens."""
+    tokenizer: Tokenizer, vocab: int, prompts: Sequence[jobs.Prompt], args: argparse.Namespace
+) -> list[tuple[jobs.Prompt, list[int]]]:
+    """Each prompt and its ids; a number given as --prompt stands for so many random tokens."""
     if args.prompts:
-        return [(text, tokenizer.encode(text)) for text in jobs.read_prompts(args.prompts)]
+        return [(text, tokenizer.encode(text)) for text in prompts]
     generator = torch.Generator().manual_seed(args.seed)
     encoded = []
-    for text in args.prompt or [DEMO_PROMPT]:
-        if not text:
-            raise ValueError("the prompt is empty: give it some text")
+    for text in prompts:
         if text.isdecimal():
             ids = torch.randint(vocab, (int(text),), generator=generator).tolist()
-            encoded.append(("", ids))
+            encoded.append((text, ids))
         else:
             encoded.append((text, tokenizer.encode(text)))
     return encoded
@@ -376,7 +411,8 @@ def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Pla
         lengths = [int(args.prompt[0]) if args.prompt else min(512, most // 2)]
         lengths *= args.batch_size or 1
     else:
-        encoded = encoded_prompts(tokenizer, subject.args.vocab_size, args)
+        prompts = given_prompts(args)
+        encoded = encoded_prompts(tokenizer, subject.args.vocab_size, prompts, args)
         lengths = [len(ids) for _, ids in encoded] * args.num_samples
     longest = min(max(lengths), most)
     new = min(config.max_new_tokens, subject.args.context - longest)
