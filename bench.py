@@ -5,7 +5,8 @@ had to read; read_bandwidth measures the ceiling, and `measure` is `generate.py 
 manner of llama.cpp's llama-bench: pp = prompt processing, tg = text generation.
 
 Plain decoding reads every weight and the filled part of the KV cache once per step, so that bytes
-per second against the read bandwidth says how good it is, whatever the model.
+per second against the read bandwidth says how good it is, for a model that the processor's caches
+do not hold. To measure the bandwidth takes seconds and a gigabyte: --bench does, and keeps it.
 """
 
 import dataclasses
@@ -25,10 +26,13 @@ from checkpoint import available_memory, size_text
 from decoding import LoadedModel
 from disk import page_aligned
 from generation_config import GenerationConfig
+from measurements import keep, known
 from model import KVCache
 
 # Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
 READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}
+CPU_CACHES = "cpu[0-9]*/cache/index[0-9]*"  # in /sys/devices/system/cpu
+CPU_CACHE_BYTES = 2**25  # where the system does not tell
 WARM_UPS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up in one run, records in the next
 
 
@@ -39,7 +43,11 @@ class Stats:
         self.load_seconds = self.compile_seconds = 0.0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
-        self._drafted = lm.draft is not None
+        self.new_tokens = 0  # decoded, and the first of each text
+        # Speed is compared with memory's only if decoding reads from there: a model of twice the
+        # caches' size would still find half of its weights in them. What a draft reads is unknown.
+        in_caches = lm.model.bytes_per_step() < 2 * cache_bytes(lm.device)
+        self.reads_memory = lm.draft is None and not in_caches
         self._weights = lm.model.bytes_per_step()
         self._per_slot = lm.model.kv_bytes_per_token()
 
@@ -50,6 +58,7 @@ class Stats:
         start, filled = time.perf_counter(), list(map(len, prompts))
         for n, step in enumerate(steps):
             seconds = time.perf_counter() - start
+            self.new_tokens += sum(map(len, step))
             if n == 0:
                 self.prefill_seconds += seconds
                 self.prompt_tokens += sum(filled) - past * len(prompts)
@@ -76,7 +85,8 @@ class Stats:
         """Bytes per second that decoding read."""
         return self.decoded_bytes / max(self.decode_seconds, 1e-9)
 
-    def report(self, ceiling: float) -> Iterator[str]:
+    def report(self, ceiling: float | None) -> Iterator[str]:
+        """For a person. ceiling: bytes per second that memory can be read at, if that is known."""
         compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         yield f"loaded in {self.load_seconds:.1f} s{compiled}"
         yield (
@@ -84,15 +94,48 @@ class Stats:
             f"{self.prefill_rate:.1f} tokens/s"
         )
         if self.decoded_tokens:
-            reads = (
-                f", {size_text(self.decoded_bytes / self.decoded_tokens)} per token, "
-                f"{size_text(self.bandwidth)}/s, {self.bandwidth / ceiling:.0%} of the "
-                f"{size_text(ceiling)}/s measured here"
-            )
+            reads = f", {size_text(self.decoded_bytes / self.decoded_tokens)} per token"
+            if ceiling and self.reads_memory:
+                reads += (
+                    f", {size_text(self.bandwidth)}/s, {self.bandwidth / ceiling:.0%} of the "
+                    f"{size_text(ceiling)}/s measured here"
+                )
             yield (
                 f"decode: {self.decoded_tokens} tokens in {self.decode_seconds:.2f} s, "
-                f"{self.decode_rate:.1f} tokens/s{'' if self._drafted else reads}"
+                f"{self.decode_rate:.1f} tokens/s{reads * self.reads_memory}"
             )
+
+
+def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the caches of the last level, of a CPU those of all its sockets."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes: dict[tuple[int, str], int] = {}  # by level, and the CPUs that share it
+    for index in system.glob(CPU_CACHES):
+        try:
+            level, cpus, size = (
+                (index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+            )
+            sizes[int(level), cpus] = int(size.removesuffix("K")) * 1024  # "32768K"
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last) or CPU_CACHE_BYTES
+
+
+def known_bandwidth(device: torch.device) -> float | None:
+    """What measured_bandwidth has found on this machine before."""
+    return known("bandwidth", bandwidth_key(device))
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """read_bandwidth's figure, kept for the reports of later runs."""
+    keep("bandwidth", bandwidth_key(device), found := read_bandwidth(device))
+    return found
+
+
+def bandwidth_key(device: torch.device) -> tuple[str, str]:
+    return machine_name(device), torch.__version__
 
 
 def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
@@ -128,7 +171,7 @@ def measure(
     shape = (caches[0].rows, prompt_length)
     prompts = torch.randint(lm.model.args.vocab_size, shape, generator=generator).tolist()
     config = dataclasses.replace(config, ignore_eos=True, stop=())
-    ceiling = read_bandwidth(lm.device)
+    ceiling = measured_bandwidth(lm.device)
     print(f"ceiling: memory is read at {size_text(ceiling)}/s", file=sys.stderr)
     runs = [Stats(lm) for _ in range(WARM_UPS[lm.device.type] + repeats)]
     for stats in tqdm(runs, desc="bench", leave=False, disable=None):
@@ -143,7 +186,7 @@ def measure(
     for test, rates in tests.items():
         mean, spread = statistics.mean(rates), statistics.pstdev(rates)
         print(f"{test:>8} {len(prompts):6} {mean:10.2f} {spread:8.2f}", file=sys.stderr)
-    if not lm.draft:  # what a draft reads is not counted
+    if runs[0].reads_memory:
         print(f"decode reads {size_text(reads)}/s, {reads / ceiling:.0%} of it", file=sys.stderr)
     return {
         "prompt_length": prompt_length,
@@ -159,7 +202,10 @@ def provenance(device: torch.device) -> dict[str, str]:
     """What a figure needs to be compared with another: commit, machine and command."""
     root = Path(__file__).parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {
         "commit": commit or "unknown",
         "machine": machine_name(device),
@@ -172,7 +218,9 @@ def provenance(device: torch.device) -> dict[str, str]:
 def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disk import page_aligned
+from measurements import cache_directory
 from model import KVCache, Linear, RMSNorm, Transformer
 from quantized import Int4Linear, Int8Linear, QuantizedLinear
 
 SOURCES = sorted(Path(__file__).resolve().parent.glob("cpu_*.cpp"))
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in cpu_products.cpp
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
@@ -187,7 +187,9 @@ def build() -> str | None:
     # -march=native: what one machine compiled may crash another that shares its home directory.
     kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
     texts = b"".join(source.read_bytes() for source in SOURCES)
-    folder = CACHE / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
+    if (cache := cache_directory()) is None:
+        return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
+    folder = cache / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
     if not list(folder.glob("*.so")):
         print("compiling products for this CPU, once: about twenty seconds ...", file=sys.stderr)
     with contextlib.redirect_stdout(sys.stderr):

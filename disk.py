@@ -88,17 +88,34 @@ class ScratchFile(DirectFile):
     """Bytes that end with the process, however it ends: the file has no name."""
 
     def __init__(self, directory: Path, nbytes: int):
-        """Raises ValueError where the disk has no room."""
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
+        """Raises ValueError where the disk has no space, and OSError where it cannot be written."""
+        place = existing(directory)
+        free = shutil.disk_usage(place).free
         if nbytes > free:
             raise ValueError(
                 f"{directory} has {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB are needed "
                 "there: choose another --offload_dir, or smaller batches"
             )
-        super().__init__(directory, os.O_RDWR | os.O_TMPFILE)
-        os.posix_fallocate(self._file, 0, nbytes)
+        try:
+            super().__init__(place, os.O_RDWR | os.O_TMPFILE)
+            os.posix_fallocate(self._file, 0, nbytes)
+        except OSError as error:
+            raise OSError(
+                f"{place} takes no file of {nbytes / 1e9:.1f} GB ({error.strerror}): choose "
+                "another --offload_dir"
+            ) from error
         self._size = nbytes
+
+
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists, which is on the same disk.
+
+    A file without a name needs no directory of its own. Raises NotADirectoryError for a file.
+    """
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file: --offload_dir needs a directory")
+    return place
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:

@@ -19,13 +19,17 @@ def read_text(path: Path) -> str:
 
     Raises ValueError naming the file, the line and the byte that is not UTF-8, and OSError.
     """
-    content = path.read_bytes()
+    return decoded(path.read_bytes(), str(path))
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The text of UTF-8 bytes; see read_text. where: the name of their source."""
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
+            f"{where}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
             f"file (iconv -f LATIN1 -t UTF-8)"
         ) from error
 
@@ -51,8 +55,33 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that UTF-8 can hold: half of a surrogate pair stays the escape that it is in JSON."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write a text file: all of it or, whatever happens, nothing."""
+    """Write a text file: all of it or, whatever happens, nothing. A device or a pipe is written as
+    it is. Raises OSError naming the path.
+    """
+    try:
+        write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def is_stream(path: Path) -> bool:
+    """Whether the path is a device or a pipe, which can be neither replaced nor read again."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def write_in_place(path: Path, pieces: Iterable[str]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
+
+
+def replace(path: Path, pieces: Iterable[str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -22,7 +22,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ import flash
 import hub
 import jobs
 import plan
-from checkpoint import DTYPES, available_memory, size_text, stored_tensors
+from checkpoint import (
+    DTYPES,
+    available_memory,
+    find_weights,
+    shards,
+    size_text,
+    stored_tensors,
+)
 from command import be_quiet, exit_code, log
 from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
-from files import DEMO
+from files import DEMO, read_text
 from generation_config import GenerationConfig
 from host import set_threads
 from load import compile_now, count_weights, find_device, load_model, random_model
@@ -58,6 +66,10 @@ from speculate import speculative_steps
 from tokenizer import Tokenizer
 
 DEMO_PROMPT = "Once upon a time"
+# The options, beside those of GenerationConfig, that a text depends on.
+CHANGE_TEXTS = (
+    "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
+)
 
 
 @torch.inference_mode()
@@ -185,21 +197,58 @@ def complete(
     return completions
 
 
+def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
+    """The prompts that the options name, or a pipe holds. Raises ValueError for an empty one."""
+    if args.prompts:
+        return jobs.read_prompts(args.prompts, args.chat)
+    if args.prompt_file:
+        texts = [jobs.without_line_end(read_text(args.prompt_file))]
+    elif args.prompt:
+        texts = [jobs.without_surrogates(text) for text in args.prompt]
+    else:
+        piped = agreed(jobs.piped_prompt)
+        texts = [DEMO_PROMPT if piped is None else piped]
+    if not all(texts):
+        raise ValueError("the prompt is empty: give it some text")
+    return texts
+
+
+def open_output(
+    args: argparse.Namespace, config: GenerationConfig, prompts: Sequence[jobs.Prompt]
+) -> jobs.JsonlOutput | None:
+    """The file that takes the results; what is wrong with it is said before a model is loaded."""
+    if not (args.output and writes()):
+        return None
+    shape = args.random_weights
+    files = [shape] if shape else shards(find_weights(args.checkpoint_path))
+    settings = asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS}
+    origin = jobs.Origin(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
+    return jobs.JsonlOutput(args.output, prompts, args.num_samples, origin)
+
+
 def run_prompts(
-    lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
+    lm: LoadedModel,
+    config: GenerationConfig,
+    stats: bench.Stats,
+    args: argparse.Namespace,
+    prompts: Sequence[jobs.Prompt],
+    output: jobs.JsonlOutput | None,
 ) -> None:
     """Every prompt num_samples times, in batches, to stdout or, as each ends, to --output."""
-    prompts = encoded_prompts(lm.tokenizer, lm.model.args.vocab_size, args)
-    check_prompts([ids for _, ids in prompts], lm.model.args.context, lm.model.args.vocab_size)
-    todo = jobs.make_jobs(prompts, args.num_samples)
-    to_file = args.output and writes()
-    sink = jobs.JsonlOutput(args.output, todo) if to_file else jobs.Console(todo)
+    context, vocab = lm.model.args.context, lm.model.args.vocab_size
+    encoded = encoded_prompts(lm.tokenizer, vocab, prompts, args)
+    check_prompts([ids for _, ids in encoded], context, vocab)
+    todo = jobs.make_jobs(encoded, args.num_samples, config.max_new_tokens, context)
+    ends = jobs.Ends(config.max_new_tokens)
+    if output:
+        sink = jobs.FileSink(output, todo, ends, lambda: stats.new_tokens)
+    else:
+        sink = jobs.Console(todo, ends, continued=not (args.chat or args.random_weights))
     sink.todo = agreed(lambda: sink.todo)
     if not sink.todo:
-        return
-    longest = max(len(job.ids) for job in todo) + config.max_new_tokens
+        return log(f"{args.output} holds all {len(todo)} results: nothing was to be done")
     size = min(args.batch_size or 16, len(sink.todo))
-    caches = lm.make_caches(size, longest)
+    caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
     compile_timed(lm, caches, stats)
     with sink:
         for batch in jobs.batches(sink.todo, size):
@@ -217,22 +266,22 @@ def run_prompts(
 
 
 def encoded_prompts(
-    tokenizer: Tokenizer, vocab: int, args: argparse.Namespace
-) -> list[tuple[str, list[int]]]:
-    """Text and ids of each prompt; a number given as --prompt stands for so many random tokens."""
-    if args.prompts:
-        return [(text, tokenizer.encode(text)) for text in jobs.read_prompts(args.prompts)]
-    generator = torch.Generator().manual_seed(args.seed)
-    encoded = []
-    for text in args.prompt or [DEMO_PROMPT]:
-        if not text:
-            raise ValueError("the prompt is empty: give it some text")
-        if text.isdecimal():
-            ids = torch.randint(vocab, (int(text),), generator=generator).tolist()
-            encoded.append(("", ids))
-        else:
-            encoded.append((text, tokenizer.encode(text)))
-    return encoded
+    tokenizer: Tokenizer, vocab: int, prompts: Sequence[jobs.Prompt], args: argparse.Namespace
+) -> list[tuple[jobs.Prompt, list[int]]]:
+    """Each prompt and its ids; with random weights a number stands for so many random tokens."""
+    if args.chat:
+        return [(prompt, chat.prompt_ids(tokenizer, prompt, args.system)) for prompt in prompts]
+    if not args.random_weights:
+        return [(prompt, tokenizer.encode(prompt)) for prompt in prompts]
+    if wrong := [prompt for prompt in prompts if not prompt.isdecimal()]:
+        raise ValueError(
+            f"random weights have no tokenizer: give a number of tokens as --prompt, not {wrong[0]}"
+        )
+    generator = torch.Generator().manual_seed(args.seed or 0)
+    return [
+        (prompt, torch.randint(vocab, (int(prompt),), generator=generator).tolist())
+        for prompt in prompts
+    ]
 
 
 def run_chat(
@@ -303,34 +352,42 @@ def run(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     args.device = str(own_device(find_device(args.device)))
     args.ranks = join(torch.device(args.device))
-    find_models(args)
-    config = generation_config(args)
     if args.pipeline and args.ranks:
         args.flights = args.flights or enough_flights(args.ranks)
-    args.slots, options = None, model_options(args)
-    expected = agreed(lambda: offload_plan(args, config)) if args.placed else None
-    if expected:
-        for line in plan.lines(expected):
-            print(line, flush=True) if args.plan else log(line)
-        if args.plan:
-            for line in plan.on_devices(plan.subject(args)[0], args) if args.link else ():
-                print(line, flush=True)
-            return leave()
-        options["policy"] = expected.policy
-        args.batch_size = expected.policy.rows * (args.flights or 1)
-        args.slots = expected.work.prompt + expected.work.new
-    start = time.perf_counter()
-    lm = load(args, options)
-    stats = bench.Stats(lm)
-    stats.load_seconds = time.perf_counter() - start
+    find_models(args)
+    config = generation_config(args)
+    texts = not (args.bench or args.interactive)
+    prompts = given_prompts(args) if texts else []
+    expected = agreed(lambda: offload_plan(args, config, prompts)) if args.placed else None
+    if args.plan:
+        return print_plan(expected, args)
+    mode = run_bench if args.bench else run_chat
+    if texts:
+        output = open_output(args, config, prompts)
+        mode = partial(run_prompts, prompts=prompts, output=output)
+    check_directory("--profile", args.profile)
+    lm, stats = load(args, expected)
     for line in model_lines(lm, args):
         log(line)
-    mode = run_bench if args.bench else run_chat if args.interactive else run_prompts
     with profiled(args.profile):
         mode(lm, config, stats, args)
     for line in report(lm, stats, expected):
         log(line)
     leave()
+
+
+def print_plan(expected: plan.Plan, args: argparse.Namespace) -> None:
+    """--plan: what would run where, on stdout, and no more."""
+    for line in plan.lines(expected):
+        print(line, flush=True)
+    for line in plan.on_devices(plan.subject(args)[0], args) if args.link else ():
+        print(line, flush=True)
+    leave()
+
+
+def check_directory(option: str, file: Path | None) -> None:
+    if file and not file.parent.is_dir():
+        raise FileNotFoundError(f"{option} {file}: there is no directory {file.parent}")
 
 
 def find_models(args: argparse.Namespace) -> None:
@@ -385,10 +442,10 @@ def model_lines(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
         yield hint
 
 
-def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Prediction | None) -> Iterator[str]:
+def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Plan | None) -> Iterator[str]:
     """What the run took, feature by feature."""
     if stats.prefill_seconds:
-        yield from stats.report(bench.read_bandwidth(lm.device))
+        yield from stats.report(bench.known_bandwidth(lm.device))
     yield from graphs_report(lm.decode)
     if expected and stats.decoded_tokens:
         yield from plan.report(expected, lm, stats)
@@ -397,14 +454,29 @@ def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Prediction | None
         yield from lm.draft.pace.report.lines()
 
 
-def load(args: argparse.Namespace, options: dict[str, Any]) -> LoadedModel:
-    if not args.random_weights:
-        return load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
-    scheme = make_scheme(args.random_mode) if args.random_mode else None
-    return random_model(args.random_weights, scheme=scheme, **options)
+def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedModel, bench.Stats]:
+    """The model that the options name, where a plan says, and the time that loading it took."""
+    options, args.slots = model_options(args), None
+    if expected:
+        for line in plan.lines(expected):
+            log(line)
+        options["policy"] = expected.policy
+        args.batch_size = expected.policy.rows * (args.flights or 1)
+        args.slots = expected.work.prompt + expected.work.new
+    start = time.perf_counter()
+    if args.random_weights:
+        scheme = make_scheme(args.random_mode) if args.random_mode else None
+        lm = random_model(args.random_weights, scheme=scheme, **options)
+    else:
+        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
+    stats = bench.Stats(lm)
+    stats.load_seconds = time.perf_counter() - start
+    return lm, stats
 
 
-def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Prediction:
+def offload_plan(
+    args: argparse.Namespace, config: GenerationConfig, prompts: Sequence[jobs.Prompt]
+) -> plan.Plan:
     """Where the model that the options name is to be, for the texts that they ask for."""
     subject, tokenizer = plan.subject(args)
     most = subject.args.context - 1
@@ -414,7 +486,7 @@ def offload_plan(args: argparse.Namespace, config: GenerationConfig) -> plan.Pre
         lengths = [int(args.prompt[0]) if args.prompt else min(512, most // 2)]
         lengths *= args.batch_size or 1
     else:
-        encoded = encoded_prompts(tokenizer, subject.args.vocab_size, args)
+        encoded = encoded_prompts(tokenizer, subject.args.vocab_size, prompts, args)
         lengths = [len(ids) for _, ids in encoded] * args.num_samples
     longest = min(max(lengths), most)
     new = min(config.max_new_tokens, subject.args.context - longest)

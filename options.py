@@ -39,6 +39,7 @@ MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
 NEURONS = "dense", "int8", "int4"
+TIERED = "weights", "cache", "activations"  # what --percent places
 
 Add = Callable[..., Any]  # ArgumentParser.add_argument, or that of a group
 
@@ -247,6 +248,7 @@ PAIRS = (
     ("draft", "draft_checkpoint_path"),
     ("offload", "percent"),
     ("flash", "random_weights"),
+    ("plan", "flash"),  # a run with --flash says what it expects of a token
 )
 
 
@@ -272,6 +274,10 @@ def check_rest(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     ):
         if wrong:
             parser.error(message)
+    percent = args.percent or [0] * 6
+    for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
+        if sum(shares) > 100 + 1e-9:
+            parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
 
 
 def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

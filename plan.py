@@ -6,9 +6,8 @@ measurements in probe.py.
 """
 
 import argparse
-import json
 import os
-import zlib
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import Stats, machine_name, read_bandwidth
+from bench import Stats, known_bandwidth, machine_name, measured_bandwidth
 from checkpoint import (
     DTYPES,
     Checkpoint,
@@ -29,7 +28,7 @@ from checkpoint import (
 )
 from command import log
 from decoding import LoadedModel
-from files import write_whole
+from disk import existing
 from hf import model_args
 from links import LINKS, Step, table
 from load import (
@@ -42,17 +41,32 @@ from load import (
     skeleton,
     use_fast_products,
 )
+from measurements import keep, known
 from model import ModelArgs
 from offload import StreamedLayers
 from planner import Planner, Prediction, Sizes, Work
 from policy import TIERS, Policy, Share
-from probe import CACHE, Machine, probe, sample_args
+from probe import Machine, probe, sample_args
 from quantized import make_scheme
 from ring import META, Layout
 from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
 from tp import misfit
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
+# What a CPU must have to multiply these faster than float32.
+FAST = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+BOUND_BY = {
+    "disk": "the disk",
+    "cells": "the disk",
+    "to device": "copies to the device",
+    "to host": "copies to the host",
+    "compute": "computing",
+    "host attention": "attention on the host",
+}
+UNITS = (1e-3, "ms"), (1, "s"), (60, "min"), (3600, "hours"), (86400, "days")
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,51 @@ def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
     return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
 
 
-def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Prediction:
-    """The policy that the options ask for, and what is expected of it.
+@dataclass(frozen=True)
+class Plan:
+    """A policy, what is expected of it, and the bytes that there are by tier.
 
-    Raises ValueError where it does not fit into memory, saying how much would do.
+    short: why the disk cannot hold a model that is still to be downloaded, if it cannot.
     """
-    options.offload_dir.mkdir(parents=True, exist_ok=True)
+
+    subject: Subject
+    prediction: Prediction
+    budgets: dict[str, float]
+    short: str = ""
+    faster: bool = False  # in this dtype than in the stored one
+
+    @property
+    def policy(self) -> Policy:
+        return self.prediction.policy
+
+    @property
+    def work(self) -> Work:
+        return self.prediction.work
+
+
+def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
+    """The policy that the options ask for, or for --plan the better one of the dtypes that a run
+    could have. Raises ValueError if it does not fit into memory, saying how much would do.
+    """
+    plan = plan_in(subject, work, options)
+    slow = subject.device.type == "cpu" and not multiplies_fast(subject.dtype)
+    if not (options.plan and options.dtype == "auto" and slow):
+        return plan
+    try:
+        other = plan_in(replace(subject, dtype=torch.float32), work, options)
+    except ValueError:  # float32 does not fit
+        return plan
+    faster = other.prediction.rate > plan.prediction.rate and not other.short
+    return replace(other, faster=True) if faster else plan
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions that multiply the dtype faster than float32."""
+    has = torch.cpu.get_capabilities()
+    return dtype not in FAST or any(has.get(name) for name in FAST[dtype])
+
+
+def plan_in(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
     whole = replace(whole, slot=whole.slot * (options.flights or 1))  # each has a cache
@@ -105,12 +158,17 @@ def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Pred
         directory=options.offload_dir,
         chunk=512 if subject.device.type == "cpu" else 4096,
     )
-    if not options.percent:
-        return planner.choose(work, limits, start, options.batch_size or work.texts)
-    plan = planner.predict(by_hand(start, work, options), work)
-    if short := planner.lacking(plan, limits):
-        raise ValueError(short)
-    return plan
+    if options.percent:
+        found = planner.predict(by_hand(start, work, options), work)
+        if short := planner.lacking(found, limits):
+            raise ValueError(short)
+    else:
+        found = planner.choose(work, limits, start, options.batch_size or work.texts)
+    needed, free = layers + whole.fixed - process_bytes(subject.device), limits["disk"] - layers
+    short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
+    if not options.random_weights:  # the weights are on the disk already
+        return Plan(subject, found, limits)
+    return Plan(subject, found, limits | {"disk": free}, short if needed > free else "")
 
 
 def by_hand(start: Policy, work: Work, options: argparse.Namespace) -> Policy:
@@ -157,7 +215,10 @@ def process_bytes(device: torch.device) -> int:
     """What this process takes already, where that is the device's memory."""
     if device.type != "cpu":
         return 0
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:  # no /proc: the most that it has taken
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> dict[str, float]:
@@ -174,16 +235,16 @@ def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> 
     limits = {tier: given[tier] or (1 - RESERVE) * free[tier] / sharing for tier in free}
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
-    stat = os.statvfs(options.offload_dir)
+    stat = os.statvfs(existing(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 
 
 def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
-    """This machine's measurements for a model of that shape: from the cache, or made if needed."""
-    key = machine_name(subject.device), torch.__version__, directory.stat().st_dev, subject
-    file = CACHE / f"probe-{zlib.crc32(repr(key).encode()):08x}.json"
-    if file.is_file() and not anew:
-        return Machine.from_json(json.loads(file.read_text()))
+    """This machine's measurements for a model of that shape: kept ones, or made if needed."""
+    disk = existing(directory).stat().st_dev
+    key = machine_name(subject.device), torch.__version__, disk, subject
+    if (kept := known("probe", key)) and not anew:
+        return Machine.from_json(kept)
     if not needed:
         return None
     small = sample_args(subject.args, sizes(subject).layer)
@@ -193,12 +254,11 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     use_fast_products(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(found.to_json()))
+    keep("probe", key, found.to_json())
     return found
 
 
-def report(plan: Prediction, lm: LoadedModel, stats: Stats) -> Iterator[str]:
+def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     """What came, resource by resource, beside what was expected of the same blocks and steps."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
@@ -208,37 +268,80 @@ def report(plan: Prediction, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     yield came + "".join(
         f", {seconds:.2f} s of waiting for {what}" for what, seconds in waited.items()
     )
-    if plan.step:
+    step, prefill = plan.prediction.step, plan.prediction.prefill
+    if step:
         blocks = stats.prompt_tokens / (plan.policy.rows * plan.work.prompt)
-        expected = {n: blocks * s + stats.steps * plan.step[n] for n, s in plan.prefill.items()}
+        expected = {n: blocks * s + stats.steps * step[n] for n, s in prefill.items()}
         listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in expected.items())
         yield f"expected {max(expected.values()):.2f} s, all at once: {listed}"
 
 
-def lines(plan: Prediction) -> Iterator[str]:
-    """What a plan says, for a person."""
-    policy, work = plan.policy, plan.work
+def lines(plan: Plan) -> Iterator[str]:
+    """What a plan says, for a person: the verdict first."""
+    found, policy, work = plan.prediction, plan.policy, plan.work
+    tiers = {t: "memory" if t == "device" and found.one_memory else t for t in found.memory}
+    yield f"plan: {verdict(plan)}"
+    yield f"  dtype       {dtype_text(plan)}"
     yield (
-        f"plan: {policy.micro_batches} micro-batches of {policy.micro_batch} rows, prompts of up "
-        f"to {work.prompt} tokens, {work.new} new ones"
+        f"  rows        {policy.micro_batches} micro-batches of {policy.micro_batch}, prompts of "
+        f"up to {work.prompt} tokens, {work.new} new ones"
     )
-    realised = {
-        "weights": plan.split.weights,
-        "cache": plan.split.cache,
+    for what, counts in realised(plan).items():
+        shares = (f"{100 * counts[t] / sum(counts.values()):.1f} % {tiers[t]}" for t in tiers)
+        yield f"  {what:11} " + ", ".join(shares)
+    yield "  takes       " + ", ".join(
+        f"{size_text(n)} of {name}, where {size_text(plan.budgets[tier])} is free"
+        for (tier, n), name in zip(found.memory.items(), tiers.values(), strict=True)
+    )
+    for name, seconds in found.step.items():
+        mark = ", which it waits for" if name == found.binding else ""
+        prompts = duration_text(found.prefill[name])
+        yield f"  {name:11} {prompts} of prompts, {duration_text(seconds)} of a step{mark}"
+    if found.step:
+        first = duration_text(max(found.prefill.values()))
+        yield (
+            f"  expected    {found.rate:.3g} tokens/s; the first after {first}, a block of rows "
+            f"in {duration_text(found.latency)}"
+        )
+
+
+def verdict(plan: Plan) -> str:
+    """Whether the model fits, about how fast it is, and what it waits for most."""
+    found = plan.prediction
+    moving = "this disk" if found.memory["disk"] else "memory"
+    fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {moving}"
+    if not found.step:
+        return fits
+    phases = found.prefill, {name: n * (plan.work.new - 1) for name, n in found.step.items()}
+    longest = max(phases, key=lambda phase: max(phase.values()))
+    bound = BOUND_BY[max(longest, key=longest.get)]
+    return f"{fits}; about {found.rate:.2g} tokens/s; bound by {bound}"
+
+
+def dtype_text(plan: Plan) -> str:
+    name = str(plan.subject.dtype).removeprefix("torch.")
+    return f"{name}, faster here than the stored one: give --dtype {name}" if plan.faster else name
+
+
+def realised(plan: Plan) -> dict[str, dict[str, float]]:
+    """How many layers, cells and micro-batches are on each tier that there is."""
+    found, policy = plan.prediction, plan.policy
+    counts = {
+        "weights": found.split.weights,
+        "cache": found.split.cache,
         "activations": policy.activations.counts(policy.micro_batches),
     }
-    for what, counts in realised.items():
-        shares = (f"{100 * n / sum(counts):.1f} % {t}" for n, t in zip(counts, TIERS, strict=True))
-        yield f"  {what:11} " + ", ".join(shares)
-    yield "  memory      " + ", ".join(f"{tier} {size_text(n)}" for tier, n in plan.memory.items())
-    for name, seconds in plan.step.items():
-        mark = ", which it waits for" if name == plan.binding else ""
-        yield f"  {name:11} {plan.prefill[name]:.2f} s of prompts, {seconds:.4f} s of a step{mark}"
-    if plan.step:
-        yield (
-            f"  expected    {plan.rate:.3g} tokens/s; the first after "
-            f"{max(plan.prefill.values()):.2f} s, a block of rows in {plan.latency:.1f} s"
-        )
+    named = {what: dict(zip(TIERS, each, strict=True)) for what, each in counts.items()}
+    if found.one_memory:
+        for each in named.values():
+            each["device"] += each.pop("host")
+    return named
+
+
+def duration_text(seconds: float) -> str:
+    """90061 -> '25 hours'; a duration in the largest unit that there are two of."""
+    size, unit = max((u for u in UNITS if seconds >= 2 * u[0]), default=UNITS[0])
+    return f"{seconds / size:.3g} {unit}"
 
 
 def step_of(subject: Subject) -> Step:
@@ -250,7 +353,8 @@ def step_of(subject: Subject) -> Step:
 
 def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
     """What 1 to 64 devices would do, for a person."""
-    rate = options.read_rate or read_bandwidth(subject.device)
+    rate = options.read_rate or known_bandwidth(subject.device)
+    rate = rate or measured_bandwidth(subject.device)
     yield (
         f"on several devices, each reading {size_text(int(rate))} a second, links: {options.link} "
         "(a model of them, and no measurement)"

@@ -74,6 +74,11 @@ class Prediction:
     step: dict[str, float]
 
     @property
+    def one_memory(self) -> bool:
+        """The device is the CPU, so that the host's memory is its own."""
+        return "host" not in self.memory
+
+    @property
     def latency(self) -> float:
         """Seconds for a block of rows."""
         return max(self.prefill.values()) + max(self.step.values()) * (self.work.new - 1)
@@ -269,14 +274,15 @@ class Planner:
     @staticmethod
     def lacking(plan: Prediction, budgets: dict[str, float]) -> str | None:
         """Why a plan does not fit; None where it does."""
+        names = {"device": "memory" if plan.one_memory else "device memory", "host": "host memory"}
         short = [
-            f"{size_text(needed)} of {tier}{' memory' * (tier != 'disk')}, of which it may take "
+            f"{size_text(needed)} of {names.get(tier, tier)} and may take "
             f"{size_text(budgets[tier])}"
             for tier, needed in plan.memory.items()
             if needed > budgets[tier]
         ]
         remedy = "allow more, or give fewer or shorter texts"
-        return f"this needs {'; and '.join(short)}: {remedy}" if short else None
+        return f"does not fit: it needs {'; and '.join(short)}: {remedy}" if short else None
 
     def shares_near(self, counts: tuple[float, ...], total: int) -> list[Share]:
         """In whole numbers: rounded down, and with one more on the device or in host memory."""

@@ -7,7 +7,6 @@ takes some seconds, once for each machine, disk and shape: results are kept in a
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from bisect import bisect_left
@@ -23,7 +22,6 @@ import torch
 from disk import ScratchFile, page_aligned
 from model import ModelArgs, Transformer
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
 READS = 2**16, 2**20, 2**23, 2**26  # bytes of a call
 ROWS = 1, 2, 4, 8, 16, 32, 64, 128, 256, 512  # tokens that go through a block at once
 SLOTS = 1024  # of the cache, seen by a decoded token

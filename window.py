@@ -13,11 +13,9 @@ Shapes: L layers, K windows.
 """
 
 import itertools
-import json
 import random
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,11 +26,11 @@ import torch.nn.functional as F
 from bench import machine_name
 from checkpoint import size_text
 from disk import page_aligned
-from files import write_whole
+from measurements import keep, known
 from neuron_products import Products, has_kernel
 from neurons import NeuronFile
 from pack import Pack
-from probe import CACHE, typical
+from probe import typical
 from ring import CPU
 
 DEPTHS = 16, 32, 64, 128  # reads under way at a time
@@ -215,19 +213,16 @@ def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: tor
     bias = torch.full((ACTIVE, len(format.matrices) - 1), -1, device=device, dtype=dtype)
     bias[0] = 1
     products = Products(format, bias, None, kernel)
-    file = CACHE / f"flash-{zlib.crc32(repr(key).encode()):08x}.json"
-    if file.is_file():
-        said = json.loads(file.read_text())
-    else:
-        said = {
+    found = known("flash", key)
+    if found is None:
+        found = {
             "reads": {n: read_seconds(pack, n) for n in depths},
             "streamed": stream_seconds(pack),
             "computed": product_seconds(products, device),
         }
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write_whole(file, [json.dumps(said)])
-    reads = {int(n): tuple(seconds) for n, seconds in said["reads"].items()}
-    return Disk(reads, said["streamed"], said["computed"], products.by_slots)
+        keep("flash", key, found)
+    reads = {int(n): tuple(seconds) for n, seconds in found["reads"].items()}
+    return Disk(reads, found["streamed"], found["computed"], products.by_slots)
 
 
 def read_seconds(pack: Pack, depth: int) -> list[float]:

@@ -10,7 +10,6 @@ llama.cpp lives in a process, and where wanted in a Python environment, of its o
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,11 +31,12 @@ from checkpoint import size_text
 from decoding import LoadedModel
 from generate import GenerationConfig, complete
 from load import compile_now, make_views, random_model
+from measurements import cache_directory
 from quantized import make_scheme
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flex"
+CACHE = cache_directory() or Path("gpt-flex")
 GET_PEER = (
     "to get them: python3 -m venv /tmp/llama && CMAKE_ARGS=-DGGML_NATIVE=ON "
     "/tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python gguf; then give "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +71,9 @@ def test_a_result_is_in_the_file_before_the_step_after_its_end(
     tmp_path: Path, before_each_step: list, monkeypatch: pytest.MonkeyPatch
 ):
     lm = load_model(device="cpu", dtype=torch.float32)
-    todo = jobs.make_jobs([(text, lm.tokenizer.encode(text)) for text in TEXTS], 1)
     config = GenerationConfig(**(ENDS | {"stop": (ENDS["stop"],)}))
+    encoded = [(text, lm.tokenizer.encode(text)) for text in TEXTS]
+    todo = jobs.make_jobs(encoded, 1, config.max_new_tokens, lm.model.args.context)
     prompts = [job.ids for job in todo]
     wanted = complete(lm, prompts, config)
     ends = [len(completion.ids) for completion in wanted]
@@ -81,7 +81,8 @@ def test_a_result_is_in_the_file_before_the_step_after_its_end(
     output, seen, synced = tmp_path / "out.jsonl", [], []
     monkeypatch.setattr(jobs.os, "fsync", synced.append)
     before_each_step.append(lambda: seen.append([line["index"] for line in lines(output)]))
-    with jobs.JsonlOutput(output, todo) as sink:
+    file = jobs.JsonlOutput(output, TEXTS, 1, jobs.Origin("demo", "0", {}))
+    with jobs.FileSink(file, todo, jobs.Ends(config.max_new_tokens), lambda: 0) as sink:
         assert sink.todo != todo  # the longest first
         sink.begin(todo)
         complete(lm, prompts, config, on_end=sink.ended)
@@ -127,13 +128,13 @@ sys.path.insert(0, {root!r})
 import jobs
 from generate import main, parse_args
 
-ended = jobs.JsonlOutput.ended
+ended = jobs.FileSink.ended
 
 def wait(*given):
     ended(*given)
     os.kill(os.getpid(), signal.SIGSTOP)
 
-jobs.JsonlOutput.ended = wait
+jobs.FileSink.ended = wait
 main(parse_args(sys.argv[1:]))
 """
 
@@ -162,26 +163,25 @@ def complete_lines(path: Path) -> Sequence[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
-def test_the_bar_says_texts_tokens_per_second_and_the_time_left(
+def test_the_bar_counts_tokens_and_ends_full(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: Any
 ):
-    shown: list[tuple[int, str]] = []
+    shown: list[tuple[int, int, str]] = []
 
     class Bar(jobs.tqdm):
-        @property
-        def format_dict(self) -> dict[str, Any]:
-            return super().format_dict | {"elapsed": 60.0}
-
         def update(self, n: int) -> None:
             super().update(n)
-            shown.append((self.n, str(self)))
+            shown.append((self.n, self.total, str(self)))
 
-    output = tmp_path / "out.jsonl"
-    assert main(parse_args([*command, "--output", str(output)])) == 0
-    assert re.search(r" 8/8 \[\S+<00:00, .*, [0-9.]+ tokens/s\]", capsys.readouterr().err)
     monkeypatch.setattr(jobs, "tqdm", Bar)
-    output.write_bytes(b"\n".join(complete_lines(output)[:2]) + b"\n")  # 6 to do
-    assert main(parse_args([*command, "--output", str(output)])) == 0
-    tokens = sum(json.loads(line)["tokens"] for line in complete_lines(output)[2:])
-    assert shown[-1][0] == 8 and f"{tokens / 60:.1f} tokens/s" in shown[-1][1]
-    assert any(n < 8 and re.search(r"<0[01]:[0-9]{2}, ", text) for n, text in shown)
+    output = tmp_path / "out.jsonl"
+    for kept in (0, 2):
+        shown.clear()
+        output.write_bytes(b"".join(line + b"\n" for line in complete_lines(output)[:kept]))
+        assert main(parse_args([*command, "--output", str(output)])) == 0
+        tokens = sum(json.loads(line)["tokens"] for line in complete_lines(output)[kept:])
+        assert shown[-1][:2] == (tokens, tokens) and "8 of 8 texts" in shown[-1][2]
+        totals = [total for _, total, _ in shown]
+        assert totals == sorted(totals, reverse=True) and totals[0] <= 150 * (8 - kept)
+        assert len({n for n, _, text in shown if f"{kept} of 8 texts" in text}) > 2
+    assert "of 6 texts ended at --max_new_tokens 150" in capsys.readouterr().err

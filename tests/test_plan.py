@@ -116,7 +116,7 @@ def test_a_budget_that_is_too_small_says_what_would_do():
     least = planner.predict(Policy(Share(0, 0), Share(0, 0), micro_batch=1, sweep=1024), work)
     needed = least.memory["device"]
     planner.choose(work, {"device": needed + 1, "disk": 1e12}, Policy(), 1)
-    with pytest.raises(ValueError, match=r"device memory, of which it may take"):
+    with pytest.raises(ValueError, match=r"does not fit: it needs .* of memory and may take"):
         planner.choose(work, {"device": needed - 1, "disk": 1e12}, Policy(), 1)
 
 
@@ -184,7 +184,7 @@ def test_a_run_by_hand_says_what_was_realised(tmp_path: Path):
     moving = generate(*options, *shares, "--gpu_batch_size", 1, "--num_gpu_batches", 2)
     assert moving.returncode == 0, moving.stderr
     assert moving.stdout == plainly.stdout
-    assert "weights     25.0 % device, 25.0 % host, 50.0 % disk" in moving.stderr
+    assert "weights     50.0 % memory, 50.0 % disk" in moving.stderr
     assert list(tmp_path.iterdir()) == []
 
 
