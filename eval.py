@@ -9,12 +9,12 @@ on stdout and, where asked for, in --output; everything else goes to stderr.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpoint import DTYPES, Checkpoint, size_text
 from command import check_needs, exit_code, log, positive
 from decoding import LoadedModel
-from files import write_whole
+from files import check_writable, json_text, read_text, write_whole
 from load import CACHES, DEMO, find_device, load_model
 from ranks import join, leave, own_device, writes
 from scoring import Ids, log_likelihoods
@@ -51,11 +51,10 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
             return
 
 
-def read_text(args: argparse.Namespace) -> str:
-    try:
-        return args.perplexity.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.perplexity} is not UTF-8 text: {error}") from error
+def first_of(limit: int | float | None, count: int) -> int:
+    """How many of so many --limit leaves: that number, or, below 1, that share (as lm_eval)."""
+    share = limit is not None and limit < 1
+    return count if limit is None else math.ceil(count * limit) if share else limit
 
 
 def perplexity(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str, Any]:
@@ -67,7 +66,8 @@ def perplexity(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str
     stride = args.stride or room
     if not 0 < stride <= room:
         raise ValueError(f"--stride {stride} is not between 1 and {room}, a window's tokens")
-    todo = list(windows(ids, prefix, length, stride))[: args.limit]
+    todo = list(windows(ids, prefix, length, stride))
+    todo = todo[: first_of(args.limit, len(todo))]
     count = sum(len(window) - start for window, start in todo)
     if not count:
         raise ValueError(f"{args.perplexity} has {len(ids)} tokens: too few to score one")
@@ -156,8 +156,9 @@ def fingerprint(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, with how they came about. Raises what load_model and scoring.py raise."""
-    prepare, evaluate = (read_text, perplexity) if args.perplexity else (find_tasks, tasks)
-    asked = prepare(args)  # what is wrong with it is said before a model is loaded
+    # What is wrong with it is said before a model is loaded.
+    asked = read_text(args.perplexity) if args.perplexity else find_tasks(args)
+    evaluate = perplexity if args.perplexity else tasks
     device = own_device(find_device(args.device))
     ranks = join(device)
     if ranks and args.use_cache:
@@ -194,16 +195,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def write(figures: dict[str, Any], output: Path | None) -> None:
     """The figures to stdout and to files, each of which is there whole or not at all.
 
-    What was asked and answered goes to a file for each task, one line for each document.
+    What was asked and answered goes to a file for each task, one line for each document. A place
+    that cannot be written keeps nothing from the others; then the first such error is raised.
     """
     samples = figures.pop("samples", {})
+    shown = {key: figures[key] for key in figures if key not in DETAILS}
+    writing = [partial(print, to_json(shown, ensure_ascii=True), flush=True)]
     if output:
+        writing.append(partial(write_whole, output, [to_json(figures, indent=2), "\n"]))
         for task, documents in samples.items():
             file = output.with_name(f"{output.stem}.{task.replace('/', '_')}.jsonl")
-            write_whole(file, (f"{to_json(document)}\n" for document in documents))
-        write_whole(output, [to_json(figures, indent=2), "\n"])
+            writing.append(partial(write_whole, file, [f"{to_json(d)}\n" for d in documents]))
+    errors = []
+    for work in writing:
+        try:
+            work()
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    if output:
         log(f"written: {output}")
-    print(to_json({key: figures[key] for key in figures if key not in DETAILS}))
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -214,7 +226,7 @@ def to_json(value: Any, **options: Any) -> str:
             return sorted(x)
         return x.item() if hasattr(x, "item") else str(x)
 
-    return json.dumps(value, ensure_ascii=False, default=plain, **options)
+    return json_text(value, default=plain, **options)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -232,7 +244,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--batch_size", type=size_or_auto, help="rows, or auto: as many as are fast (default: auto)"
     )
-    add("--limit", type=positive, help="the first documents of a task, or windows: not a score")
+    help = "the first documents of a task, or windows; below 1 a share of them: not a score"
+    add("--limit", type=number_or_share, help=help)
     add("--num_fewshot", type=int, help="examples before each document (default: the task's)")
     add("--apply_chat_template", action="store_true", help="ask as in a chat")
     add("--system", help="system message for --apply_chat_template")
@@ -265,6 +278,16 @@ def size_or_auto(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 
 
+def number_or_share(text: str) -> int | float:
+    """10 -> the first ten; 0.1 -> a tenth."""
+    value = float(text)
+    if 0 < value < 1:
+        return value
+    if not (value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number from 1 nor a share below 1")
+    return int(value)
+
+
 def pair(text: str) -> str:
     if not all(text.partition("=")):
         raise argparse.ArgumentTypeError(f"{text} is not TASK=PATH")
@@ -273,8 +296,8 @@ def pair(text: str) -> str:
 
 def main(args: argparse.Namespace) -> int:
     def work() -> None:
-        if args.output and not args.output.parent.is_dir():  # not after hours
-            raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
+        if args.output and writes():  # not after hours
+            check_writable(args.output)
         figures = run(args)
         if writes():
             write(figures, args.output)
