@@ -9,12 +9,12 @@ on stdout and, where asked for, in --output; everything else goes to stderr.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import hub
 from checkpoint import DTYPES, Checkpoint, size_text
 from command import be_quiet, exit_code, log
 from decoding import LoadedModel
-from files import DEMO, write_whole
+from files import DEMO, check_writable, json_text, read_text, write_whole
 from host import set_threads
 from load import find_device, load_model
 from ranks import join, leave, own_device, writes
@@ -58,11 +58,10 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
             return
 
 
-def read_text(args: argparse.Namespace) -> str:
-    try:
-        return args.perplexity.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.perplexity} is not UTF-8 text: {error}") from error
+def first_of(limit: int | float | None, count: int) -> int:
+    """How many of so many --limit leaves: that number, or, below 1, that share (as lm_eval)."""
+    share = limit is not None and limit < 1
+    return count if limit is None else math.ceil(count * limit) if share else limit
 
 
 def perplexity(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str, Any]:
@@ -74,7 +73,8 @@ def perplexity(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str
     stride = args.stride or room
     if not 0 < stride <= room:
         raise ValueError(f"--stride {stride} is not between 1 and {room}, a window's tokens")
-    todo = list(windows(ids, prefix, length, stride))[: args.limit]
+    todo = list(windows(ids, prefix, length, stride))
+    todo = todo[: first_of(args.limit, len(todo))]
     count = sum(len(window) - start for window, start in todo)
     if not count:
         raise ValueError(f"{args.perplexity} has {len(ids)} tokens: too few to score one")
@@ -164,8 +164,9 @@ def fingerprint(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures, with how they came about. Raises what load_model and scoring.py raise."""
     args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
-    prepare, evaluate = (read_text, perplexity) if args.perplexity else (find_tasks, tasks)
-    asked = prepare(args)  # what is wrong with it is said before a model is loaded
+    # What is wrong with it is said before a model is loaded.
+    asked = read_text(args.perplexity) if args.perplexity else find_tasks(args)
+    evaluate = perplexity if args.perplexity else tasks
     set_threads(args.threads)
     device = own_device(find_device(args.device))
     ranks = join(device)
@@ -203,16 +204,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def write(figures: dict[str, Any], output: Path | None) -> None:
     """The figures to stdout and to files, each of which is there whole or not at all.
 
-    What was asked and answered goes to a file for each task, one line for each document.
+    What was asked and answered goes to a file for each task, one line for each document. A place
+    that cannot be written keeps nothing from the others; then the first such error is raised.
     """
     samples = figures.pop("samples", {})
+    shown = {key: figures[key] for key in figures if key not in DETAILS}
+    writing = [partial(print, to_json(shown, ensure_ascii=True), flush=True)]
     if output:
+        writing.append(partial(write_whole, output, [to_json(figures, indent=2), "\n"]))
         for task, documents in samples.items():
             file = output.with_name(f"{output.stem}.{task.replace('/', '_')}.jsonl")
-            write_whole(file, (f"{to_json(document)}\n" for document in documents))
-        write_whole(output, [to_json(figures, indent=2), "\n"])
+            writing.append(partial(write_whole, file, [f"{to_json(d)}\n" for d in documents]))
+    errors = []
+    for work in writing:
+        try:
+            work()
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    if output:
         log(f"written: {output}")
-    print(to_json({key: figures[key] for key in figures if key not in DETAILS}))
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -223,15 +235,15 @@ def to_json(value: Any, **options: Any) -> str:
             return sorted(x)
         return x.item() if hasattr(x, "item") else str(x)
 
-    return json.dumps(value, ensure_ascii=False, default=plain, **options)
+    return json_text(value, default=plain, **options)
 
 
 def main(args: argparse.Namespace) -> int:
     be_quiet(args.quiet)
 
     def work() -> None:
-        if args.output and not args.output.parent.is_dir():  # not after hours
-            raise FileNotFoundError(f"--output: there is no directory {args.output.parent}")
+        if args.output and writes():  # not after hours
+            check_writable(args.output)
         figures = run(args)
         if writes():
             write(figures, args.output)

@@ -5,6 +5,7 @@ Start at read_text. Nothing here imports torch.
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def json_text(value: Any, **options: Any) -> str:
     """JSON that UTF-8 can hold: half of a surrogate pair stays the escape that it is in JSON."""
-    text = json.dumps(value, ensure_ascii=False, **options)
+    text = json.dumps(value, **{"ensure_ascii": False} | options)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -69,6 +70,20 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
         write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if write_whole could not write the path now."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: name a file in it")
+    if not is_stream(path):
+        replaced = path.resolve()
+        try:
+            tempfile.TemporaryFile(dir=replaced.parent).close()
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def is_stream(path: Path) -> bool:

@@ -124,9 +124,7 @@ def piped_prompt() -> str | None:
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return None
     if not select.select([0], [], [], PATIENCE)[0]:
-        log(
-            "waiting for the prompt on standard input; or give --prompt TEXT"
-        )
+        log("waiting for the prompt on standard input; or give --prompt TEXT")
     with open(0, "rb", closefd=False) as stdin:
         return without_line_end(decoded(stdin.read(), "standard input"))
 

@@ -339,8 +339,8 @@ def realised(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def duration_text(seconds: float) -> str:
-    """90061 -> '25 hours'; a duration in the largest unit that there are two of."""
-    size, unit = max((u for u in UNITS if seconds >= 2 * u[0]), default=UNITS[0])
+    """9000 -> '2.5 hours'."""
+    size, unit = max((u for u in UNITS if seconds >= u[0]), default=UNITS[0])
     return f"{seconds / size:.3g} {unit}"
 
 

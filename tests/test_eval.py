@@ -238,7 +238,7 @@ def test_a_killed_run_leaves_no_broken_file(how: int, tmp_path: Path):
         (["--perplexity", "{text}", "--stride", "600"], "--stride 600 is not between 1 and 511"),
         (["--perplexity", "{text}", "--max_seq_length", "513"], "513 is not between 2 and the"),
         (["--perplexity", "{text}", "--output", "none/x.json"], "there is no directory none"),
-        (["--perplexity", "{binary}"], "eval.py: {binary} is not UTF-8 text"),
+        (["--perplexity", "{binary}"], "eval.py: {binary}, line 1: byte 0xff is not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line(
