@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+FORBIDS = 1e9  # added to a logit: as good as infinity, and finite
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, with errors of one line, "did you mean", and hyphens for underscores."""
@@ -107,7 +109,7 @@ def percentage(text: str) -> float:
 def documents(text: str) -> int | float:
     """A number of documents, or a share of them below 1, as lm_eval counts them."""
     value = float(text)
-    if not (0 < value < 1 or (value >= 1 and value == math.floor(value) < math.inf)):
+    if not (0 < value < 1 or (value >= 1 and value.is_integer())):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of documents nor 0 to 1")
     return value if value < 1 else int(value)
 
@@ -146,7 +148,7 @@ def pair(text: str) -> str:
 
 def token_bias(text: str) -> tuple[int, float]:
     """29=-1.5 -> (29, -1.5): a token id, and what is added to its logit."""
-    found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)", text.strip())
+    found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
     if not found:
-        raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5")
-    return int(found[1]), float(found[2])
+        raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5 or 29=-inf")
+    return int(found[1]), max(-FORBIDS, min(FORBIDS, float(found[2])))

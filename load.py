@@ -65,7 +65,7 @@ def load_model(
     path: str | Path = DEMO,
     *,
     device: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     kv_dtype: str | None = None,
     compile: bool = False,
     compile_prefill: bool = False,
@@ -79,7 +79,7 @@ def load_model(
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
-    dtype None: as stored. kv_dtype: "int8" or "int4", None: that of the model. device "auto":
+    dtype: "float32" or torch.float32, say; None: as stored. kv_dtype: "int8" or "int4", None: that of the model. device "auto":
     cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
     guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
     many, None: as many as pay. policy: where the model lives and how it runs where that is not on
@@ -89,7 +89,7 @@ def load_model(
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
-    target, new_cache = find_device(device), find_cache(kv_dtype)
+    target, new_cache, dtype = find_device(device), find_cache(kv_dtype), find_dtype(dtype)
     policy = None if policy and policy.plain else policy
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -430,6 +430,15 @@ def find_device(name: str) -> torch.device:
         found = [kind for kind, found in there.items() if found]
         raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
     return torch.device(name)
+
+
+def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of weights by its name. ValueError listing the known ones."""
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype.removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype.removeprefix("torch.")]
 
 
 def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import plan
+from arguments import nbytes
 from load import load_model
-from plan import Subject, nbytes, sizes
+from plan import Subject, sizes
 from planner import Planner, Sizes, Work
 from policy import Policy, Share
 from probe import Curve, Machine, sample_args
