@@ -502,3 +502,27 @@ def test_mistakes_are_one_line(
     code, out, err = command(capsys, "--include_path", TASKS, *given)
     assert code == 2 and out == ""
     assert message in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("until", [["."], ["girl", "."], [" said", "."]], ids="-".join)
+def test_a_stop_string_that_is_a_special_token(until: list[str], tmp_path: Path):
+    """As <|im_end|> is: it ends a text and has none itself."""
+    for file in DEMOS["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    token = {"id": tokenizer["model"]["vocab"]["."], "content": ".", "special": True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append(token | plain)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = "Once upon a time, there was a"
+    requests = [
+        Instance(
+            request_type="generate_until",
+            doc={},
+            arguments=(text, {"until": until, "max_gen_toks": 30}),
+            idx=0,
+        )
+    ]
+    found = ours(tmp_path).generate_until(requests, disable_tqdm=True)
+    assert found == theirs(tmp_path, 1).generate_until(requests, disable_tqdm=True)
+    assert len(found[0]) < 30

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,7 +196,10 @@ def test_a_plan_needs_a_config_alone(tmp_path: Path):
     options = "--random_weights", tmp_path / "config.json", "--prompt", 64, "--plan"
     found = generate(*options, "--offload_dir", tmp_path, "--max_new_tokens", 16)
     assert found.returncode == 0, found.stderr
-    assert "tokens/s" in found.stdout
-    again = generate(*options, "--offload_dir", tmp_path, "--host_memory", "1MB")
+    verdict, *more = found.stdout.splitlines()
+    assert re.fullmatch(r"plan: fits memory; about \S+ tokens/s; bound by computing", verdict)
+    assert "device" not in found.stdout and any("is free" in line for line in more)
+    again = generate(*options, "--offload_dir", tmp_path / "none", "--host_memory", "1MB")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert again.returncode == 2
-    assert "allow more" in again.stderr.splitlines()[-1]
+    assert "does not fit" in again.stderr and "allow more" in again.stderr.splitlines()[-1]
