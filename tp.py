@@ -170,21 +170,14 @@ class Sharded:
 
         def filling(name: str, tensor: Tensor) -> None:
             stored = stored_name(name)
-            module, _, leaf = stored.rpartition(".")
-            part = kept.get(re.sub(r"^layers\.\d+\.", "", module))
-            if part is None or tuple(tensor.shape) == checkpoint.records[stored].shape:
-                return fill(stored, tensor)
-            if part.rows:
-                return checkpoint.read_rows_into(stored, part.rows, tensor, stage)
-            per = inputs_per_column(model, name)
-            start, stop = part.columns.start // per, -(-part.columns.stop // per)
-            if part.columns.start % per == part.columns.stop % per == 0:
-                return checkpoint.read_columns_into(stored, range(start, stop), tensor, stage)
-            # Zero points, two to a byte, of which this rank has the first or the last half.
-            covering = torch.empty(len(tensor), stop - start, dtype=tensor.dtype)
-            checkpoint.read_columns_into(stored, range(start, stop), covering, stage)
-            first, count = (2 * n // per for n in (part.columns.start % per, len(part.columns)))
-            tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, first : first + count]))
+            part = kept.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
+            # What is whole is known by its range: a share may have the shape of the whole.
+            if part and part.rows:
+                checkpoint.read_rows_into(stored, part.rows, tensor, stage)
+            elif part and (per := inputs_per_column(model, name)):
+                read_inputs_into(checkpoint, stored, part.columns, per, tensor, stage)
+            else:
+                fill(stored, tensor)
 
         return filling
 
@@ -202,10 +195,25 @@ class Sharded:
         return lm
 
 
-def inputs_per_column(model: Transformer, name: str) -> int:
-    """How many of a linear's inputs a column of one of its tensors is for."""
+def read_inputs_into(
+    checkpoint: Checkpoint, name: str, inputs: range, per: int, tensor: Tensor, stage: Tensor
+) -> None:
+    """Fill a tensor with what a stored one has for some inputs of its linear, `per` to a column."""
+    columns = range(inputs.start // per, -(-inputs.stop // per))
+    if inputs.start % per == inputs.stop % per == 0:
+        return checkpoint.read_columns_into(name, columns, tensor, stage)
+    # Zero points, two to a byte: the share begins or ends with half a byte.
+    covering = torch.empty(len(tensor), len(columns), dtype=tensor.dtype)
+    checkpoint.read_columns_into(name, columns, covering, stage)
+    first, count = (2 * n // per for n in (inputs.start % per, len(inputs)))
+    tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, first : first + count]))
+
+
+def inputs_per_column(model: Transformer, name: str) -> int | None:
+    """How many of a linear's inputs a column of one of its tensors is for; None for a tensor that
+    has nothing for single inputs: a bias, or scales of outputs."""
     module, _, leaf = name.rpartition(".")
-    return model.get_submodule(module).inputs_per_column[leaf]
+    return getattr(model.get_submodule(module), "inputs_per_column", {}).get(leaf)
 
 
 def stored_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """Several ranks against one: the same tokens, whatever is sharded, and no more said than needed."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -15,10 +16,11 @@ from torch import Tensor
 import formats
 import quantize
 import tp
-from checkpoint import Checkpoint, allocate, stored_tensors
+from checkpoint import Checkpoint, allocate, save_checkpoint, stored_tensors
+from hf import model_args
 from load import skeleton
-from model import ModelArgs
-from quantized import Int4Linear, pack_nibbles, unpack_nibbles
+from model import Linear, ModelArgs
+from quantized import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 
@@ -274,3 +276,74 @@ def test_no_more_is_read_than_is_kept(
     stored = {n: checkpoint.records[tp.stored_name(n)].dtype for n in stored_tensors(model)}
     kept = sum(t.numel() * stored[n].itemsize for n, (t, _) in stored_tensors(model).items())
     assert sum(read) <= 1.02 * kept
+
+
+SCHEMES = [None, make_scheme("int8"), *(make_scheme("int4", S, "int4") for S in (32, 64, 128))]
+WIDTHS = (32, 64, 96, 128, 192, 256)  # heads times their channels, or neurons
+
+
+def small_models() -> Iterator[tuple[dict[str, int], dict[str, Any] | None, int]]:
+    """Each shape of a share of wo and w2, each way to store it, each number of ranks that fits."""
+    for count, width, scheme in itertools.product((1, 2, 3, 4), WIDTHS, SCHEMES):
+        for heads in {count, 2 * count}:
+            if width % heads or width // heads % 2:
+                continue
+            shape = {
+                "num_attention_heads": heads,
+                "num_key_value_heads": 2 if heads % 2 == 0 and count <= 2 else heads,
+                "head_dim": width // heads,
+                "intermediate_size": width,
+            }
+            if not tp.misfit(model_args(SMALL | shape), scheme, count):
+                yield shape, scheme, count
+
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 8,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+def random_values(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.randint(0, 127, t.shape).to(t.dtype)
+        if not t.is_floating_point()
+        else torch.rand(t.shape).to(t.dtype)
+        for name, (t, _) in stored_tensors(model).items()
+    }
+
+
+def dense_weight(linear: torch.nn.Module) -> Tensor:
+    return linear.weight if isinstance(linear, Linear) else linear.dense(torch.float32)
+
+
+def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
+    """Two groups on two ranks: each has a byte of zero points, and so has the whole."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    tried = 0
+    for shape, scheme, count in small_models():
+        config, path = SMALL | shape, tmp_path / "model.pth"
+        whole = skeleton(model_args(config), scheme)
+        save_checkpoint(path, config, scheme, random_values(whole))
+        checkpoint = Checkpoint(path)
+        checkpoint.load_into(whole)
+        for rank in range(count):
+            tried += 1
+            model = rank_of(path, Ranks(rank, count))
+            for name, part in cut_linears(checkpoint.args, Ranks(rank, count)):
+                theirs, mine = whole.get_submodule(name), model.get_submodule(name)
+                rows = [n for r in part.rows for n in r] if part.rows else slice(None)
+                columns = slice(part.columns.start, part.columns.stop) if part.columns else ...
+                wanted = dense_weight(theirs)[rows][:, columns]
+                case = shape, scheme, count, rank, name
+                found = dense_weight(getattr(mine, "shard", mine))
+                assert torch.equal(found, wanted), case
+                if theirs.bias is not None:
+                    assert torch.equal(mine.bias, theirs.bias[rows]), case
+    assert tried > 250
