@@ -58,7 +58,8 @@ def one_flight(caches: Sequence[KVCache]) -> list[Flight]:
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[KVCache]:
     needed = batch * length * lm.kv_bytes_per_token()
     what = f"a KV cache of {batch} rows of {length} tokens"
-    check_memory(needed, lm.device, what, "lower --batch_size, or shorten the texts")
+    hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
+    check_memory(needed, lm.device, what, hint)
     return lm.model.make_caches(batch, length)
 
 

@@ -2,13 +2,15 @@
 
     python generate.py --compile --checkpoint_path checkpoints/demo --prompt "Once upon a time"
 
-Start at `generate`, the loop that everything else consumes: `complete`, which turns its ids into
-texts, files of prompts (jobs.py), chat (chat.py) and benchmarks (bench.py). Its steps are made by
-decoding.py or, where a draft guesses tokens, by speculate.py; load.py makes the model that it
-runs; the command is the second half of the file.
+Start at `generate`, the loop that everything else consumes: `complete` and `stream`, which turn its
+ids into texts, files of prompts (jobs.py), chat (chat.py) and benchmarks (bench.py). Its steps are
+made by decoding.py or, where a draft guesses tokens, by speculate.py; load.py makes the model that
+it runs; the command is the second half of the file.
 
     lm = load_model("checkpoints/demo", compile=True)
-    prompts = [lm.tokenizer.encode(text) for text in ("Once upon a time", "The big dog")]
+    for piece in stream(lm, "Once upon a time"):
+        print(piece, end="", flush=True)
+    prompts = ["Once upon a time", "The big dog"]
     for completion in complete(lm, prompts, GenerationConfig(max_new_tokens=50)):
         print(completion.text)
 
@@ -19,11 +21,13 @@ generator that launches a step before it reads the one before).
 import argparse
 import contextlib
 import json
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +58,17 @@ from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
 from files import DEMO, read_text
+from finite import not_finite
 from generation_config import GenerationConfig
 from host import set_threads
 from load import compile_now, count_weights, find_device, load_model, random_model
 from model import KVCache
 from model_defaults import model_defaults, taken
 from pp import enough_flights
+from processors import LogitsProcessor, Processors
 from quantized import make_scheme
 from ranks import agreed, join, leave, own_device, writes
+from sampling import NOT_FINITE, Sampler
 from speculate import speculative_steps
 from tokenizer import Tokenizer
 
@@ -72,67 +79,121 @@ CHANGE_TEXTS = (
 )
 
 
+Prompts = str | Sequence[str | Sequence[int]]  # one text; or several, each as text or as ids
+
+
 @torch.inference_mode()
 def generate(
     lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     config: GenerationConfig = GenerationConfig(),
     *,
     rows: Sequence[int] | None = None,
     caches: list[KVCache] | None = None,
     past: int = 0,
     live: set[int] | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Iterator[list[list[int]]]:
     """Continue B prompts together; each row gets what it would get alone.
 
-    prompts: B lists of token ids, of any lengths. rows: the random stream that each row draws
-    from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later call
-    can use them (and what was compiled for their shape) again; past: how many tokens of every
+    prompts: B texts, or lists of token ids, of any lengths. rows: the random stream that each row
+    draws from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later
+    call can use them (and what was compiled for their shape) again; past: how many tokens of every
     prompt they hold already, which only a call with one prompt leaves in its place. live: a set
     that is kept to the rows that go on after the step just yielded; a row that the caller takes
-    out of it ends there.
+    out of it ends there. logits_processors: functions that change logits before tokens are drawn,
+    called with ids and logits of rows of the same length: see LogitsProcessor in processors.py.
 
     Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
     none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
     model's context.
-    Raises ValueError for a prompt that is empty, too long or has ids that the model lacks.
+    Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and
+    where logits are not finite numbers.
     """
-    args = lm.model.args
-    check_prompts(prompts, args.context, args.vocab_size)
+    texts = encoded(lm, prompts)
+    B, args = len(texts), lm.model.args
+    config = fitted(config, args.vocab_size)
     if caches is None:
-        longest = max(map(len, prompts))
-        caches = lm.make_caches(len(prompts), max(512, longest + config.max_new_tokens))
-    B, room = len(prompts), [min(config.max_new_tokens, caches[0].length - len(p)) for p in prompts]
+        longest = max(map(len, texts))
+        caches = lm.make_caches(B, max(512, longest + config.max_new_tokens))
+    limits = [min(len(text) + config.max_new_tokens, caches[0].length) for text in texts]
+    counts = [limit - len(text) for limit, text in zip(limits, texts, strict=True)]
+    if min(counts) < 1:
+        raise ValueError(f"the caches have {caches[0].length} slots, and a prompt fills them all")
     if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
         caches = [cache.first(B) for cache in caches]
     idle = caches[0].rows - B  # rows that are computed and not looked at
-    sampler = lm.sampler(config, [*(rows or range(B)), *[0] * idle], lm.device)
+    given = [*map(tuple, texts), *[tuple(texts[-1])] * idle]
+    # No more is prepared than the caches can hold, whatever limit is asked for.
+    config = replace(config, max_new_tokens=max(counts))
+    streams = [*(rows or range(B)), *[0] * idle]
+    sampler = make_sampler(lm, config, given, streams, logits_processors)
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
     live = set() if live is None else live
     live.update(range(B))
-    given = lm, [*prompts, *[prompts[-1]] * idle], caches, past, sampler
-    if lm.draft:
-        steps = speculative_steps(*given, room.copy(), live)
-    else:
-        steps = plain_steps(*given, max(room), live)
-    for step in steps:
-        new = [until_end(step[row], room[row], ends) if row in live else [] for row in range(B)]
+    make, most = (speculative_steps, counts) if lm.draft else (plain_steps, max(counts))
+    for step in make(lm, given, caches, past, sampler, most, live):
+        new = [[]] * B
         for row in tuple(live):
-            room[row] -= len(new[row])
-            if not room[row] or new[row][-1] in ends:
+            new[row] = until_end(step[row], limits[row] - len(texts[row]), ends)
+            if NOT_FINITE in new[row]:
+                texts[row] += new[row][: new[row].index(NOT_FINITE)]
+                raise ValueError(not_finite(lm, texts[row], caches))
+            texts[row] += new[row]
+            if len(texts[row]) == limits[row] or new[row][-1] in ends:
                 live.remove(row)
         yield new
         if not live:
             return
 
 
-def until_end(ids: list[int], room: int, ends: Sequence[int]) -> list[int]:
-    """The first `room` ids, and of those none after the first that ends a text."""
-    end = next((n for n, token in enumerate(ids[:room], 1) if token in ends), room)
+def make_sampler(
+    lm: LoadedModel,
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    streams: Sequence[int],
+    functions: Sequence[LogitsProcessor],
+) -> Sampler:
+    """What draws tokens after those prompts, each with noise of its stream."""
+    changing = config.changes_logits or functions
+    processors = Processors(config, prompts, functions, lm.device) if changing else None
+    return lm.sampler(config, streams, lm.device, processors)
+
+
+def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
+    """The ids of each prompt. ValueError for what is no prompt, or none that the model can read."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    texts = [lm.tokenizer.encode(p) if isinstance(p, str) else token_ids(p) for p in prompts]
+    check_prompts(texts, lm.model.args.context, lm.model.args.vocab_size)
+    return texts
+
+
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(
+            f"a prompt is {type(prompt).__name__} {reprlib.repr(prompt)} and must be a text or a "
+            "list of token ids (several prompts: a list of those)"
+        ) from error
+
+
+def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
+    """ValueError for a bias of an id that the model lacks; no more logprobs than it has ids."""
+    for token, _ in config.logit_bias:
+        if token >= vocab_size:
+            raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
+    return replace(config, logprobs=config.logprobs and min(config.logprobs, vocab_size))
+
+
+def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
+    """The first `most` ids, and of those none after the first that ends a text."""
+    end = next((n for n, token in enumerate(ids[:most], 1) if token in ends), most)
     return ids[:end]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
+    """ValueError for prompts, as ids, that a model of that context and vocabulary cannot read."""
     if not prompts:
         raise ValueError("no prompt was given")
     for n, prompt in enumerate(prompts, 1):
@@ -153,7 +214,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: in
 
 def complete(
     lm: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     config: GenerationConfig = GenerationConfig(),
     *,
     on_text: Callable[[int, str], Any] = lambda row, text: None,
@@ -162,26 +223,27 @@ def complete(
     interruptible: bool = False,
     **options: Any,
 ) -> list[Completion]:
-    """Continue B prompts, lists of token ids, to their ends: B completions.
+    """Continue B prompts, texts or lists of token ids, to their ends: B completions.
 
     on_text is called with a row and a piece of its text as soon as that is certain, on_end with
     the rows that end in a step and all completions as they are then; stats, where given, is added
     to; interruptible: Ctrl-C ends the texts instead of the program. The other options, and what is
     raised, are those of `generate`.
     """
-    completions = [Completion(lm.tokenizer, prompt, config) for prompt in prompts]
-    live, growing = set(), set(range(len(prompts)))
+    given = encoded(lm, prompts)
+    completions = [Completion(lm.tokenizer, ids, config) for ids in given]
+    live, growing = set(), set(range(len(given)))
 
-    def end(rows: list[int]) -> None:
+    def end(rows: list[int], reason: str | None = None) -> None:
         for row in rows:
-            if text := completions[row].close():
+            if text := completions[row].close(reason):
                 on_text(row, text)
         growing.difference_update(rows)
         if rows:
             on_end(rows, completions)
 
-    steps = generate(lm, prompts, config, live=live, **options)
-    steps = stats.timed(steps, prompts, options.get("past", 0)) if stats else steps
+    steps = generate(lm, given, config, live=live, **options)
+    steps = stats.timed(steps, given, options.get("past", 0)) if stats else steps
     try:
         for step in steps:
             for row, ids in enumerate(step):
@@ -193,8 +255,29 @@ def complete(
     except KeyboardInterrupt:
         if not interruptible:
             raise
-        end(sorted(growing))
+        end(sorted(growing), "interrupted")
     return completions
+
+
+def stream(
+    lm: LoadedModel,
+    prompt: str | Sequence[int],
+    config: GenerationConfig = GenerationConfig(),
+    **options: Any,
+) -> Iterator[str]:
+    """The pieces of the text that continues one prompt, each as soon as it is certain.
+
+    Options, and what is raised, are those of `generate`.
+    """
+    (ids,) = encoded(lm, [prompt])
+    completion, live = Completion(lm.tokenizer, ids, config), set()
+    for (new,) in generate(lm, [ids], config, live=live, **options):
+        if text := completion.extend(new):
+            yield text
+        if completion.finish_reason == "stop":
+            live.clear()
+    if text := completion.close():
+        yield text
 
 
 def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
@@ -277,7 +360,7 @@ def encoded_prompts(
         raise ValueError(
             f"random weights have no tokenizer: give a number of tokens as --prompt, not {wrong[0]}"
         )
-    generator = torch.Generator().manual_seed(args.seed or 0)
+    generator = torch.Generator().manual_seed((args.seed or 0) % 2**63)
     return [
         (prompt, torch.randint(vocab, (int(prompt),), generator=generator).tolist())
         for prompt in prompts

@@ -47,7 +47,7 @@ from quantized import (
 from quantized_cache import QuantizedKVCache
 from ranks import Ranks
 from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
-from speculate import ModelDraft, NgramDraft, SelfDraft
+from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
 from tiered_cache import tiered_caches
 from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 from tp import Sharded
@@ -59,6 +59,8 @@ CACHES: dict[str | None, Callable[..., KVCache]] = {
 }
 SELF_BITS = {"self-int8": 8, "self-int4": 4}
 DRAFTS = "ngram", *SELF_BITS  # or else a model
+# Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
+MOST_PADDING = 128
 
 
 def load_model(
@@ -79,8 +81,8 @@ def load_model(
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
-    dtype: "float32" or torch.float32, say; None: as stored. kv_dtype: "int8" or "int4", None: that of the model. device "auto":
-    cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
+    dtype: "float32" or torch.float32, say; None: as stored. kv_dtype: "int8" or "int4", None: that
+    of the model. device "auto": cuda, else mps, else cpu. compiled views take their time at their first call. draft: what
     guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its path; speculate_k: how
     many, None: as many as pay. policy: where the model lives and how it runs where that is not on
     the device alone (offload.py); flash: how its feed-forward neurons are left on disk (sparse.py).
@@ -273,7 +275,9 @@ def make_ready(
     if copy:
         use_fast_products(copy, torch.bfloat16)
         return replace(lm, draft=SelfDraft(pace, make_views(copy, tokenizer, **views)))
-    return replace(lm, draft=NgramDraft(pace) if draft == "ngram" else ModelDraft(pace, draft))
+    if draft == "ngram":
+        return replace(lm, draft=NgramDraft(pace))
+    return replace(lm, draft=ModelDraft(pace, same_vocabulary(draft, model.args.vocab_size)))
 
 
 def stream_layers(
@@ -347,11 +351,11 @@ def check_draft(
     """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
     if isinstance(draft, LoadedModel):
         theirs = draft.model.args.vocab_size
-        if theirs != vocab_size:
-            said = f"the draft knows {theirs} ids and the model {vocab_size}"
-        elif not (said := difference(draft.tokenizer, tokenizer)):
+        if abs(theirs - vocab_size) > MOST_PADDING:
+            why = f"the draft knows {theirs} ids and the model {vocab_size}"
+        elif not (why := difference(draft.tokenizer, tokenizer)):
             return
-        raise ValueError(f"{said}: the draft must be a model with the same tokenizer")
+        raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
     bits = scheme["linears"].get("bits", 16) if scheme else 16
     if SELF_BITS.get(draft, 0) >= bits:
         raise ValueError(

@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add_options(parser.add_argument_group(title).add_argument)
     args = parser.parse_args(argv)
     args.stop = tuple(args.stop) or None
-    args.logit_bias = dict(args.logit_bias) or None
+    args.logit_bias = args.logit_bias or None
     args.chat = args.chat or bool(args.system and not args.interactive)
     if args.compress_cache:
         args.kv_dtype = "int4"

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
-from generation_config import GenerationConfig
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
 from quantized import skeleton
 from ranks import PATIENCE, Ranks
-from sampling import Sampler
+from sampling import NOT_FINITE, Sampler, on_host
 
 # Prompt tokens of a flight that go on together: the next stage waits for the first of them, and
 # products of fewer would read weights more often than they compute with them.
@@ -186,36 +185,44 @@ class Unplaced(nn.Module):
 class SharedSampler(Sampler):
     """The last rank draws, and tells the others, which know when they begin to read."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        group: dist.ProcessGroup,
-        config: GenerationConfig,
-        rows: Sequence[int],
-        device: torch.device,
-    ):
-        super().__init__(config, rows, device)
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *given: Any):
+        super().__init__(*given)
         self._rank, self._last, self._group = ranks.rank, ranks.count - 1, group
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        if self._rank == self._last:
-            tokens = super().__call__(logits, numbers)
-            for other in range(self._last):
-                posted.add(dist.isend(tokens, other, self._group), tokens)
-            return tokens
-        tokens = torch.empty(numbers.shape, dtype=torch.long, device=logits.device)
-        self._coming = dist.irecv(tokens, self._last, self._group)
-        posted.add(self._coming, tokens)
+        if self._rank < self._last:
+            return self._receive(logits.device, numbers.shape)
+        tokens = super().__call__(logits, numbers)
+        told = torch.where(self.peaks.isfinite(), tokens, NOT_FINITE)
+        for other in range(self._last):
+            for tensor in (told, *self.scores):
+                posted.add(dist.isend(tensor, other, self._group), tensor)
+        return tokens
+
+    def _receive(self, device: torch.device, shape: torch.Size) -> Tensor:
+        tokens, count = torch.empty(shape, dtype=torch.long, device=device), self.config.logprobs
+        self.peaks = torch.zeros(shape, device=device)  # what is not finite has been marked
+        if count is not None:
+            top = torch.empty(*shape, count, device=device)  # (B, T, count)
+            self.scores = torch.empty(shape, device=device), top, torch.empty_like(top).long()
+        self._coming = []
+        for tensor in (tokens, *self.scores):
+            self._coming.append(dist.irecv(tensor, self._last, self._group))
+            posted.add(self._coming[-1], tensor)
         return tokens
 
     def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         if self._rank == self._last:
             return super().begin_reading(tokens)
-        coming = self._coming
+        coming, host = self._coming, (tokens, self.peaks, *self.scores)
 
         def read() -> list[list[int]]:
-            coming.wait()
-            return tokens.tolist()
+            for work in coming:
+                work.wait()
+            ids = on_host(*host)
+            if any(NOT_FINITE in row for row in ids):
+                tokens.clamp_(min=0)  # the next step, which is launched all the same, looks them up
+            return ids
 
         return read
 

@@ -100,6 +100,15 @@ def agreed(say: Callable[[], T]) -> T:
     return said[0]
 
 
+def gathered(own: T) -> list[T]:
+    """What every rank has, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[T] = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
 def lost_another(error: Exception) -> bool:
     """Whether an error says no more than that another rank has ended. Then wait, for that one to
     be heard first: torchrun ends this process meanwhile, if it has ended by itself."""

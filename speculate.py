@@ -14,12 +14,16 @@ quantised copy on the model's own cache, 2502.10424; guesses looked up in the te
 Shapes: B rows, k guesses, V vocab.
 """
 
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import Guess, LoadedModel, Texts, prefill, visible_slots
@@ -47,7 +51,8 @@ def speculative_steps(
     slots = torch.arange(caches[0].length, device=lm.device)
     texts = [list(prompt) for prompt in prompts]
     logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-    step = sampler(logits, slots[:1].expand(len(texts), 1)).tolist()
+    first = sampler(logits, slots[:1].expand(len(texts), 1))  # (B, 1)
+    step = sampler.begin_reading(first)()
     pace = lm.draft.pace.of(len(texts))
     for text, ids in zip(texts, step, strict=True):
         text += ids
@@ -58,15 +63,15 @@ def speculative_steps(
         wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
         guesses, offered = guess(pace.choose(wanted - 1), live)
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
-        k = guesses.shape[1]
-        both = torch.cat((drawn, guesses), dim=1) if k else drawn  # (B, 2 * k + 1)
         step = [[] for _ in texts]
-        for row, ids in enumerate(both.tolist()):  # the host waits here
+        read = sampler.begin_reading(drawn)
+        pairs = zip(read(), guesses.tolist(), strict=True)  # the host waits here
+        for row, (ids, guessed) in enumerate(pairs):
             if row in live:
-                step[row] = ids[: held(ids[: k + 1], ids[k + 1 :]) + 1]
+                step[row] = ids[: held(ids, guessed) + 1]
                 texts[row] += step[row]
         seconds = time.perf_counter() - start
-        pace.learn(k, [(offered[row], len(step[row]) - 1) for row in live], seconds)
+        pace.learn(guesses.shape[1], [(offered[row], len(step[row]) - 1) for row in live], seconds)
         yield step
 
 
@@ -93,6 +98,7 @@ def verify(
     visible = visible_slots(max(map(len, texts)) + k, length)
     tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
     logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
+    sampler.expect(guesses, numbers + steps[:k])
     return sampler(logits, numbers + steps)
 
 
@@ -181,6 +187,26 @@ class ModelDraft:
         if own and (own[0].rows, own[0].length) == (rows, length):
             return own
         return self.lm.model.make_caches(rows, length)
+
+
+def same_vocabulary(draft: LoadedModel, vocab_size: int) -> LoadedModel:
+    """A draft whose logits are of so many ids, and which can be given so many.
+
+    Models with the same tokenizer may pad their tables to different sizes: ids of padding alone are
+    dropped or, as nobody can guess them, get -inf.
+    """
+    known = draft.model.args.vocab_size
+    if known == vocab_size:
+        return draft
+
+    def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(tokens: Tensor, *given: Any) -> Tensor:
+            logits = view(tokens.clamp_max(known - 1), *given)  # (..., known)
+            return F.pad(logits, (0, vocab_size - known), value=-math.inf)  # (..., vocab_size)
+
+        return call
+
+    return replace(draft, prefill=resized(draft.prefill), decode=resized(draft.decode))
 
 
 class SelfDraft:

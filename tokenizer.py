@@ -53,6 +53,10 @@ class TextStream:
             data = data.removeprefix(b" ")
         return self._utf8.decode(data)
 
+    def special(self, token: int) -> str:
+        """The name of a special token, which has no text; of other ids nothing."""
+        return "" if self._backend.token_bytes(token) else self._backend.text_of(token)
+
     def flush(self) -> str:
         """What is still held back, as U+FFFD: no further id will complete it."""
         return self._utf8.decode(b"", final=True)

@@ -33,7 +33,7 @@ def test_distribution_is_that_of_transformers(
     if min_p:
         wanted = processors.MinPLogitsWarper(min_p)(None, wanted)
     config = GenerationConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    torch.testing.assert_close(dense(*candidates(logits(), config)), wanted.softmax(-1))
+    torch.testing.assert_close(dense(*candidates(logits(), config)[:2]), wanted.softmax(-1))
 
 
 def dense(ids: Tensor, probabilities: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def dense(ids: Tensor, probabilities: Tensor) -> Tensor:
 
 def test_temperature_0_is_the_likeliest_token():
     config = GenerationConfig(temperature=0)
-    ids, probabilities = candidates(logits(), config)
+    ids, probabilities, _ = candidates(logits(), config)
     assert (ids[:, 0] == logits().argmax(-1)).all() and (probabilities == 1).all()
     sampler = Sampler(config, range(5), torch.device("cpu"))
     numbers = torch.zeros(5, 1, dtype=torch.long)

@@ -211,7 +211,7 @@ def exact(lm: LoadedModel, prompt: list[int], config: GenerationConfig) -> dict[
     slots = torch.arange(T)
     logits = lm.model(texts, slots.expand(B, T), slots, lm.model.make_caches(B, T))
     known = torch.zeros(B, 3, V)
-    places = candidates(logits[:, -3:], config)
+    places = candidates(logits[:, -3:], config)[:2]
     known.scatter_(-1, *places)
     found = {}
     for (a, b), p in zip(pairs, known.tolist(), strict=True):

@@ -1,0 +1,74 @@
+"""Where the values of a model stop being finite numbers: for the message that ends such a run.
+
+Start at not_finite, which `generate` (generate.py) asks once a token had no finite logit behind it.
+The text is read again, layer by layer and without compiled code. Ranks do so together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decoding import LoadedModel, visible_slots
+from model import KVCache, Transformer
+from ranks import gathered
+
+CHUNK = 512  # tokens that are read at once
+
+
+@torch.inference_mode()
+def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
+    """One line: which part of the model is the first whose values for a text are not finite.
+
+    caches: at least as long as the text; the first row is overwritten.
+    """
+    ((_, caches),) = lm.flights([cache.first(1) for cache in caches])
+    slots = torch.arange(caches[0].length, device=lm.device)
+    for cache in caches:
+        cache.keep(0)
+    finite = []
+    for start in range(0, len(text), CHUNK):
+        tokens = torch.tensor([text[start : start + CHUNK]], device=lm.device)  # (1, T)
+        end = start + tokens.shape[1]
+        pos, visible = slots[start:end], slots[: visible_slots(end, len(slots))]
+        finite.append(parts_finite(lm.model, tokens, pos.unsqueeze(0), visible, caches))
+    every = torch.stack(finite).all(0).tolist()  # of embedding, layers and head
+    name = first_part(gathered(every))
+    if name is None:
+        return (
+            "the logits are not finite numbers, but they are when the text is read again: the "
+            "logits processors, or values close to the dtype's limit, make NaN or infinity"
+        )
+    return (
+        f"the logits are not finite numbers: {name} is the first part of the model that makes NaN "
+        f"or infinity; its weights are damaged, or its values exceed what "
+        f"{str(lm.model.tok_embeddings.weight.dtype).removeprefix('torch.')} can hold (try --dtype "
+        "float32)"
+    )
+
+
+def parts_finite(
+    model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache]
+) -> Tensor:
+    """Whether all that embedding, each layer and the head make of tokens is finite: booleans."""
+    x, rotation, mask = model.embed(tokens, pos, slots)
+    found = [x.isfinite().all()]
+    for layer, cache in zip(model.layers, caches, strict=True):
+        x = layer(x, rotation, mask, pos, cache)
+        # Between layers an offloaded model may have put them elsewhere.
+        whole = x if isinstance(x, Tensor) else x.whole()
+        found.append(whole.isfinite().all().to(found[0].device))
+    found.append(model.unembed(x).isfinite().all())
+    return torch.stack(found)
+
+
+def first_part(ranks: Sequence[Sequence[bool]]) -> str | None:
+    """The name of the first part that is not finite, of what each rank has found of its own."""
+    layers = 0
+    for finite in ranks:
+        if not all(finite):
+            at = finite.index(False)
+            layer = f"layer {layers + at - 1} (counted from 0)"
+            return "the embedding" if at == 0 else "the head" if at == len(finite) - 1 else layer
+        layers += len(finite) - 2
+    return None
