@@ -101,11 +101,8 @@ def flag(value: Any) -> bool:
 
 
 def biases(value: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[Any, ...]:
-    pairs = dict(value)
-    return tuple(
-        (whole(0)(token), real(lambda bias: abs(bias) <= LARGEST_BIAS)(bias))
-        for token, bias in pairs.items()
-    )
+    token_id, bias = whole(0), real(lambda bias: abs(bias) <= LARGEST_BIAS)
+    return tuple((token_id(token), bias(added)) for token, added in dict(value).items())
 
 
 def count_or_none(value: Any) -> int | None:
