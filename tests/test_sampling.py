@@ -1,14 +1,16 @@
 """What may be drawn, against transformers' logits processors; and the draw, against arithmetic."""
 
+import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from generation_config import GenerationConfig
-from sampling import Sampler, candidates, draw, exponentials
+from generation_config import RULES, GenerationConfig
+from sampling import NOT_FINITE, Sampler, candidates, draw, exponentials
 
 VOCAB = 97
 FILTERS = list(
@@ -143,20 +145,78 @@ def test_tokens_drawn_together_are_those_drawn_one_by_one():
     assert (sampler(given[:, 5:], numbers[:, 5:] + 7) == together[:, 5:]).all()  # beyond the last
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("max_new_tokens", 0),
-        ("temperature", -0.1),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", 1.5),
-        ("stop", ("",)),
-        ("seed", -1),
-        ("temperature", float("nan")),
-    ],
-)
-def test_a_value_out_of_range_is_named(field: str, value: object):
-    with pytest.raises(ValueError, match=f"{field} is .* and must be"):
+def test_a_stream_of_fewer_numbers_is_the_beginning_of_a_longer_one():
+    """So that no more need be drawn than the context can hold, whatever limit is asked for."""
+    for seed in (0, 5, 2**64, 2**100):
+        configs = (GenerationConfig(max_new_tokens=n, seed=seed) for n in (7, 200))
+        short, long = (Sampler(config, [3, 0], torch.device("cpu")).keys for config in configs)
+        assert (long[:, :7] == short).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 5e-324, 1e-20, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_a_temperature_near_0_is_0(temperature: float, scale: float):
+    config = GenerationConfig(temperature=temperature, top_k=0)
+    sampler, numbers = Sampler(config, range(5), torch.device("cpu")), torch.zeros(5, 1).long()
+    given = (logits() * scale).unsqueeze(1)
+    assert (sampler(given, numbers) == given.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 0}, {"top_k": 5}, {"top_k": 0, "top_p": 0.9}])
+def test_large_logits_over_a_low_temperature_stay_finite(filters: dict):
+    config = GenerationConfig(temperature=1.1e-5, **filters)
+    ids, probabilities, peaks = candidates(logits() * 1e35, config)
+    assert probabilities.isfinite().all() and (peaks == (logits() * 1e35).amax(-1)).all()
+    assert (ids.gather(1, probabilities.argmax(1, keepdim=True))[:, 0] == logits().argmax(1)).all()
+
+
+@pytest.mark.parametrize("config", [{"temperature": 0}, {"top_k": 0}, {"top_k": 5}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_mark_their_row_alone(config: dict, value: float):
+    sampler = Sampler(GenerationConfig(**config), range(5), torch.device("cpu"))
+    given = logits().unsqueeze(1)
+    given[2, 0, 40] = value
+    tokens = sampler(given, torch.zeros(5, 1).long())
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()  # a step launched ahead may look them up
+    ids = sampler.begin_reading(tokens)()
+    assert [row == [NOT_FINITE] for row in ids] == [False, False, True, False, False]
+
+
+WRONG = {
+    "max_new_tokens": (0, -1, "5", 5.0, True, None, [5], math.inf),
+    "temperature": (-0.1, math.nan, math.inf, "hot", None, False, 1j, 10**400),
+    "top_k": (-1, 2.5, "3", True),
+    "top_p": (0.0, 1.1, math.nan, "1"),
+    "min_p": (1.5, -0.1, math.nan),
+    "repetition_penalty": (0, -1.0, math.nan, math.inf, "1.1"),
+    "frequency_penalty": (math.nan, -math.inf, "0"),
+    "presence_penalty": (math.nan, math.inf, None),
+    "logit_bias": ({"5": 1.0}, {5: math.nan}, {-1: 0.5}, {5: "1"}, 7, [5, 6], {True: 1.0}),
+    "stop": (("",), "", (5,), 5, None, ["a", ""], b"end"),
+    "seed": (-1, 0.5, "0", None),
+    "ignore_eos": (1, None, "yes"),
+    "logprobs": (-1, 1001, True, 2.0, "5"),
+}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f in WRONG for v in WRONG[f]], ids=str)
+def test_a_value_of_a_wrong_type_or_range_is_named(field: str, value: object):
+    with pytest.raises(ValueError, match=f"(?s)^{field} is .* and must be [^\\n]+$"):
         GenerationConfig(**{field: value})
+
+
+def test_every_field_is_checked_and_its_default_is_right():
+    fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
+    assert RULES.keys() == fields.keys() == WRONG.keys()
+    assert dataclasses.asdict(GenerationConfig()) == fields
+
+
+def test_values_are_given_as_people_write_them():
+    config = GenerationConfig(
+        max_new_tokens=np.int64(5), stop="The End", temperature=1, logit_bias={7: 1}, seed=2**70
+    )
+    assert config.stop == ("The End",) and config.logit_bias == ((7, 1.0),)
+    assert GenerationConfig(stop=["a", "b"]).stop == ("a", "b")
+    assert type(config.max_new_tokens) is int and type(config.temperature) is float
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert config.changes_logits and not GenerationConfig().changes_logits

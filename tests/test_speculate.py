@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -487,7 +489,7 @@ def test_another_number_of_rows_is_learned_anew():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ("vocab_size", "the draft knows 2000 ids and the model 2048"),
+        ("vocab_size", "the draft knows 1919 ids and the model 2048"),
         ("piece", "id [0-9]+ stands for b'[^']+' in one tokenizer and b'[^']+' in the other"),
     ],
 )
@@ -495,7 +497,7 @@ def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, change: str, s
     for file in DRAFT.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     if change == "vocab_size":
-        lm = random_model_of(tmp_path / "config.json", 2000)
+        lm = random_model_of(tmp_path / "config.json", 1919)
         with pytest.raises(ValueError, match=f"{said}: the draft must be a model with the same"):
             load_model(DEMO, device="cpu", draft=lm)
         return
@@ -506,6 +508,27 @@ def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path, change: str, s
     (tmp_path / "tokenizer.json").write_text(swapped)
     with pytest.raises(ValueError, match=said):
         load_model(DEMO, device="cpu", draft=tmp_path)
+
+
+@pytest.mark.parametrize("more", [64, 128, -3, -128])
+def test_a_draft_may_have_other_rows_of_padding(plain: LoadedModel, tmp_path: Path, more: int):
+    """In a table of fewer rows the last ids are missing; the prompts have some of them."""
+    for file in DRAFT.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = F.pad(tensors[name].float(), (0, 0, 0, more)).to(torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = (tmp_path / "config.json").read_text()
+    new = config.replace('"vocab_size": 2048', f'"vocab_size": {2048 + more}')
+    assert new != config
+    (tmp_path / "config.json").write_text(new)
+    lm = with_draft(plain, tmp_path, 3)
+    prompts = [*encoded(plain), [5, 2047, 2046, 9], [2047]]
+    for config in (GREEDY, SAMPLED):
+        assert ids(lm, prompts, config) == ids(plain, prompts, config)
+    assert sum(lm.draft.pace.report.held) > 10
 
 
 def random_model_of(config: Path, vocab_size: int) -> LoadedModel:
