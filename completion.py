@@ -6,6 +6,7 @@ spelled out, as in transformers' stop_strings and lm_eval's until; what is shown
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from typing import Any
 
 from generation_config import GenerationConfig
 from sampling import Logprobs
@@ -25,7 +26,7 @@ class Completion:
         self.logprobs: list[Logprobs] = []
         self.text = ""
         self.finish_reason = "length"
-        self._config = config
+        self._config, self._tokenizer = config, tokenizer
         self._ends = () if config.ignore_eos else tokenizer.eos_ids
         self._stream = tokenizer.stream(prompt)
         self._held = ""  # spelled text that may turn out to begin a stop string
@@ -35,6 +36,17 @@ class Completion:
     def context_full(self) -> bool:
         """Whether the text ended since the context, or the given caches, can hold no more."""
         return self.finish_reason == "length" and len(self.ids) < self._config.max_new_tokens
+
+    def logprobs_json(self) -> list[dict[str, Any]]:
+        """logprobs as JSON: for each id its text, its log probability, and the likeliest ids."""
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"id": token, "token": self._tokenizer.spelled(token), "logprob": logprob}
+
+        return [
+            entry(token, scored.logprob) | {"top": [entry(*pair) for pair in scored.top]}
+            for token, scored in zip(self.ids, self.logprobs, strict=True)
+        ]
 
     def extend(self, ids: Iterable[int]) -> str:
         """Add ids, up to what ends the text; returns what is now certain and can be shown."""

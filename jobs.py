@@ -376,8 +376,7 @@ def result(job: Job, completion: Any) -> dict[str, Any]:
         "tokens": len(completion.ids),
         "finish_reason": completion.finish_reason,
     }
-    logprobs = getattr(completion, "logprobs", None)  # where they were asked for
-    return row | ({"logprobs": logprobs} if logprobs else {})
+    return row | ({"logprobs": completion.logprobs_json()} if completion.logprobs else {})
 
 
 def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -84,8 +84,9 @@ def load_model(
     dtype: "float32" or torch.float32, say; None: as stored. kv_dtype: "int8" or "int4", None: that
     of the model. device "auto": cuda, else mps, else cpu. compiled views take their time at their
     first call. draft: what guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its
-    path; speculate_k: how many, None: as many as pay. policy: where the model lives and how it runs where that is not on
-    the device alone (offload.py); flash: how its feed-forward neurons are left on disk (sparse.py).
+    path; speculate_k: how many, None: as many as pay. policy: where the model lives and how it runs
+    where that is not on the device alone (offload.py); flash: how its feed-forward neurons are left
+    on disk (sparse.py).
     ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
     pipeline (pp.py), some layers; flights: of rows that are under way there, None: as many as pay.
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is

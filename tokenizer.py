@@ -108,6 +108,11 @@ class Tokenizer:
         """The id of the special token whose text is exactly this; such an id decodes to ""."""
         return self._backend.special_id(text)
 
+    def spelled(self, token: int) -> str:
+        """The text of one id, with U+FFFD for part of a character; a special token's name."""
+        data = self._backend.token_bytes(token)
+        return data.decode("utf-8", "replace") or self._backend.text_of(token)
+
     def stream(self, prompt_ids: Iterable[int] = ()) -> TextStream:
         """A decoder for the ids that follow prompt_ids."""
         return TextStream(self._backend, prompt_ids)

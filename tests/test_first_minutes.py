@@ -17,7 +17,9 @@ from load import load_model
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 COMMAND = [sys.executable, str(ROOT / "generate.py"), "--device", "cpu", "--max_new_tokens", "6"]
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+)
 
 
 def run(*args: object, shell: str = "", **options: object) -> subprocess.CompletedProcess:

@@ -35,7 +35,7 @@ from command import MISTAKES
 from generate import generate
 from generation_config import GenerationConfig
 from hf import export_tensors, model_args
-from jobs import JsonlOutput, make_jobs, read_prompts
+from jobs import JsonlOutput, Origin, make_jobs, read_prompts
 from load import load_model
 from model import Transformer
 from quantized import make_scheme, quantized_copy
@@ -422,6 +422,7 @@ def tokenizer_files(rng: random.Random) -> tuple[Files, str]:
     return damaged(rng, files, name, how)
 
 
+ORIGIN = Origin("model", "hash", {"seed": 0})
 ROWS = [
     {
         "index": i,
@@ -431,6 +432,7 @@ ROWS = [
         "tokens": 1,
         "finish_reason": "stop",
     }
+    | ORIGIN.row()
     for i in range(3)
 ]
 PROMPTS = [row["prompt"] for row in ROWS]
@@ -516,11 +518,11 @@ def chat(folder: Path) -> None:
 def read_and_encode(folder: Path) -> None:
     (path,) = folder.glob("prompts.*")
     prompts, tokenizer = read_prompts(path), load_tokenizer(folder)
-    make_jobs([(prompt, tokenizer.encode(prompt)) for prompt in prompts], 1)
+    make_jobs([(prompt, tokenizer.encode(prompt)) for prompt in prompts], 1, 9, 512)
 
 
 def go_on(folder: Path) -> None:
-    JsonlOutput(folder / "out.jsonl", make_jobs([(prompt, [1]) for prompt in PROMPTS], 1))
+    JsonlOutput(folder / "out.jsonl", PROMPTS, 1, ORIGIN)
 
 
 @dataclass(frozen=True)
