@@ -37,6 +37,8 @@ from quantized import checked_scheme
 from weight_files import find_weights, read_json, shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What a tensor that is missing may mean.
+HINTS = {"output.weight": ", unless lm_head is the embedding: tie_word_embeddings is true then"}
 COMPARED = 2**22  # bytes of two tables that are read and compared at a time
 Home = Callable[[str, torch.Size, torch.dtype], Tensor | None]  # memory for a tensor; see allocate
 
@@ -301,15 +303,13 @@ class Checkpoint:
     def check(self, model: nn.Module) -> None:
         """Raises ValueError naming the tensors that the model and the file disagree about."""
         have, want = self.records, {n: t for n, (t, _) in stored_tensors(model).items()}
-        faults = [f"{name} is missing" for name in want.keys() - have.keys()]
+        faults = [f"{name} is missing" + HINTS.get(name, "") for name in want.keys() - have.keys()]
         faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]
         for name in want.keys() & have.keys():
             faults += misfits(name, have[name], want[name])
         if faults:
             more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
             listed = "; ".join(sorted(faults)[:5])
-            if "output.weight is missing" in faults:
-                more += ". Where lm_head shares the embedding, tie_word_embeddings must be true"
             raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
 
 
