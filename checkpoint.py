@@ -6,12 +6,14 @@ reads each tensor once, straight to where it will stay. save_checkpoint writes `
 File formats are in formats.py, Hugging Face's names in hf.py.
 """
 
-import json
 import os
 import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 import hf
 from disk import page_aligned
 from files import sync
-from foreign import foreign_fields, foreign_scheme
+from foreign import foreign_fields, foreign_scheme, quantization_config
 from formats import (
     Part,
     index_file,
@@ -31,17 +33,13 @@ from formats import (
     staging_buffer,
     write_aligned,
 )
+from quantized import checked_scheme
+from weight_files import find_weights, read_json, shards
 
-PREPARED = "model.pth"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HUGGING_FACE = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-
-
+# What a tensor that is missing may mean.
+HINTS = {"output.weight": ", unless lm_head is the embedding: tie_word_embeddings is true then"}
+COMPARED = 2**22  # bytes of two tables that are read and compared at a time
 Home = Callable[[str, torch.Size, torch.dtype], Tensor | None]  # memory for a tensor; see allocate
 
 
@@ -59,7 +57,15 @@ class Record:
     def pieces(self) -> list[Tensor]:
         """What is stacked, on the meta device."""
         stored = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in self.parts]
-        return [self.translate(t) for t in stored] if self.translate else stored
+        pairs = zip(self.parts, stored, strict=True)
+        return [self.made_of(*pair) for pair in pairs] if self.translate else stored
+
+    def made_of(self, part: Part, stored: Tensor) -> Tensor:
+        """Ours of a part as it is stored. ValueError naming file and tensor where it cannot be."""
+        try:
+            return self.translate(stored)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{part.file}: {part.name} {error}") from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,25 +92,65 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = find_weights(path)
         self.directory = self.path.parent  # where config.json and the tokenizer lie
-        said: dict[str, Any] = {}
-        parts: dict[str, Part] = {}
-        for file in shards(self.path):
-            more_said, more_parts = index_file(file)
-            said |= more_said
-            parts |= more_parts
-        self.config = said["config"] if said else read_json(self.directory / "config.json")
-        self.scheme = said["scheme"] if said else foreign_scheme(self.config)
+        metadata, parts = read_parts(self.path)
+        if metadata:
+            self.config, self.scheme = metadata["config"], self.own_scheme(metadata["scheme"])
+        else:
+            self.config = read_json(self.directory / "config.json")
+            self.scheme = self.foreign_scheme(parts)
         self.args = hf.model_args(self.config)
-        if said:
+        if metadata:
             self.records = {name: Record((part,)) for name, part in parts.items()}
         else:
             self.records = translate(parts.values(), self.scheme)
             self.drop_idle()
             if self.args.tied and "output.weight" in self.records:
-                # One table under two names; a file holds either or both.
-                head = self.records.pop("output.weight")
-                self.records.setdefault("tok_embeddings.weight", head)
+                self.settle_head()
         self.args = hf.with_stored_biases(self.args, self.records, self.path)
+
+    def own_scheme(self, found: Any) -> dict[str, Any] | None:
+        try:
+            return checked_scheme(found)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; convert or quantise it again") from error
+
+    def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
+        packed = any(name.endswith(".qweight") for name in parts)
+        try:
+            found = quantization_config(self.config, self.directory, packed)
+            return found and foreign_scheme(found)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def settle_head(self) -> None:
+        """Leave one table where embedding and head are the same. A file holds either or both; where
+        they differ, both count, whatever the config says: so does transformers 5."""
+        self.records.setdefault("tok_embeddings.weight", self.records["output.weight"])
+        if self.equal("tok_embeddings.weight", "output.weight"):
+            del self.records["output.weight"]
+            return
+        self.config = self.config | {"tie_word_embeddings": False}
+        self.args = replace(self.args, tied=False)
+        log_once(
+            f"{self.path}: the output head differs from the embedding, and both are used, though "
+            "tie_word_embeddings in config.json is true"
+        )
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two matrices hold the same numbers; reads up to the first difference."""
+        a, b = self.records[one], self.records[other]
+        if a is b or a.shape != b.shape or len(a.shape) != 2:
+            return a is b
+        dtype, stage = torch.promote_types(a.dtype, b.dtype), staging_buffer(torch.device("cpu"))
+        rows, step = a.shape[0], max(1, COMPARED // max(1, a.shape[1] * dtype.itemsize))
+        pair = torch.empty(2, step, a.shape[1], dtype=dtype)
+        for start in range(0, rows, step):
+            some = range(start, min(start + step, rows))
+            for name, out in zip((one, other), pair, strict=True):
+                self.read_rows_into(name, [some], out, stage)
+            if not torch.equal(*pair[:, : len(some)]):
+                return False
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +189,16 @@ class Checkpoint:
             else:
                 stored = torch.empty(part.shape, dtype=part.dtype)
                 read_part(part, stored.view(-1), stage)
-                piece.copy_(record.translate(stored).flatten())
+                piece.copy_(record.made_of(part, stored).flatten())
+        self.check_scales(name, out)
+
+    def check_scales(self, name: str, values: Tensor) -> None:
+        """ValueError for scales that would make their weights infinite or NaN."""
+        if name.endswith(".scales") and not values.isfinite().all():
+            file = self.records[name].parts[0].file
+            raise ValueError(
+                f"{file}: {name} holds NaN or infinity: download or quantise the model again"
+            )
 
     def read_rows_into(self, name: str, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
         """Fill `out`, see read_into, with ranges of the tensor's rows, one after the other."""
@@ -158,6 +213,7 @@ class Checkpoint:
                     self._read_rows(record, part, within, out[filled:][: len(within)], stage)
                     filled += len(within)
                 first = end
+        self.check_scales(name, out)
 
     def _read_rows(
         self, record: Record, part: Part, rows: range, out: Tensor, stage: Tensor
@@ -169,7 +225,7 @@ class Checkpoint:
     def _translated(self, record: Record, part: Part) -> Tensor:
         stored = torch.empty(part.shape, dtype=part.dtype)
         read_part(part, stored.view(-1), stored.view(-1).view(torch.uint8))
-        return record.translate(stored)
+        return record.made_of(part, stored)
 
     def read_columns_into(self, name: str, columns: range, out: Tensor, stage: Tensor) -> None:
         """Fill `out`, see read_into, with some of a matrix's columns."""
@@ -181,6 +237,7 @@ class Checkpoint:
             else:
                 rows.copy_(self._translated(record, part)[:, columns.start : columns.stop])
             first += len(piece)
+        self.check_scales(name, out)
 
     def load_into(
         self,
@@ -235,9 +292,10 @@ class Checkpoint:
                 del self.records[name]
 
     def check_groups(self, name: str) -> None:
-        K, S = self.records[name].parts[0].numel, self.scheme["linears"]["groupsize"]
-        order = self.read(name).view(-1, K)  # of each part
-        if not (order == torch.arange(K) // S).all():
+        groupsize, order = self.scheme["linears"]["groupsize"], self.read(name)
+        inputs = {part.shape for part in self.records[name].parts}
+        K = max(max(shape, default=0) for shape in inputs)
+        if inputs != {(K,)} or not (order.view(-1, K) == torch.arange(K) // groupsize).all():
             raise ValueError(
                 f"{self.path}: {name} puts inputs into groups out of their order, which cannot be "
                 "read: download the unquantised original and use quantize.py"
@@ -245,19 +303,32 @@ class Checkpoint:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError naming the tensors that the model and the file disagree about."""
-        have = {name: record.shape for name, record in self.records.items()}
-        want = {name: tuple(t.shape) for name, (t, _) in stored_tensors(model).items()}
-        faults = [f"{name} is missing" for name in want.keys() - have.keys()]
+        have, want = self.records, {n: t for n, (t, _) in stored_tensors(model).items()}
+        faults = [f"{name} is missing" + HINTS.get(name, "") for name in want.keys() - have.keys()]
         faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]
-        faults += [
-            f"{name} has shape {list(have[name])} and should have {list(want[name])}"
-            for name in want.keys() & have.keys()
-            if want[name] != have[name]
-        ]
+        for name in want.keys() & have.keys():
+            faults += misfits(name, have[name], want[name])
         if faults:
             more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
             listed = "; ".join(sorted(faults)[:5])
             raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
+
+
+def misfits(name: str, record: Record, tensor: Tensor) -> Iterator[str]:
+    """How a stored tensor differs from the model's; floating-point weights may be of any dtype."""
+    if record.shape != tuple(tensor.shape):
+        yield f"{name} has shape {list(record.shape)} and should have {list(tensor.shape)}"
+    weight = isinstance(tensor, nn.Parameter)
+    for dtype in {piece.dtype for piece in record.pieces}:
+        if not (dtype.is_floating_point if weight else dtype == tensor.dtype):
+            wanted = "floating-point" if weight else str(tensor.dtype).removeprefix("torch.")
+            yield f"{name} is {str(dtype).removeprefix('torch.')} and should be {wanted}"
+
+
+@cache
+def log_once(line: str) -> None:
+    """On stderr, however often a file is opened."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def allocate(
@@ -310,22 +381,47 @@ def give(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, value)
 
 
+def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
+    """The metadata of our own file, {} for Hugging Face's, and the tensors of all files by name."""
+    files, owners = shards(path)
+    metadata: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
+    for file in files:
+        metadata, found = index_file(file)
+        if metadata and len(files) > 1:
+            raise ValueError(f"{file} is a whole model of this project, and no part of {path}")
+        for name, part in found.items():
+            other = parts.setdefault(name, part)
+            if other is not part and owners.get(name) not in (file.name, other.file.name):
+                raise ValueError(f"{name} lies in {other.file} and in {file}: remove one of them")
+            if owners.get(name) == file.name:
+                parts[name] = part
+    if not parts:
+        raise ValueError(f"{path} holds no tensors: download it again")
+    return metadata, parts
+
+
 def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, Record]:
     """Tensors under Hugging Face's names -> under ours, the parts of wqkv and w13 together."""
     found: dict[str, dict[int, Part]] = {}
     for part in parts:
         if place := hf.tensor_name(part.name):
             name, index = place
-            found.setdefault(name, {})[index] = part
-    fields = foreign_fields(scheme) if scheme else {}
+            if (other := found.setdefault(name, {}).setdefault(index, part)) is not part:
+                raise ValueError(
+                    f"{part.file}: {part.name} and {other.name} are one tensor's names"
+                )
+    linears = scheme and scheme["linears"]
+    fields = foreign_fields(scheme["mode"], linears["groupsize"]) if scheme else {}
     records = {}
     for name, by_index in found.items():
         module, _, kind = name.rpartition(".")
         kind, how = fields.get(kind, (kind, None))
         record = Record(tuple(part for _, part in sorted(by_index.items())), how)
-        if len({piece.shape[1:] for piece in record.pieces}) > 1:
+        pieces = record.pieces
+        if len(pieces) > 1 and not (pieces[0].dim() and len({p.shape[1:] for p in pieces}) == 1):
             shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in record.parts)
-            raise ValueError(f"{name} cannot be put together from {shapes}")
+            raise ValueError(f"{record.parts[0].file}: {name} cannot be put together from {shapes}")
         records[f"{module}.{kind}"] = record
     return records
 
@@ -356,66 +452,45 @@ def save_checkpoint(
     config: Hugging Face's keys. scheme: how the tensors are quantised. tensors: by our names.
     With `values`, only shapes and dtypes are taken from `tensors` (meta tensors will do), and
     each value is written as the iterable yields it, in any order: one is in memory at a time.
-    Raises ValueError where the disk is too small, or values and tensors do not match.
+    Raises ValueError where the disk is too small, or values and tensors do not match, and OSError.
     """
     path = Path(path)
+    check_writable(path)
     needed = sum(t.numel() * t.itemsize for t in tensors.values())
     if needed > (free := shutil.disk_usage(path.parent).free):
         raise ValueError(f"{path} needs {size_text(needed)}, {size_text(free)} of disk is free")
-    temporary = path.with_name(path.name + ".tmp")
-    said = {"config": config, "scheme": scheme}
+    temporary = unfinished(path)
+    metadata = {"config": config, "scheme": scheme}
     try:
-        write_aligned(temporary, said, tensors, tensors.items() if values is None else values)
+        write_aligned(temporary, metadata, tensors, tensors.items() if values is None else values)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:
-    """The file itself, or the first of `names` in a directory; FileNotFoundError helps on."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    nearest = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    entries = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
-    prepared = sorted(str(p) for p in Path("checkpoints").rglob(PREPARED))[:12]
-    raise FileNotFoundError(
-        f"{path} {'holds no weights' if path.is_dir() else 'does not exist'}; "
-        f"{nearest} holds: {', '.join(entries) or 'nothing'}; "
-        f"prepared here: {', '.join(prepared) or 'none'}; ./scripts/prepare.sh REPO prepares one"
-    )
+def unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
-def shards(path: Path) -> list[Path]:
-    """The files that hold the tensors: those an index names, else the file itself."""
-    if not path.name.endswith(".index.json"):
-        return [path]
-    index = read_json(path)
-    if not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{path} has no weight_map: download it again")
-    files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{path.parent} lacks {', '.join(absent)}, named in {path.name}: "
-            "run scripts/download.py again, it fetches what is missing"
-        )
-    return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it belongs beside the weights")
+def check_writable(path: Path) -> None:
+    """OSError in words where save_checkpoint could not make the file; ask before long work."""
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object: download it again")
-    return value
+        unfinished(path).open("wb").close()
+        unfinished(path).unlink()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}): it goes beside the model, so make that "
+            "folder writable, or copy the model to one that is"
+        ) from error
+
+
+def log_replaced(path: Path) -> None:
+    """Say which file is about to be replaced, if there is one."""
+    if path.exists():
+        stat = path.stat()
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
+        print(f"replaces {path} ({size_text(stat.st_size)}, {made})", file=sys.stderr, flush=True)
 
 
 def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:

@@ -1,6 +1,6 @@
 """int4 checkpoints that others' tools wrote, read as Int4Linear's: GPTQ's layout and AWQ's.
 
-Start at foreign_scheme, which says of a `quantization_config` whether it can be read; then
+Start at quantization_config, then foreign_scheme, which tells whether it can be read, and
 foreign_fields, what becomes of each tensor. In both layouts an int32 holds eight numbers of four
 bits, from the lowest bits up: in GPTQ's those of one output and eight inputs, in AWQ's those of
 one input and eight outputs, in an order of its own. Scales and zero points mean what they mean in
@@ -11,13 +11,15 @@ Shapes: N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf import Config, short
+from files import read_object
+from hf import short
 from quantized import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]
@@ -26,61 +28,127 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the first, second, ...
 READ = {
     "gptq": {
         "bits": (None, 4),
+        "group_size": (None, *GROUP_SIZES),
+        "lm_head": (False,),
         "desc_act": (False,),
         "checkpoint_format": ("gptq", "gptq_v2"),
         "is_marlin_format": (False,),
     },
-    "awq": {"bits": (None, 4), "zero_point": (True,), "version": ("gemm", "GEMM")},
+    "awq": {
+        "bits": (None, 4),
+        "group_size": (None, *GROUP_SIZES),
+        "lm_head": (False,),
+        "zero_point": (True,),
+        "version": ("gemm", "GEMM"),
+    },
 }
+# Files of before config.json had a quantization_config (AutoGPTQ until August 2023, AutoAWQ until
+# December): whose they are, and what we call their keys.
+FILES = {
+    "quantize_config.json": ("gptq", {}),
+    "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
+}
+REMEDY = "download the unquantised original and use quantize.py"
 
 
-def foreign_scheme(config: dict[str, Any]) -> dict[str, Any] | None:
-    """How the linears of a Hugging Face checkpoint are quantised, None: not at all.
+def quantization_config(
+    config: dict[str, Any], folder: Path, packed: bool
+) -> dict[str, Any] | None:
+    """What a checkpoint says about how it is quantised, None: it is not.
+
+    packed: whether it has such tensors. Raises ValueError for what is no object, for mlx's kind,
+    and for packed tensors that no file explains.
+    """
+    for key in ("quantization_config", "quantization"):
+        if not isinstance(config.get(key), dict | None):
+            raise ValueError(f"config.json: {key} is {short(config[key])} and must be an object")
+    found = config.get("quantization_config")
+    if config.get("quantization") and "quant_method" not in (found or {}):
+        raise ValueError(
+            "the checkpoint is quantised by mlx ('quantization' in its config.json), which cannot "
+            f"be read: {REMEDY}"
+        )
+    if found or not packed:
+        return found
+    for file, (method, keys) in FILES.items():
+        if (folder / file).is_file():
+            found = {keys.get(k, k): value for k, value in read_object(folder / file).items()}
+            return {"quant_method": method} | found
+    raise ValueError(
+        "its qweight tensors are GPTQ's or AWQ's, and config.json has no quantization_config, nor "
+        f"is there a {' or '.join(FILES)}: download that file, too"
+    )
+
+
+def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
+    """How a checkpoint's linears are quantised, of its quantization_config.
 
     Raises ValueError naming what about it cannot be read.
     """
-    if not (said := Config(config).section("quantization_config").values):
-        return None
-    method, sizes = said.get("quant_method", "unknown"), ", ".join(map(str, GROUP_SIZES))
-    method = method if isinstance(method, str) else short(method)
-    wanted = READ.get(method, {}) | {"group_size": (None, *GROUP_SIZES), "lm_head": (False,)}
-    found = {key: said.get(key, known[0]) for key, known in wanted.items()}
+    method = found.get("quant_method", "unknown")
+    readable = isinstance(method, str) and method in READ
+    wanted = READ[method] if readable else {}
+    values = {key: found.get(key, known[0]) for key, known in wanted.items()}
     faults = [
-        f"{key} {short(found[key])}"
+        f"{key} {short(values[key])}"
         for key, known in wanted.items()
-        if found[key] is None or (type(found[key]), found[key]) not in [(type(k), k) for k in known]
+        if values[key] is None or not any(same(values[key], value) for value in known)
     ]
-    if method not in READ or faults:
-        what = ", ".join(faults) if method in READ else "which"
+    if not readable or faults:
+        sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(
-            f"the checkpoint is quantised by '{method}' (quantization_config in its config.json), "
-            f"{what} cannot be read; gptq without desc_act and awq can, in 4 bits and groups "
-            f"of {sizes}: download the unquantised original and use quantize.py"
+            f"the checkpoint is quantised by '{str(method)[:40]}' (its quantization_config), "
+            f"{', '.join(faults) or 'which'} cannot be read; gptq without desc_act and awq can, "
+            f"in 4 bits and groups of {sizes}: {REMEDY}"
         )
-    kind = found["checkpoint_format"] if method == "gptq" else method
-    linears = {"bits": 4, "groupsize": found["group_size"]}
-    return {"mode": kind, "linears": linears, "output": {}}
+    symmetric = method == "gptq" and found.get("sym") is True
+    kind = values["checkpoint_format"] if method == "gptq" else method
+    return {
+        "mode": f"{kind}_sym" if symmetric else kind,
+        "linears": {"bits": 4, "groupsize": values["group_size"]},
+        "output": {},
+    }
 
 
-def foreign_fields(scheme: dict[str, Any]) -> dict[str, tuple[str, Translate]]:
+def same(a: Any, b: Any) -> bool:
+    """Equal, and of one type: True is no 1, and 64.0 no 64."""
+    return type(a) is type(b) and a == b
+
+
+def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]]:
     """Their name of a layer's tensor -> that of an Int4Linear's buffer, and how to make it."""
-    of_gptq, S = scheme["mode"] != "awq", scheme["linears"]["groupsize"]
-    less_one = scheme["mode"] == "gptq"
+    kind, symmetric = mode.removesuffix("_sym"), mode.endswith("_sym")
+    of_gptq, less_one = kind != "awq", kind == "gptq"
 
     def weight(words: Tensor) -> Tensor:  # (K/8, N) or (K, N/8) -> (N, P*S/2)
+        check_matrix(words, words.dtype == torch.int32, "int32")
         q = nibbles(words.t()) if of_gptq else in_order(nibbles(words)).t()  # (N, K)
-        return pack_nibbles(F.pad(q, (0, -q.shape[1] % S)))
+        return pack_nibbles(F.pad(q, (0, -q.shape[1] % groupsize)))
 
     def zeros(words: Tensor) -> Tensor:  # (P, N/8) -> (N, ceil(P/2))
+        check_matrix(words, words.dtype == torch.int32, "int32")
         z = nibbles(words) if of_gptq else in_order(nibbles(words))  # (P, N)
-        if less_one and not z.is_meta and (z == 15).any():  # meta: asked for its shape alone
-            raise ValueError("the checkpoint has zero points that its format cannot say")
+        if words.is_meta:  # asked for its shape alone
+            return pack_nibbles(z.t())
+        if symmetric and ((z == 7).all() or (z == 8).all()):
+            # The zero point is 8 then. Stored, it is 7 or 8, and tools say the wrong format:
+            # GPTQModel 5.0 writes 8 and "gptq".
+            return pack_nibbles(torch.full_like(z, 8).t())
+        if less_one and (z == 15).any():
+            raise ValueError(f"has zero points of 16, which do not fit into four bits: {REMEDY}")
         return pack_nibbles((z + less_one).t())
 
     def scales(theirs: Tensor) -> Tensor:  # (P, N) -> (N, P)
+        check_matrix(theirs, theirs.is_floating_point(), "floating-point")
         return theirs.t().half()
 
     return {"qweight": ("weight", weight), "qzeros": ("zeros", zeros), "scales": ("scales", scales)}
+
+
+def check_matrix(tensor: Tensor, fits: bool, wanted: str) -> None:
+    if tensor.dim() != 2 or not fits:
+        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+        raise ValueError(f"is {found} and should be a matrix, {wanted}: {REMEDY}")
 
 
 def nibbles(words: Tensor) -> Tensor:

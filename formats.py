@@ -9,9 +9,9 @@ torch.save: a zip that stores a pickle and each tensor uncompressed; never unpic
 weights_only.
 """
 
-import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
+
+from files import parse_json
 
 ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
 STAGING = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
@@ -39,8 +41,14 @@ DTYPES = {  # safetensors' names
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
-Index = tuple[dict[str, Any], dict[str, "Part"]]  # what the file says of itself; its tensors
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LARGEST_TENSOR = 2**48  # numbers, counting a dimension of zero as one
+WRAPPERS = "state_dict", "model_state_dict"
+Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; tensors by name
 
 
 @dataclass(frozen=True)
@@ -79,38 +87,74 @@ def index_safetensors(file: Path) -> Index:
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
-        if not 8 < start <= size:
+        if not 8 < start <= min(size, 8 + LARGEST_HEADER):
             raise ValueError(f"{file} is truncated or no safetensors file: download it again")
         text = f.read(start - 8)
     try:
-        header = json.loads(text)
+        header = parse_json(text, "it")
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}")
         header.pop("__metadata__", None)
-        parts = {name: safetensors_part(name, file, start, e) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has an unusable header ({error}): download it again") from error
-    expected = max((part.offset + part.nbytes for part in parts.values()), default=start)
-    if size != expected:
-        raise ValueError(f"{file} is {size} bytes long and should be {expected}: download it again")
+        for name, entry in header.items():
+            check_entry(name, entry)
+    except ValueError as error:
+        raise unusable_header(file, error) from error
+    parts = {name: safetensors_part(name, file, start, e) for name, e in header.items()}
+    check_ranges(file, start, size, parts.values())
     return {}, parts
+
+
+def unusable_header(file: Path, reason: object) -> ValueError:
+    return ValueError(f"{file} has an unusable header ({reason}): download it again")
+
+
+def check_entry(name: str, entry: Any) -> None:
+    """ValueError for an entry of a header that does not describe a tensor."""
+    described = isinstance(entry, dict)
+    described = described and isinstance(entry.get("dtype"), str)
+    described = described and all(sizes(entry.get(key)) for key in ("shape", "data_offsets"))
+    if not described or len(entry["data_offsets"]) != 2:
+        raise ValueError(f"{name} is {str(entry)[:100]}")
+    if math.prod(max(1, n) for n in entry["shape"]) > LARGEST_TENSOR:
+        raise ValueError(f"{name} has the shape {entry['shape']}")
+
+
+def sizes(value: Any) -> bool:
+    """Whether it is a list of whole numbers, none below zero; true and false are none."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"the dtype {entry['dtype']} of {name} is not supported")
+        raise ValueError(
+            f"{file}: the dtype {entry['dtype']} of {name} is not supported; {', '.join(DTYPES)} "
+            "are: download the model in one of them"
+        )
     begin, end = entry["data_offsets"]
     part = Part(name, file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    if begin < 0 or end - begin != part.nbytes:
-        raise ValueError(f"{name} is {list(part.shape)} and lies in bytes {begin} to {end}")
+    if end - begin != part.nbytes:
+        fault = f"{name} is {list(part.shape)} and lies in bytes {begin} to {end}"
+        raise unusable_header(file, fault)
     return part
+
+
+def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> None:
+    """ValueError where tensors do not fill the file, one after the other, as the format asks."""
+    end = start
+    for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
+        if part.offset != end:
+            fault = f"{part.name} begins at byte {part.offset} and should begin at {end}"
+            raise unusable_header(file, fault)
+        end += part.nbytes
+    if size != end:
+        raise ValueError(f"{file} is {size} bytes long and should be {end}: download it again")
 
 
 def index_pickle(file: Path) -> Index:
     """{"config", "scheme", "tensors"} as write_aligned makes it, or a bare state dict."""
-    content = load_pickle(file, map_location="meta")
-    said = content if {"config", "scheme", "tensors"} <= content.keys() else {}
-    tensors = said.get("tensors", content)
-    parts = {n: pickle_part(n, file, t) for n, t in tensors.items() if isinstance(t, Tensor)}
-    if not said and any(".wqkv." in name for name in parts):
+    metadata, tensors = split_content(file, load_pickle(file, map_location="meta"))
+    parts = {name: pickle_part(name, file, tensor) for name, tensor in tensors.items()}
+    if not metadata and any(".wqkv." in name for name in parts):
         # gpt-fast's names are ours, but it rotates neighbouring channels where model.py rotates
         # halves: its file would load, and generate nonsense.
         raise ValueError(
@@ -118,26 +162,61 @@ def index_pickle(file: Path) -> Index:
             f"scripts/convert_hf_checkpoint.py --checkpoint_dir {file.parent}"
         )
     if any(part.offset < 0 for part in parts.values()):
-        held = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
-        held = held["tensors"] if said else held
-        parts = {n: p if p.offset >= 0 else replace(p, held=held[n]) for n, p in parts.items()}
-    return {key: value for key, value in said.items() if key != "tensors"}, parts
+        content = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+        _, held = split_content(file, content)
+        parts = {
+            name: part if part.offset >= 0 else replace(part, held=held[name].detach())
+            for name, part in parts.items()
+        }
+    return metadata, parts
+
+
+def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says about itself, {} unless it is ours, and its tensors."""
+    metadata = {}
+    if {"config", "scheme", "tensors"} <= content.keys():
+        metadata = {key: value for key, value in content.items() if key != "tensors"}
+        content = content["tensors"]
+        if not isinstance(metadata["config"], dict) or not isinstance(content, dict):
+            raise ValueError(f"{file}: 'config' and 'tensors' must be dicts: convert it again")
+    else:  # a training checkpoint holds the weights under such a key
+        wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), dict))
+        content = next(wrapped, content)
+    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
+    odd = [name for name in content if not isinstance(name, str)]
+    odd += [name for name in content.keys() - tensors.keys() if metadata]
+    if odd or not tensors:
+        found = f"{odd[0]!r} among its tensors" if odd else "no tensors"
+        raise ValueError(f"{file} holds {found}: a dict of tensors by name is needed")
+    return metadata, tensors
 
 
 def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
     """Offset -1: not contiguous, or in a file from before torch 1.6, which is no zip."""
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"{file}: {name} is no dense tensor: save its to_dense() or dequantize()")
+    storage = tensor.untyped_storage()
+    start = getattr(storage, "_checkpoint_offset", None)
     plain = start is not None and tensor.is_contiguous()
     offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
-    return Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
+    part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
+    if plain and offset + part.nbytes > min(file.stat().st_size, start + storage.nbytes()):
+        raise ValueError(f"{file}: {name} ends beyond what is stored of it: download it again")
+    return part
 
 
 def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
     try:
         content = torch.load(file, weights_only=True, **options)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # an unpickler fed garbage raises whatever it stumbles over
+        unsafe = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if unsafe:
+            raise ValueError(
+                f"{file} holds {unsafe[1]} where only tensors may be, which is refused because it "
+                "could run code: use safetensors, or save a dict of nothing but tensors"
+            ) from error
         raise ValueError(
             f"{file} cannot be read: it is truncated or corrupt, or holds more than tensors, "
             "which is refused because it could run code; download it again, as safetensors "
@@ -217,16 +296,16 @@ def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None
 
 def write_aligned(
     file: Path,
-    said: dict[str, Any],
+    metadata: dict[str, Any],
     tensors: dict[str, Tensor],
     values: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """A torch.save file of {**said, "tensors": tensors}, each tensor's bytes taken from values.
+    """A torch.save file of {**metadata, "tensors": tensors}, each tensor's bytes taken from values.
 
     Only shapes and dtypes are taken from `tensors`. One value is in memory at a time.
     Raises ValueError where the two do not match.
     """
-    write_skeleton(file, said, tensors)
+    write_skeleton(file, metadata, tensors)
     _, parts = index_pickle(file)
     with open(file, "r+b", buffering=0) as f:
         for name, value in values:
@@ -242,7 +321,7 @@ def write_aligned(
         os.fsync(f.fileno())
 
 
-def write_skeleton(file: Path, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """All that torch.save writes but the tensors' bytes: a hole is left for each.
 
     The zip's checksums are those of nothing; torch's reader does not look at them.
@@ -251,17 +330,24 @@ def write_skeleton(file: Path, said: dict[str, Any], tensors: dict[str, Tensor])
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
     aligned = serialization.patch("save.storage_alignment", ALIGNMENT)
     with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({**said, "tensors": holes}, file)
+        try:
+            torch.save({**metadata, "tensors": holes}, file)
+        except RuntimeError as error:  # what torch's zip writer makes of any failed call
+            raise OSError(f"{file} cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def transfer(call: Callable[..., int], file: BinaryIO, tensor: Tensor, offset: int) -> int:
     """Read (os.preadv) or write (os.pwritev) the memory of a contiguous CPU tensor.
 
-    Returns the bytes moved: fewer than the tensor's only where the file ends.
+    Returns the bytes moved: fewer than the tensor's only where the file ends. Raises OSError naming
+    the file, which the system's own does not.
     """
     view, done = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
     while done < len(view):
-        moved = call(file.fileno(), [view[done : done + LARGEST_CALL]], offset + done)
+        try:
+            moved = call(file.fileno(), [view[done : done + LARGEST_CALL]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
         if moved == 0:
             break
         done += moved

@@ -273,7 +273,7 @@ def tensor_name(name: str) -> tuple[str, int] | None:
     None for what is no weight; a name that no table knows is returned as it is. Channels need no
     permutation: model.py rotates halves, as transformers does.
     """
-    if name.endswith("rotary_emb.inv_freq"):
+    if NO_WEIGHT.search(name):
         return None
     module, layer, kind = split_name(PREFIX.sub("", name))
     if module not in NAMES:
@@ -316,7 +316,9 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 # What of ModelArgs says that modules of a layer have biases.
 BIASES = {"attention_bias": "attention.wqkv", "wo_bias": "attention.wo", "mlp_bias": "feed_forward"}
-PREFIX = re.compile(r"^(model\.)?(decoder\.)?")
+# torch.compile and DataParallel put theirs in front of all names.
+PREFIX = re.compile(r"^(_orig_mod\.|module\.)*(model\.)?(decoder\.)?")
+NO_WEIGHT = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|decoder\.version)$")
 LAYER = re.compile(r"\.(\d+)\.")
 # Their module: our module, and which part of it. N stands for the layer.
 ATTENTION = {

@@ -219,6 +219,21 @@ def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str,
     return {"mode": mode, "linears": eight if mode == "int8" else four, "output": output}
 
 
+def checked_scheme(found: Any) -> dict[str, Any] | None:
+    """A scheme as a file has it, see make_scheme. ValueError for anything else."""
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("mode"), str):
+        raise ValueError(f"the scheme is {str(found)[:100]}, which names no mode")
+    known = [{}, {"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
+    for key in ("linears", "output"):
+        if found.get(key) not in known:
+            raise ValueError(f"'{key}' of the scheme is {str(found.get(key))[:100]}")
+    # Taken from the list: 64.0 equals 64, and is no size.
+    layers = {key: known[known.index(found[key])] for key in ("linears", "output")}
+    return {"mode": found["mode"]} | layers
+
+
 def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
     """The model on the meta device, with the linears that its checkpoint stores."""
     with torch.device("meta"):

@@ -8,6 +8,7 @@ replaced only when the new one is complete. Its path is printed on stdout, all e
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import (
     DTYPES,
-    HUGGING_FACE,
-    PREPARED,
     Checkpoint,
+    check_writable,
     final_dtype,
-    find_weights,
+    log_replaced,
     save_checkpoint,
     size_text,
     stored_tensors,
 )
+from command import exit_code
 from load import skeleton
+from weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:
@@ -34,6 +36,8 @@ def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
     model = skeleton(source.args, source.scheme)
     source.check(model)
+    check_writable(target)
+    log_replaced(target)
     tensors = {
         name: torch.empty(
             tensor.shape,
@@ -66,15 +70,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        print(convert(args.checkpoint_dir, DTYPES.get(args.dtype)))
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"convert_hf_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work = partial(convert, args.checkpoint_dir, DTYPES.get(args.dtype))
+    return exit_code(
+        "convert_hf_checkpoint.py", lambda: print(work()), "stopped; nothing was written"
+    )
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, PREPARED, save_checkpoint, size_text, stored_tensors
+from checkpoint import DTYPES, save_checkpoint, size_text, stored_tensors
 from command import exit_code, log, positive
 from formats import Part, pickle_part, read_part
 from hf import model_args, split_name
 from load import skeleton
 from model import LearnedPositions
+from weight_files import PREPARED
 
 FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")
 AGAIN = "download it again, and compare its md5sum with metaseq's opt175b_md5sum_shards.csv"

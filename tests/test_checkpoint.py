@@ -23,6 +23,7 @@ from checkpoint import (
 )
 from hf import export_tensors, model_args
 from model import Transformer
+from quantized import make_scheme
 
 CONFIG = {
     "model_type": "llama",
@@ -119,10 +120,10 @@ def test_every_tensor_is_aligned_and_lies_where_the_record_says(tmp_path: Path):
     }
     directory = tmp_path / "ünïcode"
     directory.mkdir()
-    save_checkpoint(directory / "model.pth", CONFIG, {"kind": "x"}, odd)
+    save_checkpoint(directory / "model.pth", CONFIG, make_scheme("int4", 64), odd)
     checkpoint = Checkpoint(directory)
     data = (directory / "model.pth").read_bytes()
-    assert checkpoint.scheme == {"kind": "x"}
+    assert checkpoint.scheme == make_scheme("int4", 64)
     for name, tensor in odd.items():
         (part,) = checkpoint.records[name].parts
         assert part.offset % 4096 == 0
@@ -183,7 +184,7 @@ def test_buffers_keep_the_dtype_that_the_model_declares(tmp_path: Path):
     tensors = weights(CONFIG)
     tensors["output.weight"] = torch.ones(61, 32, dtype=torch.int8)
     tensors["output.scales"] = torch.rand(61)
-    save_checkpoint(tmp_path / "model.pth", CONFIG, {"kind": "int8"}, tensors)
+    save_checkpoint(tmp_path / "model.pth", CONFIG, make_scheme("int8"), tensors)
     model = skeleton(CONFIG)
     model.output = torch.nn.Module()
     for name in ("weight", "scales"):
@@ -323,7 +324,7 @@ def test_a_pickle_that_would_run_code_is_refused(zipped: bool, tmp_path: Path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "\xff"])
 def test_corrupt_config(text: str, folder: Path):
     (folder / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"config\.json .*download it again") as caught:
+    with pytest.raises(ValueError, match=r"config\.json.*download it again") as caught:
         Checkpoint(folder)
     one_line(caught)
 
@@ -337,6 +338,7 @@ def test_missing_config(folder: Path):
 def test_missing_shard_is_named(folder: Path):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()  # it would be taken instead
     with pytest.raises(FileNotFoundError, match="lacks model-00002-of-00002.safetensors"):
         Checkpoint(folder)
 
@@ -434,6 +436,7 @@ sys.path[:0] = {paths}
 from checkpoint import Checkpoint
 from convert_hf_checkpoint import convert
 from model import Transformer
+from quantized import make_scheme
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
