@@ -5,6 +5,7 @@ Start at read_text. Nothing here imports torch.
 
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,6 +55,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__} and not an object")
     return value
+
+
+def brief(value: Any) -> str:
+    """A value of a file as a message shows it: printable, and of at most 80 characters."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def json_text(value: Any, **options: Any) -> str:

@@ -101,7 +101,7 @@ def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(faults) or 'which'} cannot be read; gptq without desc_act and awq can, "
             f"in 4 bits and groups of {sizes}: {REMEDY}"
         )
-    symmetric = method == "gptq" and found.get("sym") is True
+    symmetric = method == "gptq" and found.get("sym", True) is True  # as in transformers
     kind = values["checkpoint_format"] if method == "gptq" else method
     return {
         "mode": f"{kind}_sym" if symmetric else kind,

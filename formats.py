@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
 
-from files import parse_json
+from files import brief, parse_json
 
 ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
 STAGING = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
@@ -47,7 +47,7 @@ DTYPES = {  # safetensors' names
 }
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LARGEST_TENSOR = 2**48  # numbers, counting a dimension of zero as one
-WRAPPERS = "state_dict", "model_state_dict"
+WRAPPERS = "state_dict", "model_state_dict", "model", "module"
 Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; tensors by name
 
 
@@ -114,9 +114,9 @@ def check_entry(name: str, entry: Any) -> None:
     described = described and isinstance(entry.get("dtype"), str)
     described = described and all(sizes(entry.get(key)) for key in ("shape", "data_offsets"))
     if not described or len(entry["data_offsets"]) != 2:
-        raise ValueError(f"{name} is {str(entry)[:100]}")
+        raise ValueError(f"{brief(name)} is {brief(entry)}")
     if math.prod(max(1, n) for n in entry["shape"]) > LARGEST_TENSOR:
-        raise ValueError(f"{name} has the shape {entry['shape']}")
+        raise ValueError(f"{brief(name)} has the shape {brief(entry['shape'])}")
 
 
 def sizes(value: Any) -> bool:
@@ -127,13 +127,14 @@ def sizes(value: Any) -> bool:
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
     if entry["dtype"] not in DTYPES:
         raise ValueError(
-            f"{file}: the dtype {entry['dtype']} of {name} is not supported; {', '.join(DTYPES)} "
+            f"{file}: the dtype {brief(entry['dtype'])} of {brief(name)} is not supported; "
+            f"{', '.join(DTYPES)} "
             "are: download the model in one of them"
         )
     begin, end = entry["data_offsets"]
     part = Part(name, file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     if end - begin != part.nbytes:
-        fault = f"{name} is {list(part.shape)} and lies in bytes {begin} to {end}"
+        fault = f"{brief(name)} is {brief(part.shape)} and lies in bytes {begin} to {end}"
         raise unusable_header(file, fault)
     return part
 
@@ -143,7 +144,7 @@ def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> No
     end = start
     for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
         if part.offset != end:
-            fault = f"{part.name} begins at byte {part.offset} and should begin at {end}"
+            fault = f"{brief(part.name)} begins at byte {part.offset} and should begin at {end}"
             raise unusable_header(file, fault)
         end += part.nbytes
     if size != end:
@@ -165,10 +166,17 @@ def index_pickle(file: Path) -> Index:
         content = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         _, held = split_content(file, content)
         parts = {
-            name: part if part.offset >= 0 else replace(part, held=held[name].detach())
+            name: part if part.offset >= 0 else in_memory(part, held[name])
             for name, part in parts.items()
         }
     return metadata, parts
+
+
+def in_memory(part: Part, tensor: Tensor) -> Part:
+    """The part with its tensor, where the file has no bytes that are this tensor's in order."""
+    if tensor.is_meta:
+        raise ValueError(f"{part.file}: {brief(part.name)} was saved without its values (on meta)")
+    return replace(part, held=tensor.detach())
 
 
 def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,13 +188,17 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
         if not isinstance(metadata["config"], dict) or not isinstance(content, dict):
             raise ValueError(f"{file}: 'config' and 'tensors' must be dicts: convert it again")
     else:  # a training checkpoint holds the weights under such a key
-        wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), dict))
-        content = next(wrapped, content)
+        wrapped = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+        if len(wrapped) > 1:
+            raise ValueError(
+                f"{file} holds weights under {' and '.join(wrapped)}: keep one of them"
+            )
+        content = content[wrapped[0]] if wrapped else content
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
     odd = [name for name in content if not isinstance(name, str)]
     odd += [name for name in content.keys() - tensors.keys() if metadata]
     if odd or not tensors:
-        found = f"{odd[0]!r} among its tensors" if odd else "no tensors"
+        found = f"{brief(odd[0])}, which is no tensor with a name," if odd else "no tensors"
         raise ValueError(f"{file} holds {found}: a dict of tensors by name is needed")
     return metadata, tensors
 
@@ -194,10 +206,12 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
 def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
     """Offset -1: not contiguous, or in a file from before torch 1.6, which is no zip."""
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{file}: {name} is no dense tensor: save its to_dense() or dequantize()")
+        raise ValueError(
+            f"{file}: {brief(name)} is no dense tensor: save its to_dense() or dequantize()"
+        )
     storage = tensor.untyped_storage()
     start = getattr(storage, "_checkpoint_offset", None)
-    plain = start is not None and tensor.is_contiguous()
+    plain = start is not None and tensor.is_contiguous() and not tensor.is_neg()
     offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
     if plain and offset + part.nbytes > min(file.stat().st_size, start + storage.nbytes()):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files import brief
 from kernels import gpu
 from model import Linear, ModelArgs, Transformer
 
@@ -224,14 +225,14 @@ def checked_scheme(found: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("mode"), str):
-        raise ValueError(f"the scheme is {str(found)[:100]}, which names no mode")
-    known = [{}, {"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
-    for key in ("linears", "output"):
-        if found.get(key) not in known:
-            raise ValueError(f"'{key}' of the scheme is {str(found.get(key))[:100]}")
-    # Taken from the list: 64.0 equals 64, and is no size.
-    layers = {key: known[known.index(found[key])] for key in ("linears", "output")}
-    return {"mode": found["mode"]} | layers
+        raise ValueError(f"the scheme is {brief(found)}, which names no mode")
+    known = [{"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
+    for key, allowed in {"linears": known, "output": [*known, {}]}.items():
+        given = found.get(key)
+        whole = isinstance(given, dict) and all(type(value) is int for value in given.values())
+        if not whole or given not in allowed:
+            raise ValueError(f"'{key}' of the scheme is {brief(given)}")
+    return {key: found[key] for key in ("mode", "linears", "output")}
 
 
 def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from files import read_object
+from files import brief, read_object
 
 PREPARED = "model.pth"
 HUGGING_FACE = (
@@ -21,6 +21,8 @@ HUGGING_FACE = (
     "pytorch_model.bin.index.json",
 )
 SHARD = r"-\d{5}-of-(\d{5})"
+# A file in the folder of its index, by a name that every system takes.
+SHARD_NAME = re.compile(r"[\w .+-]{1,100}\.(safetensors|bin|pth|pt)")
 NUMBERED = re.compile(rf"(.+){SHARD}(\.safetensors)|(pytorch_model){SHARD}(\.bin)")
 FILES = "download the *.safetensors files of its Hugging Face repository"
 ORIGINAL = "download the Hugging Face repository of the unquantised model and use quantize.py"
@@ -154,8 +156,11 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} has no weight_map: {AGAIN}")
     for tensor, file in found.items():
         # An index comes with a download: it must not name files elsewhere on this machine.
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-            raise ValueError(f"{index}: {tensor} lies in {file!r}, which is no file name: {AGAIN}")
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise ValueError(
+                f"{index}: weight_map puts {brief(tensor)} into {brief(file)}, which is no name of "
+                f"a weight file beside it: {AGAIN}"
+            )
     return found
 
 
