@@ -4,6 +4,11 @@ Start at Pace.choose and Pace.learn, which speculate.py calls before and after e
 counts what came of it. A cycle of k guesses yields one token more than hold, in the time of k
 guesses and of a sweep of k + 1 tokens; the best k has the most tokens per second. Text does not
 depend on k, so that to choose by the clock is safe.
+
+To try costs time, too, and a short text does not win that back. So guessing has a budget, in plain
+steps: it begins with STAKE, wins and loses by what each cycle gains over plain decoding, and grows
+by TAX of all steps. A cycle is tried only if the budget can bear that none of its guesses holds.
+A draft that never pays costs two steps and 1 % of the time.
 """
 
 from collections import defaultdict, deque
@@ -19,7 +24,11 @@ RECENT = 9  # times of each number of guesses that a median is taken of
 UNTYPICAL = 2  # first cycles of each kind that are not timed: CUDA graphs warm up, and record
 PLAIN_EVERY = 64  # cycles; a plain step among them says what plain decoding takes now
 STALE = 4 * PLAIN_EVERY  # cycles after which a time says nothing any more
+STAKE, TAX = 2.0, 0.01  # the budget at first, in plain steps; what it gets of each step
 TRIAL = 6  # cycles with guesses, before guessing is judged
+# Guesses in trials, by turns: few, which cost little, and more, as a sweep of two tokens may take
+# far longer than a step of one, and a sweep of five hardly longer than one of two.
+PROBES = 1, 4
 PAUSE = 16, 512  # steps without guesses between trials: at first; at most
 FADING = 0.97  # weight that what was counted keeps from one cycle to the next
 
@@ -27,8 +36,8 @@ FADING = 0.97  # weight that what was counted keeps from one cycle to the next
 class Pace:
     """How many tokens to guess in a cycle, from how often guesses hold and what cycles take.
 
-    k: always so many. None: the number that gives most tokens per second, down to none at all;
-    then guessing is tried again after a while, and each time later.
+    k: always so many. None: the number that gives most tokens per second within the budget, down
+    to none at all; then guessing is tried again after a while, and each time later.
     """
 
     def __init__(self, k: int | None):
@@ -53,7 +62,8 @@ class Pace:
         self._asked = [0.0] * MOST  # rows that guessed an n-th token, all before having held
         self._held = [0.0] * MOST  # rows in which it held too
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
-        self._trial = TRIAL
+        self._budget = STAKE
+        self._trial, self._trials = TRIAL, 0
         self._pause = self._wait = PAUSE[0]
         self._paused = self._resumed = False
 
@@ -71,15 +81,21 @@ class Pace:
         def rate(k: int) -> float:
             return tokens[k] / times[k]
 
-        if self._trial:
-            return max(range(1, MOST + 1), key=rate)
-        best = max(range(MOST + 1), key=rate)
-        if best:
+        tried = any(k for k, seen in self._times.items() if len(seen) >= 2)
+        risks = ((times[k] / times[0] - 1 if tried else k) for k in range(MOST + 1))
+        affordable = [k for k, risk in enumerate(risks) if risk <= self._budget]
+        best = max(affordable, key=rate, default=0)
+        if best and tried:
             self._pause = self._wait = PAUSE[0]
             return best
+        if self._trial:
+            probes = PROBES[self._trials % len(PROBES)], PROBES[0]
+            if probe := next((k for k in probes if k in affordable), 0):
+                return probe
+            self._trial = 0
         self._wait -= 1
         if self._wait == 0:
-            self._trial = TRIAL
+            self._trial, self._trials = TRIAL, self._trials + 1
             self._pause = self._wait = min(2 * self._pause, PAUSE[1])
         return 0
 
@@ -108,13 +124,15 @@ class Pace:
     def learn(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """A cycle of k guesses: how many were offered and how many held, in each live row."""
         self._met[k] += 1
-        if self._met[k] > UNTYPICAL and not (k and self._resumed):  # it may have had to catch up
+        timed = self._met[k] > UNTYPICAL and not (k and self._resumed)  # it may have caught up
+        if timed:
             if self._cycle - self._timed[k] >= STALE:
                 self._times[k].clear()
             self._times[k].append(seconds)
             self._timed[k] = self._cycle
             self._typical[k] = median(self._times[k])
         self.report.add(k, rows, seconds, self._typical.get(0, seconds))
+        self._account(k, rows, self._typical[k] if timed else seconds)
         if k == 0:
             return
         self._trial = max(0, self._trial - 1)
@@ -124,6 +142,15 @@ class Pace:
             asked = [held for offered, held in rows if offered > n and held >= n]
             self._asked[n] = FADING * self._asked[n] + len(asked)
             self._held[n] = FADING * self._held[n] + sum(held > n for held in asked)
+
+    def _account(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
+        """What a cycle adds to the budget, or takes from it."""
+        steps = seconds / self._typical.get(0, seconds)
+        if self._met[k] <= UNTYPICAL:
+            steps = min(steps, 1 + k)  # graphs are recorded once: that is no cost of guessing
+        self._budget += TAX * steps
+        if k:
+            self._budget += 1 + sum(held for _, held in rows) / len(rows) - steps
 
 
 class Report:

@@ -276,8 +276,7 @@ class OwnCacheGuess(ModelGuess):
         filled: list[int],
     ):
         super().__init__(lm, texts, caches, sampler)
-        self.filled = filled
-        self._catch_up()
+        self.filled = filled  # the prompts are read when they are first needed, if ever
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         if k > 0:
