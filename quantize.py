@@ -16,6 +16,7 @@ import argparse
 import itertools
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import SMALL, TRAIN_STEPS, calibrated_blocks
-from checkpoint import Checkpoint, save_checkpoint, size_text, stored_tensors
+from checkpoint import (
+    Checkpoint,
+    check_writable,
+    log_replaced,
+    save_checkpoint,
+    size_text,
+    stored_tensors,
+)
 from command import exit_code, log
-from load import skeleton
-from model import Transformer
+from cpu_products import hindrance
+from load import find_device, skeleton
+from model import Linear, Transformer
 from quantized import (
     GROUP_SIZES,
     HEADS,
@@ -36,11 +45,13 @@ from quantized import (
     QuantizedLinear,
     layer_scheme,
     make_scheme,
+    quantized_linear,
     round_int4,
     round_int8,
 )
 
 Values = Iterator[tuple[str, Tensor]]  # a stored tensor's name, and the tensor
+MEASURED = 2048  # outputs and inputs at most of the product that is measured
 
 
 def file_name(mode: str, groupsize: int) -> str:
@@ -135,8 +146,56 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
     )
 
 
+def announce_speed(checkpoint: Checkpoint, scheme: dict[str, Any]) -> None:
+    """Say so where quantised weights are multiplied more slowly here than dense ones."""
+    reason = hindrance(torch.bfloat16)
+    if reason is None or find_device("auto").type != "cpu":
+        return  # the products of cpu_products.py and of the kernels are faster
+    N, K = (min(n, MEASURED) for n in checkpoint.records["layers.0.attention.wo.weight"].shape)
+    dense, quantised = product_seconds(N, K, scheme)
+    if quantised > dense:
+        log(
+            f"quantised weights save memory here, and no time ({reason}): one row times "
+            f"{N} x {K} weights takes {quantised * 1e3:.3g} ms in {scheme['mode']} "
+            f"and {dense * 1e3:.3g} ms as they are, {quantised / dense:.1f} times as long"
+        )
+
+
+@torch.inference_mode()
+def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, float]:
+    """The time of one row's product with (N, K) bfloat16 weights, and with those of a scheme."""
+    dense = Linear(K, N, bias=False).bfloat16()
+    dense.weight.normal_(std=0.02)
+    quantised = quantized_linear(dense, scheme["linears"])
+    for name, buffer in nearest(dense.weight, scheme["linears"]).items():
+        setattr(quantised, name, buffer)
+    x = torch.randn(1, K).bfloat16()
+    dense(x), quantised(x)  # the first call prepares
+    return shortest(dense, x), shortest(quantised, x)
+
+
+def shortest(layer: torch.nn.Module, x: Tensor) -> float:
+    """Of five calls, those of others on this machine left out as far as that goes."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        layer(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError naming an option that makes no sense. One token cannot be learnt from: what is
+    calibrated is how a text goes on."""
+    for option, least in (("calibration_seq_length", 2), ("calibration_samples", 1)):
+        if getattr(args, option) < least:
+            given = getattr(args, option)
+            raise ValueError(f"--{option} is {given} and must be at least {least}")
+
+
 def run(args: argparse.Namespace) -> Path:
     """The path of the file written. Raises what quantize and calibrated_blocks raise."""
+    check_options(args)
     scheme = make_scheme(args.mode, args.groupsize, args.head)
     checkpoint = Checkpoint(args.checkpoint_path)
     if checkpoint.scheme:
@@ -145,8 +204,11 @@ def run(args: argparse.Namespace) -> Path:
             "checkpoint that it was made from"
         )
     target = checkpoint.directory / file_name(args.mode, args.groupsize)
-    announce(checkpoint, scheme, target)
     checkpoint.check(skeleton(checkpoint.args, None))
+    check_writable(target)
+    announce(checkpoint, scheme, target)
+    announce_speed(checkpoint, scheme)
+    log_replaced(target)
     if args.mode != "int4-gptq":
         quantize(checkpoint, scheme, target)
     else:
@@ -164,7 +226,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
     add("--mode", choices=MODES, default="int8", help="(default: int8)")
     sizes = ", ".join(map(str, GROUP_SIZES))
-    add("--groupsize", type=int, default=32, help=f"inputs to a scale, of int4: {sizes} (32)")
+    add("--groupsize", type=int, help=f"inputs to a scale, of int4: {sizes} (32)")
     add("--head", choices=HEADS, default="int8", help="the output head (default: int8)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--calibration_file", type=Path, metavar="TEXT", help="text for GPTQ")
@@ -178,6 +240,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no_act_order", action="store_true", help="GPTQ: take columns as they come")
     add("--device", default="auto", help="for GPTQ: auto, cuda, cuda:N or cpu (default: auto)")
     args = parser.parse_args(argv)
+    if args.mode == "int8" and args.groupsize is not None:
+        parser.error("--groupsize is for int4: int8 has a scale for each output")
+    if args.groupsize is None:
+        args.groupsize = 32
     if args.mode == "int4-gptq" and not (args.calibration_file or args.calibration_tasks):
         parser.error("--mode int4-gptq needs --calibration_file TEXT or --calibration_tasks")
     if args.train_steps is not None and (args.train_steps < 0 or args.mode != "int4-gptq"):
