@@ -140,25 +140,25 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
     weights = sum(p.numel() for p in dense.parameters())
     speed_up = dense.bytes_per_step() / model.bytes_per_step()
     log(f"{checkpoint.path}: {weights:,} weights, {size_text(checkpoint.nbytes)}")
-    log(
-        f"{target}: {size_text(total)}, {8 * total / weights:.2f} bits per weight; decoding, where "
-        f"reading weights bounds it, up to {speed_up:.1f} times as fast"
-    )
+    log(f"{target}: {size_text(total)}, {8 * total / weights:.2f} bits per weight")
+    gain = f"decoding, where reading weights bounds it, up to {speed_up:.1f} times as fast"
+    log(slowness(checkpoint, scheme) or gain)
 
 
-def announce_speed(checkpoint: Checkpoint, scheme: dict[str, Any]) -> None:
-    """Say so where quantised weights are multiplied more slowly here than dense ones."""
+def slowness(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
+    """In words, where quantised weights are multiplied more slowly here than dense ones."""
     reason = hindrance(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
-        return  # the products of cpu_products.py and of the kernels are faster
+        return None  # the products of cpu_products.py and of the kernels are faster
     N, K = (min(n, MEASURED) for n in checkpoint.records["layers.0.attention.wo.weight"].shape)
     dense, quantised = product_seconds(N, K, scheme)
-    if quantised > dense:
-        log(
-            f"quantised weights save memory here, and no time ({reason}): one row times "
-            f"{N} x {K} weights takes {quantised * 1e3:.3g} ms in {scheme['mode']} "
-            f"and {dense * 1e3:.3g} ms as they are, {quantised / dense:.1f} times as long"
-        )
+    if quantised <= dense:
+        return None
+    return (
+        f"quantised weights save memory here, and no time ({reason}): one row times {N} x {K} "
+        f"weights takes {quantised * 1e3:.3g} ms in {scheme['mode']} and {dense * 1e3:.3g} ms as "
+        f"they are, {quantised / dense:.1f} times as long"
+    )
 
 
 @torch.inference_mode()
@@ -207,7 +207,6 @@ def run(args: argparse.Namespace) -> Path:
     checkpoint.check(skeleton(checkpoint.args, None))
     check_writable(target)
     announce(checkpoint, scheme, target)
-    announce_speed(checkpoint, scheme)
     log_replaced(target)
     if args.mode != "int4-gptq":
         quantize(checkpoint, scheme, target)
