@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, check_memory
 from distill import distill, texts_of_a_step, training_bytes
+from files import read_text
 from gptq import Buffers, quantize_blocks
 from load import count_weights, find_device, skeleton
 from model import Linear
@@ -94,7 +95,7 @@ def gptq_blocks(
 def take_up(work: Path, made_of: list[Any]) -> None:
     """Leave `work` as it is where it is a run's that was asked for the same, else empty."""
     identity = work / "identity.json"
-    if identity.exists() and json.loads(identity.read_text()) == made_of:
+    if identity.exists() and identity.read_bytes() == json.dumps(made_of).encode():
         say(f"going on with what an interrupted run left in {work}")
     else:
         shutil.rmtree(work, ignore_errors=True)
@@ -123,7 +124,7 @@ def calibration_tokens(checkpoint: Checkpoint, text: str, length: int, texts: in
 
 def calibration_text(args: argparse.Namespace) -> str:
     if args.calibration_file:
-        return args.calibration_file.read_text(encoding="utf-8")
+        return read_text(args.calibration_file)
     from lm_eval.tasks import TaskManager  # no other part of this file needs it
 
     texts = []

@@ -198,7 +198,7 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
     odd = [name for name in content if not isinstance(name, str)]
     odd += [name for name in content.keys() - tensors.keys() if metadata]
     if odd or not tensors:
-        found = f"{brief(odd[0])}, which is no tensor with a name," if odd else "no tensors"
+        found = f"{brief(odd[0])}, which is no tensor with a name" if odd else "no tensors"
         raise ValueError(f"{file} holds {found}: a dict of tensors by name is needed")
     return metadata, tensors
 

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibrated_blocks
-from checkpoint import Checkpoint, save_checkpoint, size_text, stored_tensors
+from checkpoint import (
+    Checkpoint,
+    check_writable,
+    log_replaced,
+    save_checkpoint,
+    size_text,
+    stored_tensors,
+)
 from command import be_quiet, exit_code, log
+from cpu_products import hindrance
 from host import set_threads
-from load import skeleton
-from model import Transformer
+from load import find_device, skeleton
+from model import Linear, Transformer
 from quantized import (
     QuantizedLinear,
     layer_scheme,
     make_scheme,
+    quantized_linear,
     round_int4,
     round_int8,
 )
 
 Values = Iterator[tuple[str, Tensor]]  # a stored tensor's name, and the tensor
+MEASURED = 2048  # outputs and inputs at most of the product that is measured
 
 
 def file_name(mode: str, groupsize: int) -> str:
@@ -133,10 +144,48 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
     weights = sum(p.numel() for p in dense.parameters())
     speed_up = dense.bytes_per_step() / model.bytes_per_step()
     log(f"{checkpoint.path}: {weights:,} weights, {size_text(checkpoint.nbytes)}")
-    log(
-        f"{target}: {size_text(total)}, {8 * total / weights:.2f} bits per weight; decoding, where "
-        f"reading weights bounds it, up to {speed_up:.1f} times as fast"
+    log(f"{target}: {size_text(total)}, {8 * total / weights:.2f} bits per weight")
+    gain = f"decoding, where reading weights bounds it, up to {speed_up:.1f} times as fast"
+    log(slowness(checkpoint, scheme) or gain)
+
+
+def slowness(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
+    """In words, where quantised weights are multiplied more slowly here than dense ones."""
+    reason = hindrance(torch.bfloat16)
+    if reason is None or find_device("auto").type != "cpu":
+        return None  # the products of cpu_products.py and of the kernels are faster
+    N, K = (min(n, MEASURED) for n in checkpoint.records["layers.0.attention.wo.weight"].shape)
+    dense, quantised = product_seconds(N, K, scheme)
+    if quantised <= dense:
+        return None
+    return (
+        f"quantised weights save memory here, and no time ({reason}): one row times {N} x {K} "
+        f"weights takes {quantised * 1e3:.3g} ms in {scheme['mode']} and {dense * 1e3:.3g} ms as "
+        f"they are, {quantised / dense:.1f} times as long"
     )
+
+
+@torch.inference_mode()
+def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, float]:
+    """The time of one row's product with (N, K) bfloat16 weights, and with those of a scheme."""
+    dense = Linear(K, N, bias=False).bfloat16()
+    dense.weight.normal_(std=0.02)
+    quantised = quantized_linear(dense, scheme["linears"])
+    for name, buffer in nearest(dense.weight, scheme["linears"]).items():
+        setattr(quantised, name, buffer)
+    x = torch.randn(1, K).bfloat16()
+    dense(x), quantised(x)  # the first call prepares
+    return shortest(dense, x), shortest(quantised, x)
+
+
+def shortest(layer: torch.nn.Module, x: Tensor) -> float:
+    """Of five calls, those of others on this machine left out as far as that goes."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        layer(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -150,8 +199,10 @@ def run(args: argparse.Namespace) -> Path:
             "checkpoint that it was made from"
         )
     target = checkpoint.directory / file_name(args.mode, args.groupsize)
-    announce(checkpoint, scheme, target)
     checkpoint.check(skeleton(checkpoint.args, None))
+    check_writable(target)
+    announce(checkpoint, scheme, target)
+    log_replaced(target)
     if args.mode != "int4-gptq":
         quantize(checkpoint, scheme, target)
     else:

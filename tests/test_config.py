@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from foreign import foreign_scheme
+from foreign import foreign_scheme, quantization_config
 from generate import generate
 from generation_config import GenerationConfig
 from hf import MOST_LAYERS, model_args
@@ -113,15 +113,15 @@ def test_wrong_rotary_values_are_refused_by_name(section: str):
 @pytest.mark.parametrize("key", ["quant_method", "bits", "group_size", "desc_act", "lm_head"])
 def test_wrong_values_of_a_quantisation_are_refused_by_name(key: str):
     right = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
-    assert foreign_scheme(LLAMA | {"quantization_config": right})["linears"]["groupsize"] == 128
+    assert foreign_scheme(right)["linears"]["groupsize"] == 128
     for value in (None, "x", "128", 128.0, 4.0, NAN, INF, -1, [4], ["gptq"], {}, 2**62):
         with pytest.raises(ValueError, match="quant_method|quantised by") as caught:
-            foreign_scheme(LLAMA | {"quantization_config": right | {key: value}})
+            foreign_scheme(right | {key: value})
         assert "\n" not in str(caught.value)
         assert key == "quant_method" or f"{key} " in str(caught.value)
     for value in ("gptq", 4, True, ["gptq"], 1.5):
-        with pytest.raises(ValueError, match="'quantization_config'"):
-            foreign_scheme(LLAMA | {"quantization_config": value})
+        with pytest.raises(ValueError, match="config.json: quantization_config is"):
+            quantization_config({"quantization_config": value}, Path(), packed=True)
 
 
 @pytest.mark.parametrize("config", [None, [], [LLAMA], "llama", 3, {}, {"model_type": {"a": []}}])

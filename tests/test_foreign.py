@@ -15,6 +15,7 @@ from checkpoint import Checkpoint
 from generate import GenerationConfig, complete
 from hf import export_tensors
 from load import load_model
+from quantized import dense_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,14 +153,145 @@ def zero_of_16(tensors: dict[str, Tensor]) -> None:
     next(t for n, t in tensors.items() if n.endswith("0.mlp.up_proj.qzeros"))[0, 0] = -1
 
 
+def infinite(tensors: dict[str, Tensor]) -> None:
+    next(t for n, t in tensors.items() if n.endswith("1.self_attn.o_proj.scales"))[0, 3] = torch.inf
+
+
+def too_large(tensors: dict[str, Tensor]) -> None:
+    """For float16, which scales are kept in."""
+    name = next(n for n in tensors if n.endswith("1.self_attn.o_proj.scales"))
+    tensors[name] = tensors[name].float()
+    tensors[name][0, 3] = 1e6
+
+
+def floating(tensors: dict[str, Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith("0.mlp.up_proj.qweight"))
+    tensors[name] = tensors[name].float()
+
+
+def flat(tensors: dict[str, Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith("0.mlp.up_proj.qzeros"))
+    tensors[name] = tensors[name].flatten()
+
+
+def short_order(tensors: dict[str, Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith("1.self_attn.k_proj.g_idx"))
+    tensors[name] = tensors[name][:32]
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (infinite, r"layers.1.attention.wo.scales holds NaN or infinity"),
+        (too_large, r"layers.1.attention.wo.scales holds NaN or infinity"),
+        (floating, r"0.mlp.up_proj.qweight is float32 of shape .* should be a matrix, int32"),
+        (flat, r"0.mlp.up_proj.qzeros is int32 of shape \[\d+\] and should be a matrix"),
+        (short_order, r"layers.1.attention.wqkv.g_idx.*order"),
         (shuffle, r"layers.1.attention.wqkv.g_idx.*order"),
         (bias, r"layers.0.feed_forward.w13.bias is not part of the model"),
-        (zero_of_16, "zero points"),
+        (zero_of_16, r"0.mlp.up_proj.qzeros has zero points of 16.*use quantize.py"),
     ],
 )
 def test_tensors_that_would_be_read_wrongly_are_refused(tmp_path: Path, edit: Edit, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_model(write(tmp_path, "demo", "gptq", 32, edit), device="cpu")
+    assert "\n" not in str(caught.value) and "model.safetensors" in str(caught.value)
+
+
+def weight_of(folder: Path, name: str) -> Tensor:
+    """What the integers of a linear stand for."""
+    checkpoint = Checkpoint(folder)
+    parts = {leaf: checkpoint.read(f"{name}.{leaf}") for leaf in ("weight", "scales", "zeros")}
+    return dense_int4(**parts)
+
+
+@pytest.mark.parametrize("named", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("stored_zero", [7, 8])
+def test_symmetric_zeros_are_eights_whatever_the_format_is_called(
+    tmp_path: Path, named: str, stored_zero: int
+):
+    """GPTQModel 5.0 says "gptq" and stores what gptq_v2 stores."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(".qzeros"):
+                filled = torch.full((tensors[name].shape[0], tensors[name].shape[1] * 8), 0)
+                tensors[name] = words(filled + stored_zero, tuple(range(8)))
+
+    theirs = write(tmp_path, "demo", "gptq", 64, edit)
+    config = json.loads((theirs / "config.json").read_text())
+    config["quantization_config"] |= {"sym": True, "checkpoint_format": named}
+    config["quantization_config"] |= {"meta": {"quantizer": ["gptqmodel:5.0.0"]}}
+    (theirs / "config.json").write_text(json.dumps(config))
+    zeros = unpack_nibbles(Checkpoint(theirs).read("layers.1.feed_forward.w2.zeros"))
+    assert (zeros == 8).all()
+    # Zeros of every kind follow what the file says, even if it says that they are symmetric.
+    shutil.rmtree(tmp_path)
+    theirs = write(tmp_path, "demo", "gptq", 64)
+    plain = weight_of(theirs, "layers.1.feed_forward.w2")
+    config["quantization_config"] |= {"checkpoint_format": "gptq"}
+    (theirs / "config.json").write_text(json.dumps(config))
+    assert torch.equal(weight_of(theirs, "layers.1.feed_forward.w2"), plain)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "content"),
+    [
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 64, "desc_act": False}),
+        ("awq", "quant_config.json", {"w_bit": 4, "q_group_size": 64, "zero_point": True}),
+    ],
+)
+def test_configs_of_before_transformers_read_them(
+    tmp_path: Path, layout: str, file: str, content: dict
+):
+    theirs = write(tmp_path, "demo", layout, 64)
+    wanted = weight_of(theirs, "layers.1.feed_forward.w2")
+    config = json.loads((theirs / "config.json").read_text())
+    del config["quantization_config"]
+    (theirs / "config.json").write_text(json.dumps(config))
+    (theirs / "model.safetensors").rename(theirs / f"{layout}_model-4bit-64g.safetensors")
+    with pytest.raises(ValueError, match="no quantization_config, nor is there a quantize_config"):
+        Checkpoint(theirs)
+    (theirs / file).write_text(json.dumps(content))
+    assert torch.equal(weight_of(theirs, "layers.1.feed_forward.w2"), wanted)
+    (theirs / file).write_text(json.dumps(content | {"desc_act": True, "version": "gemv"}))
+    with pytest.raises(ValueError, match="desc_act True|version gemv"):
+        Checkpoint(theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": [4]}, r"quantization_config is \[4\] and should be an object"),
+        ({"quantization_config": "gptq"}, "should be an object"),
+        ({"quantization_config": {"quant_method": ["gptq"]}}, "cannot be read"),
+        ({"quantization_config": {"quant_method": None}}, "cannot be read"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4.0}}, "bits 4.0"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantised by mlx.*use quantize.py"),
+        ({"quantization": 4}, "quantization is 4 and should be an object"),
+        (
+            {"quantization": {"bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+            "quantised by mlx",
+        ),
+    ],
+    ids=str,
+)
+def test_a_quantization_config_of_another_kind(tmp_path: Path, change: dict, message: str):
+    folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_integers_of_mlx_are_no_weights(tmp_path: Path):
+    folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
+    source = Checkpoint(folder)
+    tensors = {n: source.read(n) for n in source.records}
+    tensors = {n: t.contiguous() for n, t in export_tensors(tensors, source.config).items()}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(ValueError, match="layers.0.attention.wo.weight is uint32 and should be"):
+        load_model(folder, device="cpu")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import checkpoint as checkpoint_module
 import cpu_products
 import quantize
+from calibrate import calibration_text
 from checkpoint import Checkpoint, save_checkpoint
 from cpu_products import TiledLinear
 from generate import GenerationConfig, complete
@@ -265,7 +266,7 @@ def test_the_tied_head_of_a_quantised_model_is_its_own(demo: Path):
 def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture):
     target = quantized(demo)
     said = capsys.readouterr().err
-    assert "bits per weight" in said and "times as fast" in said
+    assert "bits per weight" in said and "times as " in said
     file = Checkpoint(target)
     assert checkpoint_module.size_text(file.nbytes) in said
     weights = math.prod(
@@ -295,6 +296,75 @@ def test_mistakes_are_one_line_and_leave_nothing(demo: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         quantize.parse_args(["--checkpoint_path", "x", "--mode", "int4-gptq"])
     assert "--calibration_file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "bits per weight"),
+        (("--calibration_seq_length", 1), "--calibration_seq_length is 1 and must be at least 2"),
+        (("--calibration_seq_length", 0), "--calibration_seq_length is 0"),
+        (("--calibration_seq_length", -5), "--calibration_seq_length is -5"),
+        (("--calibration_samples", 0), "--calibration_samples is 0 and must be at least 1"),
+        (("--calibration_samples", -(2**40)), "--calibration_samples is -"),
+    ],
+)
+def test_options_of_calibration_are_checked(demo: Path, options: tuple, says: str, capsys):
+    (demo / "text.txt").write_bytes(b"One day a dog ran. " * 50 + b"\xff")
+    text = "--mode", "int4-gptq", "--calibration_file", demo / "text.txt"
+    assert command("--checkpoint_path", demo, *text, *options) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+    assert options or "text.txt, line 1: byte 0xff is not UTF-8" in said
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    for name, mark in (("with.txt", b"\xef\xbb\xbf"), ("without.txt", b"")):
+        (tmp_path / name).write_bytes(mark + b"One day")
+        args = quantize.argparse.Namespace(calibration_file=tmp_path / name)
+        assert calibration_text(args) == "One day"
+
+
+def test_int8_has_no_group_size(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as caught:
+        quantize.parse_args("--checkpoint_path x --mode int8 --groupsize 64".split())
+    assert caught.value.code == 2 and "--groupsize is for int4" in capsys.readouterr().err
+    assert quantize.parse_args("--checkpoint_path x --mode int4".split()).groupsize == 32
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (demo / "model_int8.pth.tmp").mkdir()
+    monkeypatch.setattr(quantize, "quantize", lambda *given: pytest.fail("work has begun"))
+    assert command("--checkpoint_path", demo, "--mode", "int8") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model_int8.pth cannot be written" in line
+
+
+def test_what_is_replaced_is_said(demo: Path, capsys: pytest.CaptureFixture):
+    quantized(demo)
+    assert "replaces" not in capsys.readouterr().err
+    target = quantized(demo)
+    assert f"replaces {target} (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_slow_products_are_measured_and_said(
+    demo: Path, slow: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(quantize, "hindrance", lambda dtype: "this CPU is old" if slow else None)
+    monkeypatch.setattr(quantize, "find_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(quantize, "product_seconds", lambda *given: (0.001, 0.0105))
+    quantized(demo)
+    said = capsys.readouterr().err
+    assert ("1 ms as they are, 10.5 times as long" in said and "this CPU is old" in said) == slow
+    assert ("times as fast" in said) != slow
+
+
+def test_products_are_measured_quickly():
+    for scheme in (make_scheme("int8"), make_scheme("int4", 128)):
+        assert all(seconds > 0 for seconds in quantize.product_seconds(192, 200, scheme))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
