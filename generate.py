@@ -303,7 +303,7 @@ def open_output(
     if not (args.output and writes()):
         return None
     shape = args.random_weights
-    files = [shape] if shape else shards(find_weights(args.checkpoint_path))
+    files = [shape] if shape else shards(find_weights(args.checkpoint_path))[0]
     settings = asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS}
     origin = jobs.Origin(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
     return jobs.JsonlOutput(args.output, prompts, args.num_samples, origin)

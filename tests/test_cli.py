@@ -208,7 +208,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         (["--output", "nowhere/out.jsonl"], "nowhere/out.jsonl"),
         (["--output", "{config}"], "is no result|answers none"),
         (["--draft_checkpoint_path", "nowhere"], "nowhere does not exist"),
-        (["--temperature", "-1"], "temperature is -1.0 and must be a finite number, 0 or more"),
+        (["--temperature", "-1"], "temperature is -1.0 and must be a number, 0 or more"),
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--device", "abacus"], "no device abacus here; there is"),
         (["--random_weights", "{config}", "--prompt", "text"], "number of tokens"),

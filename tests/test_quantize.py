@@ -298,24 +298,30 @@ def test_mistakes_are_one_line_and_leave_nothing(demo: Path, capsys: pytest.Capt
     assert "--calibration_file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ((), "bits per weight"),
-        (("--calibration_seq_length", 1), "--calibration_seq_length is 1 and must be at least 2"),
-        (("--calibration_seq_length", 0), "--calibration_seq_length is 0"),
-        (("--calibration_seq_length", -5), "--calibration_seq_length is -5"),
-        (("--calibration_samples", 0), "--calibration_samples is 0 and must be at least 1"),
-        (("--calibration_samples", -(2**40)), "--calibration_samples is -"),
-    ],
-)
-def test_options_of_calibration_are_checked(demo: Path, options: tuple, says: str, capsys):
+def test_a_calibration_text_in_another_encoding_is_named(demo: Path, capsys):
     (demo / "text.txt").write_bytes(b"One day a dog ran. " * 50 + b"\xff")
     text = "--mode", "int4-gptq", "--calibration_file", demo / "text.txt"
-    assert command("--checkpoint_path", demo, *text, *options) == 2
+    assert command("--checkpoint_path", demo, *text) == 2
+    assert "text.txt, line 1: byte 0xff is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("calibration_seq_length", 1, "1 is not at least 2"),
+        ("calibration_seq_length", 0, "0 is not at least 2"),
+        ("calibration_seq_length", -5, "-5 is not at least 2"),
+        ("calibration_samples", 0, "0 is not at least 1"),
+        ("calibration_samples", -(2**40), "is not at least 1"),
+        ("groupsize", 64, "--groupsize is for int4"),
+    ],
+)
+def test_options_of_quantize_are_checked(option: str, value: int, says: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        quantize.parse_args(["--checkpoint_path", "x", f"--{option}", str(value)])
+    assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert says in said and "Traceback" not in said
-    assert options or "text.txt, line 1: byte 0xff is not UTF-8" in said
+    assert says in said and option in said and said.count("\n") == 1
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
