@@ -38,7 +38,7 @@ class Pace:
 
     k: always so many. None: the number that gives most tokens per second within the budget, down
     to none at all; then guessing is tried again after a while, and each time later. graphs: the
-    first cycles of each kind record CUDA graphs. catches_up: what guesses reads, after a pause, what
+    first cycles of each kind record CUDA graphs. catches_up: the draft reads, after a pause, what
     the text has got since.
     """
 
@@ -114,7 +114,7 @@ class Pace:
         return list(accumulate((guessed * share for share in shares), initial=1.0))
 
     def _known(self, k: int) -> bool:
-        """Whether the time of cycles of k guesses, which has been measured, says something still."""
+        """Whether the time that was measured of cycles of k guesses is recent enough."""
         return k == 0 or self._cycle - self._timed[k] < STALE
 
     def _expected_times(self) -> list[float]:
