@@ -39,11 +39,11 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
             "the logits are not finite numbers, but they are when the text is read again: the "
             "logits processors, or values close to the dtype's limit, make NaN or infinity"
         )
+    dtype = str(lm.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    wider = "" if dtype == "float32" else " (try --dtype float32)"
     return (
         f"the logits are not finite numbers: {name} is the first part of the model that makes NaN "
-        f"or infinity; its weights are damaged, or its values exceed what "
-        f"{str(lm.model.tok_embeddings.weight.dtype).removeprefix('torch.')} can hold (try --dtype "
-        "float32)"
+        f"or infinity; its weights are damaged, or its values exceed what {dtype} can hold{wider}"
     )
 
 

@@ -272,7 +272,7 @@ def make_ready(
         lm = make_views(model, tokenizer, **views)
     if draft is None:
         return lm
-    pace = Pace(speculate_k)
+    pace = Pace(speculate_k, has_graphs(lm.decode), isinstance(draft, LoadedModel))
     if copy:
         use_fast_products(copy, torch.bfloat16)
         return replace(lm, draft=SelfDraft(pace, make_views(copy, tokenizer, **views)))

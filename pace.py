@@ -21,7 +21,7 @@ from ranks import agreed
 
 MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
 RECENT = 9  # times of each number of guesses that a median is taken of
-UNTYPICAL = 2  # first cycles of each kind that are not timed: CUDA graphs warm up, and record
+UNTYPICAL = 2  # first cycles of each kind in which CUDA graphs warm up, and record: not timed
 PLAIN_EVERY = 64  # cycles; a plain step among them says what plain decoding takes now
 STALE = 4 * PLAIN_EVERY  # cycles after which a time says nothing any more
 STAKE, TAX = 2.0, 0.01  # the budget at first, in plain steps; what it gets of each step
@@ -37,11 +37,14 @@ class Pace:
     """How many tokens to guess in a cycle, from how often guesses hold and what cycles take.
 
     k: always so many. None: the number that gives most tokens per second within the budget, down
-    to none at all; then guessing is tried again after a while, and each time later.
+    to none at all; then guessing is tried again after a while, and each time later. graphs: the
+    first cycles of each kind record CUDA graphs. catches_up: the draft reads, after a pause, what
+    the text has got since.
     """
 
-    def __init__(self, k: int | None):
-        self.k = k
+    def __init__(self, k: int | None, graphs: bool = False, catches_up: bool = False):
+        self.k, self._catches_up = k, catches_up
+        self._untypical = UNTYPICAL if graphs else 0
         self.report = Report()
         self._rows = 0
         self._forget()
@@ -64,7 +67,7 @@ class Pace:
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
         self._budget = STAKE
         self._trial, self._trials = TRIAL, 0
-        self._pause = self._wait = PAUSE[0]
+        self._pause, self._wait = PAUSE[0], 0  # of the next pause; left of this one
         self._paused = self._resumed = False
 
     def choose(self, most: int) -> int:
@@ -76,27 +79,29 @@ class Pace:
         return max(0, min(k, most))
 
     def _best(self) -> int:
+        if self._wait:  # nothing is reckoned in a pause: that takes 1 % of a step of a small model
+            self._wait -= 1
+            if not self._wait:
+                self._trial, self._trials = TRIAL, self._trials + 1
+            return 0
         times, tokens = self._expected_times(), self._expected_tokens()
 
         def rate(k: int) -> float:
             return tokens[k] / times[k]
 
-        tried = any(k for k, seen in self._times.items() if len(seen) >= 2)
+        tried = any(k for k in self._typical if self._known(k))
         risks = ((times[k] / times[0] - 1 if tried else k) for k in range(MOST + 1))
         affordable = [k for k, risk in enumerate(risks) if risk <= self._budget]
         best = max(affordable, key=rate, default=0)
         if best and tried:
-            self._pause = self._wait = PAUSE[0]
+            self._pause = PAUSE[0]
             return best
-        if self._trial:
-            probes = PROBES[self._trials % len(PROBES)], PROBES[0]
-            if probe := next((k for k in probes if k in affordable), 0):
-                return probe
-            self._trial = 0
-        self._wait -= 1
-        if self._wait == 0:
-            self._trial, self._trials = TRIAL, self._trials + 1
-            self._pause = self._wait = min(2 * self._pause, PAUSE[1])
+        probes = PROBES[self._trials % len(PROBES)], PROBES[0]
+        probe = next((k for k in probes if k in affordable), 0)
+        if self._trial and probe:
+            return probe
+        self._wait, self._pause = self._pause, min(2 * self._pause, PAUSE[1])
+        self._trial = 0
         return 0
 
     def _expected_tokens(self) -> list[float]:
@@ -108,13 +113,13 @@ class Pace:
         guessed = self._rows_guessed / self._rows_live
         return list(accumulate((guessed * share for share in shares), initial=1.0))
 
+    def _known(self, k: int) -> bool:
+        """Whether the time that was measured of cycles of k guesses is recent enough."""
+        return k == 0 or self._cycle - self._timed[k] < STALE
+
     def _expected_times(self) -> list[float]:
         """Of cycles of 0, 1, 2, ... guesses: measured, or else on the line through what was."""
-        known = {
-            k: seconds
-            for k, seconds in self._typical.items()
-            if len(self._times[k]) >= 2 and (k == 0 or self._cycle - self._timed[k] < STALE)
-        }
+        known = {k: seconds for k, seconds in self._typical.items() if self._known(k)}
         middle, height = (sum(of) / len(known) for of in (known, known.values()))
         spread = sum((k - middle) ** 2 for k in known)
         slope = sum((k - middle) * known[k] for k in known) / spread if spread else known[0] / 5
@@ -124,7 +129,8 @@ class Pace:
     def learn(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """A cycle of k guesses: how many were offered and how many held, in each live row."""
         self._met[k] += 1
-        timed = self._met[k] > UNTYPICAL and not (k and self._resumed)  # it may have caught up
+        caught_up = self._catches_up and self._resumed and k > 0
+        timed = self._met[k] > self._untypical and not caught_up
         if timed:
             if self._cycle - self._timed[k] >= STALE:
                 self._times[k].clear()
@@ -146,7 +152,7 @@ class Pace:
     def _account(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """What a cycle adds to the budget, or takes from it."""
         steps = seconds / self._typical.get(0, seconds)
-        if self._met[k] <= UNTYPICAL:
+        if self._met[k] <= self._untypical:
             steps = min(steps, 1 + k)  # graphs are recorded once: that is no cost of guessing
         self._budget += TAX * steps
         if k:

@@ -57,11 +57,13 @@ def speculative_steps(
     for text, ids in zip(texts, step, strict=True):
         text += ids
     guess = lm.draft.start(texts, caches, sampler)
+    nothing = slots.new_empty(len(texts), 0), [0] * len(texts)
     yield step
     while True:
         start = time.perf_counter()
         wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        guesses, offered = guess(pace.choose(wanted - 1), live)
+        k = pace.choose(wanted - 1)
+        guesses, offered = guess(k, live) if k else nothing
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
         step = [[] for _ in texts]
         read = sampler.begin_reading(drawn)
@@ -90,16 +92,19 @@ def verify(
     by any query before it is overwritten.
     """
     k, length = guesses.shape[1], len(slots)
-    pairs = zip(texts, prompts, strict=True)
-    known = [(text[-1], len(text), len(text) - len(prompt)) for text, prompt in pairs]
-    last, ends, numbers = torch.tensor(known, device=slots.device).split(1, dim=1)  # (B, 1) each
-    steps = slots[: k + 1]
-    pos = (ends - 1 + steps).clamp_max(length - 1)  # (B, k + 1); beyond a row's limit only
+    known = []  # of each row: its last id, the positions that are read, the numbers that are drawn
+    for text, prompt in zip(texts, prompts, strict=True):
+        at, number = len(text) - 1, len(text) - len(prompt)
+        pos = (min(at + j, length - 1) for j in range(k + 1))  # beyond a row's limit only
+        known.append([text[-1], *pos, *range(number, number + k + 1)])
+    known = torch.tensor(known, device=slots.device)  # (B, 1 + 2 * (k + 1))
+    last, pos, numbers = known.split((1, k + 1, k + 1), dim=1)
     visible = visible_slots(max(map(len, texts)) + k, length)
     tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
     logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
-    sampler.expect(guesses, numbers + steps[:k])
-    return sampler(logits, numbers + steps)
+    if k:
+        sampler.expect(guesses, numbers[:, :k])
+    return sampler(logits, numbers)
 
 
 def held(drawn: Sequence[int], guessed: Sequence[int]) -> int:
@@ -276,7 +281,8 @@ class OwnCacheGuess(ModelGuess):
         filled: list[int],
     ):
         super().__init__(lm, texts, caches, sampler)
-        self.filled = filled  # the prompts are read when they are first needed, if ever
+        self.filled = filled
+        self._catch_up()
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         if k > 0:

@@ -450,6 +450,20 @@ def test_the_number_of_guesses_chosen_is_nearly_the_best(right: float, draft: fl
     assert found > 0.96 / 1.015
 
 
+@pytest.mark.parametrize("right", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("draft, row", [(0.9, 0.1), (1.5, 0.3), (2.4, 0.1), (0.0, 1.5), (4.0, 0.0)])
+def test_a_draft_that_does_not_pay_costs_a_short_text_3_percent_at_most(
+    right: float, draft: float, row: float
+):
+    """Int8 weights on a CPU without instructions for them take twice as long as bfloat16 ones."""
+    for seed in range(5):
+        assert simulated(Pace(None).of(1), 200, right, draft, row, seed) > 0.97 / 1.015
+
+
+def test_a_draft_that_pays_is_found_within_a_short_text():
+    assert simulated(Pace(None).of(1), 200, 0.9, 0.15, 0.05) > 1.8
+
+
 def test_trials_get_rarer_where_guesses_never_hold():
     pace = Pace(None).of(1)
     tried = []
