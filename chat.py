@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from command import log
 from ranks import agreed
 from terminal import Messages
 from tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     if launched:  # a signal, unlike the key, means that torchrun is about to end all processes
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     watched = agreed(lambda: messages.keeps_ctrl_c)
-    print(HELP, file=sys.stderr)
+    log(HELP)
     with messages.opened():
         while (text := agreed(messages.read)) is not None:
             command = command_in(text)

@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table, setup_logging
 from tqdm import tqdm
 
+from completion import Completion
 from decoding import LoadedModel
 from generate import complete
 from generation_config import GenerationConfig
@@ -204,7 +205,8 @@ class HarnessModel(TemplateLM):
             done = complete(self.lm, given, config, rows=rows, caches=caches)
             for number, completion in zip(rows, done, strict=True):
                 # Of the ids alone, as the harness has it: a first space may be lost.
-                text = self._tokenizer.decode(completion.ids)
+                alone = Completion(self._tokenizer, [], config)
+                text = alone.extend(completion.ids) + alone.close()
                 yield number, postprocess_generated_text(text, list(config.stop), None)
 
 

@@ -97,7 +97,7 @@ def read_prompts(path: Path, chat: bool = False) -> list[Prompt]:
     if not numbered:
         raise ValueError(f"{path} holds no prompt")
     if path.suffix == ".txt":
-        return [line for _, line in numbered]
+        return [line.removesuffix("\r") for _, line in numbered]  # the line ends of Windows
     return [read_line(line, f"{path}, line {n}", chat) for n, line in numbered]
 
 

@@ -49,7 +49,7 @@ FLOORS = {
     "vocabulary": {"special_tokens"},
     "tokenizer": {"chat_template", "special_tokens", "vocabulary"},
     "terminal": set(),
-    "chat": {"ranks", "terminal", "tokenizer"},
+    "chat": {"command", "ranks", "terminal", "tokenizer"},
     "processors": {"generation_config"},
     "sampling": {"generation_config", "processors"},
     "completion": {"generation_config", "sampling", "tokenizer"},
@@ -100,7 +100,7 @@ FLOORS = {
         "model_defaults", "options", "plan", "pp", "processors", "quantized", "ranks", "sampling",
         "speculate", "tokenizer",
     },
-    "harness": {"decoding", "generate", "generation_config", "scoring"},
+    "harness": {"completion", "decoding", "generate", "generation_config", "scoring"},
     "eval": {
         "checkpoint", "command", "decoding", "files", "harness", "host", "hub", "load", "options",
         "ranks", "scoring",

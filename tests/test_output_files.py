@@ -181,6 +181,12 @@ def test_stdout_in_a_pipe_takes_results(prompts: Path):
     assert len([json.loads(line) for line in done.stdout.splitlines()]) == 3
 
 
+def test_line_ends_of_windows_are_no_text(tmp_path: Path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfOnce\r\n\r\nThe dog\r\n")
+    assert jobs.read_prompts(file) == ["Once", "The dog"]
+
+
 def test_what_takes_no_results_is_said_before_a_model_is_loaded(prompts: Path, tmp_path: Path):
     for output in (tmp_path, tmp_path / "none" / "out.jsonl", prompts / "out.jsonl"):
         words = "--prompts", prompts, "--output", output
