@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import positive
 from checkpoint import DTYPES, save_checkpoint, size_text, stored_tensors
-from command import exit_code, log, positive
+from command import exit_code, log
 from formats import Part, pickle_part, read_part
 from hf import model_args, split_name
 from load import skeleton
