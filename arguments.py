@@ -32,19 +32,20 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        given = sys.argv[1:] if args is None else args
+        given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args([self._underscored(arg) for arg in given], namespace)
 
     def error(self, message: str) -> None:
-        """One line on stderr and exit code 2; of several processes under torchrun, rank 0's."""
-        quiet = int(os.environ.get("RANK", "0")) > 0
+        """One line on stderr and exit code 2; under torchrun rank 0 alone prints it."""
+        quiet = os.environ.get("RANK", "0") not in ("0", "")
         message = " ".join(message.split())
         self.exit(2, None if quiet else f"{self.prog}: {message} (--help lists the options)\n")
 
     def _underscored(self, arg: str) -> str:
-        """--max-new-tokens -> --max_new_tokens; values stay as they are."""
+        """--max-new-tokens -> --max_new_tokens. A text that begins with -- and has blanks is a
+        value, as argparse sees it, and stays as it is."""
         name, equals, value = arg.partition("=")
-        if not name.startswith("--") or name in self._option_string_actions:
+        if not re.fullmatch(r"--[\w-]+", name) or name in self._option_string_actions:
             return arg
         return f"--{name[2:].replace('-', '_')}{equals}{value}"
 

@@ -43,9 +43,9 @@ class Worker:
             except OSError:  # it has ended, or does not answer in time
                 pass
             finally:  # Ctrl-C, too, must leave no process with an answer under way
-                if not line:
+                if not line.endswith(b"\n"):  # it may have ended within its reply
                     self._end()
-        if not line:
+        if not line.endswith(b"\n"):
             raise ValueError(
                 "the chat template failed: it took too long, or more than "
                 f"{MEMORY >> 20} MiB of memory"

@@ -123,8 +123,9 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {error}") from error
 
     def settle_head(self) -> None:
-        """Leave one table where embedding and head are the same. A file holds either or both; where
-        they differ, both count, whatever the config says: so does transformers 5."""
+        """Drop the output head if it equals the embedding, which may also be stored under the
+        head's name alone. If they differ, use both, though the config ties them, as transformers 5
+        does."""
         self.records.setdefault("tok_embeddings.weight", self.records["output.weight"])
         if self.equal("tok_embeddings.weight", "output.weight"):
             del self.records["output.weight"]

@@ -5,6 +5,7 @@ here imports torch before it is needed.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -41,6 +42,7 @@ def open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(number, True)  # a compiler that is started needs it, too
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 -- for good
 
 
@@ -53,7 +55,11 @@ def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) 
 
 
 def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") -> int:
-    """0, where the work is done; else what hindered it is one line on stderr: 130 for Ctrl-C."""
+    """Run a command and return its exit code; a failure is one line on stderr.
+
+    0: done. 2: a mistake (is_mistake). 3: another rank has ended. 130: Ctrl-C. 141: nobody reads
+    the output any more. Other errors are the program's own, and are raised again.
+    """
     try:
         work()
         sys.stdout.flush()
@@ -63,10 +69,11 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
     except BrokenPipeError:
         # Nobody reads stdout any more; Python must not try to flush it again on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"{script}: stopped, as the output was closed", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # stderr may be the same pipe
+            print(f"{script}: stopped, as the output was closed", file=sys.stderr)
         return 141
     except Exception as error:
-        import ranks  # imports torch, which whatever failed has done
+        import ranks  # here, as it imports torch
 
         if is_mistake(error):
             ranks.speak(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")

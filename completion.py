@@ -73,7 +73,7 @@ class Completion:
         return self.text[start:]
 
     def _take(self, text: str, special: str = "") -> None:
-        """Hold text and the name of a special token, and release what begins no stop string."""
+        """Hold text and a special token's name; release what cannot begin a stop string."""
         self._held += text + special
         self._shown += [True] * len(text) + [False] * len(special)
         stops = self._config.stop

@@ -50,7 +50,7 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
 def parts_finite(
     model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache]
 ) -> Tensor:
-    """Whether all that embedding, each layer and the head make of tokens is finite: booleans."""
+    """One boolean for the embedding, each layer and the head: whether its output is finite."""
     x, rotation, mask = model.embed(tokens, pos, slots)
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -58,7 +58,7 @@ def parts_finite(
         # Between layers an offloaded model may have put them elsewhere.
         whole = x if isinstance(x, Tensor) else x.whole()
         found.append(whole.isfinite().all().to(found[0].device))
-    found.append(model.unembed(x).isfinite().all())
+    found.append(model.unembed(x).isfinite().all().to(found[0].device))
     return torch.stack(found)
 
 

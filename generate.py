@@ -73,6 +73,10 @@ from speculate import speculative_steps
 from tokenizer import Tokenizer
 
 DEMO_PROMPT = "Once upon a time"
+BESIDE_WEIGHTS = (
+    "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json chat_template.jinja"
+).split()
 # The options, beside those of GenerationConfig, that a text depends on.
 CHANGE_TEXTS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
@@ -299,14 +303,20 @@ def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
 def open_output(
     args: argparse.Namespace, config: GenerationConfig, prompts: Sequence[jobs.Prompt]
 ) -> jobs.JsonlOutput | None:
-    """The file that takes the results; what is wrong with it is said before a model is loaded."""
+    """Open the file of results, so that its errors come before a model is loaded."""
     if not (args.output and writes()):
         return None
     shape = args.random_weights
-    files = [shape] if shape else shards(find_weights(args.checkpoint_path))[0]
+    files = [shape] if shape else model_files(find_weights(args.checkpoint_path))
     settings = asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS}
     origin = jobs.Origin(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
     return jobs.JsonlOutput(args.output, prompts, args.num_samples, origin)
+
+
+def model_files(weights: Path) -> list[Path]:
+    """All that the texts of a checkpoint depend on: its weights, config and tokenizer."""
+    beside = (weights.parent / name for name in BESIDE_WEIGHTS)
+    return [*shards(weights)[0], *(file for file in beside if file.is_file())]
 
 
 def run_prompts(

@@ -60,6 +60,8 @@ def resolve(
     network, each with one line.
     """
     path = Path(model)
+    if not str(model):
+        raise ValueError("--model is empty: give a path, or the id of a repository")
     if path.exists() or path.is_symlink():
         if revision:
             say(f"{path} is on this disk, so --revision {revision} is not used")
@@ -69,7 +71,8 @@ def resolve(
         raise FileNotFoundError(not_found(path))
     if snapshot := cached(repo_id, revision):
         pinned = revision == snapshot.name
-        update = "" if pinned else f"; `hf download {repo_id}` brings the newest commit"
+        which = f"{repo_id} --revision {revision}" if revision else repo_id
+        update = "" if pinned else f"; `hf download {which}` brings the newest commit"
         say(f"{repo_id}: commit {snapshot.name[:7]} from the cache{update}")
         return snapshot
     if path.parent.is_dir() and not revision:

@@ -259,7 +259,7 @@ class JsonlOutput:
     def _checked(
         self, row: dict[str, Any], where: str, prompts: Sequence[Prompt], num_samples: int
     ) -> tuple[int, int]:
-        """Prompt and sample of a result."""
+        """Prompt and sample of a result. Raises ValueError for one that this run would not make."""
         key = index, sample = row.get("index"), row.get("sample")
         if not all(type(n) is int and n >= 0 for n in key) or not isinstance(row.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
@@ -275,8 +275,8 @@ class JsonlOutput:
             found = [f"num_samples {sample + 1} or more -> {num_samples}"]
         if found:
             raise ValueError(
-                f"{where} was made otherwise than this run would ({'; '.join(found)}): give "
-                "another --output, or what made it again"
+                f"{where} was made with other settings than those of this run "
+                f"({'; '.join(found)}): give another --output, or the settings of the file"
             )
         return key
 
@@ -359,7 +359,7 @@ class FileSink:
         self._move()
 
     def _move(self) -> None:
-        """The bar's end is an upper bound, which falls when a text ends before its limit."""
+        """Advance the bar. Its total is an upper bound, which falls when a text ends early."""
         self._bar.total = self._ended + self._open
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 

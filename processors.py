@@ -82,7 +82,8 @@ class Processors:
         return torch.zeros_like(logits).scatter_add_(2, ids, slots.to(logits.dtype))
 
     def _call_functions(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Texts of the same length together: nothing is padded. On a GPU the host waits here."""
+        """Call the functions once for all texts of one length, so that nothing is padded. On a GPU
+        the host waits here."""
         B, T, V = logits.shape
         logits = logits.view(B * T, V)
         places = defaultdict(list)  # of each length

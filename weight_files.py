@@ -89,7 +89,8 @@ def renamed(folder: Path) -> Path | None:
         groups: dict[Any, Path] = {}
         for file in sorted(folder.glob(f"*{suffix}")):
             numbered = NUMBERED.fullmatch(file.name)
-            if (numbered or suffix == ".safetensors") and not kind_by_name(file.name):
+            other = kind_by_name(file.name) or file.name.startswith(".") or not file.is_file()
+            if (numbered or suffix == ".safetensors") and not other:  # macOS leaves ._model files
                 groups.setdefault(numbered.groups() if numbered else file.name, file)
         if len(groups) > 1:
             listed = ", ".join(file.name for file in groups.values())

@@ -86,6 +86,8 @@ def test_closed_streams(tmp_path: Path):
     done = run(shell="2>&- <&-")
     assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
     assert "tokens/s" not in done.stdout and len(done.stdout.splitlines()) == 1
+    done = run("--max_new_tokens", 400, "--ignore_eos", shell="2>&1 | true; exit ${PIPESTATUS[0]}")
+    assert done.returncode == 141
 
 
 def test_chat_applies_the_template(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

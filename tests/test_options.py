@@ -93,10 +93,15 @@ def test_hyphens_are_as_good_as_underscores():
     assert options.parse_eval_args(["--perplexity", "x", "--batch-size", "auto"]).batch_size is None
 
 
+def test_a_text_that_looks_like_an_option_stays_as_it_is():
+    assert options.parse_args(["--prompt", "--a well-known fact"]).prompt == ["--a well-known fact"]
+
+
 def test_only_one_rank_tells_of_a_mistake():
     assert command("generate.py", "--abacus", RANK="0").stderr
     done = command("generate.py", "--abacus", RANK="1")
     assert done.returncode == 2 and not done.stderr
+    assert len(command("generate.py", "--abacus", RANK="").stderr.splitlines()) == 1
 
 
 def test_chat_is_implied_by_a_system_message():

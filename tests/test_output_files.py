@@ -140,7 +140,7 @@ def test_a_row_of_a_wrong_type_is_refused(tmp_path: Path, change: dict[str, Any]
     file.write_text(json.dumps(row) + "\n")
     assert jobs.JsonlOutput(file, ["Lily"], 1, origin).done == {(0, 0)}
     file.write_text(json.dumps(row | change) + "\n")
-    with pytest.raises(ValueError, match=r"line 1 (is no result|was made otherwise)"):
+    with pytest.raises(ValueError, match=r"line 1 (is no result|was made with other)"):
         jobs.JsonlOutput(file, ["Lily"], 1, origin)
 
 
