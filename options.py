@@ -18,6 +18,7 @@ from arguments import (
     amount,
     check_needs,
     check_pairs,
+    count,
     count_or_auto,
     documents,
     nbytes,
@@ -382,7 +383,8 @@ def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--calibration_samples", type=positive, default=64, help="texts at most (64)")
     add("--rank", type=positive, help="of the predictors (default: the width over 32)")
     add("--recall", type=share, default=0.97, help="of active neurons to be found (default: 0.97)")
-    add("--epochs", type=positive, default=4, help="of training predictors (default: 4)")
+    help = "of training predictors; 0: as they are drawn (default: 4)"
+    add("--epochs", type=count, default=4, help=help)
     add("--device", default="auto", help="to learn on: auto, cuda, cuda:N or cpu (default: auto)")
     add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
     args = parser.parse_args(argv)

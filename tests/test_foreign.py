@@ -255,20 +255,20 @@ def test_configs_of_before_transformers_read_them(
     (theirs / file).write_text(json.dumps(content))
     assert torch.equal(weight_of(theirs, "layers.1.feed_forward.w2"), wanted)
     (theirs / file).write_text(json.dumps(content | {"desc_act": True, "version": "gemv"}))
-    with pytest.raises(ValueError, match="desc_act True|version gemv"):
+    with pytest.raises(ValueError, match='desc_act true|version "gemv"'):
         Checkpoint(theirs)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization_config": [4]}, r"quantization_config is \[4\] and should be an object"),
-        ({"quantization_config": "gptq"}, "should be an object"),
+        ({"quantization_config": [4]}, r"quantization_config is \[4\] and must be an object"),
+        ({"quantization_config": "gptq"}, "must be an object"),
         ({"quantization_config": {"quant_method": ["gptq"]}}, "cannot be read"),
         ({"quantization_config": {"quant_method": None}}, "cannot be read"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4.0}}, "bits 4.0"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised by mlx.*use quantize.py"),
-        ({"quantization": 4}, "quantization is 4 and should be an object"),
+        ({"quantization": 4}, "quantization is 4 and must be an object"),
         (
             {"quantization": {"bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
             "quantised by mlx",
