@@ -9,10 +9,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-FORBIDS = 1e9  # added to a logit: as good as infinity, and finite
+from generation_config import LARGEST_BIAS
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,18 +75,20 @@ def check_pairs(
             parser.error(f"give --{one} or --{other}, not both")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def whole(least: int, why: str = "") -> Callable[[str], int]:
+    """A type of whole numbers from `least` on; why: words for the message of a smaller one."""
+
+    def whole_number(text: str) -> int:  # argparse names this function: "invalid whole_number"
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {least}{why}")
+        return value
+
+    return whole_number
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+positive, count = whole(1), whole(0)
+text_length = whole(2, ": BOS and a token")
 
 
 def count_or_auto(text: str) -> int | str:
@@ -159,4 +161,4 @@ def token_bias(text: str) -> tuple[int, float]:
     found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5 or 29=-inf")
-    return int(found[1]), max(-FORBIDS, min(FORBIDS, float(found[2])))
+    return int(found[1]), max(-LARGEST_BIAS, min(LARGEST_BIAS, float(found[2])))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from chat_template import check_messages
 from command import log
 from ranks import agreed
 from terminal import Messages
@@ -142,21 +143,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> 
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return tokenizer.apply_chat_template(messages)
-
-
-def check_messages(messages: Any) -> None:
-    """Raises ValueError unless these are [{"role": "user", "content": "Hello"}, ...]."""
-    form = 'an object {"role": "user", "content": "a text"}'
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
-    for n, message in enumerate(messages, 1):
-        which = f"message {n} of {len(messages)}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{which} is a {type(message).__name__} and must be {form}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                kind = type(message[key]).__name__ if key in message else "missing"
-                raise ValueError(f'{which}: its "{key}" is {kind} and must be a text')
 
 
 def template_hint(tokenizer: Tokenizer) -> str | None:

@@ -6,6 +6,7 @@ for ever. That process starts with the first template and serves all that follow
 a limit ends with its template alone. This file is that process's program, too.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -91,6 +92,21 @@ def render(template: str, given: dict[str, Any], seconds: int = SECONDS) -> str:
     return reply["text"]
 
 
+def check_messages(messages: Any) -> None:
+    """Raises ValueError unless these are [{"role": "user", "content": "Hello"}, ...]."""
+    form = 'an object {"role": "user", "content": "a text"}'
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
+    for n, message in enumerate(messages, 1):
+        which = f"message {n} of {len(messages)}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{which} is a {type(message).__name__} and must be {form}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                kind = type(message[key]).__name__ if key in message else "missing"
+                raise ValueError(f'{which}: its "{key}" is {kind} and must be a text')
+
+
 def serve() -> None:
     """Answer requests on stdin, a line of JSON each, until its end."""
     lower(resource.RLIMIT_AS, MEMORY)
@@ -114,7 +130,8 @@ def lower(kind: int, value: int) -> None:
     """Set this process's own limit; the system's stays where it is."""
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of address space
+        resource.setrlimit(kind, (value, hard))
 
 
 def rendered(template: str, given: dict[str, Any], most: int) -> str:

@@ -8,7 +8,6 @@ File formats are in formats.py, Hugging Face's names in hf.py.
 
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import hf
+from command import log
 from disk import page_aligned
 from files import sync
 from foreign import foreign_fields, foreign_scheme, quantization_config
@@ -329,7 +329,7 @@ def misfits(name: str, record: Record, tensor: Tensor) -> Iterator[str]:
 @cache
 def log_once(line: str) -> None:
     """On stderr, however often a file is opened."""
-    print(line, file=sys.stderr, flush=True)
+    log(line)
 
 
 def allocate(
@@ -491,7 +491,7 @@ def log_replaced(path: Path) -> None:
     if path.exists():
         stat = path.stat()
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
-        print(f"replaces {path} ({size_text(stat.st_size)}, {made})", file=sys.stderr, flush=True)
+        log(f"replaces {path} ({size_text(stat.st_size)}, {made})")
 
 
 def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:

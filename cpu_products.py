@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command import log
 from disk import page_aligned
 from measurements import cache_directory
 from model import KVCache, Linear, RMSNorm, Transformer
@@ -132,7 +133,7 @@ def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None
     quantised = {n: m for n, m in here.items() if isinstance(m, QuantizedLinear)}
     dense = {n: m for n, m in here.items() if m.weight.dtype == torch.bfloat16}
     if quantised and (reason := hindrance(dtype) or build()):
-        print(f"quantised layers run slowly here: {reason}", file=sys.stderr)
+        log(f"quantised layers run slowly here: {reason}")
     elif quantised:
         for name, linear in quantised.items():
             model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
@@ -191,7 +192,7 @@ def build() -> str | None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
     folder = cache / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
     if not list(folder.glob("*.so")):
-        print("compiling products for this CPU, once: about twenty seconds ...", file=sys.stderr)
+        log("compiling products for this CPU, once: about twenty seconds ...")
     with contextlib.redirect_stdout(sys.stderr):
         try:
             with alone_in(folder):

@@ -5,7 +5,6 @@ Start at read_text. Nothing here imports torch.
 
 import json
 import os
-import reprlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +35,12 @@ def decoded(content: bytes, where: str) -> str:
         ) from error
 
 
+def without_surrogates(text: str) -> str:
+    """A text that UTF-8 can hold: U+FFFD takes the place of half of a surrogate pair, which JSON
+    may hold and which stands for a byte that is no UTF-8 in an argument of a command."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text; ValueError, beginning with `where`, for what is no JSON."""
     try:
@@ -57,9 +62,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def short(value: Any) -> str:
+    """A value as JSON writes it, on one line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # it is from no JSON file
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def brief(value: Any) -> str:
-    """A value of a file as a message shows it: printable, and of at most 80 characters."""
-    text = value if isinstance(value, str) else reprlib.repr(value)
+    """A name or a value of a file as a message shows it: printable, at most 80 characters."""
+    text = value if isinstance(value, str) else short(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import read_object
-from hf import short
+from files import read_object, short
 from quantized import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]

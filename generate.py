@@ -57,7 +57,7 @@ from command import be_quiet, exit_code, log
 from compiled import graphs_report
 from completion import Completion
 from decoding import LoadedModel, plain_steps
-from files import DEMO, read_text
+from files import DEMO, read_text, without_surrogates
 from finite import not_finite
 from generation_config import GenerationConfig
 from host import set_threads
@@ -291,7 +291,7 @@ def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
     if args.prompt_file:
         texts = [jobs.without_line_end(read_text(args.prompt_file))]
     elif args.prompt:
-        texts = [jobs.without_surrogates(text) for text in args.prompt]
+        texts = [without_surrogates(text) for text in args.prompt]
     else:
         piped = agreed(jobs.piped_prompt)
         texts = [DEMO_PROMPT if piped is None else piped]

@@ -6,9 +6,7 @@ those of transformers' configurations, in both schemas of the rotary settings (`
 `rope_scaling`, and transformers 5's `rope_parameters`).
 """
 
-import json
 import re
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from command import log
+from files import short
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
 # Far above any real model. What is larger is a mistake, and might take minutes to build.
@@ -96,15 +96,6 @@ class Config:
         if not fits(value):
             raise ValueError(f"{self.where}: '{key}' is {short(value)} and must be {expected}")
         return value
-
-
-def short(value: Any) -> str:
-    """A value as JSON writes it, on one line."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # it is from no JSON file
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def model_args(config: Any) -> ModelArgs:
@@ -260,10 +251,7 @@ def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> M
         if getattr(args, flag) and not any(name.startswith(module) for name in found)
     }
     for module in absent.values():
-        print(
-            f"{path} has no biases of {module}, although its config declares them: zeros are used",
-            file=sys.stderr,
-        )
+        log(f"{path} has no biases of {module}, although its config declares them: zeros are used")
     return replace(args, **dict.fromkeys(absent, False))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from chat_template import check_messages
 from command import log
 from files import decoded, json_text, parse_json, read_text
 
@@ -106,7 +107,10 @@ def read_line(line: str, where: str, chat: bool = False) -> Prompt:
     value = parse_json(line, where)
     prompt = value.get("messages", value.get("prompt")) if isinstance(value, dict) else value
     if isinstance(prompt, list):
-        check_messages(prompt, where)
+        try:
+            check_messages(prompt)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if not chat:
             raise ValueError(f"{where} holds the messages of a conversation: give --chat")
     elif not isinstance(prompt, str):
@@ -132,20 +136,6 @@ def piped_prompt() -> str | None:
 def without_line_end(text: str) -> str:
     """A text without the line end that echo and editors put at its end."""
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def without_surrogates(text: str) -> str:
-    """U+FFFD in the place of what an argument of the command has that is no UTF-8."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def check_messages(messages: list[Any], where: str) -> None:
-    for n, message in enumerate(messages, 1):
-        given = message if isinstance(message, dict) else {}
-        if not all(isinstance(given.get(key), str) for key in ("role", "content")):
-            raise ValueError(f'{where}: message {n} has no "role" and "content" that are strings')
-    if not messages:
-        raise ValueError(f"{where}: the conversation has no message")
 
 
 def make_jobs(

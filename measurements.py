@@ -6,11 +6,11 @@ written is measured again by the next run, and a damaged one as well.
 
 import json
 import os
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
+from command import log
 from files import write_whole
 
 
@@ -47,7 +47,7 @@ def keep(name: str, key: Any, value: Any) -> None:
             return write_whole(file, [json.dumps(value)])
         except OSError as error:
             reason = str(error)
-    print(f"the measurement is not kept for later runs ({reason})", file=sys.stderr)
+    log(f"the measurement is not kept for later runs ({reason})")
 
 
 def path_of(name: str, key: Any) -> Path | None:

@@ -27,6 +27,7 @@ from arguments import (
     positive,
     rows_or_auto,
     share,
+    text_length,
     token_bias,
     window,
 )
@@ -261,7 +262,7 @@ def check_rest(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             "--speculate_k needs --draft or --draft_checkpoint_path",
         ),
         (
-            args.bench and not (len(args.prompt or "0") == 1 and (args.prompt or "0")[0].isdigit()),
+            args.bench and args.prompt and not (len(args.prompt) == 1 and is_count(args.prompt[0])),
             "--bench takes one number of tokens as --prompt",
         ),
         (
@@ -279,6 +280,11 @@ def check_rest(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
         if sum(shares) > 100 + 1e-9:
             parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
+
+
+def is_count(text: str) -> bool:
+    """Whether a prompt is a number of tokens, in ASCII digits."""
+    return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -360,13 +366,6 @@ def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace
         parser.error("--groupsize is for int4: --mode int8 has one scale for each output")
     args.groupsize = args.groupsize or 32
     return args
-
-
-def text_length(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 2: BOS and a token")
-    return value
 
 
 def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

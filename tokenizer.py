@@ -21,11 +21,11 @@ means <unk> or an empty text.
 """
 
 import codecs
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import chat_template
+from files import without_surrogates
 from special_tokens import Declared
 from vocabulary import Backend, IdBackend, library_errors, open_backend
 
@@ -141,10 +141,6 @@ class Tokenizer:
         # tools: templates ask whether they are none, and undefined is not
         given |= {"tools": None, "documents": None}
         return chat_template.render(self.chat_template, self._names | given)
-
-
-def without_surrogates(text: str) -> str:
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def difference(a: Tokenizer, b: Tokenizer) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import LLAMA3
 
 from foreign import foreign_scheme, quantization_config
 from generate import generate
@@ -24,13 +25,6 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 LLAMA = SIZES | {"model_type": "llama", "intermediate_size": 48}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA | {"model_type": "mistral", "num_key_value_heads": 2},

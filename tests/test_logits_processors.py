@@ -6,9 +6,11 @@ Texts of 24 tokens in float32; the drafts are other models, so that guesses are 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from common import DEMO, DRAFT, TEXTS
 from torch import Tensor
 
 from decoding import LoadedModel
@@ -17,14 +19,6 @@ from generation_config import GenerationConfig
 from load import load_model
 from processors import Processors
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO, DRAFT = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
-TEXTS = (
-    "Once upon a time",
-    "Lily",
-    "Tim and his dog saw a big red ball. They",
-    "One day, a little",
-)
 DRAFTS = ("ngram", "self-int4", DRAFT)
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
 PENALTIES = (
@@ -68,16 +62,25 @@ def openai_penalties(config: GenerationConfig, start: int) -> Callable[[Tensor, 
     return change
 
 
-def wanted_ids(theirs, prompt: list[int], config: GenerationConfig) -> list[int]:
-    """What transformers generates, with its own repetition penalty and sequence bias."""
-    given = torch.tensor([prompt])
-    tokens = theirs.generate(
+def generate_greedily(theirs: Any, given: Tensor, **options: Any) -> Any:
+    """What transformers' model makes of ids, (1, T), with as many new ones as GREEDY asks for."""
+    return theirs.generate(
         given,
         attention_mask=torch.ones_like(given),
         pad_token_id=1,
         do_sample=False,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=GREEDY.max_new_tokens,
         eos_token_id=None,
+        **options,
+    )
+
+
+def wanted_ids(theirs, prompt: list[int], config: GenerationConfig) -> list[int]:
+    """What transformers generates, with its own repetition penalty and sequence bias."""
+    given = torch.tensor([prompt])
+    tokens = generate_greedily(
+        theirs,
+        given,
         repetition_penalty=config.repetition_penalty,
         sequence_bias={(token,): bias for token, bias in config.logit_bias} or None,
         logits_processor=[openai_penalties(config, len(prompt))],
@@ -121,15 +124,7 @@ def test_processors_of_transformers_can_be_given(plain, theirs):
     found = ids(plain, prompts(plain), GREEDY, logits_processors=given)
     for prompt, row in zip(prompts(plain), found, strict=True):
         text = torch.tensor([prompt])
-        wanted = theirs.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            pad_token_id=1,
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=None,
-            logits_processor=given,
-        )
+        wanted = generate_greedily(theirs, text, logits_processor=given)
         assert row == wanted[0, len(prompt) :].tolist()
 
 
@@ -225,16 +220,7 @@ def test_logprobs_are_those_of_transformers(plain, theirs, draft: str | Path | N
 def test_logprobs_are_transition_scores(plain: LoadedModel, theirs):
     (completion,) = complete(plain, [TEXTS[0]], dataclasses.replace(GREEDY, logprobs=0))
     given = torch.tensor(prompts(plain)[:1])
-    said = theirs.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        pad_token_id=1,
-        do_sample=False,
-        max_new_tokens=24,
-        eos_token_id=None,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
+    said = generate_greedily(theirs, given, output_scores=True, return_dict_in_generate=True)
     wanted = theirs.compute_transition_scores(said.sequences, said.scores, normalize_logits=True)
     found = [entry.logprob for entry in completion.logprobs]
     assert found == pytest.approx(wanted[0].tolist(), abs=1e-4)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,14 +33,7 @@ LLAMA = SMALL | {"intermediate_size": 48, "max_position_embeddings": 64}
 OPT = SMALL | {"ffn_dim": 48, "max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_theta": 500000.0,
-}
+LLAMA3 = common.LLAMA3 | {"rope_theta": 500000.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 VARIANTS = {
     "llama-mha": ("Llama", LLAMA),

@@ -77,7 +77,7 @@ def test_rows_are_texts_or_conversations(tmp_path: Path):
         (b'"a"\n"\\ud800x"', r"line 2 has half of a surrogate pair"),
         (b'"a"\n"caf\xe9"', r"line 2: byte 0xe9 is not UTF-8"),
         (b'{"prompt": 5}', r"line 1 is not a string, an object"),
-        (b'{"messages": [{"role": "user"}]}', r"line 1: message 1 has no"),
+        (b'{"messages": [{"role": "user"}]}', r"line 1: message 1 of 1"),
         (b'"a', r"line 1 is not valid JSON"),
         (b"\xef\xbb\xbf\n", r"holds no prompt"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from common import DEMO, DRAFT, OPT, TEXTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -25,15 +26,7 @@ from pace import MOST, PLAIN_EVERY, Pace
 from sampling import candidates
 from speculate import NGRAMS, ModelDraft, NgramDraft, SelfDraft, follow, held, index
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO, OPT, DRAFT = (ROOT / "checkpoints" / name for name in ("demo", "demo-opt", "demo-draft"))
 DRAFTS = ("ngram", "self-int8", "self-int4", DRAFT)  # a Llama may guess for an OPT
-TEXTS = (
-    "Once upon a time",
-    "Lily",
-    "Tim and his dog saw a big red ball. They",
-    "One day, a little",
-)
 GREEDY = GenerationConfig(max_new_tokens=60, temperature=0, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=3)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import DEMO, DRAFT, TEXTS
 from safetensors.torch import load_file, save_file
 
 from completion import Completion
@@ -20,14 +21,6 @@ from load import load_model
 from policy import Policy, Share
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO, DRAFT = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-draft"
-TEXTS = (
-    "Once upon a time",
-    "Lily",
-    "Tim and his dog saw a big red ball. They",
-    "One day, a little",
-)
 GREEDY = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)
 
 
