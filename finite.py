@@ -1,7 +1,7 @@
 """Where the values of a model stop being finite numbers: for the message that ends such a run.
 
-Start at not_finite, which `generate` (generate.py) asks once a token had no finite logit behind it.
-The text is read again, layer by layer and without compiled code. Ranks do so together.
+Start at not_finite, which `generate` (generate.py) calls when the logits of a token are not finite.
+It reads the text again, layer by layer and without compiled code, on all ranks together.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def parts_finite(
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):
         x = layer(x, rotation, mask, pos, cache)
-        # Between layers an offloaded model may have put them elsewhere.
+        # An offloaded model may keep activations in micro-batches, on the host or on disk.
         whole = x if isinstance(x, Tensor) else x.whole()
         found.append(whole.isfinite().all().to(found[0].device))
     found.append(model.unembed(x).isfinite().all().to(found[0].device))

@@ -120,10 +120,8 @@ def generate(
     if caches is None:
         longest = max(map(len, texts))
         caches = lm.make_caches(B, max(512, longest + config.max_new_tokens))
-    limits = [min(len(text) + config.max_new_tokens, caches[0].length) for text in texts]
-    counts = [limit - len(text) for limit, text in zip(limits, texts, strict=True)]
-    if min(counts) < 1:
-        raise ValueError(f"the caches have {caches[0].length} slots, and a prompt fills them all")
+    counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
+    limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
     if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
         caches = [cache.first(B) for cache in caches]
     idle = caches[0].rows - B  # rows that are computed and not looked at
@@ -149,6 +147,14 @@ def generate(
         yield new
         if not live:
             return
+
+
+def new_token_limits(texts: Sequence[Sequence[int]], most: int, slots: int) -> list[int]:
+    """How many tokens may follow each prompt, in caches of so many slots. ValueError for none."""
+    counts = [min(most, slots - len(text)) for text in texts]
+    if min(counts) < 1:
+        raise ValueError(f"the caches have {slots} slots, and a prompt fills them all")
+    return counts
 
 
 def make_sampler(

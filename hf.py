@@ -28,8 +28,8 @@ REQUIRED: Any = object()
 class Config:
     """The values of a config.json, or of an object in it; each is checked when it is read.
 
-    A key that is absent has the default. null is a mistake, as it is to transformers, where the
-    caller does not give a meaning to it. Raises ValueErrors of one line that name the key, its
+    A missing key has the default. A null is an error, as in transformers, unless the caller passes
+    the value that it stands for (null=). Raises ValueErrors of one line that name the key, its
     value and what it must be.
     """
 
@@ -41,7 +41,7 @@ class Config:
     def integer(
         self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
     ) -> Any:
-        """From 1 to `most`; 256.0 is no integer, nor is it to transformers."""
+        """An integer from 1 to `most`. 256.0 is refused, as transformers does."""
 
         def fits(value: Any) -> bool:
             return type(value) is int and 1 <= value <= most
@@ -49,7 +49,7 @@ class Config:
         return self._read(key, fits, f"an integer from 1 to {most}", default, null)
 
     def number(self, key: str, default: Any = REQUIRED, *, most: float = 1e15) -> float:
-        """Above 0 and at most `most`."""
+        """A number above 0 and at most `most`."""
 
         def fits(value: Any) -> bool:
             return type(value) in (int, float) and 0 < value <= most
@@ -57,6 +57,7 @@ class Config:
         return float(self._read(key, fits, f"a number above 0 and at most {most:g}", default))
 
     def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
         return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
 
     def choice(
@@ -67,6 +68,8 @@ class Config:
         *,
         null: Any = REQUIRED,
     ) -> str:
+        """One of the names that are known."""
+
         def fits(value: Any) -> bool:
             return isinstance(value, str) and value in known
 

@@ -320,7 +320,7 @@ class FileSink:
         self._batch: Sequence[Job] = ()
         self._texts, self._of = len(jobs) - len(self.todo), len(jobs)
         self._ended = 0  # tokens of the texts that have ended
-        self._open = sum(job.limit for job in self.todo)  # that the other ones may have
+        self._open = sum(job.limit for job in self.todo)  # tokens that the others may still have
 
     def __enter__(self) -> "FileSink":
         # smoothing: texts end in bursts, so that only their mean rate says what time is left.

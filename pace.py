@@ -1,14 +1,14 @@
 """How many tokens to guess: chosen from how often guesses hold and from what cycles take.
 
 Start at Pace.choose and Pace.learn, which speculate.py calls before and after each cycle. Report
-counts what came of it. A cycle of k guesses yields one token more than hold, in the time of k
-guesses and of a sweep of k + 1 tokens; the best k has the most tokens per second. Text does not
-depend on k, so that to choose by the clock is safe.
+counts the results. A cycle of k guesses yields the guesses that were right and one token more. It
+takes the time of k guesses and of one pass over k + 1 tokens. The best k gives most tokens per
+second. The text does not depend on k, so k may be chosen by the clock.
 
-To try costs time, too, and a short text does not win that back. So guessing has a budget, in plain
-steps: it begins with STAKE, wins and loses by what each cycle gains over plain decoding, and grows
-by TAX of all steps. A cycle is tried only if the budget can bear that none of its guesses holds.
-A draft that never pays costs two steps and 1 % of the time.
+Trying a draft costs time, too, and a short text does not win it back. So guessing has a budget,
+counted in plain steps. The budget begins with STAKE, changes by what each cycle gains or loses
+against plain decoding, and grows by TAX of all steps. A cycle runs only if the budget covers the
+case that all of its guesses are wrong. A draft that never pays costs two steps and 1 % of the time.
 """
 
 from collections import defaultdict, deque

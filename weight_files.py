@@ -1,4 +1,4 @@
-"""From a path to the files of weights that it stands for, or to words about what is there instead.
+"""Which files hold the weights of a path; if there are none, an error says what lies there instead.
 
 Start at find_weights, then shards. Our `model.pth` comes first, then transformers' order, in which
 a whole file comes before an index. Two more are taken as vLLM and llama.cpp take them: numbered
@@ -66,7 +66,7 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
     for name in names:
         if (path / name).is_file():
             return path / name
-    if path.is_dir() and (found := renamed(path)):
+    if path.is_dir() and (found := other_names(path)):
         return found
     if path.is_dir() and (other := other_kind(path)):
         raise FileNotFoundError(f"{path} holds no weights that can be read here: {other}")
@@ -80,8 +80,9 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
     )
 
 
-def renamed(folder: Path) -> Path | None:
-    """The first of the numbered files of a folder, or its only safetensors file.
+def other_names(folder: Path) -> Path | None:
+    """Weights under other names than Hugging Face's: the first of the numbered files of a folder,
+    or its only safetensors file.
 
     Raises ValueError where several sets of weights lie there.
     """
