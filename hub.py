@@ -342,8 +342,8 @@ def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -
     if isinstance(error, (errors.HTTPError, ConnectionError, errors.EntryNotFoundError)):
         reason = str(error).partition("\n")[0] or type(error).__name__
         return ConnectionError(
-            f"no connection to {hub} to download {repo_id} ({reason}): run the command again, "
-            "it will resume"
+            f"no connection to {hub} ({reason}) to download {repo_id}, which is no path on this "
+            "machine: check the path, or run the command again, it will resume"
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ValueError(
