@@ -1,4 +1,4 @@
-"""int4 checkpoints that others' tools wrote, read as Int4Linear's: GPTQ's layout and AWQ's.
+"""Loads int4 checkpoints in GPTQ's and AWQ's layouts into Int4Linear.
 
 Start at quantization_config, then foreign_scheme, which tells whether it can be read, and
 foreign_fields, what becomes of each tensor. In both layouts an int32 holds eight numbers of four
@@ -115,7 +115,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]]:
-    """Their name of a layer's tensor -> that of an Int4Linear's buffer, and how to make it."""
+    """The suffix of a GPTQ or AWQ tensor -> Int4Linear's buffer, and the function that converts."""
     kind, symmetric = mode.removesuffix("_sym"), mode.endswith("_sym")
     of_gptq, less_one = kind != "awq", kind == "gptq"
 
@@ -130,8 +130,8 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
         if words.is_meta:  # asked for its shape alone
             return pack_nibbles(z.t())
         if symmetric and ((z == 7).all() or (z == 8).all()):
-            # The zero point is 8 then. Stored, it is 7 or 8, and tools say the wrong format:
-            # GPTQModel 5.0 writes 8 and "gptq".
+            # A symmetric file's zero points are 8, stored as 7 (gptq) or 8 (gptq_v2). The label may
+            # be wrong: GPTQModel 5.0 stores 8 and calls it "gptq".
             return pack_nibbles(torch.full_like(z, 8).t())
         if less_one and (z == 15).any():
             raise ValueError(f"has zero points of 16, which do not fit into four bits: {REMEDY}")

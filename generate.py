@@ -75,7 +75,8 @@ from tokenizer import Tokenizer
 DEMO_PROMPT = "Once upon a time"
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
-    "special_tokens_map.json added_tokens.json chat_template.jinja"
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "generation_config.json quantize_config.json quant_config.json"
 ).split()
 # The options, beside those of GenerationConfig, that a text depends on.
 CHANGE_TEXTS = (
@@ -98,14 +99,14 @@ def generate(
     live: set[int] | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Iterator[list[list[int]]]:
-    """Continue B prompts together; each row gets what it would get alone.
+    """Continue B prompts together; each row gets the ids that it would get alone.
 
     prompts: B texts, or lists of token ids, of any lengths. rows: the random stream that each row
     draws from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later
-    call can use them (and what was compiled for their shape) again; past: how many tokens of every
-    prompt they hold already, which only a call with one prompt leaves in its place. live: a set
-    that is kept to the rows that go on after the step just yielded; a row that the caller takes
-    out of it ends there. logits_processors: functions that change logits before tokens are drawn,
+    call can use them (and what was compiled for their shape) again; past: how many leading tokens
+    of every prompt they hold already (only after a call with one prompt: a batch moves its rows).
+    live: a set that is updated to the unfinished rows after each step; a row that the caller
+    removes from it ends there. logits_processors: functions that change logits before tokens are drawn,
     called with ids and logits of rows of the same length: see LogitsProcessor in processors.py.
 
     Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
@@ -124,7 +125,7 @@ def generate(
     limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
     if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
         caches = [cache.first(B) for cache in caches]
-    idle = caches[0].rows - B  # rows that are computed and not looked at
+    idle = caches[0].rows - B  # padding: rows that are computed and whose ids are dropped
     given = [*map(tuple, texts), *[tuple(texts[-1])] * idle]
     # No more is prepared than the caches can hold, whatever limit is asked for.
     config = replace(config, max_new_tokens=max(counts))
@@ -150,10 +151,16 @@ def generate(
 
 
 def new_token_limits(texts: Sequence[Sequence[int]], most: int, slots: int) -> list[int]:
-    """How many tokens may follow each prompt, in caches of so many slots. ValueError for none."""
+    """How many tokens may follow each prompt, in caches of so many slots.
+
+    Raises ValueError if a prompt leaves no free slot.
+    """
     counts = [min(most, slots - len(text)) for text in texts]
     if min(counts) < 1:
-        raise ValueError(f"the caches have {slots} slots, and a prompt fills them all")
+        longest = max(map(len, texts))
+        raise ValueError(
+            f"the caches have {slots} slots, and a prompt of {longest} tokens fills them"
+        )
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's vocabulary, translated to ours: config keys to ModelArgs, tensor names to names.
+"""Translates Hugging Face checkpoints: keys of config.json to ModelArgs, tensor names to ours.
 
 Start at model_args, then FAMILIES; Config checks each value that is read. tensor_name and
 export_tensors read the name tables at the end. Nothing here opens a file. Keys and defaults are
@@ -28,8 +28,8 @@ REQUIRED: Any = object()
 class Config:
     """The values of a config.json, or of an object in it; each is checked when it is read.
 
-    A missing key has the default. A null is an error, as in transformers, unless the caller passes
-    the value that it stands for (null=). Raises ValueErrors of one line that name the key, its
+    A missing key gets the default. null is an error, as in transformers, unless the caller passes
+    null=, the value to use for it. Raises ValueErrors of one line that name the key, its
     value and what it must be.
     """
 
@@ -41,7 +41,7 @@ class Config:
     def integer(
         self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
     ) -> Any:
-        """An integer from 1 to `most`. 256.0 is refused, as transformers does."""
+        """An integer from 1 to `most`. 256.0 is refused, as in transformers 5."""
 
         def fits(value: Any) -> bool:
             return type(value) is int and 1 <= value <= most
@@ -102,7 +102,7 @@ class Config:
 
 
 def model_args(config: Any) -> ModelArgs:
-    """The shape of the model that a Hugging Face config describes.
+    """The ModelArgs of the model that a Hugging Face config describes.
 
     Raises ValueError naming a key that is missing, a value that has the wrong type, is out of
     range or not supported, and sizes that do not fit together or that no computer can hold.

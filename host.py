@@ -30,7 +30,7 @@ def free_threads() -> int:
 
 
 def quotas() -> Iterator[int]:
-    """Cores that each control group above this process allows (cpu.max, cgroup version 2)."""
+    """Cores that this process's cgroup and each of its ancestors allow (cpu.max, version 2)."""
     try:
         own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
         leaf = CGROUPS / own

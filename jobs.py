@@ -46,7 +46,7 @@ class Job:
 class Origin:
     """What a text depends on beside its prompt.
 
-    checkpoint: a hash of the files, by which the same model is known under another path.
+    checkpoint: a hash of the model's files, the same if the model has moved to another path.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Origin:
         return {"model": self.model, "checkpoint": self.checkpoint, "settings": settings}
 
     def differences(self, row: dict[str, Any]) -> list[str]:
-        """What was otherwise for a result: name, its value, and the value of this run."""
+        """The settings that differ between a stored result and this run: "seed 0 -> 1"."""
         had = row.get("settings")
         had, has = had if isinstance(had, dict) else {}, self.row()["settings"]
         found = []
@@ -285,10 +285,10 @@ class JsonlOutput:
                 remaining = remaining[os.write(self._file, remaining) :]
             if self._resumable:
                 os.fsync(self._file)
-        except BrokenPipeError:
+        except BrokenPipeError:  # the reader has gone, which is no fault of the path
             raise
         except OSError as error:
-            again = "; the same command goes on from what it holds" * self._resumable
+            again = "; the same command goes on after the results in it" * self._resumable
             raise OSError(f"{self._path} cannot be written: {error.strerror}{again}") from error
 
     def __del__(self):

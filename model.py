@@ -291,7 +291,8 @@ class RotaryPositions(nn.Module):
         return x, (angles.cos(), angles.sin())
 
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
-        """Of the tokens at pos, (B, T): (E/2,) of all, or (B, T, 1, E/2) of each."""
+        """Rotary frequencies for the tokens at pos, (B, T): (E/2,), the same for all, or
+        (B, T, 1, E/2), one set for each."""
         return self.freqs
 
     @staticmethod
@@ -306,8 +307,8 @@ class DynamicRotaryPositions(RotaryPositions):
     """Frequencies that depend on the length of the text, once it exceeds the trained context: the
     NTK scaling that transformers calls "dynamic".
 
-    A prompt is rotated by the length of the whole prompt, a token of the answer by the length of
-    the text up to it. Keys in the caches keep the rotation that they were stored with.
+    The tokens of a prompt use the frequencies for the length of the whole prompt; a generated token
+    uses those for its position + 1. Keys in the caches keep the rotation they were stored with.
     """
 
     def __init__(self, args: ModelArgs):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from files import read_object
+from files import read_object, short
 from generation_config import GenerationConfig
 
 FILE = "generation_config.json"
@@ -29,7 +29,7 @@ def model_defaults(directory: Path) -> dict[str, float]:
     values = {key: checked(path, key, config[key]) for key in KEYS if key in config}
     do_sample = config.get("do_sample")
     if do_sample is True:
-        return {"temperature": 1.0} | values  # where none is given: transformers' and vLLM's
+        return {"temperature": 1.0} | values  # the default of transformers and vLLM
     if do_sample is False:  # a penalty changes what is likeliest; the others do not
         penalty = {k: v for k, v in values.items() if k == "repetition_penalty"}
         return {"temperature": 0.0} | penalty
@@ -48,7 +48,7 @@ def checked(path: Path, key: str, value: Any) -> float:
         or kind(value) != value
     ):
         wanted = "a whole number" if kind is int else "a finite number"
-        raise ValueError(f"{path}: {key} is {str(value)[:40]!r} and must be {wanted}")
+        raise ValueError(f"{path}: {key} is {short(value)} and must be {wanted}")
     value = 0 if (key, value) == ("top_k", -1) else kind(value)  # -1: vLLM's word for all
     try:
         GenerationConfig(**{key: value})

@@ -1,4 +1,4 @@
-"""How many tokens to guess: chosen from how often guesses hold and from what cycles take.
+"""How many draft tokens to ask for: chosen from how often they are accepted and what cycles take.
 
 Start at Pace.choose and Pace.learn, which speculate.py calls before and after each cycle. Report
 counts the results. A cycle of k guesses yields the guesses that were right and one token more. It
@@ -36,10 +36,11 @@ FADING = 0.97  # weight that what was counted keeps from one cycle to the next
 class Pace:
     """How many tokens to guess in a cycle, from how often guesses hold and what cycles take.
 
-    k: always so many. None: the number that gives most tokens per second within the budget, down
-    to none at all; then guessing is tried again after a while, and each time later. graphs: the
-    first cycles of each kind record CUDA graphs. catches_up: the draft reads, after a pause, what
-    the text has got since.
+    k: the number of draft tokens of every cycle, except in the plain steps that time plain
+    decoding. None: in each cycle the number that gives most tokens per second within the budget.
+    Where no number pays, guessing pauses; each further pause is twice as long, up to PAUSE[1]
+    steps. graphs: the first cycles of each kind record CUDA graphs. catches_up: after a pause, the
+    draft model first reads the tokens generated during the pause.
     """
 
     def __init__(self, k: int | None, graphs: bool = False, catches_up: bool = False):
@@ -71,10 +72,11 @@ class Pace:
         self._paused = self._resumed = False
 
     def choose(self, most: int) -> int:
-        """How many guesses to ask for, at most `most`."""
+        """How many guesses to ask for, at most `most`. Rank 0 decides, for its clock counts."""
         self._cycle += 1
+        # A plain step is timed if fewer than two were, or the latest is PLAIN_EVERY cycles old.
         due = len(self._times[0]) < 2 or self._cycle - self._timed[0] >= PLAIN_EVERY
-        k = agreed(lambda: 0 if due else self.k or self._best())
+        k = agreed(lambda: 0 if due else self._best() if self.k is None else self.k)
         self._resumed, self._paused = self._paused and k > 0, k == 0
         return max(0, min(k, most))
 
@@ -150,7 +152,8 @@ class Pace:
             self._held[n] = FADING * self._held[n] + sum(held > n for held in asked)
 
     def _account(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
-        """What a cycle adds to the budget, or takes from it."""
+        """Update the budget, in plain steps: add TAX of the cycle's cost; for k > 0 also add the
+        tokens that it yielded for each row, and subtract its cost."""
         steps = seconds / self._typical.get(0, seconds)
         if self._met[k] <= self._untypical:
             steps = min(steps, 1 + k)  # graphs are recorded once: that is no cost of guessing

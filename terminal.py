@@ -18,8 +18,8 @@ PASTE_SECONDS = 0.05  # the lines of a paste follow one another faster
 class Messages:
     """Messages from stdin. Raises ValueError where it is closed.
 
-    launched: torchrun started this process and ends all of them at Ctrl-C in its terminal. So for
-    the time of a chat the terminal sends that key as a character, for which `stoppable` looks.
+    launched: torchrun started this process, and at a SIGINT it ends all processes. So during a chat
+    the terminal sends Ctrl-C as the byte 0x03 in place of that signal, and `stoppable` polls for it.
     """
 
     def __init__(self, launched: bool = False):
@@ -55,7 +55,8 @@ class Messages:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """For the time of an answer: whether Ctrl-C has been pressed, where it is a character."""
+        """During an answer: a function that tells whether Ctrl-C came as a byte. Where Ctrl-C raises
+        KeyboardInterrupt, it is always false."""
         if not self.keeps_ctrl_c:
             yield lambda: False
             return
@@ -63,11 +64,12 @@ class Messages:
             yield ctrl_c_pressed
 
     def _input(self) -> str:
-        text = input("> " if self._is_terminal else "").removesuffix("\r")
+        lines = [input("> " if self._is_terminal else "")]
         if self._is_terminal and not self._knows_pastes:
-            while select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
-                text += "\n" + input()
-        return text
+            with contextlib.suppress(EOFError):  # the lines before the end are a message, too
+                while select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
+                    lines.append(input())
+        return "\n".join(line.removesuffix("\r") for line in lines)
 
 
 def use_readline() -> bool:

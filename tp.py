@@ -164,14 +164,15 @@ class Sharded:
     def filler(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """A rank reads no more than it keeps."""
+        """A function that fills one tensor and reads only this rank's slice of the stored one."""
         kept = dict(slices(checkpoint.args, self.ranks))
         stage = staging_buffer(device)
 
         def filling(name: str, tensor: Tensor) -> None:
             stored = stored_name(name)
             part = kept.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
-            # What is whole is known by its range: a share may have the shape of the whole.
+            # By the name, and not by comparing shapes: a slice may have the shape of the whole, as
+            # the zero points of two groups, which are one byte, have on each of two ranks.
             if part and part.rows:
                 checkpoint.read_rows_into(stored, part.rows, tensor, stage)
             elif part and (per := inputs_per_column(model, name)):

@@ -81,8 +81,8 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
 
 
 def other_names(folder: Path) -> Path | None:
-    """Weights under other names than Hugging Face's: the first of the numbered files of a folder,
-    or its only safetensors file.
+    """Weights without an index or a standard name: the first file of a numbered set, or a folder's
+    only safetensors file.
 
     Raises ValueError where several sets of weights lie there.
     """
@@ -90,8 +90,9 @@ def other_names(folder: Path) -> Path | None:
         groups: dict[Any, Path] = {}
         for file in sorted(folder.glob(f"*{suffix}")):
             numbered = NUMBERED.fullmatch(file.name)
-            other = kind_by_name(file.name) or file.name.startswith(".") or not file.is_file()
-            if (numbered or suffix == ".safetensors") and not other:  # macOS leaves ._model files
+            hidden = file.name.startswith(".") or not file.is_file()  # macOS leaves ._model files
+            wanted = numbered or suffix == ".safetensors"
+            if wanted and not hidden and not kind_by_name(file.name):
                 groups.setdefault(numbered.groups() if numbered else file.name, file)
         if len(groups) > 1:
             listed = ", ".join(file.name for file in groups.values())
