@@ -106,8 +106,9 @@ def generate(
     call can use them (and what was compiled for their shape) again; past: how many leading tokens
     of every prompt they hold already (only after a call with one prompt: a batch moves its rows).
     live: a set that is updated to the unfinished rows after each step; a row that the caller
-    removes from it ends there. logits_processors: functions that change logits before tokens are drawn,
-    called with ids and logits of rows of the same length: see LogitsProcessor in processors.py.
+    removes from it ends there. logits_processors: functions that change logits before tokens are
+    drawn, called with ids and logits of rows of the same length: see LogitsProcessor in
+    processors.py.
 
     Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
     none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
@@ -157,10 +158,7 @@ def new_token_limits(texts: Sequence[Sequence[int]], most: int, slots: int) -> l
     """
     counts = [min(most, slots - len(text)) for text in texts]
     if min(counts) < 1:
-        longest = max(map(len, texts))
-        raise ValueError(
-            f"the caches have {slots} slots, and a prompt of {longest} tokens fills them"
-        )
+        raise ValueError(f"the caches have {slots} slots, and a prompt fills them all")
     return counts
 
 

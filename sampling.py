@@ -99,8 +99,9 @@ class Sampler:
 
     def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         """Start copying the ids of the latest draw, (B, T), to the host. The call returned waits
-        for them alone, not for what the device was given to do after them. It gives NOT_FINITE
-        in place of an id whose highest logit is NaN or infinite, and ScoredIds where config.logprobs asks for it.
+        for them alone, not for work that was queued on the device after them. It gives NOT_FINITE
+        in place of an id whose highest logit is NaN or infinite, and ScoredIds where
+        config.logprobs asks for them.
         """
         host = tokens, self.peaks, *self.scores
         if tokens.device.type != "cuda":

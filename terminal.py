@@ -18,8 +18,9 @@ PASTE_SECONDS = 0.05  # the lines of a paste follow one another faster
 class Messages:
     """Messages from stdin. Raises ValueError where it is closed.
 
-    launched: torchrun started this process, and at a SIGINT it ends all processes. So during a chat
-    the terminal sends Ctrl-C as the byte 0x03 in place of that signal, and `stoppable` polls for it.
+    launched: torchrun started this process, and at a SIGINT it ends all processes. So during a
+    chat the terminal sends Ctrl-C as the byte 0x03 in place of that signal, and `stoppable` polls
+    for it.
     """
 
     def __init__(self, launched: bool = False):
@@ -55,8 +56,8 @@ class Messages:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """During an answer: a function that tells whether Ctrl-C came as a byte. Where Ctrl-C raises
-        KeyboardInterrupt, it is always false."""
+        """During an answer: a function that tells whether Ctrl-C came as a byte. It is always false
+        where Ctrl-C raises KeyboardInterrupt."""
         if not self.keeps_ctrl_c:
             yield lambda: False
             return
