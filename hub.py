@@ -313,12 +313,16 @@ def size_text(nbytes: int) -> str:
 @contextmanager
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
     """What goes wrong within is raised as one line for the user."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
     except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:
         raise explain(error, repo_id, revision, store) from error
+    except Exception as error:
+        if type(error).__name__ != "InvalidURL":  # of the HTTP library: httpx, or httpx2
+            raise
+        raise ValueError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, no usable address") from error
 
 
 def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -> Exception:

@@ -281,6 +281,13 @@ def test_refusals_of_the_hub(failure: dict, expected: str, hub: Hub, tmp_path: P
     assert expected in refused(hub.url, tmp_path, REPO)
 
 
+@pytest.mark.parametrize("address", ["http://a\nb", "nonsense", "ftp://127.0.0.1"])
+def test_an_address_that_is_none(address: str, tmp_path: Path):
+    line = refused(address, tmp_path, REPO)
+    assert "HF_ENDPOINT is" in line or "no connection to" in line
+    assert "Traceback" not in line
+
+
 def test_a_full_disk(hub: Hub, tmp_path: Path):
     """As the system says it: while writing, after the sizes seemed to fit."""
     program = PROGRAM.replace(
