@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from checkpoint import available_memory, size_text
 from decoding import LoadedModel
-from disk import page_aligned
-from generation_config import GenerationConfig
-from measurements import keep, known
+from host.measurements import keep, known
 from model import KVCache
+from text.generation_config import GenerationConfig
+from tiers.direct_io import page_aligned
 
 # Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
 READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}

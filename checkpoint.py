@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hf
-from command import log
-from disk import page_aligned
-from files import sync
-from foreign import foreign_fields, foreign_scheme, quantization_config
-from formats import (
+from cli.command import log
+from host.files import sync
+from quant.linear import checked_scheme
+from tiers.direct_io import page_aligned
+from weights import hf
+from weights.formats import (
     Part,
     index_file,
     read_columns,
@@ -33,8 +33,8 @@ from formats import (
     staging_buffer,
     write_aligned,
 )
-from quantized import checked_scheme
-from weight_files import find_weights, read_json, shards
+from weights.int4_layouts import foreign_fields, foreign_scheme, quantization_config
+from weights.weight_files import find_weights, read_json, shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a tensor that is missing may mean.

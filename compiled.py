@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpu_products import TiledLinear
+from fast_layers.cpu import TiledLinear
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
-from quantized import shallow_copy
+from quant.linear import shallow_copy
 from ranks import one_shot_sums
 
 FRAME = 2**13  # words of Python's stack, 64 kB

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import check_memory
+from draft_length import Pace
 from model import KVCache, Transformer
-from pace import Pace
 from sampling import Sampler
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations

@@ -18,23 +18,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import command
-from options import parse_eval_args as parse_args
+from cli import command
+from cli.options import parse_eval_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
     ARGS = command.begin(parse_args)
 
 from tqdm import tqdm
 
-import hub
 from checkpoint import DTYPES, Checkpoint, size_text
-from command import be_quiet, exit_code, log
+from cli.command import be_quiet, exit_code, log
 from decoding import LoadedModel
-from files import DEMO, check_writable, json_text, read_text, write_whole
-from host import set_threads
+from evaluation.scoring import Ids, log_likelihoods
+from host.files import DEMO, check_writable, json_text, read_text, write_whole
+from host.threads import set_threads
 from load import find_device, load_model
 from ranks import join, leave, own_device, writes
-from scoring import Ids, log_likelihoods
+from weights import hub
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
 DETAILS = {"configs", "pretty_env_info", "group_subtasks", "higher_is_better"}  # not for stdout
@@ -113,7 +113,9 @@ def nats_per_token(
 def find_tasks(args: argparse.Namespace) -> Any:
     """The tasks that are asked for, and how."""
     try:
-        import harness  # lm_eval takes seconds to import, and perplexity does without
+        from evaluation import (
+            harness,  # lm_eval takes seconds to import, and perplexity does without
+        )
     except ImportError as error:
         raise ImportError(
             f"--tasks needs lm_eval ({error}): ./scripts/setup.sh requirements-eval.lock"

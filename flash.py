@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import command
-from options import parse_flash_args as parse_args
+from cli import command
+from cli.options import parse_flash_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
     ARGS = command.begin(parse_args)
@@ -31,17 +31,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calibrate import calibration_text, calibration_tokens, say, take_up
+from calibration.gptq import fill_module
+from calibration.predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
+from calibration.texts import calibration_text, calibration_tokens, say, take_up
 from checkpoint import Checkpoint, check_memory, size_text
-from command import be_quiet, exit_code, log
-from disk import whole_blocks
-from files import sync
-from gptq import fill_module
-from host import set_threads
+from cli.command import be_quiet, exit_code, log
+from host.files import sync
+from host.threads import set_threads
 from load import find_device, skeleton
 from model import Transformer
-from neurons import GATED, PLAIN, Format
-from pack import (
+from neurons.feed_forward import Flash, source_of
+from neurons.pack import (
     FILES,
     VERSION,
     check_sparse,
@@ -50,8 +50,8 @@ from pack import (
     hash_file,
     write_manifest,
 )
-from predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
-from sparse import Flash, source_of
+from neurons.records import GATED, PLAIN, Format
+from tiers.direct_io import whole_blocks
 
 RANK = 32  # the predictor's is the model's width divided by this
 CPU = torch.device("cpu")

@@ -31,8 +31,8 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-import command
-from options import parse_args
+from cli import command
+from cli.options import parse_args
 
 if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
     ARGS = command.begin(parse_args)
@@ -40,10 +40,7 @@ if __name__ == "__main__":  # before torch is imported: a wrong option is answer
 import torch
 
 import bench
-import chat
 import flash
-import hub
-import jobs
 import plan
 from checkpoint import (
     DTYPES,
@@ -53,24 +50,26 @@ from checkpoint import (
     size_text,
     stored_tensors,
 )
-from command import be_quiet, exit_code, log
+from cli.command import be_quiet, exit_code, log
 from compiled import graphs_report
-from completion import Completion
 from decoding import LoadedModel, plain_steps
-from files import DEMO, read_text, without_surrogates
 from finite import not_finite
-from generation_config import GenerationConfig
-from host import set_threads
+from host.files import DEMO, read_text, without_surrogates
+from host.threads import set_threads
 from load import compile_now, count_weights, find_device, load_model, random_model
 from model import KVCache
-from model_defaults import model_defaults, taken
 from pp import enough_flights
-from processors import LogitsProcessor, Processors
-from quantized import make_scheme
+from quant.linear import make_scheme
 from ranks import agreed, join, leave, own_device, writes
 from sampling import NOT_FINITE, Sampler
 from speculate import speculative_steps
-from tokenizer import Tokenizer
+from text import chat, jobs
+from text.completion import Completion
+from text.generation_config import GenerationConfig
+from text.model_defaults import model_defaults, taken
+from text.processors import LogitsProcessor, Processors
+from text.tokenizer import Tokenizer
+from weights import hub
 
 DEMO_PROMPT = "Once upon a time"
 BESIDE_WEIGHTS = (

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import gpu_products
 from checkpoint import (
     DTYPES,
     Checkpoint,
@@ -26,17 +25,18 @@ from checkpoint import (
     stored_tensors,
 )
 from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
-from cpu_products import attend_fast, use_products
 from decoding import LoadedModel, visible_slots
-from files import DEMO
-from hf import Config, model_args
+from draft_length import Pace
+from fast_layers import gpu as gpu_products
+from fast_layers.cpu import attend_fast, use_products
+from host.files import DEMO
 from model import KVCache, ModelArgs, Transformer
+from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
+from neurons.pack import flash_directory, open_pack
 from offload import Fill, Stored, StreamedLayers
-from pace import Pace
-from pack import flash_directory, open_pack
-from policy import Policy
 from pp import Staged, enough_flights
-from quantized import (
+from quant.kv_cache import QuantizedKVCache
+from quant.linear import (
     QuantizedLinear,
     make_scheme,
     nearest,
@@ -44,13 +44,13 @@ from quantized import (
     quantized_copy,
     skeleton,
 )
-from quantized_cache import QuantizedKVCache
 from ranks import Ranks
-from sparse import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
-from tiered_cache import tiered_caches
-from tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
+from tiers.kv_cache import tiered_caches
+from tiers.policy import Policy
 from tp import Sharded
+from weights.hf import Config, model_args
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
     None: KVCache,

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import disk
 from checkpoint import final_dtype, give, room, stored_tensors
-from cpu_products import WORTH, TiledLinear, use_products
-from disk import DirectFile, ScratchFile, page_aligned, whole_blocks
+from fast_layers.cpu import WORTH, TiledLinear, use_products
 from model import KVCache, Linear, Rotation
-from policy import WEIGHT_SLOTS, Policy
-from quantized import QuantizedLinear
-from ring import (
+from quant.linear import QuantizedLinear
+from tiers import direct_io as disk
+from tiers.direct_io import DirectFile, ScratchFile, page_aligned, whole_blocks
+from tiers.policy import WEIGHT_SLOTS, Policy
+from tiers.prefetch import (
     CPU,
     META,
     Courier,

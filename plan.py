@@ -26,11 +26,9 @@ from checkpoint import (
     size_text,
     stored_tensors,
 )
-from command import log
+from cli.command import log
 from decoding import LoadedModel
-from disk import existing
-from hf import model_args
-from links import LINKS, Step, table
+from host.measurements import keep, known
 from load import (
     compressed_scheme,
     config_dtype,
@@ -41,16 +39,18 @@ from load import (
     skeleton,
     use_fast_products,
 )
-from measurements import keep, known
 from model import ModelArgs
 from offload import StreamedLayers
-from planner import Planner, Prediction, Sizes, Work
-from policy import TIERS, Policy, Share
-from probe import Machine, probe, sample_args
-from quantized import make_scheme
-from ring import META, Layout
-from tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+from quant.linear import make_scheme
+from text.tokenizer import Tokenizer, id_tokenizer, load_tokenizer
+from tiers.direct_io import existing
+from tiers.links import LINKS, Step, table
+from tiers.planner import Planner, Prediction, Sizes, Work
+from tiers.policy import TIERS, Policy, Share
+from tiers.prefetch import META, Layout
+from tiers.probe import Machine, probe, sample_args
 from tp import misfit
+from weights.hf import model_args
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
 # What a CPU must have to multiply these faster than float32.

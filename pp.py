@@ -27,7 +27,7 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
-from quantized import skeleton
+from quant.linear import skeleton
 from ranks import PATIENCE, Ranks
 from sampling import NOT_FINITE, Sampler, on_host
 

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import command
-from options import parse_quantize_args as parse_args
+from cli import command
+from cli.options import parse_quantize_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
     ARGS = command.begin(parse_args)
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import calibrated_blocks
+from calibration.texts import calibrated_blocks
 from checkpoint import (
     Checkpoint,
     check_writable,
@@ -40,12 +40,12 @@ from checkpoint import (
     size_text,
     stored_tensors,
 )
-from command import be_quiet, exit_code, log
-from cpu_products import hindrance
-from host import set_threads
+from cli.command import be_quiet, exit_code, log
+from fast_layers.cpu import hindrance
+from host.threads import set_threads
 from load import find_device, skeleton
 from model import Linear, Transformer
-from quantized import (
+from quant.linear import (
     QuantizedLinear,
     layer_scheme,
     make_scheme,

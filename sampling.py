@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generation_config import GenerationConfig
-from processors import Processors
+from text.generation_config import GenerationConfig
+from text.processors import Processors
 
 # SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import Guess, LoadedModel, Texts, prefill, visible_slots
+from draft_length import Pace
 from model import KVCache
-from pace import Pace
 from sampling import Sampler
 
 NGRAMS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first

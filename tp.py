@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
-from formats import staging_buffer
 from model import Linear, ModelArgs, Transformer
 from offload import Fill, Stored
-from quantized import pack_nibbles, swap_linears, unpack_nibbles
+from quant.linear import pack_nibbles, swap_linears, unpack_nibbles
 from ranks import Ranks
+from weights.formats import staging_buffer
 
 # Its name until torch 2.12, and from then on.
 ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor

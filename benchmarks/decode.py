@@ -30,9 +30,9 @@ from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from checkpoint import size_text
 from decoding import LoadedModel
 from generate import GenerationConfig, complete
+from host.measurements import cache_directory
 from load import compile_now, make_views, random_model
-from measurements import cache_directory
-from quantized import make_scheme
+from quant.linear import make_scheme
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent

@@ -25,8 +25,8 @@ import torch
 from bench import provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from checkpoint import DTYPES
+from evaluation.scoring import CALLS, grow
 from load import load_model
-from scoring import CALLS, grow
 
 DATA = ROOT / ".." / "shared" / "data" / "eval" / "hellaswag_val_full.txt.bz2"
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def counted(model: Any, asked: list[Any]) -> dict[str, int]:
 def measure(folder: Path, tokenizer: Any, asked: list[Any], args: Any) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
 
-    from harness import HarnessModel
+    from evaluation.harness import HarnessModel
 
     documents = len({request.doc_id for request in asked})
     dtype = DTYPES[args.dtype]

@@ -32,23 +32,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cpu_products
 from bench import provenance
 from benchmarks.common import ROOT, Others, exit_code, log, show, spread
 from benchmarks.limited import Rate, drop_cache, hindrance, limited
 from benchmarks.offload_peers import bytes_read
+from calibration.gptq import fill_module
+from calibration.predictor import gate
 from checkpoint import Checkpoint, stored_tensors
 from decoding import visible_slots
-from gptq import fill_module
+from fast_layers import cpu as cpu_products
 from load import LoadedModel, compile_now, load_model, make_views, skeleton
-from neurons import NeuronFile
-from pack import flash_directory
-from policy import Policy, Share
-from predictor import gate
-from reads import Work, nothing
-from ring import CPU
-from sparse import Flash, Source, source_of
-from tokenizer import load_tokenizer
+from neurons.feed_forward import Flash, Source, source_of
+from neurons.pack import flash_directory
+from neurons.records import NeuronFile
+from neurons.uring import Work, nothing
+from text.tokenizer import load_tokenizer
+from tiers.policy import Policy, Share
+from tiers.prefetch import CPU
 
 DATA = ROOT / ".." / "shared" / "data"
 UNLIMITED = 16e9  # bytes

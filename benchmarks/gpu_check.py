@@ -27,12 +27,12 @@ from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel, visible_slots
+from evaluation.scoring import log_likelihoods
 from generate import GenerationConfig, complete
 from load import find_device, load_model, make_views
 from model import KVCache
+from quant.linear import make_scheme
 from quantize import quantize
-from quantized import make_scheme
-from scoring import log_likelihoods
 
 MODELS = ("demo", "demo-opt")
 MODES = ("dense", "int8", "int4")

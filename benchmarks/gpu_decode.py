@@ -29,10 +29,10 @@ from benchmarks.speculate import Parts
 from benchmarks.speculate import seconds as typical_seconds
 from decoding import LoadedModel
 from generate import complete, generate
-from generation_config import GenerationConfig
 from load import compile_now, find_device, make_views, meet_shapes, random_model
 from model import KVCache
-from quantized import make_scheme
+from quant.linear import make_scheme
+from text.generation_config import GenerationConfig
 
 PROMPT = 128  # tokens before those that are decoded
 PREFILLS = {1: (128, 2048), 8: (128,)}  # lengths of prompts timed for so many rows

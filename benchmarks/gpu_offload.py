@@ -25,7 +25,7 @@ from benchmarks.common import ROOT, exit_code, log, show, spread
 from benchmarks.gpu_common import Attempts
 from benchmarks.offload import copy_rate, run
 from load import find_device, random_model
-from policy import Policy, Share
+from tiers.policy import Policy, Share
 
 
 def measured(args: argparse.Namespace, name: str, policy: Policy) -> dict[str, Any]:

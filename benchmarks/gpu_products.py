@@ -26,10 +26,10 @@ from torch import Tensor
 from bench import provenance, read_bandwidth
 from benchmarks.common import ROOT, exit_code, log, spread
 from checkpoint import read_json
-from hf import model_args
 from load import find_device, skeleton
 from model import Linear
-from quantized import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
+from quant.linear import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
+from weights.hf import model_args
 
 GROUP = 32
 CYCLED = {"cuda": 2**28, "cpu": 2**24}  # bytes of weights in one turn

@@ -25,9 +25,9 @@ from benchmarks.gpu_common import Attempts, seconds
 from benchmarks.gpu_decode import slots
 from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
+from draft_length import Pace
 from load import compile_now, find_device, meet_shapes, random_model
 from model import KVCache
-from pace import Pace
 from speculate import ModelDraft
 
 

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from bench import provenance
 from benchmarks.common import CONFIG, exit_code, fresh_process, log, show, spread
 from checkpoint import save_checkpoint, size_text, stored_tensors
-from hf import export_tensors
 from load import DEMO, load_model, random_model
-from weight_files import PREPARED, read_json
+from weights.hf import export_tensors
+from weights.weight_files import PREPARED, read_json
 
 SHARDS = 4
 DTYPES = {"as stored": None, "float32": torch.float32}

@@ -47,12 +47,12 @@ from benchmarks.offload_peers import (
     beside_ourselves,
 )
 from checkpoint import read_json
-from disk import page_aligned
 from generate import GenerationConfig, complete, generate
-from hf import model_args
 from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
 from plan import Planner, Subject, Work, machine, sizes
-from policy import Policy, Share
+from tiers.direct_io import page_aligned
+from tiers.policy import Policy, Share
+from weights.hf import model_args
 
 CPU = torch.device("cpu")
 SEED = 20261122

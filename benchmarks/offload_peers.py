@@ -73,7 +73,7 @@ def beside_ourselves(
 ) -> dict[str, Any]:
     """memory: of the whole process, as --host_memory means it; options: as accelerate's, where
     batch is the most rows that are to be had."""
-    import cpu_products
+    from fast_layers import cpu as cpu_products
 
     cpu_products.build()  # a compiler takes more memory than what it compiles for
     given = {"folder": forms.ours, "memory": memory, "directory": directory} | options
@@ -183,7 +183,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     from generate import GenerationConfig, generate
     from load import load_model
     from plan import Planner, Subject, Work, machine, sizes
-    from policy import Policy
+    from tiers.policy import Policy
 
     checkpoint, cpu = Checkpoint(args.folder), torch.device("cpu")
     subject = Subject(checkpoint.args, None, checkpoint.dtype, None, cpu)

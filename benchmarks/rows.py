@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from load import random_model
-from quantized import make_scheme
+from quant.linear import make_scheme
 
 CPU = torch.device("cpu")
 PAST = 128  # tokens that the cache holds already

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.common import ROOT, exit_code, log
+from calibration.predictor import Recorder, through
 from checkpoint import read_json, save_checkpoint, stored_tensors
-from hf import model_args
 from load import skeleton
-from predictor import Recorder, through
+from weights.hf import model_args
 
 CONFIG = ROOT / "benchmarks" / "configs" / "opt-1.3b.json"
 ACTIVE = 0.035  # share of a layer's neurons, in the mean over a text
@@ -54,7 +54,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
 def text_tokens(text: Path, tokenizer: Path) -> Tensor:
     """(TEXTS, TOKENS) ids."""
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     ids = load_tokenizer(tokenizer).encode(text.read_text()[: 40 * TEXTS * TOKENS], bos=False)
     return torch.tensor(ids[: TEXTS * TOKENS]).view(TEXTS, TOKENS)

@@ -35,14 +35,14 @@ from tqdm import tqdm
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from decoding import LoadedModel, visible_slots
+from draft_length import Pace
 from generate import complete
-from generation_config import GenerationConfig
 from load import compile_now, find_device, load_model, random_model
 from model import KVCache
-from pace import Pace
 from sampling import Sampler
 from speculate import ModelDraft, NgramDraft, SelfDraft
-from tokenizer import Tokenizer, load_tokenizer
+from text.generation_config import GenerationConfig
+from text.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = ROOT / "checkpoints"
 TEXTS = Path(__file__).resolve().parent / "texts" / "lookup.jsonl"

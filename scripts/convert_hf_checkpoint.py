@@ -26,9 +26,9 @@ from checkpoint import (
     size_text,
     stored_tensors,
 )
-from command import exit_code
+from cli.command import exit_code
 from load import skeleton
-from weight_files import HUGGING_FACE, PREPARED, find_weights
+from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:

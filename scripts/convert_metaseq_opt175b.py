@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import positive
 from checkpoint import DTYPES, save_checkpoint, size_text, stored_tensors
-from command import exit_code, log
-from formats import Part, pickle_part, read_part
-from hf import model_args, split_name
+from cli.arguments import positive
+from cli.command import exit_code, log
 from load import skeleton
 from model import LearnedPositions
-from weight_files import PREPARED
+from weights.formats import Part, pickle_part, read_part
+from weights.hf import model_args, split_name
+from weights.weight_files import PREPARED
 
 FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")
 AGAIN = "download it again, and compare its md5sum with metaseq's opt175b_md5sum_shards.csv"

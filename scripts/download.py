@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub import download
+from weights.hub import download
 
 
 def parse_args() -> argparse.Namespace:

@@ -28,10 +28,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import complete
-from generation_config import GenerationConfig
-from hf import export_tensors, model_args
 from load import load_model
 from model import KVCache, Transformer
+from text.generation_config import GenerationConfig
+from weights.hf import export_tensors, model_args
 
 VOCAB, CONTEXT, BOS, EOS = 2048, 512, 0, 1
 SHARED = {

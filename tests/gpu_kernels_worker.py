@@ -32,15 +32,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import gptq
-import gpu_products
+from calibration import gptq
+from fast_layers import gpu as gpu_products
 from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
 from load import find_cache
 from model import KVCache, ModelArgs, Transformer, grouped_attention
-from quantized import (
+from quant.kv_cache import QuantizedKVCache
+from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
     Int8Linear,
@@ -51,7 +52,6 @@ from quantized import (
     round_int8,
     shallow_copy,
 )
-from quantized_cache import QuantizedKVCache
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 # Of the sum of |input * weight|. One row: activations of 16 bits, 2**-16 of the largest of 32;

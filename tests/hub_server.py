@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf import export_tensors, model_args
 from model import Transformer
+from weights.hf import export_tensors, model_args
 
 REPO, COMMIT = "maker/model", "c0ffee" * 6 + "c0ff"
 # The embedding is 13 MB: huggingface_hub writes, and so can resume from, pieces of 10 MiB.

@@ -21,9 +21,9 @@ import torch
 import tp
 from generate import GenerationConfig, complete
 from load import load_model
-from policy import Policy, Share
 from pp import SharedSampler
 from ranks import Ranks, join, leave
+from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
 CPU = torch.device("cpu")

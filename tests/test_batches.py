@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-import jobs
 from generate import GenerationConfig, complete, load_model, main, parse_args
 from model import Transformer
+from text import jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAFT = ROOT / "checkpoints" / "demo-draft"
@@ -125,7 +125,7 @@ def test_a_run_that_dies_in_any_step_is_taken_up_without_loss(
 WAITING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import jobs
+from text import jobs
 from generate import main, parse_args
 
 ended = jobs.FileSink.ended

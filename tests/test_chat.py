@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import chat
-from chat import Conversation
 from generate import Completion, GenerationConfig, complete
 from load import load_model
-from tokenizer import Tokenizer, load_tokenizer
+from text import chat
+from text.chat import Conversation
+from text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
@@ -163,8 +163,8 @@ import sys
 if "no readline" in sys.argv:
     sys.modules["readline"] = None
 sys.path.insert(0, {root!r})
-import chat
-from tokenizer import load_tokenizer
+from text import chat
+from text.tokenizer import load_tokenizer
 
 class Answer:
     ids, text = [5], " said"

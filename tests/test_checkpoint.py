@@ -21,9 +21,9 @@ from checkpoint import (
     save_checkpoint,
     size_text,
 )
-from hf import export_tensors, model_args
 from model import Transformer
-from quantized import make_scheme
+from quant.linear import make_scheme
+from weights.hf import export_tensors, model_args
 
 CONFIG = {
     "model_type": "llama",
@@ -175,7 +175,7 @@ def test_bin_file_with_shared_and_transposed_tensors(tmp_path: Path):
 def test_dtype_is_converted_through_the_staging_buffer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("formats.STAGING", 100)  # many pieces, the last one short
+    monkeypatch.setattr("weights.formats.STAGING", 100)  # many pieces, the last one short
     found = loaded(folder, dtype=torch.bfloat16)
     assert_same(found, {name: t.bfloat16() for name, t in weights(CONFIG).items()})
 
@@ -436,7 +436,7 @@ sys.path[:0] = {paths}
 from checkpoint import Checkpoint
 from convert_hf_checkpoint import convert
 from model import Transformer
-from quantized import make_scheme
+from quant.linear import make_scheme
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

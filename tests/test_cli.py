@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from generate import main, parse_args
-from jobs import read_prompts
+from text.jobs import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"

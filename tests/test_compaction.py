@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import decoding
-from completion import Completion
 from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
 from generate import GenerationConfig, complete, generate
 from load import load_model
 from model import KVCache
-from policy import Policy, Share
 from sampling import Sampler
-from tiered_cache import TieredCaches, tiered_caches
+from text.completion import Completion
+from tiers.kv_cache import TieredCaches, tiered_caches
+from tiers.policy import Policy, Share
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (

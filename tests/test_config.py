@@ -9,13 +9,13 @@ import pytest
 import torch
 from common import LLAMA3
 
-from foreign import foreign_scheme, quantization_config
 from generate import generate
-from generation_config import GenerationConfig
-from hf import MOST_LAYERS, model_args
 from load import config_dtype, random_model
 from model import DynamicRotaryPositions, RotaryPositions
-from quantized import skeleton
+from quant.linear import skeleton
+from text.generation_config import GenerationConfig
+from weights.hf import MOST_LAYERS, model_args
+from weights.int4_layouts import foreign_scheme, quantization_config
 
 SIZES = {
     "vocab_size": 97,

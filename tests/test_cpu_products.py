@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpu_products
-from cpu_products import FewRowsLinear, TiledLinear
-from disk import page_aligned
+from fast_layers import cpu as cpu_products
+from fast_layers.cpu import FewRowsLinear, TiledLinear
 from load import random_model
 from model import KVCache, Linear
-from quantized import (
+from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
     Int8Linear,
@@ -31,6 +30,7 @@ from quantized import (
     scale_units,
     unpack_nibbles,
 )
+from tiers.direct_io import page_aligned
 
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 

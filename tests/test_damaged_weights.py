@@ -10,9 +10,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from checkpoint import Checkpoint, save_checkpoint
-from hf import export_tensors, model_args
 from model import Transformer
-from quantized import make_scheme, quantized_copy, skeleton
+from quant.linear import make_scheme, quantized_copy, skeleton
+from weights.hf import export_tensors, model_args
 
 CONFIG = {
     "model_type": "llama",

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
-import calibrate
-import distill
 import quantize
+from calibration import distill
+from calibration import texts as calibrate
+from calibration.distill import LatentInt4, latent_copy
+from calibration.gptq import Buffers
 from checkpoint import Checkpoint
-from distill import LatentInt4, latent_copy
-from gptq import Buffers
-from hf import model_args
 from load import load_model
 from model import Linear
-from quantized import dense_int4, round_int4, store_int4, unpack_nibbles
+from quant.linear import dense_int4, round_int4, store_int4, unpack_nibbles
+from weights.hf import model_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 7

@@ -274,7 +274,7 @@ def test_options_that_do_not_go_together(options: list[str], capsys: pytest.Capt
 def test_perplexity_needs_no_lm_eval(text: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it fails
     assert figures(capsys, "--perplexity", text, "--max_seq_length", 64)["tokens"] > 100
-    monkeypatch.delitem(sys.modules, "harness", raising=False)
+    monkeypatch.delitem(sys.modules, "evaluation.harness", raising=False)
     said = error(capsys, "--tasks", "hellaswag")
     assert "--tasks needs lm_eval" in said and "requirements-eval.lock" in said
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from generate import main, parse_args
-from host import free_threads, quotas
+from host.threads import free_threads, quotas
 from load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +171,7 @@ def test_threads_are_those_that_are_free(tmp_path: Path, monkeypatch: pytest.Mon
     group = tmp_path / own
     group.mkdir(parents=True, exist_ok=True)
     (group / "cpu.max").write_text("150000 100000\n")
-    monkeypatch.setattr("host.CGROUPS", tmp_path)
+    monkeypatch.setattr("host.threads.CGROUPS", tmp_path)
     assert list(quotas()) == [2]
     (group / "cpu.max").write_text("max 100000\n")
     assert list(quotas()) == []

@@ -25,12 +25,15 @@ import flash
 import generate as command
 import quantize
 from benchmarks.flash import unbundled
+from calibration.gptq import fill_module
+from calibration.predictor import GAPS, WINDOWS, dense, locality
 from checkpoint import Checkpoint
-from disk import page_aligned
 from generate import GenerationConfig, complete
-from gptq import fill_module
 from load import LoadedModel, compile_now, load_model, skeleton
-from neurons import (
+from neurons.budget import Disk, Residence, Usage, choose
+from neurons.feed_forward import Flash, Tally, source_of
+from neurons.pack import flash_directory, open_pack
+from neurons.records import (
     GATED,
     KINDS,
     LASTING,
@@ -42,12 +45,9 @@ from neurons import (
     NeuronFile,
     gathered,
 )
-from pack import flash_directory, open_pack
-from predictor import GAPS, WINDOWS, dense, locality
-from quantized import Int4Linear, Int8Linear, nearest
-from reads import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
-from sparse import Flash, Tally, source_of
-from window import Disk, Residence, Usage, choose
+from neurons.uring import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
+from quant.linear import Int4Linear, Int8Linear, nearest
+from tiers.direct_io import page_aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -85,7 +85,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps read neurons one by one, even from a disk that is faster at whole layers."""
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: False)
 
 
 def pack(path: Path, *options: object) -> Path:
@@ -190,7 +190,7 @@ def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(
     stored = np.random.default_rng(seed).integers(0, 256, (F, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
     path.write_bytes(bytes(first) + stored.tobytes())
-    monkeypatch.setattr("neurons.many_reads", draw.choice((many_reads, Threads)))
+    monkeypatch.setattr("neurons.records.many_reads", draw.choice((many_reads, Threads)))
     file = NeuronFile(path, stride, draw.choice((1, 2, 8, 64)))
     cache = NeuronCache(F, draw.randint(1, F), stride, CPU)
     for _ in range(30):
@@ -272,7 +272,7 @@ def test_texts_are_those_of_the_model_in_memory(
     lm = foresee(sparse(path, **options), path)
     assert texts(lm) == expected
     for prefers in (False, True):
-        monkeypatch.setattr("window.Residence.prefers_whole", lambda *_, p=prefers: p)
+        monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_, p=prefers: p)
         assert texts(lm) == expected
         for row, text in enumerate(TEXTS):
             (alone,) = complete(lm, [lm.tokenizer.encode(text)], GREEDY)
@@ -335,7 +335,7 @@ def test_on_a_gpu(
     wanted = texts(foresee(sparse(path, **options), path, more))
     lm = foresee(sparse(path, device="cuda", compile=compile, **options), path, more)
     for whole in (False, True):
-        monkeypatch.setattr("window.Residence.prefers_whole", lambda *_, p=whole: p)
+        monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_, p=whole: p)
         assert texts(lm) == wanted
         (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
         assert alone.ids == wanted[2]
@@ -600,7 +600,7 @@ def test_a_pack_of_other_weights_is_refused(models: dict[str, Path], tmp_path: P
 
 def test_a_pack_is_verified_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     sparse(models["opt"])
-    monkeypatch.setattr("pack.hash_file", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr("neurons.pack.hash_file", lambda *_: pytest.fail("it was read again"))
     sparse(models["opt"])
 
 
@@ -636,7 +636,7 @@ def test_a_read_that_fails_leaves_no_wrong_neuron(
     kind: Callable, models: dict[str, Path], never_whole: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The same model goes on with the right text once the disk does."""
-    monkeypatch.setattr("neurons.many_reads", kind)
+    monkeypatch.setattr("neurons.records.many_reads", kind)
     path = models["opt"]
     lm = foresee(sparse(path), path)
     file = source_of(lm.model).file
@@ -675,7 +675,7 @@ def test_what_a_request_lacks_is_read_in_parts(
         one["count"] = 1
         return read_pieces(descriptor, one)
 
-    monkeypatch.setattr("neurons.read_pieces", piecemeal)
+    monkeypatch.setattr("neurons.records.read_pieces", piecemeal)
     file._reads, ids = Tampered(file._reads, short), np.array([0, 1, 2, 7, 8, 9])
     if result == 0:
         with pytest.raises(ValueError, match="cut short"):
@@ -723,7 +723,7 @@ def test_a_queue_is_closed_when_python_has_taken_its_modules_apart(
     if not isinstance(queue, Uring):
         pytest.skip("there is no io_uring here")
     file = queue._queue
-    monkeypatch.setattr("reads.os", None)
+    monkeypatch.setattr("neurons.uring.os", None)
     queue.__del__()
     with pytest.raises(OSError):
         os.fstat(file)
@@ -792,7 +792,7 @@ def test_what_is_read_whole():
 def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: True)
+    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: True)
     lm = sparse(models["opt"])
     texts(lm)
     said = list(flash.report(lm.model))

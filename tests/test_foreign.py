@@ -13,10 +13,10 @@ from torch import Tensor
 import quantize
 from checkpoint import Checkpoint
 from generate import GenerationConfig, complete
-from hf import export_tensors
 from load import load_model
-from quantized import dense_int4, unpack_nibbles
+from quant.linear import dense_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
+from weights.hf import export_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {

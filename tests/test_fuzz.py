@@ -31,15 +31,15 @@ import torch
 from safetensors.torch import save
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from command import MISTAKES
+from cli.command import MISTAKES
 from generate import generate
-from generation_config import GenerationConfig
-from hf import export_tensors, model_args
-from jobs import JsonlOutput, Origin, make_jobs, read_prompts
 from load import load_model
 from model import Transformer
-from quantized import make_scheme, quantized_copy
-from tokenizer import load_tokenizer
+from quant.linear import make_scheme, quantized_copy
+from text.generation_config import GenerationConfig
+from text.jobs import JsonlOutput, Origin, make_jobs, read_prompts
+from text.tokenizer import load_tokenizer
+from weights.hf import export_tensors, model_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("GPT_FLEX_FUZZ_SEED", "0"))

@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.utils import counters
 
 import decoding
-from completion import Completion
 from decoding import LoadedModel, launched_ahead, visible_slots
 from generate import GenerationConfig, complete, generate
 from load import load_model, random_model
+from text.completion import Completion
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")

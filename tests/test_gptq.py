@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import gptq
 import quantize
+from calibration import gptq
+from calibration.gptq import CalibratedBlock, best_of, refine, row_errors
 from checkpoint import Checkpoint
-from gptq import CalibratedBlock, best_of, refine, row_errors
-from quantized import dense_int4, int4_grid, round_int4, unpack_nibbles
+from quant.linear import dense_int4, int4_grid, round_int4, unpack_nibbles
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 5

@@ -21,9 +21,15 @@ from lm_eval.utils import setup_logging
 
 import quantize
 from eval import main, parse_args
-from harness import HarnessModel, HarnessOptions, find_tasks, generation_config, run_tasks
+from evaluation.harness import (
+    HarnessModel,
+    HarnessOptions,
+    find_tasks,
+    generation_config,
+    run_tasks,
+)
+from evaluation.scoring import log_likelihoods
 from load import load_model
-from scoring import log_likelihoods
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "scripts" / "tasks"
@@ -450,7 +456,7 @@ def test_an_interrupted_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Answers that are in the cache are not asked for again; of another model none is used."""
-    import harness
+    from evaluation import harness
 
     asked, score = [], harness.log_likelihoods
 

@@ -12,14 +12,14 @@ import pytest
 from hub_server import COMMIT, REPO, Hub, environment, etag
 
 from checkpoint import Checkpoint
-from hub import needed_files, resolve
-from quantized import skeleton
+from quant.linear import skeleton
+from weights.hub import needed_files, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 # Prints the path; an error as the commands do, in one line. Neither needs torch.
 PROGRAM = """
 import sys
-from hub import resolve
+from weights.hub import resolve
 try:
     print(resolve(*sys.argv[1:]))
 except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import options
+from cli import options
 
 ROOT = Path(__file__).resolve().parent.parent
 # What each file of the root may import of the others, directly: downwards only.

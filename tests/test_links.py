@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from links import COUNTS, LINKS, Step, pipeline_seconds, table, tensor_parallel_seconds
+from tiers.links import COUNTS, LINKS, Step, pipeline_seconds, table, tensor_parallel_seconds
 
 # gpt-fast's README: tokens per second by devices, one text in bfloat16, A100s with NVLink.
 PUBLISHED = {

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from decoding import LoadedModel
 from generate import complete, generate
-from generation_config import GenerationConfig
 from load import load_model
-from processors import Processors
+from text.generation_config import GenerationConfig
+from text.processors import Processors
 
 DRAFTS = ("ngram", "self-int4", DRAFT)
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model_defaults import model_defaults, taken
+from text.model_defaults import model_defaults, taken
 
 
 def write(folder: Path, **config: object) -> Path:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import Draft, LoadedModel
+from draft_length import Pace
+from evaluation.scoring import log_likelihoods
 from generate import generate
-from generation_config import GenerationConfig
-from hf import export_tensors, model_args
 from load import make_views
 from model import Transformer
-from pace import Pace
-from scoring import log_likelihoods
 from speculate import NgramDraft, SelfDraft
-from tokenizer import id_tokenizer
+from text.generation_config import GenerationConfig
+from text.tokenizer import id_tokenizer
+from weights.hf import export_tensors, model_args
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""Products by records of neurons, cpu_neurons.cpp's and torch's, against sums in float64."""
+"""Products by records of neurons, kernels/cpu/neurons.cpp's and torch's, against sums in float64."""
 
 import itertools
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuron_products import Products, has_kernel, taken
-from neurons import GATED, KINDS, PLAIN, Format
+from neurons.products import Products, has_kernel, taken
+from neurons.records import GATED, KINDS, PLAIN, Format
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -89,8 +89,8 @@ def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     """Where products in bfloat16 are possible, whether or not they are here."""
     hindrance = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
-    monkeypatch.setattr("neuron_products.hindrance", hindrance.__getitem__)
-    monkeypatch.setattr("neuron_products.build", lambda: None)
+    monkeypatch.setattr("neurons.products.hindrance", hindrance.__getitem__)
+    monkeypatch.setattr("neurons.products.build", lambda: None)
     taken = Format(PLAIN, 64, "dense", torch.bfloat16)
     odd = Format(PLAIN, 40, "dense", torch.bfloat16)
     other = Format(PLAIN, 64, "dense", torch.float32)
@@ -100,7 +100,7 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     assert not has_kernel(odd, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.float32)
-    monkeypatch.setattr("neuron_products.build", lambda: "it did not compile")
+    monkeypatch.setattr("neurons.products.build", lambda: "it did not compile")
     assert not has_kernel(taken, CPU, torch.bfloat16)
 
 

@@ -19,11 +19,11 @@ from checkpoint import Checkpoint, save_checkpoint
 from generate import GenerationConfig, complete
 from load import LoadedModel, load_model, random_model
 from model import KVCache
-from policy import TIERS, Policy, Share
+from quant.linear import make_scheme
 from quantize import quantize
-from quantized import make_scheme
-from ring import Slot
-from tiered_cache import AttendsSparsely, Cell, TieredCaches
+from tiers.kv_cache import AttendsSparsely, Cell, TieredCaches
+from tiers.policy import TIERS, Policy, Share
+from tiers.prefetch import Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")

@@ -17,13 +17,13 @@ from test_offload import GREEDY, SEED, TEXTS, demo, some_policy
 from test_offload import ids as all_ids
 
 import flash
-import predictor
+from calibration import predictor
 from load import LoadedModel
-from neurons import KINDS
-from policy import Policy, Share
-from quantized import Int4Linear
-from sparse import source_of
-from tiered_cache import AttendsThere
+from neurons.feed_forward import source_of
+from neurons.records import KINDS
+from quant.linear import Int4Linear
+from tiers.kv_cache import AttendsThere
+from tiers.policy import Policy, Share
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "Once upon a time there was a little dog. He liked to play in the sun. " * 20
@@ -122,7 +122,7 @@ def test_neurons_from_disk(
     more = 0.05 if kind == "dense" else 1.0  # what is active behind rounded weights is not known
     wanted = texts(foresee(sparse(model, **options), model, more), FEW, 2)
     assert kind != "dense" or wanted == texts(demo_in_memory(model), FEW, 2)
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: whole)
+    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: whole)
     with pretended_cuda():
         lm = foresee(sparse(model, device=DEVICE, **options), model, more)
         assert texts(lm, FEW, 2) == wanted
@@ -134,7 +134,7 @@ def test_neurons_from_disk(
 def test_the_host_waits_once_a_layer_where_nothing_is_missed(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("window.Residence.prefers_whole", lambda *_: False)
+    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: False)
     with pretended_cuda() as device:
         lm = foresee(sparse(model, device=DEVICE), model, more=0)
         layer = lm.model.layers[1].feed_forward

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import options
-from arguments import documents, percentage, token_bias
 from checkpoint import DTYPES
-from generation_config import GenerationConfig
+from cli import options
+from cli.arguments import documents, percentage, token_bias
 from load import CACHES, DRAFTS
-from neurons import KINDS
-from quantized import GROUP_SIZES, HEADS, MODES
+from neurons.records import KINDS
+from quant.linear import GROUP_SIZES, HEADS, MODES
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = "generate.py", "eval.py", "quantize.py", "flash.py"

@@ -16,15 +16,14 @@ import torch
 
 import bench
 import eval as evaluation
-import files
 import generate
-import jobs
-import measurements
 import plan
-from arguments import documents
-from disk import ScratchFile, existing
+from cli.arguments import documents
 from generate import main, parse_args
-from generation_config import GenerationConfig
+from host import files, measurements
+from text import jobs
+from text.generation_config import GenerationConfig
+from tiers.direct_io import ScratchFile, existing
 
 ROOT = Path(__file__).resolve().parent.parent
 OPT = ROOT / "checkpoints" / "demo-opt"

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import plan
-from arguments import nbytes
+from cli.arguments import nbytes
 from load import load_model
 from plan import Subject, sizes
-from planner import Planner, Sizes, Work
-from policy import Policy, Share
-from probe import Curve, Machine, sample_args
-from tiered_cache import TieredCaches
+from tiers.kv_cache import TieredCaches
+from tiers.planner import Planner, Sizes, Work
+from tiers.policy import Policy, Share
+from tiers.probe import Curve, Machine, sample_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122

@@ -10,7 +10,7 @@ from checkpoint import Checkpoint
 from decoding import together
 from model import ModelArgs
 from pp import FlightCache, Posted, flights_of, own_layers
-from quantized import skeleton
+from quant.linear import skeleton
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from tests.test_tp import on_ranks, random_llama

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint as checkpoint_module
-import cpu_products
 import quantize
-from calibrate import calibration_text
+from calibration.texts import calibration_text
 from checkpoint import Checkpoint, save_checkpoint
-from cpu_products import TiledLinear
+from fast_layers import cpu as cpu_products
+from fast_layers.cpu import TiledLinear
 from generate import GenerationConfig, complete
 from load import load_model, random_model
 from model import Linear
-from quantized import (
+from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
     Int8Linear,

@@ -8,7 +8,7 @@ import torch
 from generate import GenerationConfig, complete
 from load import load_model
 from model import KVCache
-from quantized_cache import QuantizedKVCache
+from quant.kv_cache import QuantizedKVCache
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation_config import RULES, GenerationConfig
 from sampling import NOT_FINITE, Sampler, candidates, draw, exponentials
+from text.generation_config import RULES, GenerationConfig
 
 VOCAB = 97
 FILTERS = list(

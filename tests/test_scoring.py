@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import scoring
 from decoding import LoadedModel
+from evaluation import scoring
+from evaluation.scoring import Node, Result, grow, log_likelihoods
 from load import load_model
-from scoring import Node, Result, grow, log_likelihoods
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = {"llama": ROOT / "checkpoints" / "demo", "opt": ROOT / "checkpoints" / "demo-opt"}

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import quantize
-from chat import Conversation
-from cpu_products import hindrance
 from decoding import LoadedModel
+from draft_length import MOST, PLAIN_EVERY, Pace
+from fast_layers.cpu import hindrance
 from generate import GenerationConfig, complete, generate
 from load import compile_now, load_model, random_model
-from pace import MOST, PLAIN_EVERY, Pace
 from sampling import candidates
 from speculate import NGRAMS, ModelDraft, NgramDraft, SelfDraft, follow, held, index
+from text.chat import Conversation
 
 DRAFTS = ("ngram", "self-int8", "self-int4", DRAFT)  # a Llama may guess for an OPT
 GREEDY = GenerationConfig(max_new_tokens=60, temperature=0, ignore_eos=True)

@@ -13,13 +13,13 @@ import torch
 from common import DEMO, DRAFT, TEXTS
 from safetensors.torch import load_file, save_file
 
-from completion import Completion
 from decoding import LoadedModel
 from generate import complete, generate, stream
-from generation_config import GenerationConfig
 from load import load_model
-from policy import Policy, Share
-from tokenizer import load_tokenizer
+from text.completion import Completion
+from text.generation_config import GenerationConfig
+from text.tokenizer import load_tokenizer
+from tiers.policy import Policy, Share
 
 GREEDY = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)
 

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tokenizer import TextStream, load_tokenizer
+from text.tokenizer import TextStream, load_tokenizer
 
 TEXTS = [
     "",

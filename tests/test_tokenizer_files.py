@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_tokenizer import make_small_bpe, make_small_opt, make_small_sp, write_json
 
-import chat_template
-from tokenizer import load_tokenizer
+from text import chat_template
+from text.tokenizer import load_tokenizer
 
 SEED = 20250725
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}

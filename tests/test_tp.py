@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import formats
 import quantize
 import tp
 from checkpoint import Checkpoint, allocate, save_checkpoint, stored_tensors
-from hf import model_args
 from load import skeleton
 from model import Linear, ModelArgs
-from quantized import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
+from quant.linear import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
+from weights import formats
+from weights.hf import model_args
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "ranks_worker.py"

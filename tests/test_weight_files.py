@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 import checkpoint as checkpoint_module
 from checkpoint import Checkpoint, check_writable, save_checkpoint
-from hf import model_args
 from load import skeleton
-from quantized import make_scheme
+from quant.linear import make_scheme
 from scripts import convert_hf_checkpoint
 from tests.test_checkpoint import CONFIG, TIED, assert_same, exported, loaded, weights
-from weight_files import find_weights, shards
+from weights.hf import model_args
+from weights.weight_files import find_weights, shards
 
 SEED = 25
 WEIGHTS = weights(CONFIG, SEED)

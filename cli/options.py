@@ -1,0 +1,398 @@
+"""The options of generate.py, eval.py, quantize.py and flash.py, and which of them go together.
+
+Start at parse_args, which is generate.py's. Nothing here imports torch: --help and a wrong option
+are answered at once. The choices that modules with torch define are repeated here as names;
+tests/test_options.py holds them against the originals.
+"""
+
+import argparse
+import importlib.metadata
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from cli.arguments import (
+    Parser,
+    amount,
+    check_needs,
+    check_pairs,
+    count,
+    count_or_auto,
+    documents,
+    nbytes,
+    pair,
+    percentage,
+    positive,
+    rows_or_auto,
+    share,
+    text_length,
+    token_bias,
+    window,
+)
+from text.generation_config import GenerationConfig
+from tiers.links import LINKS
+
+DTYPES = "bfloat16", "float16", "float32"
+CACHES = "int8", "int4"
+DRAFTS = "ngram", "self-int8", "self-int4"
+MODES = "int8", "int4", "int4-gptq"
+HEADS = "int8", "int4", "dense"
+GROUP_SIZES = 32, 64, 128, 256
+NEURONS = "dense", "int8", "int4"
+TIERED = "weights", "cache", "activations"  # what --percent places
+
+Add = Callable[..., Any]  # ArgumentParser.add_argument, or that of a group
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """generate.py's options. An option of GenerationConfig that is not given is None."""
+    parser = new_parser("generate.py", "Generate text with an open language model.")
+    for title, add_options in GROUPS.items():
+        add_options(parser.add_argument_group(title).add_argument)
+    args = parser.parse_args(argv)
+    args.stop = tuple(args.stop) or None
+    args.logit_bias = args.logit_bias or None
+    args.chat = args.chat or bool(args.system and not args.interactive)
+    if args.compress_cache:
+        args.kv_dtype = "int4"
+    args.placed = bool(args.offload or args.percent or args.plan)
+    check_needs(parser, args, NEEDS)
+    check_pairs(parser, args, PAIRS)
+    check_rest(parser, args)
+    return args
+
+
+def new_parser(prog: str, description: str) -> Parser:
+    parser = Parser(prog=prog, usage=f"{prog} [options]", description=description)
+    parser.add_argument("--version", action=Version, help="versions of this program and its parts")
+    help = "only the text, the result and what went wrong: no log lines, no progress bars"
+    parser.add_argument("--quiet", action="store_true", help=help)
+    return parser
+
+
+class Version(argparse.Action):
+    """Print versions and exit; they are looked up only when they are asked for."""
+
+    def __init__(self, **options: Any):
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        git = [
+            "git",
+            "-C",
+            str(Path(__file__).resolve().parent.parent),
+            "describe",
+            "--always",
+            "--dirty",
+        ]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            commit = ""
+        parts = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "tokenizers"))
+        print(f"gpt-flex {commit or '(commit unknown)'}, {', '.join(parts)}")
+        parser.exit()
+
+
+def text_options(add: Add) -> None:
+    help = "a local path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
+    add("--model", "--checkpoint_path", dest="checkpoint_path", metavar="PATH_OR_ID", help=help)
+    add("--revision", help="branch, tag or commit of a repository (default: main)")
+    help = "text to continue; repeatable (with --bench or --random_weights: a number of tokens)"
+    add("--prompt", action="append", help=help)
+    help = "the prompt is the text of this file; without any of these it is read from a pipe"
+    add("--prompt_file", type=Path, metavar="FILE", help=help)
+    add("--prompts", type=Path, metavar="FILE", help="many: .txt, one per line, or .jsonl")
+    add("--output", type=Path, metavar="FILE.jsonl", help="results; a rerun does what is missing")
+    add("--num_samples", type=positive, default=1, help="texts for each prompt")
+    add("--batch_size", type=positive, help="rows at a time (default: 16 at most; --bench: 1)")
+    add("--interactive", action="store_true", help="chat in the terminal")
+    add("--chat", action="store_true", help="prompts are messages: apply the chat template")
+    add("--system", help="system message for --interactive or --chat; implies --chat")
+
+
+def sampling_options(add: Add) -> None:
+    """One option for each field of GenerationConfig."""
+    for field in fields(GenerationConfig):
+        name, help = f"--{field.name}", GENERATION_HELP[field.name]
+        if field.name in SPECIAL_OPTIONS:
+            add(name, help=help, **SPECIAL_OPTIONS[field.name])
+        elif field.default is False:
+            add(name, action="store_true", default=None, help=help)
+        else:
+            default = f" (default: {field.default})" if field.default is not MISSING else ""
+            add(name, type=type(field.default), help=f"{help}{default}")
+
+
+SPECIAL_OPTIONS: dict[str, dict[str, Any]] = {
+    "stop": {"action": "append", "default": [], "metavar": "TEXT"},
+    "logit_bias": {
+        "action": "append",
+        "default": [],
+        "type": token_bias,
+        "metavar": "ID=BIAS",
+    },
+    "logprobs": {"type": int, "metavar": "N"},
+}
+GENERATION_HELP = {
+    "max_new_tokens": "most tokens to add to each prompt",
+    "temperature": "0: always the likeliest token",
+    "top_k": "draw among the k likeliest; 0: all",
+    "top_p": "draw among the likeliest that have this probability together",
+    "min_p": "drop what is less than min_p times as likely as the likeliest",
+    "repetition_penalty": "above 1: tokens of prompt and answer become less likely",
+    "frequency_penalty": "subtracted from a token's logit for each time the answer has it",
+    "presence_penalty": "subtracted from a token's logit if the answer has it",
+    "logit_bias": "added to a token's logit; repeatable",
+    "logprobs": "log probabilities in --output: of each token, and of the N likeliest",
+    "seed": "of the random draws",
+    "stop": "end a text before this string; repeatable",
+    "ignore_eos": "go on after the end-of-text token",
+}
+
+
+def device_options(add: Add) -> None:
+    add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+    add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
+    add("--kv_dtype", choices=CACHES, help="KV cache (default: as the model)")
+    add("--compile", action="store_true", help="compile decoding")
+    add("--compile_prefill", action="store_true", help="compile prefill too; needs --compile")
+
+
+def draft_options(add: Add) -> None:
+    help = "a small model that guesses tokens, same tokenizer: a path or a repository"
+    add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
+    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
+    help = "tokens to guess, or auto: as many as pay (default: auto)"
+    add("--speculate_k", type=count_or_auto, default="auto", help=help)
+
+
+def rank_options(add: Add) -> None:
+    help = "layers on ranks, one after the other, in place of a share of each"
+    add("--pipeline", action="store_true", help=help)
+    add("--flights", type=positive, help="batches that are under way in a pipeline")
+
+
+def offload_options(add: Add) -> None:
+    add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
+    add("--plan", action="store_true", help="say where and how fast, and do no more")
+    add("--link", choices=LINKS, help="with --plan: and on 1 to 64 devices that are joined by it")
+    help = "with --link: what each device reads a second, 2TB (default: what this one does)"
+    add("--read_rate", type=nbytes, metavar="BYTES", help=help)
+    add("--device_memory", type=nbytes, metavar="BYTES", help="6GB: the most it may take")
+    add("--host_memory", type=nbytes, metavar="BYTES", help="the same of the host's")
+    add("--offload_dir", type=Path, default=Path("offload"), help="on the disk to be used")
+    help = "by hand: weights, cache, activations on device and in host memory; the rest on disk"
+    names = "WG", "WC", "CG", "CC", "AG", "AC"
+    add("--percent", type=percentage, nargs=6, metavar=names, help=help)
+    add("--gpu_batch_size", type=positive, help="rows that a layer takes at once, by hand")
+    add("--num_gpu_batches", type=positive, default=1, help="of them that share a layer's weights")
+    add("--compress_weight", action="store_true", help="round weights to 4 bits, group size 64")
+    add("--compress_cache", action="store_true", help="the KV cache to 4 bits")
+    add("--cpu_cache_compute", action="store_true", help="attend on the host to a cache there")
+    help = "with --cpu_cache_compute: of how many tokens values count"
+    add("--attn_sparsity", type=share, default=1.0, help=help)
+    add("--pin_weight", type=int, choices=[0, 1], default=1, help="pin host memory (default: 1)")
+    add("--overlap", type=int, choices=[0, 1], default=1, help="copy while computing (default: 1)")
+
+
+def flash_options(add: Add) -> None:
+    add("--flash", action="store_true", help="read the neurons that a token needs; see flash.py")
+    help = "weights in memory: 50%% of them, or 4GB (default: 50%%)"
+    add("--dram_budget", type=amount, help=help)
+    help = "tokens whose neurons stay (default: as many as pay)"
+    add("--flash_window", type=window, metavar="N", help=help)
+    add("--flash_threads", type=positive, help="reads at a time (default: as many as pay)")
+    add("--flash_dir", type=Path, help="where flash.py wrote (default: beside the checkpoint)")
+
+
+def bench_options(add: Add) -> None:
+    add("--bench", action="store_true", help="time prefill of --prompt N (default: 512) and decode")
+    add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
+    add("--json", action="store_true", help="print --bench's figures as a line of JSON")
+    add("--profile", type=Path, metavar="FILE", help="write a trace of the run")
+    add("--random_weights", type=Path, metavar="CONFIG.json", help="a shape without a checkpoint")
+    add("--random_mode", choices=["int8", "int4"], help="quantise what --random_weights makes")
+
+
+GROUPS = {
+    "model and prompts": text_options,
+    "how to continue a text (defaults of a model's generation_config.json come first)": (
+        sampling_options
+    ),
+    "device and precision": device_options,
+    "several tokens at a time, by a draft": draft_options,
+    "models larger than memory (docs: README)": offload_options,
+    "ReLU models read from disk (docs: README)": flash_options,
+    "several processes (torchrun)": rank_options,
+    "measurements": bench_options,
+}
+# An option, and those of which it needs one.
+NEEDS = (
+    ("json", "bench"),
+    ("random_mode", "random_weights"),
+    ("compile_prefill", "compile"),
+    ("flights", "pipeline"),
+    ("revision", "checkpoint_path"),
+    *((name, "offload", "percent", "plan") for name in ("device_memory", "host_memory")),
+    *((name, "offload", "percent", "plan") for name in ("compress_weight", "compress_cache")),
+    ("gpu_batch_size", "percent"),
+    ("cpu_cache_compute", "percent"),
+    ("link", "plan"),
+    ("read_rate", "link"),
+    *((f, "flash") for f in ("dram_budget", "flash_window", "flash_threads", "flash_dir")),
+)
+# Options that exclude one another.
+PAIRS = (
+    ("checkpoint_path", "random_weights"),
+    ("prompt", "prompts"),
+    ("prompt", "prompt_file"),
+    ("prompt_file", "prompts"),
+    ("bench", "interactive"),
+    *((name, "bench") for name in ("prompt_file", "prompts", "output", "chat")),
+    *((name, "interactive") for name in ("prompt", "prompt_file", "prompts", "output")),
+    ("draft", "draft_checkpoint_path"),
+    ("offload", "percent"),
+    ("flash", "random_weights"),
+    ("plan", "flash"),  # a run with --flash says what it expects of a token
+)
+
+
+def check_rest(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What depends on an option's value."""
+    for wrong, message in (
+        (
+            args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path),
+            "--speculate_k needs --draft or --draft_checkpoint_path",
+        ),
+        (
+            args.bench and args.prompt and not (len(args.prompt) == 1 and is_count(args.prompt[0])),
+            "--bench takes one number of tokens as --prompt",
+        ),
+        (
+            args.attn_sparsity < 1 and not args.cpu_cache_compute,
+            "--attn_sparsity needs --cpu_cache_compute",
+        ),
+        (
+            args.logprobs is not None and not args.output,
+            "--logprobs needs --output, which holds them",
+        ),
+    ):
+        if wrong:
+            parser.error(message)
+    percent = args.percent or [0] * 6
+    for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
+        if sum(shares) > 100 + 1e-9:
+            parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
+
+
+def is_count(text: str) -> bool:
+    """Whether a prompt is a number of tokens, in ASCII digits."""
+    return text.isascii() and text.isdecimal() and int(text) > 0
+
+
+def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """eval.py's options."""
+    parser = new_parser("eval.py", "How good a model is: perplexity of a text, or lm_eval's tasks.")
+    add = parser.add_argument
+    help = "a path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
+    add("--model", "--checkpoint_path", dest="checkpoint_path", metavar="PATH_OR_ID", help=help)
+    add("--revision", help="branch, tag or commit of a repository (default: main)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm_eval, or in --include_path")
+    help = "tokens read at once (default: the context; of --perplexity at most 2048)"
+    add("--max_seq_length", type=positive, help=help)
+    help = "tokens from a window's beginning to the next one's (default: no overlap)"
+    add("--stride", type=positive, help=help)
+    help = "rows, or auto: as many as are fast (default: auto)"
+    add("--batch_size", type=rows_or_auto, help=help)
+    help = "the first documents of a task, or windows; below 1 a share of them: not a score"
+    add("--limit", type=documents, help=help)
+    add("--num_fewshot", type=int, help="examples before each document (default: the task's)")
+    add("--apply_chat_template", action="store_true", help="ask as in a chat")
+    add("--system", help="system message for --apply_chat_template")
+    add("--gen_kwargs", help="for tasks that generate: max_gen_toks=256,temperature=0")
+    add("--include_path", type=Path, help="a directory of more tasks, such as scripts/tasks")
+    help = "the files of scripts/tasks: hellaswag_local=FILE"
+    add("--task_data", nargs="+", default=[], metavar="TASK=PATH", type=pair, help=help)
+    add("--no_bos", action="store_true", help="put no BOS before texts")
+    add("--output", type=Path, metavar="FILE.json", help="the results, with how they were made")
+    add("--log_samples", action="store_true", help="and each document: FILE.TASK.jsonl")
+    help = "keep tasks' answers: an interrupted run goes on from there"
+    add("--use_cache", type=Path, metavar="FILE", help=help)
+    add("--compile", action="store_true", help="compile the model")
+    add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
+    add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
+    add("--kv_dtype", choices=CACHES, help="KV cache (default: as the model)")
+    args = parser.parse_args(argv)
+    check_needs(parser, args, EVAL_NEEDS)
+    return args
+
+
+OF_TASKS = "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache".split()
+EVAL_NEEDS = (
+    *((name, "tasks") for name in OF_TASKS),
+    ("stride", "perplexity"),
+    ("log_samples", "output"),
+    ("system", "apply_chat_template"),
+    ("task_data", "include_path"),
+    ("revision", "checkpoint_path"),
+)
+
+
+def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """quantize.py's options."""
+    parser = new_parser("quantize.py", "Write a checkpoint with int8 or int4 weights beside it.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
+    add("--mode", choices=MODES, default="int8", help="(default: int8)")
+    sizes = ", ".join(map(str, GROUP_SIZES))
+    add("--groupsize", type=int, help=f"inputs to a scale, of int4: {sizes} (default: 32)")
+    add("--head", choices=HEADS, default="int8", help="the output head (default: int8)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--calibration_file", type=Path, metavar="TEXT", help="text for GPTQ")
+    text.add_argument("--calibration_tasks", nargs="+", help="lm_eval tasks whose text GPTQ takes")
+    add("--calibration_seq_length", type=text_length, default=2048, help="tokens of a text (2048)")
+    add("--calibration_samples", type=positive, default=128, help="texts at most (128)")
+    help = "of training after GPTQ (default: 250 for models of up to 10,000,000 weights, else 0)"
+    add("--train_steps", type=int, metavar="N", help=help)
+    add("--no_act_order", action="store_true", help="GPTQ: take columns as they come")
+    add("--device", default="auto", help="for GPTQ: auto, cuda, cuda:N or cpu (default: auto)")
+    add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
+    args = parser.parse_args(argv)
+    if args.mode == "int4-gptq" and not (args.calibration_file or args.calibration_tasks):
+        parser.error("--mode int4-gptq needs --calibration_file TEXT or --calibration_tasks")
+    if args.train_steps is not None and (args.train_steps < 0 or args.mode != "int4-gptq"):
+        parser.error("--train_steps is 0 or more, and for --mode int4-gptq")
+    if args.groupsize is not None and args.mode == "int8":
+        parser.error("--groupsize is for int4: --mode int8 has one scale for each output")
+    args.groupsize = args.groupsize or 32
+    return args
+
+
+def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """flash.py's options."""
+    parser = new_parser("flash.py", "Write a ReLU model's neurons for --flash to read.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
+    add("--flash_dir", type=Path, help="where to write (default: beside the checkpoint)")
+    add("--neurons", choices=NEURONS, default="dense", help="their weights (default: dense)")
+    add("--groupsize", type=int, choices=GROUP_SIZES, default=64, help="of int4 (default: 64)")
+    add("--sector", type=positive, default=512, help="bytes that the disk reads (default: 512)")
+    add("--calibration_file", type=Path, metavar="TEXT", help="text to learn from")
+    add("--calibration_seq_length", type=text_length, default=512, help="tokens of a text (512)")
+    add("--calibration_samples", type=positive, default=64, help="texts at most (64)")
+    add("--rank", type=positive, help="of the predictors (default: the width over 32)")
+    add("--recall", type=share, default=0.97, help="of active neurons to be found (default: 0.97)")
+    help = "of training predictors; 0: as they are drawn (default: 4)"
+    add("--epochs", type=count, default=4, help=help)
+    add("--device", default="auto", help="to learn on: auto, cuda, cuda:N or cpu (default: auto)")
+    add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
+    args = parser.parse_args(argv)
+    args.calibration_tasks = None
+    return args

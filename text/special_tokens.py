@@ -1,0 +1,177 @@
+"""What a checkpoint's small files declare about special and added tokens, with types checked.
+
+Start at Declared. tokenizer.py decides between these files and the vocabulary itself, and
+vocabulary.py adds the added tokens to it. As in transformers' `from_pretrained`,
+special_tokens_map.json and added_tokens.json count only where tokenizer_config.json has no
+added_tokens_decoder; the former then goes before tokenizer_config.json.
+"""
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from host.files import read_object, read_text
+
+LFS = b"version https://git-lfs"  # git keeps a small text that begins so in place of a large file
+NAMES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+EXTRA = ("additional_special_tokens", "extra_special_tokens")  # the older and the newer key
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+MOST_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims can be 2^63
+
+Added = list[tuple[int | None, AddedToken]]  # None: the next id that is free
+
+
+class Declared:
+    """The JSON files beside a vocabulary. Whatever reads a value raises ValueError, naming the
+    file and the key, if the type of the value is wrong."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._config = read_config(directory / "tokenizer_config.json")
+        self._overrides: dict[str, Any] = {}  # special_tokens_map.json, where it counts
+        if self._config.get("added_tokens_decoder") is None:
+            self._overrides = read_config(directory / "special_tokens_map.json")
+
+    def flag(self, key: str) -> bool | None:
+        """A true or false of tokenizer_config.json; None: it does not say."""
+        value = self._config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, value, "true, false or null")
+        return value
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The texts of bos_token, eos_token, pad_token and others with a name; "" for null."""
+        both = self._config | self._overrides
+        found = {key: self._text(key, both[key]) for key in NAMES if key in both}
+        others = [key for key in both if key.endswith("_token") and key not in NAMES]
+        return found | {key: both[key] for key in others if isinstance(both[key], str)}
+
+    def special_texts(self) -> list[str]:
+        """The texts of bos_token, eos_token and so on, but for those without one."""
+        return [self.names[key] for key in NAMES if self.names.get(key)]
+
+    @cached_property
+    def added(self) -> Added:
+        """Tokens beside the vocabulary's own, or with other flags, in the order of their ids."""
+        extra = self._extra()
+        special = {*self.special_texts(), *(token.content for token in extra)}
+        added = sorted(self._numbered(special), key=lambda entry: entry[0])
+        known = {token.content for _, token in added}
+        return added + [(None, token) for token in extra if token.content not in known]
+
+    def ids(self, file: str, key: str) -> list[int]:
+        """The token ids in generation_config.json or config.json: one, several or none."""
+        value = self._other(file).get(key)
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(e, bool) or not isinstance(e, int | None) for e in entries):
+            raise self._wrong(key, value, "a token id, a list of token ids or null", file)
+        return [entry for entry in entries if entry is not None]
+
+    def model_size(self) -> int:
+        """How many ids the model has; 0 where config.json does not say."""
+        size = self._other("config.json").get("vocab_size")
+        return size if isinstance(size, int) else 0
+
+    def chat_template(self) -> str | None:
+        """Jinja source for a plain conversation, from the first file that has any."""
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            refuse_pointer(path)
+            return read_text(path)
+        for file in ("tokenizer_config.json", "chat_template.json"):
+            given = self._other(file).get("chat_template")
+            if given is not None:
+                return self._default_template(file, given)
+        return None
+
+    def _default_template(self, file: str, given: Any) -> str | None:
+        """Several templates may have names: the others are for tools or for retrieval."""
+        template = given
+        if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+            given = {str(entry.get("name")): entry.get("template") for entry in given}
+        if isinstance(given, dict):
+            template = given.get("default")
+        if not isinstance(template, str | None):
+            raise self._wrong("chat_template", template, "a template's text", file)
+        return template
+
+    def _numbered(self, special: set[str | None]) -> Added:
+        """The tokens of added_tokens_decoder, or else of added_tokens.json, with their ids."""
+        key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
+        if decoder is not None:
+            if not isinstance(decoder, dict) or not all(
+                re.fullmatch("[0-9]{1,9}", i) for i in decoder
+            ):
+                raise self._wrong(key, decoder, "an object whose keys are token ids")
+            return [(self._id(key, int(i)), self._token(key, e, False)) for i, e in decoder.items()]
+        file = "added_tokens.json"
+        return [
+            (self._id(text, i, file), self._token(text, text, text in special))
+            for text, i in self._other(file).items()
+            if text
+        ]
+
+    def _extra(self) -> list[AddedToken]:
+        """Special tokens in a list, without ids."""
+        found = []
+        for key in EXTRA:
+            value = (self._config | self._overrides).get(key) or []
+            value = list(value.values()) if isinstance(value, dict) else value
+            if not isinstance(value, list):
+                raise self._wrong(key, value, "a list of tokens")
+            found += [self._token(key, entry, True) for entry in value if entry]
+        return found
+
+    def _text(self, key: str, value: Any) -> str:
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str | None) or re.search("[\ud800-\udfff]", text or ""):
+            raise self._wrong(key, value, "a token's text or null")
+        return text or ""
+
+    def _token(self, key: str, entry: Any, special: bool) -> AddedToken:
+        flags = {f: v for f, v in entry.items() if f in FLAGS} if isinstance(entry, dict) else {}
+        text = self._text(key, entry)
+        if not text or not all(isinstance(value, bool) for value in flags.values()):
+            raise self._wrong(key, entry, "a token's text, or an object with text and flags")
+        flags = {"special": special, **flags}
+        return AddedToken(text, **{"normalized": not flags["special"], **flags})
+
+    def _id(self, key: str, value: Any, file: str = "tokenizer_config.json") -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_IDS:
+            raise self._wrong(key, value, f"a token id from 0 to {MOST_IDS - 1}", file)
+        return value
+
+    def _other(self, file: str) -> dict[str, Any]:
+        return read_config(self.directory / file)
+
+    def _wrong(
+        self, key: str, value: Any, wanted: str, file: str = "tokenizer_config.json"
+    ) -> ValueError:
+        if key in self._overrides and file == "tokenizer_config.json":
+            file = "special_tokens_map.json"
+        shown = json.dumps(value)
+        shown = shown if len(shown) < 60 else shown[:57] + "..."
+        return ValueError(f'{self.directory / file}: "{key}" is {shown} and must be {wanted}')
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    refuse_pointer(path)
+    return read_object(path)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError for a file that git-lfs has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise ValueError(
+                f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its "
+                "folder, or download the file again"
+            )

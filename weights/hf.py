@@ -1,0 +1,344 @@
+"""Translates Hugging Face checkpoints: keys of config.json to ModelArgs, tensor names to ours.
+
+Start at model_args, then FAMILIES; Config checks each value that is read. tensor_name and
+export_tensors read the name tables at the end. Nothing here opens a file. Keys and defaults are
+those of transformers' configurations, in both schemas of the rotary settings (`rope_theta` with
+`rope_scaling`, and transformers 5's `rope_parameters`).
+"""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cli.command import log
+from host.files import short
+from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
+
+# Far above any real model. What is larger is a mistake, and might take minutes to build.
+MOST_LAYERS = 2**10
+MOST_POSITIONS = 2**31
+MOST_WEIGHTS = 2**46
+REQUIRED: Any = object()
+
+
+class Config:
+    """The values of a config.json, or of an object in it; each is checked when it is read.
+
+    A missing key gets the default. null is an error, as in transformers, unless the caller passes
+    null=, the value to use for it. Raises ValueErrors of one line that name the key, its
+    value and what it must be.
+    """
+
+    def __init__(self, values: Any, where: str = "config.json"):
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {short(values)} and must be an object with keys")
+        self.values, self.where = values, where
+
+    def integer(
+        self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
+    ) -> Any:
+        """An integer from 1 to `most`. 256.0 is refused, as in transformers 5."""
+
+        def fits(value: Any) -> bool:
+            return type(value) is int and 1 <= value <= most
+
+        return self._read(key, fits, f"an integer from 1 to {most}", default, null)
+
+    def number(self, key: str, default: Any = REQUIRED, *, most: float = 1e15) -> float:
+        """A number above 0 and at most `most`."""
+
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and 0 < value <= most
+
+        return float(self._read(key, fits, f"a number above 0 and at most {most:g}", default))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
+        return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
+
+    def choice(
+        self,
+        key: str,
+        known: Collection[str],
+        default: Any = REQUIRED,
+        *,
+        null: Any = REQUIRED,
+    ) -> str:
+        """One of the names that are known."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, str) and value in known
+
+        expected = f"one of those that are supported: {', '.join(known)}"
+        return self._read(key, fits, expected, default, null)
+
+    def section(self, key: str) -> "Config":
+        """An object within this one, empty where it is absent or null."""
+        values = self._read(key, lambda v: isinstance(v, dict), "an object with keys", {}, {})
+        return Config(values, f"{self.where}, {key}")
+
+    def _read(
+        self,
+        key: str,
+        fits: Callable[[Any], bool],
+        expected: str,
+        default: Any = REQUIRED,
+        null: Any = REQUIRED,
+    ) -> Any:
+        if key not in self.values:
+            if default is REQUIRED:
+                raise ValueError(f"{self.where} has no '{key}', which must be {expected}")
+            return default
+        value = self.values[key]
+        if value is None and null is not REQUIRED:
+            return null
+        if not fits(value):
+            raise ValueError(f"{self.where}: '{key}' is {short(value)} and must be {expected}")
+        return value
+
+
+def model_args(config: Any) -> ModelArgs:
+    """The ModelArgs of the model that a Hugging Face config describes.
+
+    Raises ValueError naming a key that is missing, a value that has the wrong type, is out of
+    range or not supported, and sizes that do not fit together or that no computer can hold.
+    """
+    config = Config(config)
+    args = FAMILIES[config.choice("model_type", FAMILIES)](config)
+    check_sizes(args)
+    return args
+
+
+def llama_args(config: Config) -> ModelArgs:
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    context = config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS)
+    theta, scaling = rope_settings(config, context)
+    dynamic = scaling is not None and scaling.kind == "dynamic"
+    biased = config.flag("attention_bias", False)
+    return ModelArgs(
+        dim=dim,
+        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=config.integer("num_key_value_heads", n_heads, null=n_heads),
+        head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
+        hidden_dim=config.integer("intermediate_size"),
+        vocab_size=config.integer("vocab_size", most=2**28),
+        # As vLLM has it; transformers goes on without end.
+        context=int(context * max(1.0, scaling.factor)) if dynamic else context,
+        embed_dim=dim,
+        norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
+        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        positions="dynamic" if dynamic else "rotary",
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=config.flag("mlp_bias", False),
+        tied=config.flag("tie_word_embeddings", False),
+    )
+
+
+def mistral_args(config: Config) -> ModelArgs:
+    """Llama's, cut to the window: up to its end, windowed and full attention are the same."""
+    defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+    args = llama_args(Config(defaults | config.values))
+    window = config.integer("sliding_window", 4096, null=args.context, most=MOST_POSITIONS)
+    return replace(args, context=min(args.context, window))
+
+
+def opt_args(config: Config) -> ModelArgs:
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    norm_first = config.flag("do_layer_norm_before", True)
+    no_final_norm = config.flag("_remove_final_layer_norm", False)
+    biased = config.flag("enable_bias", True)
+    return ModelArgs(
+        dim=dim,
+        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=equal_share(dim, n_heads),
+        hidden_dim=config.integer("ffn_dim"),
+        vocab_size=config.integer("vocab_size", most=2**28),
+        context=config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS),
+        embed_dim=config.integer("word_embed_proj_dim", dim, null=dim),
+        norm="layer",
+        norm_affine=config.flag("layer_norm_elementwise_affine", True),
+        norm_first=norm_first,
+        final_norm=norm_first and not no_final_norm,
+        feed_forward="plain",
+        activation=config.choice("activation_function", ACTIVATIONS, "relu"),
+        positions="learned",
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=biased,
+        tied=config.flag("tie_word_embeddings", True),
+    )
+
+
+FAMILIES = {"llama": llama_args, "mistral": mistral_args, "opt": opt_args}
+
+
+def equal_share(dim: int, n_heads: int) -> int:
+    """Channels of a head where the config does not say it."""
+    if dim % n_heads:
+        raise ValueError(
+            f"config.json: 'hidden_size' is {dim} and must be a multiple of 'num_attention_heads', "
+            f"{n_heads}, where there is no 'head_dim'"
+        )
+    return dim // n_heads
+
+
+def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, from either schema.
+
+    Where a config has both, the older `rope_scaling` is read, as transformers does. context: what
+    the model was trained on.
+    """
+    old, new = config.section("rope_scaling"), config.section("rope_parameters")
+    rope = old if old.values else new
+    theta = (rope if "rope_theta" in rope.values else config).number("rope_theta", 10000.0)
+    key = "rope_type" if "rope_type" in rope.values else "type"
+    kind = rope.choice(key, ("default", *ROPE_SCALINGS), "default")
+    if kind == "default":
+        return theta, None
+    scaling = RopeScaling(kind, rope.number("factor", most=1e6), original_context=context)
+    return theta, llama3_settings(rope, scaling) if kind == "llama3" else scaling
+
+
+def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"{rope.where}: 'low_freq_factor' is {low:g} and must be less than "
+            f"'high_freq_factor', {high:g}"
+        )
+    key = "original_max_position_embeddings"
+    context = rope.integer(key, scaling.original_context, most=MOST_POSITIONS)
+    return replace(scaling, low_freq_factor=low, high_freq_factor=high, original_context=context)
+
+
+def check_sizes(args: ModelArgs) -> None:
+    """ValueError for sizes that do not fit together or that no computer can hold."""
+    rotary, least = args.positions != "learned", 4 if args.positions == "dynamic" else 2
+    layer = args.dim * (2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim)
+    tables = (2 * args.vocab_size + (0 if rotary else args.context)) * max(args.dim, args.embed_dim)
+    faults = {
+        f"'num_attention_heads' is {args.n_heads} and must be a multiple of "
+        f"'num_key_value_heads', {args.n_kv_heads}": args.n_heads % args.n_kv_heads,
+        f"'head_dim' is {args.head_dim} and must be even and at least {least}, as channels are "
+        "rotated in pairs": rotary and (args.head_dim % 2 or args.head_dim < least),
+        f"a model of 'hidden_size' {args.dim}, {args.n_layers} layers and 'vocab_size' "
+        f"{args.vocab_size} has more than {MOST_WEIGHTS:.0e} weights": (
+            args.n_layers * layer + tables > MOST_WEIGHTS
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"config.json: {fault}")
+
+
+def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> ModelArgs:
+    """The same without the biases that no layer has in the file, and a line about them.
+
+    They count as zeros, as they do to transformers: descendants of Llama that have biases of q, k
+    and v alone say "attention_bias". A bias that some layers have is missed in the others.
+    """
+    found = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
+    absent = {
+        flag: module
+        for flag, module in BIASES.items()
+        if getattr(args, flag) and not any(name.startswith(module) for name in found)
+    }
+    for module in absent.values():
+        log(f"{path} has no biases of {module}, although its config declares them: zeros are used")
+    return replace(args, **dict.fromkeys(absent, False))
+
+
+def tensor_name(name: str) -> tuple[str, int] | None:
+    """Hugging Face's tensor name -> ours, and which part of ours it is, counted along rows.
+
+    None for what is no weight; a name that no table knows is returned as it is. Channels need no
+    permutation: model.py rotates halves, as transformers does.
+    """
+    if NO_WEIGHT.search(name):
+        return None
+    module, layer, kind = split_name(PREFIX.sub("", name))
+    if module not in NAMES:
+        return name, 0
+    ours, part = NAMES[module]
+    return f"{ours.replace('N', layer)}.{kind}", part
+
+
+def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The way back: our tensors under Hugging Face's names, without a head that is tied."""
+    args = model_args(config)
+    widths = {
+        "wqkv": [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
+        "w13": [args.hidden_dim, args.hidden_dim],
+    }
+    prefix, table = ("model.decoder.", OPT) if config["model_type"] == "opt" else ("model.", LLAMA)
+    theirs: dict[str, list[str]] = {}
+    for module, (ours, _) in table.items():
+        theirs.setdefault(ours, []).append(module if module == "lm_head" else prefix + module)
+    exported = {}
+    for name, tensor in tensors.items():
+        ours, layer, kind = split_name(name)
+        if ours == "output" and args.tied:
+            continue
+        modules = theirs[ours]
+        pieces = tensor.split(widths.get(ours.rpartition(".")[2], len(tensor)))
+        exported |= {
+            f"{module.replace('N', layer)}.{kind}": piece
+            for module, piece in zip(modules, pieces, strict=True)
+        }
+    return exported
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """'layers.3.fc1.bias' -> ('layers.N.fc1', '3', 'bias'); no layer: ''."""
+    module, _, kind = name.rpartition(".")
+    layer = LAYER.search(module)
+    return LAYER.sub(".N.", module), layer[1] if layer else "", kind
+
+
+# What of ModelArgs says that modules of a layer have biases.
+BIASES = {"attention_bias": "attention.wqkv", "wo_bias": "attention.wo", "mlp_bias": "feed_forward"}
+# torch.compile and DataParallel put theirs in front of all names.
+PREFIX = re.compile(r"^(_orig_mod\.|module\.)*(model\.)?(decoder\.)?")
+NO_WEIGHT = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|decoder\.version)$")
+LAYER = re.compile(r"\.(\d+)\.")
+# Their module: our module, and which part of it. N stands for the layer.
+ATTENTION = {
+    "layers.N.self_attn.q_proj": ("layers.N.attention.wqkv", 0),
+    "layers.N.self_attn.k_proj": ("layers.N.attention.wqkv", 1),
+    "layers.N.self_attn.v_proj": ("layers.N.attention.wqkv", 2),
+}
+LLAMA = ATTENTION | {
+    "embed_tokens": ("tok_embeddings", 0),
+    "layers.N.self_attn.o_proj": ("layers.N.attention.wo", 0),
+    "layers.N.mlp.gate_proj": ("layers.N.feed_forward.w13", 0),
+    "layers.N.mlp.up_proj": ("layers.N.feed_forward.w13", 1),
+    "layers.N.mlp.down_proj": ("layers.N.feed_forward.w2", 0),
+    "layers.N.input_layernorm": ("layers.N.attention_norm", 0),
+    "layers.N.post_attention_layernorm": ("layers.N.ffn_norm", 0),
+    "norm": ("norm", 0),
+    "lm_head": ("output", 0),
+}
+OPT = ATTENTION | {
+    "embed_tokens": ("tok_embeddings", 0),
+    "embed_positions": ("positions", 0),
+    "project_in": ("project_in", 0),
+    "layers.N.self_attn.out_proj": ("layers.N.attention.wo", 0),
+    "layers.N.fc1": ("layers.N.feed_forward.w1", 0),
+    "layers.N.fc2": ("layers.N.feed_forward.w2", 0),
+    "layers.N.self_attn_layer_norm": ("layers.N.attention_norm", 0),
+    "layers.N.final_layer_norm": ("layers.N.ffn_norm", 0),
+    "final_layer_norm": ("norm", 0),
+    "project_out": ("project_out", 0),
+    "lm_head": ("output", 0),
+}
+NAMES = LLAMA | OPT

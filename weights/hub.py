@@ -1,0 +1,360 @@
+"""A model by its name: a path is itself, a Hugging Face repository comes from the cache or the Hub.
+
+Start at resolve. A repository that the cache of huggingface_hub holds completely is used without
+asking the network; else `download` brings the files that running the model needs, into that cache
+(so that transformers finds them, too) or, for scripts/download.py, into a plain folder. HF_HOME,
+HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured. Nothing here imports torch, and
+huggingface_hub (0.5 s) is imported only where a repository must be found. The cache's layout:
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tqdm import tqdm
+
+from cli.command import log
+from host.files import write_whole
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FILE_NAME = re.compile(r".*\.(pth|pt|bin|safetensors|gguf|json|ckpt|npz|txt)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# In order of preference. Other copies of the weights (consolidated.*, *.fp16.*, original/, onnx,
+# gguf, flax, tf) match neither.
+WEIGHTS = (
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
+    r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json",
+)
+SUPPORT = (
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|chat_template)\.json|tokenizer\.model|merges\.txt|chat_template\.jinja|LICENSE.*|USE_POLICY.*"
+)
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def resolve(
+    model: str | Path,
+    revision: str | None = None,
+    say: Callable[[str], Any] = log,
+    check: Callable[[Path], Any] | None = None,
+) -> Path:
+    """The path of a model's files, given a path or the id of a Hugging Face repository.
+
+    revision: branch, tag or commit of a repository. say: takes the lines for the user. check: see
+    download. A path that exists always wins. A complete copy in the cache is used as it is, even
+    where the branch has moved on since: `hf download` brings the newest commit. Raises
+    FileNotFoundError and ValueError for what the user can put right, ConnectionError for the
+    network, each with one line.
+    """
+    path = Path(model)
+    if not str(model):
+        raise ValueError("--model is empty: give a path, or the id of a repository")
+    if path.exists() or path.is_symlink():
+        if revision:
+            say(f"{path} is on this disk, so --revision {revision} is not used")
+        return path
+    repo_id = str(model)
+    if not REPO_ID.fullmatch(repo_id) or FILE_NAME.fullmatch(repo_id):
+        raise FileNotFoundError(not_found(path))
+    if snapshot := cached(repo_id, revision):
+        pinned = revision == snapshot.name
+        which = f"{repo_id} --revision {revision}" if revision else repo_id
+        update = "" if pinned else f"; `hf download {which}` brings the newest commit"
+        say(f"{repo_id}: commit {snapshot.name[:7]} from the cache{update}")
+        return snapshot
+    if path.parent.is_dir() and not revision:
+        raise FileNotFoundError(
+            f"{not_found(path)}; for the repository of that name add --revision main"
+        )
+    refuse_offline(repo_id)
+    return download(repo_id, revision, say=say, check=check)
+
+
+def not_found(path: Path) -> str:
+    """What to say of a path that does not exist."""
+    nearest = next(p for p in path.absolute().parents if p.is_dir())
+    names = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
+    return (
+        f"{path} does not exist; {nearest} holds: {', '.join(names) or 'nothing'}; "
+        f"the id of a Hugging Face repository has the form ORGANISATION/NAME"
+    )
+
+
+def refuse_offline(repo_id: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(
+            f"{constants.HF_HUB_CACHE} holds no complete copy of {repo_id}, and HF_HUB_OFFLINE is "
+            "set: unset it to download the model once"
+        )
+
+
+# --- the cache: models--ORG--NAME/refs/BRANCH names a commit, snapshots/COMMIT/FILE links to a blob
+
+
+def repository_folder(repo_id: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute() / f"models--{repo_id.replace('/', '--')}"
+
+
+def cached(repo_id: str, revision: str | None) -> Path | None:
+    """The folder of a revision's files in the cache; None where not all of them are there."""
+    folder = repository_folder(repo_id)
+    ref = folder / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else str(revision)
+    snapshot = folder / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and is_complete(snapshot) else None
+
+
+def is_complete(snapshot: Path) -> bool:
+    """Whether a folder holds a config, a tokenizer and all weights of one form.
+
+    `download` fetches the weights last; where they are, all else is, too.
+    """
+    names = {p.name for p in snapshot.glob("*") if p.is_file()}
+    weights = any(all_shards(names, pattern) for pattern in WEIGHTS)
+    return "config.json" in names and not TOKENIZERS.isdisjoint(names) and weights
+
+
+def all_shards(names: set[str], pattern: str) -> bool:
+    """Whether there is the whole file, or each of model-00001-of-00003 and so on."""
+    found = {n for n in names if re.fullmatch(pattern, n) and not n.endswith(".index.json")}
+    counts = {int(m[1]) if (m := re.search(r"-of-(\d+)\.", name)) else 1 for name in found}
+    return any(len(found) >= count for count in counts)
+
+
+# --- downloading
+
+
+def download(
+    repo_id: str,
+    revision: str | None,
+    token: str | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], Any] = log,
+    check: Callable[[Path], Any] | None = None,
+) -> Path:
+    """Bring the files that a model needs, and return their folder.
+
+    folder: None for the cache. check: called with the folder before the weights come, when all
+    else is there; it raises an error for a model that cannot be run. A download that broke off
+    goes on where it stopped. Raises as `resolve` does.
+    """
+    from huggingface_hub import HfApi
+
+    store = folder or repository_folder(repo_id)
+    with explained(repo_id, revision, store):
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        names = needed_files([file.rfilename for file in info.siblings], repo_id)
+        files = [file for file in info.siblings if file.rfilename in names]
+        transfer = Transfer(repo_id, info.sha, files, store, folder is None, token)
+        transfer.show_sizes(say)
+        with alone(store, say):
+            return transfer.run(revision, check)
+
+
+@contextmanager
+def alone(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
+    """One process at a time: those of torchrun ask for the same files at once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another process is downloading these files: waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def needed_files(names: list[str], repo_id: str) -> list[str]:
+    """Those of a repository's files that a model needs; ValueError where it has no weights."""
+    for pattern in WEIGHTS:
+        if weights := [name for name in names if re.fullmatch(pattern, name)]:
+            return [name for name in names if re.fullmatch(SUPPORT, name)] + weights
+    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    raise ValueError(f"{repo_id} has no weights as safetensors or .bin; it has {listed}")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Files of one commit on their way to a plain folder, or to a repository's in the cache."""
+
+    repo_id: str
+    commit: str  # not the branch: what was listed is what comes, even if someone pushes
+    files: list["RepoSibling"]
+    store: Path
+    in_cache: bool
+    token: str | None
+
+    def home(self, file: "RepoSibling") -> Path:
+        """Where a large file will lie."""
+        return self.store / (f"blobs/{file.lfs.sha256}" if self.in_cache else file.rfilename)
+
+    def part(self, file: "RepoSibling") -> Path:
+        """Where it lies until it is whole."""
+        home = self.home(file)
+        return home.with_name(f"{home.name}.{file.lfs.sha256[:12]}.part")
+
+    def missing(self, file: "RepoSibling") -> int:
+        """How many of its bytes must still come."""
+        home = self.home(file) if file.lfs else self.store / file.rfilename
+        if home.exists():
+            return 0
+        part = self.part(file) if file.lfs else home
+        return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
+
+    def show_sizes(self, say: Callable[[str], Any]) -> None:
+        """List the files; ValueError where the disk is too small for those still to come."""
+        for file in self.files:
+            say(f"{size_text(file.size or 0):>8}  {file.rfilename}")
+        say(f"{size_text(sum(f.size or 0 for f in self.files)):>8}  in all, to {self.store}")
+        self.store.mkdir(parents=True, exist_ok=True)
+        needed = sum(map(self.missing, self.files))
+        if needed > (free := shutil.disk_usage(self.store).free):
+            raise ValueError(
+                f"{self.store} needs {size_text(needed)}, {size_text(free)} of disk is free"
+            )
+
+    def run(self, revision: str | None, check: Callable[[Path], Any] | None) -> Path:
+        """Bring the files, the small ones first, and return their folder."""
+        names = [file.rfilename for file in self.files]
+        folder = self.take([name for name in names if re.fullmatch(SUPPORT, name)])
+        if check:
+            check(folder)
+        for file in self.files:
+            if file.lfs and not self.home(file).exists():
+                self.fetch(file)
+        # What is small of the weights, and the hub's own check of what is large in a plain folder.
+        self.take(names)
+        if self.in_cache and revision != self.commit:
+            ref = self.store / "refs" / (revision or "main")
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(ref, [self.commit])
+        return folder
+
+    def take(self, names: list[str]) -> Path:
+        """Let huggingface_hub bring what is not there, and return the folder of all."""
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            self.repo_id,
+            revision=self.commit,
+            local_dir=None if self.in_cache else self.store,
+            allow_patterns=names,
+            token=self.token,
+        )
+        return self.store if not self.in_cache else Path(folder)
+
+    def fetch(self, file: "RepoSibling") -> None:
+        """One large file, from where an earlier run broke off.
+
+        snapshot_download alone would begin it again: since huggingface_hub 2 it takes up a broken
+        transfer within one run only.
+        """
+        part = self.part(file)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "a+b") as f:
+            if f.tell() > file.size:
+                f.truncate(0)
+            resumed = f.seek(0, os.SEEK_END) > 0
+            self.append(file, f)
+            if resumed and not has_hash(f, file.lfs.sha256):
+                f.truncate(0)
+                self.append(file, f)
+        part.replace(self.home(file))
+
+    def append(self, file: "RepoSibling", f: BinaryIO) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        http_get(
+            hf_hub_url(self.repo_id, file.rfilename, revision=self.commit),
+            f,
+            resume_size=f.seek(0, os.SEEK_END),
+            headers=build_hf_headers(token=self.token),
+            expected_size=file.size,
+            displayed_filename=file.rfilename,
+        )
+        f.flush()
+
+
+def has_hash(f: BinaryIO, sha256: str) -> bool:
+    f.seek(0)
+    return hashlib.file_digest(f, "sha256").hexdigest() == sha256
+
+
+def size_text(nbytes: int) -> str:
+    return tqdm.format_sizeof(nbytes, "B")
+
+
+# --- errors
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
+    """What goes wrong within is raised as one line for the user."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:
+        raise explain(error, repo_id, revision, store) from error
+    except Exception as error:
+        if type(error).__name__ != "InvalidURL":  # of the HTTP library: httpx, or httpx2
+            raise
+        raise ValueError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, no usable address") from error
+
+
+def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -> Exception:
+    """A ValueError for what the user can put right, a ConnectionError for the network."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return ValueError(f"{repo_id} is gated: accept its terms at {hub}/{repo_id}, then {LOGIN}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ValueError(
+            f"{hub} has no {repo_id} that you may see: check its name; if private, {LOGIN}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ValueError(f"{repo_id} has no revision {revision}: see {hub}/{repo_id}/commits/main")
+    if status in (401, 403):
+        return ValueError(f"{hub} refused access to {repo_id} ({status}): {LOGIN}")
+    if isinstance(error, errors.HfHubHTTPError) and status:
+        return ConnectionError(f"{hub} answered {status} for {repo_id}: try again later")
+    if isinstance(error, (errors.HTTPError, ConnectionError, errors.EntryNotFoundError)):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return ConnectionError(
+            f"no connection to {hub} ({reason}) to download {repo_id}, which is no path on this "
+            "machine: check the path, or run the command again, it will resume"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ValueError(
+            f"the disk of {store} is full: make space and run the command again, it will resume"
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        return ValueError(
+            f"{store} cannot be written ({error.strerror}): set HF_HUB_CACHE to a folder of yours"
+        )
+    return ValueError(" ".join(str(error).split()))
