@@ -10,7 +10,6 @@ do not hold. To measure the bandwidth takes seconds and a gigabyte: --bench does
 """
 
 import dataclasses
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,17 +21,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import available_memory, size_text
 from decoding import LoadedModel
-from host.measurements import keep, known
+from host.bandwidth import measured_bandwidth
+from host.memory import cache_bytes, machine_name, size_text
 from model import KVCache
 from text.generation_config import GenerationConfig
-from tiers.direct_io import page_aligned
 
-# Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
-READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}
-CPU_CACHES = "cpu[0-9]*/cache/index[0-9]*"  # in /sys/devices/system/cpu
-CPU_CACHE_BYTES = 2**25  # where the system does not tell
 WARM_UPS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up in one run, records in the next
 
 
@@ -106,55 +100,6 @@ class Stats:
             )
 
 
-def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes of the caches of the last level, of a CPU those of all its sockets."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes: dict[tuple[int, str], int] = {}  # by level, and the CPUs that share it
-    for index in system.glob(CPU_CACHES):
-        try:
-            level, cpus, size = (
-                (index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
-            )
-            sizes[int(level), cpus] = int(size.removesuffix("K")) * 1024  # "32768K"
-        except (OSError, ValueError):
-            continue
-    last = max((level for level, _ in sizes), default=0)
-    return sum(size for (level, _), size in sizes.items() if level == last) or CPU_CACHE_BYTES
-
-
-def known_bandwidth(device: torch.device) -> float | None:
-    """What measured_bandwidth has found on this machine before."""
-    return known("bandwidth", bandwidth_key(device))
-
-
-def measured_bandwidth(device: torch.device) -> float:
-    """read_bandwidth's figure, kept for the reports of later runs."""
-    keep("bandwidth", bandwidth_key(device), found := read_bandwidth(device))
-    return found
-
-
-def bandwidth_key(device: torch.device) -> tuple[str, str]:
-    return machine_name(device), torch.__version__
-
-
-def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second at which this device's memory can be read: the best of some passes.
-
-    They are by the two fastest reductions, of which one leads on Intel's CPUs and one on AMD's, and
-    through huge pages, as weights are read.
-    """
-    nbytes = min(READ_BYTES[device.type], available_memory(device) // 4) // 8 * 8
-    numbers = page_aligned(nbytes, device).fill_(1).view(torch.float32)  # untouched is not there
-    a, b = numbers.chunk(2)
-    seconds = []
-    for reduction in repeats * (lambda: torch.dot(a, b), numbers.amax):
-        start = time.perf_counter()
-        reduction().item()
-        seconds.append(time.perf_counter() - start)
-    return numbers.nbytes / min(seconds)
-
-
 def measure(
     lm: LoadedModel,
     complete: Callable[..., Any],
@@ -213,14 +158,3 @@ def provenance(device: torch.device) -> dict[str, str]:
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def machine_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"

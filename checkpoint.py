@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cli.command import log
 from host.files import sync
+from host.log import log
+from host.memory import check_memory, page_aligned, size_text
 from quant.linear import checked_scheme
-from tiers.direct_io import page_aligned
 from weights import hf
 from weights.formats import (
     Part,
@@ -492,45 +492,3 @@ def log_replaced(path: Path) -> None:
         stat = path.stat()
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
         log(f"replaces {path} ({size_text(stat.st_size)}, {made})")
-
-
-def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:
-    """Raises MemoryError saying how many bytes are needed and how many there are."""
-    available = available_memory(torch.device(device))
-    if needed > available:
-        raise MemoryError(
-            f"{what} needs {size_text(needed)} of memory on {device}, where "
-            f"{size_text(available)} is free: {remedy}"
-        )
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now; all there are where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, *cgroup_headroom(), 2**63)
-
-
-def cgroup_headroom() -> Iterator[int]:
-    """What each limit that this process lives under leaves; page cache counts as free."""
-    own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
-    leaf = Path("/sys/fs/cgroup", own)
-    for group in (leaf, *leaf.parents):
-        limit = group / "memory.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cached = int(stat["inactive_file"]) + int(stat["active_file"])
-            yield int(most) - int((group / "memory.current").read_text()) + cached
-
-
-def size_text(nbytes: float) -> str:
-    """1234567 -> '1.23 MB'."""
-    for unit in ("bytes", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} GB"

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from checkpoint import check_memory
 from draft_length import Pace
-from model import KVCache, Transformer
+from host.memory import check_memory
+from model import KVCache, Transformer, visible_slots
 from sampling import Sampler
 from text.tokenizer import Tokenizer
 
@@ -92,16 +92,6 @@ class LoadedModel:
         """Bytes of one slot of the caches of all layers, the draft's included."""
         drafted = self.draft.kv_bytes_per_token() if self.draft else 0
         return self.model.kv_bytes_per_token() + drafted
-
-
-def visible_slots(filled: int, most: int) -> int:
-    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
-
-    Attention reads so many slots: at most half of them beyond what is filled, and there are
-    only two sizes, hence two CUDA graphs, for each doubling of the length.
-    """
-    power = max(64, 1 << (filled - 1).bit_length())
-    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)
 
 
 def plain_steps(

@@ -26,13 +26,16 @@ if __name__ == "__main__":  # before torch is imported: a wrong option is answer
 
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint, size_text
-from cli.command import be_quiet, exit_code, log
+from checkpoint import DTYPES, Checkpoint
+from cli.command import exit_code
 from decoding import LoadedModel
 from evaluation.scoring import Ids, log_likelihoods
+from host.devices import find_device
 from host.files import DEMO, check_writable, json_text, read_text, write_whole
+from host.log import be_quiet, log
+from host.memory import size_text
 from host.threads import set_threads
-from load import find_device, load_model
+from load import load_model
 from ranks import join, leave, own_device, writes
 from weights import hub
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoding import LoadedModel, visible_slots
-from model import KVCache, Transformer
+from decoding import LoadedModel
+from model import KVCache, Transformer, visible_slots
 from ranks import gathered
 
 CHUNK = 512  # tokens that are read at once

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,13 +34,14 @@ from tqdm import tqdm
 from calibration.gptq import fill_module
 from calibration.predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
 from calibration.texts import calibration_text, calibration_tokens, say, take_up
-from checkpoint import Checkpoint, check_memory, size_text
-from cli.command import be_quiet, exit_code, log
+from checkpoint import Checkpoint
+from cli.command import exit_code
+from host.devices import find_device
 from host.files import sync
+from host.log import be_quiet, log
+from host.memory import check_memory, size_text, whole_blocks
 from host.threads import set_threads
-from load import find_device, skeleton
-from model import Transformer
-from neurons.feed_forward import Flash, source_of
+from load import skeleton
 from neurons.pack import (
     FILES,
     VERSION,
@@ -51,26 +52,9 @@ from neurons.pack import (
     write_manifest,
 )
 from neurons.records import GATED, PLAIN, Format
-from tiers.direct_io import whole_blocks
 
 RANK = 32  # the predictor's is the model's width divided by this
 CPU = torch.device("cpu")
-
-
-def chosen(options: argparse.Namespace) -> Flash | None:
-    if not options.flash:
-        return None
-    given = options.flash_window, options.flash_threads, options.flash_dir
-    return Flash(options.dram_budget or 0.5, *given)
-
-
-def report(model: Transformer) -> Iterator[str]:
-    """What came, beside what was expected of a token."""
-    source = source_of(model)
-    if source is None or not source.tally.calls + source.tally.whole:
-        return
-    yield from source.residence.lines(source.neurons)
-    yield from source.lines()
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -21,13 +21,11 @@ generator that launches a step before it reads the one before).
 import argparse
 import contextlib
 import json
-import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -40,37 +38,34 @@ if __name__ == "__main__":  # before torch is imported: a wrong option is answer
 import torch
 
 import bench
-import flash
 import plan
-from checkpoint import (
-    DTYPES,
-    available_memory,
-    find_weights,
-    shards,
-    size_text,
-    stored_tensors,
-)
-from cli.command import be_quiet, exit_code, log
+from checkpoint import DTYPES, find_weights, shards, stored_tensors
+from cli.command import exit_code
 from compiled import graphs_report
-from decoding import LoadedModel, plain_steps
-from finite import not_finite
+from decoding import LoadedModel
+from engine import check_prompts, complete
+from host.bandwidth import known_bandwidth
+from host.devices import find_device
 from host.files import DEMO, read_text, without_surrogates
+from host.log import be_quiet, log
+from host.memory import available_memory, machine_name, size_text
 from host.threads import set_threads
-from load import compile_now, count_weights, find_device, load_model, random_model
+from load import compile_now, count_weights, load_model, random_model
 from model import KVCache
+from neurons.feed_forward import Flash
+from neurons.feed_forward import report as flash_report
 from pp import enough_flights
 from quant.linear import make_scheme
 from ranks import agreed, join, leave, own_device, writes
-from sampling import NOT_FINITE, Sampler
-from speculate import speculative_steps
 from text import chat, jobs
 from text.completion import Completion
 from text.generation_config import GenerationConfig
 from text.model_defaults import model_defaults, taken
-from text.processors import LogitsProcessor, Processors
 from text.tokenizer import Tokenizer
 from weights import hub
 
+# The Python interface.
+__all__ = "Completion GenerationConfig LoadedModel complete generate load_model stream".split()
 DEMO_PROMPT = "Once upon a time"
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
@@ -81,217 +76,6 @@ BESIDE_WEIGHTS = (
 CHANGE_TEXTS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
 )
-
-
-Prompts = str | Sequence[str | Sequence[int]]  # one text; or several, each as text or as ids
-
-
-@torch.inference_mode()
-def generate(
-    lm: LoadedModel,
-    prompts: Prompts,
-    config: GenerationConfig = GenerationConfig(),
-    *,
-    rows: Sequence[int] | None = None,
-    caches: list[KVCache] | None = None,
-    past: int = 0,
-    live: set[int] | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
-) -> Iterator[list[list[int]]]:
-    """Continue B prompts together; each row gets the ids that it would get alone.
-
-    prompts: B texts, or lists of token ids, of any lengths. rows: the random stream that each row
-    draws from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later
-    call can use them (and what was compiled for their shape) again; past: how many leading tokens
-    of every prompt they hold already (only after a call with one prompt: a batch moves its rows).
-    live: a set that is updated to the unfinished rows after each step; a row that the caller
-    removes from it ends there. logits_processors: functions that change logits before tokens are
-    drawn, called with ids and logits of rows of the same length: see LogitsProcessor in
-    processors.py.
-
-    Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
-    none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
-    model's context.
-    Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and
-    where logits are not finite numbers.
-    """
-    texts = encoded(lm, prompts)
-    B, args = len(texts), lm.model.args
-    config = fitted(config, args.vocab_size)
-    if caches is None:
-        longest = max(map(len, texts))
-        caches = lm.make_caches(B, max(512, longest + config.max_new_tokens))
-    counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
-    limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
-    if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
-        caches = [cache.first(B) for cache in caches]
-    idle = caches[0].rows - B  # padding: rows that are computed and whose ids are dropped
-    given = [*map(tuple, texts), *[tuple(texts[-1])] * idle]
-    # No more is prepared than the caches can hold, whatever limit is asked for.
-    config = replace(config, max_new_tokens=max(counts))
-    streams = [*(rows or range(B)), *[0] * idle]
-    sampler = make_sampler(lm, config, given, streams, logits_processors)
-    ends = () if config.ignore_eos else lm.tokenizer.eos_ids
-    live = set() if live is None else live
-    live.update(range(B))
-    make, most = (speculative_steps, counts) if lm.draft else (plain_steps, max(counts))
-    for step in make(lm, given, caches, past, sampler, most, live):
-        new = [[]] * B
-        for row in tuple(live):
-            new[row] = until_end(step[row], limits[row] - len(texts[row]), ends)
-            if NOT_FINITE in new[row]:
-                texts[row] += new[row][: new[row].index(NOT_FINITE)]
-                raise ValueError(not_finite(lm, texts[row], caches))
-            texts[row] += new[row]
-            if len(texts[row]) == limits[row] or new[row][-1] in ends:
-                live.remove(row)
-        yield new
-        if not live:
-            return
-
-
-def new_token_limits(texts: Sequence[Sequence[int]], most: int, slots: int) -> list[int]:
-    """How many tokens may follow each prompt, in caches of so many slots.
-
-    Raises ValueError if a prompt leaves no free slot.
-    """
-    counts = [min(most, slots - len(text)) for text in texts]
-    if min(counts) < 1:
-        raise ValueError(f"the caches have {slots} slots, and a prompt fills them all")
-    return counts
-
-
-def make_sampler(
-    lm: LoadedModel,
-    config: GenerationConfig,
-    prompts: Sequence[Sequence[int]],
-    streams: Sequence[int],
-    functions: Sequence[LogitsProcessor],
-) -> Sampler:
-    """What draws tokens after those prompts, each with noise of its stream."""
-    changing = config.changes_logits or functions
-    processors = Processors(config, prompts, functions, lm.device) if changing else None
-    return lm.sampler(config, streams, lm.device, processors)
-
-
-def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
-    """The ids of each prompt. ValueError for what is no prompt, or none that the model can read."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    texts = [lm.tokenizer.encode(p) if isinstance(p, str) else token_ids(p) for p in prompts]
-    check_prompts(texts, lm.model.args.context, lm.model.args.vocab_size)
-    return texts
-
-
-def token_ids(prompt: Sequence[int]) -> list[int]:
-    try:
-        return [index(token) for token in prompt]
-    except TypeError as error:
-        raise ValueError(
-            f"a prompt is {type(prompt).__name__} {reprlib.repr(prompt)} and must be a text or a "
-            "list of token ids (several prompts: a list of those)"
-        ) from error
-
-
-def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """ValueError for a bias of an id that the model lacks; no more logprobs than it has ids."""
-    for token, _ in config.logit_bias:
-        if token >= vocab_size:
-            raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
-    return replace(config, logprobs=config.logprobs and min(config.logprobs, vocab_size))
-
-
-def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
-    """The first `most` ids, and of those none after the first that ends a text."""
-    end = next((n for n, token in enumerate(ids[:most], 1) if token in ends), most)
-    return ids[:end]
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
-    """ValueError for prompts, as ids, that a model of that context and vocabulary cannot read."""
-    if not prompts:
-        raise ValueError("no prompt was given")
-    for n, prompt in enumerate(prompts, 1):
-        which = "the prompt" if len(prompts) == 1 else f"prompt {n} of {len(prompts)}"
-        if not prompt:
-            raise ValueError(f"{which} is empty: give at least one token")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"{which} has {len(prompt)} tokens and the model's context is {context}, which "
-                "must hold prompt and answer: shorten the prompt"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(
-                f"{which} has token ids from {min(prompt)} to {max(prompt)} and the model knows "
-                f"0 to {vocab_size - 1}: its tokenizer files belong to another model"
-            )
-
-
-def complete(
-    lm: LoadedModel,
-    prompts: Prompts,
-    config: GenerationConfig = GenerationConfig(),
-    *,
-    on_text: Callable[[int, str], Any] = lambda row, text: None,
-    on_end: Callable[[list[int], list[Completion]], Any] = lambda rows, completions: None,
-    stats: bench.Stats | None = None,
-    interruptible: bool = False,
-    **options: Any,
-) -> list[Completion]:
-    """Continue B prompts, texts or lists of token ids, to their ends: B completions.
-
-    on_text is called with a row and a piece of its text as soon as that is certain, on_end with
-    the rows that end in a step and all completions as they are then; stats, where given, is added
-    to; interruptible: Ctrl-C ends the texts instead of the program. The other options, and what is
-    raised, are those of `generate`.
-    """
-    given = encoded(lm, prompts)
-    completions = [Completion(lm.tokenizer, ids, config) for ids in given]
-    live, growing = set(), set(range(len(given)))
-
-    def end(rows: list[int], reason: str | None = None) -> None:
-        for row in rows:
-            if text := completions[row].close(reason):
-                on_text(row, text)
-        growing.difference_update(rows)
-        if rows:
-            on_end(rows, completions)
-
-    steps = generate(lm, given, config, live=live, **options)
-    steps = stats.timed(steps, given, options.get("past", 0)) if stats else steps
-    try:
-        for step in steps:
-            for row, ids in enumerate(step):
-                if text := completions[row].extend(ids):
-                    on_text(row, text)
-                if completions[row].finish_reason == "stop":
-                    live.discard(row)
-            end(sorted(growing - live))
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
-        end(sorted(growing), "interrupted")
-    return completions
-
-
-def stream(
-    lm: LoadedModel,
-    prompt: str | Sequence[int],
-    config: GenerationConfig = GenerationConfig(),
-    **options: Any,
-) -> Iterator[str]:
-    """The pieces of the text that continues one prompt, each as soon as it is certain.
-
-    Options, and what is raised, are those of `generate`.
-    """
-    (ids,) = encoded(lm, [prompt])
-    completion, live = Completion(lm.tokenizer, ids, config), set()
-    for (new,) in generate(lm, [ids], config, live=live, **options):
-        if text := completion.extend(new):
-            yield text
-        if completion.finish_reason == "stop":
-            live.clear()
-    if text := completion.close():
-        yield text
 
 
 def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
@@ -535,7 +319,7 @@ def model_lines(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
     yield (
         f"{args.random_weights or args.checkpoint_path}: "
         f"{count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
-        f"{str(weight.dtype).removeprefix('torch.')} on {bench.machine_name(weight.device)}"
+        f"{str(weight.dtype).removeprefix('torch.')} on {machine_name(weight.device)}"
     )
     if lm.draft and lm.draft.lm:
         reads = (size_text(m.bytes_per_step()) for m in (lm.draft.lm.model, lm.model))
@@ -548,11 +332,11 @@ def model_lines(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
 def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Plan | None) -> Iterator[str]:
     """What the run took, feature by feature."""
     if stats.prefill_seconds:
-        yield from stats.report(bench.known_bandwidth(lm.device))
+        yield from stats.report(known_bandwidth(lm.device))
     yield from graphs_report(lm.decode)
     if expected and stats.decoded_tokens:
         yield from plan.report(expected, lm, stats)
-    yield from flash.report(lm.model)
+    yield from flash_report(lm.model)
     if lm.draft:
         yield from lm.draft.pace.report.lines()
 
@@ -571,10 +355,17 @@ def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedMo
         scheme = make_scheme(args.random_mode) if args.random_mode else None
         lm = random_model(args.random_weights, scheme=scheme, **options)
     else:
-        lm = load_model(args.checkpoint_path, flash=flash.chosen(args), **options)
+        lm = load_model(args.checkpoint_path, flash=flash_chosen(args), **options)
     stats = bench.Stats(lm)
     stats.load_seconds = time.perf_counter() - start
     return lm, stats
+
+
+def flash_chosen(options: argparse.Namespace) -> Flash | None:
+    if not options.flash:
+        return None
+    given = options.flash_window, options.flash_threads, options.flash_dir
+    return Flash(options.dram_budget or 0.5, *given)
 
 
 def offload_plan(

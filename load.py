@@ -15,22 +15,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    DTYPES,
-    Checkpoint,
-    allocate,
-    check_memory,
-    final_dtype,
-    read_json,
-    stored_tensors,
-)
+from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
-from decoding import LoadedModel, visible_slots
+from decoding import LoadedModel
 from draft_length import Pace
-from fast_layers import gpu as gpu_products
-from fast_layers.cpu import attend_fast, use_products
+from fast_layers.install import use_fast_products
+from host.devices import find_device
 from host.files import DEMO
-from model import KVCache, ModelArgs, Transformer
+from host.memory import check_memory
+from model import KVCache, ModelArgs, Transformer, visible_slots
 from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from neurons.pack import flash_directory, open_pack
 from offload import Fill, Stored, StreamedLayers
@@ -262,7 +255,7 @@ def make_ready(
     """A model that has its weights: its fast products, its views, and what guesses for it."""
     # While there are weights to round:
     copy = self_copy(model, draft) if draft in SELF_BITS else None
-    use_fast_products(model, model.tok_embeddings.weight.dtype)
+    use_fast_products(model, model.tok_embeddings.weight.dtype, bool(source_of(model)) or None)
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
@@ -404,16 +397,6 @@ def check_ranks(
         raise ValueError("a pipeline's stages are not compiled: omit --compile, or --pipeline")
 
 
-def use_fast_products(model: Transformer, dtype: torch.dtype) -> None:
-    """Exchange what there is something faster for on the model's device."""
-    device = model.tok_embeddings.weight.device.type
-    if device == "cpu":
-        use_products(model, dtype, large=True if source_of(model) else None)
-        attend_fast(model)
-    elif device == "cuda":
-        gpu_products.use_products(model)
-
-
 def make_views(
     model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
 ) -> LoadedModel:
@@ -424,17 +407,6 @@ def make_views(
     decode = compiled_view(model, device, by_itself) if compile else model
     lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
     return replace(lm, new_caches=ReusedCaches(lm.new_caches)) if has_graphs(decode) else lm
-
-
-def find_device(name: str) -> torch.device:
-    """A device of this machine. auto: cuda, else mps, else cpu. ValueError for what it lacks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((kind for kind, found in there.items() if found), "cpu")
-    if not there.get(name.partition(":")[0], name == "cpu"):
-        found = [kind for kind, found in there.items() if found]
-        raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
-    return torch.device(name)
 
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -523,3 +523,13 @@ class KVCache(nn.Module):
         """Become a copy of those rows of another cache, (B,), up to slot `filled`."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
+
+
+def visible_slots(filled: int, most: int) -> int:
+    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
+
+    Attention reads so many slots: at most half of them beyond what is filled, and there are
+    only two sizes, hence two CUDA graphs, for each doubling of the length.
+    """
+    power = max(64, 1 << (filled - 1).bit_length())
+    return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)

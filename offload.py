@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, room, stored_tensors
 from fast_layers.cpu import WORTH, TiledLinear, use_products
+from host.memory import page_aligned, whole_blocks
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
 from tiers import direct_io as disk
-from tiers.direct_io import DirectFile, ScratchFile, page_aligned, whole_blocks
+from tiers.direct_io import DirectFile, ScratchFile
 from tiers.policy import WEIGHT_SLOTS, Policy
 from tiers.prefetch import (
     CPU,

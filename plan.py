@@ -7,7 +7,6 @@ measurements in probe.py.
 
 import argparse
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,30 +14,16 @@ from typing import Any
 
 import torch
 
-from bench import Stats, known_bandwidth, machine_name, measured_bandwidth
-from checkpoint import (
-    DTYPES,
-    Checkpoint,
-    allocate,
-    available_memory,
-    final_dtype,
-    read_json,
-    size_text,
-    stored_tensors,
-)
-from cli.command import log
+from bench import Stats
+from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
+from fast_layers.install import use_fast_products
+from host.bandwidth import known_bandwidth, measured_bandwidth
+from host.devices import find_device
+from host.log import log
 from host.measurements import keep, known
-from load import (
-    compressed_scheme,
-    config_dtype,
-    divided,
-    find_cache,
-    find_device,
-    random_filler,
-    skeleton,
-    use_fast_products,
-)
+from host.memory import available_memory, machine_name, process_bytes, size_text
+from load import compressed_scheme, config_dtype, divided, find_cache, random_filler, skeleton
 from model import ModelArgs
 from offload import StreamedLayers
 from quant.linear import make_scheme
@@ -209,16 +194,6 @@ def sizes(subject: Subject) -> Sizes:
         within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
     )
-
-
-def process_bytes(device: torch.device) -> int:
-    """What this process takes already, where that is the device's memory."""
-    if device.type != "cpu":
-        return 0
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:  # no /proc: the most that it has taken
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> dict[str, float]:

@@ -32,18 +32,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibration.texts import calibrated_blocks
-from checkpoint import (
-    Checkpoint,
-    check_writable,
-    log_replaced,
-    save_checkpoint,
-    size_text,
-    stored_tensors,
-)
-from cli.command import be_quiet, exit_code, log
-from fast_layers.cpu import hindrance
+from checkpoint import Checkpoint, check_writable, log_replaced, save_checkpoint, stored_tensors
+from cli.command import exit_code
+from host.devices import find_device
+from host.log import be_quiet, log
+from host.memory import size_text
 from host.threads import set_threads
-from load import find_device, skeleton
+from kernels.cpu.build import unsupported_reason
+from load import skeleton
 from model import Linear, Transformer
 from quant.linear import (
     QuantizedLinear,
@@ -151,7 +147,7 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
 
 def slowness(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
     """In words, where quantised weights are multiplied more slowly here than dense ones."""
-    reason = hindrance(torch.bfloat16)
+    reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
         return None  # the products of cpu_products.py and of the kernels are faster
     N, K = (min(n, MEASURED) for n in checkpoint.records["layers.0.attention.wo.weight"].shape)

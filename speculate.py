@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding import Guess, LoadedModel, Texts, prefill, visible_slots
+from decoding import Guess, LoadedModel, Texts, prefill
 from draft_length import Pace
-from model import KVCache
+from model import KVCache, visible_slots
 from sampling import Sampler
 
 NGRAMS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first

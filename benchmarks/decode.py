@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from bench import Stats, provenance, read_bandwidth
+from bench import Stats, provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
-from checkpoint import size_text
 from decoding import LoadedModel
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
+from host.bandwidth import read_bandwidth
 from host.measurements import cache_directory
+from host.memory import size_text
 from load import compile_now, make_views, random_model
 from quant.linear import make_scheme
 

@@ -34,14 +34,14 @@ from tqdm import tqdm
 
 from bench import provenance
 from benchmarks.common import ROOT, Others, exit_code, log, show, spread
-from benchmarks.limited import Rate, drop_cache, hindrance, limited
+from benchmarks.limited import Rate, drop_cache, limited, unsupported_reason
 from benchmarks.offload_peers import bytes_read
 from calibration.gptq import fill_module
 from calibration.predictor import gate
 from checkpoint import Checkpoint, stored_tensors
-from decoding import visible_slots
-from fast_layers import cpu as cpu_products
+from kernels.cpu import build
 from load import LoadedModel, compile_now, load_model, make_views, skeleton
+from model import visible_slots
 from neurons.feed_forward import Flash, Source, source_of
 from neurons.pack import flash_directory
 from neurons.records import NeuronFile
@@ -309,9 +309,9 @@ def rate_of(args: argparse.Namespace) -> Rate | None:
 
 def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float]:
     """Bytes of the model, and those that a process takes beside it. names: of ways to come."""
-    if reason := hindrance(rate_of(args)):
+    if reason := unsupported_reason(rate_of(args)):
         raise ValueError(f"skipped: {reason}")
-    cpu_products.build()  # a compiler takes more memory than what it compiles for
+    build.build()  # a compiler takes more memory than what it compiles for
     for name in names if args.compile else ():
         alone(args, name, UNLIMITED)  # and leaves its results in a cache
     whole = bfloat16_bytes(skeleton(Checkpoint(args.model).args, None))

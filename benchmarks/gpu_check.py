@@ -26,11 +26,13 @@ from torch._dynamo.utils import counters
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from checkpoint import DTYPES, Checkpoint
-from decoding import LoadedModel, visible_slots
+from decoding import LoadedModel
+from engine import complete
 from evaluation.scoring import log_likelihoods
-from generate import GenerationConfig, complete
-from load import find_device, load_model, make_views
-from model import KVCache
+from generate import GenerationConfig
+from host.devices import find_device
+from load import load_model, make_views
+from model import KVCache, visible_slots
 from quant.linear import make_scheme
 from quantize import quantize
 

@@ -22,14 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench import WARM_UPS, Stats, provenance, read_bandwidth
+from bench import WARM_UPS, Stats, provenance
 from benchmarks.common import ROOT, exit_code, log, show, spread
 from benchmarks.gpu_common import Attempts, nominal, seconds
 from benchmarks.speculate import Parts
 from benchmarks.speculate import seconds as typical_seconds
 from decoding import LoadedModel
-from generate import complete, generate
-from load import compile_now, find_device, make_views, meet_shapes, random_model
+from engine import complete, generate
+from host.bandwidth import read_bandwidth
+from host.devices import find_device
+from load import compile_now, make_views, meet_shapes, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from text.generation_config import GenerationConfig

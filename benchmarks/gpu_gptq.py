@@ -24,7 +24,7 @@ from benchmarks.common import ROOT, exit_code, log
 from benchmarks.gpu_common import seconds
 from calibration.gptq import CalibratedBlock, embed, fill_module, inverse_factor, quantize_block
 from checkpoint import read_json
-from load import find_device
+from host.devices import find_device
 from model import ModelArgs, Transformer
 from weights.hf import model_args
 

@@ -24,7 +24,8 @@ from bench import provenance
 from benchmarks.common import ROOT, exit_code, log, show, spread
 from benchmarks.gpu_common import Attempts
 from benchmarks.offload import copy_rate, run
-from load import find_device, random_model
+from host.devices import find_device
+from load import random_model
 from tiers.policy import Policy, Share
 
 

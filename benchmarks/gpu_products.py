@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import provenance, read_bandwidth
+from bench import provenance
 from benchmarks.common import ROOT, exit_code, log, spread
 from checkpoint import read_json
-from load import find_device, skeleton
+from host.bandwidth import read_bandwidth
+from host.devices import find_device
+from load import skeleton
 from model import Linear
 from quant.linear import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
 from weights.hf import model_args

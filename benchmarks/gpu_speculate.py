@@ -26,7 +26,8 @@ from benchmarks.gpu_decode import slots
 from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
 from draft_length import Pace
-from load import compile_now, find_device, meet_shapes, random_model
+from host.devices import find_device
+from load import compile_now, meet_shapes, random_model
 from model import KVCache
 from speculate import ModelDraft
 

@@ -6,7 +6,7 @@ Start at limited. Page cache counts: a page of a file is charged to the group th
 so a mapped file larger than the limit must come from disk again and again. What another group
 read before costs nothing, however, so drop_cache the files first. A disk can be held to a rate,
 too, where its own drifts with what others do. Linux, cgroups 1 or 2, and the right to make a group:
-hindrance says what is missing.
+unsupported_reason says what is missing.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def limited(
 
     With it goes cgroup_peak_bytes, which page cache usually fills to the limit. Raises
     OutOfMemory where the kernel killed it, ChildProcessError where it failed, both in one line,
-    and OSError where there is no such limit, see hindrance.
+    and OSError where there is no such limit, see unsupported_reason.
     """
     words = [str(word) for word in command]
     with new_group(limit_bytes) as group, slow_disk(group, rate) as groups:
@@ -227,7 +227,7 @@ def places() -> Iterator[Path]:
             yield from outer or [MOUNTED]
 
 
-def hindrance(rate: Rate | None = None) -> str | None:
+def unsupported_reason(rate: Rate | None = None) -> str | None:
     """Why no memory limit, or rate, can be enforced here, in one line; None where it can."""
     try:
         limited(["echo", "{}"], 2**30, rate=rate)

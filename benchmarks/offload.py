@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
-from benchmarks.limited import OutOfMemory, hindrance
+from benchmarks.limited import OutOfMemory, unsupported_reason
 from benchmarks.offload_peers import (
     Forms,
     beside_accelerate,
@@ -47,10 +47,11 @@ from benchmarks.offload_peers import (
     beside_ourselves,
 )
 from checkpoint import read_json
-from generate import GenerationConfig, complete, generate
+from engine import complete, generate
+from generate import GenerationConfig
+from host.memory import page_aligned
 from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
 from plan import Planner, Subject, Work, machine, sizes
-from tiers.direct_io import page_aligned
 from tiers.policy import Policy, Share
 from weights.hf import model_args
 
@@ -283,7 +284,7 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     """In half the weights' bytes, enforced: one text, then as many as each side does best."""
     forms = Forms(args.forms)
     limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
-    if reason := hindrance():
+    if reason := unsupported_reason():
         raise ValueError(f"skipped: {reason}")
     ours = {"memory": limit, "directory": args.directory, "new_tokens": args.new}
     theirs = {"offload_folder": args.directory / "accelerate", "new_tokens": args.new}
@@ -325,7 +326,7 @@ def contexts(args: argparse.Namespace) -> dict[str, Any]:
     """
     forms = Forms(args.forms)
     limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
-    if reason := hindrance():
+    if reason := unsupported_reason():
         raise ValueError(f"skipped: {reason}")
     common = {"new_tokens": args.new, "prompt_length": LONG}
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "accelerate": []}
@@ -354,7 +355,7 @@ def contexts(args: argparse.Namespace) -> dict[str, Any]:
 def budget(args: argparse.Namespace) -> dict[str, Any]:
     """Plans within a budget, in 1.05 of it, enforced: a run that takes more is killed."""
     forms, runs = Forms(args.forms), []
-    if reason := hindrance():
+    if reason := unsupported_reason():
         raise ValueError(f"skipped: {reason}")
     for memory, batch in itertools.product((0.9e9, 1.3e9, 2e9), (1, 96)):
         given = {"memory": memory, "directory": args.directory, "new_tokens": args.new}

@@ -73,9 +73,10 @@ def beside_ourselves(
 ) -> dict[str, Any]:
     """memory: of the whole process, as --host_memory means it; options: as accelerate's, where
     batch is the most rows that are to be had."""
-    from fast_layers import cpu as cpu_products
 
-    cpu_products.build()  # a compiler takes more memory than what it compiles for
+    from kernels.cpu import build
+
+    build.build()  # a compiler takes more memory than what it compiles for
     given = {"folder": forms.ours, "memory": memory, "directory": directory} | options
     return alone(sys.executable, "ours", forms.ours, limit_bytes, given)
 
@@ -180,7 +181,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from checkpoint import Checkpoint
-    from generate import GenerationConfig, generate
+    from engine import generate
+    from generate import GenerationConfig
     from load import load_model
     from plan import Planner, Subject, Work, machine, sizes
     from tiers.policy import Policy

@@ -25,7 +25,8 @@ import torch
 
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import random_model
 from ranks import join, leave
 

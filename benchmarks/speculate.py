@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
-from decoding import LoadedModel, visible_slots
+from decoding import LoadedModel
 from draft_length import Pace
-from generate import complete
-from load import compile_now, find_device, load_model, random_model
-from model import KVCache
+from engine import complete
+from host.devices import find_device
+from load import compile_now, load_model, random_model
+from model import KVCache, visible_slots
 from sampling import Sampler
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from text.generation_config import GenerationConfig

@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from calibration.distill import distill, texts_of_a_step, training_bytes
 from calibration.gptq import Buffers, quantize_blocks
-from checkpoint import Checkpoint, check_memory
+from checkpoint import Checkpoint
+from host.devices import find_device
 from host.files import read_text
-from load import count_weights, find_device, skeleton
+from host.memory import check_memory
+from load import count_weights, skeleton
 from model import Linear
 from text.tokenizer import load_tokenizer
 

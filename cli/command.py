@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from host.log import LOGGER
+
 MISTAKES = OSError, ValueError, MemoryError, ImportError  # of the user's, or of the machine
 # RuntimeErrors of torch that a user can cause, by what they say.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
-LOGGER = logging.getLogger("gpt_flex")
 LOGGER.setLevel(logging.INFO)
 
 
@@ -90,13 +91,3 @@ def is_mistake(error: Exception) -> bool:
     """Whether an error is the user's or the machine's, and not the program's."""
     known = isinstance(error, RuntimeError) and any(t in str(error) for t in TORCH_MISTAKES)
     return known or isinstance(error, MISTAKES)
-
-
-def log(line: str) -> None:
-    """A line on stderr, unless --quiet."""
-    if LOGGER.isEnabledFor(logging.INFO):
-        print(line, file=sys.stderr, flush=True)
-
-
-def be_quiet(quiet: bool) -> None:
-    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -29,8 +29,8 @@ from lm_eval.utils import get_rolling_token_windows, make_table, setup_logging
 from tqdm import tqdm
 
 from decoding import LoadedModel
+from engine import complete
 from evaluation.scoring import Ids, common, log_likelihoods
-from generate import complete
 from text.completion import Completion
 from text.generation_config import GenerationConfig
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import available_memory
-from decoding import PREFILL_TOKENS, LoadedModel, visible_slots
+from decoding import PREFILL_TOKENS, LoadedModel
+from host.memory import available_memory
 from load import count_weights
-from model import KVCache, ModelArgs
+from model import KVCache, ModelArgs, visible_slots
 from ranks import agreed
 
 Ids = Sequence[int]

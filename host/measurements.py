@@ -10,8 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from cli.command import log
 from host.files import write_whole
+from host.log import log
 
 
 def cache_directory() -> Path | None:

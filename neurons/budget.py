@@ -23,13 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench import machine_name
-from checkpoint import size_text
 from host.measurements import keep, known
+from host.memory import machine_name, page_aligned, size_text
 from neurons.pack import Pack
 from neurons.products import Products, has_kernel
 from neurons.records import NeuronFile
-from tiers.direct_io import page_aligned
 from tiers.prefetch import CPU
 from tiers.probe import typical
 

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import size_text, stored_tensors
+from checkpoint import stored_tensors
+from host.memory import page_aligned, size_text, whole_blocks
 from model import Linear, ModelArgs, Transformer
 from neurons.budget import DEPTHS, Residence, choose, measured
 from neurons.pack import Pack
 from neurons.products import Products, has_kernel, put, taken
 from neurons.records import Format, NeuronCache, NeuronFile
 from neurons.uring import Work, nothing
-from tiers.direct_io import page_aligned, whole_blocks
 from tiers.prefetch import CPU, Courier, Fence, Ring, Slot, Staged, Waited, fence, sent
 
 MANY = 64  # tokens; more of them at once are a prompt
@@ -390,3 +390,12 @@ def source_of(model: Transformer) -> Source | None:
     """Where a model's neurons come from, if they do not stay in memory."""
     first = model.layers[0]
     return getattr(getattr(first, "feed_forward", None), "source", None)
+
+
+def report(model: Transformer) -> Iterator[str]:
+    """What came, beside what was expected of a token."""
+    source = source_of(model)
+    if source is None or not source.tally.calls + source.tally.whole:
+        return
+    yield from source.residence.lines(source.neurons)
+    yield from source.lines()

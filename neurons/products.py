@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast_layers.cpu import build, hindrance
+from kernels.cpu.build import build, unsupported_reason
 from neurons.records import Format
 from tiers.prefetch import sent
 
@@ -29,12 +29,12 @@ torch.library.define(
 
 
 def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels/cpu/neurons.cpp computes such records here; it is built at the first question."""
+    """Whether kernels/cpu/neurons.cpp computes such records here. The first call builds it."""
     if device.type != "cpu" or format.dim % TOGETHER or format.groupsize % TOGETHER:
         return False
     if format.kind == "dense" and format.dtype != dtype:
         return False
-    return not (hindrance(dtype) or build())
+    return not (unsupported_reason(dtype) or build())
 
 
 @dataclass(frozen=True)

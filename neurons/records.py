@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from host.memory import page_aligned
 from neurons.uring import PIECE, REQUEST, Work, many_reads, nothing, read_pieces
 from quant.linear import dense_int4, round_int4, round_int8
-from tiers.direct_io import REFUSED, DirectFile, page_aligned
+from tiers.direct_io import REFUSED, DirectFile
 
 SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
 KINDS = "dense", "int8", "int4"

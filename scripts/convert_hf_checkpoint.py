@@ -23,10 +23,10 @@ from checkpoint import (
     final_dtype,
     log_replaced,
     save_checkpoint,
-    size_text,
     stored_tensors,
 )
 from cli.command import exit_code
+from host.memory import size_text
 from load import skeleton
 from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 

@@ -32,9 +32,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, save_checkpoint, size_text, stored_tensors
+from checkpoint import DTYPES, save_checkpoint, stored_tensors
 from cli.arguments import positive
-from cli.command import exit_code, log
+from cli.command import exit_code
+from host.log import log
+from host.memory import size_text
 from load import skeleton
 from model import LearnedPositions
 from weights.formats import Part, pickle_part, read_part

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import complete
+from engine import complete
 from load import load_model
 from model import KVCache, Transformer
 from text.generation_config import GenerationConfig

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import tp
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import load_model
 from pp import SharedSampler
 from ranks import Ranks, join, leave

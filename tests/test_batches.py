@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from generate import GenerationConfig, complete, load_model, main, parse_args
+from engine import complete
+from generate import GenerationConfig, load_model, main, parse_args
 from model import Transformer
 from text import jobs
 

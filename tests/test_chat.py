@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import Completion, GenerationConfig, complete
+from engine import complete
+from generate import Completion, GenerationConfig
 from load import load_model
 from text import chat
 from text.chat import Conversation

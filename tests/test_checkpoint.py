@@ -13,14 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoint as checkpoint_module
-from checkpoint import (
-    Checkpoint,
-    available_memory,
-    check_memory,
-    find_weights,
-    save_checkpoint,
-    size_text,
-)
+from checkpoint import Checkpoint, find_weights, save_checkpoint
+from host.memory import available_memory, check_memory, size_text
 from model import Transformer
 from quant.linear import make_scheme
 from weights.hf import export_tensors, model_args

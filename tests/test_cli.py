@@ -266,7 +266,7 @@ def test_an_option_that_makes_no_sense_is_refused(
 def test_too_little_memory_is_said_before_it_is_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("checkpoint.available_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("host.memory.available_memory", lambda device: 10_000_000)
     assert in_process("--num_samples", 64, "--batch_size", 64, "--max_new_tokens", 400) == 2
     assert "a KV cache of 64 rows of 512 tokens needs 67.1 MB" in capsys.readouterr().err
 

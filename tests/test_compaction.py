@@ -13,7 +13,8 @@ import torch
 
 import decoding
 from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
-from generate import GenerationConfig, complete, generate
+from engine import complete, generate
+from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from sampling import Sampler

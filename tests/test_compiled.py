@@ -10,7 +10,8 @@ import torch
 
 from compiled import Shortcuts
 from decoding import LoadedModel
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import load_model, make_views
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import LLAMA3
 
-from generate import generate
+from engine import generate
 from load import config_dtype, random_model
 from model import DynamicRotaryPositions, RotaryPositions
 from quant.linear import skeleton

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import FewRowsLinear, TiledLinear
+from host.memory import page_aligned
+from kernels.cpu import build
 from load import random_model
 from model import KVCache, Linear
 from quant.linear import (
@@ -30,14 +32,15 @@ from quant.linear import (
     scale_units,
     unpack_nibbles,
 )
-from tiers.direct_io import page_aligned
 
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 
 
-hindrance = cpu_products.hindrance(torch.bfloat16) or cpu_products.build()
+unsupported_reason = build.unsupported_reason(torch.bfloat16) or build.build()
 pytestmark = pytest.mark.usefixtures("two_threads")
-needed = pytest.mark.skipif(hindrance is not None, reason=f"no products: {hindrance}")
+needed = pytest.mark.skipif(
+    unsupported_reason is not None, reason=f"no products: {unsupported_reason}"
+)
 
 
 def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
@@ -57,12 +60,12 @@ def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
     has = dict.fromkeys(cpu_products.NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", has.copy)
     monkeypatch.setenv("CXX", "sh")
-    assert cpu_products.hindrance(torch.bfloat16) is None
-    assert "bfloat16, not float32" in cpu_products.hindrance(torch.float32)
+    assert build.unsupported_reason(torch.bfloat16) is None
+    assert "bfloat16, not float32" in build.unsupported_reason(torch.float32)
     monkeypatch.setenv("CXX", "no-compiler-of-this-name")
-    assert "install g++" in cpu_products.hindrance(torch.bfloat16)
+    assert "install g++" in build.unsupported_reason(torch.bfloat16)
     del has["avx512_vnni"]
-    assert cpu_products.hindrance(torch.bfloat16) == "this CPU lacks avx512_vnni"
+    assert build.unsupported_reason(torch.bfloat16) == "this CPU lacks avx512_vnni"
 
 
 def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(

@@ -28,8 +28,11 @@ from benchmarks.flash import unbundled
 from calibration.gptq import fill_module
 from calibration.predictor import GAPS, WINDOWS, dense, locality
 from checkpoint import Checkpoint
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
+from host.memory import page_aligned
 from load import LoadedModel, compile_now, load_model, skeleton
+from neurons import feed_forward
 from neurons.budget import Disk, Residence, Usage, choose
 from neurons.feed_forward import Flash, Tally, source_of
 from neurons.pack import flash_directory, open_pack
@@ -47,7 +50,6 @@ from neurons.records import (
 )
 from neurons.uring import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
 from quant.linear import Int4Linear, Int8Linear, nearest
-from tiers.direct_io import page_aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -795,7 +797,7 @@ def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
     monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: True)
     lm = sparse(models["opt"])
     texts(lm)
-    said = list(flash.report(lm.model))
+    said = list(feed_forward.report(lm.model))
     assert any("whole layers" in line for line in said)
     assert not any("predicted" in line for line in said)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import quantize
 from checkpoint import Checkpoint
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import load_model
 from quant.linear import dense_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert

@@ -32,7 +32,7 @@ from safetensors.torch import save
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli.command import MISTAKES
-from generate import generate
+from engine import generate
 from load import load_model
 from model import Transformer
 from quant.linear import make_scheme, quantized_copy

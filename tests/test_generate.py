@@ -10,9 +10,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import decoding
-from decoding import LoadedModel, launched_ahead, visible_slots
-from generate import GenerationConfig, complete, generate
+from decoding import LoadedModel, launched_ahead
+from engine import complete, generate
+from generate import GenerationConfig
 from load import load_model, random_model
+from model import visible_slots
 from text.completion import Completion
 
 ROOT = Path(__file__).resolve().parent.parent

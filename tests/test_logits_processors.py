@@ -14,7 +14,7 @@ from common import DEMO, DRAFT, TEXTS
 from torch import Tensor
 
 from decoding import LoadedModel
-from generate import complete, generate
+from engine import complete, generate
 from load import load_model
 from text.generation_config import GenerationConfig
 from text.processors import Processors

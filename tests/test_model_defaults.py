@@ -87,6 +87,6 @@ def test_the_line_names_what_was_taken_from_where(tmp_path: Path):
 
 def test_torch_is_not_imported():
     root = Path(__file__).resolve().parent.parent
-    heavy, imports = {"torch", "huggingface_hub"}, "import sys, hub, model_defaults"
+    heavy, imports = {"torch", "huggingface_hub"}, "import sys, weights.hub, text.model_defaults"
     program = f"{imports}; assert not {heavy!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True)

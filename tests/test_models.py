@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import Draft, LoadedModel
 from draft_length import Pace
+from engine import generate
 from evaluation.scoring import log_likelihoods
-from generate import generate
 from load import make_views
 from model import Transformer
 from speculate import NgramDraft, SelfDraft

@@ -1,4 +1,4 @@
-"""Products by records of neurons, kernels/cpu/neurons.cpp's and torch's, against sums in float64."""
+"""Products by records of neurons, of kernels/cpu/neurons.cpp and of torch, against float64."""
 
 import itertools
 
@@ -88,8 +88,8 @@ def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
 
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     """Where products in bfloat16 are possible, whether or not they are here."""
-    hindrance = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
-    monkeypatch.setattr("neurons.products.hindrance", hindrance.__getitem__)
+    unsupported_reason = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
+    monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
     taken = Format(PLAIN, 64, "dense", torch.bfloat16)
     odd = Format(PLAIN, 40, "dense", torch.bfloat16)

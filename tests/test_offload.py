@@ -16,7 +16,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from checkpoint import Checkpoint, save_checkpoint
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme

@@ -19,6 +19,7 @@ from test_offload import ids as all_ids
 import flash
 from calibration import predictor
 from load import LoadedModel
+from neurons import feed_forward
 from neurons.feed_forward import source_of
 from neurons.records import KINDS
 from quant.linear import Int4Linear
@@ -128,7 +129,7 @@ def test_neurons_from_disk(
         assert texts(lm, FEW, 2) == wanted
         tally = source_of(lm.model).tally
         assert tally.whole if whole else tally.missed and int(tally.active)
-        assert list(flash.report(lm.model))
+        assert list(feed_forward.report(lm.model))
 
 
 def test_the_host_waits_once_a_layer_where_nothing_is_missed(

@@ -20,7 +20,7 @@ import generate
 import plan
 from cli.arguments import documents
 from generate import main, parse_args
-from host import files, measurements
+from host import files, measurements, memory
 from text import jobs
 from text.generation_config import GenerationConfig
 from tiers.direct_io import ScratchFile, existing
@@ -321,8 +321,8 @@ def test_only_what_memory_is_read_for_is_compared_with_memory(tmp_path: Path, mo
         index.mkdir(parents=True)
         for name, value in (("level", "3"), ("shared_cpu_list", cpus), ("size", "1024K")):
             (index / name).write_text(value + "\n")
-    assert bench.cache_bytes(torch.device("cpu"), tmp_path) == 2 * 2**20
-    assert bench.cache_bytes(torch.device("cpu"), tmp_path / "none") == bench.CPU_CACHE_BYTES
+    assert memory.cache_bytes(torch.device("cpu"), tmp_path) == 2 * 2**20
+    assert memory.cache_bytes(torch.device("cpu"), tmp_path / "none") == memory.CPU_CACHE_BYTES
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 2**20)
     assert "measured here" in list(stats(2**22).report(1e9))[-1]
     assert "per token" in list(stats(2**22).report(None))[-1]

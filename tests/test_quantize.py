@@ -14,9 +14,11 @@ import checkpoint as checkpoint_module
 import quantize
 from calibration.texts import calibration_text
 from checkpoint import Checkpoint, save_checkpoint
+from engine import complete
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import TiledLinear
-from generate import GenerationConfig, complete
+from generate import GenerationConfig
+from kernels.cpu import build
 from load import load_model, random_model
 from model import Linear
 from quant.linear import (
@@ -39,8 +41,8 @@ SHAPES = ((64, 172), (100, 64), (17, 40), (48, 256))  # out, in: 172 = 4 * 43, n
 FOUR, EIGHT = {"bits": 4, "groupsize": 32}, {"bits": 8}
 TEXTS = ("Once upon a time", "Lily", "Tim and his dog saw a big red ball. They")
 tiles = pytest.mark.skipif(
-    cpu_products.hindrance(torch.bfloat16) is not None,
-    reason=f"no tiles here: {cpu_products.hindrance(torch.bfloat16)}",
+    build.unsupported_reason(torch.bfloat16) is not None,
+    reason=f"no tiles here: {build.unsupported_reason(torch.bfloat16)}",
 )
 
 
@@ -129,7 +131,7 @@ def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, in
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
     """For one row, for rows together and for many, whose products are different code."""
-    assert cpu_products.build() is None
+    assert build.build() is None
     layer = filled(random_linear(shape), said, torch.bfloat16)
     tiled = TiledLinear(layer)
     weight = layer.dense(torch.float64)
@@ -174,7 +176,7 @@ def test_scales_that_fit_no_byte_are_multiplied_by_as_they_are(
 @pytest.mark.parametrize("groupsize", GROUP_SIZES)
 def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     """As others' files have them."""
-    assert cpu_products.build() is None
+    assert build.build() is None
     layer = filled(random_linear((48, 300)), {"bits": 4, "groupsize": groupsize}, torch.bfloat16)
     x = torch.randn(260, 300).bfloat16()
     short = TiledLinear(layer)
@@ -195,7 +197,7 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
 )
 def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(said: dict):
     """Four rows and eight are different code, with AMX quite different; 300 is no whole span."""
-    assert cpu_products.build() is None
+    assert build.build() is None
     layer = filled(random_linear((100, 300)), said, torch.bfloat16)
     x = torch.randn(45, 300).bfloat16() * torch.logspace(-3, 3, 45).unsqueeze(1)
     x = x.bfloat16()
@@ -210,7 +212,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(said: dict):
 @tiles
 def test_activations_lose_less_than_bfloat16_does():
     """One value a thousand times as large as the others of its row, as real models have."""
-    assert cpu_products.build() is None
+    assert build.build() is None
     layer = filled(random_linear((64, 256), bias=True), FOUR, torch.bfloat16)
     layer.bias.data.zero_()
     x = torch.randn(1, 256).bfloat16()
@@ -359,7 +361,9 @@ def test_what_is_replaced_is_said(demo: Path, capsys: pytest.CaptureFixture):
 def test_slow_products_are_measured_and_said(
     demo: Path, slow: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(quantize, "hindrance", lambda dtype: "this CPU is old" if slow else None)
+    monkeypatch.setattr(
+        quantize, "unsupported_reason", lambda dtype: "this CPU is old" if slow else None
+    )
     monkeypatch.setattr(quantize, "find_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(quantize, "product_seconds", lambda *given: (0.001, 0.0105))
     quantized(demo)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import GenerationConfig, complete
+from engine import complete
+from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from quant.kv_cache import QuantizedKVCache

@@ -19,8 +19,9 @@ from torch._dynamo.utils import counters
 import quantize
 from decoding import LoadedModel
 from draft_length import MOST, PLAIN_EVERY, Pace
-from fast_layers.cpu import hindrance
-from generate import GenerationConfig, complete, generate
+from engine import complete, generate
+from generate import GenerationConfig
+from kernels.cpu.build import unsupported_reason
 from load import compile_now, load_model, random_model
 from sampling import candidates
 from speculate import NGRAMS, ModelDraft, NgramDraft, SelfDraft, follow, held, index
@@ -155,7 +156,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torch.dtype):
     """In bfloat16 where products have the same bits whatever rows are beside one."""
-    if dtype == torch.bfloat16 and (reason := hindrance(dtype)):
+    if dtype == torch.bfloat16 and (reason := unsupported_reason(dtype)):
         pytest.skip(reason)
     options = {"device": "cpu", "dtype": dtype}
     plain = load_model(quantised[mode], **options)

@@ -14,7 +14,7 @@ from common import DEMO, DRAFT, TEXTS
 from safetensors.torch import load_file, save_file
 
 from decoding import LoadedModel
-from generate import complete, generate, stream
+from engine import complete, generate, stream
 from load import load_model
 from text.completion import Completion
 from text.generation_config import GenerationConfig

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cli.command import log
+from host.log import log
 from ranks import agreed
 from text.chat_template import check_messages
 from text.terminal import Messages

@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cli.command import log
 from host.files import decoded, json_text, parse_json, read_text
+from host.log import log
 from text.chat_template import check_messages
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation

@@ -7,21 +7,17 @@ refuses O_DIRECT the same calls go through the page cache.
 """
 
 import errno
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-BLOCK = 4096  # bytes; what O_DIRECT asks for
 LARGE = 4 * 2**20  # bytes of a request: larger ones are no faster
 SMALL = 2**20  # the same where others wait behind it
 IN_FLIGHT = 8  # requests at a time
-HUGE = 2 * 2**20  # bytes of a huge page
 REFUSED = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
 
 Pieces = Iterable[tuple[int, Tensor]]  # offsets in a file, and the bytes there
@@ -116,26 +112,3 @@ def existing(directory: Path) -> Path:
     if not place.is_dir():
         raise NotADirectoryError(f"{place} is a file: --offload_dir needs a directory")
     return place
-
-
-def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """That many bytes of zeros, beginning at a multiple of BLOCK. pinned: for copies to a GPU.
-
-    On a CPU in huge pages, as far as it fills any and the system has them: the disk then has fewer
-    places to write to, and a step, which reads every weight once, waits less for page tables.
-    """
-    if device.type != "cpu" or pinned:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-    if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    huge = nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
-    memory = mmap.mmap(-1, nbytes + HUGE * huge, flags)
-    if huge:
-        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE * HUGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
-
-
-def whole_blocks(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK

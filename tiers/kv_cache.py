@@ -22,8 +22,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from host.memory import BLOCK, page_aligned, whole_blocks
 from model import KVCache, Transformer
-from tiers.direct_io import BLOCK, ScratchFile, page_aligned, whole_blocks
+from tiers.direct_io import ScratchFile
 from tiers.policy import CACHE_SLOTS, Policy
 from tiers.prefetch import (
     CPU,

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from checkpoint import size_text
-from decoding import visible_slots
+from host.memory import size_text
+from model import visible_slots
 from tiers.direct_io import IN_FLIGHT, SMALL
 from tiers.policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from tiers.probe import Machine

@@ -21,7 +21,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tiers.direct_io import Pieces, page_aligned, whole_blocks
+from host.memory import page_aligned, whole_blocks
+from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 COPIED = 2**25  # bytes that go to a GPU at once: half a millisecond

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from host.memory import page_aligned
 from model import ModelArgs, Transformer
-from tiers.direct_io import ScratchFile, page_aligned
+from tiers.direct_io import ScratchFile
 
 READS = 2**16, 2**20, 2**23, 2**26  # bytes of a call
 ROWS = 1, 2, 4, 8, 16, 32, 64, 128, 256, 512  # tokens that go through a block at once

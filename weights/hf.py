@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cli.command import log
 from host.files import short
+from host.log import log
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
 # Far above any real model. What is larger is a mistake, and might take minutes to build.

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from cli.command import log
 from host.files import write_whole
+from host.log import log
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
