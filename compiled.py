@@ -45,8 +45,8 @@ def compiled_view(
     if device.type != "cpu":
         step = compiled_parts(model, {"options": gpu_options(device)})
         return CudaGraphs(step, device) if cuda_graphs and device.type == "cuda" else step
-    shortcuts = Shortcuts()
-    settings = {"backend": shortcuts.inductor(cpu_options(model))}
+    compiled_graphs = CompiledGraphCache()
+    settings = {"backend": compiled_graphs.inductor(cpu_options(model))}
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
     def view(
@@ -54,10 +54,10 @@ def compiled_view(
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
-        if (logits := shortcuts.take(given)) is not None:
+        if (logits := compiled_graphs.take(given)) is not None:
             return logits
         vary_inputs(tokens, pos, slots, *at)
-        with shortcuts.watching(given):
+        with compiled_graphs.watching(given):
             return compiled(tokens, pos, slots, caches, *at)
 
     # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
@@ -136,7 +136,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     Their weights are inputs of it, so that neither another block nor another slot compiles anew.
     """
     if device.type == "cpu":
-        settings = {"backend": Shortcuts().inductor(cpu_options(model))}
+        settings = {"backend": CompiledGraphCache().inductor(cpu_options(model))}
     else:
         settings = {"options": gpu_options(device)}
     torch._dynamo.config.recompile_limit = 64
@@ -274,7 +274,7 @@ def graphs_report(view: Callable[..., Tensor]) -> Iterator[str]:
         yield f"CUDA graphs: {view.recorded} recorded, {view.held} held, {size} of memory"
 
 
-class Shortcuts:
+class CompiledGraphCache:
     """Ways to a compiled graph that do not lead through Dynamo.
 
     Dynamo, at every call, checks and collects what a graph takes, each weight by its path from the

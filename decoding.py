@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from draft_length import Pace
+from draft_length import DraftLengthController
 from host.memory import check_memory
-from model import KVCache, Transformer, visible_slots
+from model import KVCache, Transformer, visible_length
 from sampling import Sampler
 from text.tokenizer import Tokenizer
 
@@ -32,13 +32,13 @@ Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
 # Asked for k guesses for the rows that go on: up to so many, (B, k), and how many each row has.
 Guess = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
 
-Flight = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the caches of those
+MicroBatch = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the caches of those
 
 
 class Draft(Protocol):
     """What guesses a model's next tokens: see speculate.py."""
 
-    pace: Pace
+    controller: DraftLengthController
     lm: "LoadedModel | None"  # the model that guesses, if one does
 
     def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
@@ -51,7 +51,7 @@ class Draft(Protocol):
     def kv_bytes_per_token(self) -> int: ...
 
 
-def one_flight(caches: Sequence[KVCache]) -> list[Flight]:
+def one_micro_batch(caches: Sequence[KVCache]) -> list[MicroBatch]:
     return [(range(caches[0].rows), caches)]
 
 
@@ -77,7 +77,7 @@ class LoadedModel:
     sweep: int | None = None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
     sampler: Callable[..., Sampler] = Sampler
     # Rows that go through the model by themselves, and their caches.
-    flights: Callable[[Sequence[KVCache]], Sequence[Flight]] = one_flight
+    micro_batches: Callable[[Sequence[KVCache]], Sequence[MicroBatch]] = one_micro_batch
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +86,7 @@ class LoadedModel:
     @torch.inference_mode()
     def make_caches(self, batch: int, length: int) -> Sequence[KVCache]:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
-        return self.new_caches(self, batch, visible_slots(length, self.model.args.context))
+        return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers, the draft's included."""
@@ -99,11 +99,13 @@ def plain_steps(
 ) -> Iterator[list[list[int]]]:
     """Steps of one new id for each row; given: what launched_steps takes. The host waits for a
     step's ids alone: where the device works by itself, it has been given the next step by then."""
-    flights = [launched_steps(lm, prompts, flight, *given) for flight in lm.flights(caches)]
-    if lm.flights is not one_flight:
-        steps = together(flights)
+    micro_batches = [
+        launched_steps(lm, prompts, micro_batch, *given) for micro_batch in lm.micro_batches(caches)
+    ]
+    if lm.micro_batches is not one_micro_batch:
+        steps = together(micro_batches)
     else:
-        steps = launched_ahead(flights[0]) if lm.device.type == "cuda" else flights[0]
+        steps = launched_ahead(micro_batches[0]) if lm.device.type == "cuda" else micro_batches[0]
     for rows, read in steps:
         new = dict(zip(rows, read(), strict=True))
         yield [new.get(row, []) for row in range(len(prompts))]
@@ -112,20 +114,20 @@ def plain_steps(
 def launched_steps(
     lm: LoadedModel,
     prompts: Texts,
-    flight: Flight,
+    micro_batch: MicroBatch,
     past: int,
     sampler: Sampler,
     count: int,
     live: AbstractSet[int],
 ) -> Iterator[Launched]:
-    """At most `count` steps of a flight, each launched when it is asked for: the rows that it
+    """At most `count` steps of a micro_batch, each launched when it is asked for: the rows that it
     computes, and what reads their ids. Once enough rows have ended, caches and sampler are of the
     others alone.
 
     sampler: of all rows. live: the rows that go on, looked at before every step; the others get
     nothing, or ids that mean nothing.
     """
-    (rows, caches), length = flight, flight[1][0].length
+    (rows, caches), length = micro_batch, micro_batch[1][0].length
     slots = torch.arange(length, device=lm.device)
     texts, sampler = [prompts[row] for row in rows], sampler.part(slots.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
@@ -136,37 +138,39 @@ def launched_steps(
         going = [i for i, row in enumerate(rows) if row in live]
         if n + 1 == count or not going:
             return
-        if lm.any_rows and worth_moving(len(rows), len(going), caches[0].grain):
+        if lm.any_rows and worth_moving(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.part(at)
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
         # A row that has ended and is still computed must stay within the cache too.
         pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
-        visible = visible_slots(longest(prompts, rows) + n + 1, length)
+        visible = visible_length(longest(prompts, rows) + n + 1, length)
         logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
 
 
-def worth_moving(rows: int, going: int, grain: int) -> bool:
-    """Whether to move the rows that go on together. grain: rows that cost as much as one."""
-    return going <= (1 - ENDED) * rows and -(-going // grain) < -(-rows // grain)
+def worth_moving(rows: int, going: int, row_granularity: int) -> bool:
+    """Whether to move the rows that go on together. row_granularity: rows that cost as much as one."""
+    return going <= (1 - ENDED) * rows and -(-going // row_granularity) < -(
+        -rows // row_granularity
+    )
 
 
 def longest(prompts: Texts, rows: Sequence[int]) -> int:
     return max(len(prompts[row]) for row in rows)
 
 
-def together(flights: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
-    """Steps of several flights as steps of all their rows. Of each the next is launched as soon as
+def together(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
+    """Steps of several micro_batches as steps of all their rows. Of each the next is launched as soon as
     its ids are known, while the others are under way."""
-    under_way = [(flight, next(flight)) for flight in flights]
+    under_way = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
     while under_way:
         rows, ids, going = [], [], []
-        for flight, (some, read) in under_way:
+        for micro_batch, (some, read) in under_way:
             rows += some
             ids += read()
-            if launched := next(flight, None):
-                going.append((flight, launched))
+            if launched := next(micro_batch, None):
+                going.append((micro_batch, launched))
         yield rows, partial(list, ids)
         under_way = going
 
@@ -206,7 +210,7 @@ def prefill(
         pos = slots[past + start : end].expand_as(part)  # (B, T)
         last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
         last += torch.arange(0, part.numel(), part.shape[1], device=lm.device)
-        visible = slots[: visible_slots(end, len(slots))]
+        visible = slots[: visible_length(end, len(slots))]
         out = lm.prefill(part, pos, visible, caches, last, whole).unsqueeze(1)  # (B, 1, V)
         # A row that ended in an earlier chunk keeps the logits it had there.
         reached = (lengths > start).view(-1, 1, 1)

@@ -1,6 +1,6 @@
 """How many draft tokens to ask for: chosen from how often they are accepted and what cycles take.
 
-Start at Pace.choose and Pace.learn, which speculate.py calls before and after each cycle. Report
+Start at DraftLengthController.choose and DraftLengthController.learn, which speculate.py calls before and after each cycle. Report
 counts the results. A cycle of k guesses yields the guesses that were right and one token more. It
 takes the time of k guesses and of one pass over k + 1 tokens. The best k gives most tokens per
 second. The text does not depend on k, so k may be chosen by the clock.
@@ -17,7 +17,7 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
-from ranks import agreed
+from ranks import broadcast_from_rank0
 
 MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
 RECENT = 9  # times of each number of guesses that a median is taken of
@@ -33,7 +33,7 @@ PAUSE = 16, 512  # steps without guesses between trials: at first; at most
 FADING = 0.97  # weight that what was counted keeps from one cycle to the next
 
 
-class Pace:
+class DraftLengthController:
     """How many tokens to guess in a cycle, from how often guesses hold and what cycles take.
 
     k: the number of draft tokens of every cycle, except in the plain steps that time plain
@@ -50,7 +50,7 @@ class Pace:
         self._rows = 0
         self._forget()
 
-    def of(self, rows: int) -> "Pace":
+    def of(self, rows: int) -> "DraftLengthController":
         """This one, for so many rows: what it has learned of other numbers is worth nothing."""
         if rows != self._rows:
             self._rows = rows
@@ -76,7 +76,7 @@ class Pace:
         self._cycle += 1
         # A plain step is timed if fewer than two were, or the latest is PLAIN_EVERY cycles old.
         due = len(self._times[0]) < 2 or self._cycle - self._timed[0] >= PLAIN_EVERY
-        k = agreed(lambda: 0 if due else self._best() if self.k is None else self.k)
+        k = broadcast_from_rank0(lambda: 0 if due else self._best() if self.k is None else self.k)
         self._resumed, self._paused = self._paused and k > 0, k == 0
         return max(0, min(k, most))
 

@@ -36,7 +36,7 @@ from host.log import be_quiet, log
 from host.memory import size_text
 from host.threads import set_threads
 from load import load_model
-from ranks import join, leave, own_device, writes
+from ranks import leave, own_device, writes
 from weights import hub
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     evaluate = perplexity if args.perplexity else tasks
     set_threads(args.threads)
     device = own_device(find_device(args.device))
-    ranks = join(device)
+    ranks = join_process_group(device)
     if ranks and args.use_cache:
         raise ValueError("--use_cache is for one process, without torchrun")
     lm = load_model(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from model import KVCache, Transformer, visible_slots
+from model import KVCache, Transformer, visible_length
 from ranks import gathered
 
 CHUNK = 512  # tokens that are read at once
@@ -22,7 +22,7 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
 
     caches: at least as long as the text; the first row is overwritten.
     """
-    ((_, caches),) = lm.flights([cache.first(1) for cache in caches])
+    ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
     slots = torch.arange(caches[0].length, device=lm.device)
     for cache in caches:
         cache.keep(0)
@@ -30,7 +30,7 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
     for start in range(0, len(text), CHUNK):
         tokens = torch.tensor([text[start : start + CHUNK]], device=lm.device)  # (1, T)
         end = start + tokens.shape[1]
-        pos, visible = slots[start:end], slots[: visible_slots(end, len(slots))]
+        pos, visible = slots[start:end], slots[: visible_length(end, len(slots))]
         finite.append(parts_finite(lm.model, tokens, pos.unsqueeze(0), visible, caches))
     every = torch.stack(finite).all(0).tolist()  # of embedding, layers and head
     name = first_part(gathered(every))

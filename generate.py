@@ -54,9 +54,9 @@ from load import compile_now, count_weights, load_model, random_model
 from model import KVCache
 from neurons.feed_forward import Flash
 from neurons.feed_forward import report as flash_report
-from pp import enough_flights
+from pp import default_micro_batches
 from quant.linear import make_scheme
-from ranks import agreed, join, leave, own_device, writes
+from ranks import broadcast_from_rank0, leave, own_device, writes
 from text import chat, jobs
 from text.completion import Completion
 from text.generation_config import GenerationConfig
@@ -87,7 +87,7 @@ def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
     elif args.prompt:
         texts = [without_surrogates(text) for text in args.prompt]
     else:
-        piped = agreed(jobs.piped_prompt)
+        piped = broadcast_from_rank0(jobs.piped_prompt)
         texts = [DEMO_PROMPT if piped is None else piped]
     if not all(texts):
         raise ValueError("the prompt is empty: give it some text")
@@ -131,7 +131,7 @@ def run_prompts(
         sink = jobs.FileSink(output, todo, ends, lambda: stats.new_tokens)
     else:
         sink = jobs.Console(todo, ends, continued=not (args.chat or args.random_weights))
-    sink.todo = agreed(lambda: sink.todo)
+    sink.todo = broadcast_from_rank0(lambda: sink.todo)
     if not sink.todo:
         return log(f"{args.output} holds all {len(todo)} results: nothing was to be done")
     size = min(args.batch_size or 16, len(sink.todo))
@@ -174,7 +174,7 @@ def encoded_prompts(
 def run_chat(
     lm: LoadedModel, config: GenerationConfig, stats: bench.Stats, args: argparse.Namespace
 ) -> None:
-    half_free = agreed(lambda: available_memory(lm.device) // 2)
+    half_free = broadcast_from_rank0(lambda: available_memory(lm.device) // 2)
     fitting = args.slots or half_free // lm.kv_bytes_per_token()
     caches = lm.make_caches(1, min(lm.model.args.context, fitting))
     compile_timed(lm, caches, stats)
@@ -238,14 +238,16 @@ def run(args: argparse.Namespace) -> None:
     """What the options ask for, from a name to a report."""
     set_threads(args.threads)
     args.device = str(own_device(find_device(args.device)))
-    args.ranks = join(torch.device(args.device))
+    args.ranks = join_process_group(torch.device(args.device))
     if args.pipeline and args.ranks:
-        args.flights = args.flights or enough_flights(args.ranks)
+        args.micro_batches = args.micro_batches or default_micro_batches(args.ranks)
     find_models(args)
     config = generation_config(args)
     texts = not (args.bench or args.interactive)
     prompts = given_prompts(args) if texts else []
-    expected = agreed(lambda: offload_plan(args, config, prompts)) if args.placed else None
+    expected = (
+        broadcast_from_rank0(lambda: offload_plan(args, config, prompts)) if args.placed else None
+    )
     if args.plan:
         return print_plan(expected, args)
     mode = run_bench if args.bench else run_chat
@@ -302,7 +304,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "ranks": args.ranks,
         "pipeline": args.pipeline,
-        "flights": args.flights,
+        "micro_batches": args.micro_batches,
         "kv_dtype": args.kv_dtype,
         "dtype": DTYPES.get(args.dtype),
         "compile": args.compile,
@@ -338,7 +340,7 @@ def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Plan | None) -> I
         yield from plan.report(expected, lm, stats)
     yield from flash_report(lm.model)
     if lm.draft:
-        yield from lm.draft.pace.report.lines()
+        yield from lm.draft.controller.report.lines()
 
 
 def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedModel, bench.Stats]:
@@ -348,7 +350,7 @@ def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedMo
         for line in plan.lines(expected):
             log(line)
         options["policy"] = expected.policy
-        args.batch_size = expected.policy.rows * (args.flights or 1)
+        args.batch_size = expected.policy.rows * (args.micro_batches or 1)
         args.slots = expected.work.prompt + expected.work.new
     start = time.perf_counter()
     if args.random_weights:
@@ -384,7 +386,7 @@ def offload_plan(
         lengths = [len(ids) for _, ids in encoded] * args.num_samples
     longest = min(max(lengths), most)
     new = min(config.max_new_tokens, subject.args.context - longest)
-    texts = -(-len(lengths) // (args.flights or 1))
+    texts = -(-len(lengths) // (args.micro_batches or 1))
     return plan.make_plan(subject, plan.Work(texts, longest, new), args)
 
 

@@ -18,16 +18,16 @@ from tqdm import tqdm
 from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
 from decoding import LoadedModel
-from draft_length import Pace
-from fast_layers.install import use_fast_products
+from draft_length import DraftLengthController
+from fast_layers.install import use_fast_layers
 from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
-from model import KVCache, ModelArgs, Transformer, visible_slots
+from model import KVCache, ModelArgs, Transformer, visible_length
 from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from neurons.pack import flash_directory, open_pack
 from offload import Fill, Stored, StreamedLayers
-from pp import Staged, enough_flights
+from pp import PipelineParallel, default_micro_batches
 from quant.kv_cache import QuantizedKVCache
 from quant.linear import (
     QuantizedLinear,
@@ -42,7 +42,7 @@ from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
 from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 from tiers.kv_cache import tiered_caches
 from tiers.policy import Policy
-from tp import Sharded
+from tp import TensorParallel
 from weights.hf import Config, model_args
 
 CACHES: dict[str | None, Callable[..., KVCache]] = {
@@ -70,7 +70,7 @@ def load_model(
     flash: Flash | None = None,
     ranks: Ranks | None = None,
     pipeline: bool = False,
-    flights: int | None = None,
+    micro_batches: int | None = None,
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
@@ -81,7 +81,7 @@ def load_model(
     where that is not on the device alone (offload.py); flash: how its feed-forward neurons are left
     on disk (sparse.py).
     ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
-    pipeline (pp.py), some layers; flights: of rows that are under way there, None: as many as pay.
+    pipeline (pp.py), some layers; micro_batches: of rows that are under way there, None: as many as pay.
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
@@ -99,7 +99,7 @@ def load_model(
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        division = divided(ranks, pipeline, flights)
+        division = divided(ranks, pipeline, micro_batches)
         model = division.skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         if pack:
@@ -121,7 +121,7 @@ def load_model(
 
 def fill_model(
     model: Transformer,
-    division: "Whole | Sharded | Staged",
+    division: "SingleProcess | TensorParallel | PipelineParallel",
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -139,8 +139,8 @@ def fill_model(
             layers.start(fill, stored)
 
 
-class Whole:
-    """What one process alone holds of a model; tp.Sharded and pp.Staged are what a rank does.
+class SingleProcess:
+    """What one process alone holds of a model; tp.TensorParallel and pp.PipelineParallel are what a rank does.
 
     share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
     device; `filler`, what gives its tensors their values, where `fill` does so by the names that
@@ -169,12 +169,16 @@ class Whole:
 
 
 def divided(
-    ranks: Ranks | None, pipeline: bool, flights: int | None = None
-) -> Whole | Sharded | Staged:
+    ranks: Ranks | None, pipeline: bool, micro_batches: int | None = None
+) -> SingleProcess | TensorParallel | PipelineParallel:
     """How a model is divided among ranks."""
     if ranks is None:
-        return Whole()
-    return Staged(ranks, flights or enough_flights(ranks)) if pipeline else Sharded(ranks)
+        return SingleProcess()
+    return (
+        PipelineParallel(ranks, micro_batches or default_micro_batches(ranks))
+        if pipeline
+        else TensorParallel(ranks)
+    )
 
 
 def random_model(
@@ -191,7 +195,7 @@ def random_model(
     policy: Policy | None = None,
     ranks: Ranks | None = None,
     pipeline: bool = False,
-    flights: int | None = None,
+    micro_batches: int | None = None,
 ) -> LoadedModel:
     """A model of the shape that a config.json gives, with random weights: for benchmarks.
 
@@ -206,7 +210,7 @@ def random_model(
     check_pairs(policy, draft, None)
     check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
     with compiler_imported(compile):
-        division = divided(ranks, pipeline, flights)
+        division = divided(ranks, pipeline, micro_batches)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
         model = division.skeleton(args, scheme)
         model.new_cache = new_cache
@@ -255,7 +259,7 @@ def make_ready(
     """A model that has its weights: its fast products, its views, and what guesses for it."""
     # While there are weights to round:
     copy = self_copy(model, draft) if draft in SELF_BITS else None
-    use_fast_products(model, model.tok_embeddings.weight.dtype, bool(source_of(model)) or None)
+    use_fast_layers(model, model.tok_embeddings.weight.dtype, bool(source_of(model)) or None)
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
@@ -265,13 +269,15 @@ def make_ready(
         lm = make_views(model, tokenizer, **views)
     if draft is None:
         return lm
-    pace = Pace(speculate_k, has_graphs(lm.decode), isinstance(draft, LoadedModel))
+    controller = DraftLengthController(
+        speculate_k, has_graphs(lm.decode), isinstance(draft, LoadedModel)
+    )
     if copy:
-        use_fast_products(copy, torch.bfloat16)
-        return replace(lm, draft=SelfDraft(pace, make_views(copy, tokenizer, **views)))
+        use_fast_layers(copy, torch.bfloat16)
+        return replace(lm, draft=SelfDraft(controller, make_views(copy, tokenizer, **views)))
     if draft == "ngram":
-        return replace(lm, draft=NgramDraft(pace))
-    return replace(lm, draft=ModelDraft(pace, same_vocabulary(draft, model.args.vocab_size)))
+        return replace(lm, draft=NgramDraft(controller))
+    return replace(lm, draft=ModelDraft(controller, same_vocabulary(draft, model.args.vocab_size)))
 
 
 def stream_layers(
@@ -444,7 +450,7 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
     """widest: tokens of a row that decoding is given at once, where 2 stand for more."""
     slots = torch.arange(caches[0].length, device=lm.device)
-    visible = slots[: visible_slots(2, len(slots))]
+    visible = slots[: visible_length(2, len(slots))]
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)

@@ -449,7 +449,7 @@ class KVCache(nn.Module):
     graph writes to them in place, and new caches of the same shape need no new compilation.
     """
 
-    grain = 1  # rows that cost as much as one of them
+    row_granularity = 1  # rows that cost as much as one of them
     attention = staticmethod(F.scaled_dot_product_attention)
     # On a GPU: attention that reads what is stored by itself, see gpu_products.attend.
     gpu_attention: Callable[..., Tensor] | None = None
@@ -525,7 +525,7 @@ class KVCache(nn.Module):
             mine[:, :filled] = theirs[rows, :filled]
 
 
-def visible_slots(filled: int, most: int) -> int:
+def visible_length(filled: int, most: int) -> int:
     """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
 
     Attention reads so many slots: at most half of them beyond what is filled, and there are

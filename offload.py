@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, room, stored_tensors
-from fast_layers.cpu import WORTH, TiledLinear, use_products
+from fast_layers.cpu import WORTH, TiledLinear, use_fast_linears
 from host.memory import page_aligned, whole_blocks
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
@@ -34,13 +34,13 @@ from tiers.policy import WEIGHT_SLOTS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    Courier,
+    BounceBuffer,
     HostMemory,
     Layout,
     Ring,
     Slot,
-    Staged,
     Store,
+    TransferWorker,
     Waited,
     Workers,
     fence,
@@ -111,8 +111,8 @@ class StreamedLayers(nn.ModuleList):
         self._write_scratch([j for j in on_disk if j not in found], fill)
         self.slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
         # Two layers at a time: when the requests for one run out, those for the next are there.
-        self._courier = Courier(self.device, "weights", WEIGHT_SLOTS)
-        self._packer = Courier(self.device, "pack")
+        self._courier = TransferWorker(self.device, "weights", WEIGHT_SLOTS)
+        self._packer = TransferWorker(self.device, "pack")
         self._workers = Workers(self.device, "micro-batches", UNDER_WAY)
         self._ring = self._new_ring()
 
@@ -140,14 +140,14 @@ class StreamedLayers(nn.ModuleList):
     def _through(self, j: int, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
         if j == 0 and self.policy.activations.device < 100:
-            x = Parked(x, self.policy)
+            x = OffloadedActivations(x, self.policy)
         workers = self._workers if self._host_has_a_part() else None
         B, T, _ = x.shape
         again = min(self.policy.micro_batch, self.policy.chunk // T) < B
         unpacks = again and self.device.type == "cuda" and self.run is eager
         with unpacked(block, self._dtype) if unpacks else contextlib.nullcontext():
             zigzag(partial(self.run, block), self.policy, x, *given, workers)
-        return x.whole() if isinstance(x, Parked) and j == len(self) - 1 else x
+        return x.whole() if isinstance(x, OffloadedActivations) and j == len(self) - 1 else x
 
     def _host_has_a_part(self) -> bool:
         """Whether it attends, so that the device has other micro-batches to go on with meanwhile.
@@ -187,7 +187,9 @@ class StreamedLayers(nn.ModuleList):
         if self.device.type == "cpu":
             return file
         pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_SLOTS])
-        return Staged(file, [page_aligned(self.layout.nbytes, CPU, pin) for _ in range(count)])
+        return BounceBuffer(
+            file, [page_aligned(self.layout.nbytes, CPU, pin) for _ in range(count)]
+        )
 
     def _slot(self) -> Slot:
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta[0])
@@ -195,7 +197,7 @@ class StreamedLayers(nn.ModuleList):
             give(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
-            use_products(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
+            use_fast_linears(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
         tiled = [
             (module, stored[name])
             for name, module in block.named_modules()
@@ -301,7 +303,7 @@ def compute_together(
                 finish()
 
 
-class Parked:
+class OffloadedActivations:
     """Activations, (B, T, D), that are put away between two layers, each micro-batch on its tier.
 
     Rows are read and replaced as a tensor's are. Each begins a block of the disk's.

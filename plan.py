@@ -17,7 +17,7 @@ import torch
 from bench import Stats
 from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
-from fast_layers.install import use_fast_products
+from fast_layers.install import use_fast_layers
 from host.bandwidth import known_bandwidth, measured_bandwidth
 from host.devices import find_device
 from host.log import log
@@ -130,7 +130,7 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 def plan_in(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-    whole = replace(whole, slot=whole.slot * (options.flights or 1))  # each has a cache
+    whole = replace(whole, slot=whole.slot * (options.micro_batches or 1))  # each has a cache
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -226,7 +226,7 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     model = skeleton(small, subject.scheme)
     allocate(model, subject.device, subject.dtype, random_filler(subject.device))
     model.new_cache = find_cache(subject.kv_dtype)
-    use_fast_products(model, subject.dtype)
+    use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)
     keep("probe", key, found.to_json())
@@ -337,5 +337,7 @@ def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
     for count, sharded, staged in table(step_of(subject), rate, LINKS[options.link]):
         unfit = misfit(subject.args, subject.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
-        flights = f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""
-        yield f"  {count:2} devices  {alone}{flights}"
+        micro_batches = (
+            f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""
+        )
+        yield f"  {count:2} devices  {alone}{micro_batches}"

@@ -1,9 +1,9 @@
-"""Pipeline parallelism: consecutive layers on consecutive ranks, several flights of rows under way.
+"""Pipeline parallelism: consecutive layers on consecutive ranks, several micro_batches of rows under way.
 
-Start at Staged. A rank's stage is a Transformer like any other, of fewer layers, whose embedding
+Start at PipelineParallel. A rank's stage is a Transformer like any other, of fewer layers, whose embedding
 receives what the rank before it sends, and whose head sends. The last rank alone has logits; it
-draws the tokens and tells them to the others. Rows go through the stages in flights: while the last
-stage has one, those before it have others. A rank launches a flight's next step as soon as it knows
+draws the tokens and tells them to the others. Rows go through the stages in micro_batches: while the last
+stage has one, those before it have others. A rank launches a micro_batch's next step as soon as it knows
 the tokens of the one before, which is what keeps all of them busy.
 
 Based on GPipe (arXiv 1811.06965), with steps of decoding in place of micro-batches of one step,
@@ -28,20 +28,20 @@ from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
 from quant.linear import skeleton
-from ranks import PATIENCE, Ranks
+from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, on_host
 
-# Prompt tokens of a flight that go on together: the next stage waits for the first of them, and
+# Prompt tokens of a micro_batch that go on together: the next stage waits for the first of them, and
 # products of fewer would read weights more often than they compute with them.
 SWEEPS = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
-class Staged:
+class PipelineParallel:
     """Each rank has consecutive layers, the first the embedding, the last the head."""
 
     ranks: Ranks
-    flights: int  # of rows, that are under way
+    micro_batches: int  # of rows, that are under way
 
     def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError where there are more ranks than layers."""
@@ -93,10 +93,10 @@ class Staged:
             prefill=lm.prefill if last else view,
             decode=lm.decode if last else view,
             # A group of its own: NCCL does what two ranks have to do in one group in its order,
-            # and flights would wait for each other's tokens.
-            sampler=partial(SharedSampler, self.ranks, dist.new_group(timeout=PATIENCE)),
-            new_caches=partial(flight_caches, self.flights, lm.new_caches),
-            flights=flights_of,
+            # and micro_batches would wait for each other's tokens.
+            sampler=partial(SharedSampler, self.ranks, dist.new_group(timeout=COLLECTIVE_TIMEOUT)),
+            new_caches=partial(flight_caches, self.micro_batches, lm.new_caches),
+            micro_batches=flights_of,
             sweep=lm.sweep or SWEEPS[lm.device.type],
         )
 
@@ -228,7 +228,7 @@ class SharedSampler(Sampler):
 
 
 class FlightCache:
-    """One layer's cache of all rows, as KVCache is used: each flight has one of its own."""
+    """One layer's cache of all rows, as KVCache is used: each micro_batch has one of its own."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
@@ -242,15 +242,19 @@ class FlightCache:
 
 
 def flight_caches(
-    flights: int, make: Callable[..., Sequence[KVCache]], lm: LoadedModel, batch: int, length: int
+    micro_batches: int,
+    make: Callable[..., Sequence[KVCache]],
+    lm: LoadedModel,
+    batch: int,
+    length: int,
 ) -> list[FlightCache]:
-    size = -(-batch // flights)
+    size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
     return [FlightCache(parts) for parts in zip(*made, strict=True)]
 
 
 def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]]]:
-    """The rows of each flight, and its caches."""
+    """The rows of each micro_batch, and its caches."""
     found, start = [], 0
     for n, part in enumerate(caches[0].parts):
         rows = range(start, min(start + part.rows, caches[0].rows))
@@ -260,6 +264,6 @@ def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]
     return found
 
 
-def enough_flights(ranks: Ranks) -> int:
+def default_micro_batches(ranks: Ranks) -> int:
     """As many as keep all stages busy, and no more: weights are read for each."""
     return ranks.count

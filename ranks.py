@@ -1,7 +1,7 @@
 """The processes that run one model together, started by torchrun: how they meet, agree and end.
 
 Start at join. Every rank runs the same program on the same input, and what they compute is the same
-on all; only what a clock, free memory or a person decides is asked of rank 0, by `agreed`. Rank 0
+on all; only what a clock, free memory or a person decides is asked of rank 0, by `broadcast_from_rank0`. Rank 0
 alone is heard and writes files, but for what ends another rank. What each of them holds of the
 model is said in tp.py and pp.py.
 """
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 # However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
-PATIENCE = timedelta(weeks=1)
-HEARD = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
+COLLECTIVE_TIMEOUT = timedelta(weeks=1)
+ERROR_REPORT_SECONDS = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
 
 
-def join(device: torch.device) -> Ranks | None:
+def join_process_group(device: torch.device) -> Ranks | None:
     """Meet the other processes that torchrun has started; None: there are none."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if ranks.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- for good
@@ -91,7 +91,7 @@ def writes() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def agreed(say: Callable[[], T]) -> T:
+def broadcast_from_rank0(say: Callable[[], T]) -> T:
     """What rank 0 says, on all ranks, of which no other is asked."""
     if not dist.is_initialized():
         return say()
@@ -115,7 +115,7 @@ def lost_another(error: Exception) -> bool:
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
     lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
     if lost:
-        time.sleep(HEARD)
+        time.sleep(ERROR_REPORT_SECONDS)
     return lost
 
 

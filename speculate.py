@@ -2,7 +2,7 @@
 
 Start at speculative_steps, the counterpart of decoding.plain_steps. Three drafts guess: NgramDraft
 looks the text's last tokens up in the text itself, ModelDraft runs another model, SelfDraft the
-model's own quantised copy. How many tokens they guess is chosen in pace.py.
+model's own quantised copy. How many tokens they guess is chosen in controller.py.
 
 A text is the same with any draft, any number of guesses, or none, sampled texts too. The model
 draws each token as it always does, by noise that belongs to the token's place (sampling.py); the
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import Guess, LoadedModel, Texts, prefill
-from draft_length import Pace
-from model import KVCache, visible_slots
+from draft_length import DraftLengthController
+from model import KVCache, visible_length
 from sampling import Sampler
 
 NGRAMS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
@@ -53,7 +53,7 @@ def speculative_steps(
     logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
     first = sampler(logits, slots[:1].expand(len(texts), 1))  # (B, 1)
     step = sampler.begin_reading(first)()
-    pace = lm.draft.pace.of(len(texts))
+    controller = lm.draft.controller.of(len(texts))
     for text, ids in zip(texts, step, strict=True):
         text += ids
     guess = lm.draft.start(texts, caches, sampler)
@@ -62,7 +62,7 @@ def speculative_steps(
     while True:
         start = time.perf_counter()
         wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        k = pace.choose(wanted - 1)
+        k = controller.choose(wanted - 1)
         guesses, offered = guess(k, live) if k else nothing
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
         step = [[] for _ in texts]
@@ -73,7 +73,9 @@ def speculative_steps(
                 step[row] = ids[: held(ids, guessed) + 1]
                 texts[row] += step[row]
         seconds = time.perf_counter() - start
-        pace.learn(guesses.shape[1], [(offered[row], len(step[row]) - 1) for row in live], seconds)
+        controller.learn(
+            guesses.shape[1], [(offered[row], len(step[row]) - 1) for row in live], seconds
+        )
         yield step
 
 
@@ -99,7 +101,7 @@ def verify(
         known.append([text[-1], *pos, *range(number, number + k + 1)])
     known = torch.tensor(known, device=slots.device)  # (B, 1 + 2 * (k + 1))
     last, pos, numbers = known.split((1, k + 1, k + 1), dim=1)
-    visible = visible_slots(max(map(len, texts)) + k, length)
+    visible = visible_length(max(map(len, texts)) + k, length)
     tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
     logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
     if k:
@@ -122,8 +124,8 @@ class NgramDraft:
 
     lm = None
 
-    def __init__(self, pace: Pace):
-        self.pace = pace
+    def __init__(self, controller: DraftLengthController):
+        self.controller = controller
 
     def kv_bytes_per_token(self) -> int:
         return 0
@@ -166,8 +168,8 @@ def follow(text: Sequence[int], table: dict[Sequence[int], int], k: int) -> list
 class ModelDraft:
     """Another model, with caches of its own."""
 
-    def __init__(self, pace: Pace, lm: LoadedModel):
-        self.pace, self.lm = pace, lm
+    def __init__(self, controller: DraftLengthController, lm: LoadedModel):
+        self.controller, self.lm = controller, lm
         self._latest: OwnCacheGuess | None = None
 
     def kv_bytes_per_token(self) -> int:
@@ -218,8 +220,8 @@ class SelfDraft:
     """The model's own quantised copy, on the model's caches: what it guesses from is exact, and
     what it writes there the model writes again when it verifies."""
 
-    def __init__(self, pace: Pace, lm: LoadedModel):
-        self.pace, self.lm = pace, lm
+    def __init__(self, controller: DraftLengthController, lm: LoadedModel):
+        self.controller, self.lm = controller, lm
 
     def kv_bytes_per_token(self) -> int:
         return 0
@@ -253,7 +255,7 @@ class ModelGuess:
         tokens, ends, numbers = known.split((self.tail, 1, 1), dim=1)
         # Rows that have ended stay within the cache too.
         pos = (ends - self.tail + self._slots[: self.tail]).clamp_max(length - 1)  # (B, tail)
-        visible = visible_slots(min(length, max(map(len, self.texts)) + k), length)
+        visible = visible_length(min(length, max(map(len, self.texts)) + k), length)
         guesses = []
         for n in range(k):
             logits = self.lm.decode(tokens, pos, self._slots[:visible], self.caches)

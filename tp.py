@@ -1,6 +1,6 @@
 """Tensor parallelism: each rank has a share of every layer, and two all-reduces make them one.
 
-Start at Sharded. A rank holds some heads of each attention, some neurons of each
+Start at TensorParallel. A rank holds some heads of each attention, some neurons of each
 feed-forward layer, and the head's rows for some of the vocabulary: a Transformer like any other,
 with smaller numbers in its args. What makes the ranks one model are RowParallel, which adds what
 they have of wo's and w2's outputs, and Gathered, which puts the logits together. Every rank then
@@ -136,7 +136,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sharded:
+class TensorParallel:
     """Each rank has a share of every layer, of whatever can be cut by heads, neurons or words."""
 
     ranks: Ranks

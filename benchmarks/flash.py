@@ -41,7 +41,7 @@ from calibration.predictor import gate
 from checkpoint import Checkpoint, stored_tensors
 from kernels.cpu import build
 from load import LoadedModel, compile_now, load_model, make_views, skeleton
-from model import visible_slots
+from model import visible_length
 from neurons.feed_forward import Flash, Source, source_of
 from neurons.pack import flash_directory
 from neurons.records import NeuronFile
@@ -66,7 +66,7 @@ def decode(lm: LoadedModel, ids: list[int], prompt: int) -> dict[str, Any]:
     lm.prefill(tokens[:, :prompt], slots[None, :prompt], slots[:prompt], caches, last)
     seconds, nats, read = [], [], [bytes_read()]
     for n in range(prompt, len(ids) - 1):
-        visible = slots[: visible_slots(n + 1, len(slots))]
+        visible = slots[: visible_length(n + 1, len(slots))]
         start = time.perf_counter()
         logits = lm.decode(tokens[:, n : n + 1], slots[None, n : n + 1], visible, caches)
         seconds.append(time.perf_counter() - start)

@@ -32,7 +32,7 @@ from evaluation.scoring import log_likelihoods
 from generate import GenerationConfig
 from host.devices import find_device
 from load import load_model, make_views
-from model import KVCache, visible_slots
+from model import KVCache, visible_length
 from quant.linear import make_scheme
 from quantize import quantize
 
@@ -79,7 +79,7 @@ def checks(
         name = getattr(draft, "name", draft)
         yield f"{name} guesses, one by one", wanted, singly(drafted, prompts)
         yield f"{name} guesses, a batch of 4", wanted, greedy(drafted, prompts)
-        held = sum(drafted.draft.pace.report.held)
+        held = sum(drafted.draft.controller.report.held)
         yield f"{name} guesses held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
 
@@ -108,7 +108,7 @@ def lengths(
     for turn in (1, 2):
         yield f"new caches, turn {turn}", wanted, singly(compiled, prompts)
     yield "graphs compiled after turn 1", 0, counters["stats"]["unique_graphs"] - graphs
-    sizes = {visible_slots(n + i, SLOTS) for n in LENGTHS for i in range(NEW)}
+    sizes = {visible_length(n + i, SLOTS) for n in LENGTHS for i in range(NEW)}
     log(f"  {len(sizes)} sizes of visible cache; {kept_graphs} CUDA graphs with caches kept")
     if device.type == "cuda":
         yield "no more CUDA graphs than sizes, caches kept", True, kept_graphs <= len(sizes)

@@ -25,7 +25,7 @@ from benchmarks.gpu_common import Attempts, seconds
 from benchmarks.gpu_decode import slots
 from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
-from draft_length import Pace
+from draft_length import DraftLengthController
 from host.devices import find_device
 from load import compile_now, meet_shapes, random_model
 from model import KVCache
@@ -43,7 +43,7 @@ class Loaded(Large):
 @torch.inference_mode()
 def warm(small: LoadedModel) -> None:
     caches = small.make_caches(1, min(slots(1), small.model.args.context))
-    meet_shapes(*ModelDraft(Pace(None), small).views(caches))
+    meet_shapes(*ModelDraft(DraftLengthController(None), small).views(caches))
 
 
 def time_drafts(
@@ -53,7 +53,10 @@ def time_drafts(
     options = {"device": args.device, "compile": True, "draft": "self-int4"}
     lm = random_model(args.config, **options)
     caches = lm.make_caches(1, min(slots(1), lm.model.args.context))
-    drafts = {args.draft_config.stem: ModelDraft(Pace(None), small), "self-int4": lm.draft}
+    drafts = {
+        args.draft_config.stem: ModelDraft(DraftLengthController(None), small),
+        "self-int4": lm.draft,
+    }
     for name, draft in drafts.items():
         drafted = replace(lm, draft=draft)
         compiling = seconds(lambda: compile_now(drafted, caches), lm.device)  # noqa: B023

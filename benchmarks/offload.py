@@ -63,7 +63,7 @@ REMEASURE = 3  # policies, after which the machine is no longer what it was
 LONG = 512  # tokens of a prompt
 ANSWER = 128  # tokens after such a prompt
 FEWER = 48, 32, 24, 16, 12, 8, 4  # rows, until they fit
-REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
+REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in micro_batch
 
 
 def run(lm: LoadedModel, rows: int, length: int, new: int) -> list[float]:

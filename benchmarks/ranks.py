@@ -28,7 +28,7 @@ from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from engine import complete
 from generate import GenerationConfig
 from load import random_model
-from ranks import join, leave
+from ranks import join_process_group, leave
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 def worker(args: argparse.Namespace) -> dict[str, Any]:
     """One rank: a few tokens to warm up, then the batch."""
     torch.set_num_threads(1)
-    ranks = join(CPU)
-    how = {"pipeline": not args.shares, "flights": args.flights} if ranks else {}
+    ranks = join_process_group(CPU)
+    how = {"pipeline": not args.shares, "micro_batches": args.micro_batches} if ranks else {}
     lm = random_model(args.config, device="cpu", ranks=ranks, **how)
     generator = torch.Generator().manual_seed(0)
     size = args.rows, args.prompt
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, count: int) -> dict[str, Any]:
     for name in ("config", "rows", "prompt", "new"):
         words += [f"--{name}", str(getattr(args, name))]
     words += ["--shares"] * args.shares
-    words += ["--flights", str(args.flights)] if args.flights else []
+    words += ["--micro_batches", str(args.micro_batches)] if args.micro_batches else []
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ChildProcessError(f"{count} ranks failed: {done.stderr[-500:]}")
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "rows": args.rows,
         "prompt": args.prompt,
         "new": args.new,
-        "flights": args.flights,
+        "micro_batches": args.micro_batches,
         "over_one": ratios,
         "runs": runs,
         "others_cpu_share": others.share(),
@@ -112,7 +112,7 @@ def parse_args() -> argparse.Namespace:
     add("--rows", type=int, default=64, help="texts (default: 64)")
     add("--prompt", type=int, default=32, help="tokens (default: 32)")
     add("--new", type=int, default=32, help="tokens (default: 32)")
-    add("--flights", type=int, help="of rows (default: the pipeline's own)")
+    add("--micro_batches", type=int, help="of rows (default: the pipeline's own)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -35,11 +35,11 @@ from tqdm import tqdm
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from decoding import LoadedModel
-from draft_length import Pace
+from draft_length import DraftLengthController
 from engine import complete
 from host.devices import find_device
 from load import compile_now, load_model, random_model
-from model import KVCache, visible_slots
+from model import KVCache, visible_length
 from sampling import Sampler
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from text.generation_config import GenerationConfig
@@ -119,7 +119,7 @@ class Sides:
         self.rates["speculative"].append(drafted.decode_rate)
 
     def figures(self) -> dict[str, Any]:
-        report = self.drafted.draft.pace.report
+        report = self.drafted.draft.controller.report
         return {
             "speed_up": spread(self.ratios),
             "tokens_per_s": {name: spread(rates) for name, rates in self.rates.items()},
@@ -145,7 +145,7 @@ class Parts:
         """To be called: a model reads so many tokens, and draws after each."""
         slots = torch.arange(caches[0].length, device=lm.device)
         tokens = torch.ones(1, width, dtype=torch.long, device=lm.device)
-        pos, visible = slots[None, past : past + width], visible_slots(past + width, len(slots))
+        pos, visible = slots[None, past : past + width], visible_length(past + width, len(slots))
         return lambda: self.sampler(lm.decode(tokens, pos, slots[:visible], caches), pos).tolist()
 
     @torch.inference_mode()
@@ -187,7 +187,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
             _, drafts, _ = lm.draft.views(caches)
             for _ in range(args.rounds):
                 sides.round(prompts, caches)
-                report = sides.drafted.draft.pace.report
+                report = sides.drafted.draft.controller.report
                 if k:
                     parts.round(lm.draft.lm, caches, drafts, 150, report.tokens / report.cycles)
             name = f"{draft}, {f'k {k}' if k else 'auto'}, temperature {temperature}"
@@ -198,7 +198,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def renewed(draft: ModelDraft | SelfDraft, k: int | None) -> ModelDraft | SelfDraft:
     """The same draft, that has counted nothing yet."""
-    return type(draft)(Pace(k), draft.lm)
+    return type(draft)(DraftLengthController(k), draft.lm)
 
 
 def say(name: str, figures: dict[str, Any]) -> None:
@@ -235,7 +235,7 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
     for acceptance in args.acceptance:
         for k in (args.speculate_k, None):
             sides = parts = None
-            pace = Pace(k)
+            controller = DraftLengthController(k)
             for n in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
                 script = large.script(n)
                 wrong = (torch.rand(len(script), generator=generator) >= acceptance).to(
@@ -243,7 +243,7 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
                 )
                 drafting = saying(large.lm.draft.lm, (script + wrong.long()) % large.vocab)
                 plain = saying(large.lm, script)
-                draft = type(large.lm.draft)(pace, drafting)
+                draft = type(large.lm.draft)(controller, drafting)
                 now = Sides(plain, dataclasses.replace(plain, draft=draft), config)
                 if n > 0:  # the first warmed up
                     now.ratios, now.rates = sides.ratios, sides.rates
@@ -255,7 +255,7 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
                 elif k:
                     _, drafts, _ = draft.views(large.caches)
                     place = PROMPT_LENGTH + args.new_tokens // 2
-                    tokens = pace.report.tokens / pace.report.cycles
+                    tokens = controller.report.tokens / controller.report.cycles
                     parts.round(drafting, large.caches, drafts, place, tokens)
             name = f"acceptance {acceptance}, {f'k {k}' if k else 'auto'}"
             found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})
@@ -290,10 +290,14 @@ def ngram(args: argparse.Namespace, large: Large) -> dict[str, Any]:
         script = torch.tensor([*prompt, *answer], device=large.device)
         plain = saying(large.lm, script)
         config = GenerationConfig(len(answer), temperature=0, ignore_eos=True)
-        sides = Sides(plain, dataclasses.replace(plain, draft=NgramDraft(Pace(None))), config)
+        sides = Sides(
+            plain, dataclasses.replace(plain, draft=NgramDraft(DraftLengthController(None))), config
+        )
         for n in tqdm(range(args.rounds), desc="rounds", leave=False, disable=None):
             if n:  # what it learns of a text is not to help it with the same text
-                sides.drafted = dataclasses.replace(plain, draft=NgramDraft(Pace(None)))
+                sides.drafted = dataclasses.replace(
+                    plain, draft=NgramDraft(DraftLengthController(None))
+                )
             sides.round([prompt], large.caches)
         name = f"{case['kind']}, {case['name']}"
         found[name] = sides.figures() | {"prompt": len(prompt), "answer": len(answer)}

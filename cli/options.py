@@ -173,7 +173,7 @@ def draft_options(add: Add) -> None:
 def rank_options(add: Add) -> None:
     help = "layers on ranks, one after the other, in place of a share of each"
     add("--pipeline", action="store_true", help=help)
-    add("--flights", type=positive, help="batches that are under way in a pipeline")
+    add("--micro_batches", type=positive, help="batches that are under way in a pipeline")
 
 
 def offload_options(add: Add) -> None:
@@ -235,7 +235,7 @@ NEEDS = (
     ("json", "bench"),
     ("random_mode", "random_weights"),
     ("compile_prefill", "compile"),
-    ("flights", "pipeline"),
+    ("micro_batches", "pipeline"),
     ("revision", "checkpoint_path"),
     *((name, "offload", "percent", "plan") for name in ("device_memory", "host_memory")),
     *((name, "offload", "percent", "plan") for name in ("compress_weight", "compress_cache")),

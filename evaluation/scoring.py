@@ -18,8 +18,8 @@ from torch import Tensor
 from decoding import PREFILL_TOKENS, LoadedModel
 from host.memory import available_memory
 from load import count_weights
-from model import KVCache, ModelArgs, visible_slots
-from ranks import agreed
+from model import KVCache, ModelArgs, visible_length
+from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
 SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
@@ -174,7 +174,7 @@ class Reader:
         # Beyond so much padding two calls are faster than one.
         self.padding = WEIGHTS_READ + begun // count_weights(lm.model.args)
         per_slot = lm.kv_bytes_per_token() * depth(roots)
-        fitting = agreed(lambda: available_memory(lm.device) // 4 // per_slot)
+        fitting = broadcast_from_rank0(lambda: available_memory(lm.device) // 4 // per_slot)
         self.most_slots = min(self.most_slots, fitting)
         self.longest = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
@@ -272,7 +272,7 @@ class Reader:
             ]
             visible = max(map(max, pos)) + 1
             if self.fixed:
-                visible = visible_slots(visible, caches[0].length)
+                visible = visible_length(visible, caches[0].length)
             slots = torch.arange(visible, device=self.lm.device)
             tokens, pos, lengths = self.to_device(tokens, pos, [[node.end] for node in rows])
             given = tokens, pos, slots, caches

@@ -1,6 +1,6 @@
 """The products of kernels/cpu: built once, registered as operators, put into a model.
 
-Start at use_products. It replaces quantised linears by TiledLinear, which hold the same integers in
+Start at use_fast_linears. It replaces quantised linears by TiledLinear, which hold the same integers in
 the order that the CPU reads them in, and dense ones by FewRowsLinear; then attend_fast lets caches
 attend by kernels/cpu/attention.cpp. Where the CPU, the compiler or the dtype does not support them,
 a model keeps its layers, which are slower and are the reference in tests.
@@ -92,7 +92,7 @@ def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
 
 
-def use_products(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
+def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
     """Give a model that is on the CPU faster products, if that is possible and worth it here.
 
     dtype: what the products may compute in. large: whether dense weights are worth it, None: by

@@ -1,6 +1,6 @@
 """What is faster on a GPU than PyTorch's own: put into a model, as cpu_products.py does for CPUs.
 
-Start at use_products. Quantised linears find their kernels by themselves (quantized.py). Here dense
+Start at use_fast_linears. Quantised linears find their kernels by themselves (quantized.py). Here dense
 ones get a faster product of one row, quantised ones take over the norm or the gate before them, and
 caches get attention that reads them as they are stored. The kernels are in kernels/gpu.
 """
@@ -75,7 +75,7 @@ class OneRowFeedForward(GatedFeedForward):
         return self.w2.on_gpu(self.w13(rows), gpu.Prologue(gated=True)).view_as(x)
 
 
-def use_products(model: Transformer) -> None:
+def use_fast_linears(model: Transformer) -> None:
     """Give a model on a CUDA device these products and this attention, if they run there."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):

@@ -3,15 +3,15 @@
 import torch
 
 from fast_layers import gpu
-from fast_layers.cpu import attend_fast, use_products
+from fast_layers.cpu import attend_fast, use_fast_linears
 from model import Transformer
 
 
-def use_fast_products(model: Transformer, dtype: torch.dtype, large: bool | None = None) -> None:
+def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None = None) -> None:
     """Exchange what there is something faster for on the model's device."""
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
-        use_products(model, dtype, large)
+        use_fast_linears(model, dtype, large)
         attend_fast(model)
     elif device == "cuda":
-        gpu.use_products(model)
+        gpu.use_fast_linears(model)

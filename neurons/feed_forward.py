@@ -32,7 +32,7 @@ from neurons.pack import Pack
 from neurons.products import Products, has_kernel, put, taken
 from neurons.records import Format, NeuronCache, NeuronFile
 from neurons.uring import Work, nothing
-from tiers.prefetch import CPU, Courier, Fence, Ring, Slot, Staged, Waited, fence, sent
+from tiers.prefetch import CPU, BounceBuffer, Fence, Ring, Slot, TransferWorker, Waited, fence, sent
 
 MANY = 64  # tokens; more of them at once are a prompt
 RECENT = 16  # tokens of each row whose neurons a prompt leaves behind
@@ -147,8 +147,8 @@ class Source:
         stages = [page_aligned(size, CPU, pinned) for _ in range(staged)]
         self._stage = stages.pop() if stages else None
         self._staged: Fence = None  # when what is on the stage has been copied
-        self._stream = Staged(file, stages) if stages else file
-        self._courier = Courier(device, "stream", AHEAD)
+        self._stream = BounceBuffer(file, stages) if stages else file
+        self._courier = TransferWorker(device, "stream", AHEAD)
         self._ring = Ring(self._order, slots, self._fetch, Waited())
 
     def _fetch(self, item: tuple[int, int, int], slot: Slot) -> Future:

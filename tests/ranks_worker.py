@@ -23,7 +23,7 @@ from engine import complete
 from generate import GenerationConfig
 from load import load_model
 from pp import SharedSampler
-from ranks import Ranks, join, leave
+from ranks import Ranks, join_process_group, leave
 from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
@@ -109,7 +109,7 @@ class counted:
 
 def main(cases: Path, results: Path) -> None:
     torch.set_num_threads(1)
-    ranks = join(CPU)
+    ranks = join_process_group(CPU)
     found = [answers(case.pop("path"), ranks, **case) for case in json.loads(cases.read_text())]
     torch.save(found, results.with_name(f"{results.name}.{os.environ['RANK']}"))
     leave()

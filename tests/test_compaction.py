@@ -214,8 +214,8 @@ def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
     widths = []
     with torch.inference_mode():
         sampler = Sampler(config, rows, early.lm.device)
-        flight = rows, caches
-        steps = launched_steps(early.lm, early.given, flight, 0, sampler, LIMIT, live)
+        micro_batch = rows, caches
+        steps = launched_steps(early.lm, early.given, micro_batch, 0, sampler, LIMIT, live)
         for computed, read in launched_ahead(steps):
             widths.append(len(computed))
             for row, ids in zip(computed, read(), strict=True):
@@ -259,7 +259,7 @@ def held(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
 
 
 def parts(cache: KVCache, pos: torch.Tensor) -> Iterator[slice]:
-    g = cache.grain
+    g = cache.row_granularity
     return (slice(n, min(n + g, len(pos))) for n in range(0, len(pos), g))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiled import Shortcuts
+from compiled import CompiledGraphCache
 from decoding import LoadedModel
 from engine import complete
 from generate import GenerationConfig
@@ -28,14 +28,14 @@ def lm(request: pytest.FixtureRequest) -> LoadedModel:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each compiled step, whether it knew the way."""
-    found, take = [], Shortcuts.take
+    found, take = [], CompiledGraphCache.take
 
-    def watched(self: Shortcuts, given: list[torch.Tensor]) -> torch.Tensor | None:
+    def watched(self: CompiledGraphCache, given: list[torch.Tensor]) -> torch.Tensor | None:
         logits = take(self, given)
         found.append(logits is not None)
         return logits
 
-    monkeypatch.setattr(Shortcuts, "take", watched)
+    monkeypatch.setattr(CompiledGraphCache, "take", watched)
     return found
 
 
@@ -90,7 +90,7 @@ def test_a_call_that_breaks_off_is_forgotten(lm: LoadedModel, monkeypatch: pytes
 
     caches = lm.make_caches(1, 150)  # of a shape that is new
     with monkeypatch.context() as patched:
-        patched.setattr(Shortcuts, "remember", interrupted)
+        patched.setattr(CompiledGraphCache, "remember", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ids(lm, TEXTS[:1], caches=caches)
     kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]

@@ -74,7 +74,7 @@ def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     model = torch.nn.ModuleList([filled(64, 32, None, True), filled(64, 32, 32, False)])
     model.append(linear(64, 32, True))
-    cpu_products.use_products(model, torch.bfloat16, large=True)
+    cpu_products.use_fast_linears(model, torch.bfloat16, large=True)
     assert [type(m) for m in model] == [Int8Linear, Int4Linear, Linear]
     said = capsys.readouterr().err
     assert said == "quantised layers run slowly here: this CPU lacks avx512_vnni, avx512_bf16\n"
@@ -246,7 +246,7 @@ def test_products_leave_alone_what_is_on_the_meta_device():
     model = torch.nn.ModuleList([filled(64, 32, None, False), Linear(64, 32).bfloat16()])
     model.append(filled(64, 32, 32, False))
     model[:2].to("meta")
-    cpu_products.use_products(model, torch.bfloat16)
+    cpu_products.use_fast_linears(model, torch.bfloat16)
     assert [type(m) for m in model] == [Int8Linear, Linear, TiledLinear]
 
 

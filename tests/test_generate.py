@@ -14,7 +14,7 @@ from decoding import LoadedModel, launched_ahead
 from engine import complete, generate
 from generate import GenerationConfig
 from load import load_model, random_model
-from model import visible_slots
+from model import visible_length
 from text.completion import Completion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def test_one_graph_serves_every_prompt_length(both: tuple[LoadedModel, ...]):
         given = torch.randint(vocab, (1, length), generator=generator).tolist()
         assert ids(compiled, given, short, caches=caches) == ids(eager, given, short)
         counts.append(counters["stats"]["unique_graphs"])
-        sizes.add(visible_slots(length + 1, 400))
+        sizes.add(visible_length(length + 1, 400))
     assert len(sizes) > 4
     assert counts[0] == counts[-1]
 
@@ -231,11 +231,11 @@ def test_prompts_that_cannot_be_continued(eager: LoadedModel):
 
 
 def test_visible_slots_are_enough_and_few():
-    sizes = [visible_slots(n, 10**6) for n in range(1, 5000)]
+    sizes = [visible_length(n, 10**6) for n in range(1, 5000)]
     assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 2 * 13
     assert sizes == sorted(sizes)
-    assert visible_slots(100, 110) == 110
+    assert visible_length(100, 110) == 110
 
 
 def test_a_step_is_launched_before_the_one_before_it_is_read():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import Draft, LoadedModel
-from draft_length import Pace
+from draft_length import DraftLengthController
 from engine import generate
 from evaluation.scoring import log_likelihoods
 from load import make_views
@@ -284,10 +284,10 @@ def test_dynamic_rope_reads_a_prompt_in_chunks_as_in_one(dynamic: tuple, chunk: 
     assert answers(views(model, sweep=chunk * len(prompts)), prompts, 40) == expected
 
 
-@pytest.mark.parametrize("draft", [NgramDraft, lambda pace: SelfDraft(pace, None)])
-def test_dynamic_rope_with_a_draft(dynamic: tuple, draft: Callable[[Pace], Draft]):
+@pytest.mark.parametrize("draft", [NgramDraft, lambda controller: SelfDraft(controller, None)])
+def test_dynamic_rope_with_a_draft(dynamic: tuple, draft: Callable[[DraftLengthController], Draft]):
     model, prompts, expected = dynamic
-    made = draft(Pace(3))
+    made = draft(DraftLengthController(3))
     if isinstance(made, SelfDraft):
         made.lm = views(model)  # guesses that hold, and many tokens verified at once
     assert answers(views(model, draft=made), prompts, 40) == expected

@@ -22,7 +22,7 @@ from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
-from tiers.kv_cache import AttendsSparsely, Cell, TieredCaches
+from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Slot
 
@@ -305,7 +305,7 @@ def test_sparse_attention_reads_the_values_that_weigh_most(share: float):
     k, v = torch.randn(2, B, 1, G, E, generator=draw)
     pos = torch.tensor([[length - 1]] * B)
     mask = torch.zeros(B, 1, R, S - 1).masked_fill(torch.arange(S - 1) >= length, -torch.inf)
-    y = AttendsSparsely(cache, share).attend(q, k, v, mask, pos)
+    y = SparseHostAttention(cache, share).attend(q, k, v, mask, pos)
     for b, g in itertools.product(range(B), range(G)):
         keys, values = cache.k[b, :length, g], cache.v[b, :length, g]
         assert torch.equal(keys[-1], k[b, 0, g])

@@ -23,7 +23,7 @@ from neurons import feed_forward
 from neurons.feed_forward import source_of
 from neurons.records import KINDS
 from quant.linear import Int4Linear
-from tiers.kv_cache import AttendsThere
+from tiers.kv_cache import HostAttention
 from tiers.policy import Policy, Share
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,10 +189,10 @@ def test_the_host_attends_while_the_device_computes(
 ):
     """Queries of a micro-batch come before those of the one before it have been answered."""
     wanted = ids(demo("demo"))
-    waiting, most, really = [], [], AttendsThere._received
+    waiting, most, really = [], [], HostAttention._received
     second = threading.Condition()
 
-    def received(self: AttendsThere, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def received(self: HostAttention, *tensors: torch.Tensor) -> list[torch.Tensor]:
         there = really(self, *tensors)
         with second:
             waiting.append(1)
@@ -203,7 +203,7 @@ def test_the_host_attends_while_the_device_computes(
             waiting.pop()
         return there
 
-    monkeypatch.setattr(AttendsThere, "_received", received)
+    monkeypatch.setattr(HostAttention, "_received", received)
     policy = dataclasses.replace(AWAY, cache=cache, directory=tmp_path)
     with pretended_cuda():
         assert ids(away(policy)) == wanted
@@ -239,9 +239,9 @@ def test_sparse_attention_is_the_host_s(tmp_path: Path):
 def test_a_micro_batch_that_fails_leaves_nothing_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    wanted, really, calls = ids(demo("demo")), AttendsThere._received, []
+    wanted, really, calls = ids(demo("demo")), HostAttention._received, []
 
-    def failing(self: AttendsThere, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def failing(self: HostAttention, *tensors: torch.Tensor) -> list[torch.Tensor]:
         calls.append(1)
         if len(calls) == 40:
             raise ValueError("it failed")
@@ -250,7 +250,7 @@ def test_a_micro_batch_that_fails_leaves_nothing_under_way(
     with pretended_cuda():
         lm = away(dataclasses.replace(AWAY, cache=Share(0, 50), directory=tmp_path))
         with monkeypatch.context() as patch:
-            patch.setattr(AttendsThere, "_received", failing)
+            patch.setattr(HostAttention, "_received", failing)
             with pytest.raises(ValueError, match="it failed"):
                 ids(lm)
         assert ids(lm) == wanted

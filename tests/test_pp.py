@@ -22,17 +22,23 @@ PLAIN = {"pipeline": True}
 CASES: list[dict[str, Any]] = [
     {"model": "demo"},
     {"model": "demo-opt"},
-    {"model": "demo", "texts": MANY, "flights": 2},
-    {"model": "demo", "texts": MANY, "flights": 3, "how": {"ignore_eos": False}},
+    {"model": "demo", "texts": MANY, "micro_batches": 2},
+    {"model": "demo", "texts": MANY, "micro_batches": 3, "how": {"ignore_eos": False}},
     {"model": "demo-opt", "texts": MANY, "how": {"temperature": 0.8, "ignore_eos": False}},
     # What was sent last has not arrived when the sender is done with its batch, and its model.
-    {"model": "demo", "texts": MANY[:3], "flights": 3, "how": {"max_new_tokens": 3}, "lag": 0.2},
+    {
+        "model": "demo",
+        "texts": MANY[:3],
+        "micro_batches": 3,
+        "how": {"max_new_tokens": 3},
+        "lag": 0.2,
+    },
     {"model": "demo", "texts": MANY[:1]},
     {"model": "demo-opt", "kv_dtype": "int8"},
     {"model": "random"},
-    {"model": "demo", "texts": MANY, "flights": 2, "percent": [0, 0, 100, 0]},
-    {"model": "demo-opt", "texts": MANY, "flights": 2, "percent": [30, 30, 0, 0]},
-    {"model": "demo", "texts": MANY, "flights": 3, "percent": [0, 50, 50, 0]},
+    {"model": "demo", "texts": MANY, "micro_batches": 2, "percent": [0, 0, 100, 0]},
+    {"model": "demo-opt", "texts": MANY, "micro_batches": 2, "percent": [30, 30, 0, 0]},
+    {"model": "demo", "texts": MANY, "micro_batches": 3, "percent": [0, 50, 50, 0]},
 ]
 
 
@@ -52,7 +58,7 @@ def test_tokens_are_those_of_one_process(
         case["path"] = str(models[case.pop("model")])
     by_rank = on_ranks(count, [PLAIN | case for case in cases], tmp_path)
     for n, case in enumerate(cases):
-        alone = {k: v for k, v in case.items() if k not in ("flights", "lag", "percent")}
+        alone = {k: v for k, v in case.items() if k not in ("micro_batches", "lag", "percent")}
         expected = answers(alone.pop("path"), None, **alone)["ids"]
         assert len({tuple(ids) for ids in expected}) == len(expected)
         for rank in range(count):
@@ -132,7 +138,7 @@ def test_flights_that_end_early_leave_the_others():
     """Each is asked for its next step once its ids are read, and before the others' are."""
     calls = []
 
-    def flight(name: str, rows: list[int], steps: int):
+    def micro_batch(name: str, rows: list[int], steps: int):
         for n in range(steps):
             calls.append(f"launch {name}{n}")
             yield (
@@ -141,7 +147,8 @@ def test_flights_that_end_early_leave_the_others():
             )
 
     steps = [
-        (rows, read()) for rows, read in together([flight("a", [0, 1], 3), flight("b", [2], 1)])
+        (rows, read())
+        for rows, read in together([micro_batch("a", [0, 1], 3), micro_batch("b", [2], 1)])
     ]
     assert steps == [
         ([0, 1, 2], [[0], [10], [20]]),

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import quantize
 from decoding import LoadedModel
-from draft_length import MOST, PLAIN_EVERY, Pace
+from draft_length import MOST, PLAIN_EVERY, DraftLengthController
 from engine import complete, generate
 from generate import GenerationConfig
 from kernels.cpu.build import unsupported_reason
@@ -49,16 +49,18 @@ def with_draft(plain: LoadedModel, draft: str | Path, k: int | None, **options) 
 
 
 def steady(lm: LoadedModel, ks: list[int]) -> LoadedModel:
-    """The model, with a pace of its own that asks for those numbers of guesses over and over."""
+    """The model, with a controller of its own that asks for those numbers of guesses over and over."""
 
-    class Given(Pace):
+    class Given(DraftLengthController):
         def choose(self, most: int) -> int:
             return max(0, min(next(self.ks), most))
 
-    pace = Given(None)
-    pace.ks = itertools.cycle(ks)
+    controller = Given(None)
+    controller.ks = itertools.cycle(ks)
     draft = (
-        NgramDraft(pace) if isinstance(lm.draft, NgramDraft) else type(lm.draft)(pace, lm.draft.lm)
+        NgramDraft(controller)
+        if isinstance(lm.draft, NgramDraft)
+        else type(lm.draft)(controller, lm.draft.lm)
     )
     return dataclasses.replace(lm, draft=draft)
 
@@ -89,7 +91,7 @@ def test_greedy_text_of_100_prompts_is_that_of_plain_decoding(
     config, prompts = dataclasses.replace(GREEDY, max_new_tokens=32), hundred(plain)
     wanted = ids(plain, prompts, config)
     assert ids(drafted, prompts, config) == wanted
-    assert sum(drafted.draft.pace.report.held) > 100
+    assert sum(drafted.draft.controller.report.held) > 100
     assert [ids(drafted, [p], config)[0] for p in prompts[::10]] == wanted[::10]
 
 
@@ -233,9 +235,9 @@ def test_what_is_drawn_is_distributed_as_the_model_says(tmp_path: Path, kind: st
     """Chi-square over 8,000 texts of three tokens, one random stream each, against the product of
     the model's own probabilities. Bounds are of the 99.99 % point (Wilson and Hilferty)."""
     target, other = tiny(tmp_path, 32), tiny(tmp_path, 64)
-    pace = Pace(2)
-    pace.choose = lambda most: min(2, most)
-    draft = ModelDraft(pace, other) if kind == "model" else NgramDraft(pace)
+    controller = DraftLengthController(2)
+    controller.choose = lambda most: min(2, most)
+    draft = ModelDraft(controller, other) if kind == "model" else NgramDraft(controller)
     lm = dataclasses.replace(target, draft=draft)
     config = GenerationConfig(max_new_tokens=3, seed=11, ignore_eos=True, **options)
     # After 0 every token has been seen: whatever is drawn first, something can be looked up.
@@ -255,7 +257,7 @@ def test_what_is_drawn_is_distributed_as_the_model_says(tmp_path: Path, kind: st
     df = len(cells) - 1
     assert df >= 5
     assert chi < df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3
-    shares = [h / o for h, o in zip(pace.report.held, pace.report.offered, strict=True)]
+    shares = [h / o for h, o in zip(controller.report.held, controller.report.offered, strict=True)]
     assert 0.02 < shares[0] < 0.95  # guesses were right, and wrong
 
 
@@ -300,9 +302,9 @@ def test_the_context_and_idle_rows(plain: LoadedModel, drafted: LoadedModel):
     assert ids(lm, prompts[:1], config) == ids(plain, prompts[:1], config)
     # A row that has ended by the context does not keep others from being guessed for.
     config = dataclasses.replace(GREEDY, max_new_tokens=100)
-    before = sum(lm.draft.pace.report.offered)
+    before = sum(lm.draft.controller.report.offered)
     assert ids(lm, prompts, config) == ids(plain, prompts, config)
-    assert sum(lm.draft.pace.report.offered) > before + 60
+    assert sum(lm.draft.controller.report.offered) > before + 60
 
 
 def test_every_limit_is_kept(plain: LoadedModel, drafted: LoadedModel):
@@ -326,12 +328,12 @@ class Oracle:
     """Drafts that are the model itself: every guess of theirs must hold."""
 
     @staticmethod
-    def model(lm: LoadedModel, pace: Pace) -> ModelDraft:
-        return ModelDraft(pace, dataclasses.replace(lm, draft=None))
+    def model(lm: LoadedModel, controller: DraftLengthController) -> ModelDraft:
+        return ModelDraft(controller, dataclasses.replace(lm, draft=None))
 
     @staticmethod
-    def shared(lm: LoadedModel, pace: Pace) -> SelfDraft:
-        return SelfDraft(pace, dataclasses.replace(lm, draft=None))
+    def shared(lm: LoadedModel, controller: DraftLengthController) -> SelfDraft:
+        return SelfDraft(controller, dataclasses.replace(lm, draft=None))
 
 
 @pytest.mark.parametrize("kind", [Oracle.model, Oracle.shared], ids=["own-cache", "shared-cache"])
@@ -341,8 +343,8 @@ def test_a_draft_that_is_the_model_is_always_right(
     plain: LoadedModel, kind: Callable, config: GenerationConfig, ks: list[int]
 ):
     """So its cache holds what the text says, after pauses, in batches, and from call to call."""
-    lm = steady(dataclasses.replace(plain, draft=kind(plain, Pace(1))), ks)
-    caches, report = lm.make_caches(4, 300), lm.draft.pace.report
+    lm = steady(dataclasses.replace(plain, draft=kind(plain, DraftLengthController(1))), ks)
+    caches, report = lm.make_caches(4, 300), lm.draft.controller.report
     prompts = encoded(plain)
     answers = ids(lm, prompts, config, caches=caches)
     longer = [[*p, *a, *prompts[0][1:]] for p, a in zip(prompts, answers, strict=True)]
@@ -359,7 +361,7 @@ def test_a_conversation_prefills_a_drafts_cache_once(plain: LoadedModel):
         seen.append(tokens.shape[1])
         return plain.prefill(tokens, *others)
 
-    draft = ModelDraft(Pace(3), dataclasses.replace(plain, prefill=prefill))
+    draft = ModelDraft(DraftLengthController(3), dataclasses.replace(plain, prefill=prefill))
     lm, held = dataclasses.replace(plain, draft=draft), []
     caches, config = lm.make_caches(1, 400), dataclasses.replace(GREEDY, max_new_tokens=20)
     conversation = Conversation(lm.tokenizer, limit=400, room=20)
@@ -381,7 +383,7 @@ def test_a_draft_with_a_shorter_context_stops_guessing_there(plain: LoadedModel,
     lm = with_draft(plain, tmp_path, 4)
     long = dataclasses.replace(GREEDY, max_new_tokens=150)
     assert ids(lm, encoded(plain), long) == ids(plain, encoded(plain), long)
-    assert lm.draft.pace.report.plain_steps > 80
+    assert lm.draft.controller.report.plain_steps > 80
     over = [(encoded(plain)[2] * 10)[:100]]
     assert ids(lm, over, GREEDY) == ids(plain, over, GREEDY)
 
@@ -420,16 +422,21 @@ def test_a_guess_after_a_wrong_one_counts_for_nothing():
 
 
 def simulated(
-    pace: Pace, tokens: int, right: float, draft: float, row: float, seed: int = 0
+    controller: DraftLengthController,
+    tokens: int,
+    right: float,
+    draft: float,
+    row: float,
+    seed: int = 0,
 ) -> float:
     """Tokens per time of a plain step, where a guess is right by chance and costs so much."""
     print("seed", seed)
     generator, seconds, made = random.Random(seed), 0.0, 0
     while made < tokens:
-        k = pace.choose(MOST)
+        k = controller.choose(MOST)
         hits = next((n for n in range(k) if generator.random() > right), k)
         cost = (1 + k * (draft + row)) * (1 + 0.03 * generator.random())
-        pace.learn(k, [(k, hits)], cost)
+        controller.learn(k, [(k, hits)], cost)
         seconds, made = seconds + cost, made + hits + 1
     return made / seconds
 
@@ -438,7 +445,7 @@ def simulated(
 @pytest.mark.parametrize("draft, row", [(0.3, 0.02), (0.0, 0.02), (0.1, 0.3)])
 def test_the_number_of_guesses_chosen_is_nearly_the_best(right: float, draft: float, row: float):
     """And where none pays, nearly nothing is lost."""
-    found = simulated(Pace(None).of(1), 2000, right, draft, row)
+    found = simulated(DraftLengthController(None).of(1), 2000, right, draft, row)
     rates = [sum(right**n for n in range(k + 1)) / (1 + k * (draft + row)) for k in range(MOST + 1)]
     assert found > 0.9 * max(rates) / 1.015
     assert found > 0.96 / 1.015
@@ -451,47 +458,50 @@ def test_a_draft_that_does_not_pay_costs_a_short_text_3_percent_at_most(
 ):
     """Int8 weights on a CPU without instructions for them take twice as long as bfloat16 ones."""
     for seed in range(5):
-        assert simulated(Pace(None).of(1), 200, right, draft, row, seed) > 0.97 / 1.015
+        assert (
+            simulated(DraftLengthController(None).of(1), 200, right, draft, row, seed)
+            > 0.97 / 1.015
+        )
 
 
 def test_a_draft_that_pays_is_found_within_a_short_text():
-    assert simulated(Pace(None).of(1), 200, 0.9, 0.15, 0.05) > 1.8
+    assert simulated(DraftLengthController(None).of(1), 200, 0.9, 0.15, 0.05) > 1.8
 
 
 def test_trials_get_rarer_where_guesses_never_hold():
-    pace = Pace(None).of(1)
+    controller = DraftLengthController(None).of(1)
     tried = []
     for step in range(6000):
-        k = pace.choose(MOST)
-        pace.learn(k, [(k, 0)], 1 + 0.3 * k)
+        k = controller.choose(MOST)
+        controller.learn(k, [(k, 0)], 1 + 0.3 * k)
         tried += [step] * (k > 0)
     assert 10 < len(tried) < 150
     assert max(b - a for a, b in itertools.pairwise(tried)) > 400
 
 
 def test_it_notices_when_guesses_begin_to_hold():
-    pace = Pace(None).of(1)
-    simulated(pace, 300, 0.0, 0.2, 0.02)
-    assert simulated(pace, 1500, 0.95, 0.2, 0.02) > 1.7
+    controller = DraftLengthController(None).of(1)
+    simulated(controller, 300, 0.0, 0.2, 0.02)
+    assert simulated(controller, 1500, 0.95, 0.2, 0.02) > 1.7
 
 
 def test_a_given_number_is_kept_but_for_plain_steps_to_compare_with():
-    pace, chosen = Pace(5).of(1), Counter()
+    controller, chosen = DraftLengthController(5).of(1), Counter()
     for _ in range(1000):
-        k = pace.choose(MOST)
+        k = controller.choose(MOST)
         chosen[k] += 1
-        pace.learn(k, [(k, 2)], 1.0 + k / 10)
+        controller.learn(k, [(k, 2)], 1.0 + k / 10)
     assert chosen.keys() == {0, 5}
     assert chosen[0] <= 4 + 1000 // PLAIN_EVERY
-    assert pace.report.speed_up == pytest.approx(3 / 1.5, rel=0.05)
-    said = " ".join(pace.report.lines())
+    assert controller.report.speed_up == pytest.approx(3 / 1.5, rel=0.05)
+    said = " ".join(controller.report.lines())
     assert "(40%)" in said and "100% 100% 0% 0% 0%" in said
 
 
 def test_another_number_of_rows_is_learned_anew():
-    pace = Pace(None).of(1)
-    simulated(pace, 300, 0.0, 0.3, 0.0)
-    assert simulated(pace.of(8), 400, 0.95, 0.1, 0.0) > 2
+    controller = DraftLengthController(None).of(1)
+    simulated(controller, 300, 0.0, 0.3, 0.0)
+    assert simulated(controller.of(8), 400, 0.95, 0.1, 0.0) > 2
 
 
 @pytest.mark.parametrize(
@@ -536,7 +546,7 @@ def test_a_draft_may_have_other_rows_of_padding(plain: LoadedModel, tmp_path: Pa
     prompts = [*encoded(plain), [5, 2047, 2046, 9], [2047]]
     for config in (GREEDY, SAMPLED):
         assert ids(lm, prompts, config) == ids(plain, prompts, config)
-    assert sum(lm.draft.pace.report.held) > 10
+    assert sum(lm.draft.controller.report.held) > 10
 
 
 def random_model_of(config: Path, vocab_size: int) -> LoadedModel:

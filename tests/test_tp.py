@@ -198,7 +198,7 @@ def test_parts_cover_everything_once():
 def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
     """What a rank loads, without any other."""
     checkpoint = Checkpoint(path)
-    division = tp.Sharded(ranks)
+    division = tp.TensorParallel(ranks)
     model = division.skeleton(checkpoint.args, checkpoint.scheme)
     fill = division.filler(checkpoint, model, CPU, checkpoint.filler(CPU))
     allocate(model, CPU, torch.float32, fill)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from host.log import log
-from ranks import agreed
+from ranks import broadcast_from_rank0
 from text.chat_template import check_messages
 from text.terminal import Messages
 from text.tokenizer import Tokenizer
@@ -89,10 +89,10 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     messages = Messages(launched)
     if launched:  # a signal, unlike the key, means that torchrun is about to end all processes
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    watched = agreed(lambda: messages.keeps_ctrl_c)
+    watched = broadcast_from_rank0(lambda: messages.keeps_ctrl_c)
     log(HELP)
     with messages.opened():
-        while (text := agreed(messages.read)) is not None:
+        while (text := broadcast_from_rank0(messages.read)) is not None:
             command = command_in(text)
             if command == "/exit":
                 return
@@ -108,7 +108,7 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
 
                 def show(row: int, piece: str, stopped: Callable[[], bool] = stopped) -> None:
                     print(piece, end="", flush=True)
-                    if watched and agreed(stopped):  # on all ranks at the same token
+                    if watched and broadcast_from_rank0(stopped):  # on all ranks at the same token
                         raise KeyboardInterrupt
 
                 completion = answer(ids, held, show)

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 SECONDS = 3  # of computing, for one template; a usual one takes milliseconds
-PATIENCE = 60.0  # seconds of waiting, for a machine that is busy with other things
+COLLECTIVE_TIMEOUT = 60.0  # seconds of waiting, for a machine that is busy with other things
 MEMORY = 1 << 29  # bytes of address space of the process: Python with jinja2 takes a fifth
 OUTPUT = 1 << 20  # characters of output, beside 8 for each character of the request
 
@@ -55,7 +55,7 @@ class Worker:
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(COLLECTIVE_TIMEOUT)
         self._replies = self._socket.makefile("rb")
         with theirs:
             self._process = subprocess.Popen(

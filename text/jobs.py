@@ -25,7 +25,7 @@ from text.chat_template import check_messages
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation
 PLACES, SAMPLE = 64, 1024  # of each file of a model, and bytes of each, that are hashed
-PATIENCE = 2.0  # seconds without input before a line says what is waited for
+COLLECTIVE_TIMEOUT = 2.0  # seconds without input before a line says what is waited for
 SURROGATE = re.compile("[\ud800-\udfff]")
 FORMS = 'a string, an object with a "prompt", or, for --chat, one with "messages"'
 
@@ -127,7 +127,7 @@ def piped_prompt() -> str | None:
     kind = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return None
-    if not select.select([0], [], [], PATIENCE)[0]:
+    if not select.select([0], [], [], COLLECTIVE_TIMEOUT)[0]:
         log("waiting for the prompt on standard input; or give --prompt TEXT")
     with open(0, "rb", closefd=False) as stdin:
         return without_line_end(decoded(stdin.read(), "standard input"))

@@ -29,14 +29,14 @@ from tiers.policy import CACHE_SLOTS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    Courier,
+    BounceBuffer,
     HostMemory,
     Layout,
     Parts,
     Ring,
     Slot,
-    Staged,
     Store,
+    TransferWorker,
     Waited,
     fence,
     sent,
@@ -79,7 +79,10 @@ class TieredCaches(Sequence["TieredCache"]):
         self._caches = [TieredCache(self, cells[j * K : j * K + K]) for j in range(args.n_layers)]
         moving = [cell for cell in cells if cell.cache is None]
         self._slots = [self._slot() for _ in moving[:CACHE_SLOTS]]
-        self._in, self._out = Courier(self.device, "cache in"), Courier(self.device, "cache out")
+        self._in, self._out = (
+            TransferWorker(self.device, "cache in"),
+            TransferWorker(self.device, "cache out"),
+        )
         self._waited = waited or Waited()
         self._ring, self._in_ring = Ring((), (), self._fetch, self._waited), 0
         self._pos, self._spans = None, []
@@ -196,7 +199,9 @@ class TieredCaches(Sequence["TieredCache"]):
         if count:
             scratch = ScratchFile(self.policy.directory, count * nbytes)
             file = (
-                scratch if self._host_reads() else Staged(scratch, [page_aligned(nbytes, CPU, pin)])
+                scratch
+                if self._host_reads()
+                else BounceBuffer(scratch, [page_aligned(nbytes, CPU, pin)])
             )
         cells, on_disk = [], 0
         for tier in self.tiers:
@@ -231,21 +236,21 @@ class TieredCaches(Sequence["TieredCache"]):
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
             cache._buffers[name] = tensor.transpose(0, 1)
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
-            return AttendsSparsely(cache, self.policy.attention_share)
-        return cache if device == self.device else AttendsThere(cache)
+            return SparseHostAttention(cache, self.policy.attention_share)
+        return cache if device == self.device else HostAttention(cache)
 
 
 class TieredCache:
     """One layer's cells, used as a KVCache is: `opened`, a micro-batch at a time."""
 
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
-        self._caches, self.cells, self.grain = caches, cells, caches.policy.micro_batch
+        self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator[KVCache]:
         """The part of some rows, those of a micro-batch; pos: (B, T), where all rows write."""
-        k = rows.start // self.grain
+        k = rows.start // self.row_granularity
         with self._caches.holding(self.cells[k], k, pos) as cache:
             yield cache.part(slice(0, rows.stop - rows.start))
 
@@ -266,7 +271,7 @@ class TieredCache:
             cell.filled = min(cell.filled, filled)
 
 
-class AttendsThere:
+class HostAttention:
     """A cache to which queries, new keys and new values are sent, and from which what they see
     comes back. Who calls waits; the device goes on with what others give it (offload.zigzag)."""
 
@@ -291,8 +296,8 @@ class AttendsThere:
             copied.synchronize()
         return copies
 
-    def part(self, rows: slice) -> "AttendsThere":
-        return AttendsThere(self._cache.part(rows))
+    def part(self, rows: slice) -> "HostAttention":
+        return HostAttention(self._cache.part(rows))
 
     def take(self, source: KVCache, rows: Tensor, filled: int) -> None:
         self._cache.take(source, rows, filled)
@@ -301,7 +306,7 @@ class AttendsThere:
         return self._cache.buffers()
 
 
-class AttendsSparsely(AttendsThere):
+class SparseHostAttention(HostAttention):
     """The same, where of all values a share is read: those of the tokens with the highest weights.
     It is an approximation, for one new token of a row (FlexGen, section 5)."""
 
@@ -332,8 +337,8 @@ class AttendsSparsely(AttendsThere):
         y = kept @ v.transpose(1, 2).gather(2, at)  # (B, G, R, E)
         return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
 
-    def part(self, rows: slice) -> "AttendsSparsely":
-        return AttendsSparsely(self._cache.part(rows), self._share)
+    def part(self, rows: slice) -> "SparseHostAttention":
+        return SparseHostAttention(self._cache.part(rows), self._share)
 
 
 def tiered_caches(

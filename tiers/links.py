@@ -2,7 +2,7 @@
 
 Start at `table`. A step reads a share of the weights on each device, and waits for two all-reduces
 of each layer, which are so small that they take a link's latency. A pipeline's stage reads as much,
-and its flights hide what they wait for; a single text goes from stage to stage. These are figures
+and its micro_batches hide what they wait for; a single text goes from stage to stage. These are figures
 of links and of one device put together, and no measurement; what they say of gpt-fast's A100s is
 within 15 % of what was published (tests/test_links.py).
 """
@@ -67,7 +67,7 @@ def tensor_parallel_seconds(step: Step, rate: float, link: Link, count: int) -> 
 
 
 def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[float, float]:
-    """Of a step of one flight of rows from end to end, and between the steps of two flights where
+    """Of a step of one micro_batch of rows from end to end, and between the steps of two micro_batches where
     all stages are busy; a stage has whole layers."""
     slowest = -(-step.layers // count) / step.layers * step.shared / rate + step.whole / rate
     passing = (link.latency + step.hidden * step.rows / link.rate) * (count > 1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from host.memory import size_text
-from model import visible_slots
+from model import visible_length
 from tiers.direct_io import IN_FLIGHT, SMALL
 from tiers.policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
 from tiers.probe import Machine
@@ -188,7 +188,7 @@ class Planner:
 
     def cell(self, policy: Policy, work: Work) -> int:
         """Bytes of a cell of the cache."""
-        slots = visible_slots(work.prompt + work.new, LONGEST) + 1
+        slots = visible_length(work.prompt + work.new, LONGEST) + 1
         return policy.micro_batch * slots * self.sizes.slot
 
     def rings(self, policy: Policy, work: Work) -> tuple[int, int]:

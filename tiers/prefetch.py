@@ -2,7 +2,7 @@
 
 Start at Ring: it hands out slots in an order that repeats itself, and has the next ones filled
 meanwhile. A Store is where the bytes come from: host memory, or a file (disk.py), for a GPU by way
-of pinned memory. A Courier is the thread that brings them, on a GPU with a stream of its own. No
+of pinned memory. A TransferWorker is the thread that brings them, on a GPU with a stream of its own. No
 call waits for the whole device, and nothing is allocated once a ring is made.
 
 FlexGen (arXiv 2303.06865, section 4.1) overlaps in the same way, with a barrier after every step;
@@ -88,7 +88,7 @@ class HostMemory:
             self.slab[offset : offset + len(piece)].copy_(piece, non_blocking=True)
 
 
-class Staged:
+class BounceBuffer:
     """A file for a device that no file can be read into: bytes pass through one of its stages."""
 
     def __init__(self, file: Store, stages: Sequence[Tensor]):
@@ -135,7 +135,7 @@ def fence(device: torch.device) -> Fence:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-class Courier:
+class TransferWorker:
     """A thread, or several, that moves bytes while others compute."""
 
     def __init__(self, device: torch.device, name: str, threads: int = 1):
