@@ -23,7 +23,7 @@ from sampling import NOT_FINITE, Sampler
 from speculate import speculative_steps
 from text.completion import Completion
 from text.generation_config import GenerationConfig
-from text.processors import LogitsProcessor, Processors
+from text.processors import LogitsProcessor, LogitsProcessors
 
 Prompts = str | Sequence[str | Sequence[int]]  # one text; or several, each as text or as ids
 
@@ -112,7 +112,7 @@ def make_sampler(
 ) -> Sampler:
     """What draws tokens after those prompts, each with noise of its stream."""
     changing = config.changes_logits or functions
-    processors = Processors(config, prompts, functions, lm.device) if changing else None
+    processors = LogitsProcessors(config, prompts, functions, lm.device) if changing else None
     return lm.sampler(config, streams, lm.device, processors)
 
 

@@ -60,7 +60,7 @@ from ranks import broadcast_from_rank0, leave, own_device, writes
 from text import chat, jobs
 from text.completion import Completion
 from text.generation_config import GenerationConfig
-from text.model_defaults import model_defaults, taken
+from text.model_defaults import model_defaults, defaults_line
 from text.tokenizer import Tokenizer
 from weights import hub
 
@@ -96,15 +96,15 @@ def given_prompts(args: argparse.Namespace) -> list[jobs.Prompt]:
 
 def open_output(
     args: argparse.Namespace, config: GenerationConfig, prompts: Sequence[jobs.Prompt]
-) -> jobs.JsonlOutput | None:
+) -> jobs.ResultsFile | None:
     """Open the file of results, so that its errors come before a model is loaded."""
     if not (args.output and writes()):
         return None
     shape = args.random_weights
     files = [shape] if shape else model_files(find_weights(args.checkpoint_path))
     settings = asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS}
-    origin = jobs.Origin(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
-    return jobs.JsonlOutput(args.output, prompts, args.num_samples, origin)
+    origin = jobs.Provenance(str(shape or args.checkpoint_path), jobs.fingerprint(files), settings)
+    return jobs.ResultsFile(args.output, prompts, args.num_samples, origin)
 
 
 def model_files(weights: Path) -> list[Path]:
@@ -119,18 +119,18 @@ def run_prompts(
     stats: bench.Stats,
     args: argparse.Namespace,
     prompts: Sequence[jobs.Prompt],
-    output: jobs.JsonlOutput | None,
+    output: jobs.ResultsFile | None,
 ) -> None:
     """Every prompt num_samples times, in batches, to stdout or, as each ends, to --output."""
     context, vocab = lm.model.args.context, lm.model.args.vocab_size
     encoded = encoded_prompts(lm.tokenizer, vocab, prompts, args)
     check_prompts([ids for _, ids in encoded], context, vocab)
     todo = jobs.make_jobs(encoded, args.num_samples, config.max_new_tokens, context)
-    ends = jobs.Ends(config.max_new_tokens)
+    ends = jobs.FinishCounts(config.max_new_tokens)
     if output:
-        sink = jobs.FileSink(output, todo, ends, lambda: stats.new_tokens)
+        sink = jobs.JsonlSink(output, todo, ends, lambda: stats.new_tokens)
     else:
-        sink = jobs.Console(todo, ends, continued=not (args.chat or args.random_weights))
+        sink = jobs.ConsoleSink(todo, ends, continued=not (args.chat or args.random_weights))
     sink.todo = broadcast_from_rank0(lambda: sink.todo)
     if not sink.todo:
         return log(f"{args.output} holds all {len(todo)} results: nothing was to be done")
@@ -294,7 +294,7 @@ def generation_config(args: argparse.Namespace) -> GenerationConfig:
     directory = path if path.is_dir() else path.parent
     defaults = {} if args.random_weights else model_defaults(directory)
     if defaults := {name: value for name, value in defaults.items() if name not in given}:
-        log(taken(defaults, directory))
+        log(defaults_line(defaults, directory))
     return GenerationConfig(**(defaults | given))
 
 

@@ -39,7 +39,7 @@ from quant.linear import (
 )
 from ranks import Ranks
 from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
-from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from tiers.kv_cache import tiered_caches
 from tiers.policy import Policy
 from tp import TensorParallel
@@ -353,7 +353,7 @@ def check_draft(
         theirs = draft.model.args.vocab_size
         if abs(theirs - vocab_size) > MOST_PADDING:
             why = f"the draft knows {theirs} ids and the model {vocab_size}"
-        elif not (why := difference(draft.tokenizer, tokenizer)):
+        elif not (why := first_difference(draft.tokenizer, tokenizer)):
             return
         raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
     bits = scheme["linears"].get("bits", 16) if scheme else 16

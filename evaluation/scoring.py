@@ -1,7 +1,7 @@
 """How likely a model finds given texts: the log-likelihood of the ends of many sequences of ids.
 
 Start at log_likelihoods. Sequences that begin alike, as a question with each of its answers does,
-become a tree (grow), and what they share is read once: a batch of nodes is fed to the model, and
+become a tree (build_prefix_trees), and what they share is read once: a batch of nodes is fed to the model, and
 the nodes below go on from copies of its KV cache. Of the output head only the scored ids are
 computed. eval.py asks for perplexities and for lm_eval's tasks.
 """
@@ -26,12 +26,12 @@ SHARED = 8  # ids: what is shared by less is read again, as is less than a quart
 LOGITS = 2**27  # of one call: 512 MB in float32
 # So many ids in a call keep the device busy; a level's KV caches have so many slots at most; and a
 # call takes so long to begin that meanwhile ids could have gone through so many weights.
-CALLS = {"cpu": (2**11, 2**15, 2**29), "mps": (2**11, 2**15, 2**33), "cuda": (2**13, 2**16, 2**39)}
+CALL_LIMITS = {"cpu": (2**11, 2**15, 2**29), "mps": (2**11, 2**15, 2**33), "cuda": (2**13, 2**16, 2**39)}
 POOL = 128  # rows of a level's caches
 WEIGHTS_READ = 16  # ids that a call could compute while it reads the weights
 
 
-class Result(NamedTuple):
+class SequenceScore(NamedTuple):
     """What came of a sequence."""
 
     number: int
@@ -40,15 +40,15 @@ class Result(NamedTuple):
 
 
 @dataclass(eq=False)
-class Node:
+class PrefixNode:
     """Ids that sequences share, after those of the node above."""
 
     ids: Ids
     begin: int  # position of the first of them
-    above: "Node | None"
+    parent: "PrefixNode | None"
     start: int = 0  # position of the first id here or below that is scored
     end: int = 0  # slots that the sequences from here on take
-    below: list["Node"] = field(default_factory=list)
+    children: list["PrefixNode"] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)  # sequences: number, and start
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of the ids from `scored` on
 
@@ -60,32 +60,32 @@ class Node:
     @property
     def fed(self) -> int:
         """How many ids the model has to read: what follows the last of a sequence is not asked."""
-        return len(self.ids) - (not self.below)
+        return len(self.ids) - (not self.children)
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[SequenceScore]:
         """Of the sequences that end here, once the nodes up to the root and this are scored."""
         for number, start in self.ends:
             scores, node = [], self
             while node is not None and node.begin + len(node.ids) > start:
                 scores += node.scores[max(0, start - node.scored) :]
-                node = node.above
-            yield Result(number, sum(nats for nats, _ in scores), all(best for _, best in scores))
+                node = node.parent
+            yield SequenceScore(number, sum(nats for nats, _ in scores), all(best for _, best in scores))
 
 
 def log_likelihoods(
     lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
-) -> Iterator[Result]:
+) -> Iterator[SequenceScore]:
     """The log-likelihood of each sequence from a position on: (ids, start), 1 <= start < len(ids).
 
     batch_size: rows that the model is given at once, None: as many as are fast and fit. Yields one
-    Result for each sequence, in float32 whatever the model's dtype, in an order of its own. Raises
+    SequenceScore for each sequence, in float32 whatever the model's dtype, in an order of its own. Raises
     ValueError for a sequence that is longer than the model's context by more than its last id, and
     MemoryError, in one line each.
     """
     if not sequences:
         return
     check(sequences, lm.model.args.context, lm.model.args.vocab_size)
-    roots = grow(sequences, least_shared(lm.model.args, max(len(ids) for ids, _ in sequences)))
+    roots = build_prefix_trees(sequences, least_shared(lm.model.args, max(len(ids) for ids, _ in sequences)))
     yield from Reader(lm, roots, batch_size).read([(node, 0) for node in roots])
 
 
@@ -111,13 +111,13 @@ def least_shared(args: ModelArgs, longest: int) -> float:
     return math.inf if by_length else SHARED
 
 
-def grow(sequences: Sequence[tuple[Ids, int]], least: float = SHARED) -> list[Node]:
+def build_prefix_trees(sequences: Sequence[tuple[Ids, int]], least: float = SHARED) -> list[PrefixNode]:
     """The roots of trees that hold all the sequences. least: ids that are shared, if any are."""
     order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
     texts = [tuple(sequences[n][0]) for n in order]
     shared = [0, *(common(a, b) for a, b in pairwise(texts))]  # with the one before
 
-    def nodes(first: int, stop: int, begin: int, above: Node | None) -> list[Node]:
+    def nodes(first: int, stop: int, begin: int, above: PrefixNode | None) -> list[PrefixNode]:
         """Of texts[first:stop], which are the same up to `begin`."""
         cuts = [first]
         for n in range(first + 1, stop):
@@ -126,17 +126,17 @@ def grow(sequences: Sequence[tuple[Ids, int]], least: float = SHARED) -> list[No
                 cuts.append(n)
         return [node(a, b, begin, above) for a, b in pairwise([*cuts, stop])]
 
-    def node(first: int, stop: int, begin: int, above: Node | None) -> Node:
+    def node(first: int, stop: int, begin: int, above: PrefixNode | None) -> PrefixNode:
         end = min(shared[first + 1 : stop], default=len(texts[first]))
-        made = Node(texts[first][begin:end], begin, above)
+        made = PrefixNode(texts[first][begin:end], begin, above)
         while first < stop and len(texts[first]) == end:  # the shortest are sorted before others
             number = order[first]
             made.ends.append((number, sequences[number][1]))
             first += 1
-        made.below = nodes(first, stop, end, made) if first < stop else []
-        starts = [start for _, start in made.ends] + [n.start for n in made.below]
+        made.children = nodes(first, stop, end, made) if first < stop else []
+        starts = [start for _, start in made.ends] + [n.start for n in made.children]
         made.start = min(starts)
-        made.end = max([begin + made.fed] + [n.end for n in made.below])
+        made.end = max([begin + made.fed] + [n.end for n in made.children])
         return made
 
     return nodes(0, len(texts), 0, None)
@@ -149,8 +149,8 @@ def common(a: Ids, b: Ids) -> int:
     )
 
 
-def depth(nodes: Sequence[Node]) -> int:
-    return 1 + max((depth(node.below) for node in nodes if node.below), default=0)
+def depth(nodes: Sequence[PrefixNode]) -> int:
+    return 1 + max((depth(node.children) for node in nodes if node.children), default=0)
 
 
 class Wanted(NamedTuple):
@@ -158,7 +158,7 @@ class Wanted(NamedTuple):
 
     place: int  # of the id before it, through all that the call reads
     said: int
-    node: Node  # whose id it is
+    node: PrefixNode  # whose id it is
 
 
 class Reader:
@@ -168,9 +168,9 @@ class Reader:
     those of like length can be taken together, and little is padded.
     """
 
-    def __init__(self, lm: LoadedModel, roots: Sequence[Node], batch_size: int | None):
+    def __init__(self, lm: LoadedModel, roots: Sequence[PrefixNode], batch_size: int | None):
         self.lm, self.batch_size = lm, batch_size
-        self.ids, self.most_slots, begun = CALLS[lm.device.type]
+        self.ids, self.most_slots, begun = CALL_LIMITS[lm.device.type]
         # Beyond so much padding two calls are faster than one.
         self.padding = WEIGHTS_READ + begun // count_weights(lm.model.args)
         per_slot = lm.kv_bytes_per_token() * depth(roots)
@@ -185,7 +185,7 @@ class Reader:
             self.fixed = batch_size or max(1, self.ids // average)
 
     @torch.inference_mode()
-    def read(self, nodes: Sequence[tuple[Node, int]], level: int = 0) -> Iterator[Result]:
+    def read(self, nodes: Sequence[tuple[PrefixNode, int]], level: int = 0) -> Iterator[SequenceScore]:
         """Nodes of one level, each with the row that the node above has in the pool there."""
         for node, _ in nodes:
             if not node.fed:  # one id, of which the node above said all
@@ -206,7 +206,7 @@ class Reader:
                 for node in batch:
                     yield from node.results()
                 first += len(batch)
-            if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.below]:
+            if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.children]:
                 yield from self.read(below, level + 1)
 
     def pool_rows(self, slots: int) -> int:
@@ -223,8 +223,8 @@ class Reader:
         return self.pools[level]
 
     def calls(
-        self, todo: Sequence[tuple[Node, int]]
-    ) -> Iterator[tuple[Sequence[Node], Sequence[int]]]:
+        self, todo: Sequence[tuple[PrefixNode, int]]
+    ) -> Iterator[tuple[Sequence[PrefixNode], Sequence[int]]]:
         """Nodes, and the rows above, that are read together; the longest nodes come first."""
         while todo:
             size = self.fixed or self.call_size([node.fed for node, _ in todo])
@@ -239,7 +239,7 @@ class Reader:
 
     def go_on(
         self,
-        nodes: Sequence[Node],
+        nodes: Sequence[PrefixNode],
         above: Sequence[int],
         caches: list[KVCache],
         sources: list[KVCache],
@@ -250,7 +250,7 @@ class Reader:
         for cache, source in zip(caches, sources, strict=True):
             cache.take(source, rows, filled)
 
-    def feed(self, nodes: Sequence[Node], caches: list[KVCache]) -> None:
+    def feed(self, nodes: Sequence[PrefixNode], caches: list[KVCache]) -> None:
         """Let the model read nodes, one in each row.
 
         How likely their ids are is noted, and the first id of each node below them.
@@ -303,9 +303,9 @@ class Reader:
         return [torch.tensor(values).to(self.lm.device) for values in lists]
 
 
-def following(node: Node, n: int) -> Iterator[tuple[int, Node]]:
+def following(node: PrefixNode, n: int) -> Iterator[tuple[int, PrefixNode]]:
     """Each id that is scored by what the model says after the node's n-th, and its node."""
     if n + 1 < len(node.ids):
         yield node.ids[n + 1], node
     else:
-        yield from ((b.ids[0], b) for b in node.below if b.start <= b.begin)
+        yield from ((b.ids[0], b) for b in node.children if b.start <= b.begin)

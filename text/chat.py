@@ -32,8 +32,9 @@ class Conversation:
     limit: tokens that prompt and answer may have together; room: those kept for an answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, room: int, system: str | None = None):
-        self.tokenizer, self.limit, self.room = tokenizer, limit, min(room, limit // 2)
+    def __init__(self, tokenizer: Tokenizer, max_length: int, max_new_tokens: int, system: str | None = None):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.reserved = min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []
         self._fixed = len(self.messages)
         self._held: list[int] = []
@@ -48,20 +49,20 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
-        while len(ids) + self.room > self.limit and len(messages) > self._fixed + 1:
+        while len(ids) + self.reserved > self.max_length and len(messages) > self._fixed + 1:
             del messages[self._fixed : self._fixed + 2]
             ids = self._ids(messages)
-        if len(ids) + self.room > self.limit:
+        if len(ids) + self.reserved > self.max_length:
             raise ValueError(
                 f"the message needs {len(ids)} tokens and there is room for "
-                f"{self.limit - self.room}: shorten it"
+                f"{self.max_length - self.reserved}: shorten it"
             )
         self.messages = messages
         same = len(os.path.commonprefix([ids, self._held]))
         self._reused = min(same, len(ids) - 1)  # the last token's logits are needed anew
         return ids, self._reused
 
-    def answered(self, asked: Sequence[int], ids: Sequence[int], text: str) -> None:
+    def add_answer(self, asked: Sequence[int], ids: Sequence[int], text: str) -> None:
         """The model said `text`, in `ids`, after `asked`.
 
         The last id was not fed back to it. Where it was stopped before the first, how far it had
@@ -112,7 +113,7 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
                         raise KeyboardInterrupt
 
                 completion = answer(ids, held, show)
-            conversation.answered(ids, completion.ids, completion.text)
+            conversation.add_answer(ids, completion.ids, completion.text)
 
 
 def command_in(text: str) -> str | None:

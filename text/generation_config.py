@@ -1,6 +1,6 @@
 """How to continue a prompt: the one source of defaults for everything that generates.
 
-Start at GenerationConfig; RULES says what each of its fields may be. Nothing here imports torch, so
+Start at GenerationConfig; VALIDATORS says what each of its fields may be. Nothing here imports torch, so
 that the commands can read their options before they load it.
 
 Definitions: repetition_penalty as in transformers (arXiv 1909.05858), the other two penalties and
@@ -15,7 +15,7 @@ from typing import Any
 
 COLDEST = 1e-5  # a lower temperature is 0, as in vLLM: float32 would overflow
 STRONGEST = 1e3  # repetition_penalty, and 1 / it at least: logits stay finite in float32
-LARGEST_BIAS = 1e9  # of a logit: as good as infinite, and finite in float32
+MAX_LOGIT_BIAS = 1e9  # of a logit: as good as infinite, and finite in float32
 MOST_LOGPROBS = 1000  # of one token; each is a Python object on the host
 
 
@@ -41,7 +41,7 @@ class GenerationConfig:
     logprobs: int | None = None  # of each token and of so many likeliest ones; None: not reported
 
     def __post_init__(self):
-        for name, (convert, wanted) in RULES.items():
+        for name, (convert, wanted) in VALIDATORS.items():
             given = getattr(self, name)
             try:
                 value = convert(given)
@@ -101,7 +101,7 @@ def flag(value: Any) -> bool:
 
 
 def biases(value: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[Any, ...]:
-    token_id, bias = whole(0), real(lambda bias: abs(bias) <= LARGEST_BIAS)
+    token_id, bias = whole(0), real(lambda bias: abs(bias) <= MAX_LOGIT_BIAS)
     return tuple((token_id(token), bias(added)) for token, added in dict(value).items())
 
 
@@ -110,7 +110,7 @@ def count_or_none(value: Any) -> int | None:
 
 
 # Of each field, what checks and converts a value, and what the message asks for.
-RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+VALIDATORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "max_new_tokens": (whole(1), "a whole number, at least 1"),
     "temperature": (real(lambda value: value >= 0), "a number, 0 or more"),
     "top_k": (whole(0), "a whole number, 0 (no limit) or more"),
@@ -128,7 +128,7 @@ RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
         real(lambda value: abs(value) <= STRONGEST),
         f"a number from -{STRONGEST:g} to {STRONGEST:g} (0: no penalty)",
     ),
-    "logit_bias": (biases, f"numbers up to {LARGEST_BIAS:g} by token id"),
+    "logit_bias": (biases, f"numbers up to {MAX_LOGIT_BIAS:g} by token id"),
     "seed": (whole(0), "a whole number, 0 or more"),
     "stop": (strings, "a string, or several, none of them empty"),
     "ignore_eos": (flag, "True or False"),

@@ -1,6 +1,6 @@
 """Many texts to generate: files of prompts, batches, and results that survive an interruption.
 
-Start at Job; read_prompts and make_jobs make them, `batches` groups them, Console and JsonlOutput
+Start at Job; read_prompts and make_jobs make them, `batches` groups them, ConsoleSink and ResultsFile
 take the results. A result in a file is one line of JSON, appended in the step in which its text
 ends, with the model and the settings that made it: a later run with the same prompts, model,
 settings and file reads what is there and does the rest.
@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a text depends on beside its prompt.
 
     checkpoint: a hash of the model's files, the same if the model has moved to another path.
@@ -163,7 +163,7 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
     return (jobs[start : start + size] for start in range(0, len(jobs), size))
 
 
-class Ends:
+class FinishCounts:
     """Counts the texts of a run that were cut off, and says so once."""
 
     def __init__(self, max_new_tokens: int):
@@ -186,18 +186,18 @@ class Ends:
                 log(f"{which} ended {reason}")
 
 
-class Console:
+class ConsoleSink:
     """Texts on stdout, in order. The first of a batch appears as it grows, the others after it.
 
     continued: the prompt is printed before its text, which goes on with it.
     """
 
-    def __init__(self, todo: Sequence[Job], ends: Ends, continued: bool = True):
+    def __init__(self, todo: Sequence[Job], ends: FinishCounts, continued: bool = True):
         self.todo, self._ends, self._continued = todo, ends, continued
         self._batch: Sequence[Job] = ()
         self._growing = 0  # texts of the batch
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> "ConsoleSink":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -231,14 +231,14 @@ class Console:
             print(job.prompt, end="", flush=True)
 
 
-class JsonlOutput:
+class ResultsFile:
     """A file of results, one line each. It is opened and checked before a model is loaded.
 
     A device or a pipe (/dev/stdout) takes all results and is not read. Raises ValueError if the
     file holds results of other prompts, models or settings, and OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], num_samples: int, origin: Origin):
+    def __init__(self, path: Path, prompts: Sequence[Prompt], num_samples: int, origin: Provenance):
         self._path, self._origin = path, origin
         self._file = open_for_results(path)
         self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)
@@ -306,14 +306,14 @@ def open_for_results(path: Path) -> int:
     return file
 
 
-class FileSink:
-    """Puts results into a JsonlOutput as they end, and shows a bar of tokens.
+class JsonlSink:
+    """Puts results into a ResultsFile as they end, and shows a bar of tokens.
 
     generated: how many tokens this run has made so far.
     """
 
     def __init__(
-        self, output: JsonlOutput, jobs: Sequence[Job], ends: Ends, generated: Callable[[], int]
+        self, output: ResultsFile, jobs: Sequence[Job], ends: FinishCounts, generated: Callable[[], int]
     ):
         self.todo = output.missing(jobs)
         self._output, self._ends, self._generated = output, ends, generated
@@ -322,7 +322,7 @@ class FileSink:
         self._ended = 0  # tokens of the texts that have ended
         self._open = sum(job.limit for job in self.todo)  # tokens that the others may still have
 
-    def __enter__(self) -> "FileSink":
+    def __enter__(self) -> "JsonlSink":
         # smoothing: texts end in bursts, so that only their mean rate says what time is left.
         self._bar = tqdm(total=self._open, unit="token", smoothing=0)
         self._bar.set_postfix_str(f"{self._texts} of {self._of} texts")

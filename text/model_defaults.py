@@ -57,7 +57,7 @@ def checked(path: Path, key: str, value: Any) -> float:
     return value
 
 
-def taken(values: dict[str, float], directory: Path) -> str:
+def defaults_line(values: dict[str, float], directory: Path) -> str:
     """What to say of the defaults that are used, those without an option of their own."""
     listed = ", ".join(f"{key} {value:g}" for key, value in values.items())
     return f"{listed}: from {directory / FILE}; options override"

@@ -1,6 +1,6 @@
 """What changes logits before a token is drawn: biases, penalties, and functions of the caller's.
 
-Start at Processors, which a Sampler (sampling.py) has only where there is something to change. It
+Start at LogitsProcessors, which a Sampler (sampling.py) has only where there is something to change. It
 keeps the ids of every row on the device, as the KV caches keep keys: a draw sees the ids in the
 slots before its own. So the host waits for nothing, and the guesses of a draft are checked, several
 positions at once, each with the ids that stand before it.
@@ -21,11 +21,11 @@ from torch import Tensor
 from text.generation_config import GenerationConfig
 
 # Ids so far, (N, L), and float32 logits, (N, V) -> logits, (N, V): of N texts of the same length L,
-# prompt included. Processors of transformers are such functions.
+# prompt included. LogitsProcessors of transformers are such functions.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
-class Processors:
+class LogitsProcessors:
     """Changes the logits of one batch, whose prompts are given.
 
     functions: called in this order. They must depend on what they are given alone: a draft's
@@ -48,7 +48,7 @@ class Processors:
         self.biased = torch.tensor(biases[0], dtype=torch.long, device=device)
         self.biases = torch.tensor(biases[1], dtype=torch.float32, device=device)
 
-    def part(self, rows: Tensor) -> "Processors":
+    def part(self, rows: Tensor) -> "LogitsProcessors":
         """The same for some rows, (B,)."""
         part = copy.copy(self)
         part.ids, part.starts = self.ids[rows], self.starts[rows]

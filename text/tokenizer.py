@@ -143,7 +143,7 @@ class Tokenizer:
         return chat_template.render(self.chat_template, self._names | given)
 
 
-def difference(a: Tokenizer, b: Tokenizer) -> str | None:
+def first_difference(a: Tokenizer, b: Tokenizer) -> str | None:
     """Where two tokenizers first mean different texts by an id; None: nowhere."""
     if a.vocab_size != b.vocab_size:
         return f"the tokenizers have {a.vocab_size} and {b.vocab_size} ids"
