@@ -130,7 +130,7 @@ def run_prompts(
     if output:
         sink = jobs.JsonlSink(output, todo, ends, lambda: stats.new_tokens)
     else:
-        sink = jobs.ConsoleSink(todo, ends, continued=not (args.chat or args.random_weights))
+        sink = jobs.ConsoleSink(todo, ends, with_prompt=not (args.chat or args.random_weights))
     sink.todo = broadcast_from_rank0(lambda: sink.todo)
     if not sink.todo:
         return log(f"{args.output} holds all {len(todo)} results: nothing was to be done")

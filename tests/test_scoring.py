@@ -151,7 +151,7 @@ def test_trees_hold_every_sequence():
         ids = [*before, *node.ids]
         paths.update({number: ids for number, _ in node.ends})
         for child in node.children:
-            walk(below, ids)
+            walk(child, ids)
 
     for root in build_prefix_trees(asked):
         walk(root, [])
