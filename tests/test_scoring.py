@@ -81,9 +81,9 @@ def test_small_calls_and_small_pools(
     lm: LoadedModel, expected: list, monkeypatch: pytest.MonkeyPatch
 ):
     """Nodes in pieces, and more nodes than a level has room for at once."""
-    monkeypatch.setattr(scoring, "LOGITS", 50 * lm.model.args.vocab_size)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 50 * lm.model.args.vocab_size)
     monkeypatch.setattr(scoring, "CALL_LIMITS", {"cpu": (64, 600, 0)})
-    monkeypatch.setattr(scoring, "POOL", 3)
+    monkeypatch.setattr(scoring, "MAX_POOL_ROWS", 3)
     check(list(log_likelihoods(lm, sequences())), expected)
 
 

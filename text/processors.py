@@ -82,8 +82,8 @@ class LogitsProcessors:
         return torch.zeros_like(logits).scatter_add_(2, ids, mask.to(logits.dtype))
 
     def _call_functions(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Call the functions once for all texts of each length, so that none is padded. On a GPU the
-        host waits here."""
+        """Call the functions once for all texts of each length, so that none is padded. With a GPU
+        the host waits here."""
         B, T, V = logits.shape
         logits = logits.view(B * T, V)
         indices = defaultdict(list)  # by length
