@@ -17,7 +17,9 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import quantize
-from eval import main, parse_args, windows, write_whole
+from eval import main, parse_args
+from evaluation.perplexity import windows
+from host.files import write_whole
 from load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
