@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
-# The files that `./scripts/test.sh --fast` runs: unit tests, which compile nothing, train nothing and
+# The files that `./scripts/test.sh --fast` runs: unit tests that compile nothing, train nothing and
 # start no process that imports torch. All other files are marked slow.
 FAST = {
     f"test_{name}.py"
     for name in (
         "config damaged_weights layout links model_defaults neuron_products plan quantized_cache "
-        "sampling scoring tokenizer_files weight_files"
+        "sampling tokenizer_files weight_files"
     ).split()
 }
 sys.path.insert(0, str(ROOT))
