@@ -19,7 +19,8 @@ import eval as evaluation
 import generate
 import plan
 from cli.arguments import documents
-from generate import main, parse_args
+from cli.options import parse_args
+from generate import main
 from host import files, measurements, memory
 from text import jobs
 from text.generation_config import GenerationConfig
