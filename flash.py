@@ -51,7 +51,7 @@ from neurons.pack import (
     hash_file,
     write_manifest,
 )
-from neurons.records import GATED, PLAIN, Format
+from neurons.records import GATED_MATRICES, PLAIN_MATRICES, Format
 
 RANK = 32  # the predictor's is the model's width divided by this
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def record_format(checkpoint: Checkpoint, args: argparse.Namespace) -> Format:
-    matrices = GATED if checkpoint.args.feed_forward == "gated" else PLAIN
+    matrices = GATED_MATRICES if checkpoint.args.feed_forward == "gated" else PLAIN_MATRICES
     return Format(
         matrices, checkpoint.args.dim, args.neurons, checkpoint.dtype, args.groupsize, args.sector
     )

@@ -52,8 +52,7 @@ from host.memory import available_memory, machine_name, size_text
 from host.threads import set_threads
 from load import compile_now, count_weights, load_model, random_model
 from model import KVCache
-from neurons.feed_forward import Flash
-from neurons.feed_forward import report as flash_report
+from neurons.feed_forward import FlashOptions, flash_report
 from pp import default_micro_batches
 from quant.linear import make_scheme
 from ranks import broadcast_from_rank0, leave, own_device, writes
@@ -363,11 +362,11 @@ def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedMo
     return lm, stats
 
 
-def flash_chosen(options: argparse.Namespace) -> Flash | None:
+def flash_chosen(options: argparse.Namespace) -> FlashOptions | None:
     if not options.flash:
         return None
     given = options.flash_window, options.flash_threads, options.flash_dir
-    return Flash(options.dram_budget or 0.5, *given)
+    return FlashOptions(options.dram_budget or 0.5, *given)
 
 
 def offload_plan(

@@ -24,7 +24,13 @@ from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
 from model import KVCache, ModelArgs, Transformer, visible_length
-from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
+from neurons.feed_forward import (
+    FlashOptions,
+    attach_neurons,
+    fill_from_pack,
+    neuron_source,
+    swap_feed_forwards,
+)
 from neurons.pack import flash_directory, open_pack
 from offload import Fill, Stored, StreamedLayers
 from pp import PipelineParallel, default_micro_batches
@@ -67,7 +73,7 @@ def load_model(
     draft: str | Path | LoadedModel | None = None,
     speculate_k: int | None = None,
     policy: Policy | None = None,
-    flash: Flash | None = None,
+    flash: FlashOptions | None = None,
     ranks: Ranks | None = None,
     pipeline: bool = False,
     micro_batches: int | None = None,
@@ -103,19 +109,19 @@ def load_model(
         model = division.skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         if pack:
-            leave_on_disk(model, pack)
+            swap_feed_forwards(model, pack)
         dtype = dtype or checkpoint.dtype
         layers = stream_layers(model, policy, dtype, target)
         fill = checkpoint.filler(target)
         if scheme != checkpoint.scheme:
             fill = rounded_filler(model, checkpoint, fill)
         if pack:
-            fill = fill_resident(pack, fill)
+            fill = fill_from_pack(pack, fill)
         fill = division.filler(checkpoint, model, target, fill)
         stored = division.stored(checkpoint) if scheme == checkpoint.scheme else nowhere
         fill_model(model, division, fill, layers, stored, target, dtype)
         if pack:
-            start_neurons(model, pack, flash)
+            attach_neurons(model, pack, flash)
         return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
 
 
@@ -259,7 +265,7 @@ def make_ready(
     """A model that has its weights: its fast products, its views, and what guesses for it."""
     # While there are weights to round:
     copy = self_copy(model, draft) if draft in SELF_BITS else None
-    use_fast_layers(model, model.tok_embeddings.weight.dtype, bool(source_of(model)) or None)
+    use_fast_layers(model, model.tok_embeddings.weight.dtype, bool(neuron_source(model)) or None)
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
@@ -365,7 +371,7 @@ def check_draft(
 
 
 def check_pairs(
-    policy: Policy | None, draft: str | LoadedModel | None, flash: Flash | None
+    policy: Policy | None, draft: str | LoadedModel | None, flash: FlashOptions | None
 ) -> None:
     """ValueError for features that do not go together."""
     if flash and policy:
@@ -387,7 +393,7 @@ def check_ranks(
     pipeline: bool,
     views: dict[str, bool],
     draft: str | LoadedModel | None,
-    flash: Flash | None,
+    flash: FlashOptions | None,
     policy: Policy | None,
 ) -> None:
     """ValueError for features that ranks do not have."""
@@ -408,7 +414,7 @@ def make_views(
 ) -> LoadedModel:
     """Prefill and decode as two views of one model, each compiled or not."""
     device = model.tok_embeddings.weight.device
-    by_itself = source_of(model) is None  # else the host reads within a step
+    by_itself = neuron_source(model) is None  # else the host reads within a step
     prefill = compiled_view(model, device, False) if compile and compile_prefill else model
     decode = compiled_view(model, device, by_itself) if compile else model
     lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
@@ -443,8 +449,8 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     meet_shapes(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (drafting := lm.draft.views(caches)):
         meet_shapes(*drafting)
-    if (source := source_of(lm.model)) and not lm.any_rows:
-        source.count_anew()
+    if (source := neuron_source(lm.model)) and not lm.any_rows:
+        source.reset_stats()
 
 
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:

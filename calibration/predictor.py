@@ -70,10 +70,10 @@ def learn(x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: 
     weight, bias = gate(feed_forward)  # (F, D), (F,)
     train, held = x[seen].flatten(0, 1), x[unseen].flatten(0, 1)  # (N, D) each
     factors = start(weight, bias, train, rank)
-    down, up, shift = fit(factors, train, F.linear(train, weight, bias) > 0, epochs)
+    down, up, shift = train_factors(factors, train, F.linear(train, weight, bias) > 0, epochs)
     active = F.linear(held, weight, bias) > 0  # (N, F)
     scores = F.linear(F.linear(held, down), up, shift)
-    least = threshold(scores, active, recall)
+    least = score_threshold(scores, active, recall)
     predicted = scores > least
     order = predicted.sum(0).argsort(descending=True, stable=True)
     found = (predicted & active).sum() / active.sum().clamp_min(1)
@@ -98,9 +98,9 @@ def inputs(
     slots = torch.arange(tokens.shape[1], device=device)
     for n, block in enumerate(model.layers):
         fill_module(checkpoint, model, f"layers.{n}", device)
-        recorder = Recorder(block.feed_forward)
+        recorder = InputRecorder(block.feed_forward)
         block.feed_forward = recorder
-        x = torch.cat([through(model, block, part, slots) for part in x.split(TEXTS)])
+        x = torch.cat([run_block(model, block, part, slots) for part in x.split(TEXTS)])
         # A clone is no inference tensor: training may use it.
         with torch.inference_mode(False):
             seen = torch.cat([part.clone() for part in recorder.seen])
@@ -108,7 +108,7 @@ def inputs(
         block.to("meta")
 
 
-def through(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> Tensor:
+def run_block(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> Tensor:
     """(B, T, D) -> (B, T, D), by one block."""
     pos = slots.expand(x.shape[:2])
     _, rotation = model.positions(torch.zeros_like(x), pos)
@@ -117,7 +117,7 @@ def through(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> T
     return block(x, rotation, model.mask(pos, slots, x.dtype), pos, cache)
 
 
-class Recorder(nn.Module):
+class InputRecorder(nn.Module):
     """A feed-forward layer that remembers what entered it."""
 
     def __init__(self, inner: nn.Module):
@@ -163,7 +163,7 @@ def start(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> tuple[Tensor, T
     return down, up / spread[:, None], shift / spread
 
 
-def fit(
+def train_factors(
     factors: tuple[Tensor, Tensor, Tensor], x: Tensor, active: Tensor, epochs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Train the factors to tell which neurons are active, (N, F), for inputs x, (N, D)."""
@@ -186,7 +186,7 @@ def fit(
     return tuple(t.detach() for t in factors)
 
 
-def threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
+def score_threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
     """The score that so large a share of the active neurons reaches."""
     found = scores[active]
     if not len(found):

@@ -43,7 +43,7 @@ MANAGING = 60e-6  # seconds of a layer: what is there, and what gives way
 
 
 @dataclass(frozen=True)
-class Disk:
+class MachineCosts:
     """What bringing and computing records takes here, in seconds.
 
     reads: by depth, of a call, of each of its requests, of each of its bytes. streamed: of a byte
@@ -62,7 +62,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Residence:
+class CachePlan:
     """What stays in memory and how the rest is read; and what a token is expected to cost."""
 
     window: float  # tokens whose neurons stay
@@ -83,7 +83,7 @@ class Residence:
         """What the disk's rates say that so much takes."""
         return calls * self.call + requests * self.request + records * self.record
 
-    def prefers_whole(self, missing: np.ndarray, slots: int) -> bool:
+    def prefers_whole_layer(self, missing: np.ndarray, slots: int) -> bool:
         """Whether a layer is read faster than so many of its neurons are, ascending ids, by calls
         that each fill its slots."""
         calls = -(-len(missing) // slots)
@@ -103,7 +103,7 @@ class Residence:
         ]
 
 
-class Usage:
+class NeuronUsage:
     """A pack's figures of all layers, for windows of any length.
 
     Beyond the longest that is known, usage goes on to all neurons, at twice that length.
@@ -148,14 +148,14 @@ class Usage:
 
 
 def choose(
-    pack: Pack, neurons: int, memory: int, rest: int, disk: Disk, window: float | None
-) -> Residence:
+    pack: Pack, neurons: int, memory: int, rest: int, disk: MachineCosts, window: float | None
+) -> CachePlan:
     """What costs a token least. memory: bytes of weights, of which `rest` are no neurons. window:
     where it is given.
 
     Raises ValueError where not even one neuron of each layer fits, or those of the window do not.
     """
-    usage, stride = Usage(pack, neurons), pack.format.stride
+    usage, stride = NeuronUsage(pack, neurons), pack.format.stride
 
     def nbytes(k: float) -> int:
         return rest + int(usage.slots(k).sum()) * stride
@@ -177,8 +177,14 @@ def choose(
 
 
 def cost(
-    pack: Pack, usage: Usage, neurons: int, disk: Disk, window: float, depth: int, gap: int
-) -> Residence:
+    pack: Pack,
+    usage: NeuronUsage,
+    neurons: int,
+    disk: MachineCosts,
+    window: float,
+    depth: int,
+    gap: int,
+) -> CachePlan:
     stride = pack.format.stride
     records, requests = usage.reads(window, gap)  # (L,) each
     slots = usage.slots(window)
@@ -186,7 +192,7 @@ def cost(
     call, request, byte = disk.reads[depth]
     reading = disk.reading(depth, requests, records * stride)  # (L,) seconds
     here = ((computed - records) * disk.computed).clip(0)  # (L,) seconds, while others come
-    return Residence(
+    return CachePlan(
         window=window,
         slots=tuple(slots.tolist()),
         depth=depth,
@@ -203,7 +209,9 @@ def cost(
     )
 
 
-def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Disk:
+def measured(
+    pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> MachineCosts:
     """What is known of this machine's disk and products, or is measured now, within seconds."""
     format, place = pack.format, pack.neurons.stat()
     kernel = has_kernel(format, device, dtype)
@@ -220,7 +228,7 @@ def measured(pack: Pack, depths: Sequence[int], device: torch.device, dtype: tor
         }
         keep("flash", key, found)
     reads = {int(n): tuple(seconds) for n, seconds in found["reads"].items()}
-    return Disk(reads, found["streamed"], found["computed"], products.by_slots)
+    return MachineCosts(reads, found["streamed"], found["computed"], products.by_slots)
 
 
 def read_seconds(pack: Pack, depth: int) -> list[float]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from checkpoint import stored_tensors
 from host.memory import page_aligned, size_text, whole_blocks
 from model import Linear, ModelArgs, Transformer
-from neurons.budget import DEPTHS, Residence, choose, measured
+from neurons.budget import DEPTHS, CachePlan, choose, measured
 from neurons.pack import Pack
 from neurons.products import Products, has_kernel, put, taken
 from neurons.records import Format, NeuronCache, NeuronFile
@@ -59,7 +59,7 @@ def called(x: Tensor, likely: Tensor, number: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Flash:
+class FlashOptions:
     """That a model's neurons are left on disk, and how.
 
     memory: of all its weights; up to 1 a share of them, else bytes. window: tokens whose neurons
@@ -74,40 +74,40 @@ class Flash:
 
 
 @dataclass
-class Tally:
+class FlashStats:
     """What a model's sparse layers have done. Seconds are the host's. A GPU counts neurons by
     itself, in tensors, so that the host need not wait for it."""
 
-    calls: int = 0  # of layers, by way of predictions
-    whole: int = 0  # of layers, by all neurons, as too many were missing
+    sparse_layers: int = 0  # of layers, by way of predictions
+    whole_layers: int = 0  # of layers, by all neurons, as too many were missing
     predicted: int = 0  # neurons
     missed: int = 0  # of these: not in memory
-    fetches: int = 0  # calls that brought some
+    reads: int = 0  # calls that brought some
     active: int | Tensor = 0  # neurons that gave something
-    seen_active: int | Tensor = 0  # at the end of prompts, where all neurons are looked at
-    seen_predicted: int | Tensor = 0  # of those
-    reading: float = 0.0  # seconds from the first request to the last answer
-    managing: float = 0.0
-    computing: float = 0.0  # of feed-forward layers, predictions apart
-    meanwhile: float = 0.0  # of that, beside reading
+    prompt_active: int | Tensor = 0  # at the end of prompts, where all neurons are looked at
+    prompt_predicted: int | Tensor = 0  # of those
+    read_seconds: float = 0.0  # seconds from the first request to the last answer
+    manage_seconds: float = 0.0
+    compute_seconds: float = 0.0  # of feed-forward layers, predictions apart
+    overlapped_seconds: float = 0.0  # of that, beside reading
 
     def timed(self, what: str) -> "Timed":
         return Timed(self, what)
 
 
 class Timed:
-    """Adds the seconds in which it is entered to one of a tally's. (A generator with contextlib's
+    """Adds the seconds in which it is entered to one of a stats's. (A generator with contextlib's
     decorator takes four times as long, and a token enters forty of them.)"""
 
-    def __init__(self, tally: Tally, what: str):
-        self.tally, self.what = tally, what
+    def __init__(self, stats: FlashStats, what: str):
+        self.stats, self.what = stats, what
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self.start
-        setattr(self.tally, self.what, getattr(self.tally, self.what) + seconds)
+        setattr(self.stats, self.what, getattr(self.stats, self.what) + seconds)
 
 
 class Predictor(nn.Module):
@@ -131,9 +131,9 @@ class Source:
         layers: int,
         neurons: int,
         device: torch.device,
-        residence: Residence,
+        plan: CachePlan,
     ):
-        self.file, self.device, self.residence, self.tally = file, device, residence, Tally()
+        self.file, self.device, self.plan, self.stats = file, device, plan, FlashStats()
         self.neurons, stride = neurons, file.stride
         self.region = whole_blocks(neurons * stride)  # bytes of a layer
         pinned = device.type == "cuda"
@@ -160,32 +160,38 @@ class Source:
 
     def lines(self) -> Iterator[str]:
         """What a token took, in the mean."""
-        tally, file, layers = self.tally, self.file, len(self._order) // len(self.chunks)
-        tokens, whole = (tally.calls + tally.whole) / layers, tally.whole * self.region
+        stats, file, layers = self.stats, self.file, len(self._order) // len(self.chunks)
+        tokens, whole = (
+            (stats.sparse_layers + stats.whole_layers) / layers,
+            stats.whole_layers * self.region,
+        )
         yield (
             f"  came        {size_text((file.nbytes + whole) / tokens)} in "
-            f"{file.requests / tokens:.0f} requests and {tally.whole / tokens:.1f} whole layers "
-            f"for a token: {1000 * tally.reading / tokens:.1f} ms of reading, "
-            f"{1000 * tally.computing / tokens:.1f} ms of feed-forward products, "
-            f"{1000 * tally.meanwhile / tokens:.1f} of them meanwhile, "
-            f"{1000 * tally.managing / tokens:.1f} ms of managing memory"
+            f"{file.requests / tokens:.0f} requests and {stats.whole_layers / tokens:.1f} whole layers "
+            f"for a token: {1000 * stats.read_seconds / tokens:.1f} ms of reading, "
+            f"{1000 * stats.compute_seconds / tokens:.1f} ms of feed-forward products, "
+            f"{1000 * stats.overlapped_seconds / tokens:.1f} of them meanwhile, "
+            f"{1000 * stats.manage_seconds / tokens:.1f} ms of managing memory"
         )
-        if tally.calls:
-            predicted = max(tally.predicted, 1)
-            share, hits = predicted / tally.calls / self.neurons, 1 - tally.missed / predicted
+        if stats.sparse_layers:
+            predicted = max(stats.predicted, 1)
+            share, hits = (
+                predicted / stats.sparse_layers / self.neurons,
+                1 - stats.missed / predicted,
+            )
             yield (
                 f"  neurons     {share:.1%} of a layer predicted, {hits:.1%} of them in memory; "
-                f"{predicted / max(int(tally.active), 1):.2f} predicted for one active"
+                f"{predicted / max(int(stats.active), 1):.2f} predicted for one active"
             )
         if not file.direct:
             yield "  through the page cache: this disk refuses to be read past it"
-        if tally.seen_active:
-            found = int(tally.seen_predicted) / int(tally.seen_active)
+        if stats.prompt_active:
+            found = int(stats.prompt_predicted) / int(stats.prompt_active)
             yield f"  recall      {found:.1%} of the neurons that were active in layers read whole"
 
-    def count_anew(self) -> None:
+    def reset_stats(self) -> None:
         """What came so far, as shapes were met, is no token's."""
-        vars(self.tally).update(vars(Tally()))
+        vars(self.stats).update(vars(FlashStats()))
         self.file.nbytes = self.file.requests = 0
 
     def streamed(self, j: int) -> Iterator[tuple[int, Tensor]]:
@@ -202,7 +208,7 @@ class Source:
         self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work = nothing
     ) -> None:
         """Bring neurons, ascending, of layer j into slots of (C, stride) bytes."""
-        stride, gap, first = self.file.stride, self.residence.gap, j * self.region
+        stride, gap, first = self.file.stride, self.plan.gap, j * self.region
         if self._stage is None:
             return self.file.bring(first, ids, slab.data_ptr() + slots * stride, gap, meanwhile)
         meanwhile()  # which a GPU has yet to do when this returns
@@ -244,8 +250,8 @@ class SparseFeedForward(nn.Module):
         self.register_buffer("inner_scales", inner_scales)
         self.register_buffer("outer_scales", outer_scales)
 
-    def start(self, layer: int, source: Source, slots: int) -> None:
-        self.layer, self.source, self.tally = layer, source, source.tally
+    def attach(self, layer: int, source: Source, slots: int) -> None:
+        self.layer, self.source, self.stats = layer, source, source.stats
         NUMBERED[id(self)] = self
         self.register_buffer("number", torch.tensor(id(self), device=CPU), persistent=False)
         neurons = len(self.inner_bias) - 1
@@ -271,16 +277,16 @@ class SparseFeedForward(nn.Module):
         if len(rows) > MANY:
             return self._whole(x, likely)
         wanted = np.flatnonzero(likely.any(0).cpu().numpy())
-        if self.source.residence.prefers_whole(self.cache.missing(wanted), len(self.cache)):
-            self.tally.whole += 1
+        if self.source.plan.prefers_whole_layer(self.cache.missing(wanted), len(self.cache)):
+            self.stats.whole_layers += 1
             return self._whole(x, likely)
         return self._sparse(rows, wanted).view_as(x)
 
     def _sparse(self, rows: Tensor, wanted: np.ndarray) -> Tensor:
         """(N, D) -> (N, D) float32, by the neurons that are wanted and those that are there."""
-        tally, cache = self.tally, self.cache
-        tally.calls += 1
-        tally.predicted += len(wanted)
+        stats, cache = self.stats, self.cache
+        stats.sparse_layers += 1
+        stats.predicted += len(wanted)
         y = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         # What has to be unpacked first is no more than what is wanted.
         here = None if self.products.by_slots else cache.slots(wanted)
@@ -294,19 +300,19 @@ class SparseFeedForward(nn.Module):
     def _bring(self, wanted: np.ndarray, meanwhile: Work) -> tuple[np.ndarray, np.ndarray]:
         """Read what is wanted and not there, and do something beside; returns the slots of what
         came, and what there was no slot for."""
-        tally = self.tally
-        with tally.timed("managing"):
+        stats = self.stats
+        with stats.timed("manage_seconds"):
             ids, slots, rest = self.cache.admit(wanted)
         if not len(ids):
             meanwhile()
             return slots, rest
-        tally.missed += len(ids)
-        tally.fetches += 1
-        before = tally.computing
-        with tally.timed("reading"):
+        stats.missed += len(ids)
+        stats.reads += 1
+        before = stats.compute_seconds
+        with stats.timed("read_seconds"):
             self.source.fetch(self.layer, ids, slots, self.cache.slab, meanwhile)
-        tally.meanwhile += tally.computing - before
-        with tally.timed("managing"):
+        stats.overlapped_seconds += stats.compute_seconds - before
+        with stats.timed("manage_seconds"):
             self.cache.hold(ids, slots)
         return slots, rest
 
@@ -314,17 +320,17 @@ class SparseFeedForward(nn.Module):
         """Add to y, (N, D) float32, what neurons in slots, some or all, give to the rows."""
         if some is not None and not len(some):
             return
-        with self.tally.timed("computing"):
+        with self.stats.timed("compute_seconds"):
             sums, active = self.products.sums(rows, self.cache.slab, self.cache.neurons, some)
             y += sums
-        self.tally.active = self.tally.active + active
+        self.stats.active = self.stats.active + active
 
     def _index(self, ids: np.ndarray) -> Tensor:
         return sent(torch.from_numpy(ids), self.source.device)
 
     def _whole(self, x: Tensor, likely: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) float32, by all neurons; those of the last tokens stay."""
-        tally, cache, rows = self.tally, self.cache, x.flatten(0, 1)
+        stats, cache, rows = self.stats, self.cache, x.flatten(0, 1)
         likely = likely.unflatten(0, (len(x), -1))[:, -RECENT:].flatten(0, 1)  # (n, F)
         times = likely.sum(0).cpu().numpy()  # (F,)
         wanted = np.flatnonzero(times)
@@ -335,8 +341,8 @@ class SparseFeedForward(nn.Module):
             h = self.products.hidden(rows, records, torch.arange(start, end, device=x.device))
             y += h @ self.format.rows(records, "down", h.dtype)
             active = h.unflatten(0, x.shape[:2])[:, -RECENT:].flatten(0, 1) != 0
-            tally.seen_active = tally.seen_active + active.sum()
-            tally.seen_predicted = tally.seen_predicted + (active & likely[:, start:end]).sum()
+            stats.prompt_active = stats.prompt_active + active.sum()
+            stats.prompt_predicted = stats.prompt_predicted + (active & likely[:, start:end]).sum()
             here = (ids >= start) & (ids < end)
             if here.any():
                 kept = taken(records, self._index(ids[here] - start))
@@ -345,13 +351,13 @@ class SparseFeedForward(nn.Module):
         return y.view_as(x)
 
 
-def leave_on_disk(model: Transformer, pack: Pack) -> None:
+def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
     """Exchange the feed-forward layers of a model on the meta device."""
     for layer, said in zip(model.layers, pack.layers, strict=True):
         layer.feed_forward = SparseFeedForward(model.args, pack.format, said["rank"])
 
 
-def fill_resident(pack: Pack, fill: Fill) -> Fill:
+def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
     """What gives a model with such layers its tensors."""
     resident = pack.resident()
 
@@ -364,7 +370,7 @@ def fill_resident(pack: Pack, fill: Fill) -> Fill:
     return filling
 
 
-def start_neurons(model: Transformer, pack: Pack, flash: Flash) -> None:
+def attach_neurons(model: Transformer, pack: Pack, flash: FlashOptions) -> None:
     """Open the pack, and give each layer as many slots as cost least within the memory.
 
     Raises ValueError where it is too little.
@@ -379,23 +385,23 @@ def start_neurons(model: Transformer, pack: Pack, flash: Flash) -> None:
     chunk = chunk_size(neurons, format.stride)
     memory = flash.memory * whole if flash.memory <= 1 else flash.memory
     fixed = rest + AHEAD * chunk * format.stride
-    residence = choose(pack, neurons, int(memory), fixed, disk, flash.window)
-    file = NeuronFile(pack.neurons, format.stride, residence.depth)
-    source = Source(file, len(layers), neurons, weight.device, residence)
-    for n, (layer, slots) in enumerate(zip(layers, residence.slots, strict=True)):
-        layer.start(n, source, slots)
+    plan = choose(pack, neurons, int(memory), fixed, disk, flash.window)
+    file = NeuronFile(pack.neurons, format.stride, plan.depth)
+    source = Source(file, len(layers), neurons, weight.device, plan)
+    for n, (layer, slots) in enumerate(zip(layers, plan.slots, strict=True)):
+        layer.attach(n, source, slots)
 
 
-def source_of(model: Transformer) -> Source | None:
+def neuron_source(model: Transformer) -> Source | None:
     """Where a model's neurons come from, if they do not stay in memory."""
     first = model.layers[0]
     return getattr(getattr(first, "feed_forward", None), "source", None)
 
 
-def report(model: Transformer) -> Iterator[str]:
+def flash_report(model: Transformer) -> Iterator[str]:
     """What came, beside what was expected of a token."""
-    source = source_of(model)
-    if source is None or not source.tally.calls + source.tally.whole:
+    source = neuron_source(model)
+    if source is None or not source.stats.sparse_layers + source.stats.whole_layers:
         return
-    yield from source.residence.lines(source.neurons)
+    yield from source.plan.lines(source.neurons)
     yield from source.lines()

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from host.memory import page_aligned
-from neurons.uring import PIECE, REQUEST, Work, many_reads, nothing, read_pieces
+from neurons.uring import PIECE, REQUEST, Work, nothing, open_reader, read_pieces
 from quant.linear import dense_int4, round_int4, round_int8
 from tiers.direct_io import REFUSED, DirectFile
 
 SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
 KINDS = "dense", "int8", "int4"
-GATED, PLAIN = ("gate", "up", "down"), ("up", "down")
+GATED_MATRICES, PLAIN_MATRICES = ("gate", "up", "down"), ("up", "down")
 LASTING = 0.98  # of what a neuron's use counts, a token later
 MOST_NOW = 1e100
 MOST_PIECES = 1024  # of memory that one call of the system fills
@@ -40,7 +40,7 @@ class Format:
     them; they stay in memory. int4: groups along D in all matrices, scales and zeros beside them.
     """
 
-    matrices: tuple[str, ...]  # GATED or PLAIN
+    matrices: tuple[str, ...]  # GATED_MATRICES or PLAIN_MATRICES
     dim: int
     kind: str  # one of KINDS
     dtype: torch.dtype  # of dense weights
@@ -129,7 +129,7 @@ class NeuronFile(DirectFile):
         """depth: reads that are under way at a time."""
         super().__init__(path)
         self.stride, self.nbytes, self.requests = stride, 0, 0
-        self._reads, self._waste = many_reads(depth), page_aligned(stride, torch.device("cpu"))
+        self._reads, self._waste = open_reader(depth), page_aligned(stride, torch.device("cpu"))
         if self.direct and not self._takes_records():
             os.close(self._file)
             self._file, self.direct = os.open(path, os.O_RDONLY), False

@@ -1,6 +1,6 @@
 """Many reads of a file by one call: Linux's io_uring or, where it is not to be had, threads.
 
-Start at many_reads. A thread that waits for one read costs a switch for each request, and in Python
+Start at open_reader. A thread that waits for one read costs a switch for each request, and in Python
 threads queue for the interpreter, too: on two cores 120 records of 8 KiB take 3.5 ms by threads and
 1.8 ms by io_uring. There, requests are rows of an array that is shared with the kernel, filled by a
 few array operations and handed over together.
@@ -62,7 +62,7 @@ class Reads(Protocol):
         0. When this returns, or raises, none is under way. meanwhile: is done beside the first."""
 
 
-def many_reads(depth: int) -> Reads:
+def open_reader(depth: int) -> Reads:
     try:
         return Uring(depth)
     except OSError:
