@@ -36,7 +36,7 @@ from host.log import be_quiet, log
 from host.memory import size_text
 from host.threads import set_threads
 from load import load_model
-from ranks import leave, own_device, writes
+from ranks import join_process_group, leave, own_device, writes
 from weights import hub
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room

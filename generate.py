@@ -55,7 +55,7 @@ from model import KVCache
 from neurons.feed_forward import FlashOptions, flash_report
 from pp import default_micro_batches
 from quant.linear import make_scheme
-from ranks import broadcast_from_rank0, leave, own_device, writes
+from ranks import broadcast_from_rank0, join_process_group, leave, own_device, writes
 from text import chat, jobs
 from text.completion import Completion
 from text.generation_config import GenerationConfig
