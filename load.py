@@ -39,7 +39,7 @@ from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
 
 if TYPE_CHECKING:
-    from neurons.feed_forward import Flash
+    from options.settings import FlashOptions
     from offload import Fill, Stored, StreamedLayers
     from pp import PipelineParallel
     from tiers.policy import Policy
@@ -152,9 +152,9 @@ class CheckpointWeights:
     def prepare(self, model: Transformer) -> None:
         """Leave the neurons of a model on the meta device on disk, with --flash."""
         if self.pack:
-            from neurons.feed_forward import leave_on_disk
+            from neurons.feed_forward import swap_feed_forwards
 
-            leave_on_disk(model, self.pack)
+            swap_feed_forwards(model, self.pack)
 
     def filler(
         self,
@@ -168,9 +168,9 @@ class CheckpointWeights:
         if scheme != self.scheme:
             fill = rounded_filler(model, self.checkpoint, fill)
         if self.pack:
-            from neurons.feed_forward import fill_resident
+            from neurons.feed_forward import fill_from_pack
 
-            fill = fill_resident(self.pack, fill)
+            fill = fill_from_pack(self.pack, fill)
         return division.filler(self.checkpoint, model, device, fill)
 
     def stored(self, division: Division) -> Stored:
@@ -179,9 +179,9 @@ class CheckpointWeights:
     def start(self, model: Transformer) -> None:
         """Begin to serve neurons from disk, with --flash."""
         if self.pack:
-            from neurons.feed_forward import start_neurons
+            from neurons.feed_forward import attach_neurons
 
-            start_neurons(model, self.pack, self.flash)
+            attach_neurons(model, self.pack, self.flash)
 
 
 class RandomWeights:
@@ -449,10 +449,10 @@ def make_views(
     if not compile:
         return LoadedModel(model, model, model, tokenizer)
     from compiled import ReusedCaches, compiled_view, has_graphs
-    from neurons.feed_forward import source_of
+    from neurons.feed_forward import neuron_source
 
     device = model.tok_embeddings.weight.device
-    on_device_only = source_of(model) is None  # else the host reads neurons within a step
+    on_device_only = neuron_source(model) is None  # else the host reads neurons within a step
     prefill = compiled_view(model, device, False) if compile_prefill else model
     decode = compiled_view(model, device, on_device_only)
     lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=False)
@@ -490,10 +490,10 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     meet_shapes(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (drafting := lm.draft.views(caches)):
         meet_shapes(*drafting)
-    from neurons.feed_forward import source_of
+    from neurons.feed_forward import neuron_source
 
-    if (source := source_of(lm.model)) and not lm.any_rows:
-        source.count_anew()
+    if (source := neuron_source(lm.model)) and not lm.any_rows:
+        source.reset_stats()
 
 
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:

@@ -27,7 +27,7 @@ from host.log import log
 from host.memory import machine_name, size_text
 from host.threads import set_threads
 from load import count_weights, load_model, random_model
-from options.settings import LoadOptions, ModelChoice, PlanOptions, PromptOptions
+from options.settings import FlashOptions, LoadOptions, ModelChoice, PlanOptions, PromptOptions
 from quant.linear import make_scheme
 from ranks import broadcast_from_rank0, join_process_group, leave, own_device
 from text import chat
@@ -36,7 +36,6 @@ from text.model_defaults import model_defaults, taken
 from weights import hub
 
 if TYPE_CHECKING:
-    from neurons.feed_forward import Flash
     from plan import Plan
 
 # The options, beside those of GenerationConfig, that a text depends on.
@@ -93,10 +92,8 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     )
 
 
-def flash_options(args: argparse.Namespace) -> "Flash":
-    from neurons.feed_forward import Flash
-
-    return Flash(args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir)
+def flash_options(args: argparse.Namespace) -> FlashOptions:
+    return FlashOptions(args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir)
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
@@ -236,7 +233,7 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
         yield from plan_report(plan, lm, stats)
     if flash:
-        from neurons.feed_forward import report as flash_report
+        from neurons.feed_forward import flash_report
 
         yield from flash_report(lm.model)
     if lm.draft:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:  # these import torch
     import torch
 
     from decoding import LoadedModel
-    from neurons.feed_forward import Flash
     from ranks import Ranks
     from tiers.policy import Policy
 
@@ -29,6 +28,21 @@ class FromArguments:
 
 
 @dataclass(frozen=True)
+class FlashOptions:
+    """How a model's feed-forward neurons are left on disk.
+
+    memory: for all its weights, a share of their bytes up to 1, else bytes. window: tokens whose
+    neurons stay in memory. depth: reads in flight at a time. Both are chosen by cost if None.
+    directory: of the pack; None: beside the checkpoint.
+    """
+
+    memory: float = 0.5
+    window: float | None = None
+    depth: int | None = None
+    directory: Path | None = None
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """How a model is loaded and run."""
 
@@ -41,7 +55,7 @@ class LoadOptions:
     draft: "str | Path | LoadedModel | None" = None
     speculate_k: int | None = None  # draft tokens of a step; None: as many as make it fastest
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
-    flash: "Flash | None" = None  # feed-forward neurons are read from disk (neurons/)
+    flash: FlashOptions | None = None  # feed-forward neurons are read from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)
     pipeline: bool = False  # each rank has some layers (pp.py), not a share of each (tp.py)
     micro_batches: int | None = None  # of a pipeline; None: as many as keep all its stages busy
@@ -121,3 +135,12 @@ class CalibrationOptions:
     tasks: tuple[str, ...] = ()  # of lm_eval: their documents are the text
     seq_length: int = 2048  # tokens of a text
     samples: int = 128  # texts at most
+
+
+@dataclass(frozen=True)
+class PredictorOptions:
+    """How flash.py trains the predictors of active neurons."""
+
+    rank: int | None = None  # None: by the model's width
+    recall: float = 0.97  # share of active neurons to predict
+    epochs: int = 4
