@@ -154,9 +154,9 @@ def make_sampler(
     """A sampler of the tokens after those prompts. streams: of the random numbers of each row."""
     processors = None
     if config.changes_logits or functions:
-        from text.processors import Processors
+        from text.processors import LogitsProcessors
 
-        processors = Processors(config, prompts, functions, lm.device)
+        processors = LogitsProcessors(config, prompts, functions, lm.device)
     return lm.sampler(config, streams, lm.device, processors)
 
 

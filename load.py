@@ -26,7 +26,7 @@ from host.files import DEMO
 from host.memory import check_memory
 from model import KVCache, ModelArgs, Transformer, visible_length
 from options.rules import broken_rule
-from options.settings import LoadOptions
+from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
     make_scheme,
@@ -35,11 +35,10 @@ from quant.linear import (
     quantized_copy,
     skeleton,
 )
-from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
 
 if TYPE_CHECKING:
-    from options.settings import FlashOptions
     from offload import Fill, Stored, StreamedLayers
     from pp import PipelineParallel
     from tiers.policy import Policy
@@ -137,7 +136,7 @@ class CheckpointWeights:
     """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk, or
     None."""
 
-    def __init__(self, checkpoint: Checkpoint, flash: Flash | None):
+    def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None):
         self.args, self.scheme, self.dtype = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         self.checkpoint, self.flash, self.pack = checkpoint, flash, None
         if flash:
@@ -422,7 +421,7 @@ def check_draft(
         theirs = draft.model.args.vocab_size
         if abs(theirs - vocab_size) > MAX_PADDED_IDS:
             why = f"the draft knows {theirs} ids and the model {vocab_size}"
-        elif not (why := difference(draft.tokenizer, tokenizer)):
+        elif not (why := first_difference(draft.tokenizer, tokenizer)):
             return
         raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
     bits = scheme["linears"].get("bits", 16) if scheme else 16

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from text.generation_config import GenerationConfig
-from text.processors import Processors
+from text.processors import LogitsProcessors
 
 # SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -62,7 +62,7 @@ class Sampler:
         config: GenerationConfig,
         rows: Sequence[int],
         device: torch.device,
-        processors: Processors | None = None,
+        processors: LogitsProcessors | None = None,
     ):
         self.config, self.processors = config, processors
         # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed. A shorter

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from text.generation_config import LARGEST_BIAS
+from text.generation_config import MAX_LOGIT_BIAS
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,4 +143,4 @@ def token_bias(text: str) -> tuple[int, float]:
     found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5 or 29=-inf")
-    return int(found[1]), max(-LARGEST_BIAS, min(LARGEST_BIAS, float(found[2])))
+    return int(found[1]), max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(found[2])))

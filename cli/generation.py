@@ -32,7 +32,7 @@ from quant.linear import make_scheme
 from ranks import broadcast_from_rank0, join_process_group, leave, own_device
 from text import chat
 from text.generation_config import GenerationConfig
-from text.model_defaults import model_defaults, taken
+from text.model_defaults import defaults_line, model_defaults
 from weights import hub
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def flash_options(args: argparse.Namespace) -> FlashOptions:
-    return FlashOptions(args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir)
+    return FlashOptions(
+        args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
+    )
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
@@ -110,7 +112,7 @@ def generation_config(args: argparse.Namespace, model: ModelChoice) -> Generatio
     directory = path if path.is_dir() else path.parent
     defaults = {} if model.random_weights else model_defaults(directory)
     if defaults := {name: value for name, value in defaults.items() if name not in given}:
-        log(taken(defaults, directory))
+        log(defaults_line(defaults, directory))
     return GenerationConfig(**(defaults | given))
 
 

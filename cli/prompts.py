@@ -32,7 +32,7 @@ class PromptMode:
 
     def __init__(self, options: PromptOptions):
         self.options, self.prompts = options, read_prompts(options)
-        self.output: jobs.JsonlOutput | None = None
+        self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """The tokens of each text's prompt."""
@@ -48,9 +48,9 @@ class PromptMode:
             return
         shape = model.random_weights
         files = [shape] if shape else model_files(find_weights(model.checkpoint_path))
-        origin = jobs.Origin(model.name, jobs.fingerprint(files), settings)
+        origin = jobs.Provenance(model.name, jobs.fingerprint(files), settings)
         samples = self.options.num_samples
-        self.output = jobs.JsonlOutput(self.options.output, self.prompts, samples, origin)
+        self.output = jobs.ResultsFile(self.options.output, self.prompts, samples, origin)
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
         lm, options = session.lm, self.options
@@ -83,12 +83,12 @@ class PromptMode:
         check_prompts([ids for _, ids in encoded], context, vocab_size)
         return jobs.make_jobs(encoded, self.options.num_samples, new, context)
 
-    def _sink(self, todo: list[jobs.Job], session: Session) -> jobs.Console | jobs.FileSink:
-        ends = jobs.Ends(session.config.max_new_tokens)
+    def _sink(self, todo: list[jobs.Job], session: Session) -> jobs.ConsoleSink | jobs.JsonlSink:
+        ends = jobs.FinishCounts(session.config.max_new_tokens)
         if self.output:
-            return jobs.FileSink(self.output, todo, ends, lambda: session.stats.new_tokens)
-        continued = not (self.options.chat or self.options.random_tokens)
-        return jobs.Console(todo, ends, continued=continued)
+            return jobs.JsonlSink(self.output, todo, ends, lambda: session.stats.new_tokens)
+        with_prompt = not (self.options.chat or self.options.random_tokens)
+        return jobs.ConsoleSink(todo, ends, with_prompt=with_prompt)
 
 
 def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:

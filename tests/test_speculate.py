@@ -364,12 +364,12 @@ def test_a_conversation_prefills_a_drafts_cache_once(plain: LoadedModel):
     draft = ModelDraft(DraftLengthController(3), dataclasses.replace(plain, prefill=prefill))
     lm, held = dataclasses.replace(plain, draft=draft), []
     caches, config = lm.make_caches(1, 400), dataclasses.replace(GREEDY, max_new_tokens=20)
-    conversation = Conversation(lm.tokenizer, limit=400, room=20)
+    conversation = Conversation(lm.tokenizer, max_length=400, max_new_tokens=20)
     for text in ("Once upon a time", " Who was it?", " Why? Then"):
         given, past = conversation.ask(text)
         (answer,) = complete(lm, [given], config, caches=caches, past=past)
         assert answer.ids == ids(plain, [given], config)[0]
-        conversation.answered(given, answer.ids, answer.text)
+        conversation.add_answer(given, answer.ids, answer.text)
         held.append(len(given))
     assert seen[0] == held[0] and sum(seen) < held[-1] + 10
 
