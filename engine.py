@@ -17,7 +17,7 @@ import torch
 
 import bench
 from decoding import LoadedModel, plain_steps
-from finite import not_finite
+from finite import explain_not_finite
 from model import KVCache
 from sampling import NOT_FINITE, Sampler
 from speculate import speculative_steps
@@ -83,7 +83,7 @@ def generate(
             new[row] = until_end(step[row], limits[row] - len(texts[row]), ends)
             if NOT_FINITE in new[row]:
                 texts[row] += new[row][: new[row].index(NOT_FINITE)]
-                raise ValueError(not_finite(lm, texts[row], caches))
+                raise ValueError(explain_not_finite(lm, texts[row], caches))
             texts[row] += new[row]
             if len(texts[row]) == limits[row] or new[row][-1] in ends:
                 live.remove(row)

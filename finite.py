@@ -1,6 +1,6 @@
 """Where the values of a model stop being finite numbers: for the message that ends such a run.
 
-Start at not_finite, which `generate` (generate.py) calls when the logits of a token are not finite.
+Start at explain_not_finite, which `generate` (generate.py) calls when the logits of a token are not finite.
 It reads the text again, layer by layer and without compiled code, on all ranks together.
 """
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from decoding import LoadedModel
 from model import KVCache, Transformer, visible_length
-from ranks import gathered
+from ranks import all_gather_object
 
-CHUNK = 512  # tokens that are read at once
+CHUNK_TOKENS = 512  # tokens that are read at once
 
 
 @torch.inference_mode()
-def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
+def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
     """One line: which part of the model is the first whose values for a text are not finite.
 
     caches: at least as long as the text; the first row is overwritten.
@@ -27,13 +27,13 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
     for cache in caches:
         cache.keep(0)
     finite = []
-    for start in range(0, len(text), CHUNK):
-        tokens = torch.tensor([text[start : start + CHUNK]], device=lm.device)  # (1, T)
+    for start in range(0, len(text), CHUNK_TOKENS):
+        tokens = torch.tensor([text[start : start + CHUNK_TOKENS]], device=lm.device)  # (1, T)
         end = start + tokens.shape[1]
         pos, visible = slots[start:end], slots[: visible_length(end, len(slots))]
         finite.append(parts_finite(lm.model, tokens, pos.unsqueeze(0), visible, caches))
     every = torch.stack(finite).all(0).tolist()  # of embedding, layers and head
-    name = first_part(gathered(every))
+    name = first_part(all_gather_object(every))
     if name is None:
         return (
             "the logits are not finite numbers, but they are when the text is read again: the "

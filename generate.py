@@ -56,7 +56,13 @@ from neurons.feed_forward import Flash
 from neurons.feed_forward import report as flash_report
 from pp import default_micro_batches
 from quant.linear import make_scheme
-from ranks import broadcast_from_rank0, leave, own_device, writes
+from ranks import (
+    broadcast_from_rank0,
+    is_rank0,
+    join_process_group,
+    leave_process_group,
+    local_device,
+)
 from text import chat, jobs
 from text.completion import Completion
 from text.generation_config import GenerationConfig
@@ -98,7 +104,7 @@ def open_output(
     args: argparse.Namespace, config: GenerationConfig, prompts: Sequence[jobs.Prompt]
 ) -> jobs.JsonlOutput | None:
     """Open the file of results, so that its errors come before a model is loaded."""
-    if not (args.output and writes()):
+    if not (args.output and is_rank0()):
         return None
     shape = args.random_weights
     files = [shape] if shape else model_files(find_weights(args.checkpoint_path))
@@ -237,7 +243,7 @@ def run_bench(
 def run(args: argparse.Namespace) -> None:
     """What the options ask for, from a name to a report."""
     set_threads(args.threads)
-    args.device = str(own_device(find_device(args.device)))
+    args.device = str(local_device(find_device(args.device)))
     args.ranks = join_process_group(torch.device(args.device))
     if args.pipeline and args.ranks:
         args.micro_batches = args.micro_batches or default_micro_batches(args.ranks)
@@ -262,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
         mode(lm, config, stats, args)
     for line in report(lm, stats, expected):
         log(line)
-    leave()
+    leave_process_group()
 
 
 def print_plan(expected: plan.Plan, args: argparse.Namespace) -> None:
@@ -271,7 +277,7 @@ def print_plan(expected: plan.Plan, args: argparse.Namespace) -> None:
         print(line, flush=True)
     for line in plan.on_devices(plan.subject(args)[0], args) if args.link else ():
         print(line, flush=True)
-    leave()
+    leave_process_group()
 
 
 def check_directory(option: str, file: Path | None) -> None:
@@ -340,7 +346,7 @@ def report(lm: LoadedModel, stats: bench.Stats, expected: plan.Plan | None) -> I
         yield from plan.report(expected, lm, stats)
     yield from flash_report(lm.model)
     if lm.draft:
-        yield from lm.draft.controller.report.lines()
+        yield from lm.draft.controller.stats.lines()
 
 
 def load(args: argparse.Namespace, expected: plan.Plan | None) -> tuple[LoadedModel, bench.Stats]:

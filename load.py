@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from quant.linear import (
     skeleton,
 )
 from ranks import Ranks
-from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
+from speculate import ModelDraft, NgramDraft, SelfDraft, match_vocab_size
 from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
 from tiers.kv_cache import tiered_caches
 from tiers.policy import Policy
@@ -81,7 +81,7 @@ def load_model(
     where that is not on the device alone (offload.py); flash: how its feed-forward neurons are left
     on disk (sparse.py).
     ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
-    pipeline (pp.py), some layers; micro_batches: of rows that are under way there, None: as many as pay.
+    pipeline (pp.py), some layers; micro_batches: how many are in flight there, None: one a rank.
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
@@ -99,8 +99,8 @@ def load_model(
     with compiler_imported(compile):
         checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        division = divided(ranks, pipeline, micro_batches)
-        model = division.skeleton(checkpoint.args, scheme)
+        strategy = parallel_strategy(ranks, pipeline, micro_batches)
+        model = strategy.build_skeleton(checkpoint.args, scheme)
         model.new_cache = new_cache
         if pack:
             leave_on_disk(model, pack)
@@ -111,17 +111,17 @@ def load_model(
             fill = rounded_filler(model, checkpoint, fill)
         if pack:
             fill = fill_resident(pack, fill)
-        fill = division.filler(checkpoint, model, target, fill)
-        stored = division.stored(checkpoint) if scheme == checkpoint.scheme else nowhere
-        fill_model(model, division, fill, layers, stored, target, dtype)
+        fill = strategy.fill_function(checkpoint, model, target, fill)
+        stored = strategy.location_function(checkpoint) if scheme == checkpoint.scheme else nowhere
+        fill_model(model, strategy, fill, layers, stored, target, dtype)
         if pack:
             start_neurons(model, pack, flash)
-        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
+        return strategy.wrap(make_ready(model, tokenizer, views, draft, speculate_k, policy))
 
 
 def fill_model(
     model: Transformer,
-    division: "SingleProcess | TensorParallel | PipelineParallel",
+    strategy: "ParallelStrategy",
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -134,44 +134,71 @@ def fill_model(
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
         fill = counted(fill, bar.update)
         allocate(model, device, dtype, fill, layers and layers.home)
-        division.finish(model, dtype, device)
+        strategy.finish(model, dtype, device)
         if layers:
             layers.start(fill, stored)
 
 
-class SingleProcess:
-    """What one process alone holds of a model; tp.TensorParallel and pp.PipelineParallel are what a rank does.
+class ParallelStrategy(Protocol):
+    """How a model is divided among processes, in the order in which load_model calls the methods.
 
-    share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
-    device; `filler`, what gives its tensors their values, where `fill` does so by the names that
-    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them;
-    `ready`, what runs it.
+    SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
 
-    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+        """Return the args of this process's shard. Raises ValueError if the model cannot divide."""
+
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Build this process's shard on the meta device. args, scheme: of the whole model."""
+
+    def fill_function(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        """Return a function that fills a tensor of the shard, by its name in the shard.
+
+        fill: fills a tensor by its name in the checkpoint, with all of the stored tensor.
+        """
+
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
+        """Return a function from a tensor's name in the shard to its file and offset.
+
+        It returns None for a tensor that no file stores byte for byte.
+        """
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        """Replace what only the loading of the weights needed."""
+
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
+        """Return the LoadedModel with the views, caches and sampler that the processes need."""
+
+
+class SingleProcess:
+    """The strategy without ranks: this process has the whole model."""
+
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         return skeleton(args, scheme)
 
-    def filler(
+    def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
         return fill
 
-    def stored(self, checkpoint: Checkpoint) -> Stored:
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
         return checkpoint.direct
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 
-    def ready(self, lm: LoadedModel) -> LoadedModel:
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
         return lm
 
 
-def divided(
+def parallel_strategy(
     ranks: Ranks | None, pipeline: bool, micro_batches: int | None = None
-) -> SingleProcess | TensorParallel | PipelineParallel:
-    """How a model is divided among ranks."""
+) -> ParallelStrategy:
+    """Choose the strategy that the ranks and the option --pipeline ask for."""
     if ranks is None:
         return SingleProcess()
     return (
@@ -210,15 +237,15 @@ def random_model(
     check_pairs(policy, draft, None)
     check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
     with compiler_imported(compile):
-        division = divided(ranks, pipeline, micro_batches)
+        strategy = parallel_strategy(ranks, pipeline, micro_batches)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
-        model = division.skeleton(args, scheme)
+        model = strategy.build_skeleton(args, scheme)
         model.new_cache = new_cache
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
-        fill_model(model, division, fill, layers, nowhere, target, dtype)
+        fill_model(model, strategy, fill, layers, nowhere, target, dtype)
         views = {"compile": compile, "compile_prefill": compile_prefill}
-        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
+        return strategy.wrap(make_ready(model, tokenizer, views, draft, speculate_k, policy))
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -263,7 +290,7 @@ def make_ready(
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
-        place = {"new_caches": partial(place_caches, policy), "sweep": policy.sweep}
+        place = {"new_caches": partial(place_caches, policy), "prefill_chunk_tokens": policy.sweep}
         lm = LoadedModel(model, model, model, tokenizer, **place)
     else:
         lm = make_views(model, tokenizer, **views)
@@ -277,7 +304,7 @@ def make_ready(
         return replace(lm, draft=SelfDraft(controller, make_views(copy, tokenizer, **views)))
     if draft == "ngram":
         return replace(lm, draft=NgramDraft(controller))
-    return replace(lm, draft=ModelDraft(controller, same_vocabulary(draft, model.args.vocab_size)))
+    return replace(lm, draft=ModelDraft(controller, match_vocab_size(draft, model.args.vocab_size)))
 
 
 def stream_layers(
@@ -441,7 +468,7 @@ def count_weights(args: ModelArgs) -> int:
 def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
     meet_shapes(lm, caches, 2 if lm.draft else 1)
-    if lm.draft and (drafting := lm.draft.views(caches)):
+    if lm.draft and (drafting := lm.draft.warm_up_inputs(caches)):
         meet_shapes(*drafting)
     if (source := source_of(lm.model)) and not lm.any_rows:
         source.count_anew()

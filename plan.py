@@ -23,7 +23,14 @@ from host.devices import find_device
 from host.log import log
 from host.measurements import keep, known
 from host.memory import available_memory, machine_name, process_bytes, size_text
-from load import compressed_scheme, config_dtype, divided, find_cache, random_filler, skeleton
+from load import (
+    compressed_scheme,
+    config_dtype,
+    find_cache,
+    parallel_strategy,
+    random_filler,
+    skeleton,
+)
 from model import ModelArgs
 from offload import StreamedLayers
 from quant.linear import make_scheme
@@ -34,7 +41,7 @@ from tiers.planner import Planner, Prediction, Sizes, Work
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
-from tp import misfit
+from tp import indivisible_reason
 from weights.hf import model_args
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
@@ -79,7 +86,7 @@ def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
     scheme = compressed_scheme(options.compress_weight, scheme)
-    args = divided(options.ranks, options.pipeline).share(args, scheme)
+    args = parallel_strategy(options.ranks, options.pipeline).shard_args(args, scheme)
     return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
 
 
@@ -335,7 +342,7 @@ def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
         "(a model of them, and no measurement)"
     )
     for count, sharded, staged in table(step_of(subject), rate, LINKS[options.link]):
-        unfit = misfit(subject.args, subject.scheme, count)
+        unfit = indivisible_reason(subject.args, subject.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
         micro_batches = (
             f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""

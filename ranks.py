@@ -29,15 +29,15 @@ class Ranks:
     """Which of how many processes this is."""
 
     rank: int
-    count: int
+    world_size: int
 
-    def part(self, whole: int) -> range:
+    def shard_range(self, whole: int) -> range:
         """This rank's of so many things, as evenly as they go; the last ranks may have fewer."""
-        most = -(-whole // self.count)
+        most = -(-whole // self.world_size)
         return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
 
 
-def own_device(device: torch.device) -> torch.device:
+def local_device(device: torch.device) -> torch.device:
     """The one of this machine's GPUs that this process is to use."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
@@ -57,7 +57,7 @@ def join_process_group(device: torch.device) -> Ranks | None:
 
 
 @functools.cache
-def one_shot_sums(device: torch.device) -> bool:
+def has_one_shot_all_reduce(device: torch.device) -> bool:
     """Whether GPUs add what is small by one kernel that reads the others' memory, as the compiler
     then lets them do: tried once, on all ranks. NCCL takes two to four times as long."""
     if not dist.is_initialized() or device.type != "cuda":
@@ -79,14 +79,14 @@ def one_shot_sums(device: torch.device) -> bool:
     return bool(said)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Once all have done their work."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def writes() -> bool:
+def is_rank0() -> bool:
     """Whether this process writes files: rank 0 does."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -100,7 +100,7 @@ def broadcast_from_rank0(say: Callable[[], T]) -> T:
     return said[0]
 
 
-def gathered(own: T) -> list[T]:
+def all_gather_object(own: T) -> list[T]:
     """What every rank has, in the order of the ranks."""
     if not dist.is_initialized():
         return [own]
@@ -109,7 +109,7 @@ def gathered(own: T) -> list[T]:
     return found
 
 
-def lost_another(error: Exception) -> bool:
+def wait_if_peer_failed(error: Exception) -> bool:
     """Whether an error says no more than that another rank has ended. Then wait, for that one to
     be heard first: torchrun ends this process meanwhile, if it has ended by itself."""
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
@@ -119,16 +119,16 @@ def lost_another(error: Exception) -> bool:
     return lost
 
 
-def speak(line: str) -> None:
+def log_failure(line: str) -> None:
     """Say on stderr what ends this process; where all end for the same reason, one of them does."""
     rank = int(os.environ.get("RANK", "0"))
-    heard()
+    restore_stderr()
     if dist.is_initialized() and dist.distributed_c10d._get_default_store().add(line, 1) > 1:
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 
 
-def heard() -> None:
+def restore_stderr() -> None:
     """From now on this process is heard, whatever its rank."""
-    if not writes():
+    if not is_rank0():
         sys.stderr = sys.__stderr__
