@@ -92,9 +92,9 @@ def make_steps(
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: list[KVCache]) -> ValueError:
-    from finite import not_finite
+    from finite import explain_not_finite
 
-    return ValueError(not_finite(lm, text, caches))
+    return ValueError(explain_not_finite(lm, text, caches))
 
 
 class Batch:

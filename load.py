@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,11 +40,8 @@ from weights.hf import Config, model_args
 
 if TYPE_CHECKING:
     from offload import Fill, Stored, StreamedLayers
-    from pp import PipelineParallel
     from tiers.policy import Policy
-    from tp import TensorParallel
 
-    Division = "SingleProcess | TensorParallel | PipelineParallel"
 
 CACHE_BITS = {"int8": 8, "int4": 4}  # of a quantised KV cache
 SELF_BITS = {"self-int8": 8, "self-int4": 4}
@@ -119,17 +116,17 @@ def assemble(
     with importing_compiler(options.compile):
         weights.check()
         scheme = compressed_scheme(policy and policy.compress_weight, weights.scheme)
-        division = divided(options)
-        model = division.skeleton(weights.args, scheme)
+        strategy = parallel_strategy(options)
+        model = strategy.build_skeleton(weights.args, scheme)
         model.new_cache = find_cache(options.kv_dtype)
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, policy, dtype, device)
-        fill = weights.filler(model, scheme, division, device)
-        stored = weights.stored(division) if scheme == weights.scheme else nowhere
-        fill_model(model, division, fill, layers, stored, device, dtype)
+        fill = weights.filler(model, scheme, strategy, device)
+        stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
+        fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
-        return division.ready(make_ready(model, tokenizer, options))
+        return strategy.wrap(make_ready(model, tokenizer, options))
 
 
 class CheckpointWeights:
@@ -159,7 +156,7 @@ class CheckpointWeights:
         self,
         model: Transformer,
         scheme: dict[str, Any] | None,
-        division: Division,
+        strategy: ParallelStrategy,
         device: torch.device,
     ) -> Fill:
         """Returns the function that reads a tensor of the model, or makes it of what is stored."""
@@ -170,10 +167,10 @@ class CheckpointWeights:
             from neurons.feed_forward import fill_from_pack
 
             fill = fill_from_pack(self.pack, fill)
-        return division.filler(self.checkpoint, model, device, fill)
+        return strategy.fill_function(self.checkpoint, model, device, fill)
 
-    def stored(self, division: Division) -> Stored:
-        return division.stored(self.checkpoint)
+    def stored(self, strategy: ParallelStrategy) -> Stored:
+        return strategy.location_function(self.checkpoint)
 
     def start(self, model: Transformer) -> None:
         """Begin to serve neurons from disk, with --flash."""
@@ -197,12 +194,12 @@ class RandomWeights:
         self,
         model: Transformer,
         scheme: dict[str, Any] | None,
-        division: Division,
+        strategy: ParallelStrategy,
         device: torch.device,
     ) -> Fill:
         return random_filler(device)
 
-    def stored(self, division: Division) -> Stored:
+    def stored(self, strategy: ParallelStrategy) -> Stored:
         return nowhere
 
     def start(self, model: Transformer) -> None: ...
@@ -210,7 +207,7 @@ class RandomWeights:
 
 def fill_model(
     model: Transformer,
-    division: SingleProcess | TensorParallel | PipelineParallel,
+    strategy: SingleProcess | TensorParallel | PipelineParallel,
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -223,42 +220,69 @@ def fill_model(
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
         fill = counted(fill, bar.update)
         allocate(model, device, dtype, fill, layers and layers.home)
-        division.finish(model, dtype, device)
+        strategy.finish(model, dtype, device)
         if layers:
             layers.start(fill, stored)
 
 
-class SingleProcess:
-    """A model that one process holds; tp.TensorParallel and pp.PipelineParallel are for ranks.
+class ParallelStrategy(Protocol):
+    """How a model is divided among processes, in the order in which load_model calls the methods.
 
-    share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
-    device; `filler`, what gives its tensors their values, where `fill` does so by the names that
-    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them;
-    `ready`, what runs it.
+    SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
 
-    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+        """Return the args of this process's shard. Raises ValueError if the model cannot divide."""
+
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Build this process's shard on the meta device. args, scheme: of the whole model."""
+
+    def fill_function(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        """Return a function that fills a tensor of the shard, by its name in the shard.
+
+        fill: fills a tensor by its name in the checkpoint, with all of the stored tensor.
+        """
+
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
+        """Return a function from a tensor's name in the shard to its file and offset.
+
+        It returns None for a tensor that no file stores byte for byte.
+        """
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        """Replace what only the loading of the weights needed."""
+
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
+        """Return the LoadedModel with the views, caches and sampler that the processes need."""
+
+
+class SingleProcess:
+    """The strategy without ranks: this process has the whole model."""
+
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         return skeleton(args, scheme)
 
-    def filler(
+    def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
         return fill
 
-    def stored(self, checkpoint: Checkpoint) -> Stored:
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
         return checkpoint.direct
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 
-    def ready(self, lm: LoadedModel) -> LoadedModel:
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
         return lm
 
 
-def divided(options: LoadOptions) -> Division:
-    """How a model is divided among ranks."""
+def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
+    """The strategy that the ranks and the option --pipeline ask for."""
     if options.ranks is None:
         return SingleProcess()
     if options.pipeline:
@@ -320,7 +344,9 @@ def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) ->
         model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
     caches = partial(place_caches, options.policy)
     prefill = options.policy.sweep
-    return LoadedModel(model, model, model, tokenizer, new_caches=caches, sweep=prefill)
+    return LoadedModel(
+        model, model, model, tokenizer, new_caches=caches, prefill_chunk_tokens=prefill
+    )
 
 
 def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) -> LoadedModel:
@@ -329,7 +355,7 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
     from compiled import has_graphs
     from draft_length import DraftLengthController
     from fast_layers.install import use_fast_layers
-    from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
+    from speculate import ModelDraft, NgramDraft, SelfDraft, match_vocab_size
 
     by_model = isinstance(options.draft, LoadedModel)
     graphs = lm.decode is not lm.model and has_graphs(lm.decode)
@@ -340,7 +366,7 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
         return replace(lm, draft=SelfDraft(controller, views))
     if options.draft == "ngram":
         return replace(lm, draft=NgramDraft(controller))
-    draft = same_vocabulary(options.draft, lm.model.args.vocab_size)
+    draft = match_vocab_size(options.draft, lm.model.args.vocab_size)
     return replace(lm, draft=ModelDraft(controller, draft))
 
 
@@ -487,7 +513,7 @@ def count_weights(args: ModelArgs) -> int:
 def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
     meet_shapes(lm, caches, 2 if lm.draft else 1)
-    if lm.draft and (drafting := lm.draft.views(caches)):
+    if lm.draft and (drafting := lm.draft.warm_up_inputs(caches)):
         meet_shapes(*drafting)
     from neurons.feed_forward import neuron_source
 

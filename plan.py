@@ -25,9 +25,9 @@ from host.memory import available_memory, machine_name, process_bytes, size_text
 from load import (
     compressed_scheme,
     config_dtype,
-    divided,
     find_cache,
     find_dtype,
+    parallel_strategy,
     random_filler,
     skeleton,
 )
@@ -42,7 +42,7 @@ from tiers.planner import Planner, Prediction, Sizes, Work
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
-from tp import misfit
+from tp import indivisible_reason
 from weights.hf import model_args
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
@@ -89,7 +89,7 @@ def find_subject(
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
     scheme = compressed_scheme(compress_weight, scheme)
-    args = divided(load).share(args, scheme)
+    args = parallel_strategy(load).shard_args(args, scheme)
     return Subject(args, scheme, dtype or stored, load.kv_dtype, device), tokenizer
 
 
@@ -361,7 +361,7 @@ def on_devices(subject: Subject, link: str, read_rate: float | None) -> Iterator
         "(a model of them, and no measurement)"
     )
     for count, sharded, staged in table(step_of(subject), rate, LINKS[link]):
-        unfit = misfit(subject.args, subject.scheme, count)
+        unfit = indivisible_reason(subject.args, subject.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
         micro_batches = (
             f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""

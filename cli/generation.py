@@ -29,7 +29,7 @@ from host.threads import set_threads
 from load import count_weights, load_model, random_model
 from options.settings import FlashOptions, LoadOptions, ModelChoice, PlanOptions, PromptOptions
 from quant.linear import make_scheme
-from ranks import broadcast_from_rank0, join_process_group, leave, own_device
+from ranks import broadcast_from_rank0, join_process_group, leave_process_group, local_device
 from text import chat
 from text.generation_config import GenerationConfig
 from text.model_defaults import defaults_line, model_defaults
@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> None:
         mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
     for line in report(lm, stats, plan, args.flash):
         log(line)
-    leave()
+    leave_process_group()
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
     """How the model is loaded, on this process's device and with the other processes."""
-    device = own_device(find_device(args.device))
+    device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     micro_batches = args.micro_batches
     if args.pipeline and ranks:
@@ -170,7 +170,7 @@ def print_plan(
         subject, _ = find_subject(model, options, args.compress_weight)
         for line in on_devices(subject, args.link, args.read_rate):
             print(line, flush=True)
-    leave()
+    leave_process_group()
 
 
 def check_directory(option: str, file: Path | None) -> None:
@@ -239,7 +239,7 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
         yield from flash_report(lm.model)
     if lm.draft:
-        yield from lm.draft.controller.report.lines()
+        yield from lm.draft.controller.stats.lines()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from host.files import read_text, without_surrogates
 from host.log import log
 from model import ModelArgs
 from options.settings import ModelChoice, PromptOptions
-from ranks import broadcast_from_rank0, writes
+from ranks import broadcast_from_rank0, is_rank0
 from text import chat, jobs
 from text.tokenizer import Tokenizer
 from weights.weight_files import find_weights, shards
@@ -44,7 +44,7 @@ class PromptMode:
 
         settings: all that the texts depend on beside the model.
         """
-        if not (self.options.output and writes()):
+        if not (self.options.output and is_rank0()):
             return
         shape = model.random_weights
         files = [shape] if shape else model_files(find_weights(model.checkpoint_path))
