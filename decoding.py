@@ -74,7 +74,7 @@ class LoadedModel:
     draft: Draft | None = None
     any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
-    sweep: int | None = None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
+    prefill_tokens: int | None = None  # of all rows in one call; None: PREFILL_TOKENS
     sampler: Callable[..., Sampler] = Sampler
     # Rows that go through the model by themselves, and their caches.
     micro_batches: Callable[[Sequence[KVCache]], Sequence[MicroBatch]] = one_micro_batch
@@ -200,7 +200,7 @@ def prefill(
     width = max(map(len, prompts)) - past
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
-    chunk = max(1, (lm.sweep or PREFILL_TOKENS) // len(prompts))
+    chunk = max(1, (lm.prefill_tokens or PREFILL_TOKENS) // len(prompts))
     logits = None
     for n in range(len(caches)):
         caches[n].keep(past)

@@ -387,7 +387,7 @@ def offload_plan(
     longest = min(max(lengths), most)
     new = min(config.max_new_tokens, subject.args.context - longest)
     texts = -(-len(lengths) // (args.micro_batches or 1))
-    return plan.make_plan(subject, plan.Work(texts, longest, new), args)
+    return plan.make_plan(subject, plan.Workload(texts, longest, new), args)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def fill_model(
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
         fill = counted(fill, bar.update)
-        allocate(model, device, dtype, fill, layers and layers.home)
+        allocate(model, device, dtype, fill, layers and layers.destination)
         division.finish(model, dtype, device)
         if layers:
             layers.start(fill, stored)
@@ -263,7 +263,7 @@ def make_ready(
     if policy:
         if views["compile"]:
             model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
-        place = {"new_caches": partial(place_caches, policy), "sweep": policy.sweep}
+        place = {"new_caches": partial(place_caches, policy), "prefill_tokens": policy.prefill_tokens}
         lm = LoadedModel(model, model, model, tokenizer, **place)
     else:
         lm = make_views(model, tokenizer, **views)
@@ -327,7 +327,7 @@ def nowhere(name: str, dtype: torch.dtype) -> None:
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
-    waited = lm.model.layers.waited["cache"]
+    waited = lm.model.layers.wait_times["cache"]
     return tiered_caches(lm.model, policy, batch, length, waited)
 
 

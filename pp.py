@@ -97,7 +97,7 @@ class PipelineParallel:
             sampler=partial(SharedSampler, self.ranks, dist.new_group(timeout=COLLECTIVE_TIMEOUT)),
             new_caches=partial(flight_caches, self.micro_batches, lm.new_caches),
             micro_batches=flights_of,
-            sweep=lm.sweep or SWEEPS[lm.device.type],
+            prefill_tokens=lm.prefill_tokens or SWEEPS[lm.device.type],
         )
 
     def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:

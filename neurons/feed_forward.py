@@ -32,7 +32,17 @@ from neurons.pack import Pack
 from neurons.products import Products, has_kernel, put, taken
 from neurons.records import Format, NeuronCache, NeuronFile
 from neurons.uring import Work, nothing
-from tiers.prefetch import CPU, BounceBuffer, Fence, Ring, Slot, TransferWorker, Waited, fence, sent
+from tiers.prefetch import (
+    CPU,
+    BounceBuffer,
+    Buffer,
+    Fence,
+    Ring,
+    TransferWorker,
+    WaitTime,
+    record_event,
+    to_device,
+)
 
 MANY = 64  # tokens; more of them at once are a prompt
 RECENT = 16  # tokens of each row whose neurons a prompt leaves behind
@@ -142,21 +152,21 @@ class Source:
         self._order = [(j, *chunk) for j in range(layers) for chunk in self.chunks]
         size = chunk * stride
         parts = [{"": page_aligned(size, device)} for _ in range(AHEAD)]
-        slots = [Slot(part, None, fence(device)) for part in parts]
+        slots = [Buffer(part, None, record_event(device)) for part in parts]
         staged = AHEAD + 1 if device.type != "cpu" else 0  # files are not read into a GPU's memory
         stages = [page_aligned(size, CPU, pinned) for _ in range(staged)]
         self._stage = stages.pop() if stages else None
         self._staged: Fence = None  # when what is on the stage has been copied
         self._stream = BounceBuffer(file, stages) if stages else file
-        self._courier = TransferWorker(device, "stream", AHEAD)
-        self._ring = Ring(self._order, slots, self._fetch, Waited())
+        self._transfer_worker = TransferWorker(device, "stream", AHEAD)
+        self._ring = Ring(self._order, slots, self._fetch, WaitTime())
 
-    def _fetch(self, item: tuple[int, int, int], slot: Slot) -> Future:
+    def _fetch(self, item: tuple[int, int, int], slot: Buffer) -> Future:
         j, start, end = item
         stride = self.file.stride
         piece = slot.parts[""][: (end - start) * stride]
         at = j * self.region + start * stride
-        return self._courier.send(lambda: self._stream.read([(at, piece)]), slot.used)
+        return self._transfer_worker.submit(lambda: self._stream.read([(at, piece)]), slot.used)
 
     def lines(self) -> Iterator[str]:
         """What a token took, in the mean."""
@@ -191,12 +201,12 @@ class Source:
     def streamed(self, j: int) -> Iterator[tuple[int, Tensor]]:
         """All neurons of a layer: the first of each chunk, and its records, (n, stride)."""
         for start, end in self.chunks:
-            with self._ring.holding((j, start, end)) as slot:
+            with self._ring.acquire((j, start, end)) as slot:
                 stride = self.file.stride
                 try:
                     yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
                 finally:
-                    slot.used = fence(self.device)
+                    slot.used = record_event(self.device)
 
     def fetch(
         self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work = nothing
@@ -214,8 +224,8 @@ class Source:
                 self._staged.synchronize()
             self.file.bring(first, part, places[: len(part)], gap)
             staged = self._stage[: len(part) * stride].view(len(part), stride)
-            put(slab, sent(torch.from_numpy(slots[n : n + room]), self.device), staged)
-            self._staged = fence(self.device)
+            put(slab, to_device(torch.from_numpy(slots[n : n + room]), self.device), staged)
+            self._staged = record_event(self.device)
 
 
 def chunk_size(neurons: int, stride: int) -> int:
@@ -320,7 +330,7 @@ class SparseFeedForward(nn.Module):
         self.tally.active = self.tally.active + active
 
     def _index(self, ids: np.ndarray) -> Tensor:
-        return sent(torch.from_numpy(ids), self.source.device)
+        return to_device(torch.from_numpy(ids), self.source.device)
 
     def _whole(self, x: Tensor, likely: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) float32, by all neurons; those of the last tokens stay."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.cpu.build import build, unsupported_reason
 from neurons.records import Format
-from tiers.prefetch import sent
+from tiers.prefetch import to_device
 
 BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight, as kernels/cpu/neurons.cpp has it
 TOGETHER = 32  # weights that it unpacks together
@@ -62,7 +62,7 @@ class Products:
 
         records: (C, stride) bytes, neurons: (C,) of them; some: (n,) slots, None: all.
         """
-        index = None if some is None else sent(torch.from_numpy(some), rows.device)
+        index = None if some is None else to_device(torch.from_numpy(some), rows.device)
         if self.kernel:
             format, ids = self.format, torch.from_numpy(neurons)
             how = format.starts, BITS[format.kind], format.groupsize
@@ -71,7 +71,7 @@ class Products:
             )
         if index is not None:
             records, neurons = taken(records, index), neurons[some]
-        ids = sent(torch.from_numpy(neurons), rows.device)
+        ids = to_device(torch.from_numpy(neurons), rows.device)
         h = self.hidden(rows, records, ids)  # (N, n)
         down = self.format.rows(records, "down", h.dtype)  # (n, D)
         return (h @ down).float(), (h != 0).any(0).sum()
@@ -95,5 +95,5 @@ def taken(records: Tensor, index: Tensor) -> Tensor:
 
 def put(slab: Tensor, index: Tensor, records: Tensor) -> None:
     """Let records, (n, stride) bytes, be in those slots of a slab; they may come from the host."""
-    words = sent(records, slab.device).view(torch.int64)
+    words = to_device(records, slab.device).view(torch.int64)
     slab.view(torch.int64)[index] = words

@@ -22,7 +22,7 @@ from torch import Tensor
 from host.memory import page_aligned
 from neurons.uring import PIECE, REQUEST, Work, many_reads, nothing, read_pieces
 from quant.linear import dense_int4, round_int4, round_int8
-from tiers.direct_io import REFUSED, DirectFile
+from tiers.direct_io import ERRNOS_WITHOUT_O_DIRECT, DirectFile
 
 SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
 KINDS = "dense", "int8", "int4"
@@ -139,7 +139,7 @@ class NeuronFile(DirectFile):
         try:
             os.preadv(self._file, [self._waste.numpy()], 0)
         except OSError as error:
-            if error.errno not in REFUSED:
+            if error.errno not in ERRNOS_WITHOUT_O_DIRECT:
                 raise
             return False
         return True
