@@ -135,7 +135,7 @@ class StreamedLayers(nn.ModuleList):
                     try:
                         yield partial(self._through, j, slot.contents.block)
                     finally:  # after an error, too, the device may still compute with it
-                        slot.used = record_event(self.device)
+                        slot.last_use = record_event(self.device)
 
     def _through(self, j: int, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
@@ -208,7 +208,7 @@ class StreamedLayers(nn.ModuleList):
     def _fetch(self, j: int, slot: Buffer) -> Future:
         store, places = self.locations[j]
         pieces = [(places[name], part) for name, part in slot.parts.items()]
-        read = self._transfer_worker.submit(lambda: store.read(pieces), slot.used)
+        read = self._transfer_worker.submit(lambda: store.read(pieces), slot.last_use)
 
         def pack() -> None:
             read.result()

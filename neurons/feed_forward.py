@@ -36,7 +36,7 @@ from tiers.prefetch import (
     CPU,
     BounceBuffer,
     Buffer,
-    Fence,
+    Event,
     Ring,
     TransferWorker,
     WaitTime,
@@ -156,7 +156,7 @@ class Source:
         staged = AHEAD + 1 if device.type != "cpu" else 0  # files are not read into a GPU's memory
         stages = [page_aligned(size, CPU, pinned) for _ in range(staged)]
         self._stage = stages.pop() if stages else None
-        self._staged: Fence = None  # when what is on the stage has been copied
+        self._staged: Event = None  # when what is on the stage has been copied
         self._stream = BounceBuffer(file, stages) if stages else file
         self._transfer_worker = TransferWorker(device, "stream", AHEAD)
         self._ring = Ring(self._order, slots, self._fetch, WaitTime())
@@ -166,7 +166,7 @@ class Source:
         stride = self.file.stride
         piece = slot.parts[""][: (end - start) * stride]
         at = j * self.region + start * stride
-        return self._transfer_worker.submit(lambda: self._stream.read([(at, piece)]), slot.used)
+        return self._transfer_worker.submit(lambda: self._stream.read([(at, piece)]), slot.last_use)
 
     def lines(self) -> Iterator[str]:
         """What a token took, in the mean."""
@@ -206,7 +206,7 @@ class Source:
                 try:
                     yield start, slot.parts[""][: (end - start) * stride].view(-1, stride)
                 finally:
-                    slot.used = record_event(self.device)
+                    slot.last_use = record_event(self.device)
 
     def fetch(
         self, j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work = nothing

@@ -39,7 +39,7 @@ from tiers.prefetch import (
     TransferWorker,
     WaitTime,
     record_event,
-    sent,
+    to_device,
 )
 
 
@@ -99,11 +99,11 @@ class TieredCaches(Sequence["TieredCache"]):
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).holding(cell) as slot:
+        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as slot:
             try:
                 yield slot.contents
             finally:  # after an error, too, the device may still compute with it
-                slot.used = record_event(self.device)
+                slot.last_use = record_event(self.device)
             first, cell.filled = self._span(k, pos)
             self._store(cell, slot, first)
             if not self.policy.overlap:
@@ -137,7 +137,7 @@ class TieredCaches(Sequence["TieredCache"]):
         slot = self._slots[0]
         self._fetch(cell, slot).result()
         yield slot.contents
-        slot.used = record_event(self.device)
+        slot.last_use = record_event(self.device)
 
     def _write(self, cell: Cell, filled: int) -> None:
         """Let a cell that moves be what was made of it in the last slot, which is the first where
@@ -145,7 +145,7 @@ class TieredCaches(Sequence["TieredCache"]):
         cell.filled = filled
         if cell.cache is None:
             slot = self._slots[-1]
-            slot.used = record_event(self.device)
+            slot.last_use = record_event(self.device)
             self._store(cell, slot, 0)
             cell.stored.result()
 
@@ -177,11 +177,11 @@ class TieredCaches(Sequence["TieredCache"]):
                     stored.result()
             cell.store.read(self._pieces(cell, slot.parts, 0, cell.filled))
 
-        return self._in.submit(bring, slot.used)
+        return self._in.submit(bring, slot.last_use)
 
     def _store(self, cell: Cell, slot: Buffer, first: int) -> None:
         pieces = self._pieces(cell, slot.parts, first, cell.filled)
-        cell.stored = slot.stored = self._out.submit(lambda: cell.store.write(pieces), slot.used)
+        cell.stored = slot.stored = self._out.submit(lambda: cell.store.write(pieces), slot.last_use)
 
     def _pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
         """The bytes of some slots, of each tensor, in whole blocks: what parts hold beside them

@@ -28,7 +28,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 COPY_PIECE_BYTES = 2**25  # bytes that go to a GPU at once: half a millisecond
 Item = TypeVar("Item", bound=Hashable)
 Parts = dict[str, Tensor]  # bytes by the names of tensors
-Fence = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
+Event = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
 
 
 class Layout:
@@ -131,7 +131,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def record_event(device: torch.device) -> Fence:
+def record_event(device: torch.device) -> Event:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -142,11 +142,11 @@ class TransferWorker:
         self._thread = ThreadPoolExecutor(threads, name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, work: Callable[[], Any], after: Fence = None) -> Future:
+    def submit(self, work: Callable[[], Any], after: Event = None) -> Future:
         """The bytes are there when its result is. after: what still uses the memory."""
         return self._thread.submit(self._run, work, after)
 
-    def _run(self, work: Callable[[], Any], after: Fence) -> None:
+    def _run(self, work: Callable[[], Any], after: Event) -> None:
         stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
         with torch.inference_mode(), stream:
             if after:
@@ -181,7 +181,7 @@ class Buffer:
 
     parts: Parts
     holds: Any
-    used: Fence = None  # what was last computed with it
+    last_use: Event = None  # what was last computed with it
     stored: Future | None = None  # its contents on their way back to where they belong
 
 
@@ -210,7 +210,7 @@ class Ring(Generic[Item]):
         self._waited = waited
 
     @contextlib.contextmanager
-    def holding(self, item: Item) -> Iterator[Buffer]:
+    def acquire(self, item: Item) -> Iterator[Buffer]:
         """The slot that holds an item; it is free again afterwards."""
         if not self._waiting or self._waiting[0][0] != item:
             self._begin_at(item)
