@@ -37,7 +37,7 @@ from load import load_model
 from model import Transformer
 from quant.linear import make_scheme, quantized_copy
 from text.generation_config import GenerationConfig
-from text.jobs import ResultsFile, Provenance, make_jobs, read_prompts
+from text.jobs import Provenance, ResultsFile, make_jobs, read_prompts
 from text.tokenizer import load_tokenizer
 from weights.hf import export_tensors, model_args
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from text.model_defaults import model_defaults, defaults_line
+from text.model_defaults import defaults_line, model_defaults
 
 
 def write(folder: Path, **config: object) -> Path:
