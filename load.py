@@ -23,7 +23,7 @@ from fast_layers.install import use_fast_layers
 from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
-from model import KVCache, ModelArgs, Transformer, visible_length
+from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
 from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
 from neurons.pack import flash_directory, open_pack
 from offload import Fill, Stored, StreamedLayers
@@ -85,7 +85,7 @@ def load_model(
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
-    target, new_cache, dtype = find_device(device), find_cache(kv_dtype), find_dtype(dtype)
+    target, cache_factory, dtype = find_device(device), find_cache(kv_dtype), find_dtype(dtype)
     policy = None if policy and policy.plain else policy
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -101,7 +101,7 @@ def load_model(
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
         division = divided(ranks, pipeline, micro_batches)
         model = division.skeleton(checkpoint.args, scheme)
-        model.new_cache = new_cache
+        model.cache_factory = cache_factory
         if pack:
             leave_on_disk(model, pack)
         dtype = dtype or checkpoint.dtype
@@ -201,7 +201,7 @@ def random_model(
 
     scheme: how its linears are quantised, see quantized.make_scheme; None: they are dense.
     """
-    target, new_cache = find_device(device), find_cache(kv_dtype)
+    target, cache_factory = find_device(device), find_cache(kv_dtype)
     policy = None if policy and policy.plain else policy
     config = read_json(Path(config_file))
     args, fill = model_args(config), random_filler(target)
@@ -213,7 +213,7 @@ def random_model(
         division = divided(ranks, pipeline, micro_batches)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
         model = division.skeleton(args, scheme)
-        model.new_cache = new_cache
+        model.cache_factory = cache_factory
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
         fill_model(model, division, fill, layers, nowhere, target, dtype)
@@ -424,12 +424,12 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
-    """What makes the caches. ValueError listing the known ones."""
+def find_cache(kv_dtype: str | None) -> CacheFactory:
+    """Return what makes the caches. ValueError listing the known kinds."""
     if kv_dtype not in CACHES:
         known = ", ".join(str(name) for name in CACHES)
         raise ValueError(f"kv_dtype {kv_dtype} is not one of {known}")
-    return CACHES[kv_dtype]
+    return CacheFactory(CACHES[kv_dtype])
 
 
 def count_weights(args: ModelArgs) -> int:

@@ -113,7 +113,7 @@ def through(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> T
     pos = slots.expand(x.shape[:2])
     _, rotation = model.positions(torch.zeros_like(x), pos)
     shape = (len(x), len(slots) + 1, model.args.n_kv_heads, model.args.head_dim)
-    cache = model.new_cache(shape, x.dtype, x.device)
+    cache = model.cache_factory(shape, x.dtype, x.device)
     return block(x, rotation, model.mask(pos, slots, x.dtype), pos, cache)
 
 

@@ -6,9 +6,7 @@ attend by kernels/cpu/attention.cpp. Where the CPU, the compiler or the dtype do
 a model keeps its layers, which are slower and are the reference in tests.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from host.log import log
 from host.memory import page_aligned
 from kernels.cpu.build import build, unsupported_reason
-from model import KVCache, Linear, RMSNorm, Transformer
+from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
@@ -112,7 +110,7 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
             model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
         for module in model.modules():
             if isinstance(module, RMSNorm):
-                module.same_bits = False
+                module.allow_fusion()
     if large is None:
         large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
     if dense and large and not (unsupported_reason(dtype) or build()):
@@ -128,11 +126,10 @@ def attend_fast(model: Transformer) -> None:
     """
     alone = model.args.n_heads == model.args.n_kv_heads
     if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
-        model.new_cache = partial(attending, model.new_cache)
+        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
-def attending(new_cache: Callable[..., KVCache], *given: Any) -> KVCache:
-    """A new cache, see KVCache, with such attention."""
-    cache = new_cache(*given)
-    cache.attention = torch.ops.gpt_flex.attention
-    return cache
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by kernels/cpu/attention.cpp: a model.CacheAttention."""
+    k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
+    return grouped_attention(torch.ops.gpt_flex.attention, q, k, v, mask)

@@ -7,8 +7,7 @@ caches get attention that reads them as they are stored. The kernels are in kern
 
 import functools
 import sys
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +95,7 @@ def exchange(model: Transformer) -> None:
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
-    model.new_cache = partial(attending, model.new_cache)
+    model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
 def fuse(layer: nn.Module) -> None:
@@ -115,15 +114,8 @@ def takes_prologue(linear: nn.Module) -> bool:
     return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
 
 
-def attending(new_cache: Callable[..., KVCache], *given: object) -> KVCache:
-    """A new cache, see KVCache, with such attention."""
-    cache = new_cache(*given)
-    cache.gpu_attention = attend
-    return cache
-
-
-def attend(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """What queries, (B, T, H, E), see of what a cache has stored; see KVCache.attend.
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by the Triton kernels, which read the cache as it is stored: a model.CacheAttention.
 
     For few queries the mask is not read: a query sees the positions up to its own.
     """

@@ -13,7 +13,7 @@ Shapes: B rows, T new tokens, G key/value heads, E head_dim, S channels of a gro
 import torch
 from torch import Tensor
 
-from model import KVCache
+from model import CacheAttention, KVCache, sdpa_attention
 from quant.linear import pack_nibbles, unpack_nibbles
 
 GROUP = 32  # channels; all of a head where they are no multiple of it
@@ -28,9 +28,10 @@ class QuantizedKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         bits: int = 8,
+        attention: CacheAttention = sdpa_attention,
     ):
         *slots, channels = shape
-        super().__init__((*slots, channels * bits // 8), torch.uint8, device)
+        super().__init__((*slots, channels * bits // 8), torch.uint8, device, attention)
         self.dtype, self.bits = dtype, bits
         groups = channels // GROUP if channels % GROUP == 0 else 1
         for name in ("k_scales", "k_lows", "v_scales", "v_lows"):

@@ -234,7 +234,7 @@ SMALL = ModelArgs(
 
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
     """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
-    model.new_cache = find_cache(kv_dtype)
+    model.cache_factory = find_cache(kv_dtype)
     slots, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)

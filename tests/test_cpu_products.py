@@ -21,7 +21,7 @@ from fast_layers.cpu import FewRowsLinear, TiledLinear
 from host.memory import page_aligned
 from kernels.cpu import build
 from load import random_model
-from model import KVCache, Linear
+from model import Linear, sdpa_attention
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -354,7 +354,7 @@ def test_models_attend_by_it_where_products_are_ours_and_no_heads_are_shared(
     config = CONFIG.parent.with_name(name) / "config.json"
     cache = random_model(config, device="cpu", dtype=dtype).make_caches(2, 8)[0]
     ours = dtype == torch.bfloat16 and name == "demo-opt"
-    wanted = torch.ops.gpt_flex.attention if ours else KVCache.attention
+    wanted = cpu_products.kernel_attention if ours else sdpa_attention
     assert cache.attention is wanted
     assert cache.first(1).attention is wanted
 

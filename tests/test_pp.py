@@ -104,9 +104,8 @@ def test_more_ranks_than_layers():
 
 def test_flights_are_of_the_rows_that_there_are():
     model = skeleton(shape(2), None)
-    parts = [
-        model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)
-    ]
+    cpu = torch.device("cpu")
+    parts = [model.cache_factory((rows, 9, 4, 16), torch.float32, cpu) for rows in (3, 3, 2)]
     cache = FlightCache(parts)
     assert cache.rows == 8 and cache.length == 8
     for count, expected in ((8, [3, 3, 2]), (7, [3, 3, 1]), (4, [3, 1]), (3, [3]), (1, [1])):
