@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from calibration.gptq import fill_module
 from calibration.predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
-from calibration.texts import calibration_text, calibration_tokens, say, take_up
+from calibration.texts import calibration_text, calibration_tokens, log_above_bars, resume_or_clear
 from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.devices import find_device
@@ -41,7 +41,7 @@ from host.files import sync
 from host.log import be_quiet, log
 from host.memory import check_memory, size_text, whole_blocks
 from host.threads import set_threads
-from load import skeleton
+from load import meta_model
 from neurons.pack import (
     FILES,
     VERSION,
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Path:
     set_threads(args.threads)
     checkpoint = Checkpoint(args.checkpoint_path)
     check_sparse(checkpoint.args)
-    checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
+    checkpoint.check(meta_model(checkpoint.args, checkpoint.scheme))
     beside = flash_directory(checkpoint)
     directory, work = args.flash_dir or beside, beside.with_name(f"{beside.name}.learned")
     format = record_format(checkpoint, args)
@@ -97,7 +97,7 @@ def calibrate(checkpoint: Checkpoint, work: Path, args: argparse.Namespace) -> l
             args.calibration_samples,
         )
         made_of = [fingerprint(checkpoint), zlib.crc32(tokens.numpy().tobytes()), args.rank]
-        take_up(work, [*made_of, args.recall, args.epochs])
+        resume_or_clear(work, [*made_of, args.recall, args.epochs])
     elif said.is_file() and json.loads(said.read_text())[0] == fingerprint(checkpoint):
         tokens = None
     else:
@@ -127,7 +127,7 @@ def learn_layers(
         torch.save(vars(learned), file.with_suffix(".next"))
         os.replace(file.with_suffix(".next"), file)
         found = learned.figures
-        say(
+        log_above_bars(
             f"{file.stem}: {found['active']:.1%} active, {found['predicted']:.1%} predicted, "
             f"{found['recall']:.1%} of the active found; {time.perf_counter() - start:.1f} s"
         )
@@ -139,7 +139,7 @@ def pack(
     """Write the records of all layers, what stays in memory, and last what they are."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     temporary = {name: directory / f"{name}.tmp" for name in FILES}
     resident: dict[str, Tensor] = {}
     try:

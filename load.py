@@ -32,10 +32,10 @@ from quant.kv_cache import QuantizedKVCache
 from quant.linear import (
     QuantizedLinear,
     make_scheme,
-    nearest,
+    meta_model,
     quantized_bytes,
     quantized_copy,
-    skeleton,
+    round_to_nearest,
 )
 from ranks import Ranks
 from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
@@ -97,10 +97,10 @@ def load_model(
     check_ranks(ranks, pipeline, views, draft, flash, policy)
     pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
     with compiler_imported(compile):
-        checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
+        checkpoint.check(meta_model(checkpoint.args, checkpoint.scheme))
         scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
         division = divided(ranks, pipeline, micro_batches)
-        model = division.skeleton(checkpoint.args, scheme)
+        model = division.meta_model(checkpoint.args, scheme)
         model.cache_factory = cache_factory
         if pack:
             leave_on_disk(model, pack)
@@ -142,7 +142,7 @@ def fill_model(
 class SingleProcess:
     """What one process alone holds of a model; tp.TensorParallel and pp.PipelineParallel are what a rank does.
 
-    share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
+    share: the args of what it holds. A model is made by the others in turn: `meta_model`, on the meta
     device; `filler`, what gives its tensors their values, where `fill` does so by the names that
     the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them;
     `ready`, what runs it.
@@ -151,8 +151,8 @@ class SingleProcess:
     def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        return skeleton(args, scheme)
+    def meta_model(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        return meta_model(args, scheme)
 
     def filler(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
@@ -212,7 +212,7 @@ def random_model(
     with compiler_imported(compile):
         division = divided(ranks, pipeline, micro_batches)
         scheme = compressed_scheme(policy and policy.compress_weight, scheme)
-        model = division.skeleton(args, scheme)
+        model = division.meta_model(args, scheme)
         model.cache_factory = cache_factory
         dtype = dtype or config_dtype(config)
         layers = stream_layers(model, policy, dtype, target)
@@ -306,7 +306,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
             return fill(name, tensor)
         if module not in latest:
             latest.clear()  # the tensors of a linear follow one another
-            latest[module] = nearest(checkpoint.read(f"{module}.weight"), linears[module])
+            latest[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
         tensor.copy_(latest[module][leaf])
 
     return rounding
@@ -334,7 +334,7 @@ def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Se
 def self_copy(model: Transformer, draft: str) -> Transformer:
     """The model in the fewer bits that the draft's name says."""
     scheme = make_scheme(draft.removeprefix("self-"))
-    nbytes = quantized_bytes(skeleton(model.args, scheme))
+    nbytes = quantized_bytes(meta_model(model.args, scheme))
     device = model.tok_embeddings.weight.device
     what = f"the model's copy for --draft {draft}"
     check_memory(nbytes, device, what, "use --draft ngram, which takes none")
@@ -434,7 +434,7 @@ def find_cache(kv_dtype: str | None) -> CacheFactory:
 
 def count_weights(args: ModelArgs) -> int:
     """Of the dense model."""
-    return sum(parameter.numel() for parameter in skeleton(args, None).parameters())
+    return sum(parameter.numel() for parameter in meta_model(args, None).parameters())
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from host.devices import find_device
 from host.log import log
 from host.measurements import keep, known
 from host.memory import available_memory, machine_name, process_bytes, size_text
-from load import compressed_scheme, config_dtype, divided, find_cache, random_filler, skeleton
+from load import compressed_scheme, config_dtype, divided, find_cache, meta_model, random_filler
 from model import ModelArgs
 from offload import StreamedLayers
 from quant.linear import make_scheme
@@ -173,7 +173,7 @@ def sizes(subject: Subject) -> Sizes:
     args, item = subject.args, subject.dtype.itemsize
     stored = {
         name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
-        for name, (t, _) in stored_tensors(skeleton(args, subject.scheme)).items()
+        for name, (t, _) in stored_tensors(meta_model(args, subject.scheme)).items()
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
@@ -223,7 +223,7 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     if not needed:
         return None
     small = sample_args(subject.args, sizes(subject).layer)
-    model = skeleton(small, subject.scheme)
+    model = meta_model(small, subject.scheme)
     allocate(model, subject.device, subject.dtype, random_filler(subject.device))
     model.cache_factory = find_cache(subject.kv_dtype)
     use_fast_layers(model, subject.dtype)

@@ -27,7 +27,7 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
-from quant.linear import skeleton
+from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, on_host
 
@@ -47,9 +47,9 @@ class PipelineParallel:
         """Raises ValueError where there are more ranks than layers."""
         return replace(args, n_layers=len(own_layers(args, self.ranks)))
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def meta_model(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.count - 1
-        model = skeleton(self.share(args, scheme), scheme)
+        model = meta_model(self.share(args, scheme), scheme)
         if not first:
             tied = model.output.weight is model.tok_embeddings.weight if last else False
             table = model.tok_embeddings.weight if tied else None

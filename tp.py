@@ -145,7 +145,7 @@ class TensorParallel:
         """Raises ValueError naming the numbers of ranks that would do, where this one does not."""
         return share_of(args, scheme, self.ranks)
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def meta_model(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         ranks = self.ranks
         with torch.device("meta"):
             model = Transformer(self.share(args, scheme))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from calibration.gptq import embed, fill_module
 from checkpoint import Checkpoint
-from load import skeleton
+from load import meta_model
 from model import Linear, Transformer
 from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
@@ -91,7 +91,7 @@ def inputs(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, nn.Module]]:
     """What enters each feed-forward layer, (B, T, D) float32, and that layer in float32."""
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     fill_module(checkpoint, model, "positions", torch.device("cpu"))
     x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
     model.positions.to(device)
@@ -131,7 +131,9 @@ class Recorder(nn.Module):
 
 def dense(linear: Linear | QuantizedLinear) -> Tensor:
     """Its weights in float32, (out, in)."""
-    return linear.dense(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+    return (
+        linear.dequantize(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+    )
 
 
 def gate(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The products of kernels/cpu: built once, registered as operators, put into a model.
 
-Start at use_fast_linears. It replaces quantised linears by TiledLinear, which hold the same integers in
-the order that the CPU reads them in, and dense ones by FewRowsLinear; then attend_fast lets caches
+Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same integers in
+the order that the CPU reads them in, and dense ones by FewRowsLinear; then use_fast_attention lets caches
 attend by kernels/cpu/attention.cpp. Where the CPU, the compiler or the dtype does not support them,
 a model keeps its layers, which are slower and are the reference in tests.
 """
@@ -21,10 +21,12 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
-WORTH = 2**24  # bytes of dense weights; with fewer nobody waits long enough to compile for them
+MIN_DENSE_BYTES = (
+    2**24
+)  # bytes of dense weights; with fewer nobody waits long enough to compile for them
 
 
-class TiledLinear(nn.Module):
+class PackedLinear(nn.Module):
     """A quantised linear in the order that kernels/cpu/products.cpp reads. It computes in bfloat16.
 
     One that is on the meta device gives its shape only: weights come by `take`.
@@ -107,25 +109,25 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
         log(f"quantised layers run slowly here: {reason}")
     elif quantised:
         for name, linear in quantised.items():
-            model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
+            model.set_submodule(name, PackedLinear(linear))  # one layer at a time is there twice
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.allow_fusion()
     if large is None:
-        large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
+        large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
     if dense and large and not (unsupported_reason(dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, FewRowsLinear(linear))
 
 
-def attend_fast(model: Transformer) -> None:
+def use_fast_attention(model: Transformer) -> None:
     """Let caches of a model that has such products attend by kernels/cpu/attention.cpp.
 
     Where query heads share keys and values torch's is as fast. A step and a sweep of several
     tokens have to go the same way, so that a draft's text is plain text to the bit.
     """
     alone = model.args.n_heads == model.args.n_kv_heads
-    if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
+    if alone and any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules()):
         model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 

@@ -23,7 +23,7 @@ from model import (
     Transformer,
     grouped_attention,
 )
-from quant.kv_cache import QuantizedKVCache, dense
+from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
 ROWS = 64  # new tokens times the query heads of a key/value head; for more, PyTorch's is faster
@@ -40,7 +40,7 @@ class OneRowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        product = gpu.dense_linear if gpu.serves(rows) else F.linear
+        product = gpu.dense_linear if gpu.supports(rows) else F.linear
         return product(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
@@ -54,7 +54,7 @@ class NormedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        if len(rows) > 1 or not gpu.serves(rows):
+        if len(rows) > 1 or not gpu.supports(rows):
             return self.linear(self.norm(x))
         prologue = gpu.Prologue(norm=self.norm.weight, eps=self.norm.eps)
         return self.linear.on_gpu(rows, prologue).view(*x.shape[:-1], -1)  # (..., N)
@@ -69,7 +69,7 @@ class OneRowFeedForward(GatedFeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, D)
-        if len(rows) > 1 or not gpu.serves(rows):
+        if len(rows) > 1 or not gpu.supports(rows):
             return super().forward(x)
         return self.w2.on_gpu(self.w13(rows), gpu.Prologue(gated=True)).view_as(x)
 
@@ -78,17 +78,17 @@ def use_fast_linears(model: Transformer) -> None:
     """Give a model on a CUDA device these products and this attention, if they run there."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
-        say_once(f"without the kernels for GPUs: {reason}")
+        log_once(f"without the kernels for GPUs: {reason}")
     else:
-        exchange(model)
+        replace_layers(model)
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def log_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def exchange(model: Transformer) -> None:
+def replace_layers(model: Transformer) -> None:
     """Put all of it into a model, whatever its device."""
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse(layer)
@@ -139,8 +139,8 @@ def attend_on_gpu(
     k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or bytes
     if extra:
         k_scales, k_lows, v_scales, v_lows = (t[:, :S] for t in extra)
-        k = dense(k, k_scales, k_lows, bits, q.dtype)
-        v = dense(v, v_scales, v_lows, bits, q.dtype)
+        k = dequantize(k, k_scales, k_lows, bits, q.dtype)
+        v = dequantize(v, v_scales, v_lows, bits, q.dtype)
     return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask).contiguous()
 
 

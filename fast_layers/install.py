@@ -3,7 +3,7 @@
 import torch
 
 from fast_layers import gpu
-from fast_layers.cpu import attend_fast, use_fast_linears
+from fast_layers.cpu import use_fast_attention, use_fast_linears
 from model import Transformer
 
 
@@ -12,6 +12,6 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
         use_fast_linears(model, dtype, large)
-        attend_fast(model)
+        use_fast_attention(model)
     elif device == "cuda":
         gpu.use_fast_linears(model)

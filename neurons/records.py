@@ -21,7 +21,7 @@ from torch import Tensor
 
 from host.memory import page_aligned
 from neurons.uring import PIECE, REQUEST, Work, many_reads, nothing, read_pieces
-from quant.linear import dense_int4, round_int4, round_int8
+from quant.linear import dequantize_int4, round_int4, round_int8
 from tiers.direct_io import REFUSED, DirectFile
 
 SECTOR = 512  # bytes; what O_DIRECT asks for on most disks, where whole blocks would be a waste
@@ -94,7 +94,7 @@ class Format:
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
             rest = (self.part(records, matrix, name) for name in ("scales", "zeros"))
-            weight = dense_int4(weight, *rest)[:, : self.dim]
+            weight = dequantize_int4(weight, *rest)[:, : self.dim]
         return weight.to(dtype)
 
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

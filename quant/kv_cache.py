@@ -50,7 +50,7 @@ class QuantizedKVCache(KVCache):
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
         k, v = (
-            dense(*(t[:, :count] for t in tensors), self.bits, self.dtype)
+            dequantize(*(t[:, :count] for t in tensors), self.bits, self.dtype)
             for tensors in self.stored()
         )
         return k, v  # (B, count, G, E)
@@ -67,7 +67,7 @@ class QuantizedKVCache(KVCache):
         return (pack_nibbles(q) if self.bits == 4 else q), scale, low
 
 
-def dense(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The way back from bytes, (..., E*bits/8), to numbers, (..., E)."""
     q = unpack_nibbles(q) if bits == 4 else q
     q = q.unflatten(-1, (scale.shape[-1], -1))  # (..., E/S, S)

@@ -37,21 +37,21 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weights that the integers stand for, (N, K)."""
         raise NotImplementedError
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
+    def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
         """The same, by a kernel where there is one. Not for compiled code."""
-        return self.dense(dtype)
+        return self.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        y = self.on_gpu(rows) if gpu.serves(rows) else self.plain(rows)  # (M, N)
+        y = self.on_gpu(rows) if gpu.supports(rows) else self.plain(rows)  # (M, N)
         return y.view(*x.shape[:-1], self.out_features)
 
     def plain(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.dense(rows.dtype), self.bias)
+        return F.linear(rows, self.dequantize(rows.dtype), self.bias)
 
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
         """The same by the kernels for GPUs, (M, K) -> (M, N)."""
@@ -72,13 +72,13 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(out_features, dtype=torch.float32))
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.weight * self.scales.unsqueeze(-1)).to(dtype)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        if not gpu.serves(self.weight):
-            return self.dense(dtype)
-        return gpu.int8_dense(self.weight, self.scales, dtype)
+    def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        if not gpu.supports(self.weight):
+            return self.dequantize(dtype)
+        return gpu.dequantize_int8(self.weight, self.scales, dtype)
 
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
         return gpu.int8_linear(rows, self.weight, self.scales, self.bias, prologue)
@@ -105,20 +105,20 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("zeros", zeros)
         self.inputs_per_column = {"weight": 2, "scales": groupsize, "zeros": 2 * groupsize}
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        weights = dense_int4(self.weight, self.scales, self.zeros)  # (N, P*S)
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        weights = dequantize_int4(self.weight, self.scales, self.zeros)  # (N, P*S)
         return weights[:, : self.in_features].to(dtype)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        if not gpu.serves(self.weight):
-            return self.dense(dtype)
-        return gpu.int4_dense(self.weight, self.scales, self.zeros, self.in_features, dtype)
+    def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        if not gpu.supports(self.weight):
+            return self.dequantize(dtype)
+        return gpu.dequantize_int4(self.weight, self.scales, self.zeros, self.in_features, dtype)
 
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
         return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias, prologue)
 
 
-def dense_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The buffers of an Int4Linear -> (N, P*S) float32."""
     P = scales.shape[1]
     q = unpack_nibbles(weight).unflatten(1, (P, -1))  # (N, P, S)
@@ -138,7 +138,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2)
 
 
-def nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tensor]:
+def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tensor]:
     """(N, K) -> buffers for such a linear, by name.
 
     A few rows at a time, as what rounding a matrix leaves behind outgrows the caches.
@@ -161,12 +161,14 @@ def round_int8(weight: Tensor) -> dict[str, Tensor]:
 
 def round_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
     """(N, K) -> the nearest Int4Linear, group by group: its buffers by name."""
-    scales, zeros = int4_grid(weight, groupsize)  # (N, P) each
+    scales, zeros = choose_int4_grid(weight, groupsize)  # (N, P) each
     wide = (t.repeat_interleave(groupsize, 1)[:, : weight.shape[1]] for t in (scales, zeros))
     return store_int4(nearest_int4(weight.float(), *wide), scales, zeros, groupsize)
 
 
-def int4_grid(weight: Tensor, groupsize: int, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def choose_int4_grid(
+    weight: Tensor, groupsize: int, units: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points, float32 (N, P), whose 16 values span each group of (N, K) and zero.
 
     units: what scales are multiples of, see scale_units; None: those of these groups.
@@ -235,7 +237,7 @@ def checked_scheme(found: Any) -> dict[str, Any] | None:
     return {key: found[key] for key in ("mode", "linears", "output")}
 
 
-def skeleton(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
     """The model on the meta device, with the linears that its checkpoint stores."""
     with torch.device("meta"):
         model = Transformer(args)
@@ -264,8 +266,10 @@ def quantized_copy(
         with torch.device("meta"):
             rounded = quantized_linear(linear, layer_scheme(name, scheme))
         if rounded:
-            dense = linear.weight if isinstance(linear, Linear) else linear.dense(torch.float32)
-            for key, buffer in nearest(dense, rounded).items():
+            dense = (
+                linear.weight if isinstance(linear, Linear) else linear.dequantize(torch.float32)
+            )
+            for key, buffer in round_to_nearest(dense, rounded).items():
                 setattr(rounded, key, buffer)
             rounded.bias = linear.bias
             copied.set_submodule(name, rounded)

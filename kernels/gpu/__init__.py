@@ -58,7 +58,7 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether the functions below take activations like x. They have no gradients."""
     learning = torch.is_grad_enabled() and x.requires_grad
     return x.is_cuda and not learning and usable(x.device.index)
@@ -110,20 +110,20 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def int4_dense(
+def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The buffers of an Int4Linear -> (N, in_features). Not for compiled code."""
     from kernels.gpu import launch
 
-    return launch.int4_dense(weight, scales, zeros, in_features, dtype)
+    return launch.dequantize_int4(weight, scales, zeros, in_features, dtype)
 
 
-def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) int8 -> the numbers that it stands for. Not for compiled code."""
     from kernels.gpu import launch
 
-    return launch.int8_dense(weight, scales, dtype)
+    return launch.dequantize_int8(weight, scales, dtype)
 
 
 def aligned(weight: Tensor, count: int) -> bool:
@@ -166,7 +166,7 @@ def int4_rows(x, weight, scales, zeros, bias):
 
     if len(x) <= FEW:
         return launch.int4_rows(x.contiguous(), weight, scales, zeros, bias)
-    return F.linear(x, launch.int4_dense(weight, scales, zeros, x.shape[1], x.dtype), bias)
+    return F.linear(x, launch.dequantize_int4(weight, scales, zeros, x.shape[1], x.dtype), bias)
 
 
 def int8_rows(x, weight, scales, bias):
@@ -174,7 +174,7 @@ def int8_rows(x, weight, scales, bias):
 
     if len(x) <= FEW and aligned(weight, 4):
         return launch.int8_rows(x.contiguous(), weight, scales, bias)
-    return F.linear(x, launch.int8_dense(weight, scales, x.dtype), bias)
+    return F.linear(x, launch.dequantize_int8(weight, scales, x.dtype), bias)
 
 
 define(

@@ -271,7 +271,7 @@ def arrivals(device: torch.device) -> Tensor:
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
-def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) int8 -> (N, K) of another dtype."""
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
@@ -281,7 +281,7 @@ def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def int4_dense(
+def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The buffers of an Int4Linear -> (N, in_features)."""
