@@ -36,7 +36,7 @@ from quant.linear import (
     round_int4,
     round_scales,
     scale_units,
-    store_int4,
+    pack_int4,
     unpack_nibbles,
 )
 
@@ -79,7 +79,7 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
             W[:, start:end], U[start:end, start:end], *wide
         )
         W[:, end:] -= errors @ U[start:end, end:]
-    return store_int4(q[:, order.argsort()], scales, zeros, groupsize)
+    return pack_int4(q[:, order.argsort()], scales, zeros, groupsize)
 
 
 def round_columns(
@@ -154,7 +154,7 @@ def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) ->
                 slope[:, of], H[of, of], q[:, of].contiguous(), *wide
             )
             slope[:, of.stop :] += steps @ H[of, of.stop :]
-    return store_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
+    return pack_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
 
 
 def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:

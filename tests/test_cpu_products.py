@@ -141,7 +141,7 @@ def assert_packed(tiled: PackedLinear, linear: QuantizedLinear) -> None:
     """It holds the bytes that the slow packing makes."""
     packed, format = (pack_int8 if isinstance(linear, Int8Linear) else pack_int4)(linear)
     block = getattr(linear, "groupsize", cpu_products.INT8_BLOCK)
-    assert tiled._how == (format, block, linear.out_features)
+    assert tiled._layout == (format, block, linear.out_features)
     assert torch.equal(tiled.packed, packed)
     if linear.bias is None:
         assert tiled.bias is None

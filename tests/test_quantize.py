@@ -182,7 +182,7 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     short = PackedLinear(layer)
     layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
     long = PackedLinear(layer)
-    formats = short._how[0], long._how[0]
+    formats = short._layout[0], long._layout[0]
     assert formats == (cpu_products.INT4, cpu_products.INT4_HALF)
     weight, bias = layer.dequantize(torch.float64), layer.bias.double()
     for rows in (x[:1], x[:3], x[:60], x):
