@@ -352,7 +352,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
     for name in ("round", "refine"):
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
-        yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS, "BC": 128}, 4, 3
+        yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
     for bits, stored in ((16, "bf16"), (8, "u8"), (4, "u8")):
         constants = {
             "R": 4, "E": 128, "BE": 128, "GROUP": 32, "BITS": bits, "BR": 16, "BS": 64, "STEPS": 1,
