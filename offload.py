@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, room, stored_tensors
-from fast_layers.cpu import WORTH, TiledLinear, use_fast_linears
+from fast_layers.cpu import MIN_DENSE_BYTES, TiledLinear, use_fast_linears
 from host.memory import page_aligned, whole_blocks
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
@@ -197,7 +197,9 @@ class StreamedLayers(nn.ModuleList):
             give(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
-            use_fast_linears(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
+            use_fast_linears(
+                block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
+            )
         tiled = [
             (module, stored[name])
             for name, module in block.named_modules()

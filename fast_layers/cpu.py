@@ -23,7 +23,9 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
 INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
 INT8_BLOCK = 128  # inputs that share a scale of the activations
-WORTH = 2**24  # bytes of dense weights; with fewer nobody waits long enough to compile for them
+MIN_DENSE_BYTES = (
+    2**24
+)  # bytes of dense weights; with fewer nobody waits long enough to compile for them
 
 
 class TiledLinear(nn.Module):
@@ -114,7 +116,7 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
             if isinstance(module, RMSNorm):
                 module.same_bits = False
     if large is None:
-        large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
+        large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
     if dense and large and not (unsupported_reason(dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, FewRowsLinear(linear))

@@ -307,7 +307,7 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
         return {type(m) for m in lm.model.modules() if isinstance(m, (Linear, FewRowsLinear))}
 
     assert kinds() == {Linear}
-    monkeypatch.setattr(cpu_products, "WORTH", 0)
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
     assert kinds() == {FewRowsLinear}
 
 
@@ -350,7 +350,7 @@ def test_a_rows_attention_has_the_same_bits_in_a_batch():
 def test_models_attend_by_it_where_products_are_ours_and_no_heads_are_shared(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cpu_products, "WORTH", 0)
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
     config = CONFIG.parent.with_name(name) / "config.json"
     cache = random_model(config, device="cpu", dtype=dtype).make_caches(2, 8)[0]
     ours = dtype == torch.bfloat16 and name == "demo-opt"
