@@ -33,7 +33,7 @@ from host.files import DEMO, check_writable, json_text, read_text, write_whole
 from host.log import be_quiet, log
 from host.threads import set_threads
 from load import load_model
-from ranks import join_process_group, leave, own_device, writes
+from ranks import is_rank0, join_process_group, leave_process_group, local_device
 from weights import hub
 
 # Keys of lm_eval's results that --output contains and stdout omits.
@@ -56,14 +56,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         how["note"] = f"--limit {args.limit}: a part of the data, not a score"
         log(how["note"])
-    leave()
+    leave_process_group()
     return how | figures
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
     """Load the model, on this rank's device."""
     set_threads(args.threads)
-    device = own_device(find_device(args.device))
+    device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     if ranks and args.use_cache:
         raise ValueError("--use_cache is for one process, without torchrun")
@@ -204,10 +204,10 @@ def main(args: argparse.Namespace) -> int:
     be_quiet(args.quiet)
 
     def work() -> None:
-        if args.output and writes():  # before hours of work
+        if args.output and is_rank0():  # before hours of work
             check_writable(args.output)
         figures = run(args)
-        if writes():
+        if is_rank0():
             write(figures, args.output)
 
     more = "; the same command goes on from --use_cache" if args.use_cache else ""

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from cli.options import parse_args
 from engine import complete
-from generate import GenerationConfig, load_model, main, parse_args
+from generate import GenerationConfig, load_model, main
 from model import Transformer
 from text import jobs
 
@@ -127,7 +128,8 @@ WAITING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from text import jobs
-from generate import main, parse_args
+from generate import main
+from cli.options import parse_args
 
 ended = jobs.JsonlSink.ended
 

@@ -103,7 +103,7 @@ def test_with_a_draft_the_text_is_the_same(plain, draft: str | Path, temperature
     assert ids(lm, prompts(plain), config, **options) == wanted
     alone = [ids(plain, [p], config, rows=[n], **options)[0] for n, p in enumerate(prompts(plain))]
     assert wanted == alone
-    assert sum(lm.draft.controller.report.offered) > 0
+    assert sum(lm.draft.controller.stats.drafted) > 0
 
 
 def never_twice_in_a_row(text: Tensor, logits: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_logits_that_are_not_finite_mark_their_row_alone(config: dict, value: fl
     given[2, 0, 40] = value
     tokens = sampler(given, torch.zeros(5, 1).long())
     assert ((tokens >= 0) & (tokens < VOCAB)).all()  # a step launched ahead may look them up
-    ids = sampler.begin_reading(tokens)()
+    ids = sampler.copy_to_host_async(tokens)()
     assert [row == [NOT_FINITE] for row in ids] == [False, False, True, False, False]
 
 
