@@ -363,9 +363,10 @@ def allocate(
             value = nn.Parameter(value, requires_grad=False)  # one, where a table has two names
         for alias in aliases:
             give(model, alias, value)
-    for module in model.modules():  # what no checkpoint stores
-        for name in module._non_persistent_buffers_set:
-            module._buffers[name] = module._buffers[name].to(device)
+    stored = model.state_dict(keep_vars=True)
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if name not in stored:  # a non-persistent buffer
+            give(model, name, buffer.to(device))
 
 
 def room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -377,7 +378,8 @@ def give(model: nn.Module, name: str, value: Tensor) -> None:
     """Let a tensor of a model be that one."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
-    if leaf in owner._parameters and not isinstance(value, nn.Parameter):
+    parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+    if parameter and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(owner, leaf, value)
 

@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from host.torch_private import add_in_store, one_shot_all_reduce
+
 T = TypeVar("T")
 # However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
 COLLECTIVE_TIMEOUT = timedelta(weeks=1)
@@ -62,15 +64,10 @@ def one_shot_sums(device: torch.device) -> bool:
     then lets them do: tried once, on all ranks. NCCL takes two to four times as long."""
     if not dist.is_initialized() or device.type != "cuda":
         return False
-    from torch.distributed import _symmetric_memory as symmetric_memory  # not every build has it
-
     group, fine = dist.group.WORLD.group_name, False
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         try:
-            symmetric_memory.enable_symm_mem_for_group(group)
-            x = symmetric_memory.empty(1024, dtype=torch.float32, device=device).fill_(1)
-            symmetric_memory.rendezvous(x, group)
-            y = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", group)
+            y = one_shot_all_reduce(torch.ones(1024, device=device), group)
             fine = bool((y == dist.get_world_size()).all())
         except RuntimeError:
             pass  # no such links: NCCL
@@ -123,7 +120,7 @@ def speak(line: str) -> None:
     """Say on stderr what ends this process; where all end for the same reason, one of them does."""
     rank = int(os.environ.get("RANK", "0"))
     heard()
-    if dist.is_initialized() and dist.distributed_c10d._get_default_store().add(line, 1) > 1:
+    if dist.is_initialized() and add_in_store(line, 1) > 1:
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 

@@ -11,7 +11,6 @@ point per group of inputs: w = (q - zero) * scale, the zero point an integer as 
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.files import brief
+from host.torch_private import shallow_copy
 from kernels import gpu
 from model import Linear, ModelArgs, Transformer
 
@@ -271,14 +271,6 @@ def quantized_copy(
             copied.set_submodule(name, rounded)
             progress(sum(buffer.nbytes for buffer in rounded.buffers()))
     return copied.eval()
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Modules of its own, and the same tensors."""
-    copied = copy.copy(module)
-    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
-    copied._modules = {name: shallow_copy(part) for name, part in module._modules.items()}
-    return copied
 
 
 def quantized_bytes(model: Transformer) -> int:

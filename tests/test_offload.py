@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
 from generate import GenerationConfig
+from host.torch_private import compiled_graphs
 from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
@@ -169,10 +169,10 @@ def test_one_graph_serves_every_layer_and_every_slot(tmp_path: Path):
     policy = dataclasses.replace(MIXED, directory=tmp_path)
     lm = demo("demo", policy=policy, compile=True)
     ids(lm)
-    before = counters["stats"]["unique_graphs"]
+    before = compiled_graphs()
     data = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
     ids(lm, texts=TEXTS[::-1])
-    assert counters["stats"]["unique_graphs"] == before
+    assert compiled_graphs() == before
     after = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
     assert data == after
 

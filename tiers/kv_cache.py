@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from host.memory import BLOCK, page_aligned, whole_blocks
+from host.torch_private import own_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
 from tiers.policy import CACHE_SLOTS, Policy
@@ -70,7 +71,7 @@ class TieredCaches(Sequence["TieredCache"]):
         self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
         self._new_cache = lambda: model.new_cache(shape, weight.dtype, META)
-        by_slot = {n: t.transpose(0, 1) for n, t in self._new_cache()._buffers.items()}
+        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(self._new_cache()).items()}
         self.layout = Layout(by_slot)
         self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
         K = -(-rows // policy.micro_batch)
@@ -234,7 +235,7 @@ class TieredCaches(Sequence["TieredCache"]):
         if device.type != "cuda":
             cache.gpu_attention = None
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
-            cache._buffers[name] = tensor.transpose(0, 1)
+            setattr(cache, name, tensor.transpose(0, 1))
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)

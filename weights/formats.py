@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
 
 from host.files import brief, parse_json
+from host.torch_private import fake_tensors, offset_in_file
 
 ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
 STAGING = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
@@ -210,7 +210,7 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
             f"{file}: {brief(name)} is no dense tensor: save its to_dense() or dequantize()"
         )
     storage = tensor.untyped_storage()
-    start = getattr(storage, "_checkpoint_offset", None)
+    start = offset_in_file(storage)
     plain = start is not None and tensor.is_contiguous() and not tensor.is_neg()
     offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
@@ -340,7 +340,7 @@ def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tens
 
     The zip's checksums are those of nothing; torch's reader does not look at them.
     """
-    with FakeTensorMode():
+    with fake_tensors():
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
     aligned = serialization.patch("save.storage_alignment", ALIGNMENT)
     with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):
