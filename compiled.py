@@ -32,7 +32,7 @@ from host.torch_private import (
 )
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
-from ranks import one_shot_sums
+from ranks import has_one_shot_all_reduce
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -365,7 +365,7 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
 
 def gpu_options(device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if one_shot_sums(device):
+    if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True
     if dependent_launch(device) and has_triton_option("enable_pdl"):
         # A kernel may begin while the one before it ends, as ours in kernels/gpu do.

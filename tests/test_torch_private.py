@@ -67,6 +67,7 @@ def test_a_marked_dimension_is_compiled_once_and_others_for_each_size():
 def test_inductor_compiles_a_traced_graph():
     torch_private.import_dynamo()
     torch_private.import_inductor()
+    torch.compiler.reset()
     graphs = []
 
     def backend(traced, examples):
