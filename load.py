@@ -207,7 +207,7 @@ class RandomWeights:
 
 def fill_model(
     model: Transformer,
-    strategy: SingleProcess | TensorParallel | PipelineParallel,
+    strategy: ParallelStrategy,
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -219,7 +219,7 @@ def fill_model(
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
         fill = counted(fill, bar.update)
-        allocate(model, device, dtype, fill, layers and layers.home)
+        allocate(model, device, dtype, fill, layers and layers.destination)
         strategy.finish(model, dtype, device)
         if layers:
             layers.start(fill, stored)
@@ -343,7 +343,7 @@ def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) ->
 
         model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
     caches = partial(place_caches, options.policy)
-    prefill = options.policy.sweep
+    prefill = options.policy.prefill_chunk_tokens
     return LoadedModel(
         model, model, model, tokenizer, new_caches=caches, prefill_chunk_tokens=prefill
     )
@@ -421,7 +421,7 @@ def nowhere(name: str, dtype: torch.dtype) -> None:
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
     from tiers.kv_cache import tiered_caches
 
-    waited = lm.model.layers.waited["cache"]
+    waited = lm.model.layers.wait_times["cache"]
     return tiered_caches(lm.model, policy, batch, length, waited)
 
 

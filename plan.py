@@ -36,9 +36,9 @@ from offload import StreamedLayers
 from options.settings import LoadOptions, ModelChoice, PlanOptions
 from quant.linear import make_scheme
 from text.tokenizer import Tokenizer, id_tokenizer, load_tokenizer
-from tiers.direct_io import existing
+from tiers.direct_io import nearest_directory
 from tiers.links import LINKS, Step, table
-from tiers.planner import Planner, Prediction, Sizes, Work
+from tiers.planner import Planner, Prediction, Sizes, Workload
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
@@ -111,8 +111,8 @@ class Plan:
         return self.prediction.policy
 
     @property
-    def work(self) -> Work:
-        return self.prediction.work
+    def work(self) -> Workload:
+        return self.prediction.workload
 
 
 def plan_texts(
@@ -128,10 +128,10 @@ def plan_texts(
     lengths, context = prompt_lengths(tokenizer, subject.args), subject.args.context
     longest = min(max(lengths), context - 1)
     texts = -(-len(lengths) // (options.micro_batches or 1))
-    return make_plan(subject, Work(texts, longest, min(new, context - longest)), options)
+    return make_plan(subject, Workload(texts, longest, min(new, context - longest)), options)
 
 
-def make_plan(subject: Subject, work: Work, options: PlanOptions) -> Plan:
+def make_plan(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     """The policy that the options ask for, or for --plan the better one of the dtypes that a run
     could have. Raises ValueError if it does not fit into memory, saying how much would do.
     """
@@ -153,10 +153,12 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     return dtype not in FAST or any(has.get(name) for name in FAST[dtype])
 
 
-def plan_in(subject: Subject, work: Work, options: PlanOptions) -> Plan:
+def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-    whole = replace(whole, slot=whole.slot * (options.micro_batches or 1))  # each has a cache
+    whole = replace(
+        whole, position=whole.position * (options.micro_batches or 1)
+    )  # each has a cache
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -171,7 +173,7 @@ def plan_in(subject: Subject, work: Work, options: PlanOptions) -> Plan:
     )
     if options.percent:
         found = planner.predict(by_hand(start, work, options), work)
-        if short := planner.lacking(found, limits):
+        if short := planner.shortage(found, limits):
             raise ValueError(short)
     else:
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
@@ -182,7 +184,7 @@ def plan_in(subject: Subject, work: Work, options: PlanOptions) -> Plan:
     return Plan(subject, found, limits | {"disk": free}, short if needed > free else "")
 
 
-def by_hand(start: Policy, work: Work, options: PlanOptions) -> Policy:
+def by_hand(start: Policy, work: Workload, options: PlanOptions) -> Policy:
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     return replace(
         start,
@@ -215,7 +217,7 @@ def sizes(subject: Subject) -> Sizes:
         ring=layer + packed,
         fixed=rest + process_bytes(subject.device),
         head=head or args.vocab_size * args.embed_dim * item,
-        slot=sum(buffer.nbytes for buffer in one.buffers()),
+        position=sum(buffer.nbytes for buffer in one.buffers()),
         hidden=3 * args.dim * item,
         within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
@@ -236,15 +238,15 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     limits = {tier: given[tier] or (1 - RESERVE) * free[tier] / sharing for tier in free}
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
-    stat = os.statvfs(existing(options.offload_dir))
+    stat = os.statvfs(nearest_directory(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 
 
 def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """This machine's measurements for a model of that shape: kept ones, or made if needed."""
-    disk = existing(directory).stat().st_dev
+    disk = nearest_directory(directory).stat().st_dev
     key = machine_name(subject.device), torch.__version__, disk, subject
-    if (kept := known("probe", key)) and not anew:
+    if (kept := known("machine", key)) and not anew:
         return Machine.from_json(kept)
     if not needed:
         return None
@@ -255,7 +257,7 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)
-    keep("probe", key, found.to_json())
+    keep("machine", key, found.to_json())
     return found
 
 
@@ -263,7 +265,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     """What came, resource by resource, beside what was expected of the same blocks and steps."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
-    waited = {what: by.seconds for what, by in lm.model.layers.waited.items()}
+    waited = {what: by.seconds for what, by in lm.model.layers.wait_times.items()}
     took = stats.prefill_seconds + stats.decode_seconds
     came = f"took {took:.2f} s: {took - sum(waited.values()):.2f} s of computing"
     yield came + "".join(
@@ -280,7 +282,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
 def lines(plan: Plan) -> Iterator[str]:
     """What a plan says, for a person: the verdict first."""
     found, policy, work = plan.prediction, plan.policy, plan.work
-    tiers = {t: "memory" if t == "device" and found.one_memory else t for t in found.memory}
+    tiers = {t: "memory" if t == "device" and found.device_is_cpu else t for t in found.memory}
     yield f"plan: {verdict(plan)}"
     yield f"  dtype       {dtype_text(plan)}"
     yield (
@@ -333,7 +335,7 @@ def realised(plan: Plan) -> dict[str, dict[str, float]]:
         "activations": policy.activations.counts(policy.micro_batches),
     }
     named = {what: dict(zip(TIERS, each, strict=True)) for what, each in counts.items()}
-    if found.one_memory:
+    if found.device_is_cpu:
         for each in named.values():
             each["device"] += each.pop("host")
     return named

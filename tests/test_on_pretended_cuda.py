@@ -223,7 +223,7 @@ def test_packed_layers_are_unpacked_once_for_all_micro_batches(
     with pretended_cuda():
         lm = away(policy)
         assert ids(lm) == wanted
-        kinds = {type(m) for m in lm.model.layers.slots[0].holds.block.modules()}
+        kinds = {type(m) for m in lm.model.layers.buffers[0].contents.block.modules()}
     linears = 4 * len(lm.model.layers)
     assert len(calls) == FEW.max_new_tokens * linears and Int4Linear in kinds
 

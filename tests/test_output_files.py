@@ -24,7 +24,7 @@ from generate import main
 from host import files, measurements, memory
 from text import jobs
 from text.generation_config import GenerationConfig
-from tiers.direct_io import ScratchFile, existing
+from tiers.direct_io import ScratchFile, nearest_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 OPT = ROOT / "checkpoints" / "demo-opt"
@@ -295,7 +295,7 @@ def test_scratch_leaves_no_directory_and_says_what_a_file_is(tmp_path: Path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NotADirectoryError, match="file is a file: --offload_dir needs a dir"):
-            existing(path)
+            nearest_directory(path)
     with pytest.raises(ValueError, match="GB free and .* choose another --offload_dir"):
         ScratchFile(tmp_path, 2**60)
 
