@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from host.files import brief
+from host.files import short_text
 from host.torch_private import shallow_copy
 from kernels import gpu
 from model import Linear, ModelArgs, Transformer
@@ -225,13 +225,13 @@ def checked_scheme(found: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("mode"), str):
-        raise ValueError(f"the scheme is {brief(found)}, which names no mode")
+        raise ValueError(f"the scheme is {short_text(found)}, which names no mode")
     known = [{"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
     for key, allowed in {"linears": known, "output": [*known, {}]}.items():
         given = found.get(key)
         whole = isinstance(given, dict) and all(type(value) is int for value in given.values())
         if not whole or given not in allowed:
-            raise ValueError(f"'{key}' of the scheme is {brief(given)}")
+            raise ValueError(f"'{key}' of the scheme is {short_text(given)}")
     return {key: found[key] for key in ("mode", "linears", "output")}
 
 

@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a model.pth, whose layers are read in place, as no other file's are."""
     folder = tmp_path_factory.mktemp("prepared")
     source = Checkpoint(ROOT / "checkpoints" / "demo")
-    tensors = {name: source.read(name, torch.float32) for name in source.records}
+    tensors = {name: source.read(name, torch.float32) for name in source.tensors}
     save_checkpoint(folder / "model.pth", source.config, None, tensors)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source.directory / name, folder)

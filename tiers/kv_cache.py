@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from host.memory import BLOCK, page_aligned, whole_blocks
+from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
 from host.torch_private import own_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
@@ -191,8 +191,8 @@ class TieredCaches(Sequence["TieredCache"]):
         is either what the store holds there too, or nothing yet."""
         pieces = []
         for name, at in self.layout.offsets.items():
-            start = first * self._slot_bytes[name] // BLOCK * BLOCK
-            stop = whole_blocks(end * self._slot_bytes[name])
+            start = first * self._slot_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._slot_bytes[name])
             pieces.append((cell.base + at + start, parts[name][start:stop]))
         return pieces
 
