@@ -30,7 +30,7 @@ from decoding import LoadedModel
 from evaluation.perplexity import DEFAULT_WINDOW, PerplexityOptions, perplexity
 from host.devices import find_device
 from host.files import DEMO, check_writable, json_text, read_text, write_whole
-from host.log import be_quiet, log
+from host.log import log, set_quiet
 from host.threads import set_threads
 from load import load_model
 from ranks import is_rank0, join_process_group, leave_process_group, local_device
@@ -201,7 +201,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
 
     def work() -> None:
         if args.output and is_rank0():  # before hours of work

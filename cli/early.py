@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli.command import MISTAKES
 from host.files import DEMO, check_writable
-from host.log import be_quiet
+from host.log import set_quiet
 from weights import hub
 from weights.weight_files import find_weights
 
@@ -21,7 +21,7 @@ def find_inputs(script: str, args: argparse.Namespace, *texts: Path | None) -> N
     A mistake ends the process with exit code 2 and one line on stderr, which under torchrun rank 0
     alone prints; Ctrl-C, during a download, ends it with exit code 130.
     """
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     first_rank = os.environ.get("RANK", "0") in ("0", "")
     try:
         for text in filter(None, texts):
