@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from sampling import Logprobs
 from text.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
+    from sampling import Logprobs
     from text.tokenizer import Tokenizer
 
 
