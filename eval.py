@@ -22,7 +22,7 @@ from cli.options import parse_eval_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported: a mistake is answered at once
     ARGS = command.begin(parse_args)
-    find_inputs("eval.py", ARGS, ARGS.perplexity)
+    find_inputs("eval.py", ARGS, ARGS.perplexity, output=ARGS.output)
 
 from checkpoint import DTYPES, Checkpoint
 from cli.command import exit_code

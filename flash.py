@@ -24,10 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cli import command
+from cli.early import find_inputs
 from cli.options import parse_flash_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported, so that a wrong option is reported at once
     ARGS = command.begin(parse_args)
+    find_inputs("flash.py", ARGS, ARGS.calibration_file)
 
 import torch
 from torch import Tensor, nn

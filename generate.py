@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":  # a wrong option or a missing file is answered before torch is imported
     from cli import command
+    from cli.early import find_inputs
     from cli.options import parse_args
 
     ARGS = command.begin(parse_args)
+    find_inputs("generate.py", ARGS, ARGS.prompt_file, ARGS.prompts, ARGS.random_weights)
 
 from decoding import LoadedModel
 from engine import complete, generate, stream

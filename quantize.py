@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from cli import command
+from cli.early import find_inputs
 from cli.options import parse_quantize_args as parse_args
 
 if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
     ARGS = command.begin(parse_args)
+    find_inputs("quantize.py", ARGS, ARGS.calibration_file)
 
 import torch
 from torch import Tensor

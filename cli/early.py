@@ -15,8 +15,11 @@ from weights import hub
 from weights.weight_files import find_weights
 
 
-def find_inputs(script: str, args: argparse.Namespace, *texts: Path | None) -> None:
-    """Resolve args.checkpoint_path to a path, and check that weights, texts and --output exist.
+def find_inputs(
+    script: str, args: argparse.Namespace, *texts: Path | None, output: Path | None = None
+) -> None:
+    """Resolve the names of models to paths; check that weights and texts exist, and that the
+    output can be written.
 
     A mistake ends the process with exit code 2 and one line on stderr, which under torchrun rank 0
     alone prints; Ctrl-C, during a download, ends it with exit code 130.
@@ -26,11 +29,14 @@ def find_inputs(script: str, args: argparse.Namespace, *texts: Path | None) -> N
     try:
         for text in filter(None, texts):
             text.stat()
-        if args.output and first_rank:
-            check_writable(args.output)
-        args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+        if output and first_rank:
+            check_writable(output)
+        revision = getattr(args, "revision", None)
+        args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, revision)
         args.revision = None  # the path is that of the revision
         find_weights(args.checkpoint_path)
+        if getattr(args, "draft_checkpoint_path", None):
+            args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)
     except MISTAKES as error:
         if first_rank:
             line = " ".join(str(error).split()) or type(error).__name__
