@@ -100,7 +100,7 @@ def checked(options: LoadOptions) -> LoadOptions:
     if message := broken_rule(options.chosen()):
         raise ValueError(message)
     find_cache(options.kv_dtype)
-    return replace(options, device=find_device(options.device), dtype=find_dtype(options.dtype))
+    return replace(options, device=find_device(str(options.device)), dtype=find_dtype(options.dtype))
 
 
 def with_draft_model(options: LoadOptions) -> LoadOptions:
