@@ -282,7 +282,7 @@ def test_requests_bring_every_record_once(gap: int):
 def test_texts_are_those_of_the_model_in_memory(
     family: str, options: dict, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """Distinct prompts in a batch and alone; neurons in memory, missing, and read by whole layers."""
+    """Distinct prompts in a batch and alone; neurons in memory, missing, and by whole layers."""
     path = models[family]
     expected = texts(in_memory(path))
     lm = foresee(sparse(path, **options), path)
@@ -344,7 +344,7 @@ def test_on_a_gpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """The oracle predicts all active neurons, so texts do not depend on the machine's cache plan."""
+    """No active neuron is missed, so texts do not depend on this machine's cache plan."""
     path, options = models["opt"], {"directory": tmp_path / "model.flash"}
     pack(path, "--neurons", kind, "--flash_dir", options["directory"])
     more = 0 if kind == "dense" else 1.0  # the oracle's weights are not the rounded ones
@@ -706,7 +706,7 @@ def test_a_short_read_is_finished(result: int, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", [open_reader, ThreadReader])
 def test_after_ctrl_c_no_read_is_in_flight(kind: Callable, tmp_path: Path):
-    """Ctrl-C at random points, 60 times: memory is not written afterwards, and later reads are right."""
+    """Ctrl-C at random points, 60 times: no later write to memory, and later reads are right."""
     stride, total = 4096, 4096
     stored = np.random.default_rng(0).integers(0, 256, (total, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
