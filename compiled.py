@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_layers.cpu import TiledLinear
+from fast_layers.cpu import PackedLinear
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
 from quant.linear import shallow_copy
-from ranks import one_shot_sums
+from ranks import has_one_shot_all_reduce
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -340,7 +340,7 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them
     # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
-    packed = any(isinstance(module, TiledLinear) for module in model.modules())
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
     return {
         "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
         "cpp.vec_isa_ok": True,
@@ -361,7 +361,7 @@ def gpu_options(device: torch.device) -> dict[str, Any]:
     from torch._inductor import config  # takes a second
 
     options: dict[str, Any] = {}
-    if one_shot_sums(device):
+    if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True
     if dependent_launch(device) and hasattr(config.triton, "enable_pdl"):
         # A kernel may begin while the one before it ends, as ours in kernels/gpu do.

@@ -40,7 +40,7 @@ from calibration.gptq import fill_module
 from calibration.predictor import gate_weights
 from checkpoint import Checkpoint, stored_tensors
 from kernels.cpu import build
-from load import LoadedModel, compile_now, load_model, make_views, skeleton
+from load import LoadedModel, compile_now, load_model, make_views, meta_model
 from model import visible_length
 from neurons.feed_forward import neuron_source
 from neurons.pack import flash_directory
@@ -121,7 +121,7 @@ def streamed(setup: Setup, share: float = 0.0) -> LoadedModel:
 
 def half_resident(setup: Setup) -> LoadedModel:
     """Keep as many layers as fit into setup.share of the model beside two layer buffers."""
-    model = skeleton(Checkpoint(setup.model).args, None)
+    model = meta_model(Checkpoint(setup.model).args, None)
     whole, layers = bfloat16_bytes(model), bfloat16_bytes(model.layers)
     buffers = 2 * layers / len(model.layers)
     share = (setup.share * whole - (whole - layers) - buffers) / layers
@@ -131,7 +131,7 @@ def half_resident(setup: Setup) -> LoadedModel:
 def paged(setup: Setup) -> LoadedModel:
     """Map the file; the kernel decides what stays in memory."""
     checkpoint = Checkpoint(setup.model)
-    model = skeleton(checkpoint.args, None)
+    model = meta_model(checkpoint.args, None)
     mapped = torch.load(checkpoint.path, mmap=True, weights_only=True)["tensors"]
     model.load_state_dict(mapped, strict=False, assign=True)
     if checkpoint.args.tied:
@@ -170,7 +170,7 @@ def oracles(path: Path, dtype: torch.dtype) -> list[Oracle]:
     directory = flash_directory(checkpoint)
     learned = directory.with_name(f"{directory.name}.learned")
     for n in range(checkpoint.args.n_layers):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        model = meta_model(checkpoint.args, checkpoint.scheme)
         fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         order = torch.load(learned / f"layer{n}.pt", weights_only=True)["order"]
         weight, bias = gate_weights(model.layers[n].feed_forward)
@@ -356,7 +356,7 @@ def model_and_process_bytes(setup: Setup, methods: Sequence[str]) -> tuple[float
     build.build()
     for method in methods if setup.compile else ():
         run_alone(setup, method, NO_LIMIT_BYTES)
-    model = bfloat16_bytes(skeleton(Checkpoint(setup.model).args, None))
+    model = bfloat16_bytes(meta_model(Checkpoint(setup.model).args, None))
     process = run_alone(setup, "demo", NO_LIMIT_BYTES)["peak_rss_bytes"]
     log(f"the model: {model / 1e9:.2f} GB; a process beside it: {process / 1e9:.2f} GB")
     return model, process

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.common import ROOT, exit_code, log
 from calibration.predictor import InputRecorder, run_block
 from checkpoint import read_json, save_checkpoint, stored_tensors
-from load import skeleton
+from load import meta_model
 from model import Transformer
 from text.tokenizer import load_tokenizer
 from weights.hf import model_args
@@ -53,7 +53,7 @@ def write_model(folder: Path, config_file: Path, text: Path, tokenizer: Path) ->
     for file in ("vocab.json", "merges.txt", "LICENSE"):
         (folder / file).write_bytes((tokenizer / file).read_bytes())
     (folder / "config.json").write_bytes(config_file.read_bytes())
-    model = skeleton(model_args(config), None)
+    model = meta_model(model_args(config), None)
     shapes = {
         name: torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
         for name, (tensor, _) in stored_tensors(model).items()

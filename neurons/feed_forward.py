@@ -30,7 +30,7 @@ from neurons.records import NeuronCache, NeuronFile, RecordFormat
 from neurons.source import CHUNK_BUFFERS, NeuronSource, chunk_records
 from neurons.uring import Callback, no_op
 from options.settings import FlashOptions
-from tiers.prefetch import CPU, sent
+from tiers.prefetch import CPU, to_device
 
 MAX_SPARSE_TOKENS = 64  # more tokens at once read whole layers
 KEPT_TOKENS = 16  # of each row of a prompt: their neurons stay in memory
@@ -200,7 +200,7 @@ class SparseFeedForward(nn.Module):
             scatter_records(self.cache.records, self._on_device(entries[here]), kept)
 
     def _on_device(self, indices: np.ndarray) -> Tensor:
-        return sent(torch.from_numpy(indices), self.source.device)
+        return to_device(torch.from_numpy(indices), self.source.device)
 
 
 def swap_feed_forwards(model: Transformer, pack: Pack) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.cpu.build import build, unsupported_reason
 from neurons.records import RecordFormat
-from tiers.prefetch import sent
+from tiers.prefetch import to_device
 
 WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}  # enum Kind of kernels/cpu/neurons.cpp
 KERNEL_CHUNK_WEIGHTS = 32  # kChunk there: dim and group size must be multiples of it
@@ -64,7 +64,7 @@ class Products:
         records: (C, stride) bytes; ids: (C,), the neuron of each; entries: (n,) of them, or None
         for all.
         """
-        index = None if entries is None else sent(torch.from_numpy(entries), x.device)
+        index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
             format, bits = self.format, WEIGHT_BITS[self.format.kind]
             tensors = records, index, torch.from_numpy(ids), self.bias, self.scales
@@ -72,7 +72,7 @@ class Products:
             return torch.ops.gpt_flex.neurons(x, *tensors, *layout)
         if index is not None:
             records, ids = gather_records(records, index), ids[entries]
-        h = self.hidden(x, records, sent(torch.from_numpy(ids), x.device))  # (N, n)
+        h = self.hidden(x, records, to_device(torch.from_numpy(ids), x.device))  # (N, n)
         down = self.format.rows(records, "down", h.dtype)  # (n, D)
         return (h @ down).float(), (h != 0).any(0).sum()
 
@@ -95,5 +95,5 @@ def gather_records(records: Tensor, index: Tensor) -> Tensor:
 
 def scatter_records(cache: Tensor, index: Tensor, records: Tensor) -> None:
     """Write records, (n, stride) bytes, to entries of a cache; records may be on the host."""
-    words = sent(records, cache.device).view(torch.int64)
+    words = to_device(records, cache.device).view(torch.int64)
     cache.view(torch.int64)[index] = words

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from host.memory import page_aligned
 from neurons.uring import IOVEC, REQUEST, Callback, no_op, open_reader, read_request
-from quant.linear import dense_int4, round_int4, round_int8
-from tiers.direct_io import REFUSED, DirectFile
+from quant.linear import dequantize_int4, round_int4, round_int8
+from tiers.direct_io import ERRNOS_WITHOUT_O_DIRECT, DirectFile
 
 SECTOR_BYTES = 512  # most disks accept O_DIRECT reads of this size; a block would be wasteful
 KINDS = "dense", "int8", "int4"  # of a record's weights
@@ -94,7 +94,7 @@ class RecordFormat:
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
             scales_zeros = (self.part(records, matrix, name) for name in ("scales", "zeros"))
-            weight = dense_int4(weight, *scales_zeros)[:, : self.dim]
+            weight = dequantize_int4(weight, *scales_zeros)[:, : self.dim]
         return weight.to(dtype)
 
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,7 +147,7 @@ class NeuronFile(DirectFile):
         try:
             os.preadv(self._file, [self._discard.numpy()], 0)
         except OSError as error:
-            if error.errno not in REFUSED:
+            if error.errno not in ERRNOS_WITHOUT_O_DIRECT:
                 raise
             return False
         return True

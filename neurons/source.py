@@ -20,7 +20,17 @@ from neurons.budget import CachePlan
 from neurons.products import scatter_records
 from neurons.records import NeuronFile
 from neurons.uring import Callback, no_op
-from tiers.prefetch import CPU, BounceBuffer, Fence, Ring, Slot, TransferWorker, Waited, fence, sent
+from tiers.prefetch import (
+    CPU,
+    BounceBuffer,
+    Buffer,
+    Event,
+    Ring,
+    TransferWorker,
+    WaitTime,
+    record_event,
+    to_device,
+)
 
 CHUNK_BYTES = 8 * 2**20  # of a whole layer's records
 CHUNK_BUFFERS = 2  # chunks that are computed or being read
@@ -85,7 +95,7 @@ class NeuronSource:
         chunk = chunk_records(neurons, file.stride)
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
         self._bounce: Tensor | None = None  # pinned memory for single records
-        self._bounce_copied: Fence = None  # when the GPU has copied what is in it
+        self._bounce_copied: Event = None  # when the GPU has copied what is in it
         self._stream = file if device.type == "cpu" else self._bounce_buffer(chunk * file.stride)
         self._worker = TransferWorker(device, "stream", CHUNK_BUFFERS)
         self._ring = self._chunk_ring(chunk * file.stride)
@@ -101,25 +111,25 @@ class NeuronSource:
         """Prefetch the chunks of all layers, in file order, into buffers on the device."""
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
         parts = [{"": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
-        buffers = [Slot(part, None, fence(self.device)) for part in parts]
-        return Ring(order, buffers, self._fetch_chunk, Waited())
+        buffers = [Buffer(part, None, record_event(self.device)) for part in parts]
+        return Ring(order, buffers, self._fetch_chunk, WaitTime())
 
-    def _fetch_chunk(self, item: tuple[int, int, int], buffer: Slot) -> Future:
+    def _fetch_chunk(self, item: tuple[int, int, int], buffer: Buffer) -> Future:
         layer, start, end = item
         stride = self.file.stride
         memory = buffer.parts[""][: (end - start) * stride]
         offset = layer * self.layer_bytes + start * stride
-        return self._worker.send(lambda: self._stream.read([(offset, memory)]), buffer.used)
+        return self._worker.submit(lambda: self._stream.read([(offset, memory)]), buffer.last_use)
 
     def stream_layer(self, layer: int) -> Iterator[tuple[int, Tensor]]:
         """Yield all records of a layer by chunks: the first neuron, and records (n, stride)."""
         stride = self.file.stride
         for start, end in self.chunks:
-            with self._ring.holding((layer, start, end)) as buffer:
+            with self._ring.acquire((layer, start, end)) as buffer:
                 try:
                     yield start, buffer.parts[""][: (end - start) * stride].view(-1, stride)
                 finally:
-                    buffer.used = fence(self.device)
+                    buffer.last_use = record_event(self.device)
 
     def fetch(
         self,
@@ -152,8 +162,8 @@ class NeuronSource:
             self._bounce_copied.synchronize()
         self.file.read_records(first, ids, addresses, self.plan.gap)
         records = self._bounce[: len(ids) * stride].view(len(ids), stride)
-        scatter_records(cache, sent(torch.from_numpy(entries), self.device), records)
-        self._bounce_copied = fence(self.device)
+        scatter_records(cache, to_device(torch.from_numpy(entries), self.device), records)
+        self._bounce_copied = record_event(self.device)
 
     def reset_stats(self) -> None:
         """Set all counts to zero: warm-up runs of compiled code are no tokens."""
