@@ -306,7 +306,7 @@ def sparse_figures(lm: LoadedModel, tokens: int, read: Sequence[int]) -> dict[st
         "requests_per_token": file.requests / tokens,
         "hit_rate": 1 - stats.missed / max(1, stats.predicted),
         "predicted_share": stats.predicted / max(1, stats.sparse_layers) / source.neurons,
-        "predicted_over_active": stats.predicted / max(1, stats.active),
+        "predicted_over_active": stats.predicted / max(1, int(stats.active)),
         "whole_layers_per_token": stats.whole_layers / tokens,
         "reading_s": stats.read_seconds / tokens,
         "managing_s": stats.manage_seconds / tokens,
