@@ -28,8 +28,8 @@ from benchmarks.flash import unbundled
 from calibration.gptq import fill_module
 from calibration.predictor import GAPS, WINDOWS, dense_weight, locality
 from checkpoint import Checkpoint
+from cli.options import parse_args
 from engine import complete
-from generate import GenerationConfig
 from host.memory import page_aligned
 from load import LoadedModel, compile_now, load_model, meta_model
 from neurons import feed_forward
@@ -61,6 +61,7 @@ from neurons.uring import (
 )
 from options.settings import FlashOptions
 from quant.linear import Int4Linear, Int8Linear, round_to_nearest
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -781,7 +782,7 @@ def test_a_self_draft_is_refused(models: dict[str, Path]):
 
 
 def main(*options: object) -> int:
-    return command.main(command.parse_args(["--device", "cpu", *map(str, options)]))
+    return command.main(parse_args(["--device", "cpu", *map(str, options)]))
 
 
 def test_the_command_reports_expected_and_measured_figures(
