@@ -1,4 +1,4 @@
-"""Neurons on disk: with nothing missed the text is the model's in memory, and faults are clear."""
+"""--flash: texts equal those of the model in memory if no neuron is missed; faults are reported."""
 
 import dataclasses
 import errno
@@ -27,30 +27,42 @@ import generate as command
 import quantize
 from benchmarks.flash import unbundled
 from calibration.gptq import fill_module
-from calibration.predictor import GAPS, WINDOWS, dense, locality
+from calibration.predictor import GAPS, WINDOWS, dense_weight, locality
 from checkpoint import Checkpoint
+from cli.options import parse_args
 from engine import complete
-from generate import GenerationConfig
 from host.memory import page_aligned
 from load import LoadedModel, compile_now, load_model, meta_model
 from neurons import feed_forward
-from neurons.budget import CachePlan, MachineCosts, NeuronUsage, choose
-from neurons.feed_forward import FlashOptions, FlashStats, neuron_source
+from neurons.budget import CachePlan, NeuronUsage, choose_plan
+from neurons.costs import MachineCosts
+from neurons.feed_forward import neuron_source
 from neurons.pack import flash_directory, open_pack
 from neurons.records import (
     GATED_MATRICES,
     KINDS,
-    LASTING,
-    MOST_NOW,
-    MOST_PIECES,
+    MAX_IOVECS,
+    MAX_USE_UNIT,
     PLAIN_MATRICES,
-    Format,
+    USE_DECAY,
     NeuronCache,
     NeuronFile,
-    gathered,
+    RecordFormat,
+    build_requests,
 )
-from neurons.uring import Reads, Threads, Uring, Work, nothing, open_reader, read_pieces
+from neurons.source import FlashStats
+from neurons.uring import (
+    BatchReader,
+    Callback,
+    ThreadReader,
+    UringReader,
+    no_op,
+    open_reader,
+    read_request,
+)
+from options.settings import FlashOptions
 from quant.linear import Int4Linear, Int8Linear, round_to_nearest
+from text.generation_config import GenerationConfig
 
 SEED = 20261122
 STREAMS = 40  # random streams of requests
@@ -70,8 +82,8 @@ triton = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo OPT and, as none of its kind is at hand, the demo Llama with ReLU for SiLU; each
-    with what little can be learned of it from two texts."""
+    """The demo OPT, and the demo Llama with ReLU in place of SiLU (there is no trained ReGLU model
+    here); each with a pack whose predictors are trained on two texts."""
     folder, found = tmp_path_factory.mktemp("flash"), {}
     text = folder / "text.txt"
     text.write_text("Once upon a time there was a little dog. He liked to play in the sun. " * 40)
@@ -86,7 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps read neurons one by one, even from a disk that is faster at whole layers."""
+    """Decoding reads single neurons, even from a disk that reads whole layers faster."""
     monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: False)
 
 
@@ -105,7 +117,7 @@ def sparse(path: Path, **options: object) -> LoadedModel:
 
 
 class Oracle(nn.Module):
-    """Which neurons are active, by their weights; a few that are not, too, in changing numbers."""
+    """Predicts the active neurons from their weights, and a random share `more` of the others."""
 
     def __init__(self, weight: Tensor, bias: Tensor, more: float = 0.05):
         super().__init__()
@@ -125,7 +137,7 @@ class Oracle(nn.Module):
 
 
 def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
-    """Let no active neuron be missed, and so large a share of the others be read for nothing."""
+    """Replace the predictors by oracles: no active neuron is missed. more: see Oracle."""
     checkpoint = Checkpoint(path)
     work = flash_directory(checkpoint).with_suffix(".flash.learned")
     for n, layer in enumerate(lm.model.layers):
@@ -134,7 +146,7 @@ def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
         inner = model.layers[n].feed_forward
         first = getattr(inner, "w13", None) or inner.w1
         order = torch.load(work / f"layer{n}.pt", weights_only=True)["order"]
-        weight = dense(first)[: inner.w2.in_features][order]
+        weight = dense_weight(first)[: inner.w2.in_features][order]
         bias = torch.zeros(len(weight)) if first.bias is None else first.bias.detach()[order]
         layer.feed_forward.predictor = Oracle(weight, bias, more).to(lm.device)
     return lm
@@ -155,7 +167,7 @@ def test_a_record_holds_what_the_linears_hold(kind: str, matrices: tuple[str, ..
     torch.manual_seed(SEED)
     F, D = 40, 72  # no multiple of the group
     weights = {m: torch.randn(F, D) for m in matrices[:-1]} | {"down": torch.randn(D, F)}
-    format = Format(matrices, D, kind, torch.float32, groupsize=32, sector=512)
+    format = RecordFormat(matrices, D, kind, torch.float32, groupsize=32, sector=512)
     records, scales = format.pack(weights)
     assert records.shape == (F, format.stride) and format.stride % 512 == 0
     for n, matrix in enumerate(matrices):
@@ -185,73 +197,76 @@ def stored(linear: nn.Module, weight: Tensor) -> Tensor:
 def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Random requests, sizes, depths and gaps, reads that fail among them."""
+    """Random requests, sizes, depths and gaps; some reads fail."""
     print("seed", SEED + seed)
     draw = random.Random(SEED + seed)
     F, stride, first = draw.randint(1, 300), 512 * draw.choice((1, 3)), draw.choice((0, 4096))
     stored = np.random.default_rng(seed).integers(0, 256, (F, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
     path.write_bytes(bytes(first) + stored.tobytes())
-    monkeypatch.setattr("neurons.records.open_reader", draw.choice((open_reader, Threads)))
+    monkeypatch.setattr("neurons.records.open_reader", draw.choice((open_reader, ThreadReader)))
     file = NeuronFile(path, stride, draw.choice((1, 2, 8, 64)))
     cache = NeuronCache(F, draw.randint(1, F), stride, CPU)
     for _ in range(30):
         wanted = np.array(sorted(draw.sample(range(F), draw.randint(0, F))), dtype=int)
-        ids, slots, rest = cache.admit(wanted)
-        taken = cache.slots(wanted)
-        assert len(ids) + len(rest) + len(taken) == len(wanted)
-        assert len(set(slots.tolist()) | set(taken.tolist())) == len(slots) + len(taken)
-        file.bring(first, ids, cache.slab.data_ptr() + slots * stride, draw.randint(0, 4))
-        if draw.random() < 0.2:  # it failed: what was to be filled stays empty
-            assert not len(cache.slots(ids))
+        ids, entries, rest = cache.admit(wanted)
+        present = cache.entries(wanted)
+        assert len(ids) + len(rest) + len(present) == len(wanted)
+        assert not set(entries.tolist()) & set(present.tolist())
+        assert len(set(entries.tolist())) == len(entries)
+        assert len(set(present.tolist())) == len(present)
+        addresses = cache.records.data_ptr() + entries * stride
+        file.read_records(first, ids, addresses, draw.randint(0, 4))
+        if draw.random() < 0.2:  # as if the read had failed: the entries stay empty
+            assert not len(cache.entries(ids))
             continue
-        cache.hold(ids, slots)
-        held = cache.neurons[cache.neurons != cache.empty]
-        assert len(set(held.tolist())) == len(held)
-        at = cache.slots(held)
-        assert (cache.neurons[at] == held).all()
-        assert (cache.slab.numpy()[at] == stored[held]).all()
-        assert set(wanted) - set(rest) <= set(held)
+        cache.commit(ids, entries)
+        cached = cache.ids[cache.ids != cache.empty]
+        assert len(set(cached.tolist())) == len(cached)
+        filled = cache.entries(cached)
+        assert (cache.ids[filled] == cached).all()
+        assert (cache.records.numpy()[filled] == stored[cached]).all()
+        assert set(wanted) - set(rest) <= set(cached)
 
 
-def test_the_least_used_give_way():
-    """Beside use counted anew from all that was ever wanted, over so long that units change."""
+def test_the_least_used_entries_are_overwritten():
+    """Against use computed from the whole history, long enough that the unit is rescaled."""
     generator = np.random.default_rng(SEED)
     F, C = 60, 20
     cache, wanted_at, here = NeuronCache(F, C, 512, CPU), [], set()
     for now in range(300):
         ids = np.flatnonzero(generator.random(F) < generator.random(F) ** 4)[:C]
-        times = 1 + generator.random(len(ids))  # no two have been of the same use
+        uses = 1 + generator.random(len(ids))  # no two neurons have equal use
         if now == 100:
-            cache._use *= 0.9 * MOST_NOW / cache._now
-            cache._now = 0.9 * MOST_NOW
-        wanted_at.append(dict(zip(ids.tolist(), times, strict=True)))
-        new, slots, rest = cache.admit(ids, times)
+            cache._use *= 0.9 * MAX_USE_UNIT / cache._unit
+            cache._unit = 0.9 * MAX_USE_UNIT
+        wanted_at.append(dict(zip(ids.tolist(), uses, strict=True)))
+        new, entries, rest = cache.admit(ids, uses)
         assert not len(rest) and set(new.tolist()) == set(ids.tolist()) - here
-        cache.hold(new, slots)
+        cache.commit(new, entries)
         use = {
-            i: sum(past.get(i, 0) * LASTING ** (now - t) for t, past in enumerate(wanted_at))
+            i: sum(past.get(i, 0) * USE_DECAY ** (now - t) for t, past in enumerate(wanted_at))
             for i in here - set(ids.tolist())
         }
         gone = sorted(use, key=use.get)[: max(0, len(here) + len(new) - C)]
         here = here - set(gone) | set(new.tolist())
-        assert set(cache.neurons.tolist()) - {cache.empty} == here
+        assert set(cache.ids.tolist()) - {cache.empty} == here
 
 
 @pytest.mark.parametrize("gap", [0, 1, 3])
 def test_requests_bring_every_record_once(gap: int):
-    ids = np.array([0, 1, 4, 5, 9, 10, 11, 30, MOST_PIECES - 1, MOST_PIECES])
-    requests, pieces = gathered(ids, 1000 + np.arange(len(ids)), 100, 7, gap, 5)
+    ids = np.array([0, 1, 4, 5, 9, 10, 11, 30, MAX_IOVECS - 1, MAX_IOVECS])
+    requests, iovecs = build_requests(ids, 1000 + np.arange(len(ids)), 100, 7, gap, 5)
     found = {}
     for offset, at, count in requests.tolist():
-        start = (at - pieces.ctypes.data) // 16
-        for n, (address, nbytes) in enumerate(pieces[start : start + count].tolist()):
+        start = (at - iovecs.ctypes.data) // 16
+        for n, (address, nbytes) in enumerate(iovecs[start : start + count].tolist()):
             assert nbytes == 7
             if address != 5:
                 found[(offset - 100) // 7 + n] = address - 1000
     assert found == {i: n for n, i in enumerate(ids.tolist())}
     assert len(requests) == {0: 6, 1: 6, 3: 4}[gap]
-    assert len(pieces) == len(ids) + {0: 0, 1: 0, 3: 5}[gap]
+    assert len(iovecs) == len(ids) + {0: 0, 1: 0, 3: 5}[gap]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +283,7 @@ def test_requests_bring_every_record_once(gap: int):
 def test_texts_are_those_of_the_model_in_memory(
     family: str, options: dict, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """Distinct prompts in a batch and alone, neurons in memory, missing, and streaming by."""
+    """Distinct prompts in a batch and alone; neurons in memory, missing, and by whole layers."""
     path = models[family]
     expected = texts(in_memory(path))
     lm = foresee(sparse(path, **options), path)
@@ -284,7 +299,7 @@ def test_texts_are_those_of_the_model_in_memory(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_more_neurons_than_slots_take_turns(family: str, models: dict[str, Path]):
+def test_more_neurons_than_entries_take_turns(family: str, models: dict[str, Path]):
     path = models[family]
     lm = foresee(sparse(path), path)
     for layer in lm.model.layers:
@@ -303,18 +318,18 @@ def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[
     stats = neuron_source(lm.model).stats
     assert stats.prompt_active == stats.prompt_predicted > 0
     assert all(
-        (layer.feed_forward.cache.neurons < layer.feed_forward.cache.empty).any()
+        (layer.feed_forward.cache.ids < layer.feed_forward.cache.empty).any()
         for layer in lm.model.layers
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_by_way_of_a_stage(family: str, models: dict[str, Path], never_whole: None):
-    """As a GPU has it, into whose memory no file is read."""
+def test_through_a_bounce_buffer(family: str, models: dict[str, Path], never_whole: None):
+    """As on a GPU, into whose memory no file can be read."""
     path = models[family]
     lm = foresee(sparse(path), path)
     source = neuron_source(lm.model)
-    source._stage = page_aligned(7 * source.file.stride, CPU)
+    source._bounce = page_aligned(7 * source.file.stride, CPU)
     assert texts(lm) == texts(in_memory(path))
     assert source.stats.missed
 
@@ -330,10 +345,10 @@ def test_on_a_gpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """What is missed depends on what is in memory, and that on the machine: here nothing is."""
+    """No active neuron is missed, so texts do not depend on this machine's cache plan."""
     path, options = models["opt"], {"directory": tmp_path / "model.flash"}
     pack(path, "--neurons", kind, "--flash_dir", options["directory"])
-    more = 0 if kind == "dense" else 1.0  # what is active behind rounded weights is not known
+    more = 0 if kind == "dense" else 1.0  # the oracle's weights are not the rounded ones
     wanted = texts(foresee(sparse(path, **options), path, more))
     lm = foresee(sparse(path, device="cuda", compile=compile, **options), path, more)
     for whole in (False, True):
@@ -372,13 +387,13 @@ def test_with_a_draft(family: str, draft: str, models: dict[str, Path]):
     ids=str,
 )
 def test_compiled(family: str, options: dict, models: dict[str, Path], never_whole: None):
-    """Distinct prompts in a batch, alone, and long ones, which stream."""
+    """Distinct prompts in a batch, alone, and long ones, which read whole layers."""
     path = models[family]
     other = in_memory(path)
     lm = foresee(sparse(path, compile=True, **options), path, more=0)
     compile_now(lm, lm.make_caches(len(TEXTS), 64))
     source = neuron_source(lm.model)
-    assert source.stats == FlashStats() and not source.file.requests  # which is no token's
+    assert source.stats == FlashStats() and not source.file.requests  # warm-up is not counted
     expected = texts(other)
     assert texts(lm) == expected
     (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
@@ -399,7 +414,7 @@ def test_unbundled_records_of_the_benchmark(models: dict[str, Path], never_whole
 
 @pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"dtype": torch.bfloat16}], ids=str)
 def test_with_other_caches_and_dtypes(options: dict, models: dict[str, Path]):
-    """bfloat16 sums in another order: logits are near, and not the same."""
+    """bfloat16 sums are taken in another order: logits are close, not equal."""
     path = models["opt"]
     logits = [first_logits(foresee(sparse(path, **options), path))]
     logits.append(first_logits(in_memory(path, **options)))
@@ -415,14 +430,14 @@ def test_sampled_texts(models: dict[str, Path]):
 @torch.inference_mode()
 def first_logits(lm: LoadedModel) -> Tensor:
     ids = torch.tensor([lm.tokenizer.encode(TEXTS[0])])
-    slots = torch.arange(ids.shape[1])
-    return lm.model(ids, slots[None], slots, lm.make_caches(1, 64))
+    pos = torch.arange(ids.shape[1])
+    return lm.model(ids, pos[None], pos, lm.make_caches(1, 64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_neurons(family: str, kind: str, models: dict[str, Path], tmp_path: Path):
-    """Against the same feed-forward layers, their weights rounded in the same way."""
+    """Against dense feed-forward layers with the same rounded weights."""
     path = models[family]
     directory = tmp_path / "model.flash"
     pack(path, "--neurons", kind, "--flash_dir", directory)
@@ -445,7 +460,7 @@ def rounded(weight: Tensor, kind: str) -> Tensor:
 
 
 def test_a_quantised_checkpoint(models: dict[str, Path], tmp_path: Path):
-    """Attention in int8, in memory, and the neurons' own integers on disk."""
+    """int8 attention in memory, and records with the int8 checkpoint's integers."""
     path = shutil.copytree(models["opt"], tmp_path / "model")
     file = quantize.run(quantize.parse_args(["--checkpoint_path", str(path), "--mode", "int8"]))
     text = path / "text.txt"
@@ -455,8 +470,8 @@ def test_a_quantised_checkpoint(models: dict[str, Path], tmp_path: Path):
     torch.testing.assert_close(first_logits(lm), first_logits(in_memory(file)), atol=2e-3, rtol=0)
 
 
-def test_what_is_learned_finds_active_neurons(data_dir: Path, tmp_path: Path):
-    """On text that was not learned from: most of the active ones, and far from all of them."""
+def test_trained_predictors_find_active_neurons(data_dir: Path, tmp_path: Path):
+    """On held-out text: recall over 0.9, with less than half of the neurons predicted."""
     path = shutil.copytree(ROOT / "checkpoints" / "demo-opt", tmp_path / "opt")
     text = data_dir / "text" / "tinystories_train_2MiB_eot.txt"
     pack(
@@ -486,7 +501,7 @@ def test_learning_goes_on_where_it_was_interrupted(
     shutil.rmtree(path / "model.flash.learned")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS) * 20)
-    calls, learn = [], flash.learn
+    calls, learn = [], flash.learn_layer
 
     def interrupted(*given):
         calls.append(1)
@@ -494,17 +509,17 @@ def test_learning_goes_on_where_it_was_interrupted(
             raise KeyboardInterrupt
         return learn(*given)
 
-    monkeypatch.setattr(flash, "learn", interrupted)
+    monkeypatch.setattr(flash, "learn_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(path, "--calibration_file", text, "--epochs", 1)
     assert not (path / "model.flash" / "manifest.json").exists()
     pack(path, "--calibration_file", text, "--epochs", 1)
-    assert len(calls) == 5  # two layers, the one that was interrupted, and two
+    assert len(calls) == 5  # two layers, the interrupted one, and the last two
     assert open_pack(path / "model.flash", Checkpoint(path))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_locality_is_what_windows_of_sets_say(seed: int):
+def test_locality_equals_counts_from_sets(seed: int):
     print("seed", SEED + seed)
     generator = np.random.default_rng(SEED + seed)
     predicted = generator.random((2, 30, 25)) < generator.random(25)  # (B, T, F)
@@ -516,7 +531,7 @@ def test_locality_is_what_windows_of_sets_say(seed: int):
             for t, row in enumerate(text):
                 wanted = np.flatnonzero(row)
                 missing = [i for i in wanted if i in cache.missing(wanted)]
-                cache.hold(*cache.admit(wanted)[:2])
+                cache.commit(*cache.admit(wanted)[:2])
                 if t < window:
                     continue
                 usage.append(text[t - window + 1 : t + 1].any(0).sum())
@@ -534,22 +549,24 @@ def test_locality_is_what_windows_of_sets_say(seed: int):
             assert found["requests"][n][m] == pytest.approx(np.mean(requests[gap]))
 
 
-def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
+def test_the_chosen_plan_fits_and_costs_least(models: dict[str, Path]):
     found = open_pack(models["opt"] / "model.flash", Checkpoint(models["opt"]))
     stride, neurons = found.format.stride, 768
     reads = {1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}
-    slow = MachineCosts(reads, 1e-9, 1e-9, by_slots=True)
-    rooms = [int(share * 4 * neurons * stride) for share in (0.2, 0.4, 0.6)]
-    plans = [choose(found, neurons, room + 77, 77, slow, None) for room in rooms]
-    for room, plan in zip(rooms, plans, strict=True):
-        assert sum(plan.slots) * stride <= room
+    slow = MachineCosts(reads, 1e-9, 1e-9, computes_all_entries=True)
+    budgets = [int(share * 4 * neurons * stride) for share in (0.2, 0.4, 0.6)]
+    plans = [choose_plan(found, neurons, budget + 77, 77, slow, None) for budget in budgets]
+    for budget, plan in zip(budgets, plans, strict=True):
+        assert sum(plan.entries) * stride <= budget
         assert plan.depth == 8 or not plan.nbytes
-    costs = [plan.reading for plan in plans]
+    costs = [plan.read_seconds for plan in plans]
     assert costs == sorted(costs, reverse=True)  # more memory, less reading
-    everything = choose(found, neurons, 4 * neurons * stride, 0, slow, None)
-    assert set(everything.slots) == {neurons} and everything.nbytes == 0
+    everything = choose_plan(found, neurons, 4 * neurons * stride, 0, slow, None)
+    assert set(everything.entries) == {neurons} and everything.nbytes == 0
     usage = NeuronUsage(found, neurons)
-    assert choose(found, neurons, rooms[2], 0, slow, 1.0).slots == tuple(usage.slots(1.0))
+    assert choose_plan(found, neurons, budgets[2], 0, slow, 1.0).entries == tuple(
+        usage.entries(1.0)
+    )
 
 
 # Faults.
@@ -625,84 +642,82 @@ def test_a_deleted_pack_is_still_read(models: dict[str, Path], tmp_path: Path):
 
 
 class Tampered:
-    """Reads of which some fail, or bring a part."""
+    """Changes the results of another reader: some reads fail or return fewer bytes."""
 
-    def __init__(self, inner: Reads, change: Callable[[np.ndarray, int], np.ndarray]):
+    def __init__(self, inner: BatchReader, change: Callable[[np.ndarray, int], np.ndarray]):
         self.inner, self.change, self.calls = inner, change, 0
 
-    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
         self.calls += 1
-        return self.change(self.inner.read(file, requests, meanwhile), self.calls)
+        return self.change(self.inner.read(file, requests, overlap), self.calls)
 
 
-@pytest.mark.parametrize("kind", [open_reader, Threads])
+@pytest.mark.parametrize("kind", [open_reader, ThreadReader])
 def test_a_read_that_fails_leaves_no_wrong_neuron(
     kind: Callable, models: dict[str, Path], never_whole: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """The same model goes on with the right text once the disk does."""
+    """The same model gives the right text once the disk works again."""
     monkeypatch.setattr("neurons.records.open_reader", kind)
     path = models["opt"]
     lm = foresee(sparse(path), path)
     file = neuron_source(lm.model).file
-    inner = file._reads
+    inner = file._reader
 
     def failing(results: np.ndarray, calls: int) -> np.ndarray:
         some = (np.arange(len(results)) % 3 == 0) & (calls % 7 == 0)
         return np.where(some, -errno.EIO, results)
 
-    file._reads = Tampered(inner, failing)
+    file._reader = Tampered(inner, failing)
     for _ in range(5):
         with pytest.raises(OSError, match="Input/output"):
             texts(lm)
-    file._reads = inner
+    file._reader = inner
     assert texts(lm) == texts(in_memory(path))
 
 
 @pytest.mark.parametrize("result", [512, 0, -errno.EINTR])
-def test_what_a_request_lacks_is_read_in_parts(
-    result: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Of each request so many bytes have come, or an interruption; then a record at a time."""
+def test_a_short_read_is_finished(result: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each request returns `result` bytes or EINTR; then a record at a time."""
     path, stride, calls = tmp_path / "neurons", 1024, []
     stored = np.random.default_rng(0).integers(0, 256, (12, stride), dtype=np.uint8)
     path.write_bytes(stored.tobytes())
-    file, slab = NeuronFile(path, stride, 8), page_aligned(12 * stride, CPU).view(12, stride)
+    file, memory = NeuronFile(path, stride, 8), page_aligned(12 * stride, CPU).view(12, stride)
 
     def short(results: np.ndarray, _: int) -> np.ndarray:
         for start in (0, 7):  # of each request
-            slab.view(-1)[start * stride + max(result, 0) : (start + 3) * stride] = 0
+            memory.view(-1)[start * stride + max(result, 0) : (start + 3) * stride] = 0
         return np.full_like(results, result)
 
     def piecemeal(descriptor: int, request: np.void) -> int:
         calls.append(int(request["count"]))
         one = request.copy()
         one["count"] = 1
-        return read_pieces(descriptor, one)
+        return read_request(descriptor, one)
 
-    monkeypatch.setattr("neurons.records.read_pieces", piecemeal)
-    file._reads, ids = Tampered(file._reads, short), np.array([0, 1, 2, 7, 8, 9])
+    monkeypatch.setattr("neurons.records.read_request", piecemeal)
+    file._reader, ids = Tampered(file._reader, short), np.array([0, 1, 2, 7, 8, 9])
     if result == 0:
         with pytest.raises(ValueError, match="cut short"):
-            file.bring(0, ids, slab.data_ptr() + ids * stride, 0)
+            file.read_records(0, ids, memory.data_ptr() + ids * stride, 0)
         return
-    file.bring(0, ids, slab.data_ptr() + ids * stride, 0)
-    assert (slab.numpy()[ids] == stored[ids]).all()
+    file.read_records(0, ids, memory.data_ptr() + ids * stride, 0)
+    assert (memory.numpy()[ids] == stored[ids]).all()
     assert calls == [3, 2, 1, 3, 2, 1]
 
 
-@pytest.mark.parametrize("kind", [open_reader, Threads])
-def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Path):
-    """Interrupted again and again, at any point: what is read afterwards is right."""
+@pytest.mark.parametrize("kind", [open_reader, ThreadReader])
+def test_after_ctrl_c_no_read_is_in_flight(kind: Callable, tmp_path: Path):
+    """Ctrl-C at random points, 60 times: no later write to memory, and later reads are right."""
     stride, total = 4096, 4096
     stored = np.random.default_rng(0).integers(0, 256, (total, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
     path.write_bytes(stored.tobytes())
     reads, memory = kind(64), page_aligned(total * stride, CPU)
     file, draw = os.open(path, os.O_RDONLY | os.O_DIRECT), random.Random(SEED)
-    places, interrupted = memory.data_ptr() + np.arange(total) * stride, 0
+    addresses, interrupted = memory.data_ptr() + np.arange(total) * stride, 0
     for _ in range(60):
         ids = np.array(sorted(draw.sample(range(total), draw.randint(1, 1500))))
-        requests, pieces = gathered(ids, places[: len(ids)], 0, stride, 0, 0)
+        requests, iovecs = build_requests(ids, addresses[: len(ids)], 0, stride, 0, 0)
         try:
             signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-5, 5e-3))
             reads.read(file, requests)
@@ -715,23 +730,23 @@ def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Pa
         results = reads.read(file, requests)
         assert (results == stride * requests["count"].astype(int)).all()
         assert (memory[: len(ids) * stride].view(-1, stride).numpy() == stored[ids]).all()
-        assert len(pieces) == len(ids)
+        assert len(iovecs) == len(ids)
     os.close(file)
     assert interrupted
 
 
-def test_a_queue_is_closed_when_python_has_taken_its_modules_apart(
+def test_a_ring_is_closed_after_python_has_cleared_its_modules(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    queue = open_reader(8)
-    if not isinstance(queue, Uring):
+    reader = open_reader(8)
+    if not isinstance(reader, UringReader):
         pytest.skip("there is no io_uring here")
-    file = queue._queue
+    file = reader._ring
     monkeypatch.setattr("neurons.uring.os", None)
-    queue.__del__()
+    reader.__del__()
     with pytest.raises(OSError):
         os.fstat(file)
-    queue._queue = -1
+    reader._ring = -1
 
 
 @pytest.fixture(autouse=True)
@@ -745,20 +760,20 @@ def alarms_are_ctrl_c():
 
 
 def test_without_o_direct(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(NeuronFile, "_takes_records", lambda self: False)
+    monkeypatch.setattr(NeuronFile, "_reads_single_records", lambda self: False)
     lm = foresee(sparse(models["opt"]), models["opt"])
     assert not neuron_source(lm.model).file.direct
     assert texts(lm) == texts(in_memory(models["opt"]))
 
 
-def test_too_little_memory_says_how_much_would_do(models: dict[str, Path]):
-    with pytest.raises(ValueError, match=r"say --dram_budget \d+MB"):
+def test_too_little_memory_names_the_memory_needed(models: dict[str, Path]):
+    with pytest.raises(ValueError, match=r"use --dram_budget \d+MB"):
         sparse(models["opt"], memory=0.4)
     with pytest.raises(ValueError, match="the neurons of 16 tokens"):
         sparse(models["opt"], memory=0.6, window=16.0)
 
 
-def test_pairs_that_cannot_be(models: dict[str, Path]):
+def test_a_self_draft_is_refused(models: dict[str, Path]):
     with pytest.raises(ValueError, match="--flash"):
         sparse(models["opt"], draft="self-int4")
 
@@ -767,24 +782,25 @@ def test_pairs_that_cannot_be(models: dict[str, Path]):
 
 
 def main(*options: object) -> int:
-    return command.main(command.parse_args(["--device", "cpu", *map(str, options)]))
+    return command.main(parse_args(["--device", "cpu", *map(str, options)]))
 
 
-def test_the_command_says_what_was_expected_and_what_came(
+def test_the_command_reports_expected_and_measured_figures(
     models: dict[str, Path], capsys: pytest.CaptureFixture
 ):
     given = "--checkpoint_path", models["opt"], "--flash", "--dram_budget", "90%"
     assert main(*given, "--prompt", TEXTS[0], "--temperature", 0, "--max_new_tokens", 20) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith(TEXTS[0])
-    assert "flash: " in said.err and "expected" in said.err and "came" in said.err
+    printed = capsys.readouterr()
+    assert printed.out.startswith(TEXTS[0])
+    assert all(word in printed.err for word in ("flash: ", "expected", "measured"))
 
 
-def test_what_is_read_whole():
-    """Few slots are filled many times over, each by a call."""
-    rates = {"call": 100.0, "request": 10.0, "record": 1.0, "whole": 400.0}
-    rest = dict.fromkeys(("window", "depth", "reading", "computing", "meanwhile", "nbytes"), 0)
-    plan = CachePlan(slots=(), gap=1, requests=0, **rates, **rest)
+def test_when_a_whole_layer_is_read():
+    """With fewer entries than missing neurons there are several calls."""
+    rates = {"call": 100.0, "request": 10.0, "record": 1.0, "whole_layer": 400.0}
+    rates = {f"{name}_seconds": value for name, value in rates.items()}
+    unused = ("window", "depth", "read_seconds", "compute_seconds", "overlapped_seconds", "nbytes")
+    plan = CachePlan(entries=(), gap=1, requests=0, **rates, **dict.fromkeys(unused, 0))
     apart, near = np.arange(0, 90, 3), np.arange(30)  # 30 requests, and one
     assert plan.prefers_whole_layer(apart, 30) and not plan.prefers_whole_layer(near, 30)
     assert not plan.prefers_whole_layer(apart[:27], 27)
@@ -793,15 +809,15 @@ def test_what_is_read_whole():
     assert plan.prefers_whole_layer(near[:4], 1)
 
 
-def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
+def test_no_prediction_line_where_layers_were_read_whole(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: True)
     lm = sparse(models["opt"])
     texts(lm)
-    said = list(feed_forward.flash_report(lm.model))
-    assert any("whole layers" in line for line in said)
-    assert not any("predicted" in line for line in said)
+    lines = list(feed_forward.flash_report(lm.model))
+    assert any("whole layers" in line for line in lines)
+    assert not any("predicted" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -814,13 +830,13 @@ def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
     ],
     ids=str,
 )
-def test_options_that_make_no_sense(options: list[str], capsys: pytest.CaptureFixture):
+def test_options_that_contradict(options: list[str], capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         main(*options)
     assert re.fullmatch(r"generate.py: .*(flash|dram_budget).*\n", capsys.readouterr().err)
 
 
-def test_flash_py_as_its_user_meets_it(models: dict[str, Path], tmp_path: Path):
+def test_flash_py_as_a_command(models: dict[str, Path], tmp_path: Path):
     path = shutil.copytree(models["opt"], tmp_path / "model")
     words = [sys.executable, str(ROOT / "flash.py"), "--device", "cpu", "--checkpoint_path"]
     again = subprocess.run([*words, str(path)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Products by records of neurons, of kernels/cpu/neurons.cpp and of torch, against float64."""
+"""The feed-forward product of records, by kernels/cpu/neurons.cpp and by torch, against float64."""
 
 import itertools
 
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neurons.products import Products, gather_records, has_kernel
-from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, Format
+from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, RecordFormat
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("two_threads")
-NEURONS = 70  # of the layer; slots hold some of them, in no order
+NEURONS = 70  # of the layer; entries hold most of them, in random order
 
 
 def layer(kind: str, matrices: tuple[str, ...], dim: int) -> tuple[Products, Tensor, np.ndarray]:
-    """A layer's products, records in slots, and which neurons these are; every seventh is none."""
+    """A layer's products, records, and the neuron of each; every seventh entry is empty."""
     generator = torch.Generator().manual_seed(dim)
-    format = Format(matrices, dim, kind, torch.bfloat16, groupsize=32)
+    format = RecordFormat(matrices, dim, kind, torch.bfloat16, groupsize=32)
     shapes = {m: (dim, NEURONS) if m == "down" else (NEURONS, dim) for m in matrices}
     weights = {m: torch.randn(shape, generator=generator) for m, shape in shapes.items()}
     records, scales = format.pack({m: w.bfloat16().float() for m, w in weights.items()})
@@ -39,16 +39,16 @@ def exact(
     """In float64, neuron by neuron."""
     format, y, active = products.format, torch.zeros(x.shape, dtype=torch.float64), 0
     rows = {m: format.rows(records, m, torch.float32).double() for m in format.matrices}
-    for slot, neuron in enumerate(neurons):
+    for entry, neuron in enumerate(neurons):
         if neuron == NEURONS:
             continue
         parts = []
         for n, matrix in enumerate(format.matrices[:-1]):
             scale = 1 if products.scales is None else products.scales[neuron, n].double()
-            parts.append(x.double() @ rows[matrix][slot] * scale + products.bias[neuron, n])
+            parts.append(x.double() @ rows[matrix][entry] * scale + products.bias[neuron, n])
         h = parts[0].clamp_min(0) * (parts[1] if len(parts) == 2 else 1)
         active += bool((h != 0).any())
-        y += h[:, None] * rows["down"][slot]
+        y += h[:, None] * rows["down"][entry]
     return y, active
 
 
@@ -60,50 +60,50 @@ def test_sums_are_those_of_float64(kind: str, matrices: tuple[str, ...], dim: in
     if not products.kernel:
         pytest.skip("this CPU has no products for records")
     some = np.arange(NEURONS)[::-3].copy()
-    for N, slots in itertools.product((1, 3, 4, 9), (None, some)):
+    for N, entries in itertools.product((1, 3, 4, 9), (None, some)):
         x = torch.randn(N, dim, generator=torch.Generator().manual_seed(N)).bfloat16()
-        here = np.arange(NEURONS) if slots is None else slots
-        wanted, active = exact(products, x, records[here], neurons[here])
-        found, counted = products.sums(x, records, neurons, slots)
+        chosen = np.arange(NEURONS) if entries is None else entries
+        wanted, active = exact(products, x, records[chosen], neurons[chosen])
+        found, counted = products.sums(x, records, neurons, entries)
         assert counted == active
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
-        assert torch.equal(found, products.sums(x, records, neurons, slots)[0])
+        assert torch.equal(found, products.sums(x, records, neurons, entries)[0])
 
 
 @pytest.mark.parametrize("matrices", [GATED_MATRICES, PLAIN_MATRICES], ids=len)
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
+def test_torch_and_the_kernel_agree(kind: str, matrices: tuple[str, ...]):
     """torch rounds to bfloat16 between its products."""
     quick, records, neurons = layer(kind, matrices, 96)
     slow = Products(quick.format, quick.bias, quick.scales, kernel=False)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     some = np.arange(0, NEURONS, 2)
-    for slots in (None, some):
-        here = np.arange(NEURONS) if slots is None else slots
-        wanted, _ = exact(slow, x, records[here], neurons[here])
+    for entries in (None, some):
+        chosen = np.arange(NEURONS) if entries is None else entries
+        wanted, _ = exact(slow, x, records[chosen], neurons[chosen])
         for products in (slow, quick):
-            found, _ = products.sums(x, records, neurons, slots)
+            found, _ = products.sums(x, records, neurons, entries)
             assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
-    """Where products in bfloat16 are possible, whether or not they are here."""
+def test_which_records_the_kernel_computes(monkeypatch: pytest.MonkeyPatch):
+    """As on a CPU with bfloat16 products, whether or not this one has them."""
     unsupported_reason = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
     monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
-    taken = Format(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
-    odd = Format(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
-    other = Format(PLAIN_MATRICES, 64, "dense", torch.float32)
-    assert has_kernel(taken, CPU, torch.bfloat16)
-    assert not has_kernel(taken, CPU, torch.float32)
-    assert not has_kernel(taken, torch.device("meta"), torch.bfloat16)
+    supported = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
+    odd = RecordFormat(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
+    other = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.float32)
+    assert has_kernel(supported, CPU, torch.bfloat16)
+    assert not has_kernel(supported, CPU, torch.float32)
+    assert not has_kernel(supported, torch.device("meta"), torch.bfloat16)
     assert not has_kernel(odd, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.bfloat16)
     assert not has_kernel(other, CPU, torch.float32)
     monkeypatch.setattr("neurons.products.build", lambda: "it did not compile")
-    assert not has_kernel(taken, CPU, torch.bfloat16)
+    assert not has_kernel(supported, CPU, torch.bfloat16)
 
 
-def test_taken_records():
+def test_gather_records():
     records = torch.arange(4 * 512).remainder(251).to(torch.uint8).view(4, 512)
     assert torch.equal(gather_records(records, torch.tensor([2, 0])), records[[2, 0]])

@@ -139,7 +139,7 @@ def test_the_host_waits_once_a_layer_where_nothing_is_missed(
     with pretended_cuda() as device:
         lm = foresee(sparse(model, device=DEVICE), model, more=0)
         layer = lm.model.layers[1].feed_forward
-        layer.attach(1, layer.source, lm.model.args.hidden_dim)  # slots for all
+        layer.attach(1, layer.source, lm.model.args.hidden_dim)  # an entry for each neuron
         x = torch.randn(1, 1, lm.model.args.dim, generator=torch.Generator().manual_seed(SEED))
         waits = []
         for _ in range(3):
