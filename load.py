@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
+from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from host.devices import find_device
 from host.files import DEMO
@@ -36,7 +36,9 @@ from quant.linear import (
     skeleton,
 )
 from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
+from weights.allocation import allocate, final_dtype, stored_tensors
 from weights.hf import Config, model_args
+from weights.weight_files import read_json
 
 if TYPE_CHECKING:
     from offload import Fill, Stored, StreamedLayers

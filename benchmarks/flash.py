@@ -38,7 +38,7 @@ from benchmarks.limited import Rate, drop_cache, limited, unsupported_reason
 from benchmarks.offload_peers import bytes_read
 from calibration.gptq import fill_module
 from calibration.predictor import gate
-from checkpoint import Checkpoint, stored_tensors
+from checkpoint import Checkpoint
 from kernels.cpu import build
 from load import LoadedModel, compile_now, load_model, make_views, skeleton
 from model import visible_length
@@ -49,6 +49,7 @@ from neurons.uring import Work, nothing
 from text.tokenizer import load_tokenizer
 from tiers.policy import Policy, Share
 from tiers.prefetch import CPU
+from weights.allocation import stored_tensors
 
 DATA = ROOT / ".." / "shared" / "data"
 UNLIMITED = 16e9  # bytes

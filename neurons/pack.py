@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, read_json
+from checkpoint import Checkpoint
 from host.files import write_whole
 from model import ModelArgs
 from neurons.records import RecordFormat
+from weights.weight_files import read_json
 
 VERSION = 1
 NEURONS_FILE, RESIDENT_FILE, MANIFEST_FILE = "neurons.bin", "resident.pth", "manifest.json"

@@ -16,18 +16,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import (
-    DTYPES,
-    Checkpoint,
-    check_writable,
-    final_dtype,
-    log_replaced,
-    save_checkpoint,
-    stored_tensors,
-)
+from checkpoint import DTYPES, Checkpoint
 from cli.command import exit_code
 from host.memory import size_text
 from load import skeleton
+from weights.allocation import final_dtype, stored_tensors
+from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint
 from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
@@ -36,7 +30,7 @@ def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
     model = skeleton(source.args, source.scheme)
     source.check(model)
-    check_writable(target)
+    check_checkpoint_writable(target)
     log_replaced(target)
     tensors = {
         name: torch.empty(

@@ -32,15 +32,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, save_checkpoint, stored_tensors
+from checkpoint import DTYPES
 from cli.arguments import positive
 from cli.command import exit_code
 from host.log import log
 from host.memory import size_text
 from load import skeleton
 from model import LearnedPositions
+from weights.allocation import stored_tensors
 from weights.formats import Part, pickle_part, read_part
 from weights.hf import model_args, split_name
+from weights.saving import save_checkpoint
 from weights.weight_files import PREPARED
 
 FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")

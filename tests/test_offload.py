@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint import Checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from host.torch_private import compiled_graphs
@@ -25,6 +25,7 @@ from quantize import quantize
 from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer
+from weights.saving import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")

@@ -26,7 +26,9 @@ from host.files import parse_json, short_text
 from host.torch_private import fake_tensors, offset_in_file
 
 ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
-STAGING_BYTES = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
+STAGING_BYTES = (
+    16 * 2**20
+)  # bytes of the buffer that a tensor passes through to another dtype or device
 LARGEST_CALL = 2**30  # bytes; Linux moves less than 2**31 in one call
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
@@ -60,7 +62,7 @@ class Part:
     offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    held: Tensor | None = None
+    tensor: Tensor | None = None  # the values, where the file does not store them as such bytes
 
     @property
     def numel(self) -> int:
@@ -70,7 +72,7 @@ class Part:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def is_block(self, dtype: torch.dtype) -> bool:
+    def is_aligned(self, dtype: torch.dtype) -> bool:
         """Whether it is of that dtype, and O_DIRECT can read it."""
         return self.dtype == dtype and self.offset % ALIGNMENT == 0
 
@@ -144,7 +146,9 @@ def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> No
     end = start
     for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
         if part.offset != end:
-            fault = f"{short_text(part.name)} begins at byte {part.offset} and should begin at {end}"
+            fault = (
+                f"{short_text(part.name)} begins at byte {part.offset} and should begin at {end}"
+            )
             raise unusable_header(file, fault)
         end += part.nbytes
     if size != end:
@@ -175,8 +179,10 @@ def index_pickle(file: Path) -> Index:
 def in_memory(part: Part, tensor: Tensor) -> Part:
     """The part with its tensor, where the file has no bytes that are this tensor's in order."""
     if tensor.is_meta:
-        raise ValueError(f"{part.file}: {short_text(part.name)} was saved without its values (on meta)")
-    return replace(part, held=tensor.detach())
+        raise ValueError(
+            f"{part.file}: {short_text(part.name)} was saved without its values (on meta)"
+        )
+    return replace(part, tensor=tensor.detach())
 
 
 def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -247,7 +253,9 @@ def staging_buffer(device: torch.device) -> Tensor:
     One serves a whole load. A new one for each tensor would leave holes between the weights:
     the peak was 1.7 times their size in one load out of six.
     """
-    return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    return torch.empty(
+        STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+    )
 
 
 def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
@@ -256,8 +264,8 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
     On the CPU and in the stored dtype the file is read into `out` itself.
     Raises ValueError where the file ends too early.
     """
-    if part.held is not None:
-        out.copy_(part.held.reshape(-1))
+    if part.tensor is not None:
+        out.copy_(part.tensor.reshape(-1))
         return
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     stage = out if in_place else stage.view(part.dtype)
@@ -281,15 +289,15 @@ def rows_of(part: Part, rows: range) -> Part:
         part,
         offset=part.offset + rows.start * row_bytes,
         shape=(len(rows), *part.shape[1:]),
-        held=None if part.held is None else part.held[rows.start : rows.stop],
+        tensor=None if part.tensor is None else part.tensor[rows.start : rows.stop],
     )
 
 
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
     """Fill `out`, (rows, columns), with some columns of a matrix; see read_part. No more than that
     is read."""
-    if part.held is not None:
-        out.copy_(part.held[:, columns.start : columns.stop])
+    if part.tensor is not None:
+        out.copy_(part.tensor[:, columns.start : columns.stop])
         return
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     staged = stage.view(part.dtype)

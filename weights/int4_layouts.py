@@ -60,7 +60,9 @@ def quantization_config(
     """
     for key in ("quantization_config", "quantization"):
         if not isinstance(config.get(key), dict | None):
-            raise ValueError(f"config.json: {key} is {short_json(config[key])} and must be an object")
+            raise ValueError(
+                f"config.json: {key} is {short_json(config[key])} and must be an object"
+            )
     found = config.get("quantization_config")
     if config.get("quantization") and "quant_method" not in (found or {}):
         raise ValueError(
