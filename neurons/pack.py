@@ -101,12 +101,12 @@ def check_relu(args: ModelArgs) -> None:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Hash the model's shape and the first bytes of each feed-forward tensor."""
     digest = hashlib.blake2b(repr(checkpoint.args).encode(), digest_size=16)
-    for name, record in sorted(checkpoint.records.items()):
+    for name, tensor in sorted(checkpoint.tensors.items()):
         if ".feed_forward." not in name:
             continue
-        for part in record.parts:
+        for part in tensor.parts:
             digest.update(f"{name} {part.dtype} {part.shape}".encode())
-            if part.held is None:
+            if part.tensor is None:
                 with part.file.open("rb") as file:
                     file.seek(part.offset)
                     digest.update(file.read(min(FINGERPRINT_BYTES, part.nbytes)))
