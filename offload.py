@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fast_layers.cpu import WORTH, TiledLinear, use_fast_linears
+from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
 from host.memory import page_aligned, round_up_to_block
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
@@ -58,7 +58,7 @@ class Streamed(NamedTuple):
     """A block in a slot, and those of its linears that a CPU wants packed, with what is read."""
 
     block: nn.Module
-    tiled: list[tuple[TiledLinear, QuantizedLinear]]
+    tiled: list[tuple[PackedLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
@@ -197,11 +197,13 @@ class StreamedLayers(nn.ModuleList):
             set_tensor(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
-            use_fast_linears(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
+            use_fast_linears(
+                block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
+            )
         tiled = [
             (module, stored[name])
             for name, module in block.named_modules()
-            if isinstance(module, TiledLinear)
+            if isinstance(module, PackedLinear)
         ]
         return Buffer(parts, Streamed(block, tiled), record_event(self.device))
 
@@ -213,7 +215,7 @@ class StreamedLayers(nn.ModuleList):
         def pack() -> None:
             read.result()
             for module, stored in slot.contents.tiled:
-                module.take(stored)
+                module.load_from(stored)
 
         # Another thread packs, so that the disk does not wait for that.
         return self._packer.submit(pack) if slot.contents.tiled else read
@@ -231,7 +233,7 @@ def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, linear in packed.items():
             with META:
                 dense = Linear(linear.in_features, linear.out_features, bias=False)
-            dense.weight = nn.Parameter(linear.unpacked(dtype), requires_grad=False)
+            dense.weight = nn.Parameter(linear.dequantize_by_kernel(dtype), requires_grad=False)
             dense.bias = linear.bias
             block.set_submodule(name, dense)
         yield

@@ -27,9 +27,9 @@ from load import (
     config_dtype,
     find_cache,
     find_dtype,
+    meta_model,
     parallel_strategy,
     random_filler,
-    skeleton,
 )
 from model import ModelArgs
 from offload import StreamedLayers
@@ -203,7 +203,7 @@ def sizes(subject: Subject) -> Sizes:
     args, item = subject.args, subject.dtype.itemsize
     stored = {
         name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
-        for name, (t, _) in stored_tensors(skeleton(args, subject.scheme)).items()
+        for name, (t, _) in stored_tensors(meta_model(args, subject.scheme)).items()
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
@@ -253,9 +253,9 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     if not needed:
         return None
     small = sample_args(subject.args, sizes(subject).layer)
-    model = skeleton(small, subject.scheme)
+    model = meta_model(small, subject.scheme)
     allocate(model, subject.device, subject.dtype, random_filler(subject.device))
-    model.new_cache = find_cache(subject.kv_dtype)
+    model.cache_factory = find_cache(subject.kv_dtype)
     use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)

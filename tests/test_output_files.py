@@ -284,7 +284,9 @@ def test_without_a_home_nothing_is_kept(
     assert "not kept" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification ignores it
     monkeypatch.setattr(measurements.Path, "home", no_home)
-    assert measurements.cache_directory() is None and measurements.load_measurement("speed", 1) is None
+    assert (
+        measurements.cache_directory() is None and measurements.load_measurement("speed", 1) is None
+    )
     measurements.save_measurement("speed", 1, 2)
     assert "no home directory" in capsys.readouterr().err
 

@@ -70,8 +70,9 @@ class TieredCaches(Sequence["TieredCache"]):
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        self._new_cache = lambda: model.new_cache(shape, weight.dtype, META)
-        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(self._new_cache()).items()}
+        self._factory, self._args = model.cache_factory, (shape, weight.dtype, META)
+        empty = self._factory(*self._args)
+        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(empty).items()}
         self.layout = Layout(by_slot)
         self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
         K = -(-rows // policy.micro_batch)
@@ -233,9 +234,8 @@ class TieredCaches(Sequence["TieredCache"]):
 
     def _cache(self, parts: Parts, device: torch.device) -> KVCache:
         """A cache in that memory."""
-        cache = self._new_cache()
-        if device.type != "cuda":
-            cache.gpu_attention = None
+        here = device.type == self.device.type
+        cache = (self._factory if here else self._factory.portable())(*self._args)
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
             setattr(cache, name, tensor.transpose(0, 1))
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:

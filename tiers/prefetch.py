@@ -52,7 +52,9 @@ class Layout:
 
     def cut(self, slab: Tensor) -> Parts:
         """The parts of one piece of memory."""
-        ends = (at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items())
+        ends = (
+            at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
+        )
         return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def of(self, parts: Parts) -> dict[str, Tensor]:

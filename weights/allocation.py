@@ -28,11 +28,11 @@ def allocate(
     fill: called with each tensor's name and its memory. allocator: None: all tensors are allocated
     on `device`, and MemoryError is raised before the first if they do not fit.
     """
-    skeleton = stored_tensors(model)
-    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in skeleton.items()}
+    stored = stored_tensors(model)
+    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in stored.items()}
     if allocator is None:
-        check_fits(skeleton, final, device)
-    for name, (tensor, aliases) in skeleton.items():
+        check_fits(stored, final, device)
+    for name, (tensor, aliases) in stored.items():
         if allocator:
             value = allocator(name, tensor.shape, final[name])
         else:
@@ -48,12 +48,12 @@ def allocate(
 
 
 def check_fits(
-    skeleton: dict[str, tuple[Tensor, list[str]]],
+    stored: dict[str, tuple[Tensor, list[str]]],
     final: dict[str, torch.dtype],
     device: str | torch.device,
 ) -> None:
     """Raises MemoryError if the tensors, in their final dtypes, do not fit on the device."""
-    needed = sum(t.numel() * final[name].itemsize for name, (t, _) in skeleton.items())
+    needed = sum(t.numel() * final[name].itemsize for name, (t, _) in stored.items())
     remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
     check_memory(needed, device, "the model", remedy)
 

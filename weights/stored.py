@@ -152,7 +152,7 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
 
 
 def group_parts(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
-    """Group parts by our tensor name, then by their index in it. Raises ValueError on duplicates."""
+    """Group parts by our name and their index in it. Raises ValueError on duplicates."""
     found: dict[str, dict[int, Part]] = {}
     for part in parts:
         if place := hf.tensor_name(part.name):

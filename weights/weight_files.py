@@ -121,7 +121,7 @@ def kind_by_name(name: str) -> tuple[str, str] | None:
 
 
 def check_readable(file: Path) -> None:
-    """Raises ValueError if a file, by its first bytes or its name, is of a kind that cannot be read."""
+    """Raises ValueError for a kind of file that cannot be read, by its first bytes or its name."""
     with file.open("rb") as opened:
         beginning = opened.read(64).lstrip().lower()
     kinds = (rest for magic, *rest in BEGINNINGS if beginning.startswith(magic.lower()))
