@@ -1,8 +1,8 @@
 """Convert downloaded Hugging Face weights to one `model.pth` beside them.
 
-Start at main. Tensors are renamed, queries, keys and values put together, and written one at a
-time: the memory needed is that of the largest tensor. What is there of an earlier model.pth is
-replaced only when the new one is complete. Its path is printed on stdout, all else on stderr.
+Start at convert. Tensors are renamed, those of queries, keys and values stacked, and written one at
+a time, so that the memory needed is that of the largest tensor. An earlier model.pth is replaced
+when the new one is complete. The path is printed on stdout, all else on stderr.
 """
 
 import argparse
