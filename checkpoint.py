@@ -20,7 +20,6 @@ from quant.linear import checked_scheme
 from weights import hf
 from weights.allocation import allocate, stored_tensors
 from weights.formats import staging_buffer
-from weights.int4_layouts import foreign_scheme, quantization_config
 from weights.stored import StoredTensor, read_index, translate
 from weights.weight_files import find_weights, read_json
 
@@ -67,6 +66,8 @@ class Checkpoint:
     def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
         packed = any(name.endswith(".qweight") for name in parts)
         try:
+            from weights.int4_layouts import foreign_scheme, quantization_config
+
             found = quantization_config(self.config, self.directory, packed)
             return found and foreign_scheme(found)
         except ValueError as error:

@@ -354,7 +354,9 @@ def need(slices: Slices, name: str, file: Path) -> Slice:
     return slices[name]
 
 
-def find_sources(parts: list[Slices], file: Path, config: dict[str, Any]) -> dict[str, SlicedTensor]:
+def find_sources(
+    parts: list[Slices], file: Path, config: dict[str, Any]
+) -> dict[str, SlicedTensor]:
     """Returns our tensors' slices. Raises ValueError if one is missing or of a wrong shape."""
     sources, left = {}, set(parts[0]) - UNUSED
     for ours, (tensor, _) in stored_tensors(meta_model(model_args(config), None)).items():

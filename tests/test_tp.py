@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from torch import Tensor
 
 import quantize
@@ -26,7 +27,6 @@ from weights.allocation import allocate, stored_tensors
 from weights.hf import model_args
 from weights.saving import save_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "ranks_worker.py"
 CPU = torch.device("cpu")
 SEED = 20261122

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from weights import hf
 from weights.formats import Part, index_file, read_columns, read_part, rows_of
-from weights.int4_layouts import foreign_fields
 from weights.weight_files import shards
 
 
@@ -139,8 +138,11 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
 
 def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, StoredTensor]:
     """Map Hugging Face's tensors to ours. scheme: of an int4 checkpoint in a foreign layout."""
-    linears = scheme and scheme["linears"]
-    fields = foreign_fields(scheme["mode"], linears["groupsize"]) if scheme else {}
+    fields = {}
+    if scheme:
+        from weights.int4_layouts import foreign_fields  # only for a checkpoint in such a layout
+
+        fields = foreign_fields(scheme["mode"], scheme["linears"]["groupsize"])
     tensors = {}
     for name, by_index in group_parts(parts).items():
         module, _, kind = name.rpartition(".")
