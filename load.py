@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
+from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from host.files import DEMO
 from host.memory import check_memory
@@ -33,7 +33,9 @@ from quant.linear import (
     quantized_copy,
     round_to_nearest,
 )
+from weights.allocation import allocate, final_dtype, stored_tensors
 from weights.hf import Config, model_args
+from weights.weight_files import read_json
 
 if TYPE_CHECKING:
     from offload import Fill, Stored, StreamedLayers
@@ -100,7 +102,9 @@ def checked(options: LoadOptions) -> LoadOptions:
     if message := broken_rule(options.chosen()):
         raise ValueError(message)
     find_cache(options.kv_dtype)
-    return replace(options, device=find_device(str(options.device)), dtype=find_dtype(options.dtype))
+    return replace(
+        options, device=find_device(str(options.device)), dtype=find_dtype(options.dtype)
+    )
 
 
 def with_draft_model(options: LoadOptions) -> LoadOptions:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import allocate_tensor, final_dtype, set_tensor, stored_tensors
 from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
 from host.memory import page_aligned, round_up_to_block
 from model import KVCache, Linear, Rotation
@@ -46,6 +45,7 @@ from tiers.prefetch import (
     Workers,
     record_event,
 )
+from weights.allocation import allocate_tensor, final_dtype, set_tensor, stored_tensors
 
 # Micro-batches of which the host attends to some while the device computes others: one here, one
 # there and one on its way; no more than the ring has slots for their cells.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import Stats
-from checkpoint import Checkpoint, allocate, final_dtype, read_json, stored_tensors
+from checkpoint import Checkpoint
 from decoding import LoadedModel
 from fast_layers.install import use_fast_layers
 from host.bandwidth import measured_bandwidth, saved_bandwidth
@@ -43,7 +43,9 @@ from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
 from tp import indivisible_reason
+from weights.allocation import allocate, final_dtype, stored_tensors
 from weights.hf import model_args
+from weights.weight_files import read_json
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
 # What a CPU must have to multiply these faster than float32.

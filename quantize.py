@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibration.texts import calibrated_blocks
-from checkpoint import Checkpoint, check_writable, log_replaced, save_checkpoint, stored_tensors
+from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.devices import find_device
 from host.log import log, set_quiet
@@ -51,6 +51,8 @@ from quant.linear import (
     round_int4,
     round_int8,
 )
+from weights.allocation import stored_tensors
+from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint
 
 Values = Iterator[tuple[str, Tensor]]  # a stored tensor's name, and the tensor
 MEASURED = 2048  # outputs and inputs at most of the product that is measured
@@ -198,7 +200,7 @@ def run(args: argparse.Namespace) -> Path:
         )
     target = checkpoint.directory / file_name(args.mode, args.groupsize)
     checkpoint.check(meta_model(checkpoint.args, None))
-    check_writable(target)
+    check_checkpoint_writable(target)
     announce(checkpoint, scheme, target)
     log_replaced(target)
     if args.mode != "int4-gptq":

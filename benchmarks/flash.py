@@ -38,7 +38,7 @@ from benchmarks.limited import Rate, drop_cache, limited, unsupported_reason
 from benchmarks.offload_peers import bytes_read
 from calibration.gptq import fill_module
 from calibration.predictor import gate_weights
-from checkpoint import Checkpoint, stored_tensors
+from checkpoint import Checkpoint
 from kernels.cpu import build
 from load import LoadedModel, compile_now, load_model, make_views, meta_model
 from model import visible_length
@@ -51,6 +51,7 @@ from options.settings import FlashOptions
 from text.tokenizer import load_tokenizer
 from tiers.policy import Policy, Share
 from tiers.prefetch import CPU
+from weights.allocation import stored_tensors
 
 DATA = ROOT / ".." / "shared" / "data"
 NO_LIMIT_BYTES = 16e9

@@ -23,10 +23,10 @@ from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from benchmarks.gpu_common import seconds
 from calibration.gptq import CalibratedBlock, embed, fill_module, inverse_factor, quantize_block
-from checkpoint import read_json
 from host.devices import find_device
 from model import ModelArgs, Transformer
 from weights.hf import model_args
+from weights.weight_files import read_json
 
 VOCABULARY = 1024  # ids: embeddings are no part of GPTQ
 

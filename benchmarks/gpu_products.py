@@ -25,13 +25,13 @@ from torch import Tensor
 
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log, spread
-from checkpoint import read_json
 from host.bandwidth import read_bandwidth
 from host.devices import find_device
 from load import meta_model
 from model import Linear
 from quant.linear import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
 from weights.hf import model_args
+from weights.weight_files import read_json
 
 GROUP = 32
 CYCLED = {"cuda": 2**28, "cpu": 2**24}  # bytes of weights in one turn

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from bench import provenance
 from benchmarks.common import CONFIG, exit_code, fresh_process, log, show, spread
-from checkpoint import save_checkpoint, stored_tensors
 from host.memory import size_text
 from load import DEMO, load_model, random_model
+from weights.allocation import stored_tensors
 from weights.hf import export_tensors
+from weights.saving import save_checkpoint
 from weights.weight_files import PREPARED, read_json
 
 SHARDS = 4

@@ -46,7 +46,6 @@ from benchmarks.offload_peers import (
     beside_llama_cpp,
     beside_ourselves,
 )
-from checkpoint import read_json
 from engine import complete, generate
 from generate import GenerationConfig
 from host.memory import page_aligned
@@ -54,6 +53,7 @@ from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, rand
 from plan import Planner, Subject, Workload, machine, sizes
 from tiers.policy import Policy, Share
 from weights.hf import model_args
+from weights.weight_files import read_json
 
 CPU = torch.device("cpu")
 SEED = 20261122

@@ -269,8 +269,9 @@ def write_forms(config: Path, folder: Path, peer_python: str | None) -> Forms:
     import torch
 
     from benchmarks.load_memory import write_prepared, write_safetensors
-    from checkpoint import read_json, stored_tensors
     from load import random_model
+    from weights.allocation import stored_tensors
+    from weights.weight_files import read_json
 
     forms, said = Forms(folder), read_json(config)
     model = random_model(config, device="cpu", dtype=torch.bfloat16).model

@@ -26,11 +26,13 @@ from tqdm import tqdm
 
 from benchmarks.common import ROOT, exit_code, log
 from calibration.predictor import InputRecorder, run_block
-from checkpoint import read_json, save_checkpoint, stored_tensors
 from load import meta_model
 from model import Transformer
 from text.tokenizer import load_tokenizer
+from weights.allocation import stored_tensors
 from weights.hf import model_args
+from weights.saving import save_checkpoint
+from weights.weight_files import read_json
 
 CONFIG = ROOT / "benchmarks" / "configs" / "opt-1.3b.json"
 ACTIVE_SHARE = 0.035  # of a layer's neurons, in the mean over a text

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, allocate
+from checkpoint import Checkpoint
 from kernels import gpu
 from model import KVCache, Linear, Transformer
 from quant.linear import (
@@ -39,6 +39,7 @@ from quant.linear import (
     scale_units,
     unpack_nibbles,
 )
+from weights.allocation import allocate
 
 TEXTS = 8  # that run through a block together
 COLUMNS = 128  # whose errors reach the rest of the matrix together

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import Stats
-from checkpoint import stored_tensors
 from cli.options import is_placed
 from cli.session import Mode, Session
 from decoding import LoadedModel
@@ -34,6 +33,7 @@ from text import chat
 from text.generation_config import GenerationConfig
 from text.model_defaults import defaults_line, model_defaults
 from weights import hub
+from weights.allocation import stored_tensors
 
 if TYPE_CHECKING:
     from plan import Plan

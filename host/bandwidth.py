@@ -1,4 +1,4 @@
-"""The rate at which a device reads its memory: the ceiling of decoding speed.
+"""Measures the rate at which a device reads its memory, which limits the speed of decoding.
 
 Start at measured_bandwidth. bench.py prints a run's rate beside it.
 """
@@ -10,17 +10,17 @@ import torch
 from host.measurements import load_measurement, save_measurement
 from host.memory import available_memory, machine_name, page_aligned
 
-# Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
+# Bytes read by a pass, by device type: more than a cache holds, and far longer than a launch.
 READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}
 
 
 def saved_bandwidth(device: torch.device) -> float | None:
-    """What measured_bandwidth has found on this machine before."""
+    """Returns the bytes per second that measured_bandwidth saved, or None."""
     return load_measurement("bandwidth", bandwidth_key(device))
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """read_bandwidth's figure, kept for the reports of later runs."""
+    """Measure the bytes per second and save them for the reports of later runs."""
     save_measurement("bandwidth", bandwidth_key(device), found := read_bandwidth(device))
     return found
 
@@ -30,13 +30,14 @@ def bandwidth_key(device: torch.device) -> tuple[str, str]:
 
 
 def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second at which this device's memory can be read: the best of some passes.
+    """Read a large buffer several times; returns the bytes per second of the fastest pass.
 
-    They are by the two fastest reductions, of which one leads on Intel's CPUs and one on AMD's, and
-    through huge pages, as weights are read.
+    dot is the fastest reduction on Intel's CPUs, amax on AMD's. The buffer lies in huge pages, as
+    weights do.
     """
     nbytes = min(READ_BYTES[device.type], available_memory(device) // 4) // 8 * 8
-    numbers = page_aligned(nbytes, device).fill_(1).view(torch.float32)  # untouched is not there
+    # fill_ makes the system allocate the pages: it maps untouched ones to a single page of zeros.
+    numbers = page_aligned(nbytes, device).fill_(1).view(torch.float32)
     a, b = numbers.chunk(2)
     seconds = []
     for reduction in repeats * (lambda: torch.dot(a, b), numbers.amax):

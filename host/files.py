@@ -1,6 +1,6 @@
-"""Small text files: read with errors that name the file and the line, and written whole.
+"""Reads text files, with errors that name the file and the line, and writes them atomically.
 
-Start at read_text. Nothing here imports torch.
+Start at read_text and write_whole. Nothing here imports torch.
 """
 
 import json
@@ -10,21 +10,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# The model that is committed: what runs where none is named.
+# The model in this repository: the default of --model.
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
-BOM = "\ufeff"  # some editors begin a file with this mark; it is no part of the text
+BOM = "\ufeff"  # byte order mark, which some editors write at the beginning of a file
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Read a UTF-8 file; returns its text without the byte order mark.
 
-    Raises ValueError naming the file, the line and the byte that is not UTF-8, and OSError.
+    Raises OSError, and ValueError with the file, the line and the byte that is not UTF-8.
     """
     return decode_utf8(path.read_bytes(), str(path))
 
 
 def decode_utf8(content: bytes, where: str) -> str:
-    """The text of UTF-8 bytes; see read_text. where: the name of their source."""
+    """Decode as read_text does. where: the name of the source, for the error."""
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
@@ -36,13 +36,16 @@ def decode_utf8(content: bytes, where: str) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    """A text that UTF-8 can hold: U+FFFD takes the place of half of a surrogate pair, which JSON
-    may hold and which stands for a byte that is no UTF-8 in an argument of a command."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD.
+
+    JSON may hold them, and Python puts them in the place of bytes of an argument that are not
+    UTF-8.
+    """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text; ValueError, beginning with `where`, for what is no JSON."""
+    """Parse JSON. Raises ValueError, which begins with `where`, if it is not valid."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -52,9 +55,9 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the JSON object of a file.
 
-    Raises FileNotFoundError, and ValueError for a file that is no UTF-8, no JSON or no object.
+    Raises FileNotFoundError, and ValueError if the file is not UTF-8, not JSON or not an object.
     """
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
@@ -63,30 +66,31 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def short_json(value: Any) -> str:
-    """A value as JSON writes it, on one line."""
+    """Returns a value as one line of JSON, cut at 60 characters."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # it is from no JSON file
+    except (TypeError, ValueError, RecursionError):  # the value did not come from JSON
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def short_text(value: Any) -> str:
-    """A name or a value of a file as a message shows it: printable, at most 80 characters."""
+    """Returns a name or a value from a file for a message: printable, cut at 80 characters."""
     text = value if isinstance(value, str) else short_json(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON that UTF-8 can hold: half of a surrogate pair stays the escape that it is in JSON."""
+    """Returns JSON that UTF-8 can encode: lone surrogates stay escaped."""
     text = json.dumps(value, **{"ensure_ascii": False} | options)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write a text file: all of it or, whatever happens, nothing. A device or a pipe is written as
-    it is. Raises OSError naming the path.
+    """Write a text file completely or, if anything fails, not at all.
+
+    A device or a pipe is written directly. Raises OSError with the path.
     """
     try:
         write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
@@ -95,7 +99,7 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if write_whole could not write the path now."""
+    """Raises OSError if write_whole cannot write the path. Call it before long work."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.is_dir():
@@ -109,7 +113,7 @@ def check_writable(path: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether the path is a device or a pipe, which can be neither replaced nor read again."""
+    """Returns whether the path is a device or a pipe, which a rename cannot replace."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
@@ -119,6 +123,7 @@ def write_in_place(path: Path, pieces: Iterable[str]) -> None:
 
 
 def replace(path: Path, pieces: Iterable[str]) -> None:
+    """Write a temporary file beside the path, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -132,7 +137,7 @@ def replace(path: Path, pieces: Iterable[str]) -> None:
 
 
 def sync(directory: Path) -> None:
-    """A rename is durable once its directory is on disk."""
+    """Flush a directory to disk, which makes a rename in it durable."""
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

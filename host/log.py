@@ -1,4 +1,4 @@
-"""Log lines on stderr, which --quiet switches off."""
+"""Log lines on stderr. Start at log; --quiet switches them off."""
 
 import logging
 import sys
@@ -7,10 +7,11 @@ LOGGER = logging.getLogger("gpt_flex")
 
 
 def log(line: str) -> None:
-    """A line on stderr, unless --quiet."""
+    """Print a line on stderr, unless --quiet is set."""
     if LOGGER.isEnabledFor(logging.INFO):
         print(line, file=sys.stderr, flush=True)
 
 
 def set_quiet(quiet: bool) -> None:
+    """Print only what ends the program, or log lines again."""
     LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,7 +1,8 @@
-"""What was measured or compiled once for this machine, kept in the user's cache directory.
+"""Saves measurements of this machine in the user's cache directory, for later runs.
 
-Start at save_measurement. A measurement is a small JSON file, named by what it depends on; one that cannot be
-written is measured again by the next run, and a damaged one as well.
+Start at save_measurement. A measurement is a small JSON file; its name holds a hash of its key, all
+that the value depends on. If the file cannot be written or read, the next run measures again.
+kernels/cpu/build.py keeps what it compiles in the same directory.
 """
 
 import json
@@ -15,10 +16,10 @@ from host.log import log
 
 
 def cache_directory() -> Path | None:
-    """$XDG_CACHE_HOME/gpt-flex or ~/.cache/gpt-flex; None for a user without a home directory.
+    """Returns $XDG_CACHE_HOME/gpt-flex or ~/.cache/gpt-flex.
 
-    It is looked up when it is needed: HOME may be unset, and a container's user may have no entry
-    in /etc/passwd. The XDG specification ignores relative paths.
+    None: the user has no home directory, as in a container where HOME is unset and the user has
+    no entry in /etc/passwd. A relative path is ignored, as the XDG specification asks.
     """
     if (given := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
         return given / "gpt-flex"
@@ -30,7 +31,7 @@ def cache_directory() -> Path | None:
 
 
 def load_measurement(name: str, key: Any) -> Any:
-    """What was kept under that name for an equal key; None if there is nothing usable."""
+    """Returns the value that was saved under this name and key, or None."""
     try:
         return json.loads(path_of(name, key).read_text())
     except (OSError, ValueError, AttributeError):  # AttributeError: there is no cache directory
@@ -38,7 +39,7 @@ def load_measurement(name: str, key: Any) -> Any:
 
 
 def save_measurement(name: str, key: Any, value: Any) -> None:
-    """Keep a JSON value for later runs, or say why it is not kept."""
+    """Save a JSON value for later runs. If it cannot be written, log why."""
     file = path_of(name, key)
     reason = "there is no home directory; set XDG_CACHE_HOME"
     if file:
@@ -51,5 +52,6 @@ def save_measurement(name: str, key: Any, value: Any) -> None:
 
 
 def path_of(name: str, key: Any) -> Path | None:
+    """Returns the file of a measurement; None: there is no cache directory."""
     folder = cache_directory()
     return folder and folder / f"{name}-{zlib.crc32(repr(key).encode()):08x}.json"

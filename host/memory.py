@@ -1,4 +1,7 @@
-"""Memory of this machine: how much is free, how much a cache holds, and page-aligned buffers."""
+"""Memory of this machine: the free bytes, the sizes of caches, and page-aligned buffers.
+
+Start at available_memory and page_aligned.
+"""
 
 import mmap
 import os
@@ -12,7 +15,10 @@ from torch import Tensor
 
 
 def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:
-    """Raises MemoryError saying how many bytes are needed and how many there are."""
+    """Raises MemoryError if fewer than `needed` bytes are free.
+
+    what: the subject of the message; remedy: its last clause.
+    """
     available = available_memory(torch.device(device))
     if needed > available:
         raise MemoryError(
@@ -22,7 +28,7 @@ def check_memory(needed: int, device: str | torch.device, what: str, remedy: str
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now; all there are where the system does not tell."""
+    """Returns the free bytes of a device; all bytes where the system does not report free ones."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -33,15 +39,15 @@ def available_memory(device: torch.device) -> int:
 
 
 def cgroup_headroom() -> Iterator[int]:
-    """What each limit that this process lives under leaves; page cache counts as free."""
+    """Yields the free bytes of each cgroup of this process; the page cache counts as free."""
     own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
     leaf = Path("/sys/fs/cgroup", own)
     for group in (leaf, *leaf.parents):
         limit = group / "memory.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        if limit.is_file() and (maximum := limit.read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             cached = int(stat["inactive_file"]) + int(stat["active_file"])
-            yield int(most) - int((group / "memory.current").read_text()) + cached
+            yield int(maximum) - int((group / "memory.current").read_text()) + cached
 
 
 def size_text(nbytes: float) -> str:
@@ -53,42 +59,44 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.1f} GB"
 
 
-BLOCK_BYTES = 4096  # bytes; what O_DIRECT asks for
-HUGE = 2 * 2**20  # bytes of a huge page
+BLOCK_BYTES = 4096  # O_DIRECT needs offsets, lengths and memory at multiples of it
+HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """That many bytes of zeros, beginning at a multiple of BLOCK_BYTES. pinned: for copies to a GPU.
+    """Returns a buffer of zero bytes that begins at a multiple of BLOCK_BYTES.
 
-    On a CPU in huge pages, as far as it fills any and the system has them: the disk then has fewer
-    places to write to, and a step, which reads every weight once, waits less for page tables.
+    pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge pages if it fills
+    one and the system has them: a direct read then has fewer segments, and a decoding step, which
+    reads every weight once, misses the TLB less often.
     """
     if device.type != "cpu" or pinned:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    huge = nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
-    memory = mmap.mmap(-1, nbytes + HUGE * huge, flags)
+    huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES * huge, flags)
     if huge:
-        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE * HUGE)
+        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
     return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
 
 
 def round_up_to_block(nbytes: int) -> int:
+    """Returns the next multiple of BLOCK_BYTES."""
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 CPU_CACHES = "cpu[0-9]*/cache/index[0-9]*"  # in /sys/devices/system/cpu
-CPU_CACHE_BYTES = 2**25  # where the system does not tell
+CPU_CACHE_BYTES = 2**25  # assumed where the system does not report its caches
 
 
 def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes of the caches of the last level, of a CPU those of all its sockets."""
+    """Returns the bytes of the last-level caches, on a CPU those of all sockets together."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes: dict[tuple[int, str], int] = {}  # by level, and the CPUs that share it
+    sizes: dict[tuple[int, str], int] = {}  # by level and the CPUs that share the cache
     for index in system.glob(CPU_CACHES):
         try:
             level, cpus, size = (
@@ -102,6 +110,7 @@ def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/c
 
 
 def machine_name(device: torch.device) -> str:
+    """Returns the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -113,10 +122,10 @@ def machine_name(device: torch.device) -> str:
 
 
 def process_memory(device: torch.device) -> int:
-    """What this process takes already, where that is the device's memory."""
+    """Returns the bytes that this process uses of the device's memory; 0 for a GPU."""
     if device.type != "cpu":
         return 0
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:  # no /proc: the most that it has taken
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:  # no /proc: the peak instead
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

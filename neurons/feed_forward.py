@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import stored_tensors
 from model import Linear, ModelArgs, Transformer
 from neurons.budget import DEPTHS, choose_plan
 from neurons.costs import machine_costs
@@ -31,6 +30,7 @@ from neurons.source import CHUNK_BUFFERS, NeuronSource, chunk_records
 from neurons.uring import Callback, no_op
 from options.settings import FlashOptions
 from tiers.prefetch import CPU, to_device
+from weights.allocation import stored_tensors
 
 MAX_SPARSE_TOKENS = 64  # more tokens at once read whole layers
 KEPT_TOKENS = 16  # of each row of a prompt: their neurons stay in memory

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, read_json
+from checkpoint import Checkpoint
 from host.files import write_whole
 from model import ModelArgs
 from neurons.records import RecordFormat
+from weights.weight_files import read_json
 
 VERSION = 1
 NEURONS_FILE, RESIDENT_FILE, MANIFEST_FILE = "neurons.bin", "resident.pth", "manifest.json"
@@ -105,7 +106,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             continue
         for part in stored.parts:
             digest.update(f"{name} {part.dtype} {part.shape}".encode())
-            if part.held is None:
+            if part.tensor is None:
                 with part.file.open("rb") as file:
                     file.seek(part.offset)
                     digest.update(file.read(min(FINGERPRINT_BYTES, part.nbytes)))

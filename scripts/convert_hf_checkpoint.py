@@ -1,8 +1,8 @@
 """Convert downloaded Hugging Face weights to one `model.pth` beside them.
 
-Start at main. Tensors are renamed, queries, keys and values put together, and written one at a
-time: the memory needed is that of the largest tensor. What is there of an earlier model.pth is
-replaced only when the new one is complete. Its path is printed on stdout, all else on stderr.
+Start at convert. Tensors are renamed, those of queries, keys and values stacked, and written one at
+a time, so that the memory needed is that of the largest tensor. An earlier model.pth is replaced
+when the new one is complete. The path is printed on stdout, all else on stderr.
 """
 
 import argparse
@@ -16,18 +16,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import (
-    DTYPES,
-    Checkpoint,
-    check_writable,
-    final_dtype,
-    log_replaced,
-    save_checkpoint,
-    stored_tensors,
-)
+from checkpoint import DTYPES, Checkpoint
 from cli.command import exit_code
 from host.memory import size_text
 from load import meta_model
+from weights.allocation import final_dtype, stored_tensors
+from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint
 from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
@@ -36,7 +30,7 @@ def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
     model = meta_model(source.args, source.scheme)
     source.check(model)
-    check_writable(target)
+    check_checkpoint_writable(target)
     log_replaced(target)
     tensors = {
         name: torch.empty(

@@ -6,8 +6,8 @@ each large tensor and all of the small ones. Both forms of the release are read:
   flat vector, cut into as many equal pieces as the part has shards, the last ones padded.
   shard_metadata in each file says which tensors the vector holds.
 - reshard-model_part-{0..7}.pt, as metaseq's reshard_fsdp writes them: the tensors themselves.
-Only headers are read until all is found to fit. Then each tensor is put together from its byte
-ranges and written: the memory needed is that of the two largest tensors.
+Only headers are read until all checks have passed. Then each tensor is assembled from its byte
+ranges and written; the memory needed is that of the two largest tensors.
 
 Based on metaseq (projects/OPT/download_opt175b.md, metaseq/scripts/reshard_*.py) and on fairscale's
 FullyShardedDataParallel, which pads and describes the flat vectors.
@@ -32,41 +32,43 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, save_checkpoint, stored_tensors
+from checkpoint import DTYPES
 from cli.arguments import positive
 from cli.command import exit_code
 from host.log import log
 from host.memory import size_text
 from load import meta_model
 from model import LearnedPositions
+from weights.allocation import stored_tensors
 from weights.formats import Part, pickle_part, read_part
 from weights.hf import model_args, split_name
+from weights.saving import save_checkpoint
 from weights.weight_files import PREPARED
 
 FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")
 AGAIN = "download it again, and compare its md5sum with metaseq's opt175b_md5sum_shards.csv"
-WHOLE = None  # instead of a dimension: every model_part holds all of the tensor
+REPLICATED = None  # in the place of a dimension: every model_part holds the whole tensor
 # Our module: metaseq's, and the dimensions along which model_parts cut its weight and its bias.
 MODULES = {
-    "tok_embeddings": ("decoder.embed_tokens", 0, WHOLE),
-    "positions": ("decoder.embed_positions", WHOLE, WHOLE),
+    "tok_embeddings": ("decoder.embed_tokens", 0, REPLICATED),
+    "positions": ("decoder.embed_positions", REPLICATED, REPLICATED),
     "layers.N.attention.wqkv": ("decoder.layers.N.self_attn.qkv_proj", 0, 0),
-    "layers.N.attention.wo": ("decoder.layers.N.self_attn.out_proj", 1, WHOLE),
+    "layers.N.attention.wo": ("decoder.layers.N.self_attn.out_proj", 1, REPLICATED),
     "layers.N.feed_forward.w1": ("decoder.layers.N.fc1", 0, 0),
-    "layers.N.feed_forward.w2": ("decoder.layers.N.fc2", 1, WHOLE),
-    "layers.N.attention_norm": ("decoder.layers.N.self_attn_layer_norm", WHOLE, WHOLE),
-    "layers.N.ffn_norm": ("decoder.layers.N.final_layer_norm", WHOLE, WHOLE),
-    "norm": ("decoder.layer_norm", WHOLE, WHOLE),
+    "layers.N.feed_forward.w2": ("decoder.layers.N.fc2", 1, REPLICATED),
+    "layers.N.attention_norm": ("decoder.layers.N.self_attn_layer_norm", REPLICATED, REPLICATED),
+    "layers.N.ffn_norm": ("decoder.layers.N.final_layer_norm", REPLICATED, REPLICATED),
+    "norm": ("decoder.layer_norm", REPLICATED, REPLICATED),
 }
 TABLE, HEAD = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
-UNUSED = {HEAD, "decoder.version"}  # a head is the table again: check_same makes sure
+UNUSED = {HEAD, "decoder.version"}  # the head equals the table: check_same tests it
 
 Slices = dict[str, "Slice"]  # of one model_part, by metaseq's names
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What a model_part holds of a tensor: the byte ranges of its elements, in their order."""
+    """A model_part's slice of a tensor: the byte ranges of its elements, in order."""
 
     shape: tuple[int, ...]
     ranges: tuple[Part, ...]
@@ -89,8 +91,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a tensor of ours lies: slices, to be joined along a dimension."""
+class SlicedTensor:
+    """A tensor of our model: slices that are concatenated along a dimension."""
 
     slices: tuple[Slice, ...]
     dim: int
@@ -118,7 +120,7 @@ class Source:
 def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | None) -> Path:
     """Write target/model.pth and target/config.json. Raises ValueError, OSError."""
     files = find_files(folder)
-    firsts = [shards[0] for shards in files]  # what messages name of each model_part
+    firsts = [shards[0] for shards in files]  # each model_part's file in error messages
     with tqdm(total=sum(map(len, files)), unit="file", desc="headers", delay=1) as bar:
         parts = [index_part(shards, bar) for shards in files]
     check_alike(parts, firsts)
@@ -146,7 +148,7 @@ def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | 
 
 
 def read_all(
-    sources: dict[str, Source], tensors: dict[str, Tensor], bar: tqdm
+    sources: dict[str, SlicedTensor], tensors: dict[str, Tensor], bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
     for name, source in sources.items():
         yield name, source.read()
@@ -187,7 +189,7 @@ def find_files(folder: Path) -> list[list[Path]]:
 
 
 def index_part(files: list[Path], bar: tqdm) -> Slices:
-    """What the files of a model_part hold, and where."""
+    """Read the headers of a model_part's files; returns its slices."""
     headers = []
     for file in files:
         headers.append(read_header(file))
@@ -205,7 +207,7 @@ def index_part(files: list[Path], bar: tqdm) -> Slices:
 
 
 def index_flat(files: list[Path], headers: list[dict[str, Any]]) -> Slices:
-    """The same, where each file holds a piece of each flat vector."""
+    """Returns the slices of a model_part whose files each hold a piece of each flat vector."""
     slices = {}
     layouts = [flat_vectors(header.get("shard_metadata") or {}) for header in headers]
     for vector, (shapes, _) in layouts[0].items():
@@ -229,19 +231,19 @@ def index_flat(files: list[Path], headers: list[dict[str, Any]]) -> Slices:
 
 
 def flat_vectors(metadata: dict[str, Any]) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
-    """Flat vector -> the shapes of the tensors in it, in their order, and this file's padding."""
+    """Returns flat vector -> (shapes of its tensors by name, in order; padding in this file)."""
     vectors = {}
     for module in metadata.get("param_metadata", ()):
         path = module["fsdp_path"] and module["fsdp_path"] + "."
-        for name, said in module["params"].items():
-            names = [path + tensor for tensor in said["names"]]
-            shapes = dict(zip(names, map(tuple, said["shapes"]), strict=True))
-            vectors[path + name] = shapes, said["padding"]
+        for name, param in module["params"].items():
+            names = [path + tensor for tensor in param["names"]]
+            shapes = dict(zip(names, map(tuple, param["shapes"]), strict=True))
+            vectors[path + name] = shapes, param["padding"]
     return vectors
 
 
 def cut(parts: Iterable[Part], start: int, stop: int) -> tuple[Part, ...]:
-    """The byte ranges of elements start to stop of a vector that lies in parts."""
+    """Returns the byte ranges of the elements start to stop of a vector that is stored in parts."""
     ranges, begin = [], 0  # where the part begins in the vector
     for part in parts:
         low, high = max(start, begin), min(stop, begin + part.numel)
@@ -253,9 +255,9 @@ def cut(parts: Iterable[Part], start: int, stop: int) -> tuple[Part, ...]:
 
 
 class Opaque:
-    """Instead of any class that a file names: its code is not run, nor even looked for.
+    """Takes the place of every class in a pickle, so that no code of the file is run.
 
-    Beside the weights lie the settings of the training, whose classes need not be installed.
+    The files also hold training settings, whose classes need not be installed.
     """
 
     def __init__(self, *_: Any):
@@ -266,14 +268,14 @@ class Opaque:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """All that the file holds but the tensors' bytes: the tensors are on the meta device."""
+    """Load a file with its tensors on the meta device. Raises OSError and ValueError."""
     try:
         unknown = set(get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
         with safe_globals([argparse.Namespace, *((Opaque, name) for name in unknown)]):
             header = torch.load(file, map_location="meta", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # an unpickler fed garbage raises whatever it stumbles over
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"{file} cannot be read, it is truncated or corrupt: {AGAIN}") from error
     if not isinstance(header, dict) or not isinstance(header.get("model"), dict):
         raise ValueError(f"{file} has no 'model': it was not saved by metaseq")
@@ -289,7 +291,7 @@ def stored(file: Path, model: dict[str, Any], name: str) -> Part:
 
 
 def check_alike(parts: list[Slices], files: list[Path]) -> None:
-    """Raises ValueError naming a tensor of which model_parts hold slices of different shapes."""
+    """Raises ValueError if model_parts hold slices of different shapes of one tensor."""
     for slices, file in zip(parts, files, strict=True):
         for name in sorted(parts[0].keys() | slices.keys()):
             first, other = describe(parts[0].get(name)), describe(slices.get(name))
@@ -302,15 +304,15 @@ def describe(piece: Slice | None) -> str:
 
 
 def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str, Any]:
-    """Hugging Face's keys. Shapes say most of it; the settings in the file say the rest."""
-    said = settings(read_header(file))
+    """Returns a Hugging Face config, from the tensors' shapes and the settings in the file."""
+    stored_settings = settings(read_header(file))
     rows, dim = need(parts[0], TABLE, file).shape
     width = need(parts[0], "decoder.layers.0.self_attn.out_proj.weight", file).shape[1]
     if len(parts) != dim // width:
         raise FileNotFoundError(
             f"{file.parent} holds {len(parts)} of {dim // width} model_parts: download the others"
         )
-    heads = heads or said.get("decoder_attention_heads")
+    heads = heads or stored_settings.get("decoder_attention_heads")
     if not heads or dim % heads:
         raise ValueError(
             f"{file}: {dim} channels cannot be those of {heads or 'an unknown number of'} heads: "
@@ -323,11 +325,11 @@ def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str,
         "model_type": "opt",
         "vocab_size": rows * len(parts),  # with padding: 50272, as in the other OPTs
         "hidden_size": dim,
-        "num_hidden_layers": said.get("decoder_layers") or 1 + max(layers),
+        "num_hidden_layers": stored_settings.get("decoder_layers") or 1 + max(layers),
         "num_attention_heads": heads,
         "ffn_dim": need(parts[0], "decoder.layers.0.fc1.weight", file).shape[0] * len(parts),
         "max_position_embeddings": positions - LearnedPositions.OFFSET,
-        "activation_function": said.get("activation_fn") or "relu",
+        "activation_function": stored_settings.get("activation_fn") or "relu",
         "do_layer_norm_before": True,
         "tie_word_embeddings": True,
         "bos_token_id": 2,
@@ -337,7 +339,7 @@ def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str,
 
 
 def settings(header: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of the model's shape: in "cfg", or in "args" as fairseq's files did."""
+    """Returns the model's settings: those in "cfg", or in "args" as in fairseq's files."""
 
     def fields(value: Any) -> dict[str, Any]:
         value = vars(value) if isinstance(value, argparse.Namespace) else value
@@ -352,8 +354,10 @@ def need(slices: Slices, name: str, file: Path) -> Slice:
     return slices[name]
 
 
-def find_sources(parts: list[Slices], file: Path, config: dict[str, Any]) -> dict[str, Source]:
-    """Our tensor names -> where they lie. ValueError unless all is there and of the right shape."""
+def find_sources(
+    parts: list[Slices], file: Path, config: dict[str, Any]
+) -> dict[str, SlicedTensor]:
+    """Returns our tensors' slices. Raises ValueError if one is missing or of a wrong shape."""
     sources, left = {}, set(parts[0]) - UNUSED
     for ours, (tensor, _) in stored_tensors(meta_model(model_args(config), None)).items():
         name, dim = place(ours)
@@ -371,28 +375,28 @@ def find_sources(parts: list[Slices], file: Path, config: dict[str, Any]) -> dic
 
 
 def place(ours: str) -> tuple[str, int | None]:
-    """metaseq's name of a tensor of ours, and the dimension along which model_parts cut it."""
+    """Returns metaseq's name of our tensor, and the dimension in which model_parts split it."""
     module, layer, kind = split_name(ours)
     theirs, weight_dim, bias_dim = MODULES[module]
     return f"{theirs.replace('N', layer)}.{kind}", bias_dim if kind == "bias" else weight_dim
 
 
-def join(slices: list[Slice], name: str, dim: int | None) -> Source:
-    if dim is WHOLE:
-        return Source((slices[0],), 0)
+def join(slices: list[Slice], name: str, dim: int | None) -> SlicedTensor:
+    if dim is REPLICATED:
+        return SlicedTensor((slices[0],), 0)
     if ".qkv_proj." in name:
-        # In spite of its name, a slice is the keys' rows, the values', then the queries'.
+        # In spite of its name a slice holds the rows of keys, then values, then queries.
         rows = slices[0].shape[0] // 3
         slices = [s.rows(i * rows, (i + 1) * rows) for i in (2, 0, 1) for s in slices]
-    return Source(tuple(slices), dim)
+    return SlicedTensor(tuple(slices), dim)
 
 
 def check_same(parts: list[Slices], files: list[Path], ours: Iterable[str]) -> None:
-    """Raises ValueError where model_parts disagree on a whole tensor, or a head is not the table.
+    """Raises ValueError if model_parts differ in a replicated tensor, or a head from the table.
 
-    These are small, and read before the long work so that it does not end in this.
+    These tensors are small and are read before the long work starts.
     """
-    whole = [name for name, dim in map(place, ours) if dim is WHOLE]
+    whole = [name for name, dim in map(place, ours) if dim is REPLICATED]
     for slices, file in zip(parts, files, strict=True):
         if HEAD in slices and not same(slices[HEAD], slices[TABLE]):
             raise ValueError(f"{file}: {HEAD} is not {TABLE}, which an OPT-175B uses: {AGAIN}")
@@ -402,7 +406,7 @@ def check_same(parts: list[Slices], files: list[Path], ours: Iterable[str]) -> N
 
 
 def same(a: Slice, b: Slice) -> bool:
-    """Up to float16's rounding: metaseq's own scripts warn of a difference, and take one part's."""
+    """Compare up to float16's rounding. metaseq's scripts warn of a difference and go on."""
     return a.shape == b.shape and torch.allclose(a.read(), b.read(), rtol=1e-3, atol=1e-5)
 
 

@@ -1,9 +1,8 @@
-"""Download a model from a Hugging Face hub into a folder: only the files that running it needs.
+"""Download from a Hugging Face hub the files that running a model needs, into a folder.
 
-Start at main; the work is done by hub.py. Weights come as safetensors where the repository has
-them, else as .bin, never as both; a download that broke off goes on where it stopped when the
-command is run again. The folder is printed on stdout, all else on stderr. HF_ENDPOINT, HF_TOKEN and
-the other variables of huggingface_hub are honoured.
+Start at main, then weights/hub.py. Weights are safetensors if the repository has them, else .bin,
+never both. The same command resumes an interrupted download. The folder is printed on stdout, all
+else on stderr. HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub apply.
 """
 
 import argparse

@@ -3,11 +3,10 @@
     python scripts/train_demo.py --text stories.txt prose.txt --val held_out.txt \\
         --teacher tinystories-656k
 
-Start at main. Writes checkpoints/demo, demo-opt and demo-draft in Hugging Face layout, and a log
-of the training beside each. Documents in the texts are separated by a line <|endoftext|>; a
-teacher, another model's checkpoint, tells more of them. The models are toys a few megabytes long:
-they exist so that every command and test of this project has a really trained model to run on,
-not to be useful.
+Start at main. It writes checkpoints/demo, demo-opt and demo-draft in Hugging Face layout, and a
+training log beside each. Documents in the texts are separated by a line <|endoftext|>; a teacher,
+another model's checkpoint, generates more of them. The models are toys of a few megabytes, so that
+every command and test of this project has a trained model to run.
 """
 
 import argparse
@@ -72,7 +71,7 @@ DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
 
 class NoCache(KVCache):
-    """Training sees whole windows from position 0: attention needs no memory of earlier calls."""
+    """Stores nothing: training windows begin at position 0, and attention sees them whole."""
 
     def __init__(self):
         nn.Module.__init__(self)
@@ -81,8 +80,8 @@ class NoCache(KVCache):
         return k, v
 
 
-class Watched:
-    """A feed-forward layer's activation, and how large and how many its values were at last."""
+class MeasuredActivation:
+    """An activation that records, of its last values, the mean size and the share that is not 0."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]):
         self.activation, self.size, self.active = activation, torch.zeros(()), 0.0
@@ -112,8 +111,8 @@ def read_documents(paths: list[Path]) -> list[str]:
     return [d for d in documents if d]
 
 
-def told_documents(teacher: Path, characters: int, seed: int) -> list[str]:
-    """Stories that the teacher tells of itself, from BOS to EOS, of so many characters in all."""
+def sample_documents(teacher: Path, characters: int, seed: int) -> list[str]:
+    """Sample stories from the teacher, from BOS to EOS, until they have so many characters."""
     lm = load_model(teacher, device="cpu", dtype=torch.float32)
     config = GenerationConfig(max_new_tokens=400, temperature=0.8, top_k=0, seed=seed)
     start, rows = [[lm.tokenizer.bos_id]] * 256, range(256)
@@ -129,13 +128,13 @@ def told_documents(teacher: Path, characters: int, seed: int) -> list[str]:
 
 
 def token_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """Every document as <s> ... </s>, end to end: (N,)."""
+    """Returns the documents as <s> ... </s>, concatenated: (N,)."""
     encoded = tokenizer.encode_batch(documents)
     return torch.tensor([i for e in encoded for i in (BOS, *e.ids, EOS)])
 
 
 def loss(model: Transformer, windows: Tensor, device: str) -> Tensor:
-    """Mean cross-entropy in nats per token. windows: (B, CONTEXT + 1)."""
+    """Returns the mean cross-entropy in nats per token. windows: (B, CONTEXT + 1)."""
     tokens, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
     slots = torch.arange(CONTEXT, device=device)
     caches = [NoCache()] * model.args.n_layers
@@ -151,7 +150,7 @@ def evaluate(model: Transformer, stream: Tensor, device: str, windows: int = 128
 
 
 def baselines(train: Tensor, val: Tensor) -> dict[str, float]:
-    """Held-out nats per token of a uniform guess and of the training text's token frequencies."""
+    """Returns held-out nats per token of a uniform and of a unigram model."""
     counts = torch.bincount(train, minlength=VOCAB).float() + 1
     return {
         "uniform": math.log(VOCAB),
@@ -160,7 +159,7 @@ def baselines(train: Tensor, val: Tensor) -> dict[str, float]:
 
 
 def initialise(model: Transformer) -> None:
-    """Small normal weights; the two layers that write to the residual stream smaller still."""
+    """Draw normal weights, smaller ones in the two layers that write to the residual stream."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith(("wo.weight", "w2.weight"))
@@ -169,24 +168,38 @@ def initialise(model: Transformer) -> None:
             nn.init.zeros_(p)
 
 
-def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Transformer:
-    model = Transformer(model_args(CONFIGS[name])).to(args.device)
-    initialise(model)
+def make_optimizer(
+    model: Transformer, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Returns AdamW, which decays matrices only, and a cosine schedule with a short warm-up."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), fused=True,
+        lr=lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    warmup = 1 + args.steps // 50
+    warmup = 1 + steps // 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda n: min((n + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * n / args.steps))),
+        lambda n: min((n + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * n / steps))),
     )
-    watched = [Watched(layer.feed_forward.activation) for layer in model.layers]
-    if args.sparsity:
-        for layer, activation in zip(model.layers, watched, strict=True):
+    return optimizer, schedule
+
+
+def measure_activations(model: Transformer, replace: bool) -> list[MeasuredActivation]:
+    """Wrap the feed-forwards' activations. replace: let the model use the wrapped ones."""
+    measured = [MeasuredActivation(layer.feed_forward.activation) for layer in model.layers]
+    if replace:
+        for layer, activation in zip(model.layers, measured, strict=True):
             layer.feed_forward.activation = activation
+    return measured
+
+
+def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Transformer:
+    model = Transformer(model_args(CONFIGS[name])).to(args.device)
+    initialise(model)
+    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
+    measured = measure_activations(model, replace=bool(args.sparsity))
     generator = torch.Generator().manual_seed(args.seed)
     size, start = sum(p.numel() for p in model.parameters()), time.perf_counter()
     log(f"{name}: {size:,} parameters, {args.steps} steps of {args.batch} x {CONTEXT} tokens")
@@ -194,10 +207,12 @@ def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Tra
         offsets = torch.randint(len(train_stream) - CONTEXT, (args.batch,), generator=generator)
         batch = train_stream[offsets[:, None] + torch.arange(CONTEXT + 1)]  # (B, T + 1)
         value = loss(model, batch, args.device)
-        # Grows with the steps, as in ProSparse (arXiv 2402.13516): few neurons come to be active.
-        sizes = sum(activation.size for activation in watched) / len(watched)
+        sizes = sum(activation.size for activation in measured) / len(measured)
+        # The weight of the activations' size grows with the steps, as in ProSparse (arXiv
+        # 2402.13516), so that few neurons become active.
+        penalty = args.sparsity * min(1, 2 * step / args.steps)
         optimizer.zero_grad()
-        (value + args.sparsity * min(1, 2 * step / args.steps) * sizes).backward()
+        (value + penalty * sizes).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -205,7 +220,7 @@ def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Tra
             held_out, seconds = evaluate(model, val_stream, args.device, 16), time.perf_counter()
             log(f"step {step:5} loss {value:.3f} held out {held_out:.3f} {seconds - start:6.0f} s")
             if args.sparsity:
-                log("           active: " + " ".join(f"{w.active:.1%}" for w in watched))
+                log("           active: " + " ".join(f"{m.active:.1%}" for m in measured))
     log(f"{name}: held out {evaluate(model, val_stream, args.device):.4f} nats per token")
     return model
 
@@ -246,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     documents = read_documents(args.text)
     if args.teacher:
-        documents += told_documents(args.teacher, args.teacher_chars, args.seed)
+        documents += sample_documents(args.teacher, args.teacher_chars, args.seed)
     tokenizer = train_tokenizer(documents)
     train_stream = token_stream(tokenizer, documents)
     val_stream = token_stream(tokenizer, read_documents([args.val]))

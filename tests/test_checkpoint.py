@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import checkpoint as checkpoint_module
-from checkpoint import Checkpoint, find_weights, save_checkpoint
+from checkpoint import Checkpoint
 from host.memory import available_memory, check_memory, size_text
 from model import Transformer
 from quant.linear import make_scheme
 from weights.hf import export_tensors, model_args
+from weights.saving import save_checkpoint
+from weights.weight_files import find_weights
 
 CONFIG = {
     "model_type": "llama",
@@ -404,7 +405,7 @@ def test_a_full_disk_is_known_beforehand(tmp_path: Path):
 def test_too_little_memory_is_known_before_anything_is_allocated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(checkpoint_module, "available_memory", lambda device: 1000)
+    monkeypatch.setattr("host.memory.available_memory", lambda device: 1000)
     model, checkpoint = meta_model(CONFIG), Checkpoint(folder)
     nbytes = size_text(checkpoint.nbytes)
     with pytest.raises(

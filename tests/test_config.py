@@ -14,7 +14,7 @@ from load import config_dtype, random_model
 from model import DynamicRotaryPositions, RotaryPositions
 from quant.linear import meta_model
 from text.generation_config import GenerationConfig
-from weights.hf import MOST_LAYERS, model_args
+from weights.hf import MAX_LAYERS, model_args
 from weights.int4_layouts import foreign_scheme, quantization_config
 
 SIZES = {
@@ -141,7 +141,7 @@ def test_values_that_do_not_fit_together_are_refused(change: dict, named: tuple[
 
 
 def test_sizes_are_refused_before_anything_is_built():
-    largest = {"hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": MOST_LAYERS}
+    largest = {"hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": MAX_LAYERS}
     refused(LLAMA | largest, "'hidden_size' 16777216", "weights")
     refused(LLAMA | {"vocab_size": 2**28, "hidden_size": 2**20}, "'vocab_size' 268435456")
     long = {"max_position_embeddings": 2**31, "hidden_size": 2**20}

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from checkpoint import Checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_copy
 from weights.hf import export_tensors, model_args
+from weights.saving import save_checkpoint
 
 CONFIG = {
     "model_type": "llama",

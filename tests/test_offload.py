@@ -15,7 +15,7 @@ import pytest
 import torch
 from common import ROOT
 
-from checkpoint import Checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from host.torch_private import compiled_graphs
@@ -26,6 +26,7 @@ from quantize import quantize
 from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer
+from weights.saving import save_checkpoint
 
 DEMOS = ("demo", "demo-opt")
 SEED = 20261122

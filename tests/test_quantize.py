@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from common import ROOT
 from torch import Tensor, nn
 
-import checkpoint as checkpoint_module
 import quantize
 from calibration.texts import calibration_text
-from checkpoint import Checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from engine import complete
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import PackedLinear
 from generate import GenerationConfig
+from host.memory import size_text
 from kernels.cpu import build
 from load import load_model, random_model
 from model import Linear
@@ -35,6 +35,7 @@ from quant.linear import (
     scale_units,
     unpack_nibbles,
 )
+from weights.saving import save_checkpoint
 
 SEED = 11  # of every random tensor below; pytest prints it where a test fails, as a local
 SHAPES = ((64, 172), (100, 64), (17, 40), (48, 256))  # out, in: 172 = 4 * 43, no group divides it
@@ -270,7 +271,7 @@ def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture)
     said = capsys.readouterr().err
     assert "bits per weight" in said and "times as " in said
     file = Checkpoint(target)
-    assert checkpoint_module.size_text(file.nbytes) in said
+    assert size_text(file.nbytes) in said
     weights = math.prod(
         Checkpoint(demo / "model.safetensors").tensors["layers.0.attention.wo.weight"].shape
     )

@@ -16,14 +16,16 @@ from torch import Tensor
 
 import quantize
 import tp
-from checkpoint import Checkpoint, allocate, save_checkpoint, stored_tensors
+from checkpoint import Checkpoint
 from load import meta_model
 from model import Linear, ModelArgs
 from quant.linear import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from weights import formats
+from weights.allocation import allocate, stored_tensors
 from weights.hf import model_args
+from weights.saving import save_checkpoint
 
 WORKER = ROOT / "tests" / "ranks_worker.py"
 CPU = torch.device("cpu")

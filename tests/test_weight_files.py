@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import checkpoint as checkpoint_module
-from checkpoint import Checkpoint, check_writable, save_checkpoint
+from checkpoint import Checkpoint
 from load import meta_model
 from quant.linear import make_scheme
 from scripts import convert_hf_checkpoint
 from tests.test_checkpoint import CONFIG, TIED, assert_same, exported, loaded, weights
 from weights.hf import model_args
+from weights.saving import check_checkpoint_writable, save_checkpoint
 from weights.weight_files import find_weights, shards
 
 SEED = 25
@@ -68,7 +68,7 @@ def test_a_tied_head_that_differs_is_kept_as_transformers_keeps_it(
     row: int | None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(checkpoint_module, "COMPARED_BYTES", 1000)  # several pieces
+    monkeypatch.setattr("checkpoint.COMPARED_BYTES", 1000)  # several pieces
     table = THEIRS["model.embed_tokens.weight"]
     tied_folder(tmp_path, table.clone() if row is None else changed(table, row), TIED)
     checkpoint = Checkpoint(tmp_path)
@@ -499,7 +499,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
 def test_a_read_only_folder(folder: Path):
     folder.chmod(0o555)
     with pytest.raises(OSError, match="model.pth cannot be written .Permission denied"):
-        check_writable(folder / "model.pth")
+        check_checkpoint_writable(folder / "model.pth")
     folder.chmod(0o755)
 
 

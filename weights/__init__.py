@@ -1,0 +1,16 @@
+"""Checkpoints on disk: which files, which bytes of them, under which names, in which layout.
+
+The root's checkpoint.py is the entrance; load.py uses nothing else. From a path to tensors:
+
+weight_files.py finds the files: our model.pth, safetensors or .bin, single or in shards.
+formats.py reads their headers: name -> Part (file, offset, dtype, shape), and reads Parts.
+hf.py translates config.json to ModelArgs, and tensor names of Hugging Face to ours.
+int4_layouts.py converts the packed tensors of GPTQ and AWQ checkpoints.
+stored.py joins these: our tensor name -> StoredTensor, one or more Parts and a conversion.
+allocation.py allocates a meta-device model's tensors, which Checkpoint.load_into then fills.
+saving.py writes a model.pth, atomically.
+hub.py resolves the id of a Hugging Face repository to a folder, downloading what is missing.
+
+To add a model family, start at FAMILIES in hf.py.
+Sources: github.com/huggingface/safetensors; the configurations of transformers; AutoGPTQ, AutoAWQ.
+"""

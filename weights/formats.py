@@ -1,12 +1,12 @@
-"""A file of weights as named byte ranges, in both formats that checkpoints come in.
+"""The two file formats of checkpoints, safetensors and torch.save, as named byte ranges.
 
-Start at index_file: it reads a header only and says where each tensor lies, as a Part. read_part
-brings the bytes to where they will stay, and write_aligned makes a torch.save file whose tensors
-begin at multiples of 4096 bytes, so that mmap, O_DIRECT and reading a slice need no second copy.
+Start at index_file: it reads only the header and returns the offset, dtype and shape of each tensor
+as a Part. read_part then reads a tensor's bytes into its final memory. write_aligned writes a
+torch.save file whose tensors begin at multiples of 4096 bytes, as O_DIRECT needs.
 
 safetensors: 8 bytes of header length, a JSON header, the data (github.com/huggingface/safetensors).
-torch.save: a zip that stores a pickle and each tensor uncompressed; never unpickled beyond
-weights_only.
+torch.save: a zip that holds a pickle and the uncompressed bytes of each tensor. Pickles are loaded
+with weights_only, which cannot run code.
 """
 
 import math
@@ -25,12 +25,10 @@ from torch.utils.serialization import config as serialization
 from host.files import parse_json, short_text
 from host.torch_private import fake_tensors, offset_in_file
 
-ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
-STAGING_BYTES = (
-    16 * 2**20
-)  # bytes of the buffer that a tensor passes through to another dtype or device
-LARGEST_CALL = 2**30  # bytes; Linux moves less than 2**31 in one call
-DTYPES = {  # safetensors' names
+ALIGNMENT_BYTES = 4096  # a page, and the block of O_DIRECT
+STAGING_BYTES = 16 * 2**20  # the buffer between the file and another dtype or device
+MAX_CALL_BYTES = 2**30  # Linux transfers less than 2**31 bytes in one call
+DTYPES = {  # by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,22 +45,24 @@ DTYPES = {  # safetensors' names
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
-LARGEST_TENSOR = 2**48  # numbers, counting a dimension of zero as one
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_ELEMENTS = 2**48  # of a tensor, a dimension of zero counted as one
+# Keys under which training checkpoints hold the state dict.
 WRAPPERS = "state_dict", "model_state_dict", "model", "module"
 Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; tensors by name
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor as a file stores it: contiguous bytes, or held in memory where it has none."""
+    """A tensor as a file stores it: contiguous bytes at an offset."""
 
     name: str  # in the file
     file: Path
     offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    held: Tensor | None = None
+    # The values, in memory, where the file does not store them contiguously.
+    tensor: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -72,14 +72,15 @@ class Part:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def is_block(self, dtype: torch.dtype) -> bool:
-        """Whether it is of that dtype, and O_DIRECT can read it."""
-        return self.dtype == dtype and self.offset % ALIGNMENT == 0
+    def is_aligned(self, dtype: torch.dtype) -> bool:
+        """Returns whether O_DIRECT can read it, and it is stored in this dtype."""
+        return self.dtype == dtype and self.offset % ALIGNMENT_BYTES == 0
 
 
 def index_file(file: Path) -> Index:
-    """({"config": ..., "scheme": ...} of our own files, else {}; the tensors by name).
+    """Read a file's header. Returns the metadata and the tensors by name.
 
+    The metadata are {"config": ..., "scheme": ...} of our own files, and {} of all others.
     Raises ValueError for a file that is truncated, corrupt, unsafe or of an unknown dtype.
     """
     return index_safetensors(file) if file.suffix == ".safetensors" else index_pickle(file)
@@ -89,7 +90,7 @@ def index_safetensors(file: Path) -> Index:
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
-        if not 8 < start <= min(size, 8 + LARGEST_HEADER):
+        if not 8 < start <= min(size, 8 + MAX_HEADER_BYTES):
             raise ValueError(f"{file} is truncated or no safetensors file: download it again")
         text = f.read(start - 8)
     try:
@@ -111,27 +112,26 @@ def unusable_header(file: Path, reason: object) -> ValueError:
 
 
 def check_entry(name: str, entry: Any) -> None:
-    """ValueError for an entry of a header that does not describe a tensor."""
+    """Raises ValueError if an entry of a safetensors header does not describe a tensor."""
     described = isinstance(entry, dict)
     described = described and isinstance(entry.get("dtype"), str)
-    described = described and all(sizes(entry.get(key)) for key in ("shape", "data_offsets"))
+    described = described and all(are_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
     if not described or len(entry["data_offsets"]) != 2:
         raise ValueError(f"{short_text(name)} is {short_text(entry)}")
-    if math.prod(max(1, n) for n in entry["shape"]) > LARGEST_TENSOR:
+    if math.prod(max(1, n) for n in entry["shape"]) > MAX_ELEMENTS:
         raise ValueError(f"{short_text(name)} has the shape {short_text(entry['shape'])}")
 
 
-def sizes(value: Any) -> bool:
-    """Whether it is a list of whole numbers, none below zero; true and false are none."""
+def are_sizes(value: Any) -> bool:
+    """Returns whether the value is a list of integers >= 0; bool is not accepted."""
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
     if entry["dtype"] not in DTYPES:
         raise ValueError(
-            f"{file}: the dtype {short_text(entry['dtype'])} of {short_text(name)} is not supported; "
-            f"{', '.join(DTYPES)} "
-            "are: download the model in one of them"
+            f"{file}: the dtype {short_text(entry['dtype'])} of {short_text(name)} is not "
+            f"supported; {', '.join(DTYPES)} are: download the model in one of them"
         )
     begin, end = entry["data_offsets"]
     part = Part(name, file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
@@ -142,7 +142,7 @@ def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -
 
 
 def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> None:
-    """ValueError where tensors do not fill the file, one after the other, as the format asks."""
+    """Raises ValueError unless the tensors fill the file without gaps or overlaps."""
     end = start
     for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
         if part.offset != end:
@@ -156,12 +156,12 @@ def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> No
 
 
 def index_pickle(file: Path) -> Index:
-    """{"config", "scheme", "tensors"} as write_aligned makes it, or a bare state dict."""
+    """Index a torch.save file: one that write_aligned wrote, or a state dict."""
     metadata, tensors = split_content(file, load_pickle(file, map_location="meta"))
     parts = {name: pickle_part(name, file, tensor) for name, tensor in tensors.items()}
     if not metadata and any(".wqkv." in name for name in parts):
-        # gpt-fast's names are ours, but it rotates neighbouring channels where model.py rotates
-        # halves: its file would load, and generate nonsense.
+        # A file of gpt-fast has our names, but its rotary positions pair neighbouring channels
+        # and ours pair halves: it would load, and generate nonsense.
         raise ValueError(
             f"{file} is not of this project: make it from the Hugging Face files beside it, with "
             f"scripts/convert_hf_checkpoint.py --checkpoint_dir {file.parent}"
@@ -177,23 +177,23 @@ def index_pickle(file: Path) -> Index:
 
 
 def in_memory(part: Part, tensor: Tensor) -> Part:
-    """The part with its tensor, where the file has no bytes that are this tensor's in order."""
+    """Returns the part with its values, for a tensor that is not contiguous in the file."""
     if tensor.is_meta:
         raise ValueError(
             f"{part.file}: {short_text(part.name)} was saved without its values (on meta)"
         )
-    return replace(part, held=tensor.detach())
+    return replace(part, tensor=tensor.detach())
 
 
 def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says about itself, {} unless it is ours, and its tensors."""
+    """Split a file's content into the metadata, {} unless the file is ours, and the tensors."""
     metadata = {}
     if {"config", "scheme", "tensors"} <= content.keys():
         metadata = {key: value for key, value in content.items() if key != "tensors"}
         content = content["tensors"]
         if not isinstance(metadata["config"], dict) or not isinstance(content, dict):
             raise ValueError(f"{file}: 'config' and 'tensors' must be dicts: convert it again")
-    else:  # a training checkpoint holds the weights under such a key
+    else:
         wrapped = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
         if len(wrapped) > 1:
             raise ValueError(
@@ -210,27 +210,31 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
-    """Offset -1: not contiguous, or in a file from before torch 1.6, which is no zip."""
+    """Locate a tensor that was loaded onto meta.
+
+    Offset -1: it is not contiguous, or the file is of torch before 1.6 and not a zip.
+    """
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
             f"{file}: {short_text(name)} is no dense tensor: save its to_dense() or dequantize()"
         )
     storage = tensor.untyped_storage()
     start = offset_in_file(storage)
-    plain = start is not None and tensor.is_contiguous() and not tensor.is_neg()
-    offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
+    contiguous = start is not None and tensor.is_contiguous() and not tensor.is_neg()
+    offset = start + tensor.storage_offset() * tensor.itemsize if contiguous else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
-    if plain and offset + part.nbytes > min(file.stat().st_size, start + storage.nbytes()):
+    if contiguous and offset + part.nbytes > min(file.stat().st_size, start + storage.nbytes()):
         raise ValueError(f"{file}: {name} ends beyond what is stored of it: download it again")
     return part
 
 
 def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
+    """torch.load of a dict, without running code. Raises OSError, MemoryError and ValueError."""
     try:
         content = torch.load(file, weights_only=True, **options)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # an unpickler fed garbage raises whatever it stumbles over
+    except Exception as error:  # a damaged pickle can raise any exception
         unsafe = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
         if unsafe:
             raise ValueError(
@@ -248,24 +252,23 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
 
 
 def staging_buffer(device: torch.device) -> Tensor:
-    """What read_part passes bytes through on their way to another dtype or to the device.
+    """Returns the buffer that bytes pass through to another dtype or to the device.
 
-    One serves a whole load. A new one for each tensor would leave holes between the weights:
-    the peak was 1.7 times their size in one load out of six.
+    Use one for a whole load. A new one for each tensor fragments the heap between the weights: in
+    one load out of six the peak was 1.7 times their size.
     """
-    return torch.empty(
-        STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
-    )
+    pinned = device.type == "cuda"
+    return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
-    """Fill `out`, flat and of the part's length, on any device and of any dtype.
+    """Read a part into `out`, flat and of the part's length, on any device and of any dtype.
 
-    On the CPU and in the stored dtype the file is read into `out` itself.
-    Raises ValueError where the file ends too early.
+    On the CPU and in the stored dtype the file is read into `out` itself; otherwise through
+    `stage`. Raises ValueError where the file ends too early.
     """
-    if part.held is not None:
-        out.copy_(part.held.reshape(-1))
+    if part.tensor is not None:
+        out.copy_(part.tensor.reshape(-1))
         return
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     stage = out if in_place else stage.view(part.dtype)
@@ -274,44 +277,47 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
             piece = out[start : start + len(stage)]
             staged = stage[: len(piece)]
             moved = transfer(os.preadv, f, staged, part.offset + start * part.dtype.itemsize)
-            if moved < staged.nbytes:
-                raise ValueError(
-                    f"{part.file} ends within {part.name}: download or convert it again"
-                )
+            check_complete(part, moved, staged)
             if not in_place:
                 piece.copy_(staged)
 
 
+def check_complete(part: Part, moved: int, wanted: Tensor) -> None:
+    """Raises ValueError if fewer bytes were read than wanted."""
+    if moved < wanted.nbytes:
+        raise ValueError(f"{part.file} ends within {part.name}: download or convert it again")
+
+
 def rows_of(part: Part, rows: range) -> Part:
-    """The same tensor, of which only some rows are looked at."""
+    """Returns the part of a range of rows."""
     row_bytes = part.nbytes // part.shape[0]
     return replace(
         part,
         offset=part.offset + rows.start * row_bytes,
         shape=(len(rows), *part.shape[1:]),
-        held=None if part.held is None else part.held[rows.start : rows.stop],
+        tensor=None if part.tensor is None else part.tensor[rows.start : rows.stop],
     )
 
 
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
-    """Fill `out`, (rows, columns), with some columns of a matrix; see read_part. No more than that
-    is read."""
-    if part.held is not None:
-        out.copy_(part.held[:, columns.start : columns.stop])
+    """Read a range of a matrix's columns into `out`, (rows, len(columns)); see read_part.
+
+    Each row of them is a read of its own: no other bytes of the file are read.
+    """
+    if part.tensor is not None:
+        out.copy_(part.tensor[:, columns.start : columns.stop])
         return
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     staged = stage.view(part.dtype)
     count = len(out) if in_place else max(1, len(staged) // len(columns))
-    size, at = part.dtype.itemsize, part.offset + columns.start * part.dtype.itemsize
+    row_bytes = part.shape[1] * part.dtype.itemsize
+    first = part.offset + columns.start * part.dtype.itemsize
     with open(part.file, "rb", buffering=0) as f:
         for start in range(0, len(out), count):
             piece = out[start : start + count]
             rows = piece if in_place else staged[: piece.numel()].view_as(piece)
             for n, row in enumerate(rows, start):
-                if transfer(os.preadv, f, row, at + n * part.shape[1] * size) < row.nbytes:
-                    raise ValueError(
-                        f"{part.file} ends within {part.name}: download or convert it again"
-                    )
+                check_complete(part, transfer(os.preadv, f, row, first + n * row_bytes), row)
             if not in_place:
                 piece.copy_(rows)
 
@@ -322,10 +328,10 @@ def write_aligned(
     tensors: dict[str, Tensor],
     values: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """A torch.save file of {**metadata, "tensors": tensors}, each tensor's bytes taken from values.
+    """Write a torch.save file of {**metadata, "tensors": tensors}.
 
-    Only shapes and dtypes are taken from `tensors`. One value is in memory at a time.
-    Raises ValueError where the two do not match.
+    tensors: only shapes and dtypes are used. values: (name, tensor) in any order; one of them is
+    in memory at a time. Raises ValueError where values and tensors do not match.
     """
     write_skeleton(file, metadata, tensors)
     _, parts = index_pickle(file)
@@ -344,30 +350,30 @@ def write_aligned(
 
 
 def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """All that torch.save writes but the tensors' bytes: a hole is left for each.
+    """Write a torch.save file with a hole in the place of each tensor's bytes.
 
-    The zip's checksums are those of nothing; torch's reader does not look at them.
+    The zip's checksums are wrong then; torch.load does not check them.
     """
     with fake_tensors():
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
-    aligned = serialization.patch("save.storage_alignment", ALIGNMENT)
+    aligned = serialization.patch("save.storage_alignment", ALIGNMENT_BYTES)
     with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):
         try:
             torch.save({**metadata, "tensors": holes}, file)
-        except RuntimeError as error:  # what torch's zip writer makes of any failed call
+        except RuntimeError as error:  # torch's zip writer raises it for every OSError
             raise OSError(f"{file} cannot be written ({str(error).splitlines()[0]})") from error
 
 
 def transfer(call: Callable[..., int], file: BinaryIO, tensor: Tensor, offset: int) -> int:
-    """Read (os.preadv) or write (os.pwritev) the memory of a contiguous CPU tensor.
+    """Read (os.preadv) into or write (os.pwritev) from a contiguous CPU tensor.
 
-    Returns the bytes moved: fewer than the tensor's only where the file ends. Raises OSError naming
-    the file, which the system's own does not.
+    Returns the bytes transferred, fewer than the tensor's only where the file ends. Raises OSError
+    with the file's name, which the system's error lacks.
     """
     view, done = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
     while done < len(view):
         try:
-            moved = call(file.fileno(), [view[done : done + LARGEST_CALL]], offset + done)
+            moved = call(file.fileno(), [view[done : done + MAX_CALL_BYTES]], offset + done)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(file.name)) from error
         if moved == 0:

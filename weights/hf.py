@@ -1,9 +1,9 @@
 """Translates Hugging Face checkpoints: keys of config.json to ModelArgs, tensor names to ours.
 
 Start at model_args, then FAMILIES; Config checks each value that is read. tensor_name and
-export_tensors read the name tables at the end. Nothing here opens a file. Keys and defaults are
-those of transformers' configurations, in both schemas of the rotary settings (`rope_theta` with
-`rope_scaling`, and transformers 5's `rope_parameters`).
+export_tensors use the name tables at the end. Nothing here opens a file. Keys and defaults are
+those of transformers' configurations; rotary settings are read in both schemas, `rope_theta` with
+`rope_scaling`, and `rope_parameters` of transformers 5.
 """
 
 import re
@@ -18,19 +18,19 @@ from host.files import short_json
 from host.log import log
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
-# Far above any real model. What is larger is a mistake, and might take minutes to build.
-MOST_LAYERS = 2**10
-MOST_POSITIONS = 2**31
-MOST_WEIGHTS = 2**46
+# Far above any real model: a larger number is a mistake, and building it could take minutes.
+MAX_LAYERS = 2**10
+MAX_POSITIONS = 2**31
+MAX_PARAMETERS = 2**46
 REQUIRED: Any = object()
 
 
 class Config:
-    """The values of a config.json, or of an object in it; each is checked when it is read.
+    """The values of a config.json, or of an object in it, each checked when it is read.
 
     A missing key gets the default. null is an error, as in transformers, unless the caller passes
-    null=, the value to use for it. Raises ValueErrors of one line that name the key, its
-    value and what it must be.
+    null=, the value to use for it. Errors are ValueErrors of one line with the key, its value and
+    the expected values.
     """
 
     def __init__(self, values: Any, where: str = "config.json"):
@@ -41,7 +41,7 @@ class Config:
     def integer(
         self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
     ) -> Any:
-        """An integer from 1 to `most`. 256.0 is refused, as in transformers 5."""
+        """Returns an integer from 1 to `most`. 256.0 is an error, as in transformers 5."""
 
         def fits(value: Any) -> bool:
             return type(value) is int and 1 <= value <= most
@@ -49,7 +49,7 @@ class Config:
         return self._read(key, fits, f"an integer from 1 to {most}", default, null)
 
     def number(self, key: str, default: Any = REQUIRED, *, most: float = 1e15) -> float:
-        """A number above 0 and at most `most`."""
+        """Returns a number above 0 and at most `most`."""
 
         def fits(value: Any) -> bool:
             return type(value) in (int, float) and 0 < value <= most
@@ -57,7 +57,7 @@ class Config:
         return float(self._read(key, fits, f"a number above 0 and at most {most:g}", default))
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """Returns true or false."""
         return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
 
     def choice(
@@ -68,7 +68,7 @@ class Config:
         *,
         null: Any = REQUIRED,
     ) -> str:
-        """One of the names that are known."""
+        """Returns one of the known names."""
 
         def fits(value: Any) -> bool:
             return isinstance(value, str) and value in known
@@ -77,7 +77,7 @@ class Config:
         return self._read(key, fits, expected, default, null)
 
     def section(self, key: str) -> "Config":
-        """An object within this one, empty where it is absent or null."""
+        """Returns an object within this one, empty if it is absent or null."""
         values = self._read(key, lambda v: isinstance(v, dict), "an object with keys", {}, {})
         return Config(values, f"{self.where}, {key}")
 
@@ -102,10 +102,10 @@ class Config:
 
 
 def model_args(config: Any) -> ModelArgs:
-    """The ModelArgs of the model that a Hugging Face config describes.
+    """Returns the ModelArgs of a Hugging Face config.
 
-    Raises ValueError naming a key that is missing, a value that has the wrong type, is out of
-    range or not supported, and sizes that do not fit together or that no computer can hold.
+    Raises ValueError for a key that is missing, for a value of the wrong type, out of range or not
+    supported, and for sizes that contradict each other or exceed any computer's memory.
     """
     config = Config(config)
     args = FAMILIES[config.choice("model_type", FAMILIES)](config)
@@ -115,19 +115,19 @@ def model_args(config: Any) -> ModelArgs:
 
 def llama_args(config: Config) -> ModelArgs:
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    context = config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS)
+    context = config.integer("max_position_embeddings", 2048, most=MAX_POSITIONS)
     theta, scaling = rope_settings(config, context)
     dynamic = scaling is not None and scaling.kind == "dynamic"
     biased = config.flag("attention_bias", False)
     return ModelArgs(
         dim=dim,
-        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
+        n_layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=config.integer("num_key_value_heads", n_heads, null=n_heads),
         head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
         hidden_dim=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size", most=2**28),
-        # As vLLM has it; transformers goes on without end.
+        # The limit is vLLM's; transformers has none.
         context=int(context * max(1.0, scaling.factor)) if dynamic else context,
         embed_dim=dim,
         norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
@@ -143,10 +143,10 @@ def llama_args(config: Config) -> ModelArgs:
 
 
 def mistral_args(config: Config) -> ModelArgs:
-    """Llama's, cut to the window: up to its end, windowed and full attention are the same."""
+    """Llama, its context cut to the sliding window: within it windowed attention is full."""
     defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
     args = llama_args(Config(defaults | config.values))
-    window = config.integer("sliding_window", 4096, null=args.context, most=MOST_POSITIONS)
+    window = config.integer("sliding_window", 4096, null=args.context, most=MAX_POSITIONS)
     return replace(args, context=min(args.context, window))
 
 
@@ -157,13 +157,13 @@ def opt_args(config: Config) -> ModelArgs:
     biased = config.flag("enable_bias", True)
     return ModelArgs(
         dim=dim,
-        n_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
+        n_layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=equal_share(dim, n_heads),
         hidden_dim=config.integer("ffn_dim"),
         vocab_size=config.integer("vocab_size", most=2**28),
-        context=config.integer("max_position_embeddings", 2048, most=MOST_POSITIONS),
+        context=config.integer("max_position_embeddings", 2048, most=MAX_POSITIONS),
         embed_dim=config.integer("word_embed_proj_dim", dim, null=dim),
         norm="layer",
         norm_affine=config.flag("layer_norm_elementwise_affine", True),
@@ -183,7 +183,7 @@ FAMILIES = {"llama": llama_args, "mistral": mistral_args, "opt": opt_args}
 
 
 def equal_share(dim: int, n_heads: int) -> int:
-    """Channels of a head where the config does not say it."""
+    """Returns the channels of a head for a config without head_dim."""
     if dim % n_heads:
         raise ValueError(
             f"config.json: 'hidden_size' is {dim} and must be a multiple of 'num_attention_heads', "
@@ -193,10 +193,10 @@ def equal_share(dim: int, n_heads: int) -> int:
 
 
 def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies, from either schema.
+    """Returns the base and the scaling of the rotary frequencies, from either schema.
 
-    Where a config has both, the older `rope_scaling` is read, as transformers does. context: what
-    the model was trained on.
+    If a config has both, `rope_scaling`, the older one, is used, as in transformers. context: the
+    positions that the model was trained on.
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     rope = old if old.values else new
@@ -217,12 +217,12 @@ def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
             f"'high_freq_factor', {high:g}"
         )
     key = "original_max_position_embeddings"
-    context = rope.integer(key, scaling.original_context, most=MOST_POSITIONS)
+    context = rope.integer(key, scaling.original_context, most=MAX_POSITIONS)
     return replace(scaling, low_freq_factor=low, high_freq_factor=high, original_context=context)
 
 
 def check_sizes(args: ModelArgs) -> None:
-    """ValueError for sizes that do not fit together or that no computer can hold."""
+    """Raises ValueError for sizes that contradict each other or exceed any computer's memory."""
     rotary, least = args.positions != "learned", 4 if args.positions == "dynamic" else 2
     layer = args.dim * (2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim)
     tables = (2 * args.vocab_size + (0 if rotary else args.context)) * max(args.dim, args.embed_dim)
@@ -232,8 +232,8 @@ def check_sizes(args: ModelArgs) -> None:
         f"'head_dim' is {args.head_dim} and must be even and at least {least}, as channels are "
         "rotated in pairs": rotary and (args.head_dim % 2 or args.head_dim < least),
         f"a model of 'hidden_size' {args.dim}, {args.n_layers} layers and 'vocab_size' "
-        f"{args.vocab_size} has more than {MOST_WEIGHTS:.0e} weights": (
-            args.n_layers * layer + tables > MOST_WEIGHTS
+        f"{args.vocab_size} has more than {MAX_PARAMETERS:.0e} weights": (
+            args.n_layers * layer + tables > MAX_PARAMETERS
         ),
     }
     for fault, found in faults.items():
@@ -242,10 +242,11 @@ def check_sizes(args: ModelArgs) -> None:
 
 
 def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> ModelArgs:
-    """The same without the biases that no layer has in the file, and a line about them.
+    """Returns args without the biases that no layer has in the file, and logs them.
 
-    They count as zeros, as they do to transformers: descendants of Llama that have biases of q, k
-    and v alone say "attention_bias". A bias that some layers have is missed in the others.
+    As in transformers they are zero then: relatives of Llama with biases of q, k and v but not of
+    the output also declare attention_bias. If only some layers lack a bias, it stays declared, and
+    Checkpoint.check raises.
     """
     found = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
     absent = {
@@ -259,10 +260,10 @@ def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> M
 
 
 def tensor_name(name: str) -> tuple[str, int] | None:
-    """Hugging Face's tensor name -> ours, and which part of ours it is, counted along rows.
+    """Translate Hugging Face's tensor name to ours and the index of its part, counted along rows.
 
-    None for what is no weight; a name that no table knows is returned as it is. Channels need no
-    permutation: model.py rotates halves, as transformers does.
+    Returns None for a tensor that is not a weight, and an unknown name unchanged. Channels are not
+    permuted: model.py rotates halves, as transformers does.
     """
     if NO_WEIGHT.search(name):
         return None
@@ -274,7 +275,7 @@ def tensor_name(name: str) -> tuple[str, int] | None:
 
 
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The way back: our tensors under Hugging Face's names, without a head that is tied."""
+    """Rename our tensors to Hugging Face's names and split stacked ones; drops a tied head."""
     args = model_args(config)
     widths = {
         "wqkv": [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
@@ -299,19 +300,19 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """'layers.3.fc1.bias' -> ('layers.N.fc1', '3', 'bias'); no layer: ''."""
+    """'layers.3.fc1.bias' -> ('layers.N.fc1', '3', 'bias'). The layer is '' outside layers."""
     module, _, kind = name.rpartition(".")
     layer = LAYER.search(module)
     return LAYER.sub(".N.", module), layer[1] if layer else "", kind
 
 
-# What of ModelArgs says that modules of a layer have biases.
+# Field of ModelArgs -> the modules of a layer that have biases if it is true.
 BIASES = {"attention_bias": "attention.wqkv", "wo_bias": "attention.wo", "mlp_bias": "feed_forward"}
-# torch.compile and DataParallel put theirs in front of all names.
+# The prefixes of torch.compile and DataParallel, then of transformers.
 PREFIX = re.compile(r"^(_orig_mod\.|module\.)*(model\.)?(decoder\.)?")
 NO_WEIGHT = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|decoder\.version)$")
 LAYER = re.compile(r"\.(\d+)\.")
-# Their module: our module, and which part of it. N stands for the layer.
+# Hugging Face's module -> (our module, index of the part in it). N stands for the layer.
 ATTENTION = {
     "layers.N.self_attn.q_proj": ("layers.N.attention.wqkv", 0),
     "layers.N.self_attn.k_proj": ("layers.N.attention.wqkv", 1),

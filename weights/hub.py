@@ -32,7 +32,7 @@ REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_NAME = re.compile(r".*\.(pth|pt|bin|safetensors|gguf|json|ckpt|npz|txt)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # In order of preference. Other copies of the weights (consolidated.*, *.fp16.*, original/, onnx,
-# gguf, flax, tf) match neither.
+# gguf, flax, tf) match neither pattern.
 WEIGHTS = (
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json",
@@ -51,13 +51,13 @@ def resolve(
     say: Callable[[str], Any] = log,
     check: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """The path of a model's files, given a path or the id of a Hugging Face repository.
+    """Returns the path of a model's files, given a path or the id of a Hugging Face repository.
 
-    revision: branch, tag or commit of a repository. say: takes the lines for the user. check: see
-    download. A path that exists always wins. A complete copy in the cache is used as it is, even
-    where the branch has moved on since: `hf download` brings the newest commit. Raises
-    FileNotFoundError and ValueError for what the user can put right, ConnectionError for the
-    network, each with one line.
+    revision: branch, tag or commit of the repository. say: called with each line for the user.
+    check: see download. An existing path is preferred to a repository. A complete copy in the
+    cache is used even if the branch has newer commits; `hf download` fetches these.
+    Raises FileNotFoundError and ValueError for mistakes that the user can correct, and
+    ConnectionError for the network, each with one line.
     """
     path = Path(model)
     if not str(model):
@@ -84,7 +84,7 @@ def resolve(
 
 
 def not_found(path: Path) -> str:
-    """What to say of a path that does not exist."""
+    """Returns the error message for a path that does not exist."""
     nearest = next(p for p in path.absolute().parents if p.is_dir())
     names = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
     return (
@@ -94,6 +94,7 @@ def not_found(path: Path) -> str:
 
 
 def refuse_offline(repo_id: str) -> None:
+    """Raises FileNotFoundError if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -113,7 +114,7 @@ def repository_folder(repo_id: str) -> Path:
 
 
 def cached(repo_id: str, revision: str | None) -> Path | None:
-    """The folder of a revision's files in the cache; None where not all of them are there."""
+    """Returns the folder of a revision in the cache; None if it is not complete."""
     folder = repository_folder(repo_id)
     ref = folder / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else str(revision)
@@ -122,9 +123,9 @@ def cached(repo_id: str, revision: str | None) -> Path | None:
 
 
 def is_complete(snapshot: Path) -> bool:
-    """Whether a folder holds a config, a tokenizer and all weights of one form.
+    """Returns whether a folder holds a config, a tokenizer and all weights in one format.
 
-    `download` fetches the weights last; where they are, all else is, too.
+    `download` fetches the weights last, so that other files need no check.
     """
     names = {p.name for p in snapshot.glob("*") if p.is_file()}
     weights = any(all_shards(names, pattern) for pattern in WEIGHTS)
@@ -132,7 +133,7 @@ def is_complete(snapshot: Path) -> bool:
 
 
 def all_shards(names: set[str], pattern: str) -> bool:
-    """Whether there is the whole file, or each of model-00001-of-00003 and so on."""
+    """Returns whether the names include the single weight file, or every shard."""
     found = {n for n in names if re.fullmatch(pattern, n) and not n.endswith(".index.json")}
     counts = {int(m[1]) if (m := re.search(r"-of-(\d+)\.", name)) else 1 for name in found}
     return any(len(found) >= count for count in counts)
@@ -149,11 +150,11 @@ def download(
     say: Callable[[str], Any] = log,
     check: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Bring the files that a model needs, and return their folder.
+    """Download the files that a model needs; returns their folder.
 
-    folder: None for the cache. check: called with the folder before the weights come, when all
-    else is there; it raises an error for a model that cannot be run. A download that broke off
-    goes on where it stopped. Raises as `resolve` does.
+    folder: None: the cache. check: called with the folder before the weights are downloaded, when
+    all other files are there; it raises an error for a model that cannot run. An interrupted
+    download is resumed. Raises as `resolve` does.
     """
     from huggingface_hub import HfApi
 
@@ -164,13 +165,13 @@ def download(
         files = [file for file in info.siblings if file.rfilename in names]
         transfer = Transfer(repo_id, info.sha, files, store, folder is None, token)
         transfer.show_sizes(say)
-        with alone(store, say):
+        with locked(store, say):
             return transfer.run(revision, check)
 
 
 @contextmanager
-def alone(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """One process at a time: those of torchrun ask for the same files at once."""
+def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
+    """Lock the folder: the processes of torchrun download the same files at the same time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +187,7 @@ def alone(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
 
 
 def needed_files(names: list[str], repo_id: str) -> list[str]:
-    """Those of a repository's files that a model needs; ValueError where it has no weights."""
+    """Select the files that a model needs. Raises ValueError if there are no weights."""
     for pattern in WEIGHTS:
         if weights := [name for name in names if re.fullmatch(pattern, name)]:
             return [name for name in names if re.fullmatch(SUPPORT, name)] + weights
@@ -196,34 +197,34 @@ def needed_files(names: list[str], repo_id: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Files of one commit on their way to a plain folder, or to a repository's in the cache."""
+    """The download of one commit's files to a plain folder, or to the repository's in the cache."""
 
     repo_id: str
-    commit: str  # not the branch: what was listed is what comes, even if someone pushes
+    commit: str  # not a branch, which may move between listing and downloading
     files: list["RepoSibling"]
     store: Path
     in_cache: bool
     token: str | None
 
-    def home(self, file: "RepoSibling") -> Path:
-        """Where a large file will lie."""
+    def final_path(self, file: "RepoSibling") -> Path:
+        """Returns the final path of a large file."""
         return self.store / (f"blobs/{file.lfs.sha256}" if self.in_cache else file.rfilename)
 
     def part(self, file: "RepoSibling") -> Path:
-        """Where it lies until it is whole."""
-        home = self.home(file)
-        return home.with_name(f"{home.name}.{file.lfs.sha256[:12]}.part")
+        """Returns the path of a large file while it is incomplete."""
+        path = self.final_path(file)
+        return path.with_name(f"{path.name}.{file.lfs.sha256[:12]}.part")
 
     def missing(self, file: "RepoSibling") -> int:
-        """How many of its bytes must still come."""
-        home = self.home(file) if file.lfs else self.store / file.rfilename
-        if home.exists():
+        """Returns the bytes of a file that are still to be downloaded."""
+        path = self.final_path(file) if file.lfs else self.store / file.rfilename
+        if path.exists():
             return 0
-        part = self.part(file) if file.lfs else home
+        part = self.part(file) if file.lfs else path
         return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
 
     def show_sizes(self, say: Callable[[str], Any]) -> None:
-        """List the files; ValueError where the disk is too small for those still to come."""
+        """List the files. Raises ValueError if the disk is too small for the missing bytes."""
         for file in self.files:
             say(f"{size_text(file.size or 0):>8}  {file.rfilename}")
         say(f"{size_text(sum(f.size or 0 for f in self.files)):>8}  in all, to {self.store}")
@@ -235,24 +236,24 @@ class Transfer:
             )
 
     def run(self, revision: str | None, check: Callable[[Path], Any] | None) -> Path:
-        """Bring the files, the small ones first, and return their folder."""
+        """Download the files, the small ones first; returns their folder."""
         names = [file.rfilename for file in self.files]
-        folder = self.take([name for name in names if re.fullmatch(SUPPORT, name)])
+        folder = self.download_missing([name for name in names if re.fullmatch(SUPPORT, name)])
         if check:
             check(folder)
         for file in self.files:
-            if file.lfs and not self.home(file).exists():
-                self.fetch(file)
-        # What is small of the weights, and the hub's own check of what is large in a plain folder.
-        self.take(names)
+            if file.lfs and not self.final_path(file).exists():
+                self.download_large(file)
+        # The small files of the weights, such as an index. The hub checks the large ones.
+        self.download_missing(names)
         if self.in_cache and revision != self.commit:
             ref = self.store / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             write_whole(ref, [self.commit])
         return folder
 
-    def take(self, names: list[str]) -> Path:
-        """Let huggingface_hub bring what is not there, and return the folder of all."""
+    def download_missing(self, names: list[str]) -> Path:
+        """Let huggingface_hub download the missing files; returns the folder of all."""
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
@@ -264,11 +265,11 @@ class Transfer:
         )
         return self.store if not self.in_cache else Path(folder)
 
-    def fetch(self, file: "RepoSibling") -> None:
-        """One large file, from where an earlier run broke off.
+    def download_large(self, file: "RepoSibling") -> None:
+        """Download one large file, or the rest of it after an interrupted run.
 
-        snapshot_download alone would begin it again: since huggingface_hub 2 it takes up a broken
-        transfer within one run only.
+        snapshot_download would start again: since huggingface_hub 2 it resumes a transfer only
+        within one run.
         """
         part = self.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +281,7 @@ class Transfer:
             if resumed and not has_hash(f, file.lfs.sha256):
                 f.truncate(0)
                 self.append(file, f)
-        part.replace(self.home(file))
+        part.replace(self.final_path(file))
 
     def append(self, file: "RepoSibling", f: BinaryIO) -> None:
         from huggingface_hub import hf_hub_url
@@ -312,7 +313,7 @@ def size_text(nbytes: int) -> str:
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
-    """What goes wrong within is raised as one line for the user."""
+    """Raise errors of the block again as errors with one line for the user."""
     from huggingface_hub import constants, errors
 
     try:
@@ -326,7 +327,7 @@ def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]
 
 
 def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -> Exception:
-    """A ValueError for what the user can put right, a ConnectionError for the network."""
+    """Returns a ValueError if the user can correct the mistake, else a ConnectionError."""
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT

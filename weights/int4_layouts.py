@@ -1,11 +1,11 @@
-"""Loads int4 checkpoints in GPTQ's and AWQ's layouts into Int4Linear.
+"""Converts the int4 layouts of GPTQ and AWQ checkpoints to the buffers of Int4Linear.
 
-Start at quantization_config, then foreign_scheme, which tells whether it can be read, and
-foreign_fields, what becomes of each tensor. In both layouts an int32 holds eight numbers of four
-bits, from the lowest bits up: in GPTQ's those of one output and eight inputs, in AWQ's those of
-one input and eight outputs, in an order of its own. Scales and zero points mean what they mean in
-quantized.py, but GPTQ's older format stores zero points less one. (AutoGPTQ 0.7.1,
-qlinear_cuda_old.py; AutoAWQ 0.2.9, gemm.py.)
+Start at quantization_config, then foreign_scheme, which checks that the layout can be read, and
+foreign_fields, which converts each tensor. In both layouts an int32 holds eight numbers of four
+bits, the first in the lowest bits: in GPTQ's, eight inputs of one output; in AWQ's, eight outputs
+of one input, in the order AWQ_ORDER. Scales and zero points are those of quant/linear.py, but the
+older format of GPTQ stores each zero point minus one.
+Source: AutoGPTQ 0.7.1, qlinear_cuda_old.py; AutoAWQ 0.2.9, gemm.py.
 
 Shapes: N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
@@ -22,9 +22,10 @@ from host.files import read_object, short_json
 from quant.linear import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the first, second, ... output lies
-# What a quantization_config has to say to be read, the first where it says nothing; None: it must.
-READ = {
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position in an int32 of the first, second, ... output
+# Readable values of each key of a quantization_config. The first is the default; None: the key is
+# required.
+READABLE = {
     "gptq": {
         "bits": (None, 4),
         "group_size": (None, *GROUP_SIZES),
@@ -41,9 +42,9 @@ READ = {
         "version": ("gemm", "GEMM"),
     },
 }
-# Files of before config.json had a quantization_config (AutoGPTQ until August 2023, AutoAWQ until
-# December): whose they are, and what we call their keys.
-FILES = {
+# Files that held the settings before config.json did (AutoGPTQ until August 2023, AutoAWQ until
+# December 2023): file -> (quant_method, its key -> the key of a quantization_config).
+SETTINGS_FILES = {
     "quantize_config.json": ("gptq", {}),
     "quant_config.json": ("awq", {"w_bit": "bits", "q_group_size": "group_size"}),
 }
@@ -53,10 +54,10 @@ REMEDY = "download the unquantised original and use quantize.py"
 def quantization_config(
     config: dict[str, Any], folder: Path, packed: bool
 ) -> dict[str, Any] | None:
-    """What a checkpoint says about how it is quantised, None: it is not.
+    """Returns a checkpoint's quantization_config, from config.json or an older file, or None.
 
-    packed: whether it has such tensors. Raises ValueError for what is no object, for mlx's kind,
-    and for packed tensors that no file explains.
+    packed: whether the checkpoint has qweight tensors. Raises ValueError if the value is not an
+    object, if mlx has quantised it, and if there are packed tensors and no file describes them.
     """
     for key in ("quantization_config", "quantization"):
         if not isinstance(config.get(key), dict | None):
@@ -71,24 +72,24 @@ def quantization_config(
         )
     if found or not packed:
         return found
-    for file, (method, keys) in FILES.items():
+    for file, (method, keys) in SETTINGS_FILES.items():
         if (folder / file).is_file():
             found = {keys.get(k, k): value for k, value in read_object(folder / file).items()}
             return {"quant_method": method} | found
     raise ValueError(
         "its qweight tensors are GPTQ's or AWQ's, and config.json has no quantization_config, nor "
-        f"is there a {' or '.join(FILES)}: download that file, too"
+        f"is there a {' or '.join(SETTINGS_FILES)}: download that file, too"
     )
 
 
 def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
-    """How a checkpoint's linears are quantised, of its quantization_config.
+    """Returns the scheme (see quant/linear.py) of a quantization_config.
 
-    Raises ValueError naming what about it cannot be read.
+    Raises ValueError listing the keys whose values cannot be read.
     """
     method = found.get("quant_method", "unknown")
-    readable = isinstance(method, str) and method in READ
-    wanted = READ[method] if readable else {}
+    readable = isinstance(method, str) and method in READABLE
+    wanted = READABLE[method] if readable else {}
     values = {key: found.get(key, known[0]) for key, known in wanted.items()}
     faults = [
         f"{key} {short_json(values[key])}"
@@ -112,12 +113,12 @@ def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, and of one type: True is no 1, and 64.0 no 64."""
+    """Returns whether the values are equal and of the same type: True is not 1, 64.0 is not 64."""
     return type(a) is type(b) and a == b
 
 
 def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]]:
-    """The suffix of a GPTQ or AWQ tensor -> Int4Linear's buffer, and the function that converts."""
+    """Returns tensor suffix -> (buffer of Int4Linear, the function that converts the tensor)."""
     kind, symmetric = mode.removesuffix("_sym"), mode.endswith("_sym")
     of_gptq, less_one = kind != "awq", kind == "gptq"
 
@@ -129,11 +130,11 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
     def zeros(words: Tensor) -> Tensor:  # (P, N/8) -> (N, ceil(P/2))
         check_matrix(words, words.dtype == torch.int32, "int32")
         z = nibbles(words) if of_gptq else in_order(nibbles(words))  # (P, N)
-        if words.is_meta:  # asked for its shape alone
+        if words.is_meta:  # only the shape is needed
             return pack_nibbles(z.t())
         if symmetric and ((z == 7).all() or (z == 8).all()):
-            # A symmetric file's zero points are 8, stored as 7 (gptq) or 8 (gptq_v2). The label may
-            # be wrong: GPTQModel 5.0 stores 8 and calls it "gptq".
+            # Zero points of a symmetric file are 8, stored as 7 ("gptq") or 8 ("gptq_v2"). The
+            # name of the format may be wrong: GPTQModel 5.0 stores 8 and writes "gptq".
             return pack_nibbles(torch.full_like(z, 8).t())
         if less_one and (z == 15).any():
             raise ValueError(f"has zero points of 16, which do not fit into four bits: {REMEDY}")
@@ -147,16 +148,17 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
 
 
 def check_matrix(tensor: Tensor, fits: bool, wanted: str) -> None:
+    """Raises ValueError unless the tensor is a matrix and its dtype `fits`."""
     if tensor.dim() != 2 or not fits:
         found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
         raise ValueError(f"is {found} and should be a matrix, {wanted}: {REMEDY}")
 
 
 def nibbles(words: Tensor) -> Tensor:
-    """(..., n) int32 -> (..., 8n) uint8, from the lowest bits up."""
+    """Unpack (..., n) int32 to (..., 8n) uint8, the lowest bits first."""
     return unpack_nibbles(words.contiguous().view(torch.uint8))
 
 
 def in_order(q: Tensor) -> Tensor:
-    """AWQ's outputs, (..., 8n), as they come."""
+    """Put AWQ's outputs, (..., 8n), into ascending order."""
     return q.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)

@@ -1,8 +1,8 @@
-"""Which files hold the weights of a path; if there are none, an error says what lies there instead.
+"""Finds the files that hold the weights of a path, or says what is there instead.
 
-Start at find_weights, then shards. Our `model.pth` comes first, then transformers' order, in which
-a whole file comes before an index. Two more are taken as vLLM and llama.cpp take them: numbered
-files without an index, and one safetensors file under any name. Nothing here imports torch.
+Start at find_weights, then shards. The order is our `model.pth`, then that of transformers, which
+prefers a single file to an index; then, as vLLM and llama.cpp do, numbered shards without an index,
+and a single safetensors file of any name. Nothing here imports torch.
 """
 
 import re
@@ -21,13 +21,13 @@ HUGGING_FACE = (
     "pytorch_model.bin.index.json",
 )
 SHARD = r"-\d{5}-of-(\d{5})"
-# A file in the folder of its index, by a name that every system takes.
+# A shard's name in an index: no path, and characters that every file system allows.
 SHARD_NAME = re.compile(r"[\w .+-]{1,100}\.(safetensors|bin|pth|pt)")
 NUMBERED = re.compile(rf"(.+){SHARD}(\.safetensors)|(pytorch_model){SHARD}(\.bin)")
 FILES = "download the *.safetensors files of its Hugging Face repository"
 ORIGINAL = "download the Hugging Face repository of the unquantised model and use quantize.py"
 AGAIN = "download it again"
-# Names of what cannot be read here, what it is, and what to do; the first that matches counts.
+# Files that cannot be read: name pattern, what it is, what to do. The first match counts.
 KINDS = (
     ("*.gguf", "a GGUF file of llama.cpp", ORIGINAL),
     ("consolidated*", "in its authors' own layout, without Hugging Face's names", FILES),
@@ -43,7 +43,7 @@ KINDS = (
     ("tokenizer*", "part of a tokenizer, not of the weights", FILES),
     ("*.json", "no file of weights", "give the folder that it lies in"),
 )
-# The same for how files begin, whatever they are called.
+# The same by the first bytes of a file.
 BEGINNINGS = (
     (b"GGUF", *KINDS[0][1:]),
     (
@@ -58,17 +58,20 @@ BEGINNINGS = (
 
 
 def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:
-    """The file itself, the first of `names` in a directory, or the weights that lie there under
-    another name. FileNotFoundError and ValueError say what is there instead."""
+    """Returns the path if it is a file, else the weights in that directory.
+
+    names: the file names to look for, in order, before other names (find_unnamed). Raises
+    FileNotFoundError and ValueError, which say what is there instead.
+    """
     path = Path(path)
     if path.is_file():
         return path
     for name in names:
         if (path / name).is_file():
             return path / name
-    if path.is_dir() and (found := other_names(path)):
+    if path.is_dir() and (found := find_unnamed(path)):
         return found
-    if path.is_dir() and (other := other_kind(path)):
+    if path.is_dir() and (other := describe_unreadable(path)):
         raise FileNotFoundError(f"{path} holds no weights that can be read here: {other}")
     nearest = next(p for p in (path, *path.absolute().parents) if p.is_dir())
     entries = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
@@ -80,11 +83,11 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
     )
 
 
-def other_names(folder: Path) -> Path | None:
-    """Weights without an index or a standard name: the first file of a numbered set, or a folder's
-    only safetensors file.
+def find_unnamed(folder: Path) -> Path | None:
+    """Find weights without an index or a standard name.
 
-    Raises ValueError where several sets of weights lie there.
+    Returns the first of numbered shards, or the folder's only safetensors file. Raises ValueError
+    if the folder holds several models.
     """
     for suffix in (".safetensors", ".bin"):
         groups: dict[Any, Path] = {}
@@ -102,22 +105,23 @@ def other_names(folder: Path) -> Path | None:
     return None
 
 
-def other_kind(folder: Path) -> str | None:
-    """What a folder holds that is known and cannot be read here, in words."""
+def describe_unreadable(folder: Path) -> str | None:
+    """Returns a sentence about the first file in a folder whose kind cannot be read, or None."""
     names = sorted(file.name for file in folder.iterdir())
-    for pattern, what, remedy in KINDS[:-1]:  # a config.json alone says nothing
+    for pattern, what, remedy in KINDS[:-1]:  # without *.json: every model has a config.json
         if found := next((name for name in names if fnmatch(name, pattern)), None):
             return f"{found} is {what}; {remedy}"
     return None
 
 
 def kind_by_name(name: str) -> tuple[str, str] | None:
+    """Returns what an unreadable file is and what to do, by its name; None: it may be weights."""
     kinds = ((what, remedy) for pattern, what, remedy in KINDS if fnmatch(name, pattern))
     return None if name.endswith(".index.json") else next(kinds, None)
 
 
-def refuse_other_kinds(file: Path) -> None:
-    """ValueError for a file that is known to hold something else than weights we can read."""
+def check_readable(file: Path) -> None:
+    """Raises ValueError for a kind of file that cannot be read, by its first bytes or its name."""
     with file.open("rb") as opened:
         beginning = opened.read(64).lstrip().lower()
     kinds = (rest for magic, *rest in BEGINNINGS if beginning.startswith(magic.lower()))
@@ -127,11 +131,12 @@ def refuse_other_kinds(file: Path) -> None:
 
 
 def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold the tensors, and what an index says about which file holds which.
+    """List the files of a checkpoint, given its index, a numbered shard or its only file.
 
-    They are those that an index names, all of a numbered set, or else the file itself.
+    Returns the files, and the weight_map of the index (tensor name -> file name; {} without one).
+    Raises FileNotFoundError where shards are missing.
     """
-    refuse_other_kinds(path)
+    check_readable(path)
     owners: dict[str, str] = {}
     names = [path.name]
     if path.name.endswith(".index.json"):
@@ -148,27 +153,27 @@ def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
             "run scripts/download.py again, it fetches what is missing"
         )
     for file in files:
-        refuse_other_kinds(file)
+        check_readable(file)
     return files, owners
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of an index whose files all lie in its folder."""
+    """Read the weight_map of an index. Raises ValueError if a file name in it is a path."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{index} has no weight_map: {AGAIN}")
     for tensor, file in found.items():
-        # An index comes with a download: it must not name files elsewhere on this machine.
+        # An index is downloaded: it must not make this program read files elsewhere.
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise ValueError(
-                f"{index}: weight_map puts {short_text(tensor)} into {short_text(file)}, which is no name of "
-                f"a weight file beside it: {AGAIN}"
+                f"{index}: weight_map puts {short_text(tensor)} into {short_text(file)}, which is "
+                f"no name of a weight file beside it: {AGAIN}"
             )
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that comes with the weights."""
+    """Read the object of a JSON file that is part of a checkpoint."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it belongs beside the weights")
     try:
