@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import quantize
 from decoding import LoadedModel
-from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY, DraftLengthController
+from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY_CYCLES, DraftLengthController
 from engine import complete, generate
 from generate import GenerationConfig
 from kernels.cpu.build import unsupported_reason
@@ -499,13 +499,13 @@ def test_it_notices_when_guesses_begin_to_hold():
 
 
 def test_a_given_number_is_kept_but_for_plain_steps_to_compare_with():
-    controller, chosen = DraftLengthController(5).of(1), Counter()
+    controller, chosen = DraftLengthController(5).for_batch(1), Counter()
     for _ in range(1000):
         k = controller.choose(MAX_DRAFT_TOKENS)
         chosen[k] += 1
         controller.update(k, [(k, 2)], 1.0 + k / 10)
     assert chosen.keys() == {0, 5}
-    assert chosen[0] <= 4 + 1000 // PLAIN_EVERY
+    assert chosen[0] <= 4 + 1000 // PLAIN_EVERY_CYCLES
     assert controller.stats.speed_up == pytest.approx(3 / 1.5, rel=0.05)
     said = " ".join(controller.stats.lines())
     assert "(40%)" in said and "100% 100% 0% 0% 0%" in said
