@@ -129,7 +129,7 @@ def test_a_row_has_a_random_stream_of_its_own():
     config = GenerationConfig(max_new_tokens=8, seed=5)
     device = torch.device("cpu")
     batch = Sampler(config, [3, 0, 7], device).keys
-    assert (batch[2] == Sampler(config, [7], device).keys[0]).all()
+    assert (batch[2] == Sampler(config, [7], device).noise_keys[0]).all()
     other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).keys
     assert len({tuple(row) for row in torch.cat((batch, other_seed)).tolist()}) == 6
 
@@ -149,7 +149,7 @@ def test_a_stream_of_fewer_numbers_is_the_beginning_of_a_longer_one():
     """So that no more need be drawn than the context can hold, whatever limit is asked for."""
     for seed in (0, 5, 2**64, 2**100):
         configs = (GenerationConfig(max_new_tokens=n, seed=seed) for n in (7, 200))
-        short, long = (Sampler(config, [3, 0], torch.device("cpu")).keys for config in configs)
+        short, long = (Sampler(config, [3, 0], torch.device("cpu")).noise_keys for config in configs)
         assert (long[:, :7] == short).all()
 
 
