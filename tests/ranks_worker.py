@@ -86,7 +86,7 @@ def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 class counted:
     """Counts the collectives that are called."""
 
-    NAMES = "all_reduce", "gather"
+    NAMES = "all_reduce", "all_gather"
 
     def __enter__(self) -> Counter:
         self._before = {name: getattr(tp, name) for name in self.NAMES}

@@ -128,9 +128,9 @@ def test_two_models_draw_alike_by_the_same_noise():
 def test_a_row_has_a_random_stream_of_its_own():
     config = GenerationConfig(max_new_tokens=8, seed=5)
     device = torch.device("cpu")
-    batch = Sampler(config, [3, 0, 7], device).keys
+    batch = Sampler(config, [3, 0, 7], device).noise_keys
     assert (batch[2] == Sampler(config, [7], device).noise_keys[0]).all()
-    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).keys
+    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).noise_keys
     assert len({tuple(row) for row in torch.cat((batch, other_seed)).tolist()}) == 6
 
 
@@ -149,7 +149,9 @@ def test_a_stream_of_fewer_numbers_is_the_beginning_of_a_longer_one():
     """So that no more need be drawn than the context can hold, whatever limit is asked for."""
     for seed in (0, 5, 2**64, 2**100):
         configs = (GenerationConfig(max_new_tokens=n, seed=seed) for n in (7, 200))
-        short, long = (Sampler(config, [3, 0], torch.device("cpu")).noise_keys for config in configs)
+        short, long = (
+            Sampler(config, [3, 0], torch.device("cpu")).noise_keys for config in configs
+        )
         assert (long[:, :7] == short).all()
 
 
@@ -165,8 +167,8 @@ def test_a_temperature_near_0_is_0(temperature: float, scale: float):
 @pytest.mark.parametrize("filters", [{"top_k": 0}, {"top_k": 5}, {"top_k": 0, "top_p": 0.9}])
 def test_large_logits_over_a_low_temperature_stay_finite(filters: dict):
     config = GenerationConfig(temperature=1.1e-5, **filters)
-    ids, probabilities, peaks = candidates(logits() * 1e35, config)
-    assert probabilities.isfinite().all() and (peaks == (logits() * 1e35).amax(-1)).all()
+    ids, probabilities, max_logits = candidates(logits() * 1e35, config)
+    assert probabilities.isfinite().all() and (max_logits == (logits() * 1e35).amax(-1)).all()
     assert (ids.gather(1, probabilities.argmax(1, keepdim=True))[:, 0] == logits().argmax(1)).all()
 
 

@@ -166,7 +166,7 @@ def test_two_all_reduces_a_layer_and_one_gather(found, checkpoints: dict[str, Pa
     for (name, compile), by_rank in found[1].items():
         layers = Checkpoint(checkpoints[name]).args.n_layers
         for said in by_rank if not compile else []:
-            assert said["calls"] == {"all_reduce": 2 * layers, "gather": 1}
+            assert said["calls"] == {"all_reduce": 2 * layers, "all_gather": 1}
 
 
 def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
