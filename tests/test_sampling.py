@@ -149,9 +149,7 @@ def test_a_stream_of_fewer_numbers_is_the_beginning_of_a_longer_one():
     """So that no more need be drawn than the context can hold, whatever limit is asked for."""
     for seed in (0, 5, 2**64, 2**100):
         configs = (GenerationConfig(max_new_tokens=n, seed=seed) for n in (7, 200))
-        short, long = (
-            Sampler(config, [3, 0], torch.device("cpu")).noise_keys for config in configs
-        )
+        short, long = (Sampler(c, [3, 0], torch.device("cpu")).noise_keys for c in configs)
         assert (long[:, :7] == short).all()
 
 
