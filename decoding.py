@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from draft_length import DraftLengthController
 from host.memory import check_memory
 from model import KVCache, Transformer, visible_length
 from sampling import Sampler
 from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from draft_length import DraftLengthController
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
@@ -38,7 +40,7 @@ MicroBatch = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the
 class Draft(Protocol):
     """Proposes draft tokens, which the model verifies: see speculate.py."""
 
-    controller: DraftLengthController
+    controller: "DraftLengthController"
     lm: "LoadedModel | None"  # the draft model; None for NgramDraft
 
     def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:

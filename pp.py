@@ -28,7 +28,7 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
-from quant.linear import skeleton
+from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, to_host
 
@@ -52,7 +52,7 @@ class PipelineParallel:
         return replace(args, n_layers=len(stage_layers(args, self.ranks)))
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        model = skeleton(self.shard_args(args, scheme), scheme)
+        model = meta_model(self.shard_args(args, scheme), scheme)
         if self.ranks.rank > 0:
             tied = self._is_last and model.output.weight is model.tok_embeddings.weight
             table = model.tok_embeddings.weight if tied else None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from text.generation_config import GenerationConfig
-from text.processors import Processors
+from text.processors import LogitsProcessors
 
 # SplitMix64's increment, and the shifts and factors of its mixing function.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -63,7 +63,7 @@ class Sampler:
         config: GenerationConfig,
         rows: Sequence[int],
         device: torch.device,
-        processors: Processors | None = None,
+        processors: LogitsProcessors | None = None,
     ):
         self.config, self.processors = config, processors
         # numpy, because torch's CPU generator takes only 32 bits of a seed. A row's keys do not

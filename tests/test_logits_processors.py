@@ -17,7 +17,7 @@ from decoding import LoadedModel
 from engine import complete, generate
 from load import load_model
 from text.generation_config import GenerationConfig
-from text.processors import Processors
+from text.processors import LogitsProcessors
 
 DRAFTS = ("ngram", "self-int4", DRAFT)
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -165,7 +165,7 @@ def test_functions_see_rows_of_one_length_together_and_without_padding(plain: Lo
 
 
 def test_nothing_is_made_where_nothing_changes(plain: LoadedModel, monkeypatch):
-    monkeypatch.setattr(Processors, "__init__", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(LogitsProcessors, "__init__", lambda *_: pytest.fail("made"))
     ids(plain, prompts(plain), dataclasses.replace(GREEDY, max_new_tokens=2))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sampling import NOT_FINITE, Sampler, candidates, draw, exponentials
-from text.generation_config import RULES, GenerationConfig
+from text.generation_config import VALIDATORS, GenerationConfig
 
 VOCAB = 97
 FILTERS = list(
@@ -207,7 +207,7 @@ def test_a_value_of_a_wrong_type_or_range_is_named(field: str, value: object):
 
 def test_every_field_is_checked_and_its_default_is_right():
     fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
-    assert RULES.keys() == fields.keys() == WRONG.keys()
+    assert VALIDATORS.keys() == fields.keys() == WRONG.keys()
     assert dataclasses.asdict(GenerationConfig()) == fields
 
 

@@ -23,6 +23,7 @@ from engine import complete, generate
 from generate import GenerationConfig
 from kernels.cpu.build import unsupported_reason
 from load import compile_now, load_model, random_model
+from model import RMSNorm
 from sampling import candidates
 from speculate import (
     NGRAM_LENGTHS,
@@ -144,7 +145,7 @@ def test_with_a_quantised_cache_too(kv_dtype: str, draft: str | Path):
     plain = load_model(DEMO, **options)
     lm = load_model(DEMO, **options, draft=draft, speculate_k=3)
     assert ids(lm, encoded(plain), GREEDY) == ids(plain, encoded(plain), GREEDY)
-    assert type(lm.model.new_cache((1, 1, 1, 32), torch.float32, lm.device)).__name__ != "KVCache"
+    assert type(lm.model.make_caches(1, 1)[0]).__name__ != "KVCache"
 
 
 @pytest.fixture(scope="module")
@@ -374,12 +375,12 @@ def test_a_conversation_prefills_a_drafts_cache_once(plain: LoadedModel):
     draft = ModelDraft(DraftLengthController(3), dataclasses.replace(plain, prefill=prefill))
     lm, held = dataclasses.replace(plain, draft=draft), []
     caches, config = lm.make_caches(1, 400), dataclasses.replace(GREEDY, max_new_tokens=20)
-    conversation = Conversation(lm.tokenizer, limit=400, room=20)
+    conversation = Conversation(lm.tokenizer, max_length=400, max_new_tokens=20)
     for text in ("Once upon a time", " Who was it?", " Why? Then"):
         given, past = conversation.ask(text)
         (answer,) = complete(lm, [given], config, caches=caches, past=past)
         assert answer.ids == ids(plain, [given], config)[0]
-        conversation.answered(given, answer.ids, answer.text)
+        conversation.add_answer(given, answer.ids, answer.text)
         held.append(len(given))
     assert seen[0] == held[0] and sum(seen) < held[-1] + 10
 
@@ -584,7 +585,7 @@ def test_a_copy_shares_what_is_not_quantised():
     assert copied.tok_embeddings.weight is lm.model.tok_embeddings.weight
     assert copied.norm.weight is lm.model.norm.weight
     assert copied.layers[0].attention.wo is not lm.model.layers[0].attention.wo
-    assert not any(getattr(m, "same_bits", True) is False for m in lm.model.modules())
+    assert not any(isinstance(m, RMSNorm) and not m.exact for m in lm.model.modules())
     assert lm.kv_bytes_per_token() == lm.model.kv_bytes_per_token()
     other = load_model(DEMO, device="cpu", draft=DRAFT)
     assert other.kv_bytes_per_token() > other.model.kv_bytes_per_token()
