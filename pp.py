@@ -71,7 +71,11 @@ class PipelineParallel:
         return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
+<<<<<<< HEAD
         return lambda name, dtype: checkpoint.direct(self._checkpoint_name(checkpoint, name), dtype)
+=======
+        return lambda name, dtype: checkpoint.location(self._stored_name(checkpoint, name), dtype)
+>>>>>>> main
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         embedding = model.tok_embeddings

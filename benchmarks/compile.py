@@ -24,8 +24,8 @@ from tqdm import tqdm
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, fresh_process, log, show, spread
 from engine import generate
-from generate import GenerationConfig
 from load import compile_now, random_model
+from text.generation_config import GenerationConfig
 
 STEPS = ("import", "load", "compile", "prefill", "decode")  # seconds, one after the other
 KINDS = ("eager", "cold", "warm")

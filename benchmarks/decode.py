@@ -29,12 +29,12 @@ from bench import Stats, provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from decoding import LoadedModel
 from engine import complete
-from generate import GenerationConfig
 from host.bandwidth import read_bandwidth
 from host.measurements import cache_directory
 from host.memory import size_text
 from load import compile_now, make_views, random_model
 from quant.linear import make_scheme
+from text.generation_config import GenerationConfig
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent

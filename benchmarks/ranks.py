@@ -26,9 +26,9 @@ import torch
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from engine import complete
-from generate import GenerationConfig
 from load import random_model
 from ranks import join_process_group, leave_process_group
+from text.generation_config import GenerationConfig
 
 CPU = torch.device("cpu")
 

@@ -20,10 +20,10 @@ import torch
 
 import tp
 from engine import complete
-from generate import GenerationConfig
 from load import load_model
 from pp import BroadcastSampler
 from ranks import Ranks, join_process_group, leave_process_group
+from text.generation_config import GenerationConfig
 from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"

@@ -14,11 +14,11 @@ import torch
 import decoding
 from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
 from engine import complete, generate
-from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from sampling import Sampler
 from text.completion import Completion
+from text.generation_config import GenerationConfig
 from tiers.kv_cache import TieredCaches, tiered_caches
 from tiers.policy import Policy, Share
 
@@ -253,7 +253,7 @@ def held(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
         for rows in parts(cache, pos):
             with cache.opened(rows, pos[:, -1:]) as part:
                 at = torch.arange(len(pos[rows])).unsqueeze(1), pos[rows]
-                kv.append(torch.stack([part._buffers[name][at] for name in "kv"]))
+                kv.append(torch.stack([getattr(part, name)[at] for name in "kv"]))
         found.append(torch.cat(kv, dim=1))
     return found
 

@@ -11,8 +11,8 @@ import torch
 from compiled import CompiledGraphCache
 from decoding import LoadedModel
 from engine import complete
-from generate import GenerationConfig
 from load import load_model, make_views
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)

@@ -29,7 +29,6 @@ from calibration.gptq import fill_module
 from calibration.predictor import GAPS, WINDOWS, dense, locality
 from checkpoint import Checkpoint
 from engine import complete
-from generate import GenerationConfig
 from host.memory import page_aligned
 from load import LoadedModel, compile_now, load_model, meta_model
 from neurons import feed_forward
@@ -50,6 +49,7 @@ from neurons.records import (
 )
 from neurons.uring import Reads, Threads, Uring, Work, nothing, open_reader, read_pieces
 from quant.linear import Int4Linear, Int8Linear, round_to_nearest
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from engine import complete
-from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from quant.kv_cache import QuantizedKVCache
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
