@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,11 +72,10 @@ class PipelineParallel:
         return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-<<<<<<< HEAD
-        return lambda name, dtype: checkpoint.direct(self._checkpoint_name(checkpoint, name), dtype)
-=======
-        return lambda name, dtype: checkpoint.location(self._stored_name(checkpoint, name), dtype)
->>>>>>> main
+        def location(name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
+            return checkpoint.location(self._checkpoint_name(checkpoint, name), dtype)
+
+        return location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         embedding = model.tok_embeddings
