@@ -153,7 +153,7 @@ from cli import options
 from decoding import LoadedModel
 
 if os.environ["RANK"] == "{rank}":
-    real = generate.load_model
+    real = generation.load_model
 
     def failing(*given, **options):
         lm = real(*given, **options)
@@ -169,7 +169,7 @@ if os.environ["RANK"] == "{rank}":
         lm.model.forward = stumble
         return lm
 
-    generate.load_model = failing
+    generation.load_model = failing
 sys.exit(generate.main(options.parse_args({words!r})))
 """
 
