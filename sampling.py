@@ -15,14 +15,16 @@ The noise is SplitMix64's.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from text.generation_config import GenerationConfig
-from text.processors import LogitsProcessors
+
+if TYPE_CHECKING:
+    from text.processors import LogitsProcessors
 
 # SplitMix64's increment, and the shifts and factors of its mixing function.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -63,7 +65,7 @@ class Sampler:
         config: GenerationConfig,
         rows: Sequence[int],
         device: torch.device,
-        processors: LogitsProcessors | None = None,
+        processors: "LogitsProcessors | None" = None,
     ):
         self.config, self.processors = config, processors
         # numpy, because torch's CPU generator takes only 32 bits of a seed. A row's keys do not

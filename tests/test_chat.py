@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from common import DEMO, ROOT
 
 from engine import complete
 from load import load_model
@@ -21,8 +21,6 @@ from text.completion import Completion
 from text.generation_config import GenerationConfig
 from text.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "checkpoints" / "demo"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

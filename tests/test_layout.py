@@ -1,10 +1,12 @@
-"""The house in order: who imports whom, how long functions are, which options there are."""
+"""The house in order: imports go downwards, functions are short, the documents tell the truth."""
 
 import ast
 import re
 import shlex
+import statistics
 import subprocess
-import tomllib
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,160 +14,116 @@ import pytest
 from cli import options
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each file of the root may import of the others, directly: downwards only.
-FLOORS = {
-    "model": set(),
-    "disk": set(),
-    "ring": {"disk"},
-    "policy": set(),
-    "tiered_cache": {"disk", "model", "policy", "ring"},
-    "ranks": set(),
-    "links": set(),
-    "probe": {"disk", "model"},
-    "reads": set(),
-    "controller": {"ranks"},
-    "command": {"ranks"},
-    "files": set(),
-    "hf": {"command", "files", "model"},
-    "quantized": {"files", "model"},
-    "quantized_cache": {"model", "quantized"},
-    "gpu_products": {"model", "quantized", "quantized_cache"},
-    "neurons": {"disk", "quantized", "reads"},
-    "formats": {"files"},
-    "foreign": {"files", "quantized"},
-    "generation_config": set(),
-    "arguments": {"generation_config"},
-    "chat_template": set(),
-    "jobs": {"chat_template", "command", "files"},
-    "host": set(),
-    "hub": {"command", "files"},
-    "measurements": {"command", "files"},
-    "cpu_products": {"command", "disk", "measurements", "model", "quantized"},
-    "compiled": {"cpu_products", "model", "quantized", "ranks"},
-    "neuron_products": {"cpu_products", "neurons", "ring"},
-    "model_defaults": {"files", "generation_config"},
-    "options": {"arguments", "generation_config", "links"},
-    "special_tokens": {"files"},
-    "vocabulary": {"special_tokens"},
-    "tokenizer": {"chat_template", "files", "special_tokens", "vocabulary"},
-    "terminal": set(),
-    "chat": {"chat_template", "command", "ranks", "terminal", "tokenizer"},
-    "processors": {"generation_config"},
-    "sampling": {"generation_config", "processors"},
-    "completion": {"generation_config", "sampling", "tokenizer"},
-    "weight_files": {"files"},
-    "checkpoint": {
-        "command", "disk", "files", "foreign", "formats", "hf", "quantized", "weight_files",
-    },
-    "pack": {"checkpoint", "files", "model", "neurons"},
-    "gptq": {"checkpoint", "model", "quantized"},
-    "offload": {"checkpoint", "cpu_products", "disk", "model", "policy", "quantized", "ring"},
-    "decoding": {"checkpoint", "model", "controller", "sampling", "tokenizer"},
-    "tp": {"checkpoint", "decoding", "formats", "model", "offload", "quantized", "ranks"},
-    "pp": {"checkpoint", "decoding", "model", "offload", "quantized", "ranks", "sampling"},
-    "planner": {"checkpoint", "decoding", "disk", "policy", "probe"},
-    "speculate": {"decoding", "model", "controller", "sampling"},
-    "bench": {"checkpoint", "decoding", "disk", "generation_config", "measurements", "model"},
-    "window": {
-        "bench", "checkpoint", "disk", "measurements", "neuron_products", "neurons", "pack",
-        "probe", "ring",
-    },
-    "sparse": {
-        "checkpoint", "disk", "model", "neuron_products", "neurons", "pack", "reads", "ring",
-        "window",
-    },
-    "load": {
-        "checkpoint", "compiled", "cpu_products", "decoding", "files", "gpu_products", "hf",
-        "model", "offload", "controller", "pack", "policy", "pp", "quantized", "quantized_cache", "ranks",
-        "sparse", "speculate", "tiered_cache", "tokenizer", "tp",
-    },
-    "predictor": {"checkpoint", "gptq", "load", "model", "neurons", "quantized", "ring"},
-    "plan": {
-        "bench", "checkpoint", "command", "decoding", "disk", "hf", "links", "load", "measurements",
-        "model", "offload", "planner", "policy", "probe", "quantized", "ring", "tokenizer", "tp",
-    },
-    "distill": {"checkpoint", "gptq", "load", "model", "quantized"},
-    "calibrate": {"checkpoint", "distill", "files", "gptq", "load", "model", "tokenizer"},
-    "flash": {
-        "calibrate", "checkpoint", "command", "disk", "files", "gptq", "host", "load", "model",
-        "neurons", "options", "pack", "predictor", "sparse",
-    },
-    "quantize": {
-        "calibrate", "checkpoint", "command", "cpu_products", "host", "load", "model", "options",
-        "quantized",
-    },
-    "scoring": {"checkpoint", "decoding", "load", "model", "ranks"},
-    "finite": {"decoding", "model", "ranks"},
-    "generate": {
-        "bench", "chat", "checkpoint", "command", "compiled", "completion", "decoding", "files",
-        "finite", "flash", "generation_config", "host", "hub", "jobs", "load", "model",
-        "model_defaults", "options", "plan", "pp", "processors", "quantized", "ranks", "sampling",
-        "speculate", "tokenizer",
-    },
-    "harness": {"completion", "decoding", "generate", "generation_config", "scoring"},
-    "eval": {
-        "checkpoint", "command", "decoding", "files", "harness", "host", "hub", "load", "options",
-        "ranks", "scoring",
-    },
-}  # fmt: skip
+# Packages and modules of the root, from the bottom up. One imports only what stands before it.
+ORDER = (
+    "options host kernels ranks model quant fast_layers weights text tiers checkpoint sampling "
+    "decoding draft_length speculate finite compiled neurons offload tp pp load bench engine plan "
+    "calibration evaluation cli generate eval quantize flash"
+).split()
+MAX_ROOT_MODULES = 20
+MAX_IMPORTED = 25  # modules with code that `import generate` loads
+HEAVY = "calibration evaluation tiers neurons plan compiled speculate tp pp offload".split()
+MAX_PARAMETERS = 8
+MAX_LINES = 50  # of a function, without its docstring
+MEDIAN_LINES, P90_LINES = 8, 20  # with it
 PARSERS = {
     "eval.py": options.parse_eval_args,
     "flash.py": options.parse_flash_args,
     "generate.py": options.parse_args,
     "quantize.py": options.parse_quantize_args,
 }
-ROOT_FILES = sorted(ROOT.glob("*.py"))
-KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
-ALL_FILES = [
-    *ROOT_FILES,
-    *KERNEL_FILES,
-    *sorted(
-        f for folder in ("scripts", "benchmarks", "tests") for f in (ROOT / folder).glob("*.py")
-    ),
+PLACES = [
+    [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").is_file() else (ROOT / name).rglob("*.py")
+    for name in ORDER
 ]
+HOUSE = sorted(file for place in PLACES for file in place)
+TOOLS = sorted(f for d in ("scripts", "benchmarks", "tests") for f in (ROOT / d).glob("*.py"))
 
 
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@cache
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
 def imported(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(tree(file)):
+    """The modules and packages that a file imports, at its top or within a function, but not for
+    types alone."""
+    module = tree(file)
+    blocks = [n for n in ast.walk(module) if isinstance(n, ast.If)]
+    blocks = [n for n in blocks if "TYPE_CHECKING" in ast.unparse(n.test)]
+    for_types = {id(inner) for block in blocks for inner in ast.walk(block)}
+    found = set()
+    for node in ast.walk(module):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
-    return names
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
 
 
-def test_every_file_has_its_floor_and_is_packaged():
-    names = {file.stem for file in ROOT_FILES}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert names == set(FLOORS) == set(project["tool"]["setuptools"]["py-modules"])
+def test_every_module_has_its_place_in_the_order():
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    tops = {Path(name).parts[0].removesuffix(".py") for name in files.stdout.splitlines()}
+    assert tops - {"scripts", "benchmarks", "tests"} == set(ORDER)
+    modules = [name for name in ORDER if (ROOT / f"{name}.py").is_file()]
+    assert len(modules) <= MAX_ROOT_MODULES
+    assert not [name for name in modules if (ROOT / name / "__init__.py").exists()]
 
 
-@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", HOUSE, ids=name_of)
 def test_imports_go_downwards(file: Path):
-    upstairs = {"scripts", "benchmarks", "tests", "conftest"}
-    ours = imported(file) & (set(FLOORS) | upstairs)
-    assert ours == FLOORS[file.stem]
+    place = ORDER.index(file.relative_to(ROOT).parts[0].removesuffix(".py"))
+    forbidden = {*ORDER[place + 1 :], "scripts", "benchmarks", "tests"}
+    tops = {name.partition(".")[0] for name in imported(file)}
+    assert not tops & forbidden
 
 
-@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.name)
-def test_kernels_import_no_file_of_the_root(file: Path):
-    assert not imported(file) & set(FLOORS)
+def test_no_modules_import_one_another():
+    names = {name_of(f).removesuffix(".py").replace("/", "."): f for f in HOUSE}
+    names = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    needs = {name: (imported(file) & names.keys()) - {name} for name, file in names.items()}
+    # A package holds no code of its own that its modules could need, where it is all docstring.
+    for found in needs.values():
+        found -= {name for name in found if len(tree(names[name]).body) <= 1}
+    settled: set[str] = set()
+    while len(settled) < len(needs):
+        ready = {name for name in needs.keys() - settled if needs[name] <= settled}
+        assert ready, f"a circle: { {n: needs[n] - settled for n in needs.keys() - settled} }"
+        settled |= ready
 
 
-def test_the_floors_have_no_cycle():
-    below: dict[str, set[str]] = {}
-    while len(below) < len(FLOORS):
-        ready = {n for n, needs in FLOORS.items() if n not in below and needs <= below.keys()}
-        assert ready, f"a cycle among {FLOORS.keys() - below.keys()}"
-        below |= {name: FLOORS[name] for name in ready}
+def loaded_by(program: str) -> set[str]:
+    """The names of our modules with code that a program imports."""
+    program += (
+        "\nimport sys\nfor name, module in sys.modules.items():\n"
+        "    if (getattr(module, '__file__', None) or '').startswith(sys.path[0] + '/'):\n"
+        "        print(name, module.__file__)"
+    )
+    words = [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}\n{program}"]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    pairs = [line.split(" ", 1) for line in lines if "site-packages" not in line]
+    return {name for name, file in pairs if len(tree(Path(file)).body) > 1}
 
 
-@pytest.mark.parametrize("file", ALL_FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_a_plain_generation_imports_no_other_feature():
+    """Neither GPTQ nor training, predictors, the planner or lm_eval; see load.py."""
+    assert len(loaded_by("import generate")) <= MAX_IMPORTED
+    run = (
+        "import generate\nlm = generate.load_model(device='cpu')\n"
+        "generate.complete(lm, 'Once', generate.GenerationConfig(max_new_tokens=2))"
+    )
+    tops = {name.partition(".")[0] for name in loaded_by(run)}
+    assert "engine" in tops
+    assert not tops & {*HEAVY, "lm_eval"}
+
+
+@pytest.mark.parametrize("file", [*HOUSE, *TOOLS], ids=name_of)
 def test_habits(file: Path):
     module = tree(file)
     assert ast.get_docstring(module), "no docstring"
@@ -173,12 +131,36 @@ def test_habits(file: Path):
         assert not isinstance(node, ast.Global), f"global in line {node.lineno}"
         bare = isinstance(node, ast.ExceptHandler) and node.type is None
         assert not bare, f"bare except in line {node.lineno}"
-        if isinstance(node, ast.FunctionDef):
-            # A kernel's arguments, one a line with its shape, do not count.
-            assert node.end_lineno - node.body[0].lineno < 60, f"{node.name} is too long"
 
 
-@pytest.mark.parametrize("file", ROOT_FILES, ids=lambda file: file.name)
+def functions(file: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Triton's have a parameter for each pointer, stride and constant, one a line."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("file", [*HOUSE, *TOOLS], ids=name_of)
+def test_functions_are_short_and_take_few_parameters(file: Path):
+    for function in functions(file):
+        body = function.body[bool(ast.get_docstring(function)) :]
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        assert lines <= MAX_LINES, f"{function.name} has {lines} lines"
+        given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        given = [arg for arg in given if arg.arg not in ("self", "cls")]
+        few = len(given) <= MAX_PARAMETERS or is_kernel(function)
+        assert few, f"{function.name} takes {len(given)} parameters"
+
+
+def test_most_functions_are_very_short():
+    lengths = [f.end_lineno - f.lineno + 1 for file in HOUSE for f in functions(file)]
+    assert statistics.median(lengths) <= MEDIAN_LINES
+    assert statistics.quantiles(lengths, n=10)[-1] <= P90_LINES
+
+
+@pytest.mark.parametrize("file", HOUSE, ids=name_of)
 def test_importing_changes_no_setting_of_torch(file: Path):
     for node in tree(file).body:
         targets = node.targets if isinstance(node, ast.Assign) else []
@@ -188,25 +170,39 @@ def test_importing_changes_no_setting_of_torch(file: Path):
         assert not re.match(r"torch\.(set_|manual_seed|use_)", called)
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_in(document: Path) -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", line) for line in lines]
-    return [line.partition("  #")[0] for line in lines if line.startswith("python ")]
+    lines = [re.sub(r"^torchrun .*?(?=\w+\.py)", "torchrun ", line) for line in lines]
+    lines = [line.partition("  #")[0] for line in lines]
+    return [shlex.split(line) for line in lines if line.startswith(("python ", "torchrun "))]
 
 
-def test_the_commands_of_the_readme_parse():
-    commands = [shlex.split(line) for line in readme_commands()]
-    assert len([c for c in commands if c[1] == "generate.py"]) >= 3
-    for _, script, *args in commands:
-        assert (ROOT / script).is_file(), script
+@pytest.mark.parametrize("document", documents(), ids=name_of)
+def test_the_commands_of_a_document_parse(document: Path, monkeypatch: pytest.MonkeyPatch):
+    for starter, script, *args in commands_in(document):
+        monkeypatch.setenv("WORLD_SIZE", "2" if starter == "torchrun" else "1")
+        assert script.startswith("-") or (ROOT / script).is_file(), script
         if script in PARSERS:
             PARSERS[script](args)
 
 
-def test_the_readme_names_every_file_of_the_root():
+def test_the_readme_is_short_and_names_every_part():
     readme = (ROOT / "README.md").read_text()
-    assert [f.name for f in ROOT_FILES if f"`{f.name}`" not in readme] == []
+    assert len(readme.encode()) <= 10_000
+    assert len([c for c in commands_in(ROOT / "README.md") if c[1] == "generate.py"]) >= 3
+    parts = [f"{name}.py" if (ROOT / f"{name}.py").is_file() else f"{name}/" for name in ORDER]
+    assert [part for part in parts if f"`{part}`" not in readme] == []
+
+
+@pytest.mark.parametrize("document", documents(), ids=name_of)
+def test_the_links_of_a_document_lead_somewhere(document: Path):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 
 from checkpoint import Checkpoint
 from decoding import together
@@ -15,8 +16,7 @@ from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from tests.test_tp import on_ranks, random_llama
 
-ROOT = Path(__file__).resolve().parent.parent
-MANY = [*TEXTS, "The sun", "A dragon lived in a cave and", "Mom result", "Ben was"]
+MANY = [*TEXTS, "The sun", "A dragon lived in a cave and", "Mom said", "Ben was"]
 PLAIN = {"pipeline": True}
 # Greedy and sampled; compacted; int8 caches; weights and caches on other tiers.
 CASES: list[dict[str, Any]] = [
