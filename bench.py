@@ -1,12 +1,13 @@
-"""How fast a run was, beside how fast this machine could be.
+"""Measures the speed of generation, and compares it with the machine's memory bandwidth.
 
-Start at Stats, which times the steps of `generate` as they pass and counts the bytes that decoding
-had to read; read_bandwidth measures the ceiling, and `measure` is `generate.py --bench`, in the
-manner of llama.cpp's llama-bench: pp = prompt processing, tg = text generation.
+Start at Stats, which times the steps of `generate` and counts the bytes that decoding reads.
+`measure` is `generate.py --bench`, after llama.cpp's llama-bench: pp is prompt processing, that is
+prefill, and tg is text generation, that is decoding.
 
-Plain decoding reads every weight and the filled part of the KV cache once per step, so that bytes
-per second against the read bandwidth says how good it is, for a model that the processor's caches
-do not hold. To measure the bandwidth takes seconds and a gigabyte: --bench does, and keeps it.
+Plain decoding reads every weight and the filled part of the KV cache once per step. So bytes per
+second over the read bandwidth (host/bandwidth.py) tells how close it is to the limit, unless the
+model fits into the processor's caches. Measuring the bandwidth takes seconds and 1 GB of memory:
+only --bench does it, and keeps the result.
 """
 
 import dataclasses
@@ -27,32 +28,31 @@ from host.memory import cache_bytes, machine_name, size_text
 from model import KVCache
 from text.generation_config import GenerationConfig
 
-WARM_UP_RUNS = {
-    "cpu": 1,
-    "mps": 1,
-    "cuda": 2,
-}  # a CUDA graph warms up in one run, records in the next
+WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, then is recorded
 
 
 class Stats:
-    """Times and counts of one run or of several added up. Seconds, tokens and bytes."""
+    """Seconds, tokens and bytes of one run, or of several runs added up."""
 
     def __init__(self, lm: LoadedModel):
         self.load_seconds = self.compile_seconds = 0.0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
-        self.new_tokens = 0  # decoded, and the first of each text
-        # Speed is compared with memory's only if decoding reads from there: a model of twice the
-        # caches' size would still find half of its weights in them. What a draft reads is unknown.
+        self.new_tokens = 0  # decoded tokens, and the first token of each text
+        # Decoding is compared with memory's bandwidth only for weights of twice the processor's
+        # caches: smaller models read most weights from the caches. A draft's reads are not counted.
         in_caches = lm.model.bytes_per_step() < 2 * cache_bytes(lm.device)
         self.reads_memory = lm.draft is None and not in_caches
-        self._weights = lm.model.bytes_per_step()
-        self._per_slot = lm.model.kv_bytes_per_token()
+        self._weight_bytes = lm.model.bytes_per_step()
+        self._kv_bytes_per_token = lm.model.kv_bytes_per_token()
 
     def timed(
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
     ) -> Iterator[list[list[int]]]:
-        """The same steps. The first one's time is that of prefill, up to the first token."""
+        """Yield the steps and time them. The first step is prefill, up to the first token.
+
+        past: leading tokens of each prompt that the caches hold already.
+        """
         start, filled = time.perf_counter(), list(map(len, prompts))
         for n, step in enumerate(steps):
             seconds = time.perf_counter() - start
@@ -65,7 +65,7 @@ class Stats:
                 self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
                 read = sum(n for n, ids in zip(filled, step, strict=True) if ids)
-                self.decoded_bytes += self._weights + self._per_slot * read
+                self.decoded_bytes += self._weight_bytes + self._kv_bytes_per_token * read
             filled = [n + len(ids) for n, ids in zip(filled, step, strict=True)]
             start = time.perf_counter()
             yield step
@@ -80,11 +80,11 @@ class Stats:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second that decoding read."""
+        """Return the bytes per second that decoding read."""
         return self.decoded_bytes / max(self.decode_seconds, 1e-9)
 
     def report(self, ceiling: float | None) -> Iterator[str]:
-        """For a person. ceiling: bytes per second that memory can be read at, if that is known."""
+        """Yield lines for the user. ceiling: the read bandwidth in bytes per second, if known."""
         compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         yield f"loaded in {self.load_seconds:.1f} s{compiled}"
         yield (
@@ -112,9 +112,9 @@ def measure(
     prompt_length: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Prefill and decode `repeats` times, once warm; prints a table on stderr.
+    """Run prefill and decode `repeats` times after warm-up, and print a table on stderr.
 
-    complete: generate.py's. Returns figures, of each run's tokens per second one.
+    complete: engine.complete. Returns the settings and the tokens per second of each run.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (caches[0].rows, prompt_length)
@@ -130,11 +130,8 @@ def measure(
         f"pp{prompt_length}": [run.prefill_rate for run in runs],
         f"tg{config.max_new_tokens}": [run.decode_rate for run in runs],
     }
+    print_table(tests, len(prompts))
     reads = statistics.median(run.bandwidth for run in runs)
-    print(f"{'test':>8} {'batch':>6} {'tokens/s':>10} {'sd':>8}", file=sys.stderr)
-    for test, rates in tests.items():
-        mean, spread = statistics.mean(rates), statistics.pstdev(rates)
-        print(f"{test:>8} {len(prompts):6} {mean:10.2f} {spread:8.2f}", file=sys.stderr)
     if runs[0].reads_memory:
         print(f"decode reads {size_text(reads)}/s, {reads / ceiling:.0%} of it", file=sys.stderr)
     return {
@@ -147,13 +144,21 @@ def measure(
     } | provenance(lm.device)
 
 
+def print_table(tests: dict[str, list[float]], batch: int) -> None:
+    """Print the mean and the standard deviation of each test's tokens per second on stderr."""
+    print(f"{'test':>8} {'batch':>6} {'tokens/s':>10} {'sd':>8}", file=sys.stderr)
+    for test, rates in tests.items():
+        mean, deviation = statistics.mean(rates), statistics.pstdev(rates)
+        print(f"{test:>8} {batch:6} {mean:10.2f} {deviation:8.2f}", file=sys.stderr)
+
+
 def provenance(device: torch.device) -> dict[str, str]:
-    """What a figure needs to be compared with another: commit, machine and command."""
+    """Return commit, machine, torch version, command and date, to record beside figures."""
     root = Path(__file__).parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         commit = ""
     return {
         "commit": commit or "unknown",

@@ -114,6 +114,7 @@ def with_draft_model(options: LoadOptions) -> LoadOptions:
         return options
     shared = ("device", "dtype", "kv_dtype", "compile", "compile_prefill")
     given = {name: getattr(options, name) for name in shared}
+    given["device"] = str(options.device)
     return replace(options, draft=load_model(draft, **given))
 
 

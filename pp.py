@@ -1,13 +1,14 @@
-"""Pipeline parallelism: consecutive layers on consecutive ranks, several micro_batches of rows under way.
+"""Pipeline parallelism: consecutive layers on consecutive ranks, micro-batches in flight.
 
-Start at PipelineParallel. A rank's stage is a Transformer like any other, of fewer layers, whose embedding
-receives what the rank before it sends, and whose head sends. The last rank alone has logits; it
-draws the tokens and tells them to the others. Rows go through the stages in micro_batches: while the last
-stage has one, those before it have others. A rank launches a micro_batch's next step as soon as it knows
-the tokens of the one before, which is what keeps all of them busy.
+Start at PipelineParallel. A rank's stage is a Transformer with some of the layers. In place of the
+embedding it receives activations from the rank before; in place of the head it sends them to the
+rank after. Only the last rank has logits: it draws the tokens and sends them to the other ranks.
 
-Based on GPipe (arXiv 1811.06965), with steps of decoding in place of micro-batches of one step,
-and FlexGen's multi-GPU mode (2303.06865, section 4.3).
+The rows of a batch are split into micro-batches, so that all stages work at the same time, each on
+another micro-batch. A rank launches a micro-batch's next step as soon as it knows its last tokens.
+
+Based on GPipe (arXiv 1811.06965), with decoding steps in place of training's micro-batches, and
+FlexGen's multi-GPU mode (2303.06865, section 4.3).
 
 Shapes: B rows, T tokens, D dim, V vocab.
 """
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,33 +33,35 @@ from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, to_host
 
-# Prompt tokens of a micro_batch that go on together: the next stage waits for the first of them, and
-# products of fewer would read weights more often than they compute with them.
+# Prompt tokens of a micro-batch in one call. The next stage waits for the first chunk, and smaller
+# chunks take more time to read the weights than to compute with them.
 PREFILL_CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """Each rank has consecutive layers, the first the embedding, the last the head."""
+    """Divides a model by layers; the first rank has the embedding and the last rank the head.
+
+    It implements load.ParallelStrategy. micro_batches: the number of micro-batches in flight.
+    """
 
     ranks: Ranks
-    micro_batches: int  # of rows, that are under way
+    micro_batches: int
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
-        """Raises ValueError where there are more ranks than layers."""
+        """Raises ValueError if there are more ranks than layers."""
         return replace(args, n_layers=len(stage_layers(args, self.ranks)))
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.world_size - 1
         model = meta_model(self.shard_args(args, scheme), scheme)
-        if not first:
-            tied = model.output.weight is model.tok_embeddings.weight if last else False
+        if self.ranks.rank > 0:
+            tied = self._is_last and model.output.weight is model.tok_embeddings.weight
             table = model.tok_embeddings.weight if tied else None
             model.tok_embeddings = ReceiveActivations(args.dim, self.ranks.rank - 1, table)
             model.project_in = nn.Identity()
             if isinstance(model.positions, LearnedPositions):
                 model.positions = NoPositions()
-        if not last:
+        if not self._is_last:
             model.norm = model.project_out = nn.Identity()
             model.output = SendActivations(self.ranks.rank + 1)
         return model
@@ -65,57 +69,66 @@ class PipelineParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        return lambda name, tensor: fill(self._stored_name(checkpoint, name), tensor)
+        return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        return lambda name, dtype: checkpoint.location(self._stored_name(checkpoint, name), dtype)
+        def location(name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
+            return checkpoint.location(self._checkpoint_name(checkpoint, name), dtype)
+
+        return location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        if (
-            isinstance(model.tok_embeddings, ReceiveActivations)
-            and model.tok_embeddings.weight.is_meta
-        ):
-            model.tok_embeddings.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
+        embedding = model.tok_embeddings
+        if isinstance(embedding, ReceiveActivations) and embedding.weight.is_meta:
+            embedding.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
-        def view(
-            tokens: Tensor,
-            pos: Tensor,
-            slots: Tensor,
-            caches: Any,
-            at: Tensor | None = None,
-            lengths: Tensor | None = None,
-        ) -> Tensor:
-            # (B, T, D): the rank behind needs all of it.
-            x = lm.model(tokens, pos, slots, caches, lengths=lengths)
-            return x if at is None else x.flatten(0, 1)[at]
-
-        last = self.ranks.rank == self.ranks.world_size - 1
+        # A process group of its own: in one group NCCL runs the transfers of two ranks in order,
+        # so that a micro-batch's activations would wait for another's tokens.
+        group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+        view = partial(forward_all_positions, lm.model)
         return replace(
             lm,
-            prefill=lm.prefill if last else view,
-            decode=lm.decode if last else view,
-            # A group of its own: NCCL does what two ranks have to do in one group in its order,
-            # and micro_batches would wait for each other's tokens.
-            sampler=partial(
-                BroadcastSampler, self.ranks, dist.new_group(timeout=COLLECTIVE_TIMEOUT)
-            ),
+            prefill=lm.prefill if self._is_last else view,
+            decode=lm.decode if self._is_last else view,
+            sampler=partial(BroadcastSampler, self.ranks, group),
             new_caches=partial(make_micro_batch_caches, self.micro_batches, lm.new_caches),
             micro_batches=split_micro_batches,
             prefill_chunk_tokens=lm.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[lm.device.type],
         )
 
-    def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:
+    @property
+    def _is_last(self) -> bool:
+        return self.ranks.rank == self.ranks.world_size - 1
+
+    def _checkpoint_name(self, checkpoint: Checkpoint, name: str) -> str:
+        """Convert the name of a stage's tensor to the checkpoint's, which counts all layers."""
         if not name.startswith("layers."):
             return name
         layers, n, rest = name.split(".", 2)
         return f"{layers}.{stage_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
 
 
-def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
-    """The layers of a rank, so that all ranks have as much to multiply, the head included.
+def forward_all_positions(
+    model: Transformer,
+    tokens: Tensor,
+    pos: Tensor,
+    slots: Tensor,
+    caches: Any,
+    at: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Transformer.forward for a stage before the last: it computes all positions, because the next
+    stage needs them, and selects those of `at` from the result, (B, T, D)."""
+    x = model(tokens, pos, slots, caches, lengths=lengths)
+    return x if at is None else x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (len(at), D)
 
-    Raises ValueError where there are more ranks than layers.
+
+def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
+    """Return the layers of this rank, such that all ranks do as many multiplications; the head
+    counts as layers of the last rank.
+
+    Raises ValueError if there are more ranks than layers.
     """
     if ranks.world_size > args.n_layers:
         raise ValueError(
@@ -134,28 +147,33 @@ def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
 
 
 class PendingSends:
-    """What is on its way: nobody else may hold it, and it must stay until it has arrived."""
+    """Keeps sent tensors alive until they have arrived.
+
+    A sender must not free or overwrite a tensor while its transfer runs.
+    """
 
     def __init__(self):
-        self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
 
     def __len__(self) -> int:
-        return len(self._under_way)
+        return len(self._sends)
 
     def add(self, work: dist.Work, tensor: Tensor) -> None:
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
-        self._under_way.append((work, tensor))
+        """Keep the tensor of a transfer, and release those of finished transfers."""
+        while self._sends and self._sends[0][0].is_completed():
+            self._sends.popleft()
+        self._sends.append((work, tensor))
 
 
-# As long as the process lives: what a batch, or a model, has sent last may arrive after its end.
+# Global, because a batch's or a model's last tensors may arrive after that batch or model is gone.
 pending_sends = PendingSends()
 
 
 class ReceiveActivations(nn.Module):
-    """In place of the embedding: (B, T) ids -> (B, T, D), what the rank before made of them.
+    """Replaces the embedding: (B, T) ids -> (B, T, D), the output of the rank before.
 
-    weight: the table, where this rank's head is tied to it, else nothing of the right dtype.
+    weight: the embedding's table if this rank's head is tied to it; else an empty tensor, which
+    tells dtype and device.
     """
 
     def __init__(self, dim: int, source: int, table: Tensor | None):
@@ -170,7 +188,7 @@ class ReceiveActivations(nn.Module):
 
 
 class SendActivations(nn.Module):
-    """In place of the head: (B, T, D) is sent to the rank behind, and is what comes out, too."""
+    """Replaces the head: sends its input, (B, T, D), to the rank after, and returns it."""
 
     def __init__(self, target: int):
         super().__init__()
@@ -183,14 +201,17 @@ class SendActivations(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """In place of learned positions, which the first rank has added."""
+    """Replaces learned positions, which only the first rank adds."""
 
     def forward(self, x: Tensor, pos: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
         return x, None
 
 
 class BroadcastSampler(Sampler):
-    """The last rank draws, and tells the others, which know when they begin to read."""
+    """A Sampler that draws on the last rank alone and sends the tokens to the other ranks.
+
+    The other ranks wait for the tokens in the function that copy_to_host_async returns.
+    """
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *given: Any):
         super().__init__(*given)
@@ -200,49 +221,50 @@ class BroadcastSampler(Sampler):
         if self._rank < self._last:
             return self._receive(logits.device, numbers.shape)
         tokens = super().__call__(logits, numbers)
-        told = torch.where(self.peaks.isfinite(), tokens, NOT_FINITE)
+        marked = torch.where(self.max_logits.isfinite(), tokens, NOT_FINITE)
         for other in range(self._last):
-            for tensor in (told, *self.scores):
+            for tensor in (marked, *self.logprobs):
                 pending_sends.add(dist.isend(tensor, other, self._group), tensor)
         return tokens
 
     def _receive(self, device: torch.device, shape: torch.Size) -> Tensor:
+        """Start to receive the tokens, and the log-probabilities if config asks for them."""
         tokens, count = torch.empty(shape, dtype=torch.long, device=device), self.config.logprobs
-        self.peaks = torch.zeros(shape, device=device)  # what is not finite has been marked
+        self.max_logits = torch.zeros(shape, device=device)  # tokens carry NOT_FINITE already
         if count is not None:
             top = torch.empty(*shape, count, device=device)  # (B, T, count)
-            self.scores = torch.empty(shape, device=device), top, torch.empty_like(top).long()
-        self._coming = []
-        for tensor in (tokens, *self.scores):
-            self._coming.append(dist.irecv(tensor, self._last, self._group))
-            pending_sends.add(self._coming[-1], tensor)
+            self.logprobs = torch.empty(shape, device=device), top, torch.empty_like(top).long()
+        self._receiving = []
+        for tensor in (tokens, *self.logprobs):
+            self._receiving.append(dist.irecv(tensor, self._last, self._group))
+            pending_sends.add(self._receiving[-1], tensor)
         return tokens
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         if self._rank == self._last:
             return super().copy_to_host_async(tokens)
-        coming, host = self._coming, (tokens, self.peaks, *self.scores)
+        receiving, drawn = self._receiving, (tokens, self.max_logits, *self.logprobs)
 
-        def read() -> list[list[int]]:
-            for work in coming:
+        def wait() -> list[list[int]]:
+            for work in receiving:
                 work.wait()
-            ids = to_host(*host)
+            ids = to_host(*drawn)
             if any(NOT_FINITE in row for row in ids):
-                tokens.clamp_(min=0)  # the next step, which is launched all the same, looks them up
+                tokens.clamp_(min=0)  # the next step, launched before the error, embeds them
             return ids
 
-        return read
+        return wait
 
 
 class MicroBatchCache:
-    """One layer's cache of all rows, as KVCache is used: each micro_batch has one of its own."""
+    """One layer's cache of all rows; each micro-batch has a KVCache of its own in `parts`."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
         self.rows = sum(part.rows for part in parts)
 
     def first(self, count: int) -> "MicroBatchCache":
-        """The same memory, of so many rows."""
+        """Return a view of the first `count` rows, on the same memory."""
         first = copy.copy(self)
         first.rows = count
         return first
@@ -255,13 +277,17 @@ def make_micro_batch_caches(
     batch: int,
     length: int,
 ) -> list[MicroBatchCache]:
+    """Make the caches of each micro-batch, of batch / micro_batches rows, rounded up, or fewer.
+
+    make, lm, batch, length: see LoadedModel.new_caches.
+    """
     size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
     return [MicroBatchCache(parts) for parts in zip(*made, strict=True)]
 
 
 def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[KVCache]]]:
-    """The rows of each micro_batch, and its caches."""
+    """Return the rows of each micro-batch, and its caches of all layers."""
     found, start = [], 0
     for n, part in enumerate(caches[0].parts):
         rows = range(start, min(start + part.rows, caches[0].rows))
@@ -272,5 +298,6 @@ def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, 
 
 
 def default_micro_batches(ranks: Ranks) -> int:
-    """As many as keep all stages busy, and no more: weights are read for each."""
+    """Return one micro-batch for each stage: enough to keep all stages busy. More would read the
+    weights more often."""
     return ranks.world_size

@@ -1,16 +1,15 @@
-"""From logits to the next token: what may be drawn, and the draw.
+"""Draws the next token from logits.
 
-Start at Sampler. It joins two halves: `candidates` gives the tokens that the GenerationConfig
-allows and their probabilities, `draw` lets a race among them decide. What changes the logits before
-that is in processors.py.
+Start at Sampler. Logits processors (text/processors.py) change the logits; `candidates` applies
+temperature, top-k, top-p and min-p and returns probabilities; `draw` draws one id.
 
-The n-th token of a row is drawn by noise that depends on the seed, the row's number and n alone:
-its text does not depend on which rows share its batch, on the batch's size, on compilation, or on
-whether a draft guessed it (speculate.py).
+The noise of a row's n-th new token depends only on the seed, the row's number and n. So a row's
+text does not depend on the rows in its batch, on the batch size, on compilation, or on a draft
+(speculate.py).
 
-Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order in which filters
-apply (temperature, top-k, top-p, min-p) is that of transformers. The race is the Gumbel-max trick;
-that a draft and its model share its noise is from 2408.07978. The noise is SplitMix64's.
+Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order of the filters is that
+of transformers. `draw` is the Gumbel-max trick; a draft and its model share noise as in 2408.07978.
+The noise is SplitMix64's.
 """
 
 import copy
@@ -27,22 +26,24 @@ from text.generation_config import GenerationConfig
 if TYPE_CHECKING:
     from text.processors import LogitsProcessors
 
-# SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
+# SplitMix64's increment, and the shifts and factors of its mixing function.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-NOT_FINITE = -1  # on the host, in place of an id: the likeliest token's logit was no finite number
+NOT_FINITE = -1  # replaces an id on the host whose highest logit was NaN or infinite
 
 
 class Logprobs(NamedTuple):
-    """Natural logarithms of a token's probability, and of the likeliest tokens' ones: the softmax
-    of the model's own logits, before penalties, temperature and filters."""
+    """Log-probabilities (natural logarithm) of a drawn token and of the likeliest tokens.
+
+    They are the log-softmax of the model's logits, before penalties, temperature and filters.
+    """
 
     logprob: float
     top: list[tuple[int, float]]  # ids and log-probabilities, the likeliest first
 
 
 class ScoredId(int):
-    """The id of a token that was drawn, with its Logprobs: so they go wherever the id goes."""
+    """A drawn token's id that carries its Logprobs through code that passes ids on."""
 
     logprobs: Logprobs
 
@@ -55,8 +56,8 @@ class ScoredId(int):
 class Sampler:
     """Draws tokens for the rows of one batch.
 
-    rows: the number of each row's random stream. The keys of a row's noise are all drawn up front,
-    so that no step waits for the host. processors: what changes the logits, if anything does.
+    rows: the number of each row's random stream. processors: change the logits before the draw.
+    The constructor draws the noise keys of all tokens, so that no step waits for the host.
     """
 
     def __init__(
@@ -67,130 +68,144 @@ class Sampler:
         processors: "LogitsProcessors | None" = None,
     ):
         self.config, self.processors = config, processors
-        # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed. A shorter
-        # stream is the beginning of a longer one.
+        # numpy, because torch's CPU generator takes only 32 bits of a seed. A row's keys do not
+        # depend on max_new_tokens: a shorter stream is the beginning of a longer one.
         streams = [np.random.default_rng((config.seed, row)) for row in rows]
         keys = [stream.integers(-(2**63), 2**63, config.max_new_tokens) for stream in streams]
-        self.keys = torch.from_numpy(np.stack(keys)).to(device)  # (B, max_new_tokens)
-        # Of the latest draw: the highest logits, (B, T), and what there is to report of the tokens.
-        self.peaks = torch.empty(0)
-        self.scores: tuple[Tensor, ...] = ()
+        self.noise_keys = torch.from_numpy(np.stack(keys)).to(device)  # (B, max_new_tokens)
+        # The latest draw's highest logits, (B, T), and, with config.logprobs, token_logprobs.
+        self.max_logits = torch.empty(0)
+        self.logprobs: tuple[Tensor, ...] = ()
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """The tokens of those numbers in their row, 0 for the first: (B, T, V), (B, T) -> (B, T).
+        """Draw one token from each position's logits: (B, T, V), (B, T) -> (B, T).
 
-        A token beyond max_new_tokens is drawn like the last.
+        numbers: each token's number in its row, 0 for the first new one. Numbers from
+        max_new_tokens on use the last noise key; their tokens are not used.
         """
         changed = self.processors(logits, numbers) if self.processors else logits
         if self.config.greedy:
-            self.peaks, tokens = changed.max(dim=-1)  # in bfloat16 four times as fast as argmax
+            self.max_logits, tokens = changed.max(-1)  # in bfloat16 four times as fast as argmax
         else:
-            keys = self.keys.gather(1, numbers.clamp_max(self.keys.shape[1] - 1))  # (B, T)
-            ids, probabilities, self.peaks = candidates(changed, self.config)
+            last = self.noise_keys.shape[1] - 1
+            keys = self.noise_keys.gather(1, numbers.clamp_max(last))  # (B, T)
+            ids, probabilities, self.max_logits = candidates(changed, self.config)
             tokens = draw(ids, probabilities, keys)
         if self.processors:
             self.processors.write(tokens, numbers)
         if self.config.logprobs is not None:
-            self.scores = scores(logits, tokens, self.config.logprobs)
+            self.logprobs = token_logprobs(logits, tokens, self.config.logprobs)
         return tokens
 
-    def record_draft(self, guesses: Tensor, numbers: Tensor) -> None:
-        """Tokens of later numbers are to be drawn as if these, (B, T), had been drawn before."""
+    def record_draft(self, draft: Tensor, numbers: Tensor) -> None:
+        """Let processors treat draft tokens, (B, T), as drawn when they process later numbers."""
         if self.processors:
-            self.processors.write(guesses, numbers)
+            self.processors.write(draft, numbers)
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
-        """Start copying the ids of the latest draw, (B, T), to the host. The call returned waits
-        for them alone, not for work that was queued on the device after them. It gives NOT_FINITE
-        in place of an id whose highest logit is NaN or infinite, and ScoredIds where
-        config.logprobs asks for them.
+        """Start to copy the ids of the latest draw, (B, T), to the host.
+
+        Returns a function that waits for this copy, not for later work on the device, and returns
+        the ids as to_host does.
         """
-        host = tokens, self.peaks, *self.scores
+        drawn = tokens, self.max_logits, *self.logprobs
         if tokens.device.type != "cuda":
-            return lambda: to_host(*host)
-        host = [tensor.to("cpu", non_blocking=True) for tensor in host]
+            return lambda: to_host(*drawn)
+        on_host = [tensor.to("cpu", non_blocking=True) for tensor in drawn]
         copied = torch.cuda.Event()
         copied.record()
 
-        def read() -> list[list[int]]:
+        def wait() -> list[list[int]]:
             copied.synchronize()
-            return to_host(*host)
+            return to_host(*on_host)
 
-        return read
+        return wait
 
     def select_rows(self, rows: Tensor) -> "Sampler":
-        """The same draws, of some rows, (B,)."""
+        """Return a Sampler that draws the same tokens for some of the rows, (B,)."""
         part = copy.copy(self)
-        part.keys = self.keys[rows]
+        part.noise_keys = self.noise_keys[rows]
         part.processors = self.processors and self.processors.part(rows)
         return part
 
 
-def to_host(tokens: Tensor, peaks: Tensor, *scores: Tensor) -> list[list[int]]:
-    """Ids as the host sees them, (B, T); see Sampler.copy_to_host_async."""
+def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[int]]:
+    """Convert drawn ids, (B, T), to lists.
+
+    NOT_FINITE replaces an id whose highest logit is not finite. logprobs: as token_logprobs returns
+    them; with them, ids are ScoredIds.
+    """
     ids = tokens.tolist()
-    if scores:
-        logprobs, top_logprobs, top_ids = (tensor.tolist() for tensor in scores)
-        for b, row in enumerate(ids):
-            for t, token in enumerate(row):
-                top = list(zip(top_ids[b][t], top_logprobs[b][t], strict=True))
-                row[t] = ScoredId(token, Logprobs(logprobs[b][t], top))
-    for row, heights in zip(ids, peaks.tolist(), strict=True):
+    if logprobs:
+        add_logprobs(ids, *logprobs)
+    for row, heights in zip(ids, max_logits.tolist(), strict=True):
         for t, height in enumerate(heights):
             if not math.isfinite(height):
                 row[t] = NOT_FINITE
     return ids
 
 
-def scores(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of tokens, (B, T), and of the `count` likeliest, with their ids:
-    (B, T, V) -> (B, T), (B, T, count), (B, T, count)."""
+def add_logprobs(
+    ids: list[list[int]], logprobs: Tensor, top_logprobs: Tensor, top_ids: Tensor
+) -> None:
+    """Replace ids by ScoredIds, in place."""
+    logprobs, top_logprobs, top_ids = logprobs.tolist(), top_logprobs.tolist(), top_ids.tolist()
+    for b, row in enumerate(ids):
+        for t, token in enumerate(row):
+            top = list(zip(top_ids[b][t], top_logprobs[b][t], strict=True))
+            row[t] = ScoredId(token, Logprobs(logprobs[b][t], top))
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of tokens, (B, T), and those and the ids of the `count`
+    likeliest tokens: (B, T, V) -> (B, T), (B, T, count), (B, T, count)."""
     logprobs = logits.float().log_softmax(-1)  # (B, T, V)
     top = logprobs.topk(count)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), top.values, top.indices
 
 
 def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """What may be drawn, with which probability, and the highest logit:
-    (..., V) -> ids and float32, (..., K) each, and (...).
+    """Apply temperature, top-k, top-p and min-p to logits, (..., V).
 
-    The likeliest token always may. A temperature of 0 leaves no other.
+    Returns K ids and their probabilities, float32, 0 if filtered out, (..., K) each; and the
+    highest logits, (...). The likeliest token always remains; at temperature 0 it alone does.
     """
     V, logits = logits.shape[-1], logits.float()
     K = 1 if config.greedy else min(config.top_k or V, V)
     if K < V or config.top_p < 1:
-        logits, ids = logits.topk(K)  # the likeliest first
-        peaks = logits[..., :1]
+        logits, ids = logits.topk(K)  # sorted, the highest first
+        max_logits = logits[..., :1]
     else:
         ids = torch.arange(V, device=logits.device).expand_as(logits)
-        peaks = logits.amax(-1, keepdim=True)  # (..., 1)
+        max_logits = logits.amax(-1, keepdim=True)  # (..., 1)
     if not config.greedy:
-        logits = (logits - peaks) / config.temperature  # at most 0: nothing overflows
+        logits = (logits - max_logits) / config.temperature  # at most 0: cannot overflow
     probabilities = logits.softmax(-1)  # (..., K)
     if config.top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities  # the mass before each; first: 0
-        probabilities = probabilities.masked_fill(likelier >= config.top_p, 0.0)
+        mass_before = probabilities.cumsum(-1) - probabilities  # of likelier tokens; first: 0
+        probabilities = probabilities.masked_fill(mass_before >= config.top_p, 0.0)
     if config.min_p > 0:
         least = config.min_p * probabilities.amax(-1, keepdim=True)  # (..., 1)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    return ids, probabilities / probabilities.sum(-1, keepdim=True), peaks.squeeze(-1)
+    return ids, probabilities / probabilities.sum(-1, keepdim=True), max_logits.squeeze(-1)
 
 
 def draw(ids: Tensor, probabilities: Tensor, keys: Tensor) -> Tensor:
-    """One id of each row, with its probability: (..., K), (..., K), (...) -> (...).
+    """Draw one id in proportion to the probabilities: (..., K), (..., K), (...) -> (...).
 
-    A race: each id arrives after an exponential time at the rate of its probability. Two models
-    that draw by the same key choose the same id as often as their distributions nearly allow.
+    Each id gets an exponential variable divided by its probability; the smallest wins. If two
+    models draw with the same key, they draw the same id nearly as often as any coupling of their
+    distributions can.
     """
     arrivals = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
     return ids.gather(-1, arrivals.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
-    """An exponential variable, float32 and above 0, for each pair of a key and an id."""
-    x = (ids + 1).mul_(GOLDEN).add_(keys)  # of 64 bits; what is beyond them is dropped
+    """Return an exponential variable, float32 and above 0, for each pair of a key and an id."""
+    x = (ids + 1).mul_(GOLDEN).add_(keys)  # int64, which wraps around
     for shift, factor in MIXING:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
-    # 63 bits; as 1 - u rounds to few digits near 1, the small arrival times come from small u.
+    # 63 bits. -log1p(-u) of a small u keeps its digits; 1 - u near 0 would be rounded to few.
     u = x.bitwise_and_(2**63 - 1).float().mul_(2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
     return u.neg_().log1p_().neg_()

@@ -1,17 +1,17 @@
-"""Speculative decoding: a draft guesses the next tokens, and one sweep of the model verifies them.
+"""Speculative decoding: a draft proposes the next tokens, and one pass of the model verifies them.
 
-Start at speculative_steps, the counterpart of decoding.plain_steps. Three drafts guess: NgramDraft
-looks the text's last tokens up in the text itself, ModelDraft runs another model, SelfDraft the
-model's own quantised copy. How many tokens they guess is chosen in controller.py.
+Start at speculative_steps, the counterpart of decoding.plain_steps. There are three drafts.
+NgramDraft looks the text's last tokens up in the text itself; ModelDraft runs another model;
+SelfDraft runs the model's own quantised copy. draft_length.py chooses how many tokens they propose.
 
-A text is the same with any draft, any number of guesses, or none, sampled texts too. The model
-draws each token as it always does, by noise that belongs to the token's place (sampling.py); the
-draft draws by the same noise; and a guess holds only where it is what the model has drawn.
+The text does not depend on the draft or on the number of draft tokens, sampled texts included. The
+model draws every token with the noise of the token's position (sampling.py), as without a draft. A
+draft draws with the same noise. A draft token is accepted if the model draws the same token.
 
-Sources: verification in one sweep, arXiv 2211.17192 and 2302.01318; shared noise, 2408.07978; a
-quantised copy on the model's own cache, 2502.10424; guesses looked up in the text, 2304.04487.
+Sources: verification in one pass, arXiv 2211.17192 and 2302.01318; shared noise, 2408.07978; a
+quantised copy on the model's own cache, 2502.10424; n-gram lookup in the text, 2304.04487.
 
-Shapes: B rows, k guesses, V vocab.
+Shapes: B rows, k draft tokens, V vocab.
 """
 
 import math
@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from draft_length import DraftLengthController
 from model import KVCache, visible_length
 from sampling import Sampler
 
-NGRAM_LENGTHS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
+NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts better
 
 
 def speculative_steps(
@@ -43,83 +43,103 @@ def speculative_steps(
     limits: Sequence[int],
     live: AbstractSet[int],
 ) -> Iterator[list[list[int]]]:
-    """Steps of new ids for each row: first one, then in every step one more than guesses held.
+    """Yield each row's new ids: one after prefill, then the accepted draft tokens and one more.
 
-    limits: how many ids each row may get at most. live: the rows that go on, looked at before
-    every step; the others get nothing.
+    past: prompt tokens that the caches hold already. limits: the most new ids of each row. live:
+    the unfinished rows, read before every step; other rows get no ids.
     """
     slots = torch.arange(caches[0].length, device=lm.device)
-    texts = [list(prompt) for prompt in prompts]
     logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-    first = sampler(logits, slots[:1].expand(len(texts), 1))  # (B, 1)
+    first = sampler(logits, slots[:1].expand(len(prompts), 1))  # (B, 1)
     step = sampler.copy_to_host_async(first)()
+    texts = [[*prompt, *ids] for prompt, ids in zip(prompts, step, strict=True)]
     controller = lm.draft.controller.for_batch(len(texts))
-    for text, ids in zip(texts, step, strict=True):
-        text += ids
-    guess = lm.draft.start(texts, caches, sampler)
-    nothing = slots.new_empty(len(texts), 0), [0] * len(texts)
+    cycle = Cycle(lm, prompts, texts, caches, sampler, slots)
     yield step
     while True:
         start = time.perf_counter()
         wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        k = controller.choose(wanted - 1)
-        guesses, offered = guess(k, live) if k else nothing
-        drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
-        step = [[] for _ in texts]
-        read = sampler.copy_to_host_async(drawn)
-        pairs = zip(read(), guesses.tolist(), strict=True)  # the host waits here
-        for row, (ids, guessed) in enumerate(pairs):
-            if row in live:
-                step[row] = ids[: count_accepted(ids, guessed) + 1]
-                texts[row] += step[row]
+        step, drafted = cycle.run(controller.choose(wanted - 1), live)
         seconds = time.perf_counter() - start
-        controller.update(
-            guesses.shape[1], [(offered[row], len(step[row]) - 1) for row in live], seconds
-        )
+        rows = [(drafted[row], len(step[row]) - 1) for row in live]
+        controller.update(cycle.k, rows, seconds)
         yield step
 
 
-def verify(
-    lm: LoadedModel,
-    texts: Texts,
-    prompts: Texts,
-    guesses: Tensor,
-    caches: list[KVCache],
-    slots: Tensor,
-    sampler: Sampler,
-) -> Tensor:
-    """What the model draws after each text, and after it with each of its guesses: (B, k + 1).
+@dataclass
+class Cycle:
+    """A batch under speculation. Each cycle proposes draft tokens, verifies them, and appends the
+    accepted ones and one token more to `texts`."""
 
-    One sweep of k + 1 tokens. What it leaves in the caches of guesses that do not hold is not seen
-    by any query before it is overwritten.
-    """
-    k, length = guesses.shape[1], len(slots)
-    known = []  # of each row: its last id, the positions that are read, the numbers that are drawn
-    for text, prompt in zip(texts, prompts, strict=True):
-        at, number = len(text) - 1, len(text) - len(prompt)
-        pos = (min(at + j, length - 1) for j in range(k + 1))  # beyond a row's limit only
-        known.append([text[-1], *pos, *range(number, number + k + 1)])
-    known = torch.tensor(known, device=slots.device)  # (B, 1 + 2 * (k + 1))
-    last, pos, numbers = known.split((1, k + 1, k + 1), dim=1)
-    visible = visible_length(max(map(len, texts)) + k, length)
-    tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
-    logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
-    if k:
-        sampler.record_draft(guesses, numbers[:, :k])
-    return sampler(logits, numbers)
+    lm: LoadedModel
+    prompts: Texts
+    texts: list[list[int]]
+    caches: list[KVCache]
+    sampler: Sampler
+    slots: Tensor  # (length,) the positions of the caches
+    k: int = 0  # draft tokens of the latest cycle
+    propose: Propose = field(init=False)
+
+    def __post_init__(self):
+        self.propose = self.lm.draft.start(self.texts, self.caches, self.sampler)
+
+    def run(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
+        """Propose at most k draft tokens and verify them.
+
+        Returns the new ids of each row, and how many draft tokens each row had.
+        """
+        rows = len(self.texts)
+        draft, drafted = self.propose(k, live) if k else (self.slots.new_empty(rows, 0), [0] * rows)
+        self.k = draft.shape[1]
+        wait = self.sampler.copy_to_host_async(self.verify(draft))
+        step: list[list[int]] = [[] for _ in self.texts]
+        pairs = zip(wait(), draft.tolist(), strict=True)  # the host waits for the device here
+        for row, (ids, proposed) in enumerate(pairs):
+            if row in live:
+                step[row] = ids[: count_accepted(ids, proposed) + 1]
+                self.texts[row] += step[row]
+        return step, drafted
+
+    def verify(self, draft: Tensor) -> Tensor:
+        """Return the tokens that the model draws after each text and after each draft token:
+        (B, k) -> (B, k + 1).
+
+        This is one verify pass over k + 1 tokens. It also writes rejected draft tokens to the
+        caches; no query sees them before later tokens overwrite them.
+        """
+        k, length = draft.shape[1], len(self.slots)
+        last, pos, numbers = self._inputs(k)
+        visible = visible_length(max(map(len, self.texts)) + k, length)
+        tokens = torch.cat((last, draft), dim=1) if k else last  # (B, k + 1)
+        logits = self.lm.decode(tokens, pos, self.slots[:visible], self.caches)  # (B, k + 1, V)
+        if k:
+            self.sampler.record_draft(draft, numbers[:, :k])
+        return self.sampler(logits, numbers)
+
+    def _inputs(self, k: int) -> Sequence[Tensor]:
+        """Return each row's last id, (B, 1), the positions that the verify pass reads, and the
+        numbers of the tokens that it draws, (B, k + 1) each, by one copy to the device."""
+        inputs = []
+        for text, prompt in zip(self.texts, self.prompts, strict=True):
+            at, number = len(text) - 1, len(text) - len(prompt)
+            # Positions beyond the cache are beyond the row's limit: their tokens are not used.
+            pos = (min(at + j, len(self.slots) - 1) for j in range(k + 1))
+            inputs.append([text[-1], *pos, *range(number, number + k + 1)])
+        inputs = torch.tensor(inputs, device=self.slots.device)  # (B, 1 + 2 * (k + 1))
+        return inputs.split((1, k + 1, k + 1), dim=1)
 
 
-def count_accepted(drawn: Sequence[int], guessed: Sequence[int]) -> int:
-    """How many guesses, from the first on, are what was drawn."""
-    wrong = (n for n, (a, b) in enumerate(zip(drawn, guessed, strict=False)) if a != b)
-    return next(wrong, len(guessed))
+def count_accepted(drawn: Sequence[int], proposed: Sequence[int]) -> int:
+    """Return the number of draft tokens before the first that differs from the drawn token."""
+    pairs = enumerate(zip(drawn, proposed, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), len(proposed))
 
 
 class NgramDraft:
-    """What followed when the text's last tokens stood in it before: no model, and no memory.
+    """Proposes the tokens that followed an earlier occurrence of the text's last tokens.
 
-    Of the longest of NGRAM_LENGTHS that was there before, the latest place. Where what follows it runs
-    into the end of the text, the text repeats itself, and is guessed to go on so.
+    It takes the latest occurrence of the longest of NGRAM_LENGTHS that occurs. Where the tokens
+    after it run into the end of the text, they are repeated. It needs no model and no memory.
     """
 
     lm = None
@@ -138,7 +158,7 @@ class NgramDraft:
         indexed = [0] * len(texts)
         device = caches[0].device
 
-        def guess(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
+        def propose(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
             rows: list[list[int]] = [[] for _ in texts]
             for row in live if k else ():
                 index_ngrams(texts[row], tables[row], indexed[row])
@@ -148,25 +168,27 @@ class NgramDraft:
             padded = [[*row, *[0] * (width - len(row))] for row in rows]
             return torch.tensor(padded, dtype=torch.long, device=device), list(map(len, rows))
 
-        return guess
+        return propose
 
 
 def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
-    """Enter where each n-gram of the text that something follows ends; `start` are there."""
+    """Map each n-gram that ends before the text's end to the position after it. start: the length
+    of the text at the last call."""
     for end in range(max(start, 1), len(text)):
         for n in NGRAM_LENGTHS:
             table[tuple(text[max(0, end - n) : end])] = end
 
 
 def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -> list[int]:
-    """k tokens that may follow, or none."""
+    """Return the k tokens after the latest earlier occurrence of the text's last n-gram; [] if
+    there is none."""
     places = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
     at = next((place for place in places if place), None)
     return [] if at is None else [text[at + i % (len(text) - at)] for i in range(k)]
 
 
 class ModelDraft:
-    """Another model, with caches of its own."""
+    """Proposes the tokens that another model draws, with caches of its own."""
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
@@ -176,19 +198,20 @@ class ModelDraft:
         return self.lm.model.kv_bytes_per_token()
 
     def warm_up_inputs(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
-        return self.lm, self._like(caches), OwnCacheProposer.tail
+        return self.lm, self._caches_like(caches), OwnCacheProposer.tail
 
     def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
         filled, old = [0] * len(texts), self._latest
-        caches = self._like(caches)
-        if old and old.caches is caches:
+        caches = self._caches_like(caches)
+        if old and old.caches is caches:  # they hold the beginning of the same conversation
             pairs = zip(old.texts, texts, old.filled, strict=True)
             filled = [min(len(os.path.commonprefix([a, b])), most) for a, b, most in pairs]
         self._latest = OwnCacheProposer(self.lm, texts, caches, sampler, filled)
         return self._latest
 
-    def _like(self, caches: list[KVCache]) -> list[KVCache]:
-        """Caches for as many rows, as long as this model can use: the latest ones, if they fit."""
+    def _caches_like(self, caches: list[KVCache]) -> list[KVCache]:
+        """Return the draft's caches for as many rows and positions, at most its context. The
+        latest caches are used again if they have that shape."""
         rows, length = caches[0].rows, min(caches[0].length, self.lm.model.args.context)
         own = self._latest.caches if self._latest else []
         if own and (own[0].rows, own[0].length) == (rows, length):
@@ -197,19 +220,19 @@ class ModelDraft:
 
 
 def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
-    """A draft whose logits are of so many ids, and which can be given so many.
+    """Return the draft with logits of `vocab_size` ids, and inputs of as many.
 
-    Models with the same tokenizer may pad their tables to different sizes: ids of padding alone are
-    dropped or, as nobody can guess them, get -inf.
+    Models with the same tokenizer may pad their tables to different sizes. Ids that the draft
+    lacks get -inf, so that it never proposes them; surplus ids of padding are dropped.
     """
-    known = draft.model.args.vocab_size
-    if known == vocab_size:
+    own_size = draft.model.args.vocab_size
+    if own_size == vocab_size:
         return draft
 
     def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(tokens: Tensor, *given: Any) -> Tensor:
-            logits = view(tokens.clamp_max(known - 1), *given)  # (..., known)
-            return F.pad(logits, (0, vocab_size - known), value=-math.inf)  # (..., vocab_size)
+            logits = view(tokens.clamp_max(own_size - 1), *given)  # (..., own_size)
+            return F.pad(logits, (0, vocab_size - own_size), value=-math.inf)  # (..., vocab_size)
 
         return call
 
@@ -217,8 +240,11 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
 
 
 class SelfDraft:
-    """The model's own quantised copy, on the model's caches: what it guesses from is exact, and
-    what it writes there the model writes again when it verifies."""
+    """Proposes the tokens that the model's own quantised copy draws, on the model's own caches.
+
+    The copy reads exact keys and values of the text. Those that it writes for draft tokens, the
+    verify pass overwrites.
+    """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
@@ -234,14 +260,17 @@ class SelfDraft:
 
 
 class ModelProposer:
-    """A model that guesses for texts as they grow, on caches that hold all but their last token."""
+    """Draws draft tokens with a model whose caches hold all but the last token of each text.
 
-    tail = 1  # tokens of each text to read before the first guess
+    It is a decoding.Propose. The texts, which have one generated id at first, grow between calls.
+    """
+
+    tail = 1  # last tokens of each text that the first draft step reads
 
     def __init__(self, lm: LoadedModel, texts: Texts, caches: list[KVCache], sampler: Sampler):
         self.lm, self.texts, self.caches = lm, texts, caches
         self._sampler = sampler
-        self._starts = [len(text) - 1 for text in texts]  # texts have one id of their answer
+        self._starts = [len(text) - 1 for text in texts]  # the lengths of the prompts
         self._slots = torch.arange(caches[0].length, device=lm.device)
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
@@ -249,30 +278,36 @@ class ModelProposer:
         k = min(k, length - max(len(self.texts[row]) for row in live))
         if k <= 0:
             return self._slots.new_empty(rows, 0), [0] * rows
-        pairs = zip(self.texts, self._starts, strict=True)
-        known = [(*text[-self.tail :], len(text), len(text) - start) for text, start in pairs]
-        known = torch.tensor(known, device=self._slots.device)  # (B, tail + 2)
-        tokens, ends, numbers = known.split((self.tail, 1, 1), dim=1)
-        # Rows that have ended stay within the cache too.
+        tokens, ends, numbers = self._inputs()
+        # Ended rows are computed, too, and must stay within the cache.
         pos = (ends - self.tail + self._slots[: self.tail]).clamp_max(length - 1)  # (B, tail)
         visible = visible_length(min(length, max(map(len, self.texts)) + k), length)
-        guesses = []
+        draft = []
         for n in range(k):
             logits = self.lm.decode(tokens, pos, self._slots[:visible], self.caches)
             tokens = self._sampler(logits[:, -1:], numbers + n)  # (B, 1)
             pos = (ends + n).clamp_max(length - 1)  # (B, 1)
-            guesses.append(tokens)
-        return torch.cat(guesses, dim=1), [k] * rows
+            draft.append(tokens)
+        return torch.cat(draft, dim=1), [k] * rows
+
+    def _inputs(self) -> Sequence[Tensor]:
+        """Return the last ids of each text, (B, tail), its length, (B, 1), and the number of the
+        next generated token, (B, 1), by one copy to the device."""
+        pairs = zip(self.texts, self._starts, strict=True)
+        inputs = [(*text[-self.tail :], len(text), len(text) - start) for text, start in pairs]
+        inputs = torch.tensor(inputs, device=self._slots.device)  # (B, tail + 2)
+        return inputs.split((self.tail, 1, 1), dim=1)
 
 
 class OwnCacheProposer(ModelProposer):
-    """The same on caches that nobody else fills.
+    """A ModelProposer whose caches belong to the draft model, so that it must fill them itself.
 
-    filled: how many slots of each row are. Those before the text's last token are as the text
-    says: what was written further on did not hold.
+    filled: how many positions of each row's cache hold the text; positions after them may hold
+    rejected draft tokens.
     """
 
-    tail = 2  # where every guess has held, the last of them was never read
+    # If all draft tokens were accepted, the draft model has not yet read the last of them.
+    tail = 2
 
     def __init__(
         self,
@@ -289,13 +324,14 @@ class OwnCacheProposer(ModelProposer):
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         if k > 0:
             self._catch_up()
-        guesses, offered = super().__call__(k, live)
-        if made := guesses.shape[1]:
+        draft, drafted = super().__call__(k, live)
+        if made := draft.shape[1]:
             self.filled = [len(text) + made - 1 for text in self.texts]
-        return guesses, offered
+        return draft, drafted
 
     def _catch_up(self) -> None:
-        """Read what the texts have got since this model last guessed, if that is much."""
+        """Prefill the tokens that the texts have gained since the last call, if a row lacks more
+        than the one that the next draft step reads anyway."""
         wanted = [min(len(text) - 1, len(self._slots)) for text in self.texts]
         self.filled = list(map(min, self.filled, wanted))
         if any(n - f > 1 for n, f in zip(wanted, self.filled, strict=True)):

@@ -1,12 +1,11 @@
-"""Tensor parallelism: each rank has a share of every layer, and two all-reduces make them one.
+"""Tensor parallelism: each rank has a shard of every layer; two all-reduces per layer join them.
 
-Start at TensorParallel. A rank holds some heads of each attention, some neurons of each
-feed-forward layer, and the head's rows for some of the vocabulary: a Transformer like any other,
-with smaller numbers in its args. What makes the ranks one model are RowParallel, which adds what
-they have of wo's and w2's outputs, and ColumnParallel, which puts the logits together. Every rank then
-knows all logits, bit for bit the same, and draws the same token.
+Start at TensorParallel. A rank has some heads of each attention, some neurons of each feed-forward
+layer, and the head's rows of some of the vocabulary. Its shard is a Transformer with smaller
+numbers in its args. RowParallel adds up the ranks' outputs of wo and w2; ColumnParallel joins the
+ranks' logits. So every rank has all logits, bit for bit the same, and draws the same token.
 
-Based on Megatron-LM (arXiv 1909.08053, section 3). The engine is torch.distributed under torchrun:
+Based on Megatron-LM (arXiv 1909.08053, section 3). torch.distributed under torchrun communicates:
 NCCL between GPUs, Gloo between CPUs.
 
 Shapes: B rows, T tokens, V vocab.
@@ -31,34 +30,32 @@ from quant.linear import pack_nibbles, swap_linears, unpack_nibbles
 from ranks import Ranks
 from weights.formats import staging_buffer
 
-# Its name until torch 2.12, and from then on.
+# Named all_gather_tensor before torch 2.12.
 ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-MAX_SUGGESTED_RANKS = 64  # ranks that are looked at when others are proposed
+MAX_SUGGESTED_RANKS = 64  # an error message suggests numbers of ranks up to this one
 
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """What a rank keeps of a stored tensor. rows: ranges that are put together, None: all;
-    columns: a range in inputs of the linear, None: all."""
+    """The part of a stored tensor that a rank keeps. None: all.
+
+    rows: ranges that are concatenated. columns: a range of the linear's inputs.
+    """
 
     rows: tuple[range, ...] | None = None
     columns: range | None = None
 
 
 def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
-    """The args of the model that a rank holds.
+    """Return the args of a rank's shard.
 
-    Raises ValueError naming the numbers of ranks that would do, where this one does not.
+    Raises ValueError, which suggests other numbers of ranks, if the model does not divide.
     """
-    if reason := indivisible_reason(args, scheme, ranks.world_size):
-        others = [
-            n for n in range(1, MAX_SUGGESTED_RANKS + 1) if not indivisible_reason(args, scheme, n)
-        ]
-        raise ValueError(
-            f"{ranks.world_size} ranks cannot share this model: {reason}; "
-            f"{', '.join(map(str, others))} can"
-        )
     n = ranks.world_size
+    if reason := indivisible_reason(args, scheme, n):
+        numbers = range(1, MAX_SUGGESTED_RANKS + 1)
+        others = [str(n) for n in numbers if not indivisible_reason(args, scheme, n)]
+        raise ValueError(f"{n} ranks cannot share this model: {reason}; {', '.join(others)} can")
     return replace(
         args,
         n_heads=args.n_heads // n,
@@ -68,7 +65,7 @@ def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> 
 
 
 def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
-    """Why so many ranks cannot share a model."""
+    """Return why `count` ranks cannot share a model; None if they can."""
     heads, kv_heads = args.n_heads, args.n_kv_heads
     group = (scheme or {}).get("linears", {}).get("groupsize", 1)
     if heads % count:
@@ -77,37 +74,38 @@ def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: in
         return f"it has {kv_heads} key/value heads"
     if args.hidden_dim % (count * group):
         return f"it has {args.hidden_dim} neurons a layer" + f", in groups of {group}" * (group > 1)
-    if heads // count * args.head_dim % group:
-        return f"{heads // count} heads of {args.head_dim} channels are no groups of {group}"
+    channels = heads // count * args.head_dim
+    if channels % group:
+        return (
+            f"{heads // count} heads of {args.head_dim} channels do not divide in groups of {group}"
+        )
     return None
 
 
 def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlice]]:
-    """The linears of which a rank has a part: how their names end, and which part. args: of the
-    whole model."""
+    """Yield the linears that are divided, by the ends of their names, and this rank's slices.
+
+    args: of the whole model. Ranks that outnumber the key/value heads share heads.
+    """
     E, H, G, F_ = args.head_dim, args.n_heads, args.n_kv_heads, args.hidden_dim
     heads, neurons = ranks.shard_range(H), ranks.shard_range(F_)
-    first = (
-        ranks.rank * G // ranks.world_size
-    )  # where ranks outnumber key/value heads, some share one
+    first = ranks.rank * G // ranks.world_size
     kv = range(first, first + max(1, G // ranks.world_size))
     q, k, v = (
         range(start + part.start * E, start + part.stop * E)
         for start, part in ((0, heads), (H * E, kv), ((H + G) * E, kv))
     )
+    w3_rows = range(F_ + neurons.start, F_ + neurons.stop)
     yield "attention.wqkv", ShardSlice(rows=(q, k, v))
     yield "attention.wo", ShardSlice(columns=q)
     yield "feed_forward.w1", ShardSlice(rows=(neurons,))
-    yield (
-        "feed_forward.w13",
-        ShardSlice(rows=(neurons, range(neurons.start + F_, neurons.stop + F_))),
-    )
+    yield "feed_forward.w13", ShardSlice(rows=(neurons, w3_rows))
     yield "feed_forward.w2", ShardSlice(columns=neurons)
     yield "output", ShardSlice(rows=(ranks.shard_range(args.vocab_size),))
 
 
 class RowParallel(nn.Module):
-    """A linear of which each rank has some inputs: outputs are added, then, once, the bias."""
+    """A linear of which each rank has some inputs. It adds up the ranks' outputs, then the bias."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -120,36 +118,42 @@ class RowParallel(nn.Module):
 
 
 class ColumnParallel(nn.Module):
-    """A linear of which each rank has some outputs, the last ranks perhaps fewer."""
+    """A linear of which each rank has some outputs. It concatenates the ranks' outputs.
+
+    The last ranks may have fewer outputs than the others; all_gather needs equal shapes, so theirs
+    are padded.
+    """
 
     def __init__(self, linear: nn.Module, outputs: int, count: int):
         super().__init__()
         self.shard, self.outputs = linear, outputs
-        self.idle = -(-outputs // count) - linear.out_features
+        self.padding = -(-outputs // count) - linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.pad(self.shard(x), (0, self.idle))  # (..., most)
-        return gather(y)[..., : self.outputs]
+        y = F.pad(self.shard(x), (0, self.padding))  # (..., ceil(outputs / count))
+        return all_gather(y)[..., : self.outputs]
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum of what all ranks have, on all of them."""
+    """Return the sum of the ranks' tensors, on all ranks."""
     return collectives.all_reduce(x, "sum", dist.group.WORLD)
 
 
-def gather(x: Tensor) -> Tensor:
-    """What all ranks have, along the last dimension, on all of them."""
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate the ranks' tensors along the last dimension, on all ranks."""
     return ALL_GATHER(x, x.dim() - 1, dist.group.WORLD)
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Each rank has a share of every layer, of whatever can be cut by heads, neurons or words."""
+    """Divides every layer by heads and neurons, and the head by the vocabulary.
+
+    It implements load.ParallelStrategy.
+    """
 
     ranks: Ranks
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
-        """Raises ValueError naming the numbers of ranks that would do, where this one does not."""
         return shard_args(args, scheme, self.ranks)
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
@@ -161,7 +165,7 @@ class TensorParallel:
             if scheme:
                 swap_linears(model, scheme)
         if args.tied and isinstance(model.output, Linear):
-            model.output.weight = model.tok_embeddings.weight  # all of it, until `finish`
+            model.output.weight = model.tok_embeddings.weight  # the whole table, until `finish`
         for layer in model.layers:
             layer.attention.wo = RowParallel(layer.attention.wo)
             layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
@@ -171,15 +175,15 @@ class TensorParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """A function that fills one tensor and reads only this rank's slice of the stored one."""
-        kept = dict(shard_slices(checkpoint.args, self.ranks))
+        """Return a function that fills one tensor and reads only this rank's slice of the file."""
+        slices = dict(shard_slices(checkpoint.args, self.ranks))
         stage = staging_buffer(device)
 
-        def filling(name: str, tensor: Tensor) -> None:
+        def fill_shard(name: str, tensor: Tensor) -> None:
             stored = checkpoint_name(name)
-            part = kept.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
-            # By the name, and not by comparing shapes: a slice may have the shape of the whole, as
-            # the zero points of two groups, which are one byte, have on each of two ranks.
+            part = slices.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
+            # The name decides, not the shape: a slice may have the whole tensor's shape. Example:
+            # the zero points of two groups, one byte, on each of two ranks.
             if part and part.rows:
                 checkpoint.read_rows_into(stored, part.rows, tensor, stage)
             elif part and (per := inputs_per_column(model, name)):
@@ -187,13 +191,13 @@ class TensorParallel:
             else:
                 fill(stored, tensor)
 
-        return filling
+        return fill_shard
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        return lambda name, dtype: None  # shares lie in pieces
+        return lambda name, dtype: None  # a shard is not contiguous in the file
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """A tied head becomes this rank's rows of the table, the same memory."""
+        """Reduce a tied head to this rank's rows of the embedding's table, in the same memory."""
         head, table = model.output.shard, model.tok_embeddings.weight
         if getattr(head, "weight", None) is table:
             part = self.ranks.shard_range(len(table))
@@ -206,11 +210,11 @@ class TensorParallel:
 def read_input_columns(
     checkpoint: Checkpoint, name: str, inputs: range, per: int, tensor: Tensor, stage: Tensor
 ) -> None:
-    """Fill a tensor with what a stored one has for some inputs of its linear, `per` to a column."""
+    """Fill a tensor with stored columns of some inputs of its linear. per: inputs per column."""
     columns = range(inputs.start // per, -(-inputs.stop // per))
     if inputs.start % per == inputs.stop % per == 0:
         return checkpoint.read_columns_into(name, columns, tensor, stage)
-    # Zero points, two to a byte: the share begins or ends with half a byte.
+    # Zero points, two to a byte: this rank's inputs begin or end in the middle of a byte.
     covering = torch.empty(len(tensor), len(columns), dtype=tensor.dtype)
     checkpoint.read_columns_into(name, columns, covering, stage)
     first, count = (2 * n // per for n in (inputs.start % per, len(inputs)))
@@ -218,12 +222,12 @@ def read_input_columns(
 
 
 def inputs_per_column(model: Transformer, name: str) -> int | None:
-    """How many of a linear's inputs a column of one of its tensors is for; None for a tensor that
-    has nothing for single inputs: a bias, or scales of outputs."""
+    """Return how many of a linear's inputs share a column of one of its tensors; None for a tensor
+    without columns of inputs: a bias, or scales of outputs."""
     module, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(module), "inputs_per_column", {}).get(leaf)
 
 
 def checkpoint_name(name: str) -> str:
-    """Of a rank's tensor, what the checkpoint calls the whole."""
+    """Convert the name of a rank's tensor to the checkpoint's."""
     return name.replace(".shard.", ".")

@@ -1,11 +1,11 @@
-"""How long the compiler lets a user wait: from the start of a process to a compiled token.
+"""Measures the time from the start of a process to the first compiled token.
 
     python benchmarks/compile.py
 
 Start at main. Each run is a fresh process that does what generate.py does (see first_tokens):
-eager, compiled with an empty compile cache, and compiled again with the cache that left behind.
-Its steps: import, load, compile, prefill (the first token), the first compiled decode step (the
-second); over_eager is what the compiler adds to them. Random weights: load is filling memory.
+eager, compiled with an empty compile cache (cold), and compiled again with that cache (warm). The
+steps are import, load, compile, prefill (the first token) and the first compiled decode step (the
+second token); over_eager is the time that compiling adds. load fills memory with random weights.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from bench import provenance
 from benchmarks.common import CONFIG, Others, exit_code, fresh_process, log, show, spread
 from engine import generate
-from generate import GenerationConfig
 from load import compile_now, random_model
+from text.generation_config import GenerationConfig
 
 STEPS = ("import", "load", "compile", "prefill", "decode")  # seconds, one after the other
 KINDS = ("eager", "cold", "warm")
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     figures = {
         kind: {key: spread([run[key] for run in of]) for key in of[0]} for kind, of in runs.items()
     }
-    torch.set_num_threads(args.threads)  # for provenance: what the runs were given
+    torch.set_num_threads(args.threads)  # provenance records it; the runs had as many
     log(f"{args.config.stem}: seconds, median of {args.repeats} fresh processes each")
     columns = (*STEPS, "total", "over_eager", "tokens_per_s")
     log(f"{'':6}" + "".join(f"{column:>13}" for column in columns))
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(kind: str, cache: str, args: argparse.Namespace) -> dict[str, float]:
-    # Inductor keeps most in the first, but precompiled headers under TMPDIR whatever it says.
+    # Inductor keeps precompiled headers under TMPDIR, and the rest in its cache directory.
     env = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TMPDIR": cache}
     env |= {"TRITON_CACHE_DIR": f"{cache}/triton", "OMP_NUM_THREADS": str(args.threads)}
     options = ["--config", args.config, "--device", args.device, "--prompt", args.prompt]
@@ -68,9 +68,9 @@ def run(kind: str, cache: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def first_tokens(args: argparse.Namespace) -> dict[str, float]:
-    """In a child: seconds that each step took, their total, and tokens/s after them."""
+    """Run in a child process: return the seconds of each step, their total, and later tokens/s."""
     kind, started = args.child
-    # Linux and macOS count perf_counter from the machine's start: processes share it.
+    # On Linux and macOS perf_counter starts with the machine, so that processes can compare it.
     times = [float(started), time.perf_counter()]
     lm = random_model(args.config, device=args.device, compile=kind != "eager")
     times.append(time.perf_counter())

@@ -1,11 +1,11 @@
-"""Decode and prefill beside llama.cpp's: same shape, same bits, same threads, in alternating runs.
+"""Measures decode and prefill against llama.cpp: same shape, bits and threads, alternating runs.
 
     python benchmarks/decode.py --peer_python /tmp/llama/bin/python
 
-Start at main. Both sides are loaded once and then take turns, compiled, llama.cpp, eager, compiled
-and so on, greedy from the same random prompt; the one that waits takes no CPU, which is measured.
-A shared machine drifts, so a ratio is taken within a round, and the median of those is the result.
-llama.cpp lives in a process, and where wanted in a Python environment, of its own: see Peer.
+Start at main. All sides are loaded once and then take turns: compiled, llama.cpp, eager, compiled
+and so on, greedy from the same random prompt. A waiting side uses no CPU, which is measured. A
+shared machine's speed drifts, so ratios are taken within a round; the result is their median.
+llama.cpp runs in a process of its own, if wanted in another Python environment: see Peer.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from bench import Stats, provenance
 from benchmarks.common import CONFIG, Others, exit_code, log, show, spread
 from decoding import LoadedModel
 from engine import complete
-from generate import GenerationConfig
 from host.bandwidth import read_bandwidth
 from host.measurements import cache_directory
 from host.memory import size_text
 from load import compile_now, make_views, random_model
 from quant.linear import make_scheme
+from text.generation_config import GenerationConfig
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
@@ -50,10 +50,10 @@ Run = dict[str, float]  # prefill and decode, in tokens per second
 
 @dataclass(frozen=True)
 class Precision:
-    """The same bits on both sides."""
+    """The same bits per weight on both sides."""
 
     load: Callable[[Path], LoadedModel]  # from a config.json, with random weights
-    gguf: str  # llama.cpp's name for it
+    gguf: str  # llama.cpp's name of the format
 
 
 ours = partial(random_model, device="cpu", dtype=torch.bfloat16)
@@ -91,19 +91,19 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us; we end it
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the peer
         )
         self.weight_bytes = self.reply()["weight_bytes"]
 
     def reply(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise ChildProcessError("llama.cpp's process ended; what it said stands above")
+            raise ChildProcessError("llama.cpp's process ended; its output is above")
         return json.loads(line)
 
     def __call__(self, prompt: list[int]) -> Run:
-        asked = {"prompt": prompt, "new_tokens": self.new_tokens}
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        request = {"prompt": prompt, "new_tokens": self.new_tokens}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         times = self.reply()
         self.idle_cpu += times["cpu_before"] - (self.cpu or times["cpu_before"])
         self.cpu = times["cpu_after"]
@@ -118,16 +118,16 @@ class Peer:
 
 
 def peer_version(python: str) -> str | None:
-    """None where that Python, or what it needs, is not there."""
-    said = [python, "-c", "import gguf, llama_cpp; print(llama_cpp.__version__)"]
+    """Return llama_cpp's version; None if that Python, llama_cpp or gguf is missing."""
+    command = [python, "-c", "import gguf, llama_cpp; print(llama_cpp.__version__)"]
     try:
-        return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def random_gguf(args: argparse.Namespace, kind: str) -> Path:
-    """The peer's model of this shape, written once."""
+    """Return the peer's model file of this shape, written at the first call."""
     config = args.config.read_bytes()
     file = args.cache / f"{args.config.stem}-{zlib.crc32(config):08x}-{kind}.gguf"
     if not file.exists():
@@ -139,7 +139,7 @@ def random_gguf(args: argparse.Namespace, kind: str) -> Path:
 
 
 def measure(precision: Precision, peer: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of each side, after `rounds` turns."""
+    """Return each side's figures of args.rounds rounds."""
     lengths = args.prompt, args.new_tokens
     lm = precision.load(args.config)
     eager = make_views(lm.model, lm.tokenizer, compile=False, compile_prefill=False)
@@ -167,7 +167,7 @@ def measure(precision: Precision, peer: str | None, args: argparse.Namespace) ->
 
 
 def summary(runs: list[Run], peers: list[Run] | None) -> dict[str, Any]:
-    """Spreads of tokens per second, and of their ratios to the peer's of the same round."""
+    """Return spreads of tokens per second, and of the ratios to the peer in the same round."""
     figures: dict[str, Any] = {test: spread([run[test] for run in runs]) for test in runs[0]}
     if peers:
         pairs = list(zip(runs, peers, strict=True))
@@ -181,7 +181,10 @@ def summary(runs: list[Run], peers: list[Run] | None) -> dict[str, Any]:
 def alternate(
     sides: dict[str, Callable[[list[int]], Run]], vocab_size: int, args: argparse.Namespace
 ) -> tuple[dict[str, list[Run]], float]:
-    """Rounds in which each side runs once, after one to warm up; our CPU seconds in their turns."""
+    """Run each side once a round; the first round warms up and is dropped.
+
+    Returns the runs, and the CPU seconds that this process used during the peer's turns.
+    """
     generator = torch.Generator().manual_seed(0)
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     idle_cpu = 0.0
@@ -212,7 +215,8 @@ def table(figures: dict[str, Any], ceiling: float, args: argparse.Namespace) -> 
                 f"prefill {show(ratios['prefill'])}"
             )
     if idle := figures.get("idle_cpu_s"):
-        log(f"CPU used while waiting: ours {idle['ours']:.2f} s, theirs {idle['llama.cpp']:.2f} s")
+        ours, theirs = idle["ours"], idle["llama.cpp"]
+        log(f"CPU used while waiting: gpt-flex {ours:.2f} s, llama.cpp {theirs:.2f} s")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,10 +224,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     before, others = read_bandwidth(CPU), Others()
     log(f"ceiling: {args.threads} threads read memory at {size_text(before)}/s")
     if not (peer := peer_version(args.peer_python)):
-        log(f"llama.cpp is left out: {args.peer_python} cannot import it and gguf; {GET_PEER}")
+        log(f"llama.cpp is left out: {args.peer_python} cannot import it or gguf; {GET_PEER}")
     measured = {name: measure(PRECISIONS[name], peer, args) for name in args.precision}
     after = read_bandwidth(CPU)
-    log(f"ceiling, once more: {size_text(after)}/s; shares below are of the higher")
+    log(f"ceiling, measured again: {size_text(after)}/s; the higher one counts below")
     for name, figures in measured.items():
         log(f"{args.config.stem}, {name}, median (min to max) of {args.rounds} rounds")
         table(figures, max(before, after), args)

@@ -28,13 +28,13 @@ from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from engine import complete
 from evaluation.scoring import log_likelihoods
-from generate import GenerationConfig
 from host.devices import find_device
 from host.torch_private import compiled_graphs
 from load import load_model, make_views
 from model import KVCache, visible_length
 from quant.linear import make_scheme
 from quantize import quantize
+from text.generation_config import GenerationConfig
 
 MODELS = ("demo", "demo-opt")
 MODES = ("dense", "int8", "int4")

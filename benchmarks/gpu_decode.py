@@ -25,7 +25,7 @@ import torch
 from bench import WARM_UP_RUNS, Stats, provenance
 from benchmarks.common import ROOT, exit_code, log, show, spread
 from benchmarks.gpu_common import Attempts, nominal, seconds
-from benchmarks.speculate import Parts
+from benchmarks.speculate import CycleTimes
 from benchmarks.speculate import seconds as typical_seconds
 from decoding import LoadedModel
 from engine import complete, generate
@@ -134,7 +134,7 @@ class Timings:
     def verify(self, caches: list[KVCache]) -> None:
         """A pass of some tokens over a step of one, in turns."""
         self.compiled("verify", lambda: meet_shapes(self.lm, caches, 2))
-        parts = Parts(self.lm, 0, GenerationConfig(temperature=0))
+        parts = CycleTimes(self.lm, 0, GenerationConfig(temperature=0))
         step, sweep = (parts.step(self.lm, caches, n, PROMPT) for n in (1, VERIFIED))
         for call in WARM_UP_RUNS[self.device.type] * (step, sweep):
             call()

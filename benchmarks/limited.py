@@ -1,12 +1,12 @@
-"""Run a command under limits that the kernel enforces, of memory and of a disk's rate.
+"""Runs a command under limits on its memory and on a disk's read rate, enforced by the kernel.
 
     python benchmarks/limited.py --limit 1.1e9 -- python benchmarks/offload_peers.py ...
 
-Start at limited. Page cache counts: a page of a file is charged to the group that first read it,
-so a mapped file larger than the limit must come from disk again and again. What another group
-read before costs nothing, however, so drop_cache the files first. A disk can be held to a rate,
-too, where its own drifts with what others do. Linux, cgroups 1 or 2, and the right to make a group:
-unsupported_reason says what is missing.
+Start at limited. The limit includes page cache: the kernel charges a file's page to the control
+group that first reads it, so a mapped file larger than the limit is read from disk repeatedly.
+Pages that another group has read cost nothing: call drop_cache on the files first. A limit on the
+read rate makes a shared disk's speed constant. This needs Linux, cgroups 1 or 2, and the right to
+make a group; unsupported_reason tells what is missing.
 """
 
 import argparse
@@ -27,23 +27,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import exit_code
 
 MOUNTED = Path("/sys/fs/cgroup")
-# Groups, --, and what to run in them: not by preexec_fn, which may deadlock beside threads.
+# Shell arguments: the groups' files, --, and the command. preexec_fn may deadlock with threads.
 ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit; shift; done; shift; exec "$@"'
 
 
 class OutOfMemory(ChildProcessError):
-    """The kernel ended a command that did not do with its memory."""
+    """The kernel killed a command that exceeded its memory limit."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """The files of a group, as a version of cgroups names them."""
+    """The names of a control group's files in one version of cgroups."""
 
     limit: str
-    swap: str  # there only where the kernel counts swap
-    swap_beside_memory: bool  # or else memory and swap together
+    swap: str  # exists only if the kernel counts swap
+    swap_beside_memory: bool  # the swap limit is for swap alone, else for memory and swap
     peak: str
-    events: str  # counts what was killed
+    events: str  # counts killed processes
 
 
 VERSIONS = (
@@ -60,16 +60,16 @@ VERSIONS = (
 
 @dataclass(frozen=True)
 class Rate:
-    """What may be read in a second from the disk that a file lies on."""
+    """The bytes per second that may be read from a file's disk."""
 
     file: Path
     nbytes: int
 
     def disk(self) -> str:
-        """Its numbers; OSError where the file lies on none."""
+        """Return "major:minor" of the disk. Raises OSError for a file system without a disk."""
         device = self.file.stat().st_dev
         entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-        if (entry / "partition").exists():  # only whole disks have rates
+        if (entry / "partition").exists():  # a rate applies to a whole disk
             entry = entry.parent
         return (entry / "dev").read_text().strip()
 
@@ -92,7 +92,7 @@ class Group:
             (self.path / self.version.swap).write_text(str(swap))
 
     def peak(self) -> int | None:
-        """The most bytes that were charged, page cache with them; None where not counted."""
+        """Return the most bytes charged, page cache included; None if the kernel does not count."""
         file = self.path / self.version.peak
         return int(file.read_text()) if file.exists() else None
 
@@ -101,7 +101,7 @@ class Group:
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
     def remove(self) -> None:
-        """A group can go once its last process has been ended and waited for by its parent."""
+        """Kill the group's processes, wait until their parents have reaped them, and remove it."""
         for _ in range(100):
             for process in self.procs.read_text().split():
                 with suppress(ProcessLookupError):
@@ -118,12 +118,11 @@ def limited(
     env: dict[str, str] | None = None,
     rate: Rate | None = None,
 ) -> dict[str, Any]:
-    """The JSON object on the last line that a command prints, run alone under a memory limit, and
-    with a disk no faster than a rate.
+    """Run a command under a memory limit and, if given, a limit on a disk's read rate.
 
-    With it goes cgroup_peak_bytes, which page cache usually fills to the limit. Raises
-    OutOfMemory where the kernel killed it, ChildProcessError where it failed, both in one line,
-    and OSError where there is no such limit, see unsupported_reason.
+    Returns the JSON object on the last line that it prints, with cgroup_peak_bytes added; page
+    cache usually fills that to the limit. Raises OutOfMemory if the kernel killed the command,
+    ChildProcessError if it failed, and OSError if no limit can be set, see unsupported_reason.
     """
     words = [str(word) for word in command]
     with new_group(limit_bytes) as group, slow_disk(group, rate) as groups:
@@ -135,17 +134,17 @@ def limited(
         )
         peak, kills = group.peak(), group.kills()
     if kills:
-        took = f"it takes more than {limit_bytes / 1e9:.2f} GB of memory"
-        raise OutOfMemory(f"{' '.join(words)} was killed: {took}")
+        reason = f"it takes more than {limit_bytes / 1e9:.2f} GB of memory"
+        raise OutOfMemory(f"{' '.join(words)} was killed: {reason}")
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise ChildProcessError(f"{' '.join(words)} failed: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+        raise ChildProcessError(f"{' '.join(words)} failed: {errors[-1]}")
     return json.loads(done.stdout.splitlines()[-1]) | {"cgroup_peak_bytes": peak}
 
 
 @contextmanager
 def new_group(limit_bytes: int) -> Iterator[Group]:
-    """A group with a limit, gone afterwards, whatever happens, and its processes with it."""
+    """Make a group with a limit; kill its processes and remove it at the end."""
     with interrupted_by_sigterm():
         group = make_group()
         try:
@@ -157,7 +156,8 @@ def new_group(limit_bytes: int) -> Iterator[Group]:
 
 @contextmanager
 def slow_disk(group: Group, rate: Rate | None) -> Iterator[list[Group]]:
-    """The groups to be in for a disk no faster than that: in version 1 rates have groups apart."""
+    """Limit the disk's rate; yield the groups that the command must join. Cgroups 1 has separate
+    groups for disks."""
     if rate is None:
         yield [group]
     elif (group.path / "io.max").exists():
@@ -176,14 +176,14 @@ def slow_disk(group: Group, rate: Rate | None) -> Iterator[list[Group]]:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """`timeout` sends SIGTERM, which would leave group and processes behind."""
+    """Turn SIGTERM, which `timeout` sends, into KeyboardInterrupt, so that groups are removed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # only a main thread can; another is ended with it
+    except ValueError:  # only the main thread can set handlers
         yield
         return
     try:
@@ -193,7 +193,7 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 def make_group() -> Group:
-    """OSError saying what was tried where no place lets us make one."""
+    """Make a group in the first of `places` that allows it. Raises OSError listing what failed."""
     tried = []
     for place in places():
         path = place / f"gpt-flex-{os.getpid()}-{time.monotonic_ns()}"
@@ -211,10 +211,10 @@ def make_group() -> Group:
 
 
 def places() -> Iterator[Path]:
-    """Where a group may be made, best first.
+    """Yield directories in which a group may be made, best first.
 
-    Version 1: in the hierarchy that controls memory. Version 2: beside our own group or further
-    out, for a group that has processes can have no controlled group below it.
+    Version 1: the hierarchy that controls memory. Version 2: the parents of this process's group,
+    because a group with processes cannot have limited groups below it.
     """
     if (MOUNTED / "memory").is_dir():
         yield MOUNTED / "memory"
@@ -228,19 +228,19 @@ def places() -> Iterator[Path]:
 
 
 def unsupported_reason(rate: Rate | None = None) -> str | None:
-    """Why no memory limit, or rate, can be enforced here, in one line; None where it can."""
+    """Return one line that tells why no memory limit, or rate, can be enforced; None if it can."""
     try:
         limited(["echo", "{}"], 2**30, rate=rate)
     except OSError as error:
         what = "memory limit and rate" if rate else "memory limit"
-        return f"no {what} can be enforced: {error}; it takes Linux, cgroups and mostly root"
+        return f"no {what} can be enforced: {error}; it needs Linux, cgroups and usually root"
     return None
 
 
 def drop_cache(path: Path) -> None:
-    """Let the next reader of a file, or of a directory's files, read them from disk.
+    """Remove a file's pages, or those of a directory's files, from the page cache.
 
-    Only clean pages that no process maps go: what was just written is synced first.
+    The kernel keeps dirty pages and mapped ones; dirty pages are written to disk first.
     """
     for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
         descriptor = os.open(file, os.O_RDONLY)
@@ -255,9 +255,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--limit", type=float, required=True, help="bytes, such as 1.1e9")
-    add("--rate", type=float, help="bytes a second at most from the disk that this directory is on")
-    add("--drop", type=Path, nargs="*", default=[], help="read these from disk, not from cache")
-    add("command", nargs="+", help="prints a JSON object as its last line")
+    add("--rate", type=float, help="bytes per second at most from this directory's disk")
+    add("--drop", type=Path, nargs="*", default=[], help="remove these from the page cache first")
+    add("command", nargs="+", help="a command that prints a JSON object as its last line")
     return parser.parse_args()
 
 

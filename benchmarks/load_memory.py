@@ -1,10 +1,10 @@
-"""Peak memory while a checkpoint loads, over the bytes of its weights, for each file format.
+"""Measures peak memory while a checkpoint loads, over its weights' bytes, for each file format.
 
     python benchmarks/load_memory.py
 
 Start at main. It writes a checkpoint with random weights in every format, one after the other,
 and loads each in fresh processes (see peak_memory), as stored and from bfloat16 to float32. The
-least possible is 1: the weights themselves.
+minimum is 1: the weights themselves.
 """
 
 import argparse
@@ -71,26 +71,26 @@ def measure(file: str, folder: str, dtype: str, repeats: int) -> dict[str, Any]:
 
 
 def peak_memory(folder: str, dtype: str) -> dict[str, float]:
-    """In a child: the most memory that loading added, over the bytes of the loaded weights.
+    """Run in a child process: return the peak memory that loading added, over the weights' bytes.
 
-    Resident memory counts, and with it the pages of a mapped file that were touched.
+    It is resident memory, which includes touched pages of mapped files.
     """
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()
     model = load_model(folder, device="cpu", dtype=DTYPES[dtype]).model
     seconds = time.perf_counter() - start
     weights = [tensor for tensor, _ in stored_tensors(model).values()]
-    for weight in weights:  # a weight that was only mapped becomes resident now
+    for weight in weights:  # touch each page, so that mapped weights become resident
         weight.detach().view(-1).view(torch.uint8)[::4096].sum()
     added = resident("VmHWM") - before
-    held = sum(weight.nbytes for weight in weights)
+    weight_bytes = sum(weight.nbytes for weight in weights)
     files = sum(f.stat().st_size for f in Path(folder).iterdir())
-    return {"ratio": added / held, "seconds": seconds, "file_bytes": files}
+    return {"ratio": added / weight_bytes, "seconds": seconds, "file_bytes": files}
 
 
 def resident(key: str) -> int:
-    """Bytes of this process's memory, now (VmRSS) or at its peak (VmHWM). Linux."""
+    """Return this process's resident bytes, now (VmRSS) or at the peak (VmHWM). Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -131,12 +131,12 @@ WRITERS: dict[str, Callable[[Path, dict[str, Any], Tensors], None]] = {
 
 
 def theirs(ours: Tensors, config: dict[str, Any]) -> Tensors:
-    """Under Hugging Face's names, each with memory of its own."""
+    """Copy tensors under Hugging Face's names."""
     return {name: tensor.clone() for name, tensor in export_tensors(ours, config).items()}
 
 
 def add_small_files(folder: Path, config: dict[str, Any]) -> None:
-    """What a checkpoint has beside its weights; any tokenizer will do."""
+    """Write config.json and, because loading needs one, the demo model's tokenizer."""
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder)
@@ -147,7 +147,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--repeats", type=int, default=3, help="loads of each (default: 3)")
-    add("--directory", type=Path, help="where the files are put for a while (default: $TMPDIR)")
+    add("--directory", type=Path, help="for temporary files (default: $TMPDIR)")
     add("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 

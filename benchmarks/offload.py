@@ -47,10 +47,10 @@ from benchmarks.offload_peers import (
     beside_ourselves,
 )
 from engine import complete, generate
-from generate import GenerationConfig
 from host.memory import page_aligned
 from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
 from plan import Planner, Subject, Workload, machine, sizes
+from text.generation_config import GenerationConfig
 from tiers.policy import Policy, Share
 from weights.hf import model_args
 from weights.weight_files import read_json

@@ -1,10 +1,10 @@
-"""Several ranks beside one: what a pipeline makes of a batch, and shares of layers of one text.
+"""Measures several ranks against one process, in a pipeline or with tensor parallelism.
 
-    python benchmarks/ranks.py                  two stages, a core each, against one process on one
-    python benchmarks/ranks.py --shares         the same by shares of each layer, for few rows
+    python benchmarks/ranks.py                  a pipeline of two stages, against one process
+    python benchmarks/ranks.py --shares         tensor parallelism, for few rows
 
-Start at main. The model has random weights, the batch distinct prompts. Each process has one core;
-rounds alternate between one process and the ranks.
+Start at main. The model has random weights, the batch distinct prompts. Each process has one core.
+Rounds alternate between one process and the ranks.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if "RANK" in os.environ:  # before torch counts cores
+if "RANK" in os.environ:  # before torch is imported and counts the cores
     os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"]) % os.cpu_count()})
 
 import torch
@@ -26,15 +26,15 @@ import torch
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from engine import complete
-from generate import GenerationConfig
 from load import random_model
 from ranks import join_process_group, leave_process_group
+from text.generation_config import GenerationConfig
 
 CPU = torch.device("cpu")
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
-    """One rank: a few tokens to warm up, then the batch."""
+    """Run one rank: a few tokens to warm up, then the batch."""
     torch.set_num_threads(1)
     ranks = join_process_group(CPU)
     how = {"pipeline": not args.shares, "micro_batches": args.micro_batches} if ranks else {}
@@ -59,7 +59,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, count: int) -> dict[str, Any]:
-    """So many processes, each on a core of its own."""
+    """Run `count` processes, each on a core of its own; return rank 0's figures."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += [f"--nproc_per_node={count}", __file__, "--worker"]
     for name in ("config", "rows", "prompt", "new"):
@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for count, of in runs.items():
             of.append(run(args, count))
             log(
-                f"{count} ranks: {of[-1]['tokens_per_s']:.1f} tokens/s, prompts included; "
-                f"{of[-1]['decode_per_s']:.1f} of decoding, {of[-1]['prompt_per_s']:.1f} of prompts"
+                f"{count} ranks: {of[-1]['tokens_per_s']:.1f} tokens/s with prefill; "
+                f"decode {of[-1]['decode_per_s']:.1f}, prefill {of[-1]['prompt_per_s']:.1f}"
             )
     ratios = {
         name: spread([b[name] / a[name] for a, b in zip(*runs.values(), strict=True)])
@@ -108,11 +108,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", type=Path, default=CONFIG, help="a shape (default: TinyLlama-1.1B's)")
     add("--ranks", type=int, default=2, help="(default: 2)")
-    add("--shares", action="store_true", help="of each layer, in place of a pipeline")
+    add("--shares", action="store_true", help="tensor parallelism in place of a pipeline")
     add("--rows", type=int, default=64, help="texts (default: 64)")
     add("--prompt", type=int, default=32, help="tokens (default: 32)")
     add("--new", type=int, default=32, help="tokens (default: 32)")
-    add("--micro_batches", type=int, help="of rows (default: the pipeline's own)")
+    add("--micro_batches", type=int, help="(default: one a stage)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""What several rows cost beside one: a batch, or a draft's tokens that are verified together.
+"""Measures a step of several rows against one row: a batch, or a verify pass of draft tokens.
 
     python benchmarks/rows.py --mode int4
 
@@ -23,7 +23,7 @@ from load import random_model
 from quant.linear import make_scheme
 
 CPU = torch.device("cpu")
-PAST = 128  # tokens that the cache holds already
+PAST_TOKENS = 128  # in the cache
 
 
 @torch.inference_mode()
@@ -36,7 +36,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {rows: [] for rows in args.rows}
     for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
         for rows, of in seconds.items():
-            tokens, pos = torch.ones(1, rows, dtype=torch.long), slots[PAST : PAST + rows]
+            tokens, pos = (
+                torch.ones(1, rows, dtype=torch.long),
+                slots[PAST_TOKENS : PAST_TOKENS + rows],
+            )
             step = lm.decode if rows == 1 else lm.prefill
             start = time.perf_counter()
             step(tokens, pos.unsqueeze(0), slots, caches)

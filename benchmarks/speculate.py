@@ -1,4 +1,4 @@
-"""What speculation gains over plain decoding, beside what its parts' times say it must gain.
+"""Measures the speed-up of speculative decoding, and compares it with a prediction.
 
     python benchmarks/speculate.py                    # all parts, some ten minutes
     python benchmarks/speculate.py --parts synthetic --acceptance 0.6 0.9
@@ -6,13 +6,13 @@
 Start at main. Plain and speculative runs alternate; each result is a median of ratios of a round.
 
 demo: the demo model with its trained draft and its own copies, on its own texts. synthetic: a large
-shape with random weights, where the model says a text that was written beforehand, and the draft
-says the same but for the guesses that a die makes wrong: what is computed is real, acceptance is
-what it is told to be. verify: one sweep of several tokens beside a step. ngram: the large shape
-again says the answers of texts/lookup.jsonl, some of which repeat their prompts.
+shape with random weights. It computes real steps, but its logits are replaced, so that the model
+draws a text written beforehand, and the draft draws the same text except for random errors at the
+chosen acceptance rate. verify: a verify pass of several tokens beside a step. ngram: the large
+shape draws the answers of texts/lookup.jsonl, some of which repeat their prompts.
 
-The formula: of a cycle of k guesses come E tokens, as counted, for the time of k draft steps and a
-sweep of k + 1 tokens, measured by themselves; plain decoding takes E steps for them.
+The prediction: a cycle of k draft tokens yields E tokens, as counted, and takes the time of k draft
+steps and one verify pass over k + 1 tokens, measured alone; plain decoding takes E steps for them.
 """
 
 import argparse
@@ -53,9 +53,8 @@ PROMPT_LENGTH = 128
 
 
 @dataclass(frozen=True)
-class Said:
-    """A view of a model that, whatever it computes, finds a text the likeliest: script, (context,),
-    is the token of each position."""
+class ScriptedView:
+    """A view of a model whose likeliest token at each position is that of a script, (context,)."""
 
     view: Callable[..., Tensor]
     script: Tensor
@@ -70,10 +69,10 @@ class Said:
         return logits.clone().scatter_(-1, after.unsqueeze(-1), 1e4)
 
 
-def saying(lm: LoadedModel, script: Tensor) -> LoadedModel:
-    return dataclasses.replace(
-        lm, decode=Said(lm.decode, script), prefill=Said(lm.prefill, script), draft=None
-    )
+def scripted(lm: LoadedModel, script: Tensor) -> LoadedModel:
+    """Return the model without a draft, with both views scripted."""
+    prefill, decode = ScriptedView(lm.prefill, script), ScriptedView(lm.decode, script)
+    return dataclasses.replace(lm, decode=decode, prefill=prefill, draft=None)
 
 
 def sync(device: torch.device) -> None:
@@ -82,7 +81,7 @@ def sync(device: torch.device) -> None:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The median time of a call, of as many as a fifth of a second has room for, three at least."""
+    """Return the median time of calls repeated for 0.2 s, at least three times."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.2:
         sync(device)
@@ -93,8 +92,8 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times)
 
 
-class Sides:
-    """Plain and speculative decoding of the same prompts, in turns."""
+class PairedRuns:
+    """Plain and speculative decoding of the same prompts, in alternating runs."""
 
     def __init__(self, plain: LoadedModel, drafted: LoadedModel, config: GenerationConfig):
         self.plain, self.drafted, self.config = plain, drafted, config
@@ -119,30 +118,29 @@ class Sides:
         self.rates["speculative"].append(drafted.decode_rate)
 
     def figures(self) -> dict[str, Any]:
-        report = self.drafted.draft.controller.stats
+        stats = self.drafted.draft.controller.stats
         return {
             "speed_up": spread(self.ratios),
             "tokens_per_s": {name: spread(rates) for name, rates in self.rates.items()},
-            "tokens_per_cycle": report.tokens / max(report.cycles, 1),
-            "guesses_offered": report.drafted,
-            "guesses_held": report.accepted,
+            "tokens_per_cycle": stats.tokens / max(stats.cycles, 1),
+            "draft_tokens": stats.drafted,
+            "accepted_tokens": stats.accepted,
             "same_text": self.identical,
         }
 
 
-class Parts:
-    """The bare work of a step, and of a cycle of k draft steps and a sweep of k + 1 tokens, in the
-    middle of a text."""
+class CycleTimes:
+    """Times a plain step, and a cycle of k draft steps and a verify pass, at a place in a text."""
 
     def __init__(self, plain: LoadedModel, k: int, config: GenerationConfig):
         self.plain, self.k = plain, k
         self.sampler = Sampler(config, [0], plain.device)
-        self.predicted: list[float] = []
+        self.predicted: list[float] = []  # speed-ups
 
     def step(
         self, lm: LoadedModel, caches: list[KVCache], width: int, past: int
     ) -> Callable[[], list[list[int]]]:
-        """To be called: a model reads so many tokens, and draws after each."""
+        """Return a function in which a model reads `width` tokens and draws one after each."""
         slots = torch.arange(caches[0].length, device=lm.device)
         tokens = torch.ones(1, width, dtype=torch.long, device=lm.device)
         pos, visible = slots[None, past : past + width], visible_length(past + width, len(slots))
@@ -150,25 +148,29 @@ class Parts:
 
     @torch.inference_mode()
     def round(
-        self, drafting: LoadedModel, caches: list[KVCache], drafts: list[KVCache], past: int,
+        self,
+        draft: LoadedModel,
+        caches: list[KVCache],
+        draft_caches: list[KVCache],
+        past: int,
         tokens: float,
-    ) -> None:  # fmt: skip
-        """tokens: of a cycle."""
+    ) -> None:
+        """Measure once, and add the predicted speed-up. tokens: that a cycle yields."""
         step = self.step(self.plain, caches, 1, past)
-        sweep = self.step(self.plain, caches, self.k + 1, past)
-        guess = self.step(drafting, drafts, 1, past)
+        verify_pass = self.step(self.plain, caches, self.k + 1, past)
+        draft_step = self.step(draft, draft_caches, 1, past)
         plain = seconds(step, self.plain.device)
-        # In turns, as what one has read pushes the other out of the CPU's caches.
-        cycle = seconds(lambda: [part() for part in (*[guess] * self.k, sweep)], self.plain.device)
+        # Together, because the two models push each other's weights out of the CPU's caches.
+        calls = [draft_step] * self.k + [verify_pass]
+        cycle = seconds(lambda: [call() for call in calls], self.plain.device)
         self.predicted.append(tokens * plain / cycle)
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """Greedy and sampled, compiled, each draft with k fixed and chosen."""
+    """Measure the demo model, compiled, greedy and sampled, with fixed and chosen k."""
     found: dict[str, Any] = {}
     options = {"device": args.device, "compile": True, "compile_prefill": True}
     plain = load_model(DEMO / "demo", **options)
-    prompts = [plain.tokenizer.encode(text) for text in PROMPTS]
     for draft, k in (
         ("demo-draft", 2),
         ("self-int4", 4),
@@ -181,30 +183,39 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         compile_now(plain, caches), compile_now(lm, caches)
         for temperature in (0, 0.8):
             config = GenerationConfig(300, temperature, ignore_eos=True)
-            sides, parts = Sides(plain, lm, config), Parts(plain, k or 0, config)
-            sides.round(prompts, caches)  # warms up
-            sides = Sides(plain, dataclasses.replace(lm, draft=renewed(lm.draft, k)), config)
-            _, drafts, _ = lm.draft.warm_up_inputs(caches)
-            for _ in range(args.rounds):
-                sides.round(prompts, caches)
-                report = sides.drafted.draft.controller.stats
-                if k:
-                    parts.round(lm.draft.lm, caches, drafts, 150, report.tokens / report.cycles)
             name = f"{draft}, {f'k {k}' if k else 'auto'}, temperature {temperature}"
-            found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})
-            say(name, found[name])
+            found[name] = demo_rounds(PairedRuns(plain, lm, config), caches, k, args.rounds)
+            log_speed_up(name, found[name])
     return found
 
 
-def renewed(draft: ModelDraft | SelfDraft, k: int | None) -> ModelDraft | SelfDraft:
-    """The same draft, that has counted nothing yet."""
+def demo_rounds(
+    runs: PairedRuns, caches: list[KVCache], k: int | None, rounds: int
+) -> dict[str, Any]:
+    """Warm up, then return the figures of `rounds` rounds."""
+    plain, lm, config = runs.plain, runs.drafted, runs.config
+    prompts = [plain.tokenizer.encode(text) for text in PROMPTS]
+    runs.round(prompts, caches)
+    drafted = dataclasses.replace(lm, draft=with_new_controller(lm.draft, k))
+    runs, times = PairedRuns(plain, drafted, config), CycleTimes(plain, k or 0, config)
+    _, draft_caches, _ = lm.draft.warm_up_inputs(caches)
+    for _ in range(rounds):
+        runs.round(prompts, caches)
+        stats = drafted.draft.controller.stats
+        if k:
+            times.round(lm.draft.lm, caches, draft_caches, 150, stats.tokens / stats.cycles)
+    return runs.figures() | ({"formula": spread(times.predicted)} if k else {})
+
+
+def with_new_controller(draft: ModelDraft | SelfDraft, k: int | None) -> ModelDraft | SelfDraft:
+    """Return the same draft with a controller that has counted nothing yet."""
     return type(draft)(DraftLengthController(k), draft.lm)
 
 
-def say(name: str, figures: dict[str, Any]) -> None:
+def log_speed_up(name: str, figures: dict[str, Any]) -> None:
     formula = figures.get("formula")
     ratio = figures["speed_up"]["median"] / formula["median"] if formula else 0
-    beside = f", the formula says {show(formula)}, measured over it {ratio:.2f}" if formula else ""
+    beside = f", predicted {show(formula)}, measured over predicted {ratio:.2f}" if formula else ""
     log(
         f"{name}: {show(figures['speed_up'])}x plain decoding{beside}; "
         f"{figures['tokens_per_cycle']:.2f} tokens a cycle"
@@ -213,7 +224,7 @@ def say(name: str, figures: dict[str, Any]) -> None:
 
 
 class Large:
-    """The large shape, loaded once, with its draft; the scripts are put on it."""
+    """The large shape and its draft, loaded once for all scripts."""
 
     def __init__(self, args: argparse.Namespace):
         options = {"device": args.device, "compile": not args.eager}
@@ -229,80 +240,88 @@ class Large:
 
 
 def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
+    """Measure the large shape at the chosen acceptance rates, with a fixed and with a chosen k."""
     found: dict[str, Any] = {}
-    config = GenerationConfig(args.new_tokens, temperature=0, ignore_eos=True)
     generator = torch.Generator().manual_seed(args.seed)
     for acceptance in args.acceptance:
         for k in (args.speculate_k, None):
-            sides = parts = None
-            controller = DraftLengthController(k)
-            for n in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
-                script = large.script(n)
-                wrong = (torch.rand(len(script), generator=generator) >= acceptance).to(
-                    large.device
-                )
-                drafting = saying(large.lm.draft.lm, (script + wrong.long()) % large.vocab)
-                plain = saying(large.lm, script)
-                draft = type(large.lm.draft)(controller, drafting)
-                now = Sides(plain, dataclasses.replace(plain, draft=draft), config)
-                if n > 0:  # the first warmed up
-                    now.ratios, now.rates = sides.ratios, sides.rates
-                sides = now
-                parts = parts or Parts(plain, k or 0, config)
-                sides.round([script[:PROMPT_LENGTH].tolist()], large.caches)
-                if n == 0:
-                    sides.ratios, sides.rates = [], {"plain": [], "speculative": []}
-                elif k:
-                    _, drafts, _ = draft.warm_up_inputs(large.caches)
-                    place = PROMPT_LENGTH + args.new_tokens // 2
-                    tokens = controller.stats.tokens / controller.stats.cycles
-                    parts.round(drafting, large.caches, drafts, place, tokens)
             name = f"acceptance {acceptance}, {f'k {k}' if k else 'auto'}"
-            found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})
-            say(f"{args.config.stem}, {name}", found[name])
+            found[name] = synthetic_rounds(args, large, acceptance, k, generator)
+            log_speed_up(f"{args.config.stem}, {name}", found[name])
     return found
+
+
+def synthetic_rounds(
+    args: argparse.Namespace,
+    large: Large,
+    acceptance: float,
+    k: int | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Run args.rounds rounds after one to warm up, each with another text; return the figures."""
+    config = GenerationConfig(args.new_tokens, temperature=0, ignore_eos=True)
+    controller, times, ratios = DraftLengthController(k), None, []
+    rates: dict[str, list[float]] = {"plain": [], "speculative": []}
+    for n in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
+        script = large.script(n)
+        wrong = (torch.rand(len(script), generator=generator) >= acceptance).to(large.device)
+        draft_lm = scripted(large.lm.draft.lm, (script + wrong.long()) % large.vocab)
+        plain = scripted(large.lm, script)
+        draft = type(large.lm.draft)(controller, draft_lm)
+        runs = PairedRuns(plain, dataclasses.replace(plain, draft=draft), config)
+        times = times or CycleTimes(plain, k or 0, config)
+        if n:  # the first round warms up
+            runs.ratios, runs.rates = ratios, rates
+        runs.round([script[:PROMPT_LENGTH].tolist()], large.caches)
+        if n and k:
+            _, draft_caches, _ = draft.warm_up_inputs(large.caches)
+            past = PROMPT_LENGTH + args.new_tokens // 2
+            tokens = controller.stats.tokens / controller.stats.cycles
+            times.round(draft_lm, large.caches, draft_caches, past, tokens)
+    return runs.figures() | ({"formula": spread(times.predicted)} if k else {})
 
 
 @torch.inference_mode()
 def verify(args: argparse.Namespace, large: Large) -> dict[str, Any]:
-    """A sweep of several tokens over a step of one, in the same round."""
-    parts = Parts(large.lm, 0, GenerationConfig(temperature=0))
-    sweeps = {n: parts.step(large.lm, large.caches, n, PROMPT_LENGTH) for n in (1, 2, 4, 8, 16)}
-    ratios: dict[int, list[float]] = {width: [] for width in sweeps if width > 1}
+    """Return the time of a verify pass over that of a step, measured in the same round."""
+    times = CycleTimes(large.lm, 0, GenerationConfig(temperature=0))
+    widths = 1, 2, 4, 8, 16
+    passes = {n: times.step(large.lm, large.caches, n, PROMPT_LENGTH) for n in widths}
+    ratios: dict[int, list[float]] = {width: [] for width in widths if width > 1}
     for n in range(3 * args.rounds + 1):
-        times = {width: seconds(sweep, large.device) for width, sweep in sweeps.items()}
-        for width, of in ratios.items():
-            if n:  # the first round warmed up
-                of.append(times[width] / times[1])
-    found = {width: spread(of) for width, of in ratios.items()}
+        measured = {width: seconds(call, large.device) for width, call in passes.items()}
+        for width, of_width in ratios.items():
+            if n:  # the first round warms up
+                of_width.append(measured[width] / measured[1])
+    found = {width: spread(of_width) for width, of_width in ratios.items()}
     for width, figures in found.items():
-        log(f"{args.config.stem}, verifying {width} tokens at once: {show(figures)}x a step")
+        log(f"{args.config.stem}, a verify pass of {width} tokens: {show(figures)}x a step")
     return found
 
 
 def ngram(args: argparse.Namespace, large: Large) -> dict[str, Any]:
+    """Measure n-gram lookup on the answers of texts/lookup.jsonl."""
     found: dict[str, Any] = {}
     tokenizer: Tokenizer = load_tokenizer(LLAMA_2 if LLAMA_2.is_dir() else DEMO / "demo")
     log(f"ngram: tokens of {'llama-2' if LLAMA_2.is_dir() else 'the demo model'}")
     for case in map(json.loads, TEXTS.read_text().splitlines()):
         prompt = tokenizer.encode(case["prompt"])
         answer = tokenizer.encode(case["answer"], bos=False)[: 2 * args.new_tokens]
-        script = torch.tensor([*prompt, *answer], device=large.device)
-        plain = saying(large.lm, script)
+        plain = scripted(large.lm, torch.tensor([*prompt, *answer], device=large.device))
         config = GenerationConfig(len(answer), temperature=0, ignore_eos=True)
-        sides = Sides(
-            plain, dataclasses.replace(plain, draft=NgramDraft(DraftLengthController(None))), config
-        )
+        runs = PairedRuns(plain, with_ngram_draft(plain), config)
         for n in tqdm(range(args.rounds), desc="rounds", leave=False, disable=None):
-            if n:  # what it learns of a text is not to help it with the same text
-                sides.drafted = dataclasses.replace(
-                    plain, draft=NgramDraft(DraftLengthController(None))
-                )
-            sides.round([prompt], large.caches)
+            if n:  # a new controller, because this one has seen the text
+                runs.drafted = with_ngram_draft(plain)
+            runs.round([prompt], large.caches)
         name = f"{case['kind']}, {case['name']}"
-        found[name] = sides.figures() | {"prompt": len(prompt), "answer": len(answer)}
-        say(f"ngram, {name}", found[name])
+        found[name] = runs.figures() | {"prompt": len(prompt), "answer": len(answer)}
+        log_speed_up(f"ngram, {name}", found[name])
     return found
+
+
+def with_ngram_draft(lm: LoadedModel) -> LoadedModel:
+    return dataclasses.replace(lm, draft=NgramDraft(DraftLengthController(None)))
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -343,7 +362,7 @@ def parse_args() -> argparse.Namespace:
     add("--eager", action="store_true", help="do not compile the large shape")
     add("--device", default="auto", help="(default: auto)")
     add("--threads", type=int, default=2, help="(default: 2)")
-    add("--seed", type=int, default=0, help="of the die (default: 0)")
+    add("--seed", type=int, default=0, help="of the draft's errors (default: 0)")
     return parser.parse_args()
 
 

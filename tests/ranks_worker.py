@@ -1,4 +1,4 @@
-"""What each rank of a test runs: see `on_ranks` in test_tp.py.
+"""Runs on each rank of a test, which on_ranks in test_tp.py starts.
 
 torchrun --nproc_per_node=N tests/ranks_worker.py CASES.json RESULTS.pt
 """
@@ -20,10 +20,10 @@ import torch
 
 import tp
 from engine import complete
-from generate import GenerationConfig
 from load import load_model
 from pp import BroadcastSampler
 from ranks import Ranks, join_process_group, leave_process_group
+from text.generation_config import GenerationConfig
 from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
@@ -40,10 +40,11 @@ def answers(
     lag: float = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ids of distinct prompts in a batch and, if not in a pipeline, the logits of a step.
+    """Return the ids of a batch of distinct prompts, the bytes of the rank's weights and, except
+    in a pipeline, a step's logits and its number of collectives.
 
-    percent: of weights and cache on the device and in host memory. how: to generate, else greedily.
-    lag: seconds that a stage is late to receive tokens.
+    percent: of weights and of the cache on the device and in host memory. how: changes to the
+    GenerationConfig of greedy decoding. lag: seconds by which a stage receives tokens late.
     """
     if percent:
         WG, WC, CG, CC = percent
@@ -56,17 +57,17 @@ def answers(
     prompts = [lm.tokenizer.encode(text) for text in texts]
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
     done = complete(lm, prompts, GenerationConfig(**how))
-    said: dict[str, Any] = {"ids": [c.ids for c in done]}
-    said["weights"] = sum({t.data_ptr(): t.nbytes for t in reversed(tensors(lm.model))}.values())
+    result: dict[str, Any] = {"ids": [c.ids for c in done]}
+    result["weights"] = sum({t.data_ptr(): t.nbytes for t in reversed(tensors(lm.model))}.values())
     if not options.get("pipeline") and not percent:
-        caches = lm.make_caches(len(prompts), 512)  # as above: compiled steps are there
+        caches = lm.make_caches(len(prompts), 512)  # the shape that is compiled already
         slots = torch.arange(64)
         for n in range(2):
             tokens = torch.tensor([prompt[n : n + 1] for prompt in prompts])
             with torch.inference_mode(), counted() as calls:
-                said["logits"] = lm.decode(tokens, slots[n].expand_as(tokens), slots, caches)
-        said["calls"] = dict(calls)
-    return said
+                result["logits"] = lm.decode(tokens, slots[n].expand_as(tokens), slots, caches)
+        result["calls"] = dict(calls)
+    return result
 
 
 class LateSampler(BroadcastSampler):
@@ -84,9 +85,9 @@ def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class counted:
-    """Counts the collectives that are called."""
+    """Counts the calls of the collectives in tp.py."""
 
-    NAMES = "all_reduce", "gather"
+    NAMES = "all_reduce", "all_gather"
 
     def __enter__(self) -> Counter:
         self._before = {name: getattr(tp, name) for name in self.NAMES}

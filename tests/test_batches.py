@@ -14,9 +14,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cli.options import parse_args
 from engine import complete
-from generate import GenerationConfig, load_model, main
+from generate import main
+from load import load_model
 from model import Transformer
 from text import jobs
+from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAFT = ROOT / "checkpoints" / "demo-draft"

@@ -14,10 +14,11 @@ import torch
 from common import DEMO, ROOT
 
 from engine import complete
-from generate import Completion, GenerationConfig
 from load import load_model
 from text import chat
 from text.chat import Conversation
+from text.completion import Completion
+from text.generation_config import GenerationConfig
 from text.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (

@@ -84,7 +84,8 @@ def test_a_draft_changes_no_text_and_says_what_it_was_worth(
     assert in_process(*options, "--dtype", "float32", *draft) == 0
     captured = capsys.readouterr()
     assert captured.out == plain
-    assert re.search(r"speculation: \d+ cycles .* held \(\d+%\), \d+\.\d\dx plain", captured.err)
+    line = r"speculation: \d+ cycles .* accepted \(\d+%\), \d+\.\d\dx plain"
+    assert re.search(line, captured.err)
     assert ("draft: reads" in captured.err) == ("ngram" not in draft)
 
 

@@ -1,4 +1,4 @@
-"""Rows that have ended leave: the others are moved together, and their texts stay what they are."""
+"""Compaction: once rows have ended, the others move together, and their texts do not change."""
 
 import copy
 import dataclasses
@@ -15,11 +15,11 @@ from common import ROOT
 import decoding
 from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
 from engine import complete, generate
-from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from sampling import Sampler
 from text.completion import Completion
+from text.generation_config import GenerationConfig
 from tiers.kv_cache import TieredCaches, tiered_caches
 from tiers.policy import Policy, Share
 
@@ -58,7 +58,7 @@ def demo(name: str, device: str = "cpu", **options) -> LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Prompts whose texts end at very different times, and what each gets alone."""
+    """Prompts whose texts end at different steps, and the text that each gets alone."""
 
     lm: LoadedModel
     given: list[list[int]]
@@ -66,7 +66,7 @@ class Case:
     wanted: list[tuple]
 
     def ended(self, lm: LoadedModel) -> LoadedModel:
-        """A model with the ids that end a text here."""
+        """Return the model with this case's EOS ids."""
         return dataclasses.replace(lm, tokenizer=self.lm.tokenizer)
 
 
@@ -74,7 +74,7 @@ class Case:
 def case(name: str, config: GenerationConfig, kv: str | None = None, device: str = "cpu") -> Case:
     lm = demo(name, device, kv_dtype=kv)
     given, context = [lm.tokenizer.encode(text) for text in TEXTS], lm.model.args.context
-    given[LONG] = (given[2] * context)[: context - 20]  # ends with the context, after 20
+    given[LONG] = (given[2] * context)[: context - 20]  # its context ends after 20 tokens
     free = complete(lm, given, dataclasses.replace(config, ignore_eos=True))
 
     def alone_in(row: int, items: list, has: Callable[[Completion, Any], bool]) -> Any:
@@ -103,7 +103,7 @@ def told(completions: list[Completion]) -> list[tuple]:
 
 
 class Widths:
-    """How many rows each call of a model computes."""
+    """Records the number of rows of each call of a model."""
 
     def __init__(self, lm: LoadedModel):
         self.seen: list[int] = []
@@ -155,7 +155,7 @@ def test_rows_leave_caches_on_any_tier(
         assert told(complete(lm, early.given, early.config, caches=caches)) == early.wanted
     assert widths[-1] <= len(TEXTS) / 2
     assert widths == sorted(widths, reverse=True)
-    for rows in (range(7, -1, -1), range(3)):  # all of the caches again, and a part of them
+    for rows in (range(7, -1, -1), range(3)):  # reuse all rows of the caches, then some
         given, wanted = [early.given[row] for row in rows], [early.wanted[row] for row in rows]
         assert told(complete(lm, given, early.config, caches=caches, rows=rows)) == wanted
 
@@ -192,7 +192,7 @@ def test_fewer_prompts_than_the_caches_have_rows_are_computed_alone(rows: int):
 
 
 def test_a_compiled_step_keeps_its_rows():
-    """Each number of rows would be compiled anew."""
+    """Otherwise each number of rows would need a compilation."""
     early = case("demo", GREEDY)
     like_compiled = dataclasses.replace(early.lm, any_rows=False)
     caches = early.lm.make_caches(9, 512)
@@ -205,7 +205,7 @@ def test_a_compiled_step_keeps_its_rows():
 @CONFIGS
 @DEMOS
 def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
-    """As on a GPU, where a step is launched before the one before it is read."""
+    """As on a GPU, where a step is launched before the previous step's ids are read."""
     early = case(name, config)
     live, rows = set(range(len(TEXTS))), range(len(TEXTS))
     ends = [len(ids) for ids, _, _ in early.wanted]
@@ -236,7 +236,7 @@ def test_rows_are_moved_when_it_pays():
 
 
 def filled(caches: Sequence[KVCache], pos: torch.Tensor, draw: random.Random) -> list[torch.Tensor]:
-    """Write noise to pos, (B, T), of every layer; returns it, k and v of each: (2, B, T, G, E)."""
+    """Write noise to pos, (B, T), of every layer; return each layer's k and v, (2, B, T, G, E)."""
     noise = [torch.randn(2, *pos.shape, 4, 32) * draw.uniform(1, 9) for _ in caches]
     for cache, (k, v) in zip(caches, noise, strict=True):
         for rows in parts(cache, pos):
@@ -245,8 +245,8 @@ def filled(caches: Sequence[KVCache], pos: torch.Tensor, draw: random.Random) ->
     return noise
 
 
-def held(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
-    """What is at pos, (B, T): (2, B, T, G, E) of each layer."""
+def contents(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
+    """Read pos, (B, T), of every layer: (2, B, T, G, E) each."""
     found = []
     for cache in caches:
         kv = []
@@ -266,7 +266,7 @@ def parts(cache: KVCache, pos: torch.Tensor) -> Iterator[slice]:
 @pytest.mark.parametrize("seed", range(20))
 @torch.inference_mode()
 def test_any_rows_of_caches_on_any_tiers_can_be_kept(seed: int, tmp_path: Path):
-    """Whatever is kept, again and again, with steps between; and all of the caches afterwards."""
+    """Random rows are kept repeatedly, with steps between; then the whole caches are used again."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     device = draw.choice([0, 30, 90, 100])
@@ -294,6 +294,6 @@ def test_any_rows_of_caches_on_any_tiers_can_be_kept(seed: int, tmp_path: Path):
             new = filled(caches, pos, draw)
             wanted = [torch.cat(pair, dim=2) for pair in zip(wanted, new, strict=True)]
             assert {cache.rows for cache in caches} == {count}
-        found = held(caches, torch.arange(40).expand(count, -1))
+        found = contents(caches, torch.arange(40).expand(count, -1))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)

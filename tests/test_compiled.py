@@ -11,8 +11,8 @@ from common import ROOT
 from compiled import CompiledGraphCache
 from decoding import LoadedModel
 from engine import complete
-from generate import GenerationConfig
 from load import load_model, make_views
+from text.generation_config import GenerationConfig
 
 GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)
 TEXTS = "Once upon a time", "The big dog", "Tim had a red ball. One day"

@@ -14,10 +14,10 @@ from torch import Tensor
 import quantize
 from checkpoint import Checkpoint
 from engine import complete
-from generate import GenerationConfig
 from load import load_model
 from quant.linear import dequantize_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
+from text.generation_config import GenerationConfig
 from weights.hf import export_tensors
 
 LAYOUTS = {

@@ -13,11 +13,11 @@ from common import complete_ids as ids
 import decoding
 from decoding import LoadedModel, launched_ahead
 from engine import complete, generate
-from generate import GenerationConfig
 from host.torch_private import compiled_graphs
 from load import load_model, random_model
 from model import visible_length
 from text.completion import Completion
+from text.generation_config import GenerationConfig
 
 DEMOS = ("demo", "demo-opt")
 TEXTS = (

@@ -17,12 +17,12 @@ from common import ROOT
 
 from checkpoint import Checkpoint
 from engine import complete
-from generate import GenerationConfig
 from host.torch_private import compiled_graphs
 from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
+from text.generation_config import GenerationConfig
 from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer

@@ -1,4 +1,4 @@
-"""A pipeline against one process: the same tokens, with offload and without, all at once or not."""
+"""A pipeline gives the tokens of one process, with and without offloading."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from tests.test_tp import on_ranks, random_llama
 
 MANY = [*TEXTS, "The sun", "A dragon lived in a cave and", "Mom said", "Ben was"]
 PLAIN = {"pipeline": True}
-# Everything that a stage can be: whole, from files, with caches on other tiers; sampled; compacted.
+# Greedy and sampled; compacted; int8 caches; weights and caches on other tiers.
 CASES: list[dict[str, Any]] = [
     {"model": "demo"},
     {"model": "demo-opt"},
     {"model": "demo", "texts": MANY, "micro_batches": 2},
     {"model": "demo", "texts": MANY, "micro_batches": 3, "how": {"ignore_eos": False}},
     {"model": "demo-opt", "texts": MANY, "how": {"temperature": 0.8, "ignore_eos": False}},
-    # What was sent last has not arrived when the sender is done with its batch, and its model.
+    # The last sends have not arrived when the sender has finished its batch and freed its model.
     {
         "model": "demo",
         "texts": MANY[:3],
@@ -66,16 +66,16 @@ def test_tokens_are_those_of_one_process(
 
 
 def test_a_stage_holds_its_layers_and_no_more(models: dict[str, Path], tmp_path: Path):
-    """The first has the table, the last the head; the demo's are one."""
+    """The first rank has the table, the last the head."""
     by_rank = on_ranks(2, [{"path": str(models["random"]), **PLAIN}], tmp_path)
     args = Checkpoint(models["random"]).args
     model = meta_model(args, None)
     layer = sum(p.numel() for p in model.layers[0].parameters())
     table = args.vocab_size * args.dim
     frequencies = args.head_dim // 2
-    caches_aside = [said["weights"] / 4 - frequencies for (said,) in by_rank]
+    own_numbers = [result["weights"] / 4 - frequencies for (result,) in by_rank]
     shares = [len(stage_layers(args, Ranks(rank, 2))) for rank in range(2)]
-    assert caches_aside == [shares[0] * layer + table, shares[1] * layer + table + args.dim]
+    assert own_numbers == [shares[0] * layer + table, shares[1] * layer + table + args.dim]
 
 
 def shape(layers: int, vocab: int = 1000) -> ModelArgs:
@@ -104,7 +104,7 @@ def test_more_ranks_than_layers():
         stage_layers(shape(2), Ranks(0, 3))
 
 
-def test_flights_are_of_the_rows_that_there_are():
+def test_micro_batches_are_split_by_rows():
     model = meta_model(shape(2), None)
     parts = [
         model.cache_factory((rows, 9, 4, 16), torch.float32, torch.device("cpu"))
@@ -119,7 +119,7 @@ def test_flights_are_of_the_rows_that_there_are():
         assert [caches[0].rows for _, caches in found] == expected
 
 
-def test_what_has_arrived_is_let_go():
+def test_tensors_are_released_once_they_have_arrived():
     class Done:
         def __init__(self, done: bool):
             self.done = done
@@ -131,14 +131,14 @@ def test_what_has_arrived_is_let_go():
     some.add(Done(True), torch.zeros(1))
     some.add(waiting, torch.zeros(1))
     some.add(Done(True), torch.zeros(1))
-    assert len(some) == 2  # in order: the last may not pass the one that is under way
+    assert len(some) == 2  # released in order: the last waits for the one in flight
     waiting.done = True
     some.add(Done(False), torch.zeros(1))
     assert len(some) == 1
 
 
-def test_flights_that_end_early_leave_the_others():
-    """Each is asked for its next step once its ids are read, and before the others' are."""
+def test_micro_batches_that_end_early_leave_the_others():
+    """Each launches its next step after its own ids are read, and before the others' are."""
     calls = []
 
     def micro_batch(name: str, rows: list[int], steps: int):

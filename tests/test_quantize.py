@@ -17,7 +17,6 @@ from checkpoint import Checkpoint
 from engine import complete
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import PackedLinear
-from generate import GenerationConfig
 from host.memory import size_text
 from kernels.cpu import build
 from load import load_model, random_model
@@ -35,6 +34,7 @@ from quant.linear import (
     scale_units,
     unpack_nibbles,
 )
+from text.generation_config import GenerationConfig
 from weights.saving import save_checkpoint
 
 SEED = 11  # of every random tensor below; pytest prints it where a test fails, as a local

@@ -5,10 +5,10 @@ import torch
 from common import ROOT
 
 from engine import complete
-from generate import GenerationConfig
 from load import load_model
 from model import KVCache
 from quant.kv_cache import QuantizedKVCache
+from text.generation_config import GenerationConfig
 
 CPU = torch.device("cpu")
 GREEDY = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)

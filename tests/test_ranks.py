@@ -1,4 +1,4 @@
-"""The commands under torchrun, as their user meets them: who speaks, who writes, how they end."""
+"""The commands under torchrun: rank 0 alone prints and writes; errors are reported once."""
 
 import json
 import os
@@ -20,7 +20,7 @@ GREEDY = ["--temperature", "0", "--max_new_tokens", "12", *EXACT]
 
 
 def environment() -> dict[str, str]:
-    """That of a user's shell: this process may be a rank of nothing."""
+    """Return the environment without torchrun's variables, as in a user's shell."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1"}
 
@@ -46,7 +46,7 @@ def alone(*words: str) -> str:
 
 
 @pytest.mark.parametrize("how", [[], ["--pipeline"]], ids=["shares", "pipeline"])
-def test_generate_speaks_once_and_says_what_one_process_says(how: list[str]):
+def test_generate_prints_once_what_one_process_prints(how: list[str]):
     words = [
         "generate.py",
         "--checkpoint_path",
@@ -84,7 +84,7 @@ def plain(line: dict) -> dict:
     return {key: str(value) for key, value in sorted(line.items())}
 
 
-def test_rank_0_talks():
+def test_rank_0_reads_and_answers_in_a_conversation():
     said = torchrun(
         "generate.py", "--checkpoint_path", DEMO, *GREEDY, "--interactive", text="Hi\n/exit\n"
     )
@@ -104,7 +104,7 @@ def test_perplexity_is_that_of_one_process(tmp_path: Path):
     assert found["tokens"] == expected["tokens"]
 
 
-def test_a_mistake_that_all_make_is_said_once():
+def test_a_mistake_of_all_ranks_is_printed_once():
     done = torchrun("generate.py", "--checkpoint_path", "/nowhere", *GREEDY)
     assert done.returncode != 0
     assert done.stderr.count("generate.py: /nowhere") == 1, done.stderr
@@ -131,7 +131,7 @@ def test_what_ranks_cannot_do_is_one_line(how: list[str], says: str):
     )
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if says in line]
-    assert done.stderr.count("Traceback (most recent call last)") <= 1  # torchrun's own, of its own
+    assert done.stderr.count("Traceback (most recent call last)") <= 1  # torchrun's own
 
 
 def test_a_pipeline_needs_ranks(capfd: pytest.CaptureFixture):
@@ -153,7 +153,7 @@ from cli import options
 from decoding import LoadedModel
 
 if os.environ["RANK"] == "{rank}":
-    real = generate.load_model
+    real = generation.load_model
 
     def failing(*given, **options):
         lm = real(*given, **options)
@@ -169,13 +169,13 @@ if os.environ["RANK"] == "{rank}":
         lm.model.forward = stumble
         return lm
 
-    generate.load_model = failing
+    generation.load_model = failing
 sys.exit(generate.main(options.parse_args({words!r})))
 """
 
 
 def running(script: Path) -> list[int]:
-    """The processes whose command names the script. pgrep is not on every machine."""
+    """Return the ids of processes whose command has the script; not every machine has pgrep."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended meanwhile
@@ -218,7 +218,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_error_first(
         for pid in left:
             os.kill(pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert time.time() - begun.stat().st_mtime < 60  # however long Python took to begin
+    assert time.time() - begun.stat().st_mtime < 60  # from the fault, not from the start
     assert not left, "processes stay behind"
     own = next(n for n, line in enumerate(said.splitlines()) if says in line)
     lost = [n for n, line in enumerate(said.splitlines()) if "another rank has ended" in line]

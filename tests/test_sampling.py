@@ -1,4 +1,4 @@
-"""What may be drawn, against transformers' logits processors; and the draw, against arithmetic."""
+"""Filters against transformers' logits processors; the draw against plain arithmetic."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def test_temperature_0_is_the_likeliest_token():
 
 
 def splitmix64(state: int) -> int:
-    """The published algorithm, in Python's integers: the number after a state."""
+    """Return the number after a state, by the published algorithm in Python's integers."""
     z = (state + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -73,7 +73,7 @@ def test_the_noise_is_splitmix64():
 
 
 def test_noise_is_exponential_and_independent():
-    """Of 200,000 arrival times: mean and deviation are 1, neighbours do not correlate."""
+    """200,000 variables have mean and deviation 1, and neighbours do not correlate."""
     keys = torch.arange(400).unsqueeze(1) * 7919
     times = exponentials(keys, torch.arange(500).expand(400, -1)).double()
     assert times.min() > 0 and times.isfinite().all()
@@ -83,7 +83,7 @@ def test_noise_is_exponential_and_independent():
 
 
 def test_the_race_worked_by_hand():
-    """Whose time over its probability is least wins; one that has no probability never arrives."""
+    """The least variable over probability wins; an id of probability 0 never does."""
     ids, key = torch.tensor([4, 9, 2]), torch.tensor(5)
     times = exponentials(key, ids)
     for probabilities in ([0.2, 0.3, 0.5], [0.9, 0.1, 0.0], [0.0, 1.0, 0.0]):
@@ -113,7 +113,7 @@ def test_draws_follow_the_probabilities():
 
 
 def test_two_models_draw_alike_by_the_same_noise():
-    """As often as (1 - d) / (1 + d) at least, for d their total variation (arXiv 2408.07978)."""
+    """At least as often as (1 - d) / (1 + d), for total variation d (arXiv 2408.07978)."""
     generator = torch.Generator().manual_seed(2)
     p = torch.randn(50, generator=generator).mul(2).softmax(-1)
     q = (p.log() + 0.4 * torch.randn(50, generator=generator)).softmax(-1)
@@ -128,9 +128,9 @@ def test_two_models_draw_alike_by_the_same_noise():
 def test_a_row_has_a_random_stream_of_its_own():
     config = GenerationConfig(max_new_tokens=8, seed=5)
     device = torch.device("cpu")
-    batch = Sampler(config, [3, 0, 7], device).keys
-    assert (batch[2] == Sampler(config, [7], device).keys[0]).all()
-    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).keys
+    batch = Sampler(config, [3, 0, 7], device).noise_keys
+    assert (batch[2] == Sampler(config, [7], device).noise_keys[0]).all()
+    other_seed = Sampler(GenerationConfig(max_new_tokens=8, seed=6), [3, 0, 7], device).noise_keys
     assert len({tuple(row) for row in torch.cat((batch, other_seed)).tolist()}) == 6
 
 
@@ -146,10 +146,10 @@ def test_tokens_drawn_together_are_those_drawn_one_by_one():
 
 
 def test_a_stream_of_fewer_numbers_is_the_beginning_of_a_longer_one():
-    """So that no more need be drawn than the context can hold, whatever limit is asked for."""
+    """So engine.generate may lower max_new_tokens to what the caches can hold."""
     for seed in (0, 5, 2**64, 2**100):
         configs = (GenerationConfig(max_new_tokens=n, seed=seed) for n in (7, 200))
-        short, long = (Sampler(config, [3, 0], torch.device("cpu")).keys for config in configs)
+        short, long = (Sampler(c, [3, 0], torch.device("cpu")).noise_keys for c in configs)
         assert (long[:, :7] == short).all()
 
 
@@ -165,8 +165,8 @@ def test_a_temperature_near_0_is_0(temperature: float, scale: float):
 @pytest.mark.parametrize("filters", [{"top_k": 0}, {"top_k": 5}, {"top_k": 0, "top_p": 0.9}])
 def test_large_logits_over_a_low_temperature_stay_finite(filters: dict):
     config = GenerationConfig(temperature=1.1e-5, **filters)
-    ids, probabilities, peaks = candidates(logits() * 1e35, config)
-    assert probabilities.isfinite().all() and (peaks == (logits() * 1e35).amax(-1)).all()
+    ids, probabilities, max_logits = candidates(logits() * 1e35, config)
+    assert probabilities.isfinite().all() and (max_logits == (logits() * 1e35).amax(-1)).all()
     assert (ids.gather(1, probabilities.argmax(1, keepdim=True))[:, 0] == logits().argmax(1)).all()
 
 

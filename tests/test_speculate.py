@@ -1,4 +1,4 @@
-"""Speculation: plain decoding's text, whatever guesses; what guesses do, and what they cost."""
+"""Speculation gives plain decoding's text with any draft; and the draft-length controller."""
 
 import dataclasses
 import itertools
@@ -18,9 +18,8 @@ from torch import Tensor
 
 import quantize
 from decoding import LoadedModel
-from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY, DraftLengthController
+from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY_CYCLES, DraftLengthController
 from engine import complete, generate
-from generate import GenerationConfig
 from host.torch_private import compiled_graphs
 from kernels.cpu.build import unsupported_reason
 from load import compile_now, load_model, random_model
@@ -36,8 +35,9 @@ from speculate import (
     index_ngrams,
 )
 from text.chat import Conversation
+from text.generation_config import GenerationConfig
 
-DRAFTS = ("ngram", "self-int8", "self-int4", DRAFT)  # a Llama may guess for an OPT
+DRAFTS = ("ngram", "self-int8", "self-int4", DRAFT)  # the last is a Llama, also for the OPT
 GREEDY = GenerationConfig(max_new_tokens=60, temperature=0, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=3)
 
@@ -59,13 +59,13 @@ def with_draft(plain: LoadedModel, draft: str | Path, k: int | None, **options) 
 
 
 def steady(lm: LoadedModel, ks: list[int]) -> LoadedModel:
-    """The model, with a controller of its own that asks for those numbers of guesses over and over."""
+    """Return the model with a controller that repeats these numbers of draft tokens."""
 
-    class Given(DraftLengthController):
+    class Repeated(DraftLengthController):
         def choose(self, most: int) -> int:
             return max(0, min(next(self.ks), most))
 
-    controller = Given(None)
+    controller = Repeated(None)
     controller.ks = itertools.cycle(ks)
     draft = (
         NgramDraft(controller)
@@ -125,7 +125,7 @@ def test_sampled_text_is_that_of_plain_decoding(
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_where_the_number_of_guesses_is_chosen_the_text_is_the_same(
+def test_where_the_number_of_draft_tokens_is_chosen_the_text_is_the_same(
     plain: LoadedModel, config: GenerationConfig
 ):
     config = dataclasses.replace(config, max_new_tokens=150)
@@ -176,7 +176,7 @@ def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torc
 
 
 @pytest.mark.parametrize("draft", DRAFTS, ids=str)
-def test_compiled_too_and_one_graph_serves_every_number_of_guesses(draft: str | Path):
+def test_compiled_too_and_one_graph_serves_every_number_of_draft_tokens(draft: str | Path):
     options = {"device": "cpu", "dtype": torch.float32, "compile": True, "compile_prefill": True}
     plain, lm = load_model(DEMO, **options), load_model(DEMO, **options, draft=draft)
     caches = lm.make_caches(1, 200)
@@ -265,10 +265,10 @@ def test_what_is_drawn_is_distributed_as_the_model_says(tmp_path: Path, kind: st
     shares = [
         h / o for h, o in zip(controller.stats.accepted, controller.stats.drafted, strict=True)
     ]
-    assert 0.02 < shares[0] < 0.95  # guesses were right, and wrong
+    assert 0.02 < shares[0] < 0.95  # draft tokens were accepted, and rejected
 
 
-def test_eos_within_a_run_of_guesses_ends_a_row(plain: LoadedModel, drafted: LoadedModel):
+def test_eos_within_a_run_of_draft_tokens_ends_a_row(plain: LoadedModel, drafted: LoadedModel):
     prompts = encoded(plain)
     free = ids(plain, prompts, GREEDY)
     ends = (free[0][7], free[2][11])
@@ -284,7 +284,7 @@ def contents(completions: list) -> list[tuple]:
     return [(c.ids, c.text, c.finish_reason) for c in completions]
 
 
-def test_stop_strings_within_a_run_of_guesses_end_a_row(plain: LoadedModel, drafted: LoadedModel):
+def test_stop_strings_within_draft_tokens_end_a_row(plain: LoadedModel, drafted: LoadedModel):
     prompts = encoded(plain)
     whole = [c.text for c in complete(plain, prompts, GREEDY)]
     config = dataclasses.replace(GREEDY, stop=(whole[0][20:27], whole[3][31:33]))
@@ -307,7 +307,7 @@ def test_the_context_and_idle_rows(plain: LoadedModel, drafted: LoadedModel):
     caches = lm.make_caches(4, context)
     assert ids(lm, prompts, config, caches=caches) == ids(plain, prompts, config)
     assert ids(lm, prompts[:1], config) == ids(plain, prompts[:1], config)
-    # A row that has ended by the context does not keep others from being guessed for.
+    # A row that has ended with the context does not end the drafting for other rows.
     config = dataclasses.replace(GREEDY, max_new_tokens=100)
     before = sum(lm.draft.controller.stats.drafted)
     assert ids(lm, prompts, config) == ids(plain, prompts, config)
@@ -332,7 +332,7 @@ def test_two_texts_may_be_generated_by_turns(plain: LoadedModel, drafted: Loaded
 
 
 class Oracle:
-    """Drafts that are the model itself: every guess of theirs must hold."""
+    """Drafts that are the model itself: every draft token must be accepted."""
 
     @staticmethod
     def model(lm: LoadedModel, controller: DraftLengthController) -> ModelDraft:
@@ -349,7 +349,7 @@ class Oracle:
 def test_a_draft_that_is_the_model_is_always_right(
     plain: LoadedModel, kind: Callable, config: GenerationConfig, ks: list[int]
 ):
-    """So its cache holds what the text says, after pauses, in batches, and from call to call."""
+    """So its cache holds the text, after pauses, in batches, and from call to call."""
     lm = steady(dataclasses.replace(plain, draft=kind(plain, DraftLengthController(1))), ks)
     caches, report = lm.make_caches(4, 300), lm.draft.controller.stats
     prompts = encoded(plain)
@@ -381,7 +381,7 @@ def test_a_conversation_prefills_a_drafts_cache_once(plain: LoadedModel):
     assert seen[0] == held[0] and sum(seen) < held[-1] + 10
 
 
-def test_a_draft_with_a_shorter_context_stops_guessing_there(plain: LoadedModel, tmp_path: Path):
+def test_a_draft_with_a_shorter_context_stops_proposing_there(plain: LoadedModel, tmp_path: Path):
     for file in DRAFT.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = (tmp_path / "config.json").read_text()
@@ -395,7 +395,7 @@ def test_a_draft_with_a_shorter_context_stops_guessing_there(plain: LoadedModel,
     assert ids(lm, over, GREEDY) == ids(plain, over, GREEDY)
 
 
-def test_guesses_looked_up_are_those_of_a_search():
+def test_ngram_draft_tokens_are_those_of_a_search():
     generator = random.Random(4)
     for _ in range(300):
         whole = [generator.randrange(4) for _ in range(generator.randrange(2, 40))]
@@ -410,7 +410,7 @@ def test_guesses_looked_up_are_those_of_a_search():
 
 
 def searched(text: list[int], k: int) -> list[int]:
-    """By looking everywhere: the latest place of the longest n-gram, and on from there."""
+    """Search the whole text for the latest place of the longest n-gram, and go on from there."""
     for n in NGRAM_LENGTHS:
         places = [at for at in range(n, len(text)) if text[at - n : at] == text[-n:]]
         if len(text) >= n and places:
@@ -421,7 +421,7 @@ def searched(text: list[int], k: int) -> list[int]:
     return []
 
 
-def test_a_guess_after_a_wrong_one_counts_for_nothing():
+def test_a_draft_token_after_a_rejected_one_is_rejected():
     assert count_accepted([5, 6, 7, 8], [5, 6, 9]) == 2
     assert count_accepted([5, 6, 7], [4, 6]) == 0
     assert count_accepted([5, 6, 7], [5, 6]) == 2
@@ -436,7 +436,8 @@ def simulated(
     row: float,
     seed: int = 0,
 ) -> float:
-    """Tokens per time of a plain step, where a guess is right by chance and costs so much."""
+    """Return tokens per plain step's time. right: the acceptance rate; draft, row: the costs of a
+    draft step and of one more token in the verify pass, in plain steps."""
     print("seed", seed)
     generator, seconds, made = random.Random(seed), 0.0, 0
     while made < tokens:
@@ -450,8 +451,8 @@ def simulated(
 
 @pytest.mark.parametrize("right", [0.05, 0.3, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("draft, row", [(0.3, 0.02), (0.0, 0.02), (0.1, 0.3)])
-def test_the_number_of_guesses_chosen_is_nearly_the_best(right: float, draft: float, row: float):
-    """And where none pays, nearly nothing is lost."""
+def test_the_chosen_draft_length_is_nearly_the_best(right: float, draft: float, row: float):
+    """Where no number pays, nearly nothing is lost."""
     found = simulated(DraftLengthController(None).for_batch(1), 2000, right, draft, row)
     rates = [
         sum(right**n for n in range(k + 1)) / (1 + k * (draft + row))
@@ -478,7 +479,7 @@ def test_a_draft_that_pays_is_found_within_a_short_text():
     assert simulated(DraftLengthController(None).for_batch(1), 200, 0.9, 0.15, 0.05) > 1.8
 
 
-def test_trials_get_rarer_where_guesses_never_hold():
+def test_trials_get_rarer_where_no_draft_token_is_accepted():
     controller = DraftLengthController(None).for_batch(1)
     tried = []
     for step in range(6000):
@@ -489,20 +490,20 @@ def test_trials_get_rarer_where_guesses_never_hold():
     assert max(b - a for a, b in itertools.pairwise(tried)) > 400
 
 
-def test_it_notices_when_guesses_begin_to_hold():
+def test_it_notices_when_draft_tokens_begin_to_be_accepted():
     controller = DraftLengthController(None).for_batch(1)
     simulated(controller, 300, 0.0, 0.2, 0.02)
     assert simulated(controller, 1500, 0.95, 0.2, 0.02) > 1.7
 
 
 def test_a_given_number_is_kept_but_for_plain_steps_to_compare_with():
-    controller, chosen = DraftLengthController(5).of(1), Counter()
+    controller, chosen = DraftLengthController(5).for_batch(1), Counter()
     for _ in range(1000):
         k = controller.choose(MAX_DRAFT_TOKENS)
         chosen[k] += 1
         controller.update(k, [(k, 2)], 1.0 + k / 10)
     assert chosen.keys() == {0, 5}
-    assert chosen[0] <= 4 + 1000 // PLAIN_EVERY
+    assert chosen[0] <= 4 + 1000 // PLAIN_EVERY_CYCLES
     assert controller.stats.speed_up == pytest.approx(3 / 1.5, rel=0.05)
     said = " ".join(controller.stats.lines())
     assert "(40%)" in said and "100% 100% 0% 0% 0%" in said

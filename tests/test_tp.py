@@ -1,4 +1,4 @@
-"""Several ranks against one: the same tokens, whatever is sharded, and no more said than needed."""
+"""Tensor parallelism gives one process's tokens; what ranks load, hold and communicate."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ SEED = 20261122
 
 
 def on_ranks(count: int, cases: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """What each rank found, for each case."""
+    """Run the cases on `count` ranks; return each rank's results, see ranks_worker.answers."""
     asked, results = folder / "cases.json", folder / "results"
     asked.write_text(json.dumps(cases))
     words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}", WORKER]
@@ -56,7 +56,7 @@ def quantised(path: Path, *options: str) -> Path:
 
 
 def random_llama(folder: Path, **options: Any) -> Path:
-    """A small Llama of random weights, with biases; of other numbers of everything."""
+    """Save a small Llama with random weights and biases. options: changes to its config."""
     transformers = pytest.importorskip("transformers")
     shape = {
         "vocab_size": 2051,
@@ -103,7 +103,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-# What a model does beside greedy steps: guesses, rounded caches, layers on other tiers.
+# Besides greedy steps: drafts, quantised caches, layers on other tiers.
 OTHERS = [
     {"name": "demo", "draft": "ngram"},
     {"name": "demo", "draft": "self-int8"},
@@ -126,7 +126,7 @@ def found(
     checkpoints: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[int, dict[tuple[str, bool], list[dict[str, Any]]]]:
-    """The ranks, and what each of them found, for each model, eager and compiled."""
+    """Return the number of ranks, and all ranks' results for each model, eager and compiled."""
     count = request.param
     names = [(name, False) for name in CASES[count]] + [(name, True) for name in COMPILED[count]]
     cases = [{"path": str(checkpoints[name]), "compile": compile} for name, compile in names]
@@ -140,13 +140,13 @@ def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, P
     for (name, compile), by_rank in results.items():
         alone = answers(str(checkpoints[name]), None)
         assert len({tuple(ids) for ids in alone["ids"]}) == len(TEXTS)
-        for rank, said in enumerate(by_rank):
-            assert said["ids"] == alone["ids"], (name, compile, rank)
-            error = (said["logits"] - alone["logits"]).abs().max()
+        for rank, result in enumerate(by_rank):
+            assert result["ids"] == alone["ids"], (name, compile, rank)
+            error = (result["logits"] - alone["logits"]).abs().max()
             assert error < 1e-4, (name, compile, rank)
 
 
-def test_guesses_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
+def test_drafts_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
     cases = [dict(case) for case in OTHERS]
     for case in cases:
         case["path"] = str(checkpoints[case.pop("name")])
@@ -160,25 +160,25 @@ def test_guesses_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
 
 def test_all_ranks_have_the_same_logits(found):
     for case, by_rank in found[1].items():
-        for said in by_rank:
-            assert torch.equal(said["logits"], by_rank[0]["logits"]), case
+        for result in by_rank:
+            assert torch.equal(result["logits"], by_rank[0]["logits"]), case
 
 
 def test_two_all_reduces_a_layer_and_one_gather(found, checkpoints: dict[str, Path]):
     for (name, compile), by_rank in found[1].items():
         layers = Checkpoint(checkpoints[name]).args.n_layers
-        for said in by_rank if not compile else []:
-            assert said["calls"] == {"all_reduce": 2 * layers, "gather": 1}
+        for result in by_rank if not compile else []:
+            assert result["calls"] == {"all_reduce": 2 * layers, "all_gather": 1}
 
 
 def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
-    """All but what every rank has: the table, norms, biases, key/value heads that are too few."""
+    """Every rank has the table, norms and biases, and a part of the rest."""
     count, results = found
-    (said, *_) = results["demo", False]
+    (result, *_) = results["demo", False]
     checkpoint = Checkpoint(checkpoints["demo"])
     whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.tensors.values())
     table = 4 * torch.Size(checkpoint.tensors["tok_embeddings.weight"].shape).numel()
-    assert said["weights"] < 1.1 * ((whole - table) / count + table)
+    assert result["weights"] < 1.1 * ((whole - table) / count + table)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_parts_cover_everything_once():
 
 
 def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
-    """What a rank loads, without any other."""
+    """Load the model of one rank in this process."""
     checkpoint = Checkpoint(path)
     strategy = tp.TensorParallel(ranks)
     model = strategy.build_skeleton(checkpoint.args, checkpoint.scheme)
@@ -247,7 +247,7 @@ def cut_linears(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, tp.ShardSl
 
 
 def sharded_then_packed(linear: Int4Linear, part: tp.ShardSlice) -> dict[str, Tensor]:
-    """The buffers of the cut linear, put together from single numbers."""
+    """Cut an int4 linear's unpacked numbers, and pack them again."""
     S, rows = linear.groupsize, slice(None)
     q, zeros = unpack_nibbles(linear.weight), unpack_nibbles(linear.zeros)
     if part.rows:
@@ -285,7 +285,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256)  # heads times their channels, or neurons
 
 
 def small_models() -> Iterator[tuple[dict[str, int], dict[str, Any] | None, int]]:
-    """Each shape of a share of wo and w2, each way to store it, each number of ranks that fits."""
+    """Yield shapes of wo's and w2's shards, schemes, and numbers of ranks that divide them."""
     for count, width, scheme in itertools.product((1, 2, 3, 4), WIDTHS, SCHEMES):
         for heads in {count, 2 * count}:
             if width % heads or width // heads % 2:
@@ -325,7 +325,7 @@ def dense_weight(linear: torch.nn.Module) -> Tensor:
 
 
 def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
-    """Two groups on two ranks: each has a byte of zero points, and so has the whole."""
+    """Includes two groups on two ranks, where a shard's zero points have the whole's shape."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     tried = 0
