@@ -509,6 +509,15 @@ class KVCache(nn.Module):
         part._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
         return part
 
+    def over(self, tensors: dict[str, Tensor]) -> "KVCache":
+        """Return a cache of this kind whose buffers are these tensors, by name. Off a GPU it
+        attends without the GPU's kernel."""
+        cache = copy.copy(self)
+        cache._buffers = dict(tensors)
+        if cache.device.type != "cuda":
+            cache.gpu_attention = None
+        return cache
+
     def first(self, count: int) -> "KVCache":
         """The same memory, of so many rows."""
         return self.part(slice(0, count))

@@ -22,7 +22,8 @@ from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
-from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
+from tiers.host_attention import SparseHostAttention
+from tiers.kv_cache import Cell, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer
 

@@ -23,7 +23,7 @@ from neurons import feed_forward
 from neurons.feed_forward import source_of
 from neurons.records import KINDS
 from quant.linear import Int4Linear
-from tiers.kv_cache import HostAttention
+from tiers.host_attention import HostAttention
 from tiers.policy import Policy, Share
 
 ROOT = Path(__file__).resolve().parent.parent
