@@ -5,9 +5,8 @@ machine would do with a model before it is downloaded. The search is in planner.
 measurements in probe.py.
 """
 
-import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import Stats
-from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
+from checkpoint import Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
 from fast_layers.install import use_fast_layers
 from host.bandwidth import known_bandwidth, measured_bandwidth
@@ -23,9 +22,18 @@ from host.devices import find_device
 from host.log import log
 from host.measurements import keep, known
 from host.memory import available_memory, machine_name, process_bytes, size_text
-from load import compressed_scheme, config_dtype, divided, find_cache, random_filler, skeleton
+from load import (
+    compressed_scheme,
+    config_dtype,
+    find_cache,
+    find_dtype,
+    parallel_strategy,
+    random_filler,
+    skeleton,
+)
 from model import ModelArgs
 from offload import StreamedLayers
+from options.settings import LoadOptions, ModelChoice, PlanOptions
 from quant.linear import make_scheme
 from text.tokenizer import Tokenizer, id_tokenizer, load_tokenizer
 from tiers.direct_io import nearest_directory
@@ -34,7 +42,7 @@ from tiers.planner import Planner, Prediction, Sizes, Workload
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
-from tp import misfit
+from tp import indivisible_reason
 from weights.hf import model_args
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
@@ -65,22 +73,24 @@ class Subject:
     device: torch.device
 
 
-def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
-    """What the command's options name, and its tokenizer. Of a model that has not been downloaded
-    its config.json is enough, as --random_weights, with numbers for prompts."""
-    dtype, device = DTYPES.get(options.dtype), find_device(options.device)
-    if options.random_weights:
-        config = read_json(options.random_weights)
+def find_subject(
+    model: ModelChoice, load: LoadOptions, compress_weight: bool
+) -> tuple[Subject, Tokenizer]:
+    """The shape of the model that was chosen, and its tokenizer. The config.json of a model that
+    has not been downloaded is enough, as --random_weights, with numbers for prompts."""
+    dtype, device = find_dtype(load.dtype), find_device(load.device)
+    if model.random_weights:
+        config = read_json(model.random_weights)
         args, stored = model_args(config), config_dtype(config)
-        scheme = make_scheme(options.random_mode) if options.random_mode else None
+        scheme = make_scheme(model.random_mode) if model.random_mode else None
         tokenizer = id_tokenizer(args.vocab_size)
     else:
-        checkpoint = Checkpoint(options.checkpoint_path)
+        checkpoint = Checkpoint(model.checkpoint_path)
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
-    scheme = compressed_scheme(options.compress_weight, scheme)
-    args = divided(options.ranks, options.pipeline).share(args, scheme)
-    return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
+    scheme = compressed_scheme(compress_weight, scheme)
+    args = parallel_strategy(load).shard_args(args, scheme)
+    return Subject(args, scheme, dtype or stored, load.kv_dtype, device), tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,13 +115,29 @@ class Plan:
         return self.prediction.workload
 
 
-def make_plan(subject: Subject, work: Workload, options: argparse.Namespace) -> Plan:
+def plan_texts(
+    model: ModelChoice,
+    load: LoadOptions,
+    options: PlanOptions,
+    prompt_lengths: Callable[[Tokenizer, ModelArgs], list[int]],
+    new: int,
+) -> Plan:
+    """The plan for a model that continues texts. prompt_lengths: makes the tokens of each prompt.
+    new: tokens that follow each."""
+    subject, tokenizer = find_subject(model, load, options.compress_weight)
+    lengths, context = prompt_lengths(tokenizer, subject.args), subject.args.context
+    longest = min(max(lengths), context - 1)
+    texts = -(-len(lengths) // (options.micro_batches or 1))
+    return make_plan(subject, Workload(texts, longest, min(new, context - longest)), options)
+
+
+def make_plan(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     """The policy that the options ask for, or for --plan the better one of the dtypes that a run
     could have. Raises ValueError if it does not fit into memory, saying how much would do.
     """
     plan = plan_in(subject, work, options)
     slow = subject.device.type == "cpu" and not multiplies_fast(subject.dtype)
-    if not (options.plan and options.dtype == "auto" and slow):
+    if not (options.plan and options.any_dtype and slow):
         return plan
     try:
         other = plan_in(replace(subject, dtype=torch.float32), work, options)
@@ -127,10 +153,11 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     return dtype not in FAST or any(has.get(name) for name in FAST[dtype])
 
 
-def plan_in(subject: Subject, work: Workload, options: argparse.Namespace) -> Plan:
+def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-    whole = replace(whole, position=whole.position * (options.micro_batches or 1))  # each has a cache
+    # A micro-batch has a cache of its own.
+    whole = replace(whole, position=whole.position * (options.micro_batches or 1))
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -141,7 +168,7 @@ def plan_in(subject: Subject, work: Workload, options: argparse.Namespace) -> Pl
         cpu_attention=options.cpu_cache_compute,
         attention_share=options.attn_sparsity,
         directory=options.offload_dir,
-        chunk=512 if subject.device.type == "cpu" else 4096,
+        tokens_at_once=512 if subject.device.type == "cpu" else 4096,
     )
     if options.percent:
         found = planner.predict(by_hand(start, work, options), work)
@@ -151,12 +178,12 @@ def plan_in(subject: Subject, work: Workload, options: argparse.Namespace) -> Pl
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
     needed, free = layers + whole.fixed - process_bytes(subject.device), limits["disk"] - layers
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
-    if not options.random_weights:  # the weights are on the disk already
+    if options.downloaded:  # the weights are on the disk already
         return Plan(subject, found, limits)
     return Plan(subject, found, limits | {"disk": free}, short if needed > free else "")
 
 
-def by_hand(start: Policy, work: Workload, options: argparse.Namespace) -> Policy:
+def by_hand(start: Policy, work: Workload, options: PlanOptions) -> Policy:
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     return replace(
         start,
@@ -196,7 +223,7 @@ def sizes(subject: Subject) -> Sizes:
     )
 
 
-def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> dict[str, float]:
+def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[str, float]:
     """Bytes that may be taken of each tier: as given, or what is free less a reserve.
 
     weights: bytes of the layers, which are on the disk already, or will be once they are there.
@@ -326,16 +353,16 @@ def step_of(subject: Subject) -> Step:
     return Step(found.layers, shared, 0, subject.args.dim * subject.dtype.itemsize)
 
 
-def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
+def on_devices(subject: Subject, link: str, read_rate: float | None) -> Iterator[str]:
     """What 1 to 64 devices would do, for a person."""
-    rate = options.read_rate or known_bandwidth(subject.device)
+    rate = read_rate or known_bandwidth(subject.device)
     rate = rate or measured_bandwidth(subject.device)
     yield (
-        f"on several devices, each reading {size_text(int(rate))} a second, links: {options.link} "
+        f"on several devices, each reading {size_text(int(rate))} a second, links: {link} "
         "(a model of them, and no measurement)"
     )
-    for count, sharded, staged in table(step_of(subject), rate, LINKS[options.link]):
-        unfit = misfit(subject.args, subject.scheme, count)
+    for count, sharded, staged in table(step_of(subject), rate, LINKS[link]):
+        unfit = indivisible_reason(subject.args, subject.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
         micro_batches = (
             f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""

@@ -2,7 +2,6 @@
 
 import torch
 
-from fast_layers import gpu
 from fast_layers.cpu import attend_fast, use_fast_linears
 from model import Transformer
 
@@ -14,4 +13,6 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
         use_fast_linears(model, dtype, large)
         attend_fast(model)
     elif device == "cuda":
+        from fast_layers import gpu  # imports Triton
+
         gpu.use_fast_linears(model)

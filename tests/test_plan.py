@@ -116,7 +116,7 @@ def test_a_budget_that_is_too_small_says_what_would_do():
     planner = Planner(some_sizes(draw), some_machine(draw), True)
     work = Workload(1, 64, 8)
     least = planner.predict(
-        Policy(Share(0, 0), Share(0, 0), micro_batch=1, prefill_tokens=1024), work
+        Policy(Share(0, 0), Share(0, 0), micro_batch=1, prefill_chunk_tokens=1024), work
     )
     needed = least.memory["device"]
     planner.choose(work, {"device": needed + 1, "disk": 1e12}, Policy(), 1)

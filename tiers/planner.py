@@ -118,7 +118,7 @@ class Planner:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds by resource, of all prompts of a block and of one step."""
         tokens = max(
-            1, min(work.prompt, policy.prefill_tokens // policy.rows)
+            1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows)
         )  # of a row in a sweep
         sweep = self.busy(policy, split, tokens, work.prompt / 2)
         sweeps = math.ceil(work.prompt / tokens)
@@ -138,7 +138,7 @@ class Planner:
         seen = g * tokens * slots
         stays = policy.cpu_attention  # in the host's memory, where queries come to
         per_pair = machine.per_position if tokens == 1 else machine.per_pair
-        pieces = math.ceil(g * tokens / policy.chunk)
+        pieces = math.ceil(g * tokens / policy.tokens_at_once)
         # A cell is asked for while the disk has many requests for weights before it.
         queue = REQUESTS_IN_FLIGHT * SMALL_REQUEST_BYTES / machine.stream * (disk > 0)
         products = sizes.layers * K * pieces * machine.products(g * tokens / pieces)
@@ -173,8 +173,8 @@ class Planner:
         cell = self.cell(policy, work)
         moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
         rings = sum(itertools.compress(self.rings(policy, work), moving))
-        sweep = max(min(policy.prefill_tokens, g * K * work.prompt), g * K)
-        chunk = max(min(policy.chunk, sweep), g)
+        sweep = max(min(policy.prefill_chunk_tokens, g * K * work.prompt), g * K)
+        chunk = max(min(policy.tokens_at_once, sweep), g)
         computed = sweep * sizes.hidden + chunk * sizes.within + g * K * sizes.logits
         totals = {
             tier: layers * sizes.layer + cells * cell
@@ -218,7 +218,7 @@ class Planner:
                 grouped = replace(start, micro_batch=g, micro_batches=K)
                 for sweep in SWEEPS:
                     for attend in {False, not self.device_is_cpu}:
-                        yield replace(grouped, prefill_tokens=sweep, cpu_attention=attend)
+                        yield replace(grouped, prefill_chunk_tokens=sweep, cpu_attention=attend)
 
     def plans(
         self, policy: Policy, work: Workload, budgets: dict[str, float]

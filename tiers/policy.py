@@ -59,8 +59,9 @@ class Policy:
     """How to run a model that is larger than the device's memory.
 
     micro_batch: rows that a layer computes at once; micro_batches: how many of them use a layer's
-    weights before the next layer is loaded. chunk: prompt tokens that a layer computes at once;
-    prefill_tokens: prompt tokens that use a layer's weights before the next layer is loaded.
+    weights before the next layer is loaded. tokens_at_once: prompt tokens that a layer
+    computes at once; prefill_chunk_tokens: prompt tokens that use a layer's weights before the
+    next layer is loaded.
     compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute the
     attention over a cache that is not on the device on the host; attention_share: the share of
     tokens whose values it reads, 1 for exact attention. pin: allocate host memory that a GPU can
@@ -72,8 +73,8 @@ class Policy:
     activations: Share = Share()
     micro_batch: int = 4
     micro_batches: int = 1
-    chunk: int = 512
-    prefill_tokens: int = 4096
+    tokens_at_once: int = 512
+    prefill_chunk_tokens: int = 4096
     compress_weight: bool = False
     cpu_attention: bool = False
     attention_share: float = 1.0
