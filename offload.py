@@ -144,10 +144,8 @@ class StreamedLayers(nn.ModuleList):
         workers = self._workers if self._host_attends_beside_device() else None
         B, T, _ = x.shape
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
-        on_gpu = self.device.type == "cuda" and self._run is run_eagerly
-        weights = (
-            unpacked(block, self._dtype) if several_calls and on_gpu else contextlib.nullcontext()
-        )
+        unpack = several_calls and self.device.type == "cuda" and self._run is run_eagerly
+        weights = unpacked(block, self._dtype) if unpack else contextlib.nullcontext()
         with weights:
             zigzag(partial(self._run, block), self.policy, x, *inputs, workers)
         return x.whole() if isinstance(x, OffloadedActivations) and j == len(self) - 1 else x
