@@ -346,14 +346,14 @@ def allocate(
     device, and is not filled. Without it all of them are on the device.
     Raises MemoryError before anything is allocated.
     """
-    skeleton = stored_tensors(model)
-    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in skeleton.items()}
+    meta_model = stored_tensors(model)
+    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in meta_model.items()}
     if home is None:
-        needed = sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items())
+        needed = sum(t.numel() * final[n].itemsize for n, (t, _) in meta_model.items())
         remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
         check_memory(needed, device, "the model", remedy)
 
-    for name, (tensor, aliases) in skeleton.items():
+    for name, (tensor, aliases) in meta_model.items():
         given = tensor.shape, final[name]
         value = home(name, *given) if home else room(*given, torch.device(device))
         if value is None:

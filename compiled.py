@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_layers.cpu import TiledLinear
+from fast_layers.cpu import PackedLinear
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
 from quant.linear import shallow_copy
@@ -340,7 +340,7 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them
     # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
-    packed = any(isinstance(module, TiledLinear) for module in model.modules())
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
     return {
         "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
         "cpp.vec_isa_ok": True,

@@ -42,7 +42,7 @@ from calibration.predictor import (
     feed_forward_inputs,
     learn_layer,
 )
-from calibration.texts import calibration_tokens, say, take_up
+from calibration.texts import calibration_tokens, log_above_bars, resume_or_clear
 from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.devices import find_device
@@ -50,7 +50,7 @@ from host.files import read_text, sync
 from host.log import be_quiet, log
 from host.memory import check_memory, size_text, whole_blocks
 from host.threads import set_threads
-from load import skeleton
+from load import meta_model
 from neurons.pack import (
     HASHED_FILES,
     MANIFEST_FILE,
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Path:
     set_threads(args.threads)
     checkpoint = Checkpoint(args.checkpoint_path)
     check_relu(checkpoint.args)
-    checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
+    checkpoint.check(meta_model(checkpoint.args, checkpoint.scheme))
     default = flash_directory(checkpoint)
     directory, work = args.flash_dir or default, default.with_name(f"{default.name}.learned")
     format = record_format(checkpoint, args.neurons, args.groupsize, args.sector)
@@ -145,7 +145,7 @@ def training_tokens(
         lengths = calibration.seq_length, calibration.samples
         tokens = calibration_tokens(checkpoint, text, *lengths)
         made_of = [fingerprint(checkpoint), zlib.crc32(tokens.numpy().tobytes())]
-        take_up(work, [*made_of, training.rank, training.recall, training.epochs])
+        resume_or_clear(work, [*made_of, training.rank, training.recall, training.epochs])
         return tokens
     if identity.is_file() and json.loads(identity.read_text())[0] == fingerprint(checkpoint):
         return None
@@ -178,7 +178,7 @@ def learn_layers(
 
 def report_layer(name: str, learned: LearnedLayer, seconds: float) -> None:
     figures = learned.figures
-    say(
+    log_above_bars(
         f"{name}: {figures['active']:.1%} of the neurons active, {figures['predicted']:.1%} "
         f"predicted, recall {figures['recall']:.1%}; {seconds:.1f} s"
     )
@@ -210,7 +210,7 @@ def write_records(
     checkpoint: Checkpoint, format: RecordFormat, learned: Sequence[LearnedLayer], path: Path
 ) -> dict[str, Tensor]:
     """Write the records of all layers; return the tensors that stay in memory, by name."""
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     resident: dict[str, Tensor] = {}
     with path.open("wb") as file:
         for n, layer in enumerate(tqdm(learned, desc="pack", unit="layer")):

@@ -24,16 +24,16 @@ from decoding import LoadedModel
 from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
-from model import KVCache, ModelArgs, Transformer, visible_length
+from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
 from options.rules import broken_rule
 from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
     make_scheme,
-    nearest,
+    meta_model,
     quantized_bytes,
     quantized_copy,
-    skeleton,
+    round_to_nearest,
 )
 from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
@@ -118,7 +118,7 @@ def assemble(
         scheme = compressed_scheme(policy and policy.compress_weight, weights.scheme)
         strategy = parallel_strategy(options)
         model = strategy.build_skeleton(weights.args, scheme)
-        model.new_cache = find_cache(options.kv_dtype)
+        model.cache_factory = find_cache(options.kv_dtype)
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, policy, dtype, device)
@@ -143,7 +143,7 @@ class CheckpointWeights:
 
     def check(self) -> None:
         """ValueError for a checkpoint whose tensors do not fit its config."""
-        self.checkpoint.check(skeleton(self.args, self.scheme))
+        self.checkpoint.check(meta_model(self.args, self.scheme))
 
     def prepare(self, model: Transformer) -> None:
         """Leave the neurons of a model on the meta device on disk, with --flash."""
@@ -207,7 +207,7 @@ class RandomWeights:
 
 def fill_model(
     model: Transformer,
-    strategy: SingleProcess | TensorParallel | PipelineParallel,
+    strategy: ParallelStrategy,
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -265,7 +265,7 @@ class SingleProcess:
         return args
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        return skeleton(args, scheme)
+        return meta_model(args, scheme)
 
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
@@ -398,7 +398,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
             return fill(name, tensor)
         if module not in latest:
             latest.clear()  # the tensors of a linear follow one another
-            latest[module] = nearest(checkpoint.read(f"{module}.weight"), linears[module])
+            latest[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
         tensor.copy_(latest[module][leaf])
 
     return rounding
@@ -428,7 +428,7 @@ def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Se
 def self_copy(model: Transformer, draft: str) -> Transformer:
     """The model in the fewer bits that the draft's name says."""
     scheme = make_scheme(draft.removeprefix("self-"))
-    nbytes = quantized_bytes(skeleton(model.args, scheme))
+    nbytes = quantized_bytes(meta_model(model.args, scheme))
     device = model.tok_embeddings.weight.device
     what = f"the model's copy for --draft {draft}"
     check_memory(nbytes, device, what, "use --draft ngram, which takes none")
@@ -493,20 +493,20 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
-    """What makes the caches. ValueError listing the known ones."""
+def find_cache(kv_dtype: str | None) -> CacheFactory:
+    """Return what makes the caches. ValueError listing the known kinds."""
     if kv_dtype is None:
-        return KVCache
+        return CacheFactory()
     if kv_dtype not in CACHE_BITS:
         raise ValueError(f"kv_dtype {kv_dtype} is not one of None, {', '.join(CACHE_BITS)}")
     from quant.kv_cache import QuantizedKVCache
 
-    return partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype])
+    return CacheFactory(partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype]))
 
 
 def count_weights(args: ModelArgs) -> int:
     """Of the dense model."""
-    return sum(parameter.numel() for parameter in skeleton(args, None).parameters())
+    return sum(parameter.numel() for parameter in meta_model(args, None).parameters())
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import final_dtype, give, room, stored_tensors
-from fast_layers.cpu import WORTH, TiledLinear, use_fast_linears
+from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
 from host.memory import page_aligned, whole_blocks
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
@@ -59,7 +59,7 @@ class StreamedBlock(NamedTuple):
     whose tensors are read."""
 
     block: nn.Module
-    tiled: list[tuple[TiledLinear, QuantizedLinear]]
+    tiled: list[tuple[PackedLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
@@ -199,11 +199,13 @@ class StreamedLayers(nn.ModuleList):
             give(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
-            use_fast_linears(block, self._dtype, large=len(self) * self.layout.nbytes >= WORTH)
+            use_fast_linears(
+                block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
+            )
         tiled = [
             (module, stored[name])
             for name, module in block.named_modules()
-            if isinstance(module, TiledLinear)
+            if isinstance(module, PackedLinear)
         ]
         return Buffer(parts, StreamedBlock(block, tiled), record_event(self.device))
 
@@ -214,8 +216,13 @@ class StreamedLayers(nn.ModuleList):
 
         def pack() -> None:
             read.result()
+<<<<<<< HEAD
             for module, stored in buffer.contents.tiled:
                 module.take(stored)
+=======
+            for module, stored in slot.contents.tiled:
+                module.load_from(stored)
+>>>>>>> main
 
         # Another thread packs, so that the next read need not wait for it.
         return self._packer.submit(pack) if buffer.contents.tiled else read
@@ -245,7 +252,7 @@ def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, linear in packed.items():
             with META:
                 dense = Linear(linear.in_features, linear.out_features, bias=False)
-            dense.weight = nn.Parameter(linear.unpacked(dtype), requires_grad=False)
+            dense.weight = nn.Parameter(linear.dequantize_by_kernel(dtype), requires_grad=False)
             dense.bias = linear.bias
             block.set_submodule(name, dense)
         yield

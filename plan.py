@@ -27,9 +27,9 @@ from load import (
     config_dtype,
     find_cache,
     find_dtype,
+    meta_model,
     parallel_strategy,
     random_filler,
-    skeleton,
 )
 from model import ModelArgs
 from offload import StreamedLayers
@@ -156,8 +156,14 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
+<<<<<<< HEAD
     # A micro-batch has a cache of its own.
     whole = replace(whole, position=whole.position * (options.micro_batches or 1))
+=======
+    whole = replace(
+        whole, position=whole.position * (options.micro_batches or 1)
+    )  # each has a cache
+>>>>>>> main
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -200,7 +206,7 @@ def sizes(subject: Subject) -> Sizes:
     args, item = subject.args, subject.dtype.itemsize
     stored = {
         name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
-        for name, (t, _) in stored_tensors(skeleton(args, subject.scheme)).items()
+        for name, (t, _) in stored_tensors(meta_model(args, subject.scheme)).items()
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
@@ -250,9 +256,9 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     if not needed:
         return None
     small = sample_args(subject.args, sizes(subject).layer)
-    model = skeleton(small, subject.scheme)
+    model = meta_model(small, subject.scheme)
     allocate(model, subject.device, subject.dtype, random_filler(subject.device))
-    model.new_cache = find_cache(subject.kv_dtype)
+    model.cache_factory = find_cache(subject.kv_dtype)
     use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)

@@ -27,7 +27,7 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
-from quant.linear import skeleton
+from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, to_host
 
@@ -49,7 +49,7 @@ class PipelineParallel:
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.world_size - 1
-        model = skeleton(self.shard_args(args, scheme), scheme)
+        model = meta_model(self.shard_args(args, scheme), scheme)
         if not first:
             tied = model.output.weight is model.tok_embeddings.weight if last else False
             table = model.tok_embeddings.weight if tied else None

@@ -39,7 +39,7 @@ from host.log import be_quiet, log
 from host.memory import size_text
 from host.threads import set_threads
 from kernels.cpu.build import unsupported_reason
-from load import skeleton
+from load import meta_model
 from model import Linear, Transformer
 from quant.linear import (
     QuantizedLinear,
@@ -74,7 +74,7 @@ def quantize(
 
 def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transformer:
     """The model that a file holds, on the meta device, in the dtypes that it is stored in."""
-    model = skeleton(checkpoint.args, scheme)
+    model = meta_model(checkpoint.args, scheme)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(checkpoint.dtype)
     return model
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> Path:
             "checkpoint that it was made from"
         )
     target = checkpoint.directory / file_name(args.mode, args.groupsize)
-    checkpoint.check(skeleton(checkpoint.args, None))
+    checkpoint.check(meta_model(checkpoint.args, None))
     check_writable(target)
     announce(checkpoint, scheme, target)
     log_replaced(target)

@@ -40,7 +40,7 @@ from calibration.gptq import fill_module
 from calibration.predictor import gate
 from checkpoint import Checkpoint, stored_tensors
 from kernels.cpu import build
-from load import LoadedModel, compile_now, load_model, make_views, skeleton
+from load import LoadedModel, compile_now, load_model, make_views, meta_model
 from model import visible_length
 from neurons.feed_forward import FlashOptions, Source, neuron_source
 from neurons.pack import flash_directory
@@ -94,7 +94,7 @@ def reloaded(args: argparse.Namespace, share: float = 0.0) -> LoadedModel:
 def half(args: argparse.Namespace) -> LoadedModel:
     """So many layers stay that what is in memory is the given share of the model, two slots for
     those that come and go with it."""
-    model = skeleton(Checkpoint(args.model).args, None)
+    model = meta_model(Checkpoint(args.model).args, None)
     whole, layers = bfloat16_bytes(model), bfloat16_bytes(model.layers)
     slots = 2 * layers / len(model.layers)
     return reloaded(args, max(0.0, (args.share * whole - (whole - layers) - slots) / layers))
@@ -103,7 +103,7 @@ def half(args: argparse.Namespace) -> LoadedModel:
 def paged(args: argparse.Namespace) -> LoadedModel:
     """The file is mapped, and what is in memory is the kernel's affair."""
     checkpoint = Checkpoint(args.model)
-    model = skeleton(checkpoint.args, None)
+    model = meta_model(checkpoint.args, None)
     mapped = torch.load(checkpoint.path, mmap=True, weights_only=True)["tensors"]
     model.load_state_dict(mapped, strict=False, assign=True)
     if checkpoint.args.tied:
@@ -141,7 +141,7 @@ def oracles(path: Path, dtype: torch.dtype) -> list[Oracle]:
     directory = flash_directory(checkpoint)
     learned = directory.with_name(f"{directory.name}.learned")
     for n in range(checkpoint.args.n_layers):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        model = meta_model(checkpoint.args, checkpoint.scheme)
         fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         order = torch.load(learned / f"layer{n}.pt", weights_only=True)["order"]
         weight, bias = gate(model.layers[n].feed_forward)
@@ -314,7 +314,7 @@ def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float
     build.build()  # a compiler takes more memory than what it compiles for
     for name in names if args.compile else ():
         alone(args, name, UNLIMITED)  # and leaves its results in a cache
-    whole = bfloat16_bytes(skeleton(Checkpoint(args.model).args, None))
+    whole = bfloat16_bytes(meta_model(Checkpoint(args.model).args, None))
     beside = alone(args, "demo", UNLIMITED)["peak_rss_bytes"]
     log(f"the model: {whole / 1e9:.2f} GB; a process beside it: {beside / 1e9:.2f} GB")
     return whole, beside

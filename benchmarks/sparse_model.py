@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.common import ROOT, exit_code, log
 from calibration.predictor import InputRecorder, run_block
 from checkpoint import read_json, save_checkpoint, stored_tensors
-from load import skeleton
+from load import meta_model
 from weights.hf import model_args
 
 CONFIG = ROOT / "benchmarks" / "configs" / "opt-1.3b.json"
@@ -43,7 +43,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     for file in ("vocab.json", "merges.txt", "LICENSE"):
         (args.folder / file).write_bytes((args.tokenizer / file).read_bytes())
     (args.folder / "config.json").write_bytes(args.config.read_bytes())
-    model = skeleton(model_args(config), None)
+    model = meta_model(model_args(config), None)
     shapes = {
         name: torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
         for name, (tensor, _) in stored_tensors(model).items()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from calibration.gptq import embed, fill_module
 from checkpoint import Checkpoint
-from load import skeleton
+from load import meta_model
 from model import Linear, Transformer
 from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
@@ -105,7 +105,7 @@ def feed_forward_inputs(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, nn.Module]]:
     """Yield each feed-forward layer's inputs, (B, T, D) float32, and the layer in float32."""
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     fill_module(checkpoint, model, "positions", CPU)
     x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
     model.positions.to(device)
@@ -127,7 +127,7 @@ def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> T
     row_pos = pos.expand(x.shape[:2])  # (B, T)
     _, rotation = model.positions(torch.zeros_like(x), row_pos)
     shape = (len(x), len(pos) + 1, model.args.n_kv_heads, model.args.head_dim)
-    cache = model.new_cache(shape, x.dtype, x.device)
+    cache = model.cache_factory(shape, x.dtype, x.device)
     return block(x, rotation, model.mask(row_pos, pos, x.dtype), row_pos, cache)
 
 
@@ -145,7 +145,9 @@ class InputRecorder(nn.Module):
 
 def dense_weight(linear: Linear | QuantizedLinear) -> Tensor:
     """Return a linear's weights in float32, (out, in)."""
-    return linear.dense(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+    return (
+        linear.dequantize(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+    )
 
 
 def gate_weights(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
-"""The products of kernels/cpu: built once, registered as operators, put into a model.
+"""Layers that run on the C++ kernels of kernels/cpu.
 
-Start at use_fast_linears. It replaces quantised linears by TiledLinear, which hold the same integers in
-the order that the CPU reads them in, and dense ones by FewRowsLinear; then attend_fast lets caches
-attend by kernels/cpu/attention.cpp. Where the CPU, the compiler or the dtype does not support them,
-a model keeps its layers, which are slower and are the reference in tests.
+Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
+integers in the order in which the kernels read them, and dense linears by FewRowsLinear.
+use_fast_attention lets the KV caches attend by kernels/cpu/attention.cpp. A model keeps its layers,
+which are slower and are the reference in tests, if the CPU, the compiler or the dtype does not
+support the kernels.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +16,20 @@ from torch import Tensor, nn
 from host.log import log
 from host.memory import page_aligned
 from kernels.cpu.build import build, unsupported_reason
-from model import KVCache, Linear, RMSNorm, Transformer
+from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
-INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
+INT8, INT4, INT4_HALF = 80, 41, 42  # its Format: ten times the bits of a weight + bytes of a scale
 INT8_BLOCK = 128  # inputs that share a scale of the activations
-WORTH = 2**24  # bytes of dense weights; with fewer nobody waits long enough to compile for them
+MIN_DENSE_BYTES = 2**24  # of dense weights; compiling the kernels does not pay for a smaller model
 
 
-class TiledLinear(nn.Module):
-    """A quantised linear in the order that kernels/cpu/products.cpp reads. It computes in bfloat16.
+class PackedLinear(nn.Module):
+    """A quantised linear with weights packed for kernels/cpu/products.cpp. Computes in bfloat16.
 
-    One that is on the meta device gives its shape only: weights come by `take`.
+    linear: the layer to pack. One on the meta device gives only its shape; load_from then packs
+    the weights.
     """
 
     def __init__(self, linear: QuantizedLinear):
@@ -39,34 +39,35 @@ class TiledLinear(nn.Module):
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
         widest = INT8 if isinstance(linear, Int8Linear) else INT4_HALF
-        # What a shorter format leaves of it is never touched, and takes no memory.
-        self._room = page_aligned(self.strips * strip_bytes(linear, widest), torch.device("cpu"))
+        # A narrower format leaves the end of the buffer untouched: the OS gives it no memory.
+        nbytes = self.strips * strip_bytes(linear, widest)
+        self._buffer = page_aligned(nbytes, torch.device("cpu"))
         if not linear.weight.is_meta:
-            self.take(linear)
+            self.load_from(linear)
 
     @torch.no_grad()
-    def take(self, linear: QuantizedLinear) -> None:
-        """Hold the weights of another linear of the same kind and shape, which may then go.
+    def load_from(self, linear: QuantizedLinear) -> None:
+        """Pack the weights of a linear of the same kind and shape, which may be freed afterwards.
 
-        The thread that calls packs them alone, without the interpreter's lock.
+        Runs on the calling thread alone and releases the interpreter's lock.
         """
         zeros = getattr(linear, "zeros", None)
-        format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._room)
+        format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
         size = strip_bytes(linear, format)
-        self.packed = self._room[: self.strips * size].view(self.strips, size)
+        self.packed = self._buffer[: self.strips * size].view(self.strips, size)
         if linear.bias is not None:
             self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % STRIP))
-        self._how = format, block_of(linear), self.out_features
+        self._layout = format, inputs_per_scale(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).bfloat16()  # (M, K)
-        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._how)
+        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._layout)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewRowsLinear(nn.Module):
-    """A dense linear, with the same weights. Up to 16 rows are read together with them, by AMX in
-    the time of one; more are torch's."""
+    """A dense linear with the same weights. With AMX, a product of up to 16 rows takes the time of
+    one row; more rows are multiplied by PyTorch."""
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -74,65 +75,75 @@ class FewRowsLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)
+        y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)  # (M, N)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def block_of(linear: QuantizedLinear) -> int:
-    """The inputs that share a scale: of the weights or, int8, of the activations alone."""
+def inputs_per_scale(linear: QuantizedLinear) -> int:
+    """Return the inputs that share a scale: of the weights (int4) or of the activations (int8)."""
     return linear.groupsize if isinstance(linear, Int4Linear) else INT8_BLOCK
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
-    """Of 16 outputs: their scales, then spans, each with a header in front of its tiles."""
+    """Return the bytes of 16 packed outputs: their scales, then spans of 256 inputs.
+
+    A span is a header, with the scales and zero points of its groups, and the tiles of weights.
+    """
     bits, scale_bytes = divmod(format, 10)
-    groups = SPAN // block_of(linear) if format != INT8 else 0  # of a span
+    groups = SPAN // inputs_per_scale(linear) if format != INT8 else 0  # of a span
     header = groups * (STRIP * scale_bytes + STRIP // 2)
     inputs = linear.weight.shape[1] * 8 // bits
     return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
 
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Give a model that is on the CPU faster products, if that is possible and worth it here.
+    """Replace the linears of a model on the CPU, where the kernels support it.
 
-    dtype: what the products may compute in. large: whether dense weights are worth it, None: by
-    their bytes. Linears on the meta device have no weights to pack.
+    dtype: the dtype of the model's activations. large: replace dense linears, too; None: if they
+    have MIN_DENSE_BYTES. Skips linears on the meta device, which have no weights to pack.
     """
-    here = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, (Linear, QuantizedLinear)) and not m.weight.is_meta
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear, QuantizedLinear)) and not module.weight.is_meta
     }
-    quantised = {n: m for n, m in here.items() if isinstance(m, QuantizedLinear)}
-    dense = {n: m for n, m in here.items() if m.weight.dtype == torch.bfloat16}
-    if quantised and (reason := unsupported_reason(dtype) or build()):
-        log(f"quantised layers run slowly here: {reason}")
-    elif quantised:
-        for name, linear in quantised.items():
-            model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.same_bits = False
+    pack_quantized(model, linears, dtype)
+    dense = {n: m for n, m in linears.items() if m.weight.dtype == torch.bfloat16}
     if large is None:
-        large = sum(linear.weight.nbytes for linear in dense.values()) >= WORTH
+        large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
     if dense and large and not (unsupported_reason(dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, FewRowsLinear(linear))
 
 
-def attend_fast(model: Transformer) -> None:
-    """Let caches of a model that has such products attend by kernels/cpu/attention.cpp.
+def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
+    """Replace the quantised ones of `linears` by PackedLinear, or log why they stay slow."""
+    quantized = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    if not quantized:
+        return
+    if reason := unsupported_reason(dtype) or build():
+        log(f"quantised layers run slowly here: {reason}")
+        return
+    for name, linear in quantized.items():
+        model.set_submodule(name, PackedLinear(linear))  # holds one layer twice at a time
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.allow_fusion()
 
-    Where query heads share keys and values torch's is as fast. A step and a sweep of several
-    tokens have to go the same way, so that a draft's text is plain text to the bit.
+
+def use_fast_attention(model: Transformer) -> None:
+    """Let the KV caches attend by kernels/cpu/attention.cpp, if the model has fast linears.
+
+    Models with grouped query heads keep PyTorch's attention, which is as fast for them. Prefill and
+    decoding must use the same kernel: with a draft, the text must be the same to the bit.
     """
-    alone = model.args.n_heads == model.args.n_kv_heads
-    if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
-        model.new_cache = partial(attending, model.new_cache)
+    grouped = model.args.n_heads != model.args.n_kv_heads
+    fast = any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules())
+    if fast and not grouped:
+        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
-def attending(new_cache: Callable[..., KVCache], *given: Any) -> KVCache:
-    """A new cache, see KVCache, with such attention."""
-    cache = new_cache(*given)
-    cache.attention = torch.ops.gpt_flex.attention
-    return cache
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by kernels/cpu/attention.cpp: a model.CacheAttention."""
+    k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
+    return grouped_attention(torch.ops.gpt_flex.attention, q, k, v, mask)

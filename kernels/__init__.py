@@ -1,1 +1,1 @@
-"""Kernels written for one kind of machine: gpu/ holds the Triton kernels for NVIDIA GPUs."""
+"""Kernels written for one kind of device: C++ for CPUs in cpu/, Triton for NVIDIA GPUs in gpu/."""

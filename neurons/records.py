@@ -20,7 +20,7 @@ from torch import Tensor
 
 from host.memory import page_aligned
 from neurons.uring import IOVEC, REQUEST, Callback, no_op, open_reader, read_request
-from quant.linear import dense_int4, round_int4, round_int8
+from quant.linear import dequantize_int4, round_int4, round_int8
 from tiers.direct_io import ERRNOS_WITHOUT_O_DIRECT, DirectFile
 
 SECTOR_BYTES = 512  # most disks accept O_DIRECT reads of this size; a block would be wasteful
@@ -94,7 +94,7 @@ class RecordFormat:
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
             scales_zeros = (self.part(records, matrix, name) for name in ("scales", "zeros"))
-            weight = dense_int4(weight, *scales_zeros)[:, : self.dim]
+            weight = dequantize_int4(weight, *scales_zeros)[:, : self.dim]
         return weight.to(dtype)
 
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, save_checkpoint
 from model import Transformer
-from quant.linear import make_scheme, quantized_copy, skeleton
+from quant.linear import make_scheme, meta_model, quantized_copy
 from weights.hf import export_tensors, model_args
 
 CONFIG = {
@@ -39,7 +39,7 @@ TENSORS = state_dict()
 
 def loaded(path: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(path)
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     checkpoint.load_into(model)
     return model.state_dict()
 
@@ -116,7 +116,7 @@ def test_a_scheme_that_no_tool_writes_is_refused(name: str, tmp_path: Path):
 def test_every_scheme_that_we_write_is_read(mode: str | None, tmp_path: Path):
     for head in ("int8", "int4", "dense"):
         scheme = make_scheme(mode, 64, head) if mode else None
-        model = skeleton(model_args(CONFIG), scheme)
+        model = meta_model(model_args(CONFIG), scheme)
         blank = {name: torch.zeros_like(t, device="cpu") for name, t in model.state_dict().items()}
         save_checkpoint(tmp_path / "model.pth", CONFIG, scheme, blank)
         assert same(loaded(tmp_path), blank)
@@ -385,7 +385,7 @@ def test_a_head_that_differs_gives_the_logits_of_transformers(folder: Path):
     write_tied(folder, TENSORS[HEAD])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     lm, tokens, slots = (
-        skeleton(Checkpoint(folder).args, None),
+        meta_model(Checkpoint(folder).args, None),
         torch.arange(8)[None],
         torch.arange(8),
     )

@@ -31,7 +31,7 @@ from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from host.memory import page_aligned
-from load import LoadedModel, compile_now, load_model, skeleton
+from load import LoadedModel, compile_now, load_model, meta_model
 from neurons import feed_forward
 from neurons.budget import CachePlan, MachineCosts, NeuronUsage, choose
 from neurons.feed_forward import FlashOptions, FlashStats, neuron_source
@@ -49,7 +49,7 @@ from neurons.records import (
     gathered,
 )
 from neurons.uring import Reads, Threads, Uring, Work, nothing, open_reader, read_pieces
-from quant.linear import Int4Linear, Int8Linear, nearest
+from quant.linear import Int4Linear, Int8Linear, round_to_nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -129,7 +129,7 @@ def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
     checkpoint = Checkpoint(path)
     work = flash_directory(checkpoint).with_suffix(".flash.learned")
     for n, layer in enumerate(lm.model.layers):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        model = meta_model(checkpoint.args, checkpoint.scheme)
         fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         inner = model.layers[n].feed_forward
         first = getattr(inner, "w13", None) or inner.w1
@@ -176,9 +176,9 @@ def test_a_record_holds_what_the_linears_hold(kind: str, matrices: tuple[str, ..
 
 
 def stored(linear: nn.Module, weight: Tensor) -> Tensor:
-    for name, value in nearest(weight.contiguous(), linear).items():
+    for name, value in round_to_nearest(weight.contiguous(), linear).items():
         setattr(linear, name, value)
-    return linear.dense(torch.float32)
+    return linear.dequantize(torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(STREAMS))

@@ -15,7 +15,7 @@ from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from load import load_model
-from quant.linear import dense_int4, unpack_nibbles
+from quant.linear import dequantize_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors
 
@@ -203,7 +203,7 @@ def weight_of(folder: Path, name: str) -> Tensor:
     """What the integers of a linear stand for."""
     checkpoint = Checkpoint(folder)
     parts = {leaf: checkpoint.read(f"{name}.{leaf}") for leaf in ("weight", "scales", "zeros")}
-    return dense_int4(**parts)
+    return dequantize_int4(**parts)
 
 
 @pytest.mark.parametrize("named", ["gptq", "gptq_v2"])

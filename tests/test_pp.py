@@ -10,7 +10,7 @@ from checkpoint import Checkpoint
 from decoding import together
 from model import ModelArgs
 from pp import MicroBatchCache, PendingSends, split_micro_batches, stage_layers
-from quant.linear import skeleton
+from quant.linear import meta_model
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from tests.test_tp import on_ranks, random_llama
@@ -69,7 +69,7 @@ def test_a_stage_holds_its_layers_and_no_more(models: dict[str, Path], tmp_path:
     """The first has the table, the last the head; the demo's are one."""
     by_rank = on_ranks(2, [{"path": str(models["random"]), **PLAIN}], tmp_path)
     args = Checkpoint(models["random"]).args
-    model = skeleton(args, None)
+    model = meta_model(args, None)
     layer = sum(p.numel() for p in model.layers[0].parameters())
     table = args.vocab_size * args.dim
     frequencies = args.head_dim // 2
@@ -105,9 +105,10 @@ def test_more_ranks_than_layers():
 
 
 def test_flights_are_of_the_rows_that_there_are():
-    model = skeleton(shape(2), None)
+    model = meta_model(shape(2), None)
     parts = [
-        model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)
+        model.cache_factory((rows, 9, 4, 16), torch.float32, torch.device("cpu"))
+        for rows in (3, 3, 2)
     ]
     cache = MicroBatchCache(parts)
     assert cache.rows == 8 and cache.length == 8

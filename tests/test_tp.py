@@ -16,7 +16,7 @@ from torch import Tensor
 import quantize
 import tp
 from checkpoint import Checkpoint, allocate, save_checkpoint, stored_tensors
-from load import skeleton
+from load import meta_model
 from model import Linear, ModelArgs
 from quant.linear import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
@@ -223,7 +223,7 @@ def test_packed_int4_sharding_is_sharding_then_packing(tmp_path: Path):
         path = random_llama(tmp_path / str(n), **shape)
         path = quantised(path, "--mode", "int4", "--groupsize", str(groupsize), "--head", "int4")
         checkpoint = Checkpoint(path)
-        whole = skeleton(checkpoint.args, checkpoint.scheme)
+        whole = meta_model(checkpoint.args, checkpoint.scheme)
         checkpoint.load_into(whole)
         for rank in range(count):
             ranks = Ranks(rank, count)
@@ -319,7 +319,7 @@ def random_values(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def dense_weight(linear: torch.nn.Module) -> Tensor:
-    return linear.weight if isinstance(linear, Linear) else linear.dense(torch.float32)
+    return linear.weight if isinstance(linear, Linear) else linear.dequantize(torch.float32)
 
 
 def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
@@ -329,7 +329,7 @@ def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
     tried = 0
     for shape, scheme, count in small_models():
         config, path = SMALL | shape, tmp_path / "model.pth"
-        whole = skeleton(model_args(config), scheme)
+        whole = meta_model(model_args(config), scheme)
         save_checkpoint(path, config, scheme, random_values(whole))
         checkpoint = Checkpoint(path)
         checkpoint.load_into(whole)
