@@ -527,12 +527,9 @@ class KVCache(nn.Module):
         return part
 
     def over(self, tensors: dict[str, Tensor]) -> "KVCache":
-        """Return a cache of this kind whose buffers are these tensors, by name. Off a GPU it
-        attends without the GPU's kernel."""
+        """Return a cache of this kind whose buffers are these tensors, by name."""
         cache = copy.copy(self)
         cache._buffers = dict(tensors)
-        if cache.device.type != "cuda":
-            cache.gpu_attention = None
         return cache
 
     def first(self, count: int) -> "KVCache":

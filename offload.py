@@ -55,11 +55,11 @@ Location = tuple[Store, dict[str, int]]  # of a layer: its store, and each tenso
 
 
 class StreamedBlock(NamedTuple):
-    """A block in a buffer. tiled: its linears whose weights a CPU repacks, each with the linear
+    """A block in a buffer. packed: its linears whose weights a CPU repacks, each with the linear
     whose tensors are read."""
 
     block: nn.Module
-    tiled: list[tuple[PackedLinear, QuantizedLinear]]
+    packed: list[tuple[PackedLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
@@ -202,12 +202,12 @@ class StreamedLayers(nn.ModuleList):
             use_fast_linears(
                 block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
             )
-        tiled = [
+        packed = [
             (module, stored[name])
             for name, module in block.named_modules()
             if isinstance(module, PackedLinear)
         ]
-        return Buffer(parts, StreamedBlock(block, tiled), record_event(self.device))
+        return Buffer(parts, StreamedBlock(block, packed), record_event(self.device))
 
     def _fetch(self, j: int, buffer: Buffer) -> Future:
         store, offsets = self.locations[j]
@@ -216,16 +216,11 @@ class StreamedLayers(nn.ModuleList):
 
         def pack() -> None:
             read.result()
-<<<<<<< HEAD
-            for module, stored in buffer.contents.tiled:
-                module.take(stored)
-=======
-            for module, stored in slot.contents.tiled:
+            for module, stored in buffer.contents.packed:
                 module.load_from(stored)
->>>>>>> main
 
         # Another thread packs, so that the next read need not wait for it.
-        return self._packer.submit(pack) if buffer.contents.tiled else read
+        return self._packer.submit(pack) if buffer.contents.packed else read
 
 
 def block_layout(block: nn.Module, dtype: torch.dtype) -> Layout:

@@ -156,14 +156,8 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-<<<<<<< HEAD
     # A micro-batch has a cache of its own.
     whole = replace(whole, position=whole.position * (options.micro_batches or 1))
-=======
-    whole = replace(
-        whole, position=whole.position * (options.micro_batches or 1)
-    )  # each has a cache
->>>>>>> main
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)

@@ -78,7 +78,8 @@ class CellAllocator:
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        self._template = model.new_cache(shape, weight.dtype, META)
+        factory, given = model.cache_factory, (shape, weight.dtype, META)
+        self._template, self._host_template = factory(*given), factory.portable()(*given)
         by_position = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, .)
         self.layout = Layout(by_position)
         self._position_bytes = {name: tensor[0].nbytes for name, tensor in by_position.items()}
@@ -124,7 +125,8 @@ class CellAllocator:
     def _cache(self, parts: Parts, device: torch.device) -> "KVCache | HostAttention":
         """Build a cache on the memory of these parts."""
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
-        cache = self._template.over(tensors)
+        template = self._template if device == self.device else self._host_template
+        cache = template.over(tensors)
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)
@@ -154,20 +156,9 @@ class TieredCaches(Sequence["TieredCache"]):
         length: int,
         wait_time: WaitTime | None = None,
     ):
-<<<<<<< HEAD
         self._allocator = CellAllocator(model, policy, length)
         self.policy, self.device = policy, self._allocator.device
         self.rows, self.length, self.layout = rows, length, self._allocator.layout
-=======
-        args, weight = model.args, model.tok_embeddings.weight
-        self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
-        shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        self._factory, self._args = model.cache_factory, (shape, weight.dtype, META)
-        empty = self._factory(*self._args)
-        by_slot = {n: t.transpose(0, 1) for n, t in empty._buffers.items()}
-        self.layout = Layout(by_slot)
-        self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
->>>>>>> main
         K = -(-rows // policy.micro_batch)
         self.tiers = policy.cache.tiers(model.args.n_layers * K)
         cells = self._allocator.cells(self.tiers)
@@ -287,73 +278,10 @@ class TieredCaches(Sequence["TieredCache"]):
 
         return self._reader.submit(read, buffer.last_use)
 
-<<<<<<< HEAD
     def _store(self, cell: Cell, buffer: Buffer, first: int) -> None:
         pieces = self._allocator.pieces(cell, buffer.parts, first, cell.filled)
         written = self._writer.submit(lambda: cell.store.write(pieces), buffer.last_use)
         cell.stored = buffer.stored = written
-=======
-    def _store(self, cell: Cell, slot: Buffer, first: int) -> None:
-        pieces = self._pieces(cell, slot.parts, first, cell.filled)
-        cell.stored = slot.stored = self._out.submit(
-            lambda: cell.store.write(pieces), slot.last_use
-        )
-
-    def _pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """The bytes of some slots, of each tensor, in whole blocks: what parts hold beside them
-        is either what the store holds there too, or nothing yet."""
-        pieces = []
-        for name, at in self.layout.offsets.items():
-            start = first * self._slot_bytes[name] // BLOCK * BLOCK
-            stop = whole_blocks(end * self._slot_bytes[name])
-            pieces.append((cell.base + at + start, parts[name][start:stop]))
-        return pieces
-
-    def _cells(self) -> list[Cell]:
-        nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
-        count = self.tiers.count("disk")
-        if count:
-            scratch = ScratchFile(self.policy.directory, count * nbytes)
-            file = (
-                scratch
-                if self._host_reads()
-                else BounceBuffer(scratch, [page_aligned(nbytes, CPU, pin)])
-            )
-        cells, on_disk = [], 0
-        for tier in self.tiers:
-            if tier == "device":
-                cells.append(Cell(self._resident(self.device)))
-            elif tier == "disk":
-                cells.append(Cell(store=file, base=on_disk * nbytes))
-                on_disk += 1
-            elif self.policy.cpu_attention:
-                cells.append(Cell(self._resident(CPU)))
-            else:
-                cells.append(Cell(store=HostMemory(page_aligned(nbytes, CPU, pin))))
-        return cells
-
-    def _host_reads(self) -> bool:
-        """Whether cells that move are used in host memory, where files can be read to."""
-        return self.device.type == "cpu" or self.policy.cpu_attention
-
-    def _resident(self, device: torch.device) -> KVCache:
-        return self._cache(self.layout.allocate(device), device)
-
-    def _slot(self) -> Buffer:
-        device = CPU if self._host_reads() else self.device
-        parts = self.layout.allocate(device)
-        return Buffer(parts, self._cache(parts, device), record_event(self.device))
-
-    def _cache(self, parts: Parts, device: torch.device) -> KVCache:
-        """A cache in that memory."""
-        here = device.type == self.device.type
-        cache = (self._factory if here else self._factory.portable())(*self._args)
-        for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
-            cache._buffers[name] = tensor.transpose(0, 1)
-        if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
-            return SparseHostAttention(cache, self.policy.attention_share)
-        return cache if device == self.device else HostAttention(cache)
->>>>>>> main
 
 
 class TieredCache:

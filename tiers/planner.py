@@ -121,19 +121,10 @@ class Planner:
     def times(
         self, policy: Policy, split: Split, work: Workload
     ) -> tuple[dict[str, float], dict[str, float]]:
-<<<<<<< HEAD
         """Return the seconds by resource, for all prompts of a block and for one step."""
         chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # of a row
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
-=======
-        """Seconds by resource, of all prompts of a block and of one step."""
-        tokens = max(
-            1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows)
-        )  # of a row in a sweep
-        sweep = self.busy(policy, split, tokens, work.prompt / 2)
-        sweeps = math.ceil(work.prompt / tokens)
->>>>>>> main
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
         return {name: chunks * seconds for name, seconds in prefill.items()}, step
 
@@ -191,14 +182,7 @@ class Planner:
         sizes, K = self.sizes, policy.micro_batches
         cell = self.cell_bytes(policy, work)
         moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-<<<<<<< HEAD
         rings = sum(itertools.compress(self.ring_bytes(policy, work), moving))
-=======
-        rings = sum(itertools.compress(self.rings(policy, work), moving))
-        sweep = max(min(policy.prefill_chunk_tokens, g * K * work.prompt), g * K)
-        chunk = max(min(policy.chunk, sweep), g)
-        computed = sweep * sizes.hidden + chunk * sizes.within + g * K * sizes.logits
->>>>>>> main
         totals = {
             tier: layers * sizes.layer + cells * cell
             for tier, layers, cells in zip(TIERS, split.weights, split.cache, strict=True)
@@ -248,14 +232,8 @@ class Planner:
         for g, K in itertools.product(sizes, MICRO_BATCH_COUNTS):
             if g * (K - 1) < max_rows:
                 grouped = replace(start, micro_batch=g, micro_batches=K)
-<<<<<<< HEAD
                 for chunk, on_host in itertools.product(PREFILL_CHUNK_TOKENS, attention):
                     yield replace(grouped, prefill_chunk_tokens=chunk, cpu_attention=on_host)
-=======
-                for sweep in SWEEPS:
-                    for attend in {False, not self.device_is_cpu}:
-                        yield replace(grouped, prefill_chunk_tokens=sweep, cpu_attention=attend)
->>>>>>> main
 
     def plans(
         self, policy: Policy, work: Workload, budgets: dict[str, float]
