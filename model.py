@@ -526,12 +526,6 @@ class KVCache(nn.Module):
         buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
         return copy_with_buffers(self, buffers)
 
-    def over(self, tensors: dict[str, Tensor]) -> "KVCache":
-        """Return a cache of this kind whose buffers are these tensors, by name."""
-        cache = copy.copy(self)
-        cache._buffers = dict(tensors)
-        return cache
-
     def first(self, count: int) -> "KVCache":
         """The same memory, of so many rows."""
         return self.part(slice(0, count))

@@ -3,7 +3,7 @@
 Start at DirectFile. The page cache would keep the layers that were read last, although those read
 longest ago are needed next. O_DIRECT bypasses it, so that memory holds only what the program puts
 there, and the disk works at its full rate. Offsets, lengths and addresses must then be multiples of
-BLOCK. On a file system without O_DIRECT the same calls go through the page cache.
+BLOCK_BYTES. On a file system without O_DIRECT the same calls go through the page cache.
 """
 
 import errno

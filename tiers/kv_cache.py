@@ -22,7 +22,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from host.memory import BLOCK, page_aligned, whole_blocks
+from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
+from host.torch_private import copy_with_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
 from tiers.host_attention import HostAttention, SparseHostAttention
@@ -126,7 +127,7 @@ class CellAllocator:
         """Build a cache on the memory of these parts."""
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
         template = self._template if device == self.device else self._host_template
-        cache = template.over(tensors)
+        cache = copy_with_buffers(template, tensors)
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)
@@ -139,8 +140,8 @@ class CellAllocator:
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
-            start = first * self._position_bytes[name] // BLOCK * BLOCK
-            stop = whole_blocks(end * self._position_bytes[name])
+            start = first * self._position_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._position_bytes[name])
             pieces.append((cell.offset + offset + start, parts[name][start:stop]))
         return pieces
 

@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from host.memory import page_aligned, whole_blocks
+from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -33,7 +33,7 @@ Event = torch.cuda.Event | None  # recorded after work was given to a GPU; None:
 
 
 class Layout:
-    """Offsets of tensors in memory or in a file. Each tensor begins at a multiple of BLOCK."""
+    """Offsets of tensors in memory or in a file. Each tensor begins at a multiple of BLOCK_BYTES."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """tensors: examples of the shapes and dtypes, on any device."""
@@ -44,16 +44,18 @@ class Layout:
         self.nbytes = 0
         for name, tensor in self.tensors.items():
             self.offsets[name] = self.nbytes
-            self.nbytes += whole_blocks(tensor.nbytes)
+            self.nbytes += round_up_to_block(tensor.nbytes)
 
     def allocate(self, device: torch.device) -> Parts:
         """Allocate each tensor separately: a compiler must not see one base for all of them."""
-        sizes = {name: whole_blocks(tensor.nbytes) for name, tensor in self.tensors.items()}
+        sizes = {name: round_up_to_block(tensor.nbytes) for name, tensor in self.tensors.items()}
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
     def split(self, slab: Tensor) -> Parts:
         """Cut one piece of `nbytes` bytes into parts."""
-        ends = (at + whole_blocks(self.tensors[name].nbytes) for name, at in self.offsets.items())
+        ends = (
+            at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
+        )
         return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def view(self, parts: Parts) -> dict[str, Tensor]:
