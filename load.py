@@ -121,7 +121,7 @@ def assemble(
         model.cache_factory = find_cache(options.kv_dtype)
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
-        layers = stream_layers(model, policy, dtype, device)
+        layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy, device)
         stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
         fill_model(model, strategy, fill, layers, stored, device, dtype)
@@ -338,10 +338,6 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
     """A model whose layers come to the device one after the other."""
-    if options.compile:
-        from compiled import compiled_block
-
-        model.layers.run_with(compiled_block(model, model.tok_embeddings.weight.device))
     caches = partial(place_caches, options.policy)
     prefill = options.policy.prefill_chunk_tokens
     return LoadedModel(
@@ -371,14 +367,21 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
 
 
 def stream_layers(
-    model: Transformer, policy: Policy | None, dtype: torch.dtype, device: torch.device
+    model: Transformer, options: LoadOptions, dtype: torch.dtype
 ) -> StreamedLayers | None:
-    """Let the layers of a model on the meta device be where a policy says."""
-    if policy is None:
+    """Replace the layers of a model on the meta device by layers that a policy places."""
+    if options.policy is None:
         return None
-    from offload import StreamedLayers
+    from offload import StreamedLayers, eager
 
-    model.layers = StreamedLayers(model.layers, policy, dtype, device)
+    def run() -> Callable[..., Tensor]:
+        if not options.compile:
+            return eager
+        from compiled import compiled_block
+
+        return compiled_block(model, options.device)
+
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, run)
     return model.layers
 
 

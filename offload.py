@@ -12,6 +12,7 @@ Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -66,16 +67,23 @@ class StreamedLayers(nn.ModuleList):
     """Replaces Transformer.layers while they are on the meta device.
 
     `destination` allocates each tensor on its tier. When all are filled, `start` makes the ring.
+    make_run: makes the function that computes a block; it is called when that is first needed,
+    because the compiler looks at the finished model.
     """
 
     def __init__(
-        self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
+        self,
+        layers: nn.ModuleList,
+        policy: Policy,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_run: Callable[[], Callable[..., Tensor]] = lambda: eager,
     ):
         super().__init__(layers)
+        self._make_run = make_run
         self._files: dict[Path, Store] = {}
         self.wait_times = {"layers": WaitTime(), "cache": WaitTime()}
         self.policy, self.device, self._dtype = policy, device, dtype
-        self._run: Callable[..., Tensor] = run_eagerly
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
         self._meta_block = (copy.deepcopy(layers[0]),)  # in a tuple, so that it is no submodule
@@ -88,6 +96,11 @@ class StreamedLayers(nn.ModuleList):
         self.locations: dict[int, Location] = {
             j: (HostMemory(slab), self.layout.offsets) for j, slab in self._slabs.items()
         }
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """The function that computes a block from its inputs: `eager`, or a compiled one."""
+        return self._make_run()
 
     def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Allocate memory for a tensor of the model; None if it stays on disk."""
@@ -111,10 +124,6 @@ class StreamedLayers(nn.ModuleList):
         self._packer = TransferWorker(self.device, "pack")
         self._workers = ComputeWorkers(self.device, "micro-batches", MICRO_BATCHES_IN_FLIGHT)
         self._ring = self._new_ring()
-
-    def run_with(self, run: Callable[..., Tensor]) -> None:
-        """Compute blocks by `run`, which is called with the block and its inputs."""
-        self._run = run
 
     def set_policy(self, policy: Policy) -> None:
         """Change to a policy that has the weights on the same tiers."""
@@ -144,10 +153,10 @@ class StreamedLayers(nn.ModuleList):
         workers = self._workers if self._host_attends_beside_device() else None
         B, T, _ = x.shape
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
-        unpack = several_calls and self.device.type == "cuda" and self._run is run_eagerly
+        unpack = several_calls and self.device.type == "cuda" and self.run is eager
         weights = unpacked(block, self._dtype) if unpack else contextlib.nullcontext()
         with weights:
-            zigzag(partial(self._run, block), self.policy, x, *inputs, workers)
+            zigzag(partial(self.run, block), self.policy, x, *inputs, workers)
         return x.whole() if isinstance(x, OffloadedActivations) and j == len(self) - 1 else x
 
     def _host_attends_beside_device(self) -> bool:
@@ -155,7 +164,7 @@ class StreamedLayers(nn.ModuleList):
         do not: they run on one thread."""
         policy = self.policy
         attends = policy.cpu_attention and policy.cache.device < 100 and self.device.type != "cpu"
-        return attends and policy.overlap and self._run is run_eagerly
+        return attends and policy.overlap and self.run is eager
 
     def _checkpoint_location(self, j: int, stored: Stored) -> Location | None:
         """Return where one file stores the whole layer as it is run, or None."""
@@ -234,7 +243,7 @@ def block_layout(block: nn.Module, dtype: torch.dtype) -> Layout:
     )
 
 
-def run_eagerly(block: nn.Module, *inputs: Any) -> Tensor:
+def eager(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
 
 
@@ -323,7 +332,8 @@ def compute_in_threads(
 class OffloadedActivations:
     """Activations, (B, T, D), that are stored between two layers, each micro-batch on its tier.
 
-    Slices of rows are read and assigned as with a tensor. Each row begins at a multiple of BLOCK_BYTES.
+    Slices of rows are read and assigned as with a tensor. A row begins at a multiple of
+    BLOCK_BYTES.
     """
 
     def __init__(self, x: Tensor, policy: Policy):

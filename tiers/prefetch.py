@@ -33,7 +33,7 @@ Event = torch.cuda.Event | None  # recorded after work was given to a GPU; None:
 
 
 class Layout:
-    """Offsets of tensors in memory or in a file. Each tensor begins at a multiple of BLOCK_BYTES."""
+    """Offsets of tensors in memory or in a file, which are multiples of BLOCK_BYTES."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """tensors: examples of the shapes and dtypes, on any device."""
