@@ -158,9 +158,8 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-    whole = replace(
-        whole, position=whole.position * (options.micro_batches or 1)
-    )  # each has a cache
+    # A micro-batch has a cache of its own.
+    whole = replace(whole, position=whole.position * (options.micro_batches or 1))
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -171,7 +170,7 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
         cpu_attention=options.cpu_cache_compute,
         attention_share=options.attn_sparsity,
         directory=options.offload_dir,
-        chunk=512 if subject.device.type == "cpu" else 4096,
+        tokens_at_once=512 if subject.device.type == "cpu" else 4096,
     )
     if options.percent:
         found = planner.predict(by_hand(start, work, options), work)

@@ -1,19 +1,19 @@
-"""Models larger than memory: rates beside the disk's own, and what was expected beside what came.
+"""Models larger than memory: their rates beside the disk's, and predicted beside measured rates.
 
     python benchmarks/offload.py stream     decoding from disk, beside raw reads of the same file
-    python benchmarks/offload.py predict    many policies: tokens/s expected, and achieved
-    python benchmarks/offload.py grid       the chosen policy beside others that fit
+    python benchmarks/offload.py predict    many policies: predicted and measured tokens/s
+    python benchmarks/offload.py grid       the planner's policy beside others that fit
     python benchmarks/offload.py compress   4-bit weights and cache beside bfloat16, from disk
     python benchmarks/offload.py resident   nothing offloaded, beside the plain path
-    python benchmarks/offload.py peers      in half the memory: accelerate, llama.cpp and we
+    python benchmarks/offload.py peers      in half the memory: ours, accelerate, llama.cpp
     python benchmarks/offload.py contexts   the same after prompts of 512 tokens: many texts
-    python benchmarks/offload.py budget     plans within budgets that the kernel enforces
+    python benchmarks/offload.py budget     plans within memory limits that the kernel enforces
     python benchmarks/offload.py link       a GPU: layers in host memory, beside copies to it alone
     python benchmarks/offload.py check      random policies make the tokens of the model in memory
 
-Start at MODES. Weights are random, of TinyLlama-1.1B's shape unless --config says otherwise. What
-is compared takes turns, every run is whole, and ceilings are measured in the same run. For peers,
-offload_peers.py writes what they read.
+Start at MODES. Weights are random, in TinyLlama-1.1B's shape unless --config names another.
+Compared runs alternate, and ceilings are measured in the same run. offload_peers.py writes the
+files that the peers read.
 """
 
 import argparse
@@ -58,16 +58,16 @@ from weights.weight_files import read_json
 CPU = torch.device("cpu")
 SEED = 20261122
 TEXTS = "Once upon a time", "Lily", "Tim saw a ball. They", "One day, a", "The sun", "A cat named"
-RUNS = 3  # of a policy, of which the median counts
-REMEASURE = 3  # policies, after which the machine is no longer what it was
-LONG = 512  # tokens of a prompt
-ANSWER = 128  # tokens after such a prompt
-FEWER = 48, 32, 24, 16, 12, 8, 4  # rows, until they fit
-REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in micro_batch
+RUNS = 3  # of a policy; the median counts
+POLICIES_PER_PROBE = 3  # the machine's speed drifts, so it is measured again after these
+PROMPT_TOKENS = 512  # of a long prompt
+ANSWER_TOKENS = 128  # after such a prompt
+ROW_COUNTS = 48, 32, 24, 16, 12, 8, 4  # tried until they fit
+REQUESTS = (2**20, 8), (2**22, 4), (2**22, 8), (2**24, 4)  # bytes of a read, reads in flight
 
 
 def run(lm: LoadedModel, rows: int, length: int, new: int) -> list[float]:
-    """Seconds of the prompts, then of each step; greedy, prompts of random ids."""
+    """Return the seconds of the prompts, then of each step. Greedy, with prompts of random ids."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(lm.model.args.vocab_size, (rows, length), generator=generator).tolist()
     config = GenerationConfig(max_new_tokens=new, temperature=0, ignore_eos=True)
@@ -78,7 +78,7 @@ def run(lm: LoadedModel, rows: int, length: int, new: int) -> list[float]:
 
 
 def raw_seconds(lm: LoadedModel) -> float:
-    """Seconds to read what a step reads, and do nothing else: the best of REQUESTS."""
+    """Return the seconds of only reading the bytes of a step, with the best of REQUESTS."""
     layers = lm.model.layers
     scratch, _ = next(iter(layers.locations.values()))
     total = len(layers.locations) * layers.layout.nbytes
@@ -102,7 +102,7 @@ def raw_seconds(lm: LoadedModel) -> float:
 
 
 def stream(args: argparse.Namespace) -> dict[str, Any]:
-    """All layers on disk: a step beside raw reads of its bytes, and beside its computing alone."""
+    """All layers on disk: a step, beside reads of its bytes and its computation alone."""
     figures = {}
     for rows in args.rows:
         policy = Policy(Share(0, 0), micro_batch=rows, directory=args.directory)
@@ -132,12 +132,12 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """Random policies, none of which anything was fitted to: tokens/s expected and achieved."""
+    """Random policies, to which nothing was fitted: predicted and measured tokens/s."""
     config = read_json(args.config)
     subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
     draw, off, results = random.Random(args.seed), [], []
     for n in tqdm(range(args.policies), disable=None):
-        if n % REMEASURE == 0:
+        if n % POLICIES_PER_PROBE == 0:
             measured = machine(subject, args.directory, needed=True, anew=True)
             planner = Planner(sizes(subject), measured, True)
         policy = some_policy(draw, args.directory)
@@ -146,7 +146,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         lm = None
         gc.collect()  # the model before this one refers to itself
         lm = random_model(args.config, device=args.device, policy=policy)
-        run(lm, policy.rows, 2, 2)  # by its end the disk has done with what was just written
+        run(lm, policy.rows, 2, 2)  # by its end the disk has finished the writes
         runs = [run(lm, policy.rows, args.prompt, args.new) for _ in range(RUNS)]
         seconds = sorted(runs, key=sum)[RUNS // 2]
         achieved = policy.rows * args.new / sum(seconds)
@@ -154,7 +154,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         log(
             f"weights {policy.weights.device:3.0f} %, cache {policy.cache.device:3.0f} %, "
             f"{policy.micro_batches} of {policy.micro_batch} rows: {plan.rate:7.3f} tokens/s "
-            f"expected, {achieved:7.3f} came; a step {max(plan.step.values()):.3f} s, "
+            f"predicted, {achieved:7.3f} measured; a step {max(plan.step.values()):.3f} s, "
             f"{statistics.median(seconds[1:]):.3f}; prompts {max(plan.prefill.values()):.2f} s, "
             f"{seconds[0]:.2f}"
         )
@@ -168,7 +168,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def grid(args: argparse.Namespace) -> dict[str, Any]:
-    """The chosen policy beside a grid of others that fit into the same memory."""
+    """The planner's policy beside a grid of others that fit into the same memory."""
     config = read_json(args.config)
     subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
     measured = machine(subject, args.directory, needed=True, anew=True)
@@ -192,7 +192,7 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
 
     measure(tqdm([chosen, *(other for other in others if other)], disable=None), 1)
     near = [p for p, found in rates.items() if p == chosen or found[0] > NEAR * rates[chosen][0]]
-    for _ in range(args.repeats):  # in turns, for the machine drifts
+    for _ in range(args.repeats):  # alternating, because the machine's speed drifts
         measure(near, RUNS)
     medians = {p: statistics.median(found) for p, found in rates.items()}
     best = medians[chosen] / max(medians[p] for p in near)
@@ -207,7 +207,7 @@ def summary(policy: Policy) -> str:
     )
 
 
-NEAR = 0.85  # of the chosen one's rate: such policies are measured again
+NEAR = 0.85  # policies above this share of the chosen one's rate are measured again
 GRID = list(itertools.product((12, 24, 48), (1, 2, 4), (0, 100)))  # g, K, per cent of the cache
 
 
@@ -220,7 +220,7 @@ def fullest(
     K: int,
     cache: int,
 ) -> Policy | None:
-    """That grouping with as many layers in memory as fit; None where none of it does."""
+    """Return the policy of this grouping with the most layers in memory, or None if none fits."""
     layers = planner.sizes.layers
     for kept in range(layers, -1, -1):
         grouped = replace(like, micro_batch=g, micro_batches=K, cache=Share(cache, 0))
@@ -244,7 +244,7 @@ def some_policy(draw: random.Random, directory: Path) -> Policy:
 
 
 def compress(args: argparse.Namespace) -> dict[str, Any]:
-    """All layers and the cache on disk: 4 bits beside bfloat16, in turns."""
+    """All layers and the cache on disk: 4 bits beside bfloat16, alternating."""
     policy = Policy(Share(0, 0), Share(0, 0), micro_batch=args.rows[0], directory=args.directory)
     dense = random_model(args.config, device=args.device, policy=policy)
     packed = random_model(
@@ -267,7 +267,7 @@ def compress(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything on the device, by a policy of two micro-batches and without a policy, in turns."""
+    """Everything on the device, with a policy and without one, alternating."""
     rows = 2 * args.rows[0]
     policy = Policy(micro_batch=rows // 2, micro_batches=2, directory=args.directory)
     plain = random_model(args.config, device=args.device)
@@ -281,7 +281,7 @@ def resident(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peers(args: argparse.Namespace) -> dict[str, Any]:
-    """In half the weights' bytes, enforced: one text, then as many as each side does best."""
+    """Limited to half the weights' bytes: one text, then each side's best number of texts."""
     forms = Forms(args.forms)
     limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
     if reason := unsupported_reason():
@@ -320,18 +320,17 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def contexts(args: argparse.Namespace) -> dict[str, Any]:
-    """The same memory, prompts of 512 tokens: accelerate's cache stays in memory, ours need not.
-
-    Of an answer, for whose length the policy is chosen, the first tokens are made.
+    """The same limit, prompts of 512 tokens: accelerate keeps its cache in memory, a policy need
+    not. The policy is chosen for the whole answer; only its first tokens are generated.
     """
     forms = Forms(args.forms)
     limit = args.share * sum(f.stat().st_size for f in forms.hf.glob("*.safetensors"))
     if reason := unsupported_reason():
         raise ValueError(f"skipped: {reason}")
-    common = {"new_tokens": args.new, "prompt_length": LONG}
+    common = {"new_tokens": args.new, "prompt_length": PROMPT_TOKENS}
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "accelerate": []}
     placed = {"memory": 4e8, "offload_folder": args.directory / "accelerate", "keep": True}
-    for rows in FEWER:
+    for rows in ROW_COUNTS:
         try:
             run = beside_accelerate(forms, limit, batch=rows, **placed, **common)
         except OutOfMemory:
@@ -341,7 +340,7 @@ def contexts(args: argparse.Namespace) -> dict[str, Any]:
         runs["accelerate"].append(run | {"rows": rows})
         if len(runs["accelerate"]) == 2:  # the most rows that fit, and fewer
             break
-    ours = {"memory": limit, "directory": args.directory, "answer": ANSWER}
+    ours = {"memory": limit, "directory": args.directory, "answer": ANSWER_TOKENS}
     for rows in args.rows:
         runs["ours"].append(beside_ourselves(forms, limit, batch=rows, **ours, **common))
         log(f"ours, {rows} rows: {runs['ours'][-1]['tokens_per_s']:.2f} tokens/s")
@@ -353,7 +352,7 @@ def contexts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def budget(args: argparse.Namespace) -> dict[str, Any]:
-    """Plans within a budget, in 1.05 of it, enforced: a run that takes more is killed."""
+    """Plans within a budget, under a limit of 1.05 times the budget: a larger run is killed."""
     forms, runs = Forms(args.forms), []
     if reason := unsupported_reason():
         raise ValueError(f"skipped: {reason}")
@@ -373,8 +372,8 @@ def budget(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def link(args: argparse.Namespace) -> dict[str, Any]:
-    """All layers in host memory: a step beside pinned copies of its bytes; then with the cache
-    there too, attended to here, and there; then without overlap; then layers of 4 bits."""
+    """All layers in host memory: a step beside pinned copies of its bytes; then with the cache in
+    host memory, and attention on the device or the host; without overlap; with layers of 4 bits."""
     g, K = args.rows[0], 4
     policy = Policy(Share(0, 100), micro_batch=g, micro_batches=K, directory=args.directory)
     lm = random_model(args.config, device=args.device, policy=policy)
@@ -407,7 +406,7 @@ def link(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def copy_rate(lm: LoadedModel) -> float:
-    """Bytes per second of pinned memory to the device, a layer at a time."""
+    """Return the bytes per second of copies from pinned memory to the device, a layer at a time."""
     size = lm.model.layers.layout.nbytes
     there = page_aligned(size, CPU, pinned=lm.device.type == "cuda")
     here = page_aligned(size, lm.device)
@@ -422,7 +421,7 @@ def copy_rate(lm: LoadedModel) -> float:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Random policies, distinct prompts, both families: the tokens of the model in memory."""
+    """Check that random policies generate the tokens of the model in memory, for both families."""
     draw, wrong = random.Random(args.seed), []
     for name in ("demo", "demo-opt"):
         options = {"device": args.device, "dtype": torch.float32}

@@ -1,4 +1,4 @@
-"""What others do with a model larger than memory: accelerate's disk offload, llama.cpp's mmap.
+"""Other programs on a model larger than memory: accelerate's disk offload, llama.cpp's mmap.
 
     python benchmarks/offload_peers.py write --folder /tmp/peers --peer_python /tmp/llama/bin/python
     python benchmarks/offload_peers.py accelerate --folder /tmp/peers/hf --memory 4e8 --batch 4
@@ -6,9 +6,9 @@
 
 Start at beside_accelerate and beside_llama_cpp: each runs one of these commands in a process of its
 own, under a memory limit and with the weights' page cache empty, and returns its line of JSON.
-write_forms puts the same random weights on disk for all sides; that they say the same tokens is
-the check that all run the same model. Packages are imported where they are needed, for no Python
-has those of both sides.
+write_forms writes the same random weights for all sides; they must generate the same tokens, which
+shows that all run the same model. Packages are imported where they are used, because no Python
+environment has those of both sides.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.limited import drop_cache, limited
 
 @dataclass(frozen=True)
 class Forms:
-    """The same weights, once for each side."""
+    """Paths of the same weights in the format of each side."""
 
     folder: Path
 

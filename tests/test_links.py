@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tiers.links import COUNTS, LINKS, Step, pipeline_seconds, table, tensor_parallel_seconds
+from tiers.links import DEVICE_COUNTS, LINKS, Step, pipeline_seconds, table, tensor_parallel_seconds
 
 # gpt-fast's README: tokens per second by devices, one text in bfloat16, A100s with NVLink.
 PUBLISHED = {
@@ -38,7 +38,7 @@ def test_the_published_table_within_15_per_cent(name: str):
 
 def test_a_slower_link_is_slower_and_one_device_needs_none():
     some = step(*PUBLISHED["8B"][0])
-    for count in COUNTS:
+    for count in DEVICE_COUNTS:
         seconds = [tensor_parallel_seconds(some, 1e12, link, count) for link in LINKS.values()]
         assert len(set(seconds)) == (1 if count == 1 else len(LINKS))
     assert tensor_parallel_seconds(some, 1e12, LINKS["pcie"], 8) > tensor_parallel_seconds(

@@ -23,7 +23,8 @@ from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
 from text.generation_config import GenerationConfig
-from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
+from tiers.host_attention import SparseHostAttention
+from tiers.kv_cache import Cell, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer
 from weights.saving import save_checkpoint

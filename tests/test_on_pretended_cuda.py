@@ -24,7 +24,7 @@ from neurons import feed_forward
 from neurons.feed_forward import neuron_source
 from neurons.records import KINDS
 from quant.linear import Int4Linear
-from tiers.kv_cache import HostAttention
+from tiers.host_attention import HostAttention
 from tiers.policy import Policy, Share
 
 TEXT = "Once upon a time there was a little dog. He liked to play in the sun. " * 20

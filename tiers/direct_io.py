@@ -1,9 +1,9 @@
-"""Files read and written past the page cache, by several requests at a time.
+"""Files that are read and written with O_DIRECT, in several requests at a time.
 
-Start at DirectFile. The page cache would keep the layers that were read last, where those needed
-next are the ones read longest ago; with O_DIRECT memory holds what it is told to, and the disk
-works at its own rate. Offsets, lengths and memory are then multiples of BLOCK_BYTES. Where a file system
-refuses O_DIRECT the same calls go through the page cache.
+Start at DirectFile. The page cache would keep the layers that were read last, although those read
+longest ago are needed next. O_DIRECT bypasses it, so that memory holds only what the program puts
+there, and the disk works at its full rate. Offsets, lengths and addresses must then be multiples of
+BLOCK_BYTES. On a file system without O_DIRECT the same calls go through the page cache.
 """
 
 import errno
@@ -15,23 +15,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-LARGE_REQUEST_BYTES = 4 * 2**20  # bytes of a request: larger ones are no faster
-SMALL_REQUEST_BYTES = 2**20  # the same where others wait behind it
-REQUESTS_IN_FLIGHT = 8  # requests at a time
-ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
+LARGE_REQUEST_BYTES = 4 * 2**20  # larger requests are no faster
+SMALL_REQUEST_BYTES = 2**20  # for a disk that also serves the KV cache, which must not wait long
+REQUESTS_IN_FLIGHT = 8
+ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP  # from a file system that lacks O_DIRECT
 
-Pieces = Iterable[tuple[int, Tensor]]  # offsets in a file, and the bytes there
-# Threads that wait for the disk, and take next to no CPU. Layers are many requests, behind which
-# a cell of the cache must not queue.
-layers, cells = (ThreadPoolExecutor(REQUESTS_IN_FLIGHT, name) for name in ("layers", "cells"))
+Pieces = Iterable[tuple[int, Tensor]]  # (offset in the file, bytes in memory)
+# These threads wait for the disk and use almost no CPU time. The cache has threads of its own,
+# because one layer is many requests, and a cell of the cache must not queue behind them.
+layer_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "layers")
+cache_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "cells")
 
 
 class DirectFile:
-    """An open file. direct: it is read past the page cache; request: bytes that go at once;
-    threads: who waits for them."""
+    """An open file. direct: whether O_DIRECT is used; request_bytes: the size of one request;
+    threads: the pool that makes the requests."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
-        self.path, self.request, self.threads = path, SMALL_REQUEST_BYTES, cells
+        self.path, self.request_bytes, self.threads = path, SMALL_REQUEST_BYTES, cache_threads
         try:
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
             self.direct = True
@@ -49,66 +50,69 @@ class DirectFile:
         return self._file
 
     def read(self, pieces: Pieces) -> None:
-        """Fill the bytes from the file; what lies beyond its end stays as it is.
+        """Fill each piece from the file. Bytes past the end of the file are left unchanged.
 
-        Raises OSError, and ValueError where the file has been cut short since it was opened.
+        Raises OSError, and ValueError if the file became shorter after it was opened.
         """
-        self._move(os.preadv, pieces)
+        self._transfer(os.preadv, pieces)
 
     def write(self, pieces: Pieces) -> None:
-        """The way back, within the file's size. Raises OSError."""
-        self._move(os.pwritev, pieces)
+        """Write each piece to the file, up to the file's size. Raises OSError."""
+        self._transfer(os.pwritev, pieces)
 
-    def _move(self, call: Callable[..., int], pieces: Pieces) -> None:
-        def move(offset: int, memory: memoryview) -> None:
-            done, wanted = 0, min(len(memory), self._size - offset)
-            while done < wanted:
-                moved = call(self._file, [memory[done:]], offset + done)
-                if moved == 0:
-                    raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
-                done += moved
-
-        cut = [request for offset, piece in pieces for request in self._requests(offset, piece)]
-        moving = [self.threads.submit(move, *request) for request in cut]
-        wait(moving)  # all: what fails must not leave others writing to memory that is used again
-        for future in moving:
+    def _transfer(self, call: Callable[..., int], pieces: Pieces) -> None:
+        requests = [request for piece in pieces for request in self._requests(*piece)]
+        futures = [self.threads.submit(self._complete, call, *request) for request in requests]
+        # Wait for all before raising: the other requests still write to memory that will be reused.
+        wait(futures)
+        for future in futures:
             future.result()
 
     def _requests(self, offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """Cut a piece into requests."""
         memory = memoryview(piece.numpy())
-        for start in range(0, len(memory), self.request):
-            yield offset + start, memory[start : start + self.request]
+        for start in range(0, len(memory), self.request_bytes):
+            yield offset + start, memory[start : start + self.request_bytes]
+
+    def _complete(self, call: Callable[..., int], offset: int, memory: memoryview) -> None:
+        """Repeat a system call, which may transfer a part only, until the request is complete."""
+        done, wanted = 0, min(len(memory), self._size - offset)
+        while done < wanted:
+            transferred = call(self._file, [memory[done:]], offset + done)
+            if transferred == 0:
+                raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
+            done += transferred
 
 
 class ScratchFile(DirectFile):
-    """Bytes that end with the process, however it ends: the file has no name."""
+    """A file without a name: the system deletes it when the process ends, even if it is killed."""
 
     def __init__(self, directory: Path, nbytes: int):
-        """Raises ValueError where the disk has no space, and OSError where it cannot be written."""
-        place = nearest_directory(directory)
-        free = shutil.disk_usage(place).free
+        """Raises ValueError if the disk is too full, and OSError if no file can be written."""
+        parent = nearest_directory(directory)
+        free = shutil.disk_usage(parent).free
         if nbytes > free:
             raise ValueError(
                 f"{directory} has {free / 1e9:.1f} GB free and {nbytes / 1e9:.1f} GB are needed "
                 "there: choose another --offload_dir, or smaller batches"
             )
         try:
-            super().__init__(place, os.O_RDWR | os.O_TMPFILE)
+            super().__init__(parent, os.O_RDWR | os.O_TMPFILE)
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             raise OSError(
-                f"{place} takes no file of {nbytes / 1e9:.1f} GB ({error.strerror}): choose "
+                f"{parent} takes no file of {nbytes / 1e9:.1f} GB ({error.strerror}): choose "
                 "another --offload_dir"
             ) from error
         self._size = nbytes
 
 
 def nearest_directory(directory: Path) -> Path:
-    """The directory, or the nearest one above it that exists, which is on the same disk.
+    """Return the directory, or its nearest parent that exists, which is on the same disk.
 
-    A file without a name needs no directory of its own. Raises NotADirectoryError for a file.
+    A file without a name can be made in either. Raises NotADirectoryError if that is a file.
     """
-    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is a file: --offload_dir needs a directory")
-    return place
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file: --offload_dir needs a directory")
+    return nearest

@@ -1,19 +1,19 @@
-"""KV caches on more than one tier: what attention reads comes, and what a step adds goes back.
+"""KV caches whose parts lie on the device, in host memory or on disk.
 
-Start at TieredCaches, which takes the place of a list of KVCaches. It is cut into cells, those of
-one layer for one micro-batch, each on its tier. A cell that is not on the device is brought into a
-slot of a ring while earlier ones are computed, used there as any KVCache, and what is new in it is
-stored behind. With attention on the host, cells in its memory stay where they are, and queries
-travel instead: that is what FlexGen does (arXiv 2303.06865, section 4.2).
+Start at TieredCaches, which takes the place of a list with one KVCache for each layer. It is cut
+into cells, one for each layer and micro-batch, each on one tier. A cell that is not on the device
+is fetched into a buffer of a ring while earlier cells are computed with, and is used there as a
+KVCache; then its new positions are written back. With attention on the host, the cells in host
+memory stay there (host_attention.py).
 
-Shapes: B rows, g rows of a micro-batch, T new tokens, S slots of a row.
+Based on FlexGen (arXiv 2303.06865, section 4.2).
+
+Shapes: B rows, g rows of a micro-batch, T new tokens, S positions of a row.
 """
 
 import contextlib
 import copy
 import gc
-import math
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
-from host.torch_private import own_buffers
+from host.torch_private import copy_with_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
+from tiers.host_attention import HostAttention, SparseHostAttention
 from tiers.policy import CACHE_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
@@ -40,24 +41,113 @@ from tiers.prefetch import (
     TransferWorker,
     WaitTime,
     record_event,
-    to_device,
 )
+
+
+def tiered_caches(
+    model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
+) -> Sequence[KVCache]:
+    """Make the caches of all layers, of `length` positions for each row, as the policy places them.
+
+    wait_time: counts the seconds that computation waits for cells.
+    """
+    if policy.cache.device == 100:
+        return model.make_caches(rows, length)
+    gc.collect()  # earlier caches are in reference cycles, and would still hold memory and disk
+    return TieredCaches(model, policy, rows, length, wait_time)
 
 
 @dataclass(eq=False)
 class Cell:
-    """Keys and values of one layer for one micro-batch: a cache here, or bytes elsewhere."""
+    """Keys and values of one layer for one micro-batch: a resident cache, or bytes in a store."""
 
-    cache: KVCache | None = None
+    cache: "KVCache | HostAttention | None" = None
     store: Store | None = None
-    base: int = 0  # where in the store they begin
-    filled: int = 0  # slots that hold something, of every row
-    stored: Future | None = None  # new slots on their way
+    offset: int = 0  # in the store, bytes
+    filled: int = 0  # positions that have contents, in every row
+    stored: Future | None = None  # the pending write of new positions
+
+
+class CellAllocator:
+    """Allocates cells on their tiers, and the buffers into which cells are fetched.
+
+    The memory of a cell is ordered by position, then by row: so the filled positions are one range
+    of bytes, and the new positions of a step, in rows of similar length, a short one.
+    """
+
+    def __init__(self, model: Transformer, policy: Policy, length: int):
+        args, weight = model.args, model.tok_embeddings.weight
+        self.policy, self.device = policy, weight.device
+        shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
+        factory, given = model.cache_factory, (shape, weight.dtype, META)
+        self._template, self._host_template = factory(*given), factory.portable()(*given)
+        by_position = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, .)
+        self.layout = Layout(by_position)
+        self._position_bytes = {name: tensor[0].nbytes for name, tensor in by_position.items()}
+
+    def cells(self, tiers: Sequence[str]) -> list[Cell]:
+        """Allocate one cell on each of these tiers. Raises ValueError if the disk is too full."""
+        nbytes, on_disk = self.layout.nbytes, tiers.count("disk")
+        file = self._scratch_store(on_disk * nbytes) if on_disk else None
+        offsets = iter(range(0, on_disk * nbytes, nbytes))
+        make = {
+            "device": lambda: Cell(self._resident(self.device)),
+            "host": self._host_cell,
+            "disk": lambda: Cell(store=file, offset=next(offsets)),
+        }
+        return [make[tier]() for tier in tiers]
+
+    def _host_cell(self) -> Cell:
+        if self.policy.cpu_attention:
+            return Cell(self._resident(CPU))
+        pin = self.policy.pins(self.device)
+        return Cell(store=HostMemory(page_aligned(self.layout.nbytes, CPU, pin)))
+
+    def _scratch_store(self, nbytes: int) -> Store:
+        scratch = ScratchFile(self.policy.directory, nbytes)
+        if self._buffers_on_host():
+            return scratch
+        pin = self.policy.pins(self.device)
+        return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
+
+    def buffer(self) -> Buffer:
+        """Allocate a buffer of the ring, with a cache in its memory."""
+        device = CPU if self._buffers_on_host() else self.device
+        parts = self.layout.allocate(device)
+        return Buffer(parts, self._cache(parts, device), record_event(self.device))
+
+    def _buffers_on_host(self) -> bool:
+        """Whether fetched cells are used in host memory, which files can be read into."""
+        return self.device.type == "cpu" or self.policy.cpu_attention
+
+    def _resident(self, device: torch.device) -> "KVCache | HostAttention":
+        return self._cache(self.layout.allocate(device), device)
+
+    def _cache(self, parts: Parts, device: torch.device) -> "KVCache | HostAttention":
+        """Build a cache on the memory of these parts."""
+        tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
+        template = self._template if device == self.device else self._host_template
+        cache = copy_with_buffers(template, tensors)
+        if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
+            return SparseHostAttention(cache, self.policy.attention_share)
+        return cache if device == self.device else HostAttention(cache)
+
+    def pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
+        """Return the offset in the store, and the bytes, of positions first to end of each tensor.
+
+        They are rounded to whole blocks. The bytes around them in `parts` equal the bytes of the
+        store, or belong to positions that have no contents yet.
+        """
+        pieces = []
+        for name, offset in self.layout.offsets.items():
+            start = first * self._position_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._position_bytes[name])
+            pieces.append((cell.offset + offset + start, parts[name][start:stop]))
+        return pieces
 
 
 class TieredCaches(Sequence["TieredCache"]):
-    """The caches of all layers. A cell's memory goes slot by slot, each with all its rows: so what
-    is filled is one range of bytes, and what a step adds, to rows of like length, a short one."""
+    """The caches of all layers, with the ring and the threads that move their cells."""
 
     def __init__(
         self,
@@ -65,28 +155,21 @@ class TieredCaches(Sequence["TieredCache"]):
         policy: Policy,
         rows: int,
         length: int,
-        waited: WaitTime | None = None,
+        wait_time: WaitTime | None = None,
     ):
-        args, weight = model.args, model.tok_embeddings.weight
-        self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
-        shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        self._factory, self._args = model.cache_factory, (shape, weight.dtype, META)
-        empty = self._factory(*self._args)
-        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(empty).items()}
-        self.layout = Layout(by_slot)
-        self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
+        self._allocator = CellAllocator(model, policy, length)
+        self.policy, self.device = policy, self._allocator.device
+        self.rows, self.length, self.layout = rows, length, self._allocator.layout
         K = -(-rows // policy.micro_batch)
-        self.tiers = policy.cache.tiers(args.n_layers * K)
-        cells = self._cells()
-        self._caches = [TieredCache(self, cells[j * K : j * K + K]) for j in range(args.n_layers)]
+        self.tiers = policy.cache.tiers(model.args.n_layers * K)
+        cells = self._allocator.cells(self.tiers)
+        self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._slots = [self._slot() for _ in moving[:CACHE_BUFFERS]]
-        self._in, self._out = (
-            TransferWorker(self.device, "cache in"),
-            TransferWorker(self.device, "cache out"),
-        )
-        self._waited = waited or WaitTime()
-        self._ring, self._in_ring = Ring((), (), self._fetch, self._waited), 0
+        self._buffers = [self._allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._reader = TransferWorker(self.device, "cache in")
+        self._writer = TransferWorker(self.device, "cache out")
+        self._wait_time = wait_time or WaitTime()
+        self._ring, self._in_ring = Ring((), (), self._fetch, self._wait_time), 0
         self._pos, self._spans = None, []
 
     def __len__(self) -> int:
@@ -96,260 +179,138 @@ class TieredCaches(Sequence["TieredCache"]):
         return self._caches[j]
 
     @contextlib.contextmanager
-    def holding(self, cell: Cell, k: int, pos: Tensor) -> Iterator[KVCache]:
-        """The cell as a cache. pos: (B, T), the slots that are written to meanwhile."""
+    def acquire(self, cell: Cell, k: int, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
+        """Yield the cell of micro-batch k as a cache; on exit, write its new positions back.
+
+        pos: (B, T), the positions that all rows write to.
+        """
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as slot:
+        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as buffer:
             try:
-                yield slot.contents
-            finally:  # after an error, too, the device may still compute with it
-                slot.last_use = record_event(self.device)
-            first, cell.filled = self._span(k, pos)
-            self._store(cell, slot, first)
+                yield buffer.contents
+            finally:  # even after an error the device may still compute with it
+                buffer.last_use = record_event(self.device)
+            first, cell.filled = self._written(k, pos)
+            self._store(cell, buffer, first)
             if not self.policy.overlap:
                 cell.stored.result()
 
     def compact(self, cells: Sequence[Cell], rows: Sequence[int], filled: int) -> None:
-        """Move those rows of a layer, which ascend, to the front: of each, `filled` slots.
+        """Move these rows of a layer, in ascending order, to the front; `filled` positions of each.
 
-        Old cells are read in order, and new ones made of them one at a time. As a row is never
-        moved back, what its new place held has been read.
+        The old cells are read in order, and new ones are built from them one at a time. No row
+        moves to a higher place, so a cell has been read before it is overwritten.
         """
         g = self.policy.micro_batch
-        self._ring_over(0)  # what it has fetched ahead is of the old order
-        same = sum(i == row for i, row in enumerate(rows)) // g * g  # in cells that stay
-        for k, moves in groupby(enumerate(rows[same:], same), lambda move: move[1] // g):
-            with self._read(cells[k]) as old:
-                for m, some in groupby(moves, lambda move: move[0] // g):
-                    to, of = zip(*some, strict=True)
-                    new = cells[m].cache or self._slots[-1].contents
-                    places = slice(to[0] % g, to[-1] % g + 1)
-                    new.part(places).take(old, torch.tensor(of) % g, filled)
-                    if places.stop == g or to[-1] == len(rows) - 1:
+        self._ring_over(0)  # drops prefetched cells, which have the old order
+        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows of unchanged cells
+        for k, moves in groupby(enumerate(rows[unmoved:], unmoved), lambda move: move[1] // g):
+            with self._read(cells[k]) as source:
+                for m, group in groupby(moves, lambda move: move[0] // g):
+                    new, old = zip(*group, strict=True)
+                    self._take_rows(cells[m], new, source, old, filled)
+                    if (new[-1] + 1) % g == 0 or new[-1] == len(rows) - 1:
                         self._write(cells[m], filled)
 
+    def _take_rows(
+        self,
+        cell: Cell,
+        new: Sequence[int],
+        source: "KVCache | HostAttention",
+        old: Sequence[int],
+        filled: int,
+    ) -> None:
+        """Copy rows `old` of one cell to the consecutive rows `new` of another."""
+        g = self.policy.micro_batch
+        target = cell.cache or self._buffers[-1].contents
+        part = target.part(slice(new[0] % g, new[-1] % g + 1))
+        part.take(source, torch.tensor(old) % g, filled)
+
     @contextlib.contextmanager
-    def _read(self, cell: Cell) -> Iterator[KVCache]:
-        """A cell as a cache: in the first slot, if it moves."""
+    def _read(self, cell: Cell) -> Iterator["KVCache | HostAttention"]:
+        """Yield a cell as a cache; one that moves is read into the first buffer."""
         if cell.cache is not None:
             yield cell.cache
             return
-        slot = self._slots[0]
-        self._fetch(cell, slot).result()
-        yield slot.contents
-        slot.last_use = record_event(self.device)
+        buffer = self._buffers[0]
+        self._fetch(cell, buffer).result()
+        yield buffer.contents
+        buffer.last_use = record_event(self.device)
 
     def _write(self, cell: Cell, filled: int) -> None:
-        """Let a cell that moves be what was made of it in the last slot, which is the first where
-        no other cell moves."""
+        """Write the last buffer to a cell that moves. If only one cell moves, the last buffer is
+        also the first."""
         cell.filled = filled
         if cell.cache is None:
-            slot = self._slots[-1]
-            slot.last_use = record_event(self.device)
-            self._store(cell, slot, 0)
+            buffer = self._buffers[-1]
+            buffer.last_use = record_event(self.device)
+            self._store(cell, buffer, 0)
             cell.stored.result()
 
     def _ring_over(self, K: int) -> Ring[Cell]:
-        """The ring, over the cells of the first K micro-batches."""
+        """Return the ring over the cells of the first K micro-batches."""
         if self._in_ring != K:
-            for courier in (self._in, self._out):
-                courier.submit(lambda: None).result()  # one thread: all it was sent before is there
+            for worker in (self._reader, self._writer):
+                worker.submit(lambda: None).result()  # one thread: all earlier transfers have ended
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
-            slots = self._slots[: len(moving)]
-            self._ring = Ring(moving, slots, self._fetch, self._waited, self.policy.overlap)
+            buffers = self._buffers[: len(moving)]
+            self._ring = Ring(moving, buffers, self._fetch, self._wait_time, self.policy.overlap)
             self._in_ring = K
         return self._ring
 
-    def _span(self, k: int, pos: Tensor) -> tuple[int, int]:
-        """The slots that micro-batch k writes to: the first one, and the end."""
-        if pos is not self._pos:  # once for all layers: the host waits for the numbers
-            ends = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # of each row
+    def _written(self, k: int, pos: Tensor) -> tuple[int, int]:
+        """Return the first position that micro-batch k writes to, and the end of the last."""
+        if pos is not self._pos:  # once for all layers, because tolist waits for the device
+            bounds = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # of each row
             g = self.policy.micro_batch
-            groups = (ends[start : start + g] for start in range(0, len(ends), g))
-            self._spans = [(min(a for a, _ in of), max(b for _, b in of)) for of in groups]
+            groups = (bounds[start : start + g] for start in range(0, len(bounds), g))
+            self._spans = [(min(a for a, _ in rows), max(b for _, b in rows)) for rows in groups]
             self._pos = pos
         return self._spans[k]
 
-    def _fetch(self, cell: Cell, slot: Buffer) -> Future:
-        def bring() -> None:
-            for stored in (slot.stored, cell.stored):  # the slot's last contents; this cell's
-                if stored:
-                    stored.result()
-            cell.store.read(self._pieces(cell, slot.parts, 0, cell.filled))
+    def _fetch(self, cell: Cell, buffer: Buffer) -> Future:
+        def read() -> None:
+            for pending in (buffer.stored, cell.stored):  # writes from this buffer; to this cell
+                if pending:
+                    pending.result()
+            cell.store.read(self._allocator.pieces(cell, buffer.parts, 0, cell.filled))
 
-        return self._in.submit(bring, slot.last_use)
+        return self._reader.submit(read, buffer.last_use)
 
-    def _store(self, cell: Cell, slot: Buffer, first: int) -> None:
-        pieces = self._pieces(cell, slot.parts, first, cell.filled)
-        cell.stored = slot.stored = self._out.submit(
-            lambda: cell.store.write(pieces), slot.last_use
-        )
-
-    def _pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """The bytes of some slots, of each tensor, in whole blocks: what parts hold beside them
-        is either what the store holds there too, or nothing yet."""
-        pieces = []
-        for name, at in self.layout.offsets.items():
-            start = first * self._slot_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
-            stop = round_up_to_block(end * self._slot_bytes[name])
-            pieces.append((cell.base + at + start, parts[name][start:stop]))
-        return pieces
-
-    def _cells(self) -> list[Cell]:
-        nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
-        count = self.tiers.count("disk")
-        if count:
-            scratch = ScratchFile(self.policy.directory, count * nbytes)
-            file = (
-                scratch
-                if self._host_reads()
-                else BounceBuffer(scratch, [page_aligned(nbytes, CPU, pin)])
-            )
-        cells, on_disk = [], 0
-        for tier in self.tiers:
-            if tier == "device":
-                cells.append(Cell(self._resident(self.device)))
-            elif tier == "disk":
-                cells.append(Cell(store=file, base=on_disk * nbytes))
-                on_disk += 1
-            elif self.policy.cpu_attention:
-                cells.append(Cell(self._resident(CPU)))
-            else:
-                cells.append(Cell(store=HostMemory(page_aligned(nbytes, CPU, pin))))
-        return cells
-
-    def _host_reads(self) -> bool:
-        """Whether cells that move are used in host memory, where files can be read to."""
-        return self.device.type == "cpu" or self.policy.cpu_attention
-
-    def _resident(self, device: torch.device) -> KVCache:
-        return self._cache(self.layout.allocate(device), device)
-
-    def _slot(self) -> Buffer:
-        device = CPU if self._host_reads() else self.device
-        parts = self.layout.allocate(device)
-        return Buffer(parts, self._cache(parts, device), record_event(self.device))
-
-    def _cache(self, parts: Parts, device: torch.device) -> KVCache:
-        """A cache in that memory."""
-        here = device.type == self.device.type
-        cache = (self._factory if here else self._factory.portable())(*self._args)
-        for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
-            setattr(cache, name, tensor.transpose(0, 1))
-        if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
-            return SparseHostAttention(cache, self.policy.attention_share)
-        return cache if device == self.device else HostAttention(cache)
+    def _store(self, cell: Cell, buffer: Buffer, first: int) -> None:
+        pieces = self._allocator.pieces(cell, buffer.parts, first, cell.filled)
+        written = self._writer.submit(lambda: cell.store.write(pieces), buffer.last_use)
+        cell.stored = buffer.stored = written
 
 
 class TieredCache:
-    """One layer's cells, used as a KVCache is: `opened`, a micro-batch at a time."""
+    """The cells of one layer, used one micro-batch at a time by `opened`."""
 
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
 
     @contextlib.contextmanager
-    def opened(self, rows: slice, pos: Tensor) -> Iterator[KVCache]:
-        """The part of some rows, those of a micro-batch; pos: (B, T), where all rows write."""
+    def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
+        """Yield the cache of the rows of one micro-batch. pos: (B, T), where all rows write."""
         k = rows.start // self.row_granularity
-        with self._caches.holding(self.cells[k], k, pos) as cache:
+        with self._caches.acquire(self.cells[k], k, pos) as cache:
             yield cache.part(slice(0, rows.stop - rows.start))
 
     def first(self, count: int) -> "TieredCache":
-        """The same memory, of so many rows."""
+        """Return the same memory, restricted to the first `count` rows."""
         first = copy.copy(self)
         first.rows = count
         return first
 
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
-        """The same memory, of those rows, which ascend and are moved to its front."""
+        """Move these rows, in ascending order, to the front and return them as a cache."""
         self._caches.compact(self.cells, rows, filled)
         return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
-        """Slots from `filled` on need not be brought any more."""
+        """Discard the positions from `filled` on, so that they are not fetched any more."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)
-
-
-class HostAttention:
-    """A cache to which queries, new keys and new values are sent, and from which what they see
-    comes back. Who calls waits; the device goes on with what others give it (offload.zigzag)."""
-
-    turn = threading.Lock()  # of those who attend on the host: one has all its cores
-
-    def __init__(self, cache: KVCache):
-        self._cache = cache
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # neither events nor threads are for the compiler
-            there = self._cache.device
-            return self._cache.attend(*(t.to(there) for t in (q, k, v, mask, pos))).to(q.device)
-        given = self._received(q, k, v, mask, pos)
-        with self.turn:
-            y = self._cache.attend(*given)
-        return to_device(y, q.device)
-
-    def _received(self, *tensors: Tensor) -> list[Tensor]:
-        """The same there, once they have come: what the device does afterwards may take longer."""
-        copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
-        if copied := record_event(tensors[0].device):
-            copied.synchronize()
-        return copies
-
-    def part(self, rows: slice) -> "HostAttention":
-        return HostAttention(self._cache.part(rows))
-
-    def take(self, source: KVCache, rows: Tensor, filled: int) -> None:
-        self._cache.take(source, rows, filled)
-
-    def buffers(self) -> Iterator[Tensor]:
-        return self._cache.buffers()
-
-
-class SparseHostAttention(HostAttention):
-    """The same, where of all values a share is read: those of the tokens with the highest weights.
-    It is an approximation, for one new token of a row (FlexGen, section 5)."""
-
-    def __init__(self, cache: KVCache, share: float):
-        super().__init__(cache)
-        self._share = share
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        if q.shape[1] > 1:
-            return super().attend(q, k, v, mask, pos)
-        device = q.device
-        q, k, v, mask, pos = self._received(q, k, v, mask, pos)
-        with self.turn:
-            return to_device(self._attend_sparsely(q, k, v, mask, pos), device)
-
-    def _attend_sparsely(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
-    ) -> Tensor:
-        """(B, 1, H, E), all on the host."""
-        k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
-        q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
-        scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
-        weights = scores.softmax(-1)
-        count = math.ceil(self._share * (int(pos.max()) + 1))
-        top = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
-        kept = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
-        at = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)
-        y = kept @ v.transpose(1, 2).gather(2, at)  # (B, G, R, E)
-        return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
-
-    def part(self, rows: slice) -> "SparseHostAttention":
-        return SparseHostAttention(self._cache.part(rows), self._share)
-
-
-def tiered_caches(
-    model: Transformer, policy: Policy, rows: int, length: int, waited: WaitTime | None = None
-) -> Sequence[KVCache]:
-    """`length` slots for each row, on the tiers that the policy says. waited: where to count what
-    those who compute wait for cells."""
-    if policy.cache.device == 100:
-        return model.make_caches(rows, length)
-    gc.collect()  # earlier caches refer to themselves, and would keep memory and disk for a while
-    return TieredCaches(model, policy, rows, length, waited)

@@ -1,31 +1,32 @@
-"""What several devices would do with a model: a model of tensor parallelism and of pipelines.
+"""Predicted tokens per second of a model on several devices: tensor parallelism and pipelines.
 
-Start at `table`. A step reads a share of the weights on each device, and waits for two all-reduces
-of each layer, which are so small that they take a link's latency. A pipeline's stage reads as much,
-and its micro_batches hide what they wait for; a single text goes from stage to stage. These are figures
-of links and of one device put together, and no measurement; what they say of gpt-fast's A100s is
-within 15 % of what was published (tests/test_links.py).
+Start at `table`. In tensor parallelism a device reads its share of the weights, and waits for two
+all-reduces in each layer, which are so small that they take the link's latency. A stage of a
+pipeline reads as many bytes, and its micro-batches hide the time of the transfers; a single text
+passes through the stages one after the other. The figures combine published times of links with the
+read rate of one device; they are not measured. They agree with gpt-fast's published rates on A100s
+to within 15 % (tests/test_links.py).
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-COUNTS = 1, 2, 4, 8, 16, 32, 64  # devices
+DEVICE_COUNTS = 1, 2, 4, 8, 16, 32, 64
 
 
 @dataclass(frozen=True)
 class Link:
-    """latency, doubling: seconds of an all-reduce of few bytes, and what twice as many devices add;
-    rate: bytes per second that a device sends."""
+    """latency: seconds of an all-reduce of few bytes between two devices; doubling: seconds that
+    each doubling of the number of devices adds; rate: bytes per second that a device sends."""
 
     latency: float
     doubling: float
     rate: float
 
 
-# NVLink of A100s by NCCL in CUDA graphs: fitted to gpt-fast's 7B on 2 and 8 devices, and nothing
-# else. One-shot: symmetric memory on H100s, as vLLM's pull request 24111 has measured it.
+# nvlink: A100s with NCCL in CUDA graphs, fitted to gpt-fast's 7B on 2 and 8 devices only.
+# nvlink-one-shot: symmetric memory on H100s, as measured in vLLM's pull request 24111.
 LINKS = {
     "nvlink": Link(11e-6, 5e-6, 250e9),
     "nvlink-one-shot": Link(4e-6, 3e-6, 400e9),
@@ -37,10 +38,10 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of decoding does, of all devices together.
+    """The bytes of one decoding step, for all devices together.
 
-    shared: bytes of weights, of which each device reads its share; whole: that every device reads;
-    hidden: bytes of a token between layers; rows: tokens of a step.
+    shared: bytes of weights that the devices divide among them; whole: bytes of weights that every
+    device reads; hidden: bytes that one token passes from layer to layer; rows: tokens of a step.
     """
 
     layers: int
@@ -51,33 +52,32 @@ class Step:
 
 
 def all_reduce_seconds(link: Link, nbytes: float, count: int) -> float:
-    """Latency, and each device sends and receives nearly twice what is added."""
+    """Return the latency plus the transfer time, in which a device sends nearly 2 nbytes."""
     if count == 1:
         return 0.0
-    return (
-        link.latency + link.doubling * math.log2(count) + 2 * nbytes * (1 - 1 / count) / link.rate
-    )
+    transfer = 2 * nbytes * (1 - 1 / count) / link.rate
+    return link.latency + link.doubling * math.log2(count) + transfer
 
 
 def tensor_parallel_seconds(step: Step, rate: float, link: Link, count: int) -> float:
-    """Of a step. rate: bytes of weights per second that one device reads in a step."""
+    """Return the seconds of a step. rate: bytes of weights per second that one device reads."""
     reading = (step.shared / count + step.whole) / rate
-    adding = all_reduce_seconds(link, step.hidden * step.rows, count)
-    return reading + 2 * step.layers * adding
+    all_reduce = all_reduce_seconds(link, step.hidden * step.rows, count)
+    return reading + 2 * step.layers * all_reduce
 
 
 def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[float, float]:
-    """Of a step of one micro_batch of rows from end to end, and between the steps of two micro_batches where
-    all stages are busy; a stage has whole layers."""
+    """Return the seconds of one micro-batch's step through all stages, and the seconds between the
+    steps of two micro-batches when all stages are busy. A stage has whole layers."""
     slowest = -(-step.layers // count) / step.layers * step.shared / rate + step.whole / rate
-    passing = (link.latency + step.hidden * step.rows / link.rate) * (count > 1)
-    return step.shared / rate + step.whole / rate + count * passing, max(slowest, passing)
+    transfer = (link.latency + step.hidden * step.rows / link.rate) * (count > 1)
+    return step.shared / rate + step.whole / rate + count * transfer, max(slowest, transfer)
 
 
 def table(step: Step, rate: float, link: Link) -> Iterator[tuple[int, float, float | None]]:
-    """Devices, and tokens per second in tensor parallelism and in a pipeline, None: it has more
-    stages than the model layers."""
-    for count in COUNTS:
-        sharded = step.rows / tensor_parallel_seconds(step, rate, link, count)
-        staged = step.rows / pipeline_seconds(step, rate, link, count)[1]
-        yield count, sharded, staged if count <= step.layers else None
+    """Yield the number of devices, and the tokens per second with tensor parallelism and with a
+    pipeline; None where a pipeline would have more stages than the model has layers."""
+    for count in DEVICE_COUNTS:
+        parallel = step.rows / tensor_parallel_seconds(step, rate, link, count)
+        pipelined = step.rows / pipeline_seconds(step, rate, link, count)[1]
+        yield count, parallel, pipelined if count <= step.layers else None

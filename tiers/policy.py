@@ -1,12 +1,12 @@
-"""Where a model's weights, KV cache and activations live, and how its rows are grouped.
+"""The policy: where weights, KV cache and activations live, and how rows are grouped.
 
-Start at Policy: what it says is exactly what offload.py and tiered_cache.py run. Which one is best
-for a machine is found in planner.py.
+Start at Policy. offload.py and kv_cache.py run exactly what it states; planner.py searches for the
+best one for a machine.
 
-Terms are FlexGen's (arXiv 2303.06865, section 3): a block of rows is cut into micro-batches that
-pass through a layer one after the other, so that its weights are brought once for all of them. A
-share of weights, of the cache and of the activations is on the device, a share in host memory, the
-rest on disk. Where the device is the CPU, device and host are one memory.
+The terms are FlexGen's (arXiv 2303.06865, section 3). A block of rows is cut into micro-batches,
+which pass through a layer one after the other, so that its weights are loaded once for all of them.
+One share of the weights, of the cache and of the activations is on the device, one in host memory,
+the rest on disk. If the device is the CPU, device and host are the same memory.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
-WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3  # of the rings of offload.py and tiered_cache.py
+WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3  # in the rings of offload.py and kv_cache.py
 
 
 @dataclass(frozen=True)
 class Share:
-    """Per cent on the device and in host memory; the rest is on disk."""
+    """Percentages on the device and in host memory; the rest is on disk."""
 
     device: float = 100.0
     host: float = 0.0
@@ -37,33 +37,35 @@ class Share:
         return max(0.0, 100.0 - self.device - self.host)
 
     def tiers(self, count: int) -> tuple[str, ...]:
-        """The tier of each of `count` things, mixed as evenly as can be: at any point each tier
-        has what it should have of those before, give or take one."""
+        """Return the tier of each of `count` items, interleaved: among the first n items, the
+        number on each tier differs from its share of n by at most one."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
-        had, chosen = dict.fromkeys(TIERS, 0), []
+        assigned, chosen = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
-            lacking = {tier: share * n / 100 - had[tier] for tier, share in shares.items()}
-            tier = max(lacking, key=lacking.get)
-            had[tier] += 1
+            missing = {tier: share * n / 100 - assigned[tier] for tier, share in shares.items()}
+            tier = max(missing, key=missing.get)
+            assigned[tier] += 1
             chosen.append(tier)
         return tuple(chosen)
 
     def counts(self, count: int) -> tuple[int, int, int]:
+        """Return how many of `count` items are on each of TIERS."""
         tiers = self.tiers(count)
         return tuple(tiers.count(tier) for tier in TIERS)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a model that is larger than its device's memory is run.
+    """How to run a model that is larger than the device's memory.
 
-    micro_batch: rows that a layer takes at once; micro_batches: how many of them share a layer's
-    weights. chunk: prompt tokens that a layer takes at once; sweep: those that share its weights.
-    compress_weight: dense weights are rounded to 4 bits, in groups of 64. cpu_attention:
-    attention over a cache that is not on the device is computed on the host; attention_share: of
-    how many tokens it reads the values there, 1: exact. pin: host memory that
-    a GPU copies from without a detour. overlap: what is needed next is brought while computing.
-    directory: where scratch files go, which have no names.
+    micro_batch: rows that a layer computes at once; micro_batches: how many of them use a layer's
+    weights before the next layer is loaded. tokens_at_once: prompt tokens that a layer
+    computes at once; prefill_chunk_tokens: prompt tokens that use a layer's weights before the
+    next layer is loaded.
+    compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute the
+    attention over a cache that is not on the device on the host; attention_share: the share of
+    tokens whose values it reads, 1 for exact attention. pin: allocate host memory that a GPU can
+    copy from directly. overlap: prefetch while computing. directory: for scratch files.
     """
 
     weights: Share = Share()
@@ -71,7 +73,7 @@ class Policy:
     activations: Share = Share()
     micro_batch: int = 4
     micro_batches: int = 1
-    chunk: int = 512
+    tokens_at_once: int = 512
     prefill_chunk_tokens: int = 4096
     compress_weight: bool = False
     cpu_attention: bool = False
@@ -82,15 +84,16 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """Of a block."""
+        """Rows of a block."""
         return self.micro_batch * self.micro_batches
 
     @property
     def plain(self) -> bool:
-        """Whether it is what a model does without one."""
+        """Whether a model without any policy would do the same."""
         shares = self.weights, self.cache, self.activations
         grouped = self.micro_batches > 1 or self.compress_weight
         return not grouped and all(share.device == 100 for share in shares)
 
     def pins(self, device: torch.device) -> bool:
+        """Whether host memory for this device is pinned."""
         return self.pin and device.type == "cuda"

@@ -1,12 +1,13 @@
-"""Memory that is filled ahead: slots on a device, what fills them, and the threads that do.
+"""Prefetch: a ring of buffers on a device, the stores that fill it, and the threads that copy.
 
-Start at Ring: it hands out slots in an order that repeats itself, and has the next ones filled
-meanwhile. A Store is where the bytes come from: host memory, or a file (disk.py), for a GPU by way
-of pinned memory. A TransferWorker is the thread that brings them, on a GPU with a stream of its own. No
-call waits for the whole device, and nothing is allocated once a ring is made.
+Start at Ring: items are used in an order that repeats, and while one is computed with, the next
+ones are fetched into the other buffers. A Store holds the bytes: host memory, or a file
+(direct_io.py), which a GPU reads through pinned memory. A TransferWorker is the thread that copies
+them, with a CUDA stream of its own on a GPU. No call synchronizes the whole device, and nothing is
+allocated after a ring is made.
 
-FlexGen (arXiv 2303.06865, section 4.1) overlaps in the same way, with a barrier after every step;
-here a slot waits for itself alone.
+FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, with a
+barrier after every step. Here each buffer has an event of its own.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-COPY_PIECE_BYTES = 2**25  # bytes that go to a GPU at once: half a millisecond
+COPY_PIECE_BYTES = 2**25  # half a millisecond on the link to a GPU
 Item = TypeVar("Item", bound=Hashable)
-Parts = dict[str, Tensor]  # bytes by the names of tensors
-Event = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
+Parts = dict[str, Tensor]  # the bytes of each tensor by its name
+Event = torch.cuda.Event | None  # recorded after work was given to a GPU; None: on a CPU
 
 
 class Layout:
-    """Where tensors lie in memory or in a file: each begins a block of the disk's."""
+    """Offsets of tensors in memory or in a file, which are multiples of BLOCK_BYTES."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        """tensors: of these shapes and dtypes, on any device."""
+        """tensors: examples of the shapes and dtypes, on any device."""
         self.tensors = {
             n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()
         }
@@ -46,25 +47,25 @@ class Layout:
             self.nbytes += round_up_to_block(tensor.nbytes)
 
     def allocate(self, device: torch.device) -> Parts:
-        """Memory for all of them, of each by itself: a compiler must not take two for one."""
+        """Allocate each tensor separately: a compiler must not see one base for all of them."""
         sizes = {name: round_up_to_block(tensor.nbytes) for name, tensor in self.tensors.items()}
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
-    def cut(self, slab: Tensor) -> Parts:
-        """The parts of one piece of memory."""
+    def split(self, slab: Tensor) -> Parts:
+        """Cut one piece of `nbytes` bytes into parts."""
         ends = (
             at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
         )
         return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
-    def of(self, parts: Parts) -> dict[str, Tensor]:
-        """The tensors that parts hold."""
+    def view(self, parts: Parts) -> dict[str, Tensor]:
+        """Return the tensors that share the memory of these parts."""
         pairs = self.tensors.items()
         return {n: parts[n][: t.nbytes].view(t.dtype).view(t.shape) for n, t in pairs}
 
 
 class Store(Protocol):
-    """Bytes that are elsewhere. A file may be asked for whole blocks only."""
+    """Bytes on another tier. A file may require that pieces are whole blocks."""
 
     def read(self, pieces: Pieces) -> None: ...
 
@@ -72,8 +73,10 @@ class Store(Protocol):
 
 
 class HostMemory:
-    """Bytes in the host's memory. On a GPU's stream, copies may be under way on return; they are in
-    pieces, so that what others send meanwhile need not wait for a whole layer."""
+    """A store in host memory. On a CUDA stream, copies may still run when a call returns.
+
+    A copy to a GPU is cut into pieces, so that copies of other threads do not wait for a layer.
+    """
 
     def __init__(self, slab: Tensor):
         self.slab = slab
@@ -91,152 +94,158 @@ class HostMemory:
 
 
 class BounceBuffer:
-    """A file for a device that no file can be read into: bytes pass through one of its stages."""
+    """A file used by a device that files cannot be read into: bytes pass through host memory."""
 
-    def __init__(self, file: Store, stages: Sequence[Tensor]):
-        self.file, self._stages = file, SimpleQueue()
-        for stage in stages:
-            self._stages.put(stage)
+    def __init__(self, file: Store, buffers: Sequence[Tensor]):
+        """buffers: host memory, each as long as the longest transfer; one per concurrent call."""
+        self.file, self._buffers = file, SimpleQueue()
+        for buffer in buffers:
+            self._buffers.put(buffer)
 
     def read(self, pieces: Pieces) -> None:
-        with self._staged(pieces) as places:
-            self.file.read([(offset, stage) for offset, _, stage in places])
-            for _, piece, stage in places:
-                piece.copy_(stage, non_blocking=True)
+        with self._bounced(pieces) as bounced:
+            self.file.read([(offset, host) for offset, _, host in bounced])
+            for _, piece, host in bounced:
+                piece.copy_(host, non_blocking=True)
 
     def write(self, pieces: Pieces) -> None:
-        with self._staged(pieces) as places:
-            for _, piece, stage in places:
-                stage.copy_(piece)
-            self.file.write([(offset, stage) for offset, _, stage in places])
+        with self._bounced(pieces) as bounced:
+            for _, piece, host in bounced:
+                host.copy_(piece)
+            self.file.write([(offset, host) for offset, _, host in bounced])
 
     @contextlib.contextmanager
-    def _staged(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-        """Each piece with its place in a stage, which is free for others when copies are done."""
-        stage, places, at = self._stages.get(), [], 0
+    def _bounced(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+        """Yield (offset, piece, host memory) for each piece. The host memory can be reused when
+        the copies have ended, so this waits for them."""
+        buffer, bounced, at = self._buffers.get(), [], 0
         for offset, piece in pieces:
-            places.append((offset, piece, stage[at : at + len(piece)]))
+            bounced.append((offset, piece, buffer[at : at + len(piece)]))
             at += len(piece)
         try:
-            yield places
+            yield bounced
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
         finally:
-            self._stages.put(stage)
+            self._buffers.put(buffer)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On that device, in its stream's order, and without waiting for it. What is pinned must stay
-    as it is until then; of what is not, a copy is sent."""
+    """Copy a tensor to a device in the order of its current stream, without waiting for the copy.
+
+    A pinned tensor must not change until the copy ends. Other tensors are pinned by a copy first.
+    """
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def record_event(device: torch.device) -> Event:
+    """Record an event in the device's current stream; None on a CPU, whose work is done."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class TransferWorker:
-    """A thread, or several, that moves bytes while others compute."""
+    """One thread, or several, with a CUDA stream that transfers bytes while the model computes."""
 
     def __init__(self, device: torch.device, name: str, threads: int = 1):
         self._thread = ThreadPoolExecutor(threads, name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def submit(self, work: Callable[[], Any], after: Event = None) -> Future:
-        """The bytes are there when its result is. after: what still uses the memory."""
-        return self._thread.submit(self._run, work, after)
+    def submit(self, transfer: Callable[[], Any], after: Event = None) -> Future:
+        """Return a future that is done when the bytes have arrived. after: wait for this event
+        first, because earlier work still uses the memory."""
+        return self._thread.submit(self._run, transfer, after)
 
-    def _run(self, work: Callable[[], Any], after: Event) -> None:
+    def _run(self, transfer: Callable[[], Any], after: Event) -> None:
         stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
         with torch.inference_mode(), stream:
             if after:
                 self._stream.wait_event(after)
-            work()
+            transfer()
             if self._stream:
                 self._stream.synchronize()
 
 
-class Workers:
-    """Threads that give a device work, each for itself, in the stream of who sends it to them."""
+class ComputeWorkers:
+    """Threads that launch work on a device, each in the stream of the thread that submits it."""
 
     def __init__(self, device: torch.device, name: str, threads: int):
         self._device, self._threads = device, ThreadPoolExecutor(threads, name)
 
-    def submit(self, work: Callable[[], Any]) -> Future:
-        """Its result is there when the device has been given all of the work, which it may not yet
-        have done."""
+    def submit(self, launch: Callable[[], Any]) -> Future:
+        """Return a future that is done when all work is launched. The device may still compute."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
-        return self._threads.submit(self._run, work, stream)
+        return self._threads.submit(self._run, launch, stream)
 
-    def _run(self, work: Callable[[], Any], stream: "torch.cuda.Stream | None") -> Any:
-        within = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
-        with torch.inference_mode(), within:
-            return work()
+    def _run(self, launch: Callable[[], Any], stream: "torch.cuda.Stream | None") -> Any:
+        in_stream = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
+        with torch.inference_mode(), in_stream:
+            return launch()
 
 
 @dataclass
 class Buffer:
-    """Memory on the device, and what is made of it: a block, or a cache."""
+    """A buffer of a ring. contents: the object built on its memory, such as a block or a cache."""
 
     parts: Parts
-    holds: Any
-    last_use: Event = None  # what was last computed with it
-    stored: Future | None = None  # its contents on their way back to where they belong
+    contents: Any
+    last_use: Event = None  # recorded after the last computation with it
+    stored: Future | None = None  # the pending write of its contents to their store
 
 
 @dataclass
 class WaitTime:
-    """What those who compute have waited for items that were not there yet."""
+    """Seconds that the computing thread waited for items that had not arrived."""
 
     seconds: float = 0.0
 
 
 class Ring(Generic[Item]):
-    """Slots that are filled, ahead of time, with the items of an order that repeats itself."""
+    """Buffers that are filled, ahead of time, with the items of an order that repeats."""
 
     def __init__(
         self,
         order: Sequence[Item],
-        slots: Sequence[Buffer],
+        buffers: Sequence[Buffer],
         fetch: Callable[[Item, Buffer], Future],
-        waited: "WaitTime",
-        ahead: bool = True,
+        wait_time: WaitTime,
+        prefetch: bool = True,
     ):
+        """prefetch: False fetches an item only when it is acquired."""
         self._order, self._fetch = order, fetch
-        self._places = {item: n for n, item in enumerate(order)}
-        self._free, self._waiting = deque(slots), deque()
-        self._next, self._ahead = 0, ahead
-        self._waited = waited
+        self._index = {item: n for n, item in enumerate(order)}
+        self._free, self._fetched = deque(buffers), deque()
+        self._next, self._prefetch = 0, prefetch
+        self._wait_time = wait_time
 
     @contextlib.contextmanager
     def acquire(self, item: Item) -> Iterator[Buffer]:
-        """The slot that holds an item; it is free again afterwards."""
-        if not self._waiting or self._waiting[0][0] != item:
-            self._begin_at(item)
-        _, slot, fetched = self._waiting.popleft()
+        """Wait for the buffer with this item; on exit, fetch the next item into it."""
+        if not self._fetched or self._fetched[0][0] != item:
+            self._restart_at(item)
+        _, buffer, arrival = self._fetched.popleft()
         try:
             start = time.perf_counter()
-            fetched.result()
-            self._waited.seconds += time.perf_counter() - start
-            yield slot
+            arrival.result()
+            self._wait_time.seconds += time.perf_counter() - start
+            yield buffer
         finally:
-            self._free.append(slot)
-            self._fetch_next(self._ahead)
+            self._free.append(buffer)
+            self._fetch_next(self._prefetch)
 
-    def _begin_at(self, item: Item) -> None:
-        """What was fetched ahead is not what is wanted: at the start, or after an interruption."""
-        for _, slot, fetched in self._waiting:
-            fetched.exception()  # waits: the slot is being written to
-            self._free.append(slot)
-        self._waiting.clear()
-        self._next = self._places[item]
-        self._fetch_next(len(self._free) if self._ahead else 1)
+    def _restart_at(self, item: Item) -> None:
+        """Drop what was prefetched, at the start or after an interruption, and begin at an item."""
+        for _, buffer, arrival in self._fetched:
+            arrival.exception()  # waits, because the buffer is being written to
+            self._free.append(buffer)
+        self._fetched.clear()
+        self._next = self._index[item]
+        self._fetch_next(len(self._free) if self._prefetch else 1)
 
     def _fetch_next(self, count: int) -> None:
         for _ in range(count):
-            item, slot = self._order[self._next], self._free.popleft()
-            self._waiting.append((item, slot, self._fetch(item, slot)))
+            item, buffer = self._order[self._next], self._free.popleft()
+            self._fetched.append((item, buffer, self._fetch(item, buffer)))
             self._next = (self._next + 1) % len(self._order)
