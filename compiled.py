@@ -24,7 +24,7 @@ from fast_layers.cpu import PackedLinear
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
 from quant.linear import shallow_copy
-from ranks import one_shot_sums
+from ranks import has_one_shot_all_reduce
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -361,7 +361,7 @@ def gpu_options(device: torch.device) -> dict[str, Any]:
     from torch._inductor import config  # takes a second
 
     options: dict[str, Any] = {}
-    if one_shot_sums(device):
+    if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True
     if dependent_launch(device) and hasattr(config.triton, "enable_pdl"):
         # A kernel may begin while the one before it ends, as ours in kernels/gpu do.

@@ -79,7 +79,7 @@ def checks(
         name = getattr(draft, "name", draft)
         yield f"{name} guesses, one by one", wanted, singly(drafted, prompts)
         yield f"{name} guesses, a batch of 4", wanted, greedy(drafted, prompts)
-        held = sum(drafted.draft.controller.report.held)
+        held = sum(drafted.draft.controller.stats.accepted)
         yield f"{name} guesses held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
 

@@ -33,10 +33,10 @@ from quant.linear import (
     choose_int4_grid,
     dequantize_int4,
     nearest_int4,
+    pack_int4,
     round_int4,
     round_scales,
     scale_units,
-    pack_int4,
     unpack_nibbles,
 )
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from fast_layers import gpu
 from fast_layers.cpu import use_fast_attention, use_fast_linears
 from model import Transformer
 
@@ -17,4 +16,6 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
         use_fast_linears(model, dtype, large)
         use_fast_attention(model)
     elif device == "cuda":
+        from fast_layers import gpu  # the GPU's operators are registered on first use
+
         gpu.use_fast_layers(model)

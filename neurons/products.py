@@ -1,10 +1,10 @@
-"""What neurons give to rows of a text, by their records: by torch, or by kernels/cpu/neurons.cpp.
+"""The feed-forward product of records: by kernels/cpu/neurons.cpp or by torch.
 
-Start at Products.sums. On a CPU that has the instructions, records are computed as they lie, and of
-neurons that are not active only what tells so is read; elsewhere torch unpacks what is no dense
-weight, and multiplies by everything.
+Start at Products.sums. On a CPU with the instructions, the kernel computes records as they lie, and
+of an inactive neuron it reads only the row that shows it to be inactive. Elsewhere torch unpacks
+quantised weights and multiplies by all of them.
 
-Shapes: N rows, D dim, F neurons, C slots, n records.
+Shapes: N tokens, D dim, F neurons, C entries, n records.
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.build import build, unsupported_reason
-from neurons.records import Format
-from tiers.prefetch import sent
+from neurons.records import RecordFormat
+from tiers.prefetch import to_device
 
-BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight, as kernels/cpu/neurons.cpp has it
-TOGETHER = 32  # weights that it unpacks together
+WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}  # enum Kind of kernels/cpu/neurons.cpp
+KERNEL_CHUNK_WEIGHTS = 32  # kChunk there: dim and group size must be multiples of it
 
 torch.library.define(
     "gpt_flex::neurons",
-    "(Tensor x, Tensor records, Tensor? slots, Tensor ids, Tensor bias, Tensor? scales, "
+    "(Tensor x, Tensor records, Tensor? entries, Tensor ids, Tensor bias, Tensor? scales, "
     "int[] fields, int bits, int group) -> (Tensor, int)",
 )
 
 
-def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
+def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels/cpu/neurons.cpp computes such records here. The first call builds it."""
-    if device.type != "cpu" or format.dim % TOGETHER or format.groupsize % TOGETHER:
+    chunk = KERNEL_CHUNK_WEIGHTS
+    if device.type != "cpu" or format.dim % chunk or format.groupsize % chunk:
         return False
     if format.kind == "dense" and format.dtype != dtype:
         return False
@@ -39,61 +40,60 @@ def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool
 
 @dataclass(frozen=True)
 class Products:
-    """The products by neurons of one layer.
+    """The products of one layer's neurons.
 
     bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last neuron stands for an empty
-    slot, and is never active. kernel: has_kernel.
+    entry and is never active. kernel: what has_kernel returned.
     """
 
-    format: Format
+    format: RecordFormat
     bias: Tensor
     scales: Tensor | None
     kernel: bool
 
     @property
-    def by_slots(self) -> bool:
-        """Whether all slots are computed at the cost of their memory, and none is unpacked."""
+    def computes_all_entries(self) -> bool:
+        """Whether computing every entry costs no more than reading its memory: no unpacking."""
         return self.kernel or self.format.kind == "dense"
 
     def sums(
-        self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None = None
+        self, x: Tensor, records: Tensor, ids: np.ndarray, entries: np.ndarray | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """What neurons give to the rows, (N, D) -> (N, D) float32, and how many are active.
+        """(N, D) -> (N, D) float32, summed over entries, and the count of active neurons.
 
-        records: (C, stride) bytes, neurons: (C,) of them; some: (n,) slots, None: all.
+        records: (C, stride) bytes; ids: (C,), the neuron of each; entries: (n,) of them, or None
+        for all.
         """
-        index = None if some is None else sent(torch.from_numpy(some), rows.device)
+        index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
-            format, ids = self.format, torch.from_numpy(neurons)
-            how = format.starts, BITS[format.kind], format.groupsize
-            return torch.ops.gpt_flex.neurons(
-                rows, records, index, ids, self.bias, self.scales, *how
-            )
+            format, bits = self.format, WEIGHT_BITS[self.format.kind]
+            tensors = records, index, torch.from_numpy(ids), self.bias, self.scales
+            layout = format.starts, bits, format.groupsize
+            return torch.ops.gpt_flex.neurons(x, *tensors, *layout)
         if index is not None:
-            records, neurons = taken(records, index), neurons[some]
-        ids = sent(torch.from_numpy(neurons), rows.device)
-        h = self.hidden(rows, records, ids)  # (N, n)
+            records, ids = gather_records(records, index), ids[entries]
+        h = self.hidden(x, records, to_device(torch.from_numpy(ids), x.device))  # (N, n)
         down = self.format.rows(records, "down", h.dtype)  # (n, D)
         return (h @ down).float(), (h != 0).any(0).sum()
 
-    def hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
-        """(N, D) rows -> (N, n): what records of such neurons make of them."""
+    def hidden(self, x: Tensor, records: Tensor, ids: Tensor) -> Tensor:
+        """(N, D) -> (N, n): the neurons' activations. ids: (n,), the neuron of each record."""
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
-            y = F.linear(rows, self.format.rows(records, matrix, rows.dtype))  # (N, n)
+            y = F.linear(x, self.format.rows(records, matrix, x.dtype))  # (N, n)
             if self.scales is not None:
-                y = y * self.scales[neurons, n]
-            parts.append((y + self.bias[neurons, n]).to(rows.dtype))
+                y = y * self.scales[ids, n]
+            parts.append((y + self.bias[ids, n]).to(x.dtype))
         h = F.relu(parts[0])
         return h * parts[1] if len(parts) == 2 else h
 
 
-def taken(records: Tensor, index: Tensor) -> Tensor:
-    """Those of the records, (n, stride) bytes, copied eight bytes at a time: 40 times as fast."""
+def gather_records(records: Tensor, index: Tensor) -> Tensor:
+    """(C, stride) bytes -> (n, stride); 8 bytes at a time, 40 times as fast as single bytes."""
     return records.view(torch.int64)[index].view(torch.uint8)
 
 
-def put(slab: Tensor, index: Tensor, records: Tensor) -> None:
-    """Let records, (n, stride) bytes, be in those slots of a slab; they may come from the host."""
-    words = sent(records, slab.device).view(torch.int64)
-    slab.view(torch.int64)[index] = words
+def scatter_records(cache: Tensor, index: Tensor, records: Tensor) -> None:
+    """Write records, (n, stride) bytes, to entries of a cache; records may be on the host."""
+    words = to_device(records, cache.device).view(torch.int64)
+    cache.view(torch.int64)[index] = words

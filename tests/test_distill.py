@@ -19,7 +19,7 @@ from calibration.gptq import Buffers
 from checkpoint import Checkpoint
 from load import load_model
 from model import Linear
-from quant.linear import dequantize_int4, round_int4, pack_int4, unpack_nibbles
+from quant.linear import dequantize_int4, pack_int4, round_int4, unpack_nibbles
 from weights.hf import model_args
 
 ROOT = Path(__file__).resolve().parent.parent
