@@ -32,7 +32,7 @@ from decoding import LoadedModel
 from evaluation.scoring import Ids, log_likelihoods
 from host.devices import find_device
 from host.files import DEMO, check_writable, json_text, read_text, write_whole
-from host.log import be_quiet, log
+from host.log import log, set_quiet
 from host.memory import size_text
 from host.threads import set_threads
 from load import load_model
@@ -244,7 +244,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
 
     def work() -> None:
         if args.output and is_rank0():  # not after hours

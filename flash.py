@@ -47,8 +47,8 @@ from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.devices import find_device
 from host.files import read_text, sync
-from host.log import be_quiet, log
-from host.memory import check_memory, size_text, whole_blocks
+from host.log import log, set_quiet
+from host.memory import check_memory, round_up_to_block, size_text
 from host.threads import set_threads
 from load import meta_model
 from neurons.pack import (
@@ -99,7 +99,7 @@ def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int
 def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) -> None:
     """Log the pack's size; raise ValueError if the disk has too little space."""
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
-    total = layers * whole_blocks(neurons * format.stride)
+    total = layers * round_up_to_block(neurons * format.stride)
     log(
         f"{directory}: {layers * neurons:,} neurons of {size_text(format.used)}, stored in "
         f"{size_text(format.stride)} each, {size_text(total)} in all"
@@ -222,7 +222,7 @@ def write_records(
                 scales = "scales" in name  # these stay in float32
                 resident[f"{prefix}.{name}"] = tensor if scales else tensor.to(checkpoint.dtype)
             file.write(records.numpy())
-            file.write(bytes(whole_blocks(records.nbytes) - records.nbytes))
+            file.write(bytes(round_up_to_block(records.nbytes) - records.nbytes))
         file.flush()
         os.fsync(file.fileno())
     return resident
@@ -276,7 +276,7 @@ def layer_records(
 
 
 def main(args: argparse.Namespace) -> int:
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     stopped = "stopped; no pack was written; the same command goes on from here"
     return exit_code("flash.py", lambda: print(run(args)), stopped)
 

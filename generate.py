@@ -40,9 +40,9 @@ def main(args: "argparse.Namespace") -> int:
     """Run the command; returns its exit code."""
     from cli.command import exit_code
     from cli.generation import run
-    from host.log import be_quiet
+    from host.log import set_quiet
 
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     return exit_code("generate.py", lambda: run(args))
 
 

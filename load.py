@@ -160,7 +160,7 @@ class CheckpointWeights:
         device: torch.device,
     ) -> Fill:
         """Returns the function that reads a tensor of the model, or makes it of what is stored."""
-        fill = self.checkpoint.filler(device)
+        fill = self.checkpoint.fill_function(device)
         if scheme != self.scheme:
             fill = rounded_filler(model, self.checkpoint, fill)
         if self.pack:
@@ -273,7 +273,7 @@ class SingleProcess:
         return fill
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        return checkpoint.direct
+        return checkpoint.location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 

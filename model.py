@@ -17,7 +17,6 @@ query attention (2305.13245); names follow Llama's reference code, sizes gpt-fas
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from host.torch_private import copy_with_buffers, own_buffers
 
 Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
 
@@ -522,9 +523,8 @@ class KVCache(nn.Module):
 
     def part(self, rows: slice) -> "KVCache":
         """The same memory, of some rows."""
-        part = copy.copy(self)
-        part._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
-        return part
+        buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
+        return copy_with_buffers(self, buffers)
 
     def first(self, count: int) -> "KVCache":
         """The same memory, of so many rows."""

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import final_dtype, give, room, stored_tensors
+from checkpoint import allocate_tensor, final_dtype, set_tensor, stored_tensors
 from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
-from host.memory import page_aligned, whole_blocks
+from host.memory import page_aligned, round_up_to_block
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
 from tiers import direct_io as disk
@@ -101,7 +101,7 @@ class StreamedLayers(nn.ModuleList):
         if j in self._slabs:
             return self.layout.of(self.layout.cut(self._slabs[j]))[place[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
-        return None if on_disk else room(shape, dtype, self.device)
+        return None if on_disk else allocate_tensor(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
         """Make the ring. Layers that no file has as they are go to a scratch file, by `fill`."""
@@ -194,7 +194,7 @@ class StreamedLayers(nn.ModuleList):
     def _slot(self) -> Buffer:
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta[0])
         for name, tensor in self.layout.of(parts).items():
-            give(block, name, tensor)
+            set_tensor(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
             use_fast_linears(
@@ -313,7 +313,7 @@ class OffloadedActivations:
 
     def __init__(self, x: Tensor, policy: Policy):
         self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
-        self._row = whole_blocks(x[0].nbytes)
+        self._row = round_up_to_block(x[0].nbytes)
         nbytes, pin = self._g * self._row, policy.pins(x.device)
         make: dict[str, Callable[[], Store]] = {
             "device": lambda: HostMemory(page_aligned(nbytes, x.device)),

@@ -17,11 +17,11 @@ from bench import Stats
 from checkpoint import Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
 from fast_layers.install import use_fast_layers
-from host.bandwidth import known_bandwidth, measured_bandwidth
+from host.bandwidth import measured_bandwidth, saved_bandwidth
 from host.devices import find_device
 from host.log import log
-from host.measurements import keep, known
-from host.memory import available_memory, machine_name, process_bytes, size_text
+from host.measurements import load_measurement, save_measurement
+from host.memory import available_memory, machine_name, process_memory, size_text
 from load import (
     compressed_scheme,
     config_dtype,
@@ -177,7 +177,7 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
             raise ValueError(short)
     else:
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
-    needed, free = layers + whole.fixed - process_bytes(subject.device), limits["disk"] - layers
+    needed, free = layers + whole.fixed - process_memory(subject.device), limits["disk"] - layers
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     if options.downloaded:  # the weights are on the disk already
         return Plan(subject, found, limits)
@@ -215,7 +215,7 @@ def sizes(subject: Subject) -> Sizes:
         layer=layer,
         kept=layer,
         ring=layer + packed,
-        fixed=rest + process_bytes(subject.device),
+        fixed=rest + process_memory(subject.device),
         head=head or args.vocab_size * args.embed_dim * item,
         position=sum(buffer.nbytes for buffer in one.buffers()),
         hidden=3 * args.dim * item,
@@ -231,7 +231,7 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
-    free = {"host": available_memory(cpu) + process_bytes(cpu), "device": 0}
+    free = {"host": available_memory(cpu) + process_memory(cpu), "device": 0}
     if device.type != "cpu":
         free["device"] = available_memory(device)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
@@ -246,7 +246,7 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     """This machine's measurements for a model of that shape: kept ones, or made if needed."""
     disk = nearest_directory(directory).stat().st_dev
     key = machine_name(subject.device), torch.__version__, disk, subject
-    if (kept := known("machine", key)) and not anew:
+    if (kept := load_measurement("machine", key)) and not anew:
         return Machine.from_json(kept)
     if not needed:
         return None
@@ -257,7 +257,7 @@ def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False)
     use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)
-    keep("machine", key, found.to_json())
+    save_measurement("machine", key, found.to_json())
     return found
 
 
@@ -356,7 +356,7 @@ def step_of(subject: Subject) -> Step:
 
 def on_devices(subject: Subject, link: str, read_rate: float | None) -> Iterator[str]:
     """What 1 to 64 devices would do, for a person."""
-    rate = read_rate or known_bandwidth(subject.device)
+    rate = read_rate or saved_bandwidth(subject.device)
     rate = rate or measured_bandwidth(subject.device)
     yield (
         f"on several devices, each reading {size_text(int(rate))} a second, links: {link} "

@@ -68,7 +68,7 @@ class PipelineParallel:
         return lambda name, tensor: fill(self._stored_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        return lambda name, dtype: checkpoint.direct(self._stored_name(checkpoint, name), dtype)
+        return lambda name, dtype: checkpoint.location(self._stored_name(checkpoint, name), dtype)
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         if (

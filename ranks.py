@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from host.torch_private import add_in_store, one_shot_all_reduce
+
 T = TypeVar("T")
 # Rank 0 may wait days for a user's input. If a rank ends, its connections close, and the others
 # fail at once; torchrun notices, too.
@@ -79,14 +81,9 @@ def has_one_shot_all_reduce(device: torch.device) -> bool:
 
 def one_shot_all_reduce_works(device: torch.device) -> bool:
     """Run one one-shot all-reduce. Returns False where the GPUs cannot read each other's memory."""
-    from torch.distributed import _symmetric_memory as symmetric_memory  # not every build has it
-
     group = dist.group.WORLD.group_name
     try:
-        symmetric_memory.enable_symm_mem_for_group(group)
-        x = symmetric_memory.empty(1024, dtype=torch.float32, device=device).fill_(1)
-        symmetric_memory.rendezvous(x, group)
-        y = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", group)
+        y = one_shot_all_reduce(torch.ones(1024, device=device), group)
         return bool((y == dist.get_world_size()).all())
     except RuntimeError:
         return False
@@ -140,7 +137,7 @@ def log_failure(line: str) -> None:
     same line, only the first of them prints it."""
     rank = int(os.environ.get("RANK", "0"))
     restore_stderr()
-    if dist.is_initialized() and dist.distributed_c10d._get_default_store().add(line, 1) > 1:
+    if dist.is_initialized() and add_in_store(line, 1) > 1:
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 

@@ -89,7 +89,10 @@ def counted(model: Any, asked: list[Any]) -> dict[str, int]:
     def fed(nodes: list[Any]) -> int:
         return sum(node.fed + fed(node.children) for node in nodes)
 
-    return {"ids": sum(len(ids) - 1 for ids in whole), "ids_read": fed(build_prefix_trees(sequences))}
+    return {
+        "ids": sum(len(ids) - 1 for ids in whole),
+        "ids_read": fed(build_prefix_trees(sequences)),
+    }
 
 
 def measure(folder: Path, tokenizer: Any, asked: list[Any], args: Any) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class Timings:
         """The step of one row, compiled with empty caches; Inductor has been imported by now."""
         from torch._inductor.utils import fresh_cache
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         lm = make_views(self.lm.model, self.lm.tokenizer, compile=True, compile_prefill=False)
         caches = lm.make_caches(1, min(slots(1), lm.model.args.context))
         with fresh_cache():

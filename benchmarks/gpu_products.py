@@ -141,7 +141,7 @@ def contest(
     layers = [make(weight)]
     nbytes = sum(tensor.nbytes for tensor in layers[0].buffers())
     layers += [make(weight) for _ in range(CYCLED[weight.device.type] // nbytes)]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     product = torch.compile(lambda layer: layer(x), dynamic=False)  # one graph for all layers
     exact = F.linear(x.float(), layers[0].dequantize(torch.float32))
     error = ((product(layers[0]) - exact).abs().max() / exact.abs().max()).item()

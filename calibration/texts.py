@@ -83,7 +83,7 @@ def gptq_blocks(
 
     def report(name: str, error: float, rounding: float, took: float) -> None:
         nonlocal weights, seconds
-        weights += math.prod(checkpoint.records[f"{name}.weight"].shape)
+        weights += math.prod(checkpoint.tensors[f"{name}.weight"].shape)
         seconds += took
         log_above_bars(f"{name}: error {error:.2e}, of rounding {rounding:.2e}, {took:.1f} s")
 

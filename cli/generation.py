@@ -20,7 +20,7 @@ from checkpoint import stored_tensors
 from cli.options import is_placed
 from cli.session import Mode, Session
 from decoding import LoadedModel
-from host.bandwidth import known_bandwidth
+from host.bandwidth import saved_bandwidth
 from host.devices import find_device
 from host.files import DEMO
 from host.log import log
@@ -225,7 +225,7 @@ def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
     """Times and rates of the run, then a report of each feature in use."""
     if stats.prefill_seconds:
-        yield from stats.report(known_bandwidth(lm.device))
+        yield from stats.report(saved_bandwidth(lm.device))
     if not lm.any_rows:
         from compiled import graphs_report
 

@@ -16,6 +16,6 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
         use_fast_linears(model, dtype, large)
         use_fast_attention(model)
     elif device == "cuda":
-        from fast_layers import gpu  # the GPU's operators are registered on first use
+        from fast_layers import gpu  # imports Triton
 
         gpu.use_fast_layers(model)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from host.measurements import keep, known
+from host.measurements import load_measurement, save_measurement
 from host.memory import machine_name, page_aligned
 from neurons.pack import Pack
 from neurons.products import Products, has_kernel
@@ -64,14 +64,14 @@ def machine_costs(
     bias = torch.full((NEURONS, len(format.matrices) - 1), -1, device=device, dtype=dtype)
     bias[0] = 1
     products = Products(format, bias, None, kernel)
-    costs = known("flash", key)
+    costs = load_measurement("flash", key)
     if costs is None:
         costs = {
             "reads": {depth: batch_costs(pack, depth) for depth in depths},
             "stream_byte": stream_byte_seconds(pack),
             "record": record_seconds(products, device),
         }
-        keep("flash", key, costs)
+        save_measurement("flash", key, costs)
     reads = {int(depth): tuple(seconds) for depth, seconds in costs["reads"].items()}
     all_entries = products.computes_all_entries
     return MachineCosts(reads, costs["stream_byte"], costs["record"], all_entries)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from host.memory import page_aligned, size_text, whole_blocks
+from host.memory import page_aligned, round_up_to_block, size_text
 from neurons.budget import CachePlan
 from neurons.products import scatter_records
 from neurons.records import NeuronFile
@@ -91,7 +91,7 @@ class NeuronSource:
         """neurons: of a layer."""
         self.file, self.device, self.plan, self.stats = file, device, plan, FlashStats()
         self.layers, self.neurons = layers, neurons
-        self.layer_bytes = whole_blocks(neurons * file.stride)
+        self.layer_bytes = round_up_to_block(neurons * file.stride)
         chunk = chunk_records(neurons, file.stride)
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
         self._bounce: Tensor | None = None  # pinned memory for single records

@@ -12,7 +12,6 @@ zero point per group of inputs: w = (q - zero) * scale, with an integer zero poi
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from host.files import brief
+from host.files import short_text
+from host.torch_private import shallow_copy
 from kernels import gpu
 from model import Linear, ModelArgs, Transformer
 
@@ -232,13 +232,13 @@ def checked_scheme(found: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("mode"), str):
-        raise ValueError(f"the scheme is {brief(found)}, which names no mode")
+        raise ValueError(f"the scheme is {short_text(found)}, which names no mode")
     quantised = [{"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
     for key, allowed in {"linears": quantised, "output": [*quantised, {}]}.items():
         entry = found.get(key)
         integers = isinstance(entry, dict) and all(type(value) is int for value in entry.values())
         if not integers or entry not in allowed:
-            raise ValueError(f"'{key}' of the scheme is {brief(entry)}")
+            raise ValueError(f"'{key}' of the scheme is {short_text(entry)}")
     return {key: found[key] for key in ("mode", "linears", "output")}
 
 
@@ -283,14 +283,6 @@ def quantized_copy(
             copied.set_submodule(name, rounded)
             progress(sum(buffer.nbytes for buffer in rounded.buffers()))
     return copied.eval()
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Copy the modules and share their tensors."""
-    copied = copy.copy(module)
-    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
-    copied._modules = {name: shallow_copy(part) for name, part in module._modules.items()}
-    return copied
 
 
 def quantized_bytes(model: Transformer) -> int:

@@ -41,7 +41,7 @@ def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     tensors = {
         name: torch.empty(
             tensor.shape,
-            dtype=final_dtype(tensor, dtype or source.records[name].dtype),
+            dtype=final_dtype(tensor, dtype or source.tensors[name].dtype),
             device="meta",
         )
         for name, (tensor, _) in stored_tensors(model).items()

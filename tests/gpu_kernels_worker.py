@@ -34,6 +34,7 @@ from torch import Tensor
 
 from calibration import gptq
 from fast_layers import gpu as gpu_products
+from host.torch_private import shallow_copy
 from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
@@ -50,7 +51,6 @@ from quant.linear import (
     quantized_copy,
     round_int4,
     round_int8,
-    shallow_copy,
 )
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")

@@ -119,7 +119,7 @@ def test_every_tensor_is_aligned_and_lies_where_the_record_says(tmp_path: Path):
     data = (directory / "model.pth").read_bytes()
     assert checkpoint.scheme == make_scheme("int4", 64)
     for name, tensor in odd.items():
-        (part,) = checkpoint.records[name].parts
+        (part,) = checkpoint.tensors[name].parts
         assert part.offset % 4096 == 0
         if tensor.numel():
             raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -169,7 +169,7 @@ def test_bin_file_with_shared_and_transposed_tensors(tmp_path: Path):
 def test_dtype_is_converted_through_the_staging_buffer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("weights.formats.STAGING", 100)  # many pieces, the last one short
+    monkeypatch.setattr("weights.formats.STAGING_BYTES", 100)  # many pieces, the last one short
     found = loaded(folder, dtype=torch.bfloat16)
     assert_same(found, {name: t.bfloat16() for name, t in weights(CONFIG).items()})
 
@@ -275,13 +275,13 @@ def test_corrupt_safetensors_header(folder: Path):
 def test_a_file_cut_after_it_was_opened(folder: Path):
     checkpoint = Checkpoint(folder)
     cut(folder / "model.safetensors", 8)
-    (last,) = (n for n, r in checkpoint.records.items() if ends_file(checkpoint, r.parts[-1]))
+    (last,) = (n for n, r in checkpoint.tensors.items() if ends_file(checkpoint, r.parts[-1]))
     with pytest.raises(ValueError, match=r"model\.safetensors ends within \S+\.weight"):
         checkpoint.read(last)
 
 
 def ends_file(checkpoint: Checkpoint, part: object) -> bool:
-    parts = [p for r in checkpoint.records.values() for p in r.parts]
+    parts = [p for r in checkpoint.tensors.values() for p in r.parts]
     return part.offset == max(p.offset for p in parts)
 
 

@@ -341,7 +341,7 @@ def last_value_changed(tensor: Tensor) -> Tensor:
 def test_a_head_that_differs_is_kept_though_the_config_ties_it(
     change: Any, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("checkpoint.COMPARED", 200)  # three rows at a time
+    monkeypatch.setattr("checkpoint.COMPARED_BYTES", 200)  # three rows at a time
     head = change(TENSORS[TABLE])
     write_tied(folder, head)
     checkpoint, found = Checkpoint(folder), loaded(folder)
@@ -356,7 +356,7 @@ def test_a_head_that_differs_is_kept_though_the_config_ties_it(
 def test_a_head_that_is_equal_stays_tied(
     stored: str, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("checkpoint.COMPARED", 200)
+    monkeypatch.setattr("checkpoint.COMPARED_BYTES", 200)
     table = TENSORS[TABLE]
     head = table if stored in ("bin", "legacy") else table.clone()
     head = head.double() if stored == "other dtype" else head
@@ -373,7 +373,7 @@ def test_a_head_that_is_equal_stays_tied(
 def test_model_pth_of_a_head_that_differs_is_untied(folder: Path):
     write_tied(folder, TENSORS[HEAD])
     source = Checkpoint(folder)
-    tensors = {name: source.read(name) for name in source.records}
+    tensors = {name: source.read(name) for name in source.tensors}
     save_checkpoint(folder / "model.pth", source.config, source.scheme, tensors)
     again = Checkpoint(folder)
     assert again.path.name == "model.pth" and not again.args.tied

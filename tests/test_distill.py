@@ -47,7 +47,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rounded_blocks(checkpoint: Checkpoint, *_: object) -> Iterator[tuple[str, Buffers]]:
-    for name in checkpoint.records:
+    for name in checkpoint.tensors:
         module, _, leaf = name.rpartition(".")
         if module.startswith("layers.") and leaf == "weight" and "norm" not in module:
             yield module, round_int4(checkpoint.read(name, torch.float32), 128)
@@ -140,7 +140,7 @@ def held_out_divergence(folder: Path, file: Path) -> float:
 
 def integers(file: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(file)
-    return {n: checkpoint.read(n) for n in checkpoint.records if checkpoint.records[n].shape}
+    return {n: checkpoint.read(n) for n in checkpoint.tensors if checkpoint.tensors[n].shape}
 
 
 def test_training_brings_the_file_nearer_to_the_dense_model_by_its_integers_alone(

@@ -69,7 +69,7 @@ Edit = Callable[[dict[str, Tensor]], None]
 def write(folder: Path, name: str, layout: str, groupsize: int, edit: Edit | None = None) -> Path:
     """One model in two directories: folder/theirs in the layout, folder/dense unpacked."""
     source = Checkpoint(ROOT / "checkpoints" / name)
-    tensors = {n: source.read(n, torch.float32) for n in source.records}
+    tensors = {n: source.read(n, torch.float32) for n in source.tensors}
     theirs: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     for key, tensor in export_tensors(tensors, source.config).items():
@@ -289,7 +289,7 @@ def test_a_quantization_config_of_another_kind(tmp_path: Path, change: dict, mes
 def test_integers_of_mlx_are_no_weights(tmp_path: Path):
     folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
     source = Checkpoint(folder)
-    tensors = {n: source.read(n) for n in source.records}
+    tensors = {n: source.read(n) for n in source.tensors}
     tensors = {n: t.contiguous() for n, t in export_tensors(tensors, source.config).items()}
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint32)

@@ -115,7 +115,7 @@ def test_each_linear_is_better_than_rounded_and_the_next_sees_it(demo: Path, cap
         Checkpoint(demo / "model_int4-gptq.g128.pth"),
     )
     per_block = sum(
-        "layers.0." in name and ".weight" in name and "norm" not in name for name in source.records
+        "layers.0." in name and ".weight" in name and "norm" not in name for name in source.tensors
     )
     assert len(said) == per_block * source.args.n_layers
     for line in said:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
 from generate import GenerationConfig
+from host.torch_private import compiled_graphs
 from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a model.pth, whose layers are read in place, as no other file's are."""
     folder = tmp_path_factory.mktemp("prepared")
     source = Checkpoint(ROOT / "checkpoints" / "demo")
-    tensors = {name: source.read(name, torch.float32) for name in source.records}
+    tensors = {name: source.read(name, torch.float32) for name in source.tensors}
     save_checkpoint(folder / "model.pth", source.config, None, tensors)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source.directory / name, folder)
@@ -169,10 +169,10 @@ def test_one_graph_serves_every_layer_and_every_slot(tmp_path: Path):
     policy = dataclasses.replace(MIXED, directory=tmp_path)
     lm = demo("demo", policy=policy, compile=True)
     ids(lm)
-    before = counters["stats"]["unique_graphs"]
+    before = compiled_graphs()
     data = [tensor.data_ptr() for slot in lm.model.layers.buffers for tensor in slot.parts.values()]
     ids(lm, texts=TEXTS[::-1])
-    assert counters["stats"]["unique_graphs"] == before
+    assert compiled_graphs() == before
     after = [
         tensor.data_ptr() for slot in lm.model.layers.buffers for tensor in slot.parts.values()
     ]

@@ -274,18 +274,20 @@ def test_without_a_home_nothing_is_kept(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measurements.keep("speed", (1, "a"), {"x": 1.5})
-    assert measurements.known("speed", (1, "a")) == {"x": 1.5}
-    assert measurements.known("speed", (2, "a")) is None
+    measurements.save_measurement("speed", (1, "a"), {"x": 1.5})
+    assert measurements.load_measurement("speed", (1, "a")) == {"x": 1.5}
+    assert measurements.load_measurement("speed", (2, "a")) is None
     next((tmp_path / "gpt-flex").iterdir()).write_text("damaged")
-    assert measurements.known("speed", (1, "a")) is None
+    assert measurements.load_measurement("speed", (1, "a")) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    measurements.keep("speed", 1, 2)
+    measurements.save_measurement("speed", 1, 2)
     assert "not kept" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification ignores it
     monkeypatch.setattr(measurements.Path, "home", no_home)
-    assert measurements.cache_directory() is None and measurements.known("speed", 1) is None
-    measurements.keep("speed", 1, 2)
+    assert (
+        measurements.cache_directory() is None and measurements.load_measurement("speed", 1) is None
+    )
+    measurements.save_measurement("speed", 1, 2)
     assert "no home directory" in capsys.readouterr().err
 
 

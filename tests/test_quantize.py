@@ -259,10 +259,10 @@ def test_compiled_text_is_eager_text_and_a_batch_is_its_rows(demo: Path, mode: s
 
 def test_the_tied_head_of_a_quantised_model_is_its_own(demo: Path):
     file = Checkpoint(quantized(demo))
-    assert file.args.tied and file.records["output.weight"].dtype == torch.int8
-    assert file.records["tok_embeddings.weight"].dtype == torch.bfloat16
+    assert file.args.tied and file.tensors["output.weight"].dtype == torch.int8
+    assert file.tensors["tok_embeddings.weight"].dtype == torch.bfloat16
     dense = Checkpoint(quantized(demo, "int4", "--head", "dense"))
-    assert "output.weight" not in dense.records
+    assert "output.weight" not in dense.tensors
 
 
 def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture):
@@ -272,10 +272,10 @@ def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture)
     file = Checkpoint(target)
     assert checkpoint_module.size_text(file.nbytes) in said
     weights = math.prod(
-        Checkpoint(demo / "model.safetensors").records["layers.0.attention.wo.weight"].shape
+        Checkpoint(demo / "model.safetensors").tensors["layers.0.attention.wo.weight"].shape
     )
     stored = sum(
-        file.records[f"layers.0.attention.wo.{leaf}"].nbytes
+        file.tensors[f"layers.0.attention.wo.{leaf}"].nbytes
         for leaf in ("weight", "scales", "zeros")
     )
     assert 4.6 < 8 * stored / weights < 4.8
@@ -381,7 +381,7 @@ def test_products_are_measured_quickly():
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_a_weight_that_is_not_finite_is_named(demo: Path, mode: str, bad: float, capsys):
     source = Checkpoint(demo)
-    tensors = {name: source.read(name) for name in source.records}
+    tensors = {name: source.read(name) for name in source.tensors}
     tensors["layers.1.feed_forward.w2.weight"][3, 4] = bad
     save_checkpoint(demo / "model.pth", source.config, None, tensors)
     before = sorted(demo.iterdir())

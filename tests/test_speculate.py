@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from common import DEMO, DRAFT, OPT, TEXTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import quantize
 from decoding import LoadedModel
 from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY, DraftLengthController
 from engine import complete, generate
 from generate import GenerationConfig
+from host.torch_private import compiled_graphs
 from kernels.cpu.build import unsupported_reason
 from load import compile_now, load_model, random_model
 from model import RMSNorm
@@ -185,12 +185,12 @@ def test_compiled_too_and_one_graph_serves_every_number_of_guesses(draft: str | 
     plain, lm = load_model(DEMO, **options), load_model(DEMO, **options, draft=draft)
     caches = lm.make_caches(1, 200)
     compile_now(plain, caches), compile_now(lm, caches)
-    before = counters["stats"]["unique_graphs"]
+    before = compiled_graphs()
     for config, ks in ((GREEDY, [1, 2, 3, 4, 5, 0, 7]), (SAMPLED, [MAX_DRAFT_TOKENS, 6, 0, 2])):
         for row, prompt in enumerate(encoded(plain)):
             wanted = ids(plain, [prompt], config, rows=[row], caches=caches)
             assert ids(steady(lm, ks), [prompt], config, rows=[row], caches=caches) == wanted
-    assert counters["stats"]["unique_graphs"] == before
+    assert compiled_graphs() == before
 
 
 def tiny(tmp_path: Path, width: int) -> LoadedModel:

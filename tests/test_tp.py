@@ -174,8 +174,8 @@ def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
     count, results = found
     (said, *_) = results["demo", False]
     checkpoint = Checkpoint(checkpoints["demo"])
-    whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.records.values())
-    table = 4 * torch.Size(checkpoint.records["tok_embeddings.weight"].shape).numel()
+    whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.tensors.values())
+    table = 4 * torch.Size(checkpoint.tensors["tok_embeddings.weight"].shape).numel()
     assert said["weights"] < 1.1 * ((whole - table) / count + table)
 
 
@@ -200,7 +200,7 @@ def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
     checkpoint = Checkpoint(path)
     strategy = tp.TensorParallel(ranks)
     model = strategy.build_skeleton(checkpoint.args, checkpoint.scheme)
-    fill = strategy.fill_function(checkpoint, model, CPU, checkpoint.filler(CPU))
+    fill = strategy.fill_function(checkpoint, model, CPU, checkpoint.fill_function(CPU))
     allocate(model, CPU, torch.float32, fill)
     return model
 
@@ -273,7 +273,7 @@ def test_no_more_is_read_than_is_kept(
     monkeypatch.setattr(formats, "transfer", counting)
     model = rank_of(checkpoints[name], Ranks(1, 2))
     checkpoint = Checkpoint(checkpoints[name])
-    stored = {n: checkpoint.records[tp.checkpoint_name(n)].dtype for n in stored_tensors(model)}
+    stored = {n: checkpoint.tensors[tp.checkpoint_name(n)].dtype for n in stored_tensors(model)}
     kept = sum(t.numel() * stored[n].itemsize for n, (t, _) in stored_tensors(model).items())
     assert sum(read) <= 1.02 * kept
 

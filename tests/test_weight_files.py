@@ -68,7 +68,7 @@ def test_a_tied_head_that_differs_is_kept_as_transformers_keeps_it(
     row: int | None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(checkpoint_module, "COMPARED", 1000)  # several pieces
+    monkeypatch.setattr(checkpoint_module, "COMPARED_BYTES", 1000)  # several pieces
     table = THEIRS["model.embed_tokens.weight"]
     tied_folder(tmp_path, table.clone() if row is None else changed(table, row), TIED)
     checkpoint = Checkpoint(tmp_path)

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from host.files import decoded, json_text, parse_json, read_text
+from host.files import decode_utf8, json_text, parse_json, read_text
 from host.log import log
 from text.chat_template import check_messages
 
@@ -132,7 +132,7 @@ def piped_prompt() -> str | None:
     if not select.select([0], [], [], STDIN_NOTICE_SECONDS)[0]:
         log("waiting for the prompt on standard input; or give --prompt TEXT")
     with open(0, "rb", closefd=False) as stdin:
-        return without_line_end(decoded(stdin.read(), "standard input"))
+        return without_line_end(decode_utf8(stdin.read(), "standard input"))
 
 
 def without_line_end(text: str) -> str:

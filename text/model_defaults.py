@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from host.files import read_object, short
+from host.files import read_object, short_json
 from text.generation_config import GenerationConfig
 
 FILE = "generation_config.json"
@@ -49,7 +49,7 @@ def checked(path: Path, key: str, value: Any) -> float:
         or kind(value) != value
     ):
         wanted = "a whole number" if kind is int else "a finite number"
-        raise ValueError(f"{path}: {key} is {short(value)} and must be {wanted}")
+        raise ValueError(f"{path}: {key} is {short_json(value)} and must be {wanted}")
     value = 0 if (key, value) == ("top_k", -1) else kind(value)  # vLLM: -1 is no limit
     try:
         GenerationConfig(**{key: value})

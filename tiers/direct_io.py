@@ -2,7 +2,7 @@
 
 Start at DirectFile. The page cache would keep the layers that were read last, where those needed
 next are the ones read longest ago; with O_DIRECT memory holds what it is told to, and the disk
-works at its own rate. Offsets, lengths and memory are then multiples of BLOCK. Where a file system
+works at its own rate. Offsets, lengths and memory are then multiples of BLOCK_BYTES. Where a file system
 refuses O_DIRECT the same calls go through the page cache.
 """
 

@@ -22,7 +22,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from host.memory import BLOCK, page_aligned, whole_blocks
+from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
+from host.torch_private import own_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
 from tiers.policy import CACHE_BUFFERS, Policy
@@ -71,7 +72,7 @@ class TieredCaches(Sequence["TieredCache"]):
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
         self._factory, self._args = model.cache_factory, (shape, weight.dtype, META)
         empty = self._factory(*self._args)
-        by_slot = {n: t.transpose(0, 1) for n, t in empty._buffers.items()}
+        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(empty).items()}
         self.layout = Layout(by_slot)
         self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
         K = -(-rows // policy.micro_batch)
@@ -191,8 +192,8 @@ class TieredCaches(Sequence["TieredCache"]):
         is either what the store holds there too, or nothing yet."""
         pieces = []
         for name, at in self.layout.offsets.items():
-            start = first * self._slot_bytes[name] // BLOCK * BLOCK
-            stop = whole_blocks(end * self._slot_bytes[name])
+            start = first * self._slot_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._slot_bytes[name])
             pieces.append((cell.base + at + start, parts[name][start:stop]))
         return pieces
 
@@ -236,7 +237,7 @@ class TieredCaches(Sequence["TieredCache"]):
         here = device.type == self.device.type
         cache = (self._factory if here else self._factory.portable())(*self._args)
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
-            cache._buffers[name] = tensor.transpose(0, 1)
+            setattr(cache, name, tensor.transpose(0, 1))
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)

@@ -21,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from host.memory import page_aligned, whole_blocks
+from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -43,16 +43,18 @@ class Layout:
         self.nbytes = 0
         for name, tensor in self.tensors.items():
             self.offsets[name] = self.nbytes
-            self.nbytes += whole_blocks(tensor.nbytes)
+            self.nbytes += round_up_to_block(tensor.nbytes)
 
     def allocate(self, device: torch.device) -> Parts:
         """Memory for all of them, of each by itself: a compiler must not take two for one."""
-        sizes = {name: whole_blocks(tensor.nbytes) for name, tensor in self.tensors.items()}
+        sizes = {name: round_up_to_block(tensor.nbytes) for name, tensor in self.tensors.items()}
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
     def cut(self, slab: Tensor) -> Parts:
         """The parts of one piece of memory."""
-        ends = (at + whole_blocks(self.tensors[name].nbytes) for name, at in self.offsets.items())
+        ends = (
+            at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
+        )
         return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def of(self, parts: Parts) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from host.log import log
 from host.measurements import cache_directory
+from host.torch_private import has_cpu_kernel
 
 SOURCES = sorted(Path(__file__).resolve().parent.glob("*.cpp"))
 NEEDED = "avx512_vnni", "avx512_bf16"
@@ -52,7 +53,7 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 def build() -> str | None:
     """Load the C++ sources, compiled once for each torch and CPU. None: it worked."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("gpt_flex::quantized_linear", "CPU"):
+    if has_cpu_kernel("gpt_flex::quantized_linear"):
         return None
     from torch.utils import cpp_extension  # imports setuptools: not before it is needed
 

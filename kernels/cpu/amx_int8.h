@@ -1,0 +1,102 @@
+#pragma once
+
+#include "amx.h"
+#include "vnni.h"
+
+namespace {
+
+#ifdef __AMX_INT8__
+// As strips_by_rows, eight rows and two strips, with the same bits: (2, 8, 16). While AMX multiplies
+// by a block, the next is unpacked and the one before is scaled, so that none waits for another.
+template <Format F, int64_t BLOCK>
+void two_strips_by_eight_rows(const Weights& w, const int64_t (&n)[2], const Rows& x, int64_t first,
+                              __m512* y) {
+  static constexpr int32_t kZeros[2 * kEight * kStrip] = {};
+  constexpr int64_t kBlocks = kSpan / BLOCK, kHeader = header_bytes<F>(BLOCK);  // of a span
+  constexpr int64_t kBytes = kStrip * BLOCK * bits(F) / 8, kSpanBytes = kHeader + kBlocks * kBytes;
+  auto header_at = [](int64_t b) { return b / kBlocks * kSpanBytes; };
+  auto weights_at = [=](int64_t b) { return header_at(b) + kHeader + b % kBlocks * kBytes; };
+  alignas(kLine) uint8_t unpacked[2][2][kStrip * BLOCK];  // of two blocks, by turns
+  alignas(kLine) int32_t sums[2][kEight][2][kStrip];      // of the bytes hi, and of lo
+  const uint8_t* spans[2] = {w.spans(n[0]), w.spans(n[1])};
+  const int8_t* rows = x.high(first);
+  const int64_t blocks = x.blocks, stride = x.stride;
+  const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
+  __m512 totals[2][kEight];
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kEight; i++) totals[i / kEight][i % kEight] = _mm512_setzero_ps();
+
+  for (int64_t b = -1; b <= blocks; b++) {
+    if (b > 0) amx_store<kSums0>(sums[0]), amx_store<kSums1>(sums[1]);
+    if (b >= 0 && b < blocks) {
+      const uint8_t* tiles[2];
+      for (int t = 0; t < 2; t++)
+        tiles[t] = bits(F) == 4 ? unpacked[b % 2][t] : spans[t] + weights_at(b);
+      amx_load<kSums0>(kZeros, kLine), amx_load<kSums1>(kZeros, kLine);
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < BLOCK; k += kChunk) {
+        amx_load<kRows>(rows + b * BLOCK + k, stride);
+        for (int t = 0; t < 2 && bits(F) == 8; t++)
+          prefetch(tiles[t] + kStrip * k + kAhead, kStrip * kChunk);
+        amx_load<kWeights0>(tiles[0] + kStrip * k, kLine), amx_dot<kSums0, kWeights0>();
+        amx_load<kWeights1>(tiles[1] + kStrip * k, kLine), amx_dot<kSums1, kWeights1>();
+      }
+    }
+    if (const int64_t next = b + 1; bits(F) == 4 && next < blocks) {
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; t++) {
+        const uint8_t* from = spans[t] + weights_at(next);
+        if (next % kBlocks == 0) prefetch(from - kHeader + kAhead, kHeader);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kBytes; i += kLine) {
+          __m512i tile[2];
+          _mm_prefetch(from + i + kAhead, _MM_HINT_T0);
+          unpack<F>(from + i, tile);
+          _mm512_store_si512(unpacked[next % 2][t] + 2 * i, tile[0]);
+          _mm512_store_si512(unpacked[next % 2][t] + 2 * i + kLine, tile[1]);
+        }
+      }
+    }
+    if (const int64_t last = b - 1; last >= 0) {
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; t++) {
+        const uint8_t* header = spans[t] + header_at(last);
+        const __m512 zero = load_zeros<F>(header, BLOCK, last % kBlocks);
+        const __m512 scale = load_scales<F>(header, last % kBlocks);
+#pragma GCC unroll 8
+        for (int m = 0; m < kEight; m++) {
+          const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[t][m][0]), 8);
+          const __m512i sum = _mm512_add_epi32(high, _mm512_load_si512(sums[t][m][1]));
+          totals[t][m] = add_block(totals[t][m], sum, zero, scale, row_sums[m], row_scales[m]);
+        }
+      }
+      row_sums += kEight, row_scales += kEight;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kEight; i++)
+    y[i] = _mm512_mul_ps(totals[i / kEight][i % kEight], _mm512_loadu_ps(w.scales(n[i / kEight])));
+}
+
+// Rows in eights as long as more than a few are left; the row after them.
+template <Format F>
+int64_t take_eights(const Weights& w, const int64_t (&n)[2], const Rows& x, const Output& out) {
+  int64_t m = 0;
+  __m512 y[2 * kEight];
+  for (; has_amx() && out.M - m > kFew; m += kEight) {
+    if (w.block == 32) two_strips_by_eight_rows<F, 32>(w, n, x, m, y);
+    else if (w.block == 64) two_strips_by_eight_rows<F, 64>(w, n, x, m, y);
+    else if (w.block == 128) two_strips_by_eight_rows<F, 128>(w, n, x, m, y);
+    else two_strips_by_eight_rows<F, 256>(w, n, x, m, y);
+    for (int i = 0; i < 2 * kEight; i++)
+      if (m + i % kEight < out.M) out.put(m + i % kEight, n[i / kEight], y[i]);
+  }
+  return m;
+}
+#else
+
+template <Format F>
+int64_t take_eights(const Weights&, const int64_t (&)[2], const Rows&, const Output&) { return 0; }
+#endif
+
+}  // namespace
