@@ -30,10 +30,22 @@ if __name__ == "__main__":  # a wrong option or a missing file is answered befor
 
     ARGS = command.begin(parse_args)
 
+from decoding import LoadedModel
+from engine import complete, generate, stream
+from load import load_model, random_model
+from text.completion import Completion
+from text.generation_config import GenerationConfig
 
-__all__ = (
-    "Completion GenerationConfig LoadedModel complete generate load_model random_model stream"
-).split()
+__all__ = [
+    "Completion",
+    "GenerationConfig",
+    "LoadedModel",
+    "complete",
+    "generate",
+    "load_model",
+    "random_model",
+    "stream",
+]
 
 
 def main(args: "argparse.Namespace") -> int:

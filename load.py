@@ -21,11 +21,9 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
-from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
 from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
-from options.rules import broken_rule
 from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
@@ -35,11 +33,11 @@ from quant.linear import (
     quantized_copy,
     round_to_nearest,
 )
-from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
 
 if TYPE_CHECKING:
     from offload import Fill, Stored, StreamedLayers
+    from text.tokenizer import Tokenizer
     from tiers.policy import Policy
 
 
@@ -60,6 +58,8 @@ def load_model(
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
+    from text.tokenizer import load_tokenizer
+
     options = checked(replace(options, **changes))
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -80,6 +80,8 @@ def random_model(
     scheme: how its linears are quantised, see make_scheme in quant/linear.py; None: they are
     dense. changes: fields of LoadOptions by name.
     """
+    from text.tokenizer import id_tokenizer
+
     options = checked(replace(options, **changes))
     weights = RandomWeights(read_json(Path(config_file)), scheme)
     tokenizer = id_tokenizer(weights.args.vocab_size)
@@ -90,6 +92,9 @@ def random_model(
 def checked(options: LoadOptions) -> LoadOptions:
     """The options, with a dtype of torch. ValueError for options that do not go together, and for
     a device, dtype or cache that does not exist."""
+    from host.devices import find_device
+    from options.rules import broken_rule
+
     plain = options.policy is not None and options.policy.plain
     options = replace(options, policy=None) if plain else options
     if message := broken_rule(options.chosen()):
@@ -121,7 +126,7 @@ def assemble(
         model.cache_factory = find_cache(options.kv_dtype)
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
-        layers = stream_layers(model, policy, dtype, device)
+        layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy, device)
         stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
         fill_model(model, strategy, fill, layers, stored, device, dtype)
@@ -338,10 +343,6 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
     """A model whose layers come to the device one after the other."""
-    if options.compile:
-        from compiled import compiled_block
-
-        model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
     caches = partial(place_caches, options.policy)
     prefill = options.policy.prefill_chunk_tokens
     return LoadedModel(
@@ -371,14 +372,21 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
 
 
 def stream_layers(
-    model: Transformer, policy: Policy | None, dtype: torch.dtype, device: torch.device
+    model: Transformer, options: LoadOptions, dtype: torch.dtype
 ) -> StreamedLayers | None:
-    """Let the layers of a model on the meta device be where a policy says."""
-    if policy is None:
+    """Replace the layers of a model on the meta device by layers that a policy places."""
+    if options.policy is None:
         return None
-    from offload import StreamedLayers
+    from offload import StreamedLayers, eager
 
-    model.layers = StreamedLayers(model.layers, policy, dtype, device)
+    def run() -> Callable[..., Tensor]:
+        if not options.compile:
+            return eager
+        from compiled import compiled_block
+
+        return compiled_block(model, options.device)
+
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, run)
     return model.layers
 
 
@@ -443,6 +451,8 @@ def check_draft(
     scheme: dict[str, Any] | None,
 ) -> None:
     """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
+    from text.tokenizer import first_difference
+
     if isinstance(draft, LoadedModel):
         theirs = draft.model.args.vocab_size
         if abs(theirs - vocab_size) > MAX_PADDED_IDS:

@@ -12,6 +12,7 @@ Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -68,12 +69,17 @@ class StreamedLayers(nn.ModuleList):
     """
 
     def __init__(
-        self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
+        self,
+        layers: nn.ModuleList,
+        policy: Policy,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_run: Callable[[], Callable[..., Tensor]] = lambda: eager,
     ):
         super().__init__(layers)
+        self._make_run = make_run
         self._files: dict[Path, Store] = {}
         self.wait_times = {"layers": WaitTime(), "cache": WaitTime()}
-        self.run: Callable[..., Tensor] = eager  # or compiled
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
@@ -93,6 +99,11 @@ class StreamedLayers(nn.ModuleList):
         self.locations: dict[int, Source] = {
             j: (HostMemory(slab), self.layout.offsets) for j, slab in self._slabs.items()
         }
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """Calls a block with its inputs: eager, or a compiled function."""
+        return self._make_run()
 
     def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Memory for a tensor of the model; None: it stays on disk."""
