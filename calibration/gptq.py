@@ -3,9 +3,9 @@
 Start at quantize_blocks. One block of the model is in memory at a time. Calibration texts run
 through it, which gives the Hessian of each linear's squared output error: H = Y'Y over its inputs
 Y. `gptq` rounds the columns of the linear one by one; the columns not yet rounded compensate the
-error. `refine` then improves the result by coordinate descent. The next linear gets its inputs from the
-quantised linears before it. The texts also run through the dense block: X'Y, with the dense inputs
-X, tells how far the inputs have drifted.
+error. `refine` then improves the result by coordinate descent. The next linear gets its inputs
+from the quantised linears before it. The texts also run through the dense block: X'Y, with the
+dense inputs X, tells how far the inputs have drifted.
 
 Based on Frantar et al., "GPTQ" (arXiv 2210.17323): algorithm 1 with blocks of columns, the Cholesky
 form and damping of section 3.3, and groups. act_order with groups fixed beforehand is from the
