@@ -1,0 +1,17 @@
+"""What is learned from texts: integers of int4 weights, and predictors of active neurons.
+
+texts.py      calibrated_blocks: the way from a text to the int4 weights of all blocks, for
+              quantize.py --mode int4-gptq
+gptq.py       GPTQ of one block after another, so that one block is in memory at a time
+distill.py    training of the integers through the whole model, for small models
+predictor.py  which feed-forward neurons a token activates, for flash.py
+
+A text becomes token ids (texts.calibration_tokens). They run through the dense model block by
+block; gptq.py and predictor.py see the inputs of each layer and write a file per block or layer.
+These files are in a directory beside the result, and the same command continues from them after an
+interruption. No checkpoint needs this package when it runs: it is imported by quantize.py and
+flash.py alone.
+
+Start at texts.calibrated_blocks. Sources: GPTQ (arXiv 2210.17323), QuantEase (2309.01885), GPTAQ
+(2504.02692), LLM-QAT (2305.17888), LLM in a flash (2312.11514).
+"""

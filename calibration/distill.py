@@ -1,12 +1,13 @@
-"""Int4 weights trained through the whole model until it says what the dense model says.
+"""Training of int4 weights by distillation from the dense model.
 
-Start at distill. GPTQ brings each layer near to what the dense layer computes; here the integers
-of all layers move together, and what they are held against is the dense model's distribution over
-the next token. Only integers move: scales, zero points, norms, biases and tables stay as they are.
+Start at distill. GPTQ makes each layer compute nearly what the dense layer computes. Here the
+integers of all layers are trained together, to minimise the divergence between the distributions of
+the dense and of the quantised model over the next token. Scales, zero points, norms, biases and
+embeddings do not change.
 
-Integers have no gradient: they are rounded from latent reals, which are given the gradient of what
-they are rounded to (the straight-through estimator of Bengio et al., arXiv 1308.3432; a language
-model's own distribution as the target is LLM-QAT's, 2305.17888).
+Integers have no gradient. They are rounded from latent floats, which receive the gradient of the
+integers (the straight-through estimator of Bengio et al., arXiv 1308.3432). Taking the dense
+model's own distribution as the target is from LLM-QAT (2305.17888).
 
 Shapes: N out_features, K in_features, S groupsize, P groups, B texts, T tokens, V vocab.
 """
@@ -26,12 +27,12 @@ from load import count_weights, meta_model
 from model import Linear, ModelArgs, Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
-TOKENS = 2048  # of a step, at least one text
-RATE = 0.005  # integers, Adam's first step; it falls to 0 as half a cosine does
-BETAS = 0.3, 0.99  # Adam's; with its 0.9 many latents overshoot together, and short runs do harm
-NEAR = 0.45  # of an integer: as far from it a latent may begin
-UNSEEN = 16  # texts to measure on, about, where there are many
-SAVE = 25  # steps, after each of which a later run can go on
+TOKENS_PER_STEP = 2048  # or one text, if that is longer
+LEARNING_RATE = 0.005  # Adam's first step, in integers; falls to 0 along half a cosine
+BETAS = 0.3, 0.99  # Adam's; with 0.9 many latents overshoot together and short runs do harm
+MAX_START_OFFSET = 0.45  # of a latent from its integer before training
+HELD_OUT_TEXTS = 16  # about, if there are many; see distill
+STEPS_PER_SAVE = 25
 
 
 def distill(
@@ -42,36 +43,36 @@ def distill(
     work: Path,
     device: torch.device,
 ) -> tuple[dict[str, Buffers], float, float]:
-    """The blocks with integers trained for `steps`, and what they gain on texts not trained on.
+    """Train the integers of blocks. Returns the blocks and the divergence before and after.
 
-    tokens: (B, T) ids; every eighth text, or some UNSEEN of many, is kept to measure on. blocks:
-    the Int4Linear of each linear. work: a directory where a run that broke off is taken up.
-    Returns also the divergence before and after, nats per token; where it is no smaller after,
-    the blocks are those given. What it takes is training_bytes.
+    tokens: (B, T) ids; every eighth text, or about HELD_OUT_TEXTS of many, is held out to measure
+    the divergence, in nats per token. blocks: the int4 buffers of each linear. work: a directory
+    from which an interrupted run continues. If the divergence does not fall, returns the blocks as
+    given. Takes training_bytes of memory.
     """
     teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)
     student, latents = latent_copy(teacher, blocks)
     tokens = tokens.to(device)
-    kept = torch.arange(len(tokens)) % max(8, len(tokens) // UNSEEN) == 0
-    unseen, seen = tokens[kept], tokens[~kept] if len(tokens) > 1 else tokens
-    before = mean_divergence(teacher, student, unseen)
-    train(teacher, student, seen, steps, work / f"trained{steps}.pt")
-    after = mean_divergence(teacher, student, unseen)
+    held_out = torch.arange(len(tokens)) % max(8, len(tokens) // HELD_OUT_TEXTS) == 0
+    measured, trained = tokens[held_out], tokens[~held_out] if len(tokens) > 1 else tokens
+    before = mean_divergence(teacher, student, measured)
+    train(teacher, student, trained, steps, work / f"trained{steps}.pt")
+    after = mean_divergence(teacher, student, measured)
     if after < before:
         blocks = {name: latent.as_stored() for name, latent in latents.items()}
     return blocks, before, after
 
 
 def training_bytes(args: ModelArgs) -> int:
-    """Of memory, at least: weights, latents, what these are rounded to, gradients, two averages."""
+    """Return the least memory: weights, latents, integers, gradients and two averages of Adam."""
     return 6 * 4 * count_weights(args)
 
 
 def train(
     teacher: Transformer, student: Transformer, tokens: Tensor, steps: int, state: Path
 ) -> None:
-    """Move the student's latents. state: the file to go on from, written every few steps."""
+    """Train the student's latents. state: a file to continue from, written every STEPS_PER_SAVE."""
     latents = [p for p in student.parameters() if p.requires_grad]
     optimizer, done = torch.optim.Adam(latents, betas=BETAS), 0
     if state.exists():
@@ -80,13 +81,13 @@ def train(
         for latent, value in zip(latents, saved, strict=True):
             latent.data.copy_(value)
     for step in tqdm(range(done, steps), initial=done, total=steps, desc="train", unit="step"):
-        optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        generator = torch.Generator().manual_seed(step)  # a run taken up here draws the same
-        drawn = torch.randperm(len(tokens), generator=generator)[: texts_of_a_step(tokens)]
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
+        generator = torch.Generator().manual_seed(step)  # a continued run draws the same
+        drawn = torch.randperm(len(tokens), generator=generator)[: texts_per_step(tokens)]
         optimizer.zero_grad()
         divergence(teacher, student, tokens[drawn.to(tokens.device)]).backward()
         optimizer.step()
-        if (step + 1) % SAVE == 0:
+        if (step + 1) % STEPS_PER_SAVE == 0:
             values = [latent.detach() for latent in latents]
             torch.save((step + 1, values, optimizer.state_dict()), state.with_suffix(".next"))
             state.with_suffix(".next").replace(state)
@@ -94,32 +95,33 @@ def train(
 
 @torch.no_grad()
 def mean_divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
-    """The divergence over many texts, (B, T), a step's worth at a time."""
-    parts = tokens.split(texts_of_a_step(tokens))
+    """Return the divergence over texts, (B, T), computed texts_per_step at a time."""
+    parts = tokens.split(texts_per_step(tokens))
     return sum(len(p) * divergence(teacher, student, p).item() for p in parts) / len(tokens)
 
 
 def divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> Tensor:
-    """KL(teacher || student) of the next token, nats per token of (B, T) ids."""
+    """Return KL(teacher || student) of the next token: nats per token of (B, T) ids."""
     with torch.no_grad():
         target = log_probabilities(teacher, tokens)
-    said = log_probabilities(student, tokens)  # (B, T, V)
-    return F.kl_div(said, target, reduction="sum", log_target=True) / tokens.numel()
+    found = log_probabilities(student, tokens)  # (B, T, V)
+    return F.kl_div(found, target, reduction="sum", log_target=True) / tokens.numel()
 
 
-def texts_of_a_step(tokens: Tensor) -> int:
-    return max(1, TOKENS // tokens.shape[1])
+def texts_per_step(tokens: Tensor) -> int:
+    """Return the texts of a training step, for (B, T) ids."""
+    return max(1, TOKENS_PER_STEP // tokens.shape[1])
 
 
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """(B, T) ids -> (B, T, V)."""
-    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    """Return the log-probabilities of the next token, (B, T) ids -> (B, T, V)."""
+    pos = torch.arange(tokens.shape[1], device=tokens.device)
     caches = model.make_caches(*tokens.shape)
-    return model(tokens, slots.expand_as(tokens), slots, caches).log_softmax(-1)
+    return model(tokens, pos.expand_as(tokens), pos, caches).log_softmax(-1)
 
 
 class LatentInt4(nn.Module):
-    """An Int4Linear whose integers are rounded from latent reals, (N, P, S), as it is used."""
+    """An Int4Linear whose integers are rounded from latent floats, (N, P, S), at each call."""
 
     def __init__(self, linear: Linear, given: Buffers):
         super().__init__()
@@ -131,24 +133,29 @@ class LatentInt4(nn.Module):
         q = unpack_nibbles(given["weight"].to(device)).float().unflatten(1, (P, -1))  # (N, P, S)
         weight = F.pad(linear.weight, (0, q[0].numel() - K)).view_as(q)
         unrounded = weight / self.scales + self.zeros
-        self.latent = nn.Parameter(q + (unrounded - q).clamp(-NEAR, NEAR))
+        self.latent = nn.Parameter(q + (unrounded - q).clamp(-MAX_START_OFFSET, MAX_START_OFFSET))
 
     def integers(self) -> Tensor:
+        """Return the rounded latents."""
         return self.latent.detach().round().clamp(0, 15)  # (N, P, S)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.integers() + (self.latent - self.latent.detach())  # with the latents' gradient
+        q = self.integers() + (self.latent - self.latent.detach())  # the latents get its gradient
         weight = ((q - self.zeros) * self.scales).flatten(1)[:, : self.in_features]
         return F.linear(x, weight, self.bias)
 
     def as_stored(self) -> Buffers:
+        """Return the buffers of the Int4Linear on the CPU."""
         return self.given | {"weight": pack_nibbles(self.integers().flatten(1)).cpu()}
 
 
 def latent_copy(
     model: Transformer, blocks: dict[str, Buffers]
 ) -> tuple[Transformer, dict[str, LatentInt4]]:
-    """The model with latents in place of the named linears; it shares all other tensors."""
+    """Return a copy with LatentInt4 in place of the named linears, and those by name.
+
+    The copy shares all other tensors with the model.
+    """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     latents = {name: LatentInt4(model.get_submodule(name), b) for name, b in blocks.items()}

@@ -42,7 +42,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What GPTQ leaves of a demo model's error is regained in 250 steps, not in 30.
     """
-    monkeypatch.setattr(distill, "TOKENS", TEXTS * 96)
+    monkeypatch.setattr(distill, "TOKENS_PER_STEP", TEXTS * 96)
     monkeypatch.setattr(calibrate, "gptq_blocks", rounded_blocks)
 
 
@@ -164,7 +164,7 @@ def test_training_brings_the_file_nearer_to_the_dense_model_by_its_integers_alon
 
 
 def test_training_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "SAVE", 4)
+    monkeypatch.setattr(distill, "STEPS_PER_SAVE", 4)
     assert run(demo, 10) == 0
     whole = target(demo).read_bytes()
     target(demo).unlink()
@@ -191,7 +191,7 @@ def test_training_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monke
 def test_where_training_does_harm_the_integers_of_gptq_are_kept(demo: Path, monkeypatch, capsys):
     assert run(demo, steps=0) == 0
     untrained = target(demo).read_bytes()
-    monkeypatch.setattr(distill, "RATE", 5.0)
+    monkeypatch.setattr(distill, "LEARNING_RATE", 5.0)
     capsys.readouterr()
     assert run(demo, 3) == 0
     assert "GPTQ's integers are kept" in capsys.readouterr().err
@@ -207,11 +207,11 @@ def test_one_text_is_enough(demo: Path):
 
 def test_small_models_are_trained_unless_told_otherwise():
     small = Checkpoint(ROOT / "checkpoints" / "demo")
-    assert calibrate.train_steps(small) == calibrate.TRAIN_STEPS
+    assert calibrate.default_train_steps(small) == calibrate.TRAIN_STEPS
     config = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 22}
     config |= {"num_attention_heads": 32, "intermediate_size": 5632, "vocab_size": 32000}
     small.args = model_args(config)
-    assert calibrate.train_steps(small) == 0
+    assert calibrate.default_train_steps(small) == 0
 
 
 def test_training_that_does_not_fit_is_refused_before_it_begins(demo: Path, monkeypatch, capsys):

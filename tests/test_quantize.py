@@ -21,6 +21,7 @@ from host.memory import size_text
 from kernels.cpu import build
 from load import load_model, random_model
 from model import Linear
+from options.settings import CalibrationOptions
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -330,8 +331,7 @@ def test_options_of_quantize_are_checked(option: str, value: int, says: str, cap
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     for name, mark in (("with.txt", b"\xef\xbb\xbf"), ("without.txt", b"")):
         (tmp_path / name).write_bytes(mark + b"One day")
-        args = quantize.argparse.Namespace(calibration_file=tmp_path / name)
-        assert calibration_text(args) == "One day"
+        assert calibration_text(CalibrationOptions(tmp_path / name)) == "One day"
 
 
 def test_int8_has_no_group_size(capsys: pytest.CaptureFixture):
