@@ -1,9 +1,10 @@
-"""The products of kernels/cpu: built once, registered as operators, put into a model.
+"""Puts the operators of kernels/cpu into a model.
 
-Start at use_fast_linears. It replaces quantised linears by TiledLinear, which hold the same integers in
-the order that the CPU reads them in, and dense ones by FewRowsLinear; then attend_fast lets caches
-attend by kernels/cpu/attention.cpp. Where the CPU, the compiler or the dtype does not support them,
-a model keeps its layers, which are slower and are the reference in tests.
+Start at use_fast_linears. It replaces each quantised linear by a TiledLinear, which holds the same
+integers in the order in which the CPU reads them, and each dense linear by a FewRowsLinear.
+attend_fast then makes KV caches use kernels/cpu/attention.cpp. A model keeps its own layers, which
+are slower and are the reference in tests, if the CPU, the compiler or the dtype does not support
+the operators.
 """
 
 from collections.abc import Callable
@@ -16,59 +17,56 @@ from torch import Tensor, nn
 
 from host.log import log
 from host.memory import page_aligned
-from kernels.cpu.build import build, unsupported_reason
+from kernels.cpu.build import build, layout, unsupported_reason
 from model import KVCache, Linear, RMSNorm, Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
-INT8, INT4, INT4_HALF = 80, 41, 42  # its Format
-INT8_BLOCK = 128  # inputs that share a scale of the activations
 MIN_DENSE_BYTES = (
     2**24
 )  # bytes of dense weights; with fewer nobody waits long enough to compile for them
 
 
 class TiledLinear(nn.Module):
-    """A quantised linear in the order that kernels/cpu/products.cpp reads. It computes in bfloat16.
+    """A quantised linear with packed weights (kernels/cpu/layout.h). It computes in bfloat16.
 
-    One that is on the meta device gives its shape only: weights come by `take`.
+    A linear on the meta device gives its shape only; `take` packs weights later.
     """
 
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.strips = -(-self.out_features // STRIP)
+        self.strips = -(-self.out_features // layout().strip)
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
-        widest = INT8 if isinstance(linear, Int8Linear) else INT4_HALF
-        # What a shorter format leaves of it is never touched, and takes no memory.
-        self._room = page_aligned(self.strips * strip_bytes(linear, widest), torch.device("cpu"))
+        widest = layout().int8 if isinstance(linear, Int8Linear) else layout().int4_half
+        # A shorter format leaves the last pages untouched, which then take no memory.
+        self._buffer = page_aligned(self.strips * strip_bytes(linear, widest), torch.device("cpu"))
         if not linear.weight.is_meta:
             self.take(linear)
 
     @torch.no_grad()
     def take(self, linear: QuantizedLinear) -> None:
-        """Hold the weights of another linear of the same kind and shape, which may then go.
+        """Pack the weights of a linear of the same kind and shape, which may be freed afterwards.
 
-        The thread that calls packs them alone, without the interpreter's lock.
+        The calling thread packs alone, without Python's global lock.
         """
         zeros = getattr(linear, "zeros", None)
-        format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._room)
+        format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
         size = strip_bytes(linear, format)
-        self.packed = self._room[: self.strips * size].view(self.strips, size)
+        self.packed = self._buffer[: self.strips * size].view(self.strips, size)
         if linear.bias is not None:
-            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % STRIP))
-        self._how = format, block_of(linear), self.out_features
+            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % layout().strip))
+        self._format = format, block_of(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).bfloat16()  # (M, K)
-        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._how)
+        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._format)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewRowsLinear(nn.Module):
-    """A dense linear, with the same weights. Up to 16 rows are read together with them, by AMX in
-    the time of one; more are torch's."""
+    """A dense linear that shares the weights of another. Up to 16 rows go to the operator linear,
+    which with AMX takes no longer than for one row; more rows go to PyTorch."""
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -81,37 +79,34 @@ class FewRowsLinear(nn.Module):
 
 
 def block_of(linear: QuantizedLinear) -> int:
-    """The inputs that share a scale: of the weights or, int8, of the activations alone."""
-    return linear.groupsize if isinstance(linear, Int4Linear) else INT8_BLOCK
+    """Return the inputs that share a scale of the weights or, for int8, of the activations."""
+    return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
-    """Of 16 outputs: their scales, then spans, each with a header in front of its tiles."""
-    bits, scale_bytes = divmod(format, 10)
-    groups = SPAN // block_of(linear) if format != INT8 else 0  # of a span
-    header = groups * (STRIP * scale_bytes + STRIP // 2)
-    inputs = linear.weight.shape[1] * 8 // bits
-    return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
+    """Return the packed bytes of one strip of outputs."""
+    row_bytes = linear.weight.shape[1] * linear.weight.itemsize
+    return torch.ops.gpt_flex.strip_bytes(format, row_bytes, block_of(linear))
 
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Give a model that is on the CPU faster products, if that is possible and worth it here.
+    """Replace the linears of a model on the CPU by faster ones, if this CPU supports them.
 
-    dtype: what the products may compute in. large: whether dense weights are worth it, None: by
-    their bytes. Linears on the meta device have no weights to pack.
+    dtype: of the activations. large: whether to replace dense linears; None: if they hold
+    MIN_DENSE_BYTES. Linears on the meta device stay, as they have no weights to pack.
     """
-    here = {
+    linears = {
         n: m
         for n, m in model.named_modules()
         if isinstance(m, (Linear, QuantizedLinear)) and not m.weight.is_meta
     }
-    quantised = {n: m for n, m in here.items() if isinstance(m, QuantizedLinear)}
-    dense = {n: m for n, m in here.items() if m.weight.dtype == torch.bfloat16}
+    quantised = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    dense = {n: m for n, m in linears.items() if m.weight.dtype == torch.bfloat16}
     if quantised and (reason := unsupported_reason(dtype) or build()):
         log(f"quantised layers run slowly here: {reason}")
     elif quantised:
         for name, linear in quantised.items():
-            model.set_submodule(name, TiledLinear(linear))  # one layer at a time is there twice
+            model.set_submodule(name, TiledLinear(linear))  # memory holds one layer twice
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.same_bits = False
@@ -123,10 +118,10 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
 
 
 def attend_fast(model: Transformer) -> None:
-    """Let caches of a model that has such products attend by kernels/cpu/attention.cpp.
+    """Make the KV caches of a model with fast linears use kernels/cpu/attention.cpp.
 
-    Where query heads share keys and values torch's is as fast. A step and a sweep of several
-    tokens have to go the same way, so that a draft's text is plain text to the bit.
+    PyTorch is as fast if query heads share keys and values. A decode step and a verify pass must
+    use the same attention, so that a text with a draft model has the bits of one without.
     """
     alone = model.args.n_heads == model.args.n_kv_heads
     if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
@@ -134,7 +129,7 @@ def attend_fast(model: Transformer) -> None:
 
 
 def attending(new_cache: Callable[..., KVCache], *given: Any) -> KVCache:
-    """A new cache, see KVCache, with such attention."""
+    """Return a new cache that attends by kernels/cpu/attention.cpp."""
     cache = new_cache(*given)
     cache.attention = torch.ops.gpt_flex.attention
     return cache

@@ -1,1 +1,1 @@
-"""Kernels written for one kind of machine: gpu/ holds the Triton kernels for NVIDIA GPUs."""
+"""Kernels written for one kind of machine: cpu/ in C++ with AVX-512 and AMX, gpu/ in Triton."""

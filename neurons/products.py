@@ -1,10 +1,9 @@
-"""What neurons give to rows of a text, by their records: by torch, or by kernels/cpu/neurons.cpp.
+"""Computes a feed-forward layer from the records of some of its neurons.
 
-Start at Products.sums. On a CPU that has the instructions, records are computed as they lie, and of
-neurons that are not active only what tells so is read; elsewhere torch unpacks what is no dense
-weight, and multiplies by everything.
+Start at Products.sums. kernels/cpu/neurons.cpp reads records as they are stored, and of an inactive
+neuron only its first row. Elsewhere PyTorch unpacks the records and multiplies by all of them.
 
-Shapes: N rows, D dim, F neurons, C slots, n records.
+Shapes: N rows, D dim, F neurons, C entries of the neuron cache, n records.
 """
 
 from dataclasses import dataclass
@@ -14,35 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.build import build, unsupported_reason
+from kernels.cpu.build import build, layout, unsupported_reason
 from neurons.records import Format
 from tiers.prefetch import sent
 
-BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight, as kernels/cpu/neurons.cpp has it
-TOGETHER = 32  # weights that it unpacks together
+BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight
 
 torch.library.define(
     "gpt_flex::neurons",
-    "(Tensor x, Tensor records, Tensor? slots, Tensor ids, Tensor bias, Tensor? scales, "
+    "(Tensor x, Tensor records, Tensor? entries, Tensor ids, Tensor bias, Tensor? scales, "
     "int[] fields, int bits, int group) -> (Tensor, int)",
 )
 
 
 def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels/cpu/neurons.cpp computes such records here. The first call builds it."""
-    if device.type != "cpu" or format.dim % TOGETHER or format.groupsize % TOGETHER:
+    """Return whether kernels/cpu/neurons.cpp takes such records. The first call compiles it."""
+    if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
-    if format.kind == "dense" and format.dtype != dtype:
+    if unsupported_reason(dtype) or build():
         return False
-    return not (unsupported_reason(dtype) or build())
+    return format.dim % layout().chunk == 0 and format.groupsize % layout().chunk == 0
 
 
 @dataclass(frozen=True)
 class Products:
-    """The products by neurons of one layer.
+    """The weights of one layer that are not in records, and how to compute with records.
 
-    bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last neuron stands for an empty
-    slot, and is never active. kernel: has_kernel.
+    bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last row belongs to empty entries,
+    which are never active. kernel: see has_kernel.
     """
 
     format: Format
@@ -52,15 +50,15 @@ class Products:
 
     @property
     def by_slots(self) -> bool:
-        """Whether all slots are computed at the cost of their memory, and none is unpacked."""
+        """Whether computing all entries costs no more than reading them, as none is unpacked."""
         return self.kernel or self.format.kind == "dense"
 
     def sums(
         self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """What neurons give to the rows, (N, D) -> (N, D) float32, and how many are active.
+        """Return the layer's output for rows, (N, D) -> (N, D) float32, and the active neurons.
 
-        records: (C, stride) bytes, neurons: (C,) of them; some: (n,) slots, None: all.
+        records: (C, stride) bytes. neurons: (C,), of each record. some: (n,) entries, None: all.
         """
         index = None if some is None else sent(torch.from_numpy(some), rows.device)
         if self.kernel:
@@ -77,7 +75,7 @@ class Products:
         return (h @ down).float(), (h != 0).any(0).sum()
 
     def hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
-        """(N, D) rows -> (N, n): what records of such neurons make of them."""
+        """Return the hidden values of rows: (N, D) -> (N, n)."""
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
             y = F.linear(rows, self.format.rows(records, matrix, rows.dtype))  # (N, n)
@@ -89,11 +87,11 @@ class Products:
 
 
 def taken(records: Tensor, index: Tensor) -> Tensor:
-    """Those of the records, (n, stride) bytes, copied eight bytes at a time: 40 times as fast."""
+    """Copy records, (C, stride) -> (n, stride) bytes, as words of eight bytes: 40 times as fast."""
     return records.view(torch.int64)[index].view(torch.uint8)
 
 
 def put(slab: Tensor, index: Tensor, records: Tensor) -> None:
-    """Let records, (n, stride) bytes, be in those slots of a slab; they may come from the host."""
+    """Copy records, (n, stride) bytes, from the host or the device to entries of a slab."""
     words = sent(records, slab.device).view(torch.int64)
     slab.view(torch.int64)[index] = words

@@ -1,6 +1,7 @@
 """Products by records of neurons, of kernels/cpu/neurons.cpp and of torch, against float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     unsupported_reason = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
     monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
+    monkeypatch.setattr("neurons.products.layout", lambda: SimpleNamespace(chunk=32))
     taken = Format(PLAIN, 64, "dense", torch.bfloat16)
     odd = Format(PLAIN, 40, "dense", torch.bfloat16)
     other = Format(PLAIN, 64, "dense", torch.float32)

@@ -15,7 +15,6 @@ import quantize
 from calibration.texts import calibration_text
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
-from fast_layers import cpu as cpu_products
 from fast_layers.cpu import TiledLinear
 from generate import GenerationConfig
 from kernels.cpu import build
@@ -182,8 +181,8 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     short = TiledLinear(layer)
     layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
     long = TiledLinear(layer)
-    formats = short._how[0], long._how[0]
-    assert formats == (cpu_products.INT4, cpu_products.INT4_HALF)
+    formats = short._format[0], long._format[0]
+    assert formats == (build.layout().int4, build.layout().int4_half)
     weight, bias = layer.dense(torch.float64), layer.bias.double()
     for rows in (x[:1], x[:3], x[:60], x):
         wanted = rows.double() @ weight.t() + bias
