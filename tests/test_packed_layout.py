@@ -17,14 +17,20 @@ PROGRAM = """
 #include <cstdlib>
 #include "layout.h"
 
+template <Format F>
+void print(long row_bytes, long block) {
+  const int64_t sizes[] = {header_bytes<F>(block), span_bytes<F>(block),
+                           strip_bytes<F>(row_bytes, block), strip_bytes_of(F, row_bytes, block)};
+  for (int64_t n : sizes) std::printf(" %ld", long(n));
+}
+
 int main(int, char** arguments) {
-  auto number = [&](int i) { return std::atoll(arguments[i]); };
-  const auto format = static_cast<Format>(number(1));
-  const int64_t row_bytes = number(2), block = number(3);
-  std::printf("%ld %ld %ld %ld %ld %ld ", long(kStrip), long(kChunk), long(kInt8Block), long(kInt8),
-              long(kInt4), long(kInt4Half));
-  std::printf("%ld %ld %ld", long(header_bytes(format, block)), long(span_bytes(format, block)),
-              long(strip_bytes(format, row_bytes, block)));
+  auto number = [&](int i) { return std::atol(arguments[i]); };
+  const int64_t constants[] = {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half};
+  for (int64_t n : constants) std::printf(" %ld", long(n));
+  if (number(1) == kInt8) print<kInt8>(number(2), number(3));
+  if (number(1) == kInt4) print<kInt4>(number(2), number(3));
+  if (number(1) == kInt4Half) print<kInt4Half>(number(2), number(3));
 }
 """
 
@@ -54,9 +60,9 @@ def test_the_header_gives_the_sizes_of_the_layout(program: Path, name: str, inpu
     for block in GROUP_SIZES if bits == 4 else [128]:
         row_bytes = rounded_up(inputs, block) // 2 if bits == 4 else inputs
         printed = subprocess.check_output([program, str(format), str(row_bytes), str(block)])
-        *constants, header, span, strip = map(int, printed.split())
+        *constants, header, span, strip, same_strip = map(int, printed.split())
         blocks = 256 // block
         assert Layout(*constants) == Layout(16, 32, 128, 80, 41, 42)
         assert header == (rounded_up(blocks * (16 * scale_bytes + 8), 64) if bits == 4 else 0)
         assert span == header + 16 * 256 * bits // 8
-        assert strip == 64 + rounded_up(inputs, 256) // 256 * span
+        assert strip == same_strip == 64 + rounded_up(inputs, 256) // 256 * span

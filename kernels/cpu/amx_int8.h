@@ -16,7 +16,7 @@ template <Format F, int64_t BLOCK>
 void multiply_two_strips(const PackedWeights& w, const int64_t (&n)[2], const FixedPointRows& x,
                          int64_t first, __m512* y) {
   static constexpr int32_t kZeros[2 * kAmxRows * kStrip] = {};
-  constexpr int64_t kBlocks = kSpan / BLOCK, kHeader = header_bytes(F, BLOCK);  // of a span
+  constexpr int64_t kBlocks = kSpan / BLOCK, kHeader = header_bytes<F>(BLOCK);  // of a span
   constexpr int64_t kBytes = kStrip * BLOCK * bits(F) / 8, kSpanBytes = kHeader + kBlocks * kBytes;
   auto header_at = [](int64_t b) { return b / kBlocks * kSpanBytes; };
   auto weights_at = [=](int64_t b) { return header_at(b) + kHeader + b % kBlocks * kBytes; };

@@ -13,7 +13,7 @@ namespace {
 template <Format F>
 void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Tensor& into) {
   auto* data = into.mutable_data_ptr<at::BFloat16>();
-  const int64_t stride = into.stride(0), header = header_bytes(F, w.block);
+  const int64_t stride = into.stride(0), header = header_bytes<F>(w.block);
   for (int64_t n = n0 / kStrip; n < n1 / kStrip; n++) {
     const __m512 output_scales = _mm512_loadu_ps(w.scales(n));
     const uint8_t *tiles = w.spans(n), *span_header = nullptr;

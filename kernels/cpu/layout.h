@@ -28,29 +28,38 @@ enum Format { kInt8 = 80, kInt4 = 41, kInt4Half = 42 };
 constexpr int64_t bits(Format format) { return format / 10; }
 constexpr int64_t scale_bytes(Format format) { return format % 10; }
 
+// The format is a template parameter: as an argument it made GCC 12 compile the kernels to other
+// code.
+
 // Returns the byte of a span's header at which the zero points of block b begin.
-constexpr int64_t zeros_offset(Format format, int64_t block, int64_t b) {
-  return kSpan / block * kStrip * scale_bytes(format) + b * kStrip / 2;
+template <Format F>
+constexpr int64_t zeros_offset(int64_t block, int64_t b) {
+  return kSpan / block * kStrip * scale_bytes(F) + b * kStrip / 2;
 }
-
-constexpr int64_t header_bytes(Format format, int64_t block) {
-  if (format == kInt8) return 0;
-  return (zeros_offset(format, block, kSpan / block) + kLine - 1) / kLine * kLine;
+template <Format F>
+constexpr int64_t header_bytes(int64_t block) {
+  return F == kInt8 ? 0 : (zeros_offset<F>(block, kSpan / block) + kLine - 1) / kLine * kLine;
 }
-
-constexpr int64_t span_bytes(Format format, int64_t block) {
-  return header_bytes(format, block) + kStrip * kSpan * bits(format) / 8;
+template <Format F>
+constexpr int64_t span_bytes(int64_t block) {
+  return header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
 }
 
 // Returns the spans that a row of `row_bytes` bytes in a checkpoint takes.
-constexpr int64_t spans_of_row(Format format, int64_t row_bytes) {
-  const int64_t span_row = kSpan * bits(format) / 8;
+template <Format F>
+constexpr int64_t spans_of_row(int64_t row_bytes) {
+  const int64_t span_row = kSpan * bits(F) / 8;
   return (row_bytes + span_row - 1) / span_row;
 }
-
-constexpr int64_t strip_bytes(Format format, int64_t row_bytes, int64_t block) {
+template <Format F>
+constexpr int64_t strip_bytes(int64_t row_bytes, int64_t block) {
   const int64_t scales = kStrip * static_cast<int64_t>(sizeof(float));
-  return scales + spans_of_row(format, row_bytes) * span_bytes(format, block);
+  return scales + spans_of_row<F>(row_bytes) * span_bytes<F>(block);
+}
+inline int64_t strip_bytes_of(int64_t format, int64_t row_bytes, int64_t block) {
+  return format == kInt8   ? strip_bytes<kInt8>(row_bytes, block)
+         : format == kInt4 ? strip_bytes<kInt4>(row_bytes, block)
+                           : strip_bytes<kInt4Half>(row_bytes, block);
 }
 
 }  // namespace

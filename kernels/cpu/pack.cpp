@@ -103,9 +103,9 @@ bool pack_headers(const StoredLinear& from, int64_t n, const float* units, uint8
     transpose(scales), transpose(zeros);
     for (int64_t i = 0; i < std::min(kStrip, from.groups - g); i++) {
       const int64_t b = (g + i) % span_blocks;
-      uint8_t* header = headers + (g + i) / span_blocks * header_bytes(F, from.block);
+      uint8_t* header = headers + (g + i) / span_blocks * header_bytes<F>(from.block);
       const __m512i pairs = _mm512_or_si512(zeros[i], _mm512_srli_epi64(zeros[i], 32 - 4));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(header + zeros_offset(F, from.block, b)),
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(header + zeros_offset<F>(from.block, b)),
                        _mm512_cvtepi64_epi8(pairs));
       header += b * kStrip * scale_bytes(F);
       if constexpr (F == kInt4) _mm512_mask_cvtepi32_storeu_epi8(header, ~0, scales[i]);
@@ -160,9 +160,9 @@ uint8_t* pack_tiles(const StoredLinear& from, int64_t n, int64_t at, uint8_t* to
 // meaning.
 template <Format F>
 bool pack_strips(const StoredLinear& from, const Tensor& buffer) {
-  const int64_t row = kSpan * bits(F) / 8, spans = spans_of_row(F, from.bytes);
-  const int64_t header = header_bytes(F, from.block), strips = (from.N + kStrip - 1) / kStrip;
-  const int64_t strip = strip_bytes(F, from.bytes, from.block);
+  const int64_t row = kSpan * bits(F) / 8, spans = spans_of_row<F>(from.bytes);
+  const int64_t header = header_bytes<F>(from.block), strips = (from.N + kStrip - 1) / kStrip;
+  const int64_t strip = strip_bytes<F>(from.bytes, from.block);
   TORCH_CHECK(buffer.numel() >= strips * strip, buffer.numel(), " bytes for ", strips * strip);
   auto* to = buffer.mutable_data_ptr<uint8_t>();
   TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % kLine == 0,
@@ -206,11 +206,6 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
 // Returns the fields of Layout in build.py.
 std::vector<int64_t> layout() { return {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half}; }
 
-// Returns the bytes of a strip for rows of `row_bytes` bytes in a checkpoint.
-int64_t strip_size(int64_t format, int64_t row_bytes, int64_t block) {
-  return strip_bytes(static_cast<Format>(format), row_bytes, block);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) { library.impl("pack", pack); }
@@ -218,5 +213,5 @@ TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) { library.impl("pack", pack); }
 // Operators without tensors have no device.
 TORCH_LIBRARY_IMPL(gpt_flex, CompositeExplicitAutograd, library) {
   library.impl("layout", layout);
-  library.impl("strip_bytes", strip_size);
+  library.impl("strip_bytes", strip_bytes_of);
 }

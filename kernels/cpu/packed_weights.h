@@ -21,7 +21,7 @@ struct PackedWeights {
 template <Format F>
 __m512 load_zeros(const uint8_t* header, int64_t block, int64_t b) {
   if constexpr (F == kInt8) return _mm512_set1_ps(128);
-  const uint8_t* zeros = header + zeros_offset(F, block, b);
+  const uint8_t* zeros = header + zeros_offset<F>(block, b);
   auto pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros));
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(unpack_pairs(pairs)));
 }

@@ -76,7 +76,7 @@ template <Format F>
 Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
                      int64_t block) {
   TORCH_CHECK(block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
-  const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span_bytes(F, block) * kSpan;
+  const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span_bytes<F>(block) * kSpan;
   const PackedWeights w{packed.const_data_ptr<uint8_t>(), packed.size(0) * kStrip, K, block,
                         packed.size(1)};
   TORCH_CHECK(x.dim() == 2 && x.size(1) <= K && x.scalar_type() == at::kBFloat16);

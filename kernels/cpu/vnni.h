@@ -38,7 +38,7 @@ void multiply_strips(const PackedWeights& w, const int64_t (&n)[STRIPS], const F
   constexpr int kTiles = 8 / bits(F);  // of a register of packed weights
   const uint8_t *tiles[STRIPS], *headers[STRIPS];
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]);
-  const int64_t header = header_bytes(F, w.block), stride = 2 * x.stride;
+  const int64_t header = header_bytes<F>(w.block), stride = 2 * x.stride;
   const int8_t* parts[2] = {x.high(first), x.low(first)};
   const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
   for (int i = 0; i < STRIPS * M; i++) y[i] = _mm512_setzero_ps();
