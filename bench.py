@@ -27,7 +27,11 @@ from host.memory import cache_bytes, machine_name, size_text
 from model import KVCache
 from text.generation_config import GenerationConfig
 
-WARM_UPS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up in one run, records in the next
+WARM_UP_RUNS = {
+    "cpu": 1,
+    "mps": 1,
+    "cuda": 2,
+}  # a CUDA graph warms up in one run, records in the next
 
 
 class Stats:
@@ -118,7 +122,7 @@ def measure(
     config = dataclasses.replace(config, ignore_eos=True, stop=())
     ceiling = measured_bandwidth(lm.device)
     print(f"ceiling: memory is read at {size_text(ceiling)}/s", file=sys.stderr)
-    runs = [Stats(lm) for _ in range(WARM_UPS[lm.device.type] + repeats)]
+    runs = [Stats(lm) for _ in range(WARM_UP_RUNS[lm.device.type] + repeats)]
     for stats in tqdm(runs, desc="bench", leave=False, disable=None):
         complete(lm, prompts, config, caches=caches, stats=stats)
     runs = runs[-repeats:]

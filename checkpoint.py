@@ -1,7 +1,7 @@
 """A path to a model's config, quantisation scheme and tensors, each known by where it lies.
 
 Start at Checkpoint. It reads only headers when made: our `model.pth`, Hugging Face's safetensors
-or .bin, in one file or in shards, all become one table, our tensor name -> Record. load_into then
+or .bin, in one file or in shards, all become one table, our tensor name -> StoredTensor. load_into then
 reads each tensor once, straight to where it will stay. save_checkpoint writes `model.pth`.
 File formats are in formats.py, Hugging Face's names in hf.py.
 """
@@ -39,12 +39,12 @@ from weights.weight_files import find_weights, read_json, shards
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a tensor that is missing may mean.
 HINTS = {"output.weight": ", unless lm_head is the embedding: tie_word_embeddings is true then"}
-COMPARED = 2**22  # bytes of two tables that are read and compared at a time
+COMPARED_BYTES = 2**22  # bytes of two tables that are read and compared at a time
 Home = Callable[[str, torch.Size, torch.dtype], Tensor | None]  # memory for a tensor; see allocate
 
 
 @dataclass(frozen=True)
-class Record:
+class StoredTensor:
     """A tensor of the model: the parts that files store, stacked along the first dimension.
 
     translate: what makes ours of a part, None where it is stored as it is here.
@@ -100,13 +100,13 @@ class Checkpoint:
             self.scheme = self.foreign_scheme(parts)
         self.args = hf.model_args(self.config)
         if metadata:
-            self.records = {name: Record((part,)) for name, part in parts.items()}
+            self.tensors = {name: StoredTensor((part,)) for name, part in parts.items()}
         else:
-            self.records = translate(parts.values(), self.scheme)
+            self.tensors = translate(parts.values(), self.scheme)
             self.drop_idle()
-            if self.args.tied and "output.weight" in self.records:
+            if self.args.tied and "output.weight" in self.tensors:
                 self.settle_head()
-        self.args = hf.with_stored_biases(self.args, self.records, self.path)
+        self.args = hf.with_stored_biases(self.args, self.tensors, self.path)
 
     def own_scheme(self, found: Any) -> dict[str, Any] | None:
         try:
@@ -126,9 +126,9 @@ class Checkpoint:
         """Drop the output head if it equals the embedding, which may also be stored under the
         head's name alone. If they differ, use both, though the config ties them, as transformers 5
         does."""
-        self.records.setdefault("tok_embeddings.weight", self.records["output.weight"])
+        self.tensors.setdefault("tok_embeddings.weight", self.tensors["output.weight"])
         if self.equal("tok_embeddings.weight", "output.weight"):
-            del self.records["output.weight"]
+            del self.tensors["output.weight"]
             return
         self.config = self.config | {"tie_word_embeddings": False}
         self.args = replace(self.args, tied=False)
@@ -139,11 +139,11 @@ class Checkpoint:
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two matrices hold the same numbers; reads up to the first difference."""
-        a, b = self.records[one], self.records[other]
+        a, b = self.tensors[one], self.tensors[other]
         if a is b or a.shape != b.shape or len(a.shape) != 2:
             return a is b
         dtype, stage = torch.promote_types(a.dtype, b.dtype), staging_buffer(torch.device("cpu"))
-        rows, step = a.shape[0], max(1, COMPARED // max(1, a.shape[1] * dtype.itemsize))
+        rows, step = a.shape[0], max(1, COMPARED_BYTES // max(1, a.shape[1] * dtype.itemsize))
         pair = torch.empty(2, step, a.shape[1], dtype=dtype)
         for start in range(0, rows, step):
             some = range(start, min(start + step, rows))
@@ -155,21 +155,21 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(record.nbytes for record in self.records.values())
+        return sum(record.nbytes for record in self.tensors.values())
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of the weights, or of what is not quantised of them."""
         if self.scheme:
-            return self.records["tok_embeddings.weight"].dtype
+            return self.tensors["tok_embeddings.weight"].dtype
         sizes = Counter()
-        for record in self.records.values():
+        for record in self.tensors.values():
             sizes[record.dtype] += record.nbytes * record.dtype.is_floating_point
         return max(sizes, key=sizes.get)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A new tensor on the CPU; dtype None: as stored."""
-        record = self.records[name]
+        record = self.tensors[name]
         out = torch.empty(record.shape, dtype=dtype or record.dtype, device="cpu")
         self.read_into(name, out)
         return out
@@ -181,7 +181,7 @@ class Checkpoint:
         pass through `stage`, a staging_buffer to be shared by the tensors of one thread.
         Raises ValueError where the file ends too early.
         """
-        record = self.records[name]
+        record = self.tensors[name]
         pieces = out.detach().view(-1).split([piece.numel() for piece in record.pieces])
         stage = staging_buffer(out.device) if stage is None else stage
         for part, piece in zip(record.parts, pieces, strict=True):
@@ -196,14 +196,14 @@ class Checkpoint:
     def check_scales(self, name: str, values: Tensor) -> None:
         """ValueError for scales that would make their weights infinite or NaN."""
         if name.endswith(".scales") and not values.isfinite().all():
-            file = self.records[name].parts[0].file
+            file = self.tensors[name].parts[0].file
             raise ValueError(
                 f"{file}: {name} holds NaN or infinity: download or quantise the model again"
             )
 
     def read_rows_into(self, name: str, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
         """Fill `out`, see read_into, with ranges of the tensor's rows, one after the other."""
-        record, filled = self.records[name], 0
+        record, filled = self.tensors[name], 0
         for wanted in rows:
             first = 0  # row of a part
             for part, piece in zip(record.parts, record.pieces, strict=True):
@@ -217,20 +217,20 @@ class Checkpoint:
         self.check_scales(name, out)
 
     def _read_rows(
-        self, record: Record, part: Part, rows: range, out: Tensor, stage: Tensor
+        self, record: StoredTensor, part: Part, rows: range, out: Tensor, stage: Tensor
     ) -> None:
         if record.translate is None:
             return read_part(rows_of(part, rows), out.view(-1), stage)
         out.copy_(self._translated(record, part)[rows.start : rows.stop])
 
-    def _translated(self, record: Record, part: Part) -> Tensor:
+    def _translated(self, record: StoredTensor, part: Part) -> Tensor:
         stored = torch.empty(part.shape, dtype=part.dtype)
         read_part(part, stored.view(-1), stored.view(-1).view(torch.uint8))
         return record.made_of(part, stored)
 
     def read_columns_into(self, name: str, columns: range, out: Tensor, stage: Tensor) -> None:
         """Fill `out`, see read_into, with some of a matrix's columns."""
-        record, first = self.records[name], 0
+        record, first = self.tensors[name], 0
         for part, piece in zip(record.parts, record.pieces, strict=True):
             rows = out[first : first + len(piece)]
             if record.translate is None:
@@ -254,10 +254,10 @@ class Checkpoint:
         Raises ValueError as `check` does, MemoryError before anything is allocated.
         """
         self.check(model)
-        fill = self.filler(torch.device(device), progress)
+        fill = self.fill_function(torch.device(device), progress)
         allocate(model, device, dtype or self.dtype, fill)
 
-    def filler(
+    def fill_function(
         self, device: torch.device, progress: Callable[[int], Any] | None = None
     ) -> Callable[[str, Tensor], None]:
         """What gives tensors on a device, or on the CPU, their values."""
@@ -266,15 +266,15 @@ class Checkpoint:
         def fill(name: str, tensor: Tensor) -> None:
             self.read_into(name, tensor, stage)
             if progress:
-                progress(self.records[name].nbytes)
+                progress(self.tensors[name].nbytes)
 
         return fill
 
-    def direct(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
+    def location(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
         """The file and the offset where a tensor of that dtype lies by itself, a block's beginning;
         None where there is no such place."""
-        part, *others = self.records[name].parts
-        ours = not others and self.records[name].translate is None and part.held is None
+        part, *others = self.tensors[name].parts
+        ours = not others and self.tensors[name].translate is None and part.held is None
         return (part.file, part.offset) if ours and part.is_block(dtype) else None
 
     def drop_idle(self) -> None:
@@ -283,18 +283,18 @@ class Checkpoint:
         Raises ValueError for groups that are not in order.
         """
         biased = {"attention": self.args.attention_bias, "feed_forward": self.args.mlp_bias}
-        for name in [n for n in self.records if self.scheme and n.startswith("layers.")]:
+        for name in [n for n in self.tensors if self.scheme and n.startswith("layers.")]:
             module, kind = name.split(".")[2], name.rpartition(".")[2]
             if kind == "g_idx":
                 self.check_groups(name)
             if kind == "g_idx" or (
                 kind == "bias" and not biased.get(module, True) and not self.read(name).any()
             ):
-                del self.records[name]
+                del self.tensors[name]
 
     def check_groups(self, name: str) -> None:
         groupsize, order = self.scheme["linears"]["groupsize"], self.read(name)
-        inputs = {part.shape for part in self.records[name].parts}
+        inputs = {part.shape for part in self.tensors[name].parts}
         K = max(max(shape, default=0) for shape in inputs)
         if inputs != {(K,)} or not (order.view(-1, K) == torch.arange(K) // groupsize).all():
             raise ValueError(
@@ -304,7 +304,7 @@ class Checkpoint:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError naming the tensors that the model and the file disagree about."""
-        have, want = self.records, {n: t for n, (t, _) in stored_tensors(model).items()}
+        have, want = self.tensors, {n: t for n, (t, _) in stored_tensors(model).items()}
         faults = [f"{name} is missing" + HINTS.get(name, "") for name in want.keys() - have.keys()]
         faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]
         for name in want.keys() & have.keys():
@@ -315,7 +315,7 @@ class Checkpoint:
             raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
 
 
-def misfits(name: str, record: Record, tensor: Tensor) -> Iterator[str]:
+def misfits(name: str, record: StoredTensor, tensor: Tensor) -> Iterator[str]:
     """How a stored tensor differs from the model's; floating-point weights may be of any dtype."""
     if record.shape != tuple(tensor.shape):
         yield f"{name} has shape {list(record.shape)} and should have {list(tensor.shape)}"
@@ -346,38 +346,40 @@ def allocate(
     device, and is not filled. Without it all of them are on the device.
     Raises MemoryError before anything is allocated.
     """
-    skeleton = stored_tensors(model)
-    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in skeleton.items()}
+    meta_model = stored_tensors(model)
+    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in meta_model.items()}
     if home is None:
-        needed = sum(t.numel() * final[n].itemsize for n, (t, _) in skeleton.items())
+        needed = sum(t.numel() * final[n].itemsize for n, (t, _) in meta_model.items())
         remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
         check_memory(needed, device, "the model", remedy)
 
-    for name, (tensor, aliases) in skeleton.items():
+    for name, (tensor, aliases) in meta_model.items():
         given = tensor.shape, final[name]
-        value = home(name, *given) if home else room(*given, torch.device(device))
+        value = home(name, *given) if home else allocate_tensor(*given, torch.device(device))
         if value is None:
             continue
         fill(name, value)
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)  # one, where a table has two names
         for alias in aliases:
-            give(model, alias, value)
-    for module in model.modules():  # what no checkpoint stores
-        for name in module._non_persistent_buffers_set:
-            module._buffers[name] = module._buffers[name].to(device)
+            set_tensor(model, alias, value)
+    stored = model.state_dict(keep_vars=True)
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if name not in stored:  # a non-persistent buffer
+            set_tensor(model, name, buffer.to(device))
 
 
-def room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a tensor that is read again and again, see page_aligned."""
     return page_aligned(shape.numel() * dtype.itemsize, device).view(dtype).view(shape)
 
 
-def give(model: nn.Module, name: str, value: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     """Let a tensor of a model be that one."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
-    if leaf in owner._parameters and not isinstance(value, nn.Parameter):
+    parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+    if parameter and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(owner, leaf, value)
 
@@ -402,7 +404,7 @@ def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     return metadata, parts
 
 
-def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, Record]:
+def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, StoredTensor]:
     """Tensors under Hugging Face's names -> under ours, the parts of wqkv and w13 together."""
     found: dict[str, dict[int, Part]] = {}
     for part in parts:
@@ -418,7 +420,7 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
     for name, by_index in found.items():
         module, _, kind = name.rpartition(".")
         kind, how = fields.get(kind, (kind, None))
-        record = Record(tuple(part for _, part in sorted(by_index.items())), how)
+        record = StoredTensor(tuple(part for _, part in sorted(by_index.items())), how)
         pieces = record.pieces
         if len(pieces) > 1 and not (pieces[0].dim() and len({p.shape[1:] for p in pieces}) == 1):
             shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in record.parts)

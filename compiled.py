@@ -9,7 +9,6 @@ every weight at each step, record again for new caches, and warn of each size of
 """
 
 import contextlib
-import importlib
 import os
 import shutil
 import threading
@@ -20,11 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_layers.cpu import TiledLinear
+from fast_layers.cpu import PackedLinear
+from host.torch_private import (
+    allow_recompiles,
+    compile_with_inductor,
+    has_triton_option,
+    import_dynamo,
+    import_inductor,
+    mark_dynamic,
+    own_buffers,
+    shallow_copy,
+)
 from kernels.gpu import dependent_launch
 from model import KVCache, Rotation, Transformer
-from quant.linear import shallow_copy
-from ranks import one_shot_sums
+from ranks import has_one_shot_all_reduce
 
 FRAME = 2**13  # words of Python's stack, 64 kB
 Graph = Callable[..., Sequence[Tensor]]
@@ -41,7 +49,7 @@ def compiled_view(
     in the step.
     """
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
-    torch._dynamo.config.recompile_limit = 64
+    allow_recompiles(64)
     if device.type != "cpu":
         step = compiled_parts(model, {"options": gpu_options(device)})
         return CudaGraphs(step, device) if cuda_graphs and device.type == "cuda" else step
@@ -53,7 +61,7 @@ def compiled_view(
         tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
-        given = [tokens, pos, slots, *at, *(t for c in caches for t in c._buffers.values())]
+        given = [tokens, pos, slots, *at, *(t for c in caches for t in own_buffers(c).values())]
         if (logits := compiled_graphs.take(given)) is not None:
             return logits
         vary_inputs(tokens, pos, slots, *at)
@@ -85,7 +93,7 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
             vary_block_inputs(x, rotation, mask, pos)
             x = run(layer, x, rotation, mask, pos, cache)
         if x.shape[1] > 1:
-            torch._dynamo.mark_dynamic(x, 1)
+            mark_dynamic(x, 1)
         return unembed(x, *at)
 
     return step
@@ -103,17 +111,17 @@ def vary_inputs(
     lengths: Tensor | None = None,
 ) -> None:
     """Tell the compiler which dimensions of a step's inputs vary."""
-    torch._dynamo.mark_dynamic(slots, 0)
+    mark_dynamic(slots, 0)
     if tokens.shape[1] > 1:
-        torch._dynamo.mark_dynamic(tokens, 1)
-        torch._dynamo.mark_dynamic(pos, 1)
+        mark_dynamic(tokens, 1)
+        mark_dynamic(pos, 1)
     if at is not None and len(at) > 1:
-        torch._dynamo.mark_dynamic(at, 0)
+        mark_dynamic(at, 0)
 
 
 def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) -> None:
     """Tell the compiler which dimensions of a block's inputs vary."""
-    torch._dynamo.mark_dynamic(mask, 3)
+    mark_dynamic(mask, 3)
     if x.shape[1] > 1:
         for tensor, dimension in (
             (x, 1),
@@ -121,7 +129,7 @@ def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) 
             (pos, 1),
             *((t, 1) for t in rotation or ()),
         ):
-            torch._dynamo.mark_dynamic(tensor, dimension)
+            mark_dynamic(tensor, dimension)
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
         settings = {"backend": CompiledGraphCache().inductor(cpu_options(model))}
     else:
         settings = {"options": gpu_options(device)}
-    torch._dynamo.config.recompile_limit = 64
+    allow_recompiles(64)
     compiled = torch.compile(call_block, fullgraph=True, dynamic=False, **settings)
 
     def run(
@@ -190,7 +198,7 @@ class CudaGraphs:
         return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
 
     def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":
-        tensors = [t for c in caches for t in c._buffers.values()]
+        tensors = [t for c in caches for t in own_buffers(c).values()]
         # A longer cache may begin where a shorter one began.
         key = tensors[0].shape, *(t.data_ptr() for t in tensors)
         graphs = self.sets.pop(key, {})
@@ -291,9 +299,7 @@ class CompiledGraphCache:
         """A backend for torch.compile: Inductor, and each call of what it compiles is seen."""
 
         def compile(traced: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
-            from torch._inductor.compile_fx import compile_fx  # takes a second: see below
-
-            graph = compile_fx(traced, examples, config_patches=options)
+            graph = compile_with_inductor(traced, examples, options)
 
             def watched(*inputs: Any) -> Sequence[Tensor]:
                 self.seen = graph, inputs
@@ -340,7 +346,7 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. Beside dense weights the code between them
     # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
-    packed = any(isinstance(module, TiledLinear) for module in model.modules())
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
     return {
         "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
         "cpp.vec_isa_ok": True,
@@ -358,12 +364,10 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
 
 
 def gpu_options(device: torch.device) -> dict[str, Any]:
-    from torch._inductor import config  # takes a second
-
     options: dict[str, Any] = {}
-    if one_shot_sums(device):
+    if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True
-    if dependent_launch(device) and hasattr(config.triton, "enable_pdl"):
+    if dependent_launch(device) and has_triton_option("enable_pdl"):
         # A kernel may begin while the one before it ends, as ours in kernels/gpu do.
         options["triton.enable_pdl"] = True
     return options
@@ -375,10 +379,10 @@ def compiler_imported(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    importlib.import_module("torch._dynamo")  # here, as two threads importing it would collide
+    import_dynamo()  # here, as two threads importing it would collide
     # Importing only: a compilation in this thread makes the next one crash where torch was built
     # for CUDA and there is no GPU (torch 2.11).
-    thread = threading.Thread(target=importlib.import_module, args=["torch._inductor.compile_fx"])
+    thread = threading.Thread(target=import_inductor)
     thread.start()
     yield
     thread.join()

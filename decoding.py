@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from draft_length import DraftLengthController
 from host.memory import check_memory
 from model import KVCache, Transformer, visible_length
 from sampling import Sampler
 from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from draft_length import DraftLengthController
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
@@ -29,26 +31,32 @@ ENDED = 1 / 4
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
 # A step's rows, and what waits for their ids and reads them.
 Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
-# Asked for k guesses for the rows that go on: up to so many, (B, k), and how many each row has.
-Guess = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
+# Proposes at most k draft tokens for the live rows: their ids, (B, k), and the count of each row.
+Propose = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
 
 MicroBatch = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the caches of those
 
 
 class Draft(Protocol):
-    """What guesses a model's next tokens: see speculate.py."""
+    """Proposes draft tokens, which the model verifies: see speculate.py."""
 
-    controller: DraftLengthController
-    lm: "LoadedModel | None"  # the model that guesses, if one does
+    controller: "DraftLengthController"
+    lm: "LoadedModel | None"  # the draft model; None for NgramDraft
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
-        """Told of texts, which will grow, and of the caches of the model that is guessed for."""
+    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+        """Return a function that proposes draft tokens for these texts as they grow.
 
-    def views(self, caches: list[KVCache]) -> "tuple[LoadedModel, list[KVCache], int] | None":
+        caches, sampler: those of the model that verifies.
+        """
+
+    def warm_up_inputs(
+        self, caches: list[KVCache]
+    ) -> "tuple[LoadedModel, list[KVCache], int] | None":
         """The model that guesses, the caches that it uses beside those given, and how many tokens
         of a row it reads at once."""
 
-    def kv_bytes_per_token(self) -> int: ...
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one position of the draft's own caches."""
 
 
 def one_micro_batch(caches: Sequence[KVCache]) -> list[MicroBatch]:
@@ -74,7 +82,9 @@ class LoadedModel:
     draft: Draft | None = None
     any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
-    sweep: int | None = None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
+    prefill_chunk_tokens: int | None = (
+        None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
+    )
     sampler: Callable[..., Sampler] = Sampler
     # Rows that go through the model by themselves, and their caches.
     micro_batches: Callable[[Sequence[KVCache]], Sequence[MicroBatch]] = one_micro_batch
@@ -129,18 +139,18 @@ def launched_steps(
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length
     slots = torch.arange(length, device=lm.device)
-    texts, sampler = [prompts[row] for row in rows], sampler.part(slots.new_tensor(rows))
+    texts, sampler = [prompts[row] for row in rows], sampler.select_rows(slots.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, slots)  # (B, 1, V)
     for n in range(count):
         tokens = sampler(logits, slots[n : n + 1].expand(len(rows), 1))  # (B, 1)
-        yield rows, sampler.begin_reading(tokens)
+        yield rows, sampler.copy_to_host_async(tokens)
         going = [i for i, row in enumerate(rows) if row in live]
         if n + 1 == count or not going:
             return
         if lm.any_rows and worth_moving(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
-            tokens, lengths, sampler = tokens[at], lengths[at], sampler.part(at)
+            tokens, lengths, sampler = tokens[at], lengths[at], sampler.select_rows(at)
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
         # A row that has ended and is still computed must stay within the cache too.
@@ -200,7 +210,7 @@ def prefill(
     width = max(map(len, prompts)) - past
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
-    chunk = max(1, (lm.sweep or PREFILL_TOKENS) // len(prompts))
+    chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
     logits = None
     for n in range(len(caches)):
         caches[n].keep(past)

@@ -1,6 +1,6 @@
 """How many draft tokens to ask for: chosen from how often they are accepted and what cycles take.
 
-Start at DraftLengthController.choose and DraftLengthController.learn, which speculate.py calls before and after each cycle. Report
+Start at DraftLengthController.choose and DraftLengthController.learn, which speculate.py calls before and after each cycle. DraftStats
 counts the results. A cycle of k guesses yields the guesses that were right and one token more. It
 takes the time of k guesses and of one pass over k + 1 tokens. The best k gives most tokens per
 second. The text does not depend on k, so k may be chosen by the clock.
@@ -19,7 +19,9 @@ from statistics import median
 
 from ranks import broadcast_from_rank0
 
-MOST = 15  # guesses that are chosen; with one token more, as many rows as cost about what one does
+MAX_DRAFT_TOKENS = (
+    15  # guesses that are chosen; with one token more, as many rows as cost about what one does
+)
 RECENT = 9  # times of each number of guesses that a median is taken of
 UNTYPICAL = 2  # first cycles of each kind in which CUDA graphs warm up, and record: not timed
 PLAIN_EVERY = 64  # cycles; a plain step among them says what plain decoding takes now
@@ -46,11 +48,11 @@ class DraftLengthController:
     def __init__(self, k: int | None, graphs: bool = False, catches_up: bool = False):
         self.k, self._catches_up = k, catches_up
         self._untypical = UNTYPICAL if graphs else 0
-        self.report = Report()
+        self.stats = DraftStats()
         self._rows = 0
         self._forget()
 
-    def of(self, rows: int) -> "DraftLengthController":
+    def for_batch(self, rows: int) -> "DraftLengthController":
         """This one, for so many rows: what it has learned of other numbers is worth nothing."""
         if rows != self._rows:
             self._rows = rows
@@ -63,8 +65,10 @@ class DraftLengthController:
         self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self._typical: dict[int, float] = {}  # their medians
         self._timed: dict[int, int] = defaultdict(int)  # the cycle of the last of them
-        self._asked = [0.0] * MOST  # rows that guessed an n-th token, all before having held
-        self._held = [0.0] * MOST  # rows in which it held too
+        self._asked = [
+            0.0
+        ] * MAX_DRAFT_TOKENS  # rows that guessed an n-th token, all before having held
+        self._held = [0.0] * MAX_DRAFT_TOKENS  # rows in which it held too
         self._rows_live, self._rows_guessed = 1e-9, 1e-9  # in cycles with guesses
         self._budget = STAKE
         self._trial, self._trials = TRIAL, 0
@@ -92,7 +96,7 @@ class DraftLengthController:
             return tokens[k] / times[k]
 
         tried = any(k for k in self._typical if self._known(k))
-        risks = ((times[k] / times[0] - 1 if tried else k) for k in range(MOST + 1))
+        risks = ((times[k] / times[0] - 1 if tried else k) for k in range(MAX_DRAFT_TOKENS + 1))
         affordable = [k for k, risk in enumerate(risks) if risk <= self._budget]
         best = max(affordable, key=rate, default=0)
         if best and tried:
@@ -126,9 +130,9 @@ class DraftLengthController:
         spread = sum((k - middle) ** 2 for k in known)
         slope = sum((k - middle) * known[k] for k in known) / spread if spread else known[0] / 5
         base, floor = height - slope * middle, min(known.values())
-        return [known.get(k, max(base + slope * k, floor)) for k in range(MOST + 1)]
+        return [known.get(k, max(base + slope * k, floor)) for k in range(MAX_DRAFT_TOKENS + 1)]
 
-    def learn(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
+    def update(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """A cycle of k guesses: how many were offered and how many held, in each live row."""
         self._met[k] += 1
         caught_up = self._catches_up and self._resumed and k > 0
@@ -139,14 +143,14 @@ class DraftLengthController:
             self._times[k].append(seconds)
             self._timed[k] = self._cycle
             self._typical[k] = median(self._times[k])
-        self.report.add(k, rows, seconds, self._typical.get(0, seconds))
+        self.stats.add(k, rows, seconds, self._typical.get(0, seconds))
         self._account(k, rows, self._typical[k] if timed else seconds)
         if k == 0:
             return
         self._trial = max(0, self._trial - 1)
         self._rows_live = FADING * self._rows_live + len(rows)
         self._rows_guessed = FADING * self._rows_guessed + sum(offered > 0 for offered, _ in rows)
-        for n in range(min(k, MOST)):
+        for n in range(min(k, MAX_DRAFT_TOKENS)):
             asked = [held for offered, held in rows if offered > n and held >= n]
             self._asked[n] = FADING * self._asked[n] + len(asked)
             self._held[n] = FADING * self._held[n] + sum(held > n for held in asked)
@@ -162,13 +166,13 @@ class DraftLengthController:
             self._budget += 1 + sum(held for _, held in rows) / len(rows) - steps
 
 
-class Report:
+class DraftStats:
     """What guessing came to, all cycles together."""
 
     def __init__(self):
         self.cycles = self.tokens = self.plain_steps = 0
-        self.offered: list[int] = []  # how often an n-th guess was made
-        self.held: list[int] = []  # how often it held, and all before it
+        self.drafted: list[int] = []  # how often an n-th guess was made
+        self.accepted: list[int] = []  # how often it held, and all before it
         self.seconds = self.plain_seconds = 0.0  # measured; of plain decoding for the same ids
 
     def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
@@ -177,14 +181,14 @@ class Report:
         self.plain_seconds += plain * (1 + sum(held for _, held in rows) / len(rows))
         self.plain_steps += k == 0
         self.cycles += k > 0
-        more = k - len(self.offered)
-        self.offered += [0] * more
-        self.held += [0] * more
+        more = k - len(self.drafted)
+        self.drafted += [0] * more
+        self.accepted += [0] * more
         for offered, held in rows:
             self.tokens += (1 + held) * (k > 0)
             for n in range(offered):
-                self.offered[n] += 1
-                self.held[n] += held > n
+                self.drafted[n] += 1
+                self.accepted[n] += held > n
 
     @property
     def speed_up(self) -> float:
@@ -195,8 +199,8 @@ class Report:
         if not self.cycles:
             yield f"speculation: nothing was guessed in {self.plain_steps} steps"
             return
-        guessed, right = sum(self.offered), sum(self.held)
-        shares = [f"{h / o:.0%}" for h, o in zip(self.held, self.offered, strict=True) if o]
+        guessed, right = sum(self.drafted), sum(self.accepted)
+        shares = [f"{h / o:.0%}" for h, o in zip(self.accepted, self.drafted, strict=True) if o]
         yield (
             f"speculation: {self.cycles} cycles and {self.plain_steps} plain steps, "
             f"{right} of {guessed} guesses held ({right / guessed:.0%}), "

@@ -11,19 +11,19 @@ import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import bench
 from decoding import LoadedModel, plain_steps
-from finite import not_finite
 from model import KVCache
 from sampling import NOT_FINITE, Sampler
-from speculate import speculative_steps
 from text.completion import Completion
 from text.generation_config import GenerationConfig
-from text.processors import LogitsProcessor, Processors
+
+if TYPE_CHECKING:
+    from bench import Stats
+    from text.processors import LogitsProcessor
 
 Prompts = str | Sequence[str | Sequence[int]]  # one text; or several, each as text or as ids
 
@@ -38,68 +38,109 @@ def generate(
     caches: list[KVCache] | None = None,
     past: int = 0,
     live: set[int] | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
+    logits_processors: "Sequence[LogitsProcessor]" = (),
 ) -> Iterator[list[list[int]]]:
     """Continue B prompts together; each row gets the ids that it would get alone.
 
-    prompts: B texts, or lists of token ids, of any lengths. rows: the random stream that each row
-    draws from, default 0 to B - 1. caches: from lm.make_caches, for B rows or more, so that a later
-    call can use them (and what was compiled for their shape) again; past: how many leading tokens
-    of every prompt they hold already (only after a call with one prompt: a batch moves its rows).
+    prompts: B texts, or lists of token ids, of any lengths.
+    rows: the number of the random stream that each row draws from, default 0 to B - 1.
+    caches: from lm.make_caches, for B rows or more, to use again with what was compiled for their
+    shape. past: how many leading tokens of every prompt they hold already (only after a call with
+    one prompt: a batch moves its rows).
     live: a set that is updated to the unfinished rows after each step; a row that the caller
-    removes from it ends there. logits_processors: functions that change logits before tokens are
-    drawn, called with ids and logits of rows of the same length: see LogitsProcessor in
-    processors.py.
+    removes from it ends there.
+    logits_processors: functions that change logits before tokens are drawn, see LogitsProcessor in
+    text/processors.py.
 
-    Yields, for each step, B lists of new ids: one id for a live row, with a draft often several,
-    none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with the
-    model's context.
+    Yields, for each step, B lists of new ids: one id for an unfinished row, with a draft often
+    several, none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with
+    the model's context.
     Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and
     where logits are not finite numbers.
     """
     texts = encoded(lm, prompts)
-    B, args = len(texts), lm.model.args
-    config = fitted(config, args.vocab_size)
+    config = fitted(config, lm.model.args.vocab_size)
     if caches is None:
         longest = max(map(len, texts))
-        caches = lm.make_caches(B, max(512, longest + config.max_new_tokens))
+        caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
-    limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
+    batch = Batch(texts, counts, () if config.ignore_eos else lm.tokenizer.eos_ids, live)
     if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
-        caches = [cache.first(B) for cache in caches]
-    idle = caches[0].rows - B  # padding: rows that are computed and whose ids are dropped
-    given = [*map(tuple, texts), *[tuple(texts[-1])] * idle]
-    # No more is prepared than the caches can hold, whatever limit is asked for.
+        caches = [cache.first(len(texts)) for cache in caches]
+    # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
+    unused = caches[0].rows - len(texts)
+    padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
+    streams = [*(rows or range(len(texts))), *[0] * unused]
+    # The sampler prepares no more steps than the caches can hold.
     config = replace(config, max_new_tokens=max(counts))
-    streams = [*(rows or range(B)), *[0] * idle]
-    sampler = make_sampler(lm, config, given, streams, logits_processors)
-    ends = () if config.ignore_eos else lm.tokenizer.eos_ids
-    live = set() if live is None else live
-    live.update(range(B))
-    make, most = (speculative_steps, counts) if lm.draft else (plain_steps, max(counts))
-    for step in make(lm, given, caches, past, sampler, most, live):
-        new = [[]] * B
-        for row in tuple(live):
-            new[row] = until_end(step[row], limits[row] - len(texts[row]), ends)
-            if NOT_FINITE in new[row]:
-                texts[row] += new[row][: new[row].index(NOT_FINITE)]
-                raise ValueError(not_finite(lm, texts[row], caches))
-            texts[row] += new[row]
-            if len(texts[row]) == limits[row] or new[row][-1] in ends:
-                live.remove(row)
-        yield new
-        if not live:
+    sampler = make_sampler(lm, config, padded, streams, logits_processors)
+    for step in make_steps(lm, counts, padded, caches, past, sampler, live=batch.live):
+        yield batch.add(step, lambda text: error_not_finite(lm, text, caches))
+        if not batch.live:
             return
 
 
-def new_token_limits(texts: Sequence[Sequence[int]], most: int, slots: int) -> list[int]:
-    """How many tokens may follow each prompt, in caches of so many slots.
+def make_steps(
+    lm: LoadedModel, counts: Sequence[int], *given: Any, live: set[int]
+) -> Iterator[list[list[int]]]:
+    """Steps of up to `counts` new tokens of each row. given: prompts, caches, past, sampler."""
+    if not lm.draft:
+        return plain_steps(lm, *given, max(counts), live)
+    from speculate import speculative_steps
 
-    Raises ValueError if a prompt leaves no free slot.
+    return speculative_steps(lm, *given, counts, live)
+
+
+def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: list[KVCache]) -> ValueError:
+    from finite import explain_not_finite
+
+    return ValueError(explain_not_finite(lm, text, caches))
+
+
+class Batch:
+    """The rows of a batch while they grow.
+
+    texts: the ids of each row, to which `add` appends. counts: the most new ids of each row.
+    ends: the ids that end a text. live: the unfinished rows.
     """
-    counts = [min(most, slots - len(text)) for text in texts]
+
+    def __init__(
+        self,
+        texts: list[list[int]],
+        counts: Sequence[int],
+        ends: Sequence[int],
+        live: set[int] | None = None,
+    ):
+        self.texts, self.ends = texts, ends
+        self.limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
+        self.live = set() if live is None else live
+        self.live.update(range(len(texts)))
+
+    def add(
+        self, step: list[list[int]], error: Callable[[list[int]], Exception]
+    ) -> list[list[int]]:
+        """Append the ids of a step; returns those that count, of each row. error: makes what is
+        raised for a text whose logits are not finite."""
+        new: list[list[int]] = [[]] * len(self.texts)
+        for row in tuple(self.live):
+            text = self.texts[row]
+            new[row] = until_end(step[row], self.limits[row] - len(text), self.ends)
+            if NOT_FINITE in new[row]:
+                raise error(text + new[row][: new[row].index(NOT_FINITE)])
+            text += new[row]
+            if len(text) == self.limits[row] or new[row][-1] in self.ends:
+                self.live.remove(row)
+        return new
+
+
+def new_token_limits(texts: Sequence[Sequence[int]], most: int, length: int) -> list[int]:
+    """How many tokens may follow each prompt in caches of that length: `most` or fewer.
+
+    Raises ValueError if a prompt leaves no free position.
+    """
+    counts = [min(most, length - len(text)) for text in texts]
     if min(counts) < 1:
-        raise ValueError(f"the caches have {slots} slots, and a prompt fills them all")
+        raise ValueError(f"the caches have {length} positions, and a prompt fills them all")
     return counts
 
 
@@ -108,11 +149,14 @@ def make_sampler(
     config: GenerationConfig,
     prompts: Sequence[Sequence[int]],
     streams: Sequence[int],
-    functions: Sequence[LogitsProcessor],
+    functions: "Sequence[LogitsProcessor]",
 ) -> Sampler:
-    """What draws tokens after those prompts, each with noise of its stream."""
-    changing = config.changes_logits or functions
-    processors = Processors(config, prompts, functions, lm.device) if changing else None
+    """A sampler of the tokens after those prompts. streams: of the random numbers of each row."""
+    processors = None
+    if config.changes_logits or functions:
+        from text.processors import LogitsProcessors
+
+        processors = LogitsProcessors(config, prompts, functions, lm.device)
     return lm.sampler(config, streams, lm.device, processors)
 
 
@@ -175,7 +219,7 @@ def complete(
     *,
     on_text: Callable[[int, str], Any] = lambda row, text: None,
     on_end: Callable[[list[int], list[Completion]], Any] = lambda rows, completions: None,
-    stats: bench.Stats | None = None,
+    stats: "Stats | None" = None,
     interruptible: bool = False,
     **options: Any,
 ) -> list[Completion]:

@@ -32,11 +32,11 @@ from decoding import LoadedModel
 from evaluation.scoring import Ids, log_likelihoods
 from host.devices import find_device
 from host.files import DEMO, check_writable, json_text, read_text, write_whole
-from host.log import be_quiet, log
+from host.log import log, set_quiet
 from host.memory import size_text
 from host.threads import set_threads
 from load import load_model
-from ranks import join_process_group, leave, own_device, writes
+from ranks import is_rank0, join_process_group, leave_process_group, local_device
 from weights import hub
 
 WINDOW = 2048  # ids of a window of --perplexity, where the model's context has room
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     asked = read_text(args.perplexity) if args.perplexity else find_tasks(args)
     evaluate = perplexity if args.perplexity else tasks
     set_threads(args.threads)
-    device = own_device(find_device(args.device))
+    device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     if ranks and args.use_cache:
         raise ValueError("--use_cache is for one process, without torchrun")
@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.limit:
         how["note"] = f"--limit {args.limit}: a part of the data, not a score"
         log(how["note"])
-    leave()
+    leave_process_group()
     return how | figures
 
 
@@ -244,13 +244,13 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
 
     def work() -> None:
-        if args.output and writes():  # not after hours
+        if args.output and is_rank0():  # not after hours
             check_writable(args.output)
         figures = run(args)
-        if writes():
+        if is_rank0():
             write(figures, args.output)
 
     more = "; the same command goes on from --use_cache" if args.use_cache else ""

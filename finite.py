@@ -1,7 +1,7 @@
-"""Where the values of a model stop being finite numbers: for the message that ends such a run.
+"""Finds the first part of a model whose values are not finite numbers, for an error message.
 
-Start at not_finite, which `generate` (generate.py) calls when the logits of a token are not finite.
-It reads the text again, layer by layer and without compiled code, on all ranks together.
+Start at explain_not_finite, which `generate` (engine.py) calls when a token's logits are NaN or
+infinite. It runs the model on the text once more, eagerly, layer by layer, on all ranks.
 """
 
 from collections.abc import Sequence
@@ -11,33 +11,22 @@ from torch import Tensor
 
 from decoding import LoadedModel
 from model import KVCache, Transformer, visible_length
-from ranks import gathered
+from ranks import all_gather_object
 
-CHUNK = 512  # tokens that are read at once
+CHUNK_TOKENS = 512  # tokens of one forward pass
 
 
 @torch.inference_mode()
-def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
-    """One line: which part of the model is the first whose values for a text are not finite.
+def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
+    """Return an error line that names the first part of the model whose output is not finite.
 
     caches: at least as long as the text; the first row is overwritten.
     """
-    ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
-    slots = torch.arange(caches[0].length, device=lm.device)
-    for cache in caches:
-        cache.keep(0)
-    finite = []
-    for start in range(0, len(text), CHUNK):
-        tokens = torch.tensor([text[start : start + CHUNK]], device=lm.device)  # (1, T)
-        end = start + tokens.shape[1]
-        pos, visible = slots[start:end], slots[: visible_length(end, len(slots))]
-        finite.append(parts_finite(lm.model, tokens, pos.unsqueeze(0), visible, caches))
-    every = torch.stack(finite).all(0).tolist()  # of embedding, layers and head
-    name = first_part(gathered(every))
+    name = first_part(all_gather_object(finite_parts(lm, text, caches)))
     if name is None:
         return (
-            "the logits are not finite numbers, but they are when the text is read again: the "
-            "logits processors, or values close to the dtype's limit, make NaN or infinity"
+            "the logits are not finite numbers, but a second pass over the text gives finite ones: "
+            "a logits processor, or values close to the dtype's limit, make NaN or infinity"
         )
     dtype = str(lm.model.tok_embeddings.weight.dtype).removeprefix("torch.")
     wider = "" if dtype == "float32" else " (try --dtype float32)"
@@ -47,10 +36,26 @@ def not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) 
     )
 
 
-def parts_finite(
+def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> list[bool]:
+    """Run the model on a text. Returns whether the outputs of the embedding, of each layer and of
+    the head are finite."""
+    ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
+    slots = torch.arange(caches[0].length, device=lm.device)
+    for cache in caches:
+        cache.keep(0)
+    finite = []
+    for start in range(0, len(text), CHUNK_TOKENS):
+        tokens = torch.tensor([text[start : start + CHUNK_TOKENS]], device=lm.device)  # (1, T)
+        end = start + tokens.shape[1]
+        pos, visible = slots[start:end], slots[: visible_length(end, len(slots))]
+        finite.append(finite_in_chunk(lm.model, tokens, pos.unsqueeze(0), visible, caches))
+    return torch.stack(finite).all(0).tolist()  # (chunks, parts) -> (parts,)
+
+
+def finite_in_chunk(
     model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache]
 ) -> Tensor:
-    """One boolean for the embedding, each layer and the head: whether its output is finite."""
+    """Return one boolean for the embedding, each layer and the head: is its output finite?"""
     x, rotation, mask = model.embed(tokens, pos, slots)
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -63,7 +68,7 @@ def parts_finite(
 
 
 def first_part(ranks: Sequence[Sequence[bool]]) -> str | None:
-    """The name of the first part that is not finite, of what each rank has found of its own."""
+    """Return the name of the first part that is not finite. ranks: each rank's finite_parts."""
     layers = 0
     for finite in ranks:
         if not all(finite):

@@ -1,12 +1,14 @@
-"""Write a model's feed-forward neurons as records, for generate.py --flash to read a few at a time.
+"""Write a ReLU model's feed-forward neurons as records, for generate.py --flash to read.
 
     python flash.py --checkpoint_path checkpoints/demo-opt --calibration_file stories.txt
     python generate.py --checkpoint_path checkpoints/demo-opt --flash --dram_budget 60%
 
-Start at run. `calibrate` learns from a text which neurons a token needs (predictor.py), `pack`
-writes the neurons, those that are needed most often first. What was learned is kept beside the
-checkpoint, so that another --neurons is a matter of copying; layers that an interrupted run has
-finished are not learned again. The files are described in pack.py, what reads them in sparse.py.
+Start at run. learned_layers trains a predictor of active neurons for each layer
+(calibration/predictor.py) and keeps it beside the checkpoint: an interrupted run goes on after the
+last finished layer, and another --neurons needs no training. write_pack then writes the records,
+the most active neurons first; neurons/pack.py describes the files.
+
+Based on "LLM in a flash" (arXiv 2312.11514).
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 from cli import command
 from cli.options import parse_flash_args as parse_args
 
-if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+if __name__ == "__main__":  # before torch is imported, so that a wrong option is reported at once
     ARGS = command.begin(parse_args)
 
 import torch
@@ -32,173 +34,250 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration.gptq import fill_module
-from calibration.predictor import GAPS, WINDOWS, Learned, dense, inputs, learn
-from calibration.texts import calibration_text, calibration_tokens, say, take_up
+from calibration.predictor import (
+    GAPS,
+    WINDOWS,
+    LearnedLayer,
+    dense_weight,
+    feed_forward_inputs,
+    learn_layer,
+)
+from calibration.texts import calibration_tokens, log_above_bars, resume_or_clear
 from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.devices import find_device
-from host.files import sync
-from host.log import be_quiet, log
-from host.memory import check_memory, size_text, whole_blocks
+from host.files import read_text, sync
+from host.log import log, set_quiet
+from host.memory import check_memory, round_up_to_block, size_text
 from host.threads import set_threads
-from load import skeleton
+from load import meta_model
 from neurons.pack import (
-    FILES,
+    HASHED_FILES,
+    MANIFEST_FILE,
+    NEURONS_FILE,
+    RESIDENT_FILE,
     VERSION,
-    check_sparse,
+    check_relu,
     fingerprint,
     flash_directory,
     hash_file,
     write_manifest,
 )
-from neurons.records import GATED, PLAIN, Format
+from neurons.records import GATED_MATRICES, PLAIN_MATRICES, RecordFormat
+from options.settings import CalibrationOptions, PredictorOptions
 
-RANK = 32  # the predictor's is the model's width divided by this
+DIM_PER_RANK = 32  # the default rank is the model's width divided by this
+MIN_RANK = 8
 CPU = torch.device("cpu")
 
 
 def run(args: argparse.Namespace) -> Path:
-    """The directory of the pack. Raises what Checkpoint, calibration and the disk raise."""
+    """Write the pack and return its directory. Raises OSError, ValueError and MemoryError."""
     set_threads(args.threads)
     checkpoint = Checkpoint(args.checkpoint_path)
-    check_sparse(checkpoint.args)
-    checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
-    beside = flash_directory(checkpoint)
-    directory, work = args.flash_dir or beside, beside.with_name(f"{beside.name}.learned")
-    format = record_format(checkpoint, args)
+    check_relu(checkpoint.args)
+    checkpoint.check(meta_model(checkpoint.args, checkpoint.scheme))
+    default = flash_directory(checkpoint)
+    directory, work = args.flash_dir or default, default.with_name(f"{default.name}.learned")
+    format = record_format(checkpoint, args.neurons, args.groupsize, args.sector)
+    check_disk(checkpoint, format, directory)
+    calibration = CalibrationOptions(
+        args.calibration_file, (), args.calibration_seq_length, args.calibration_samples
+    )
+    training = PredictorOptions(args.rank, args.recall, args.epochs)
+    layers = learned_layers(checkpoint, work, calibration, training, args.device)
+    write_pack(checkpoint, format, layers, directory)
+    return directory
+
+
+def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int) -> RecordFormat:
+    shape = checkpoint.args
+    matrices = GATED_MATRICES if shape.feed_forward == "gated" else PLAIN_MATRICES
+    return RecordFormat(matrices, shape.dim, kind, checkpoint.dtype, groupsize, sector)
+
+
+def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) -> None:
+    """Log the pack's size; raise ValueError if the disk has too little space."""
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
-    total = layers * whole_blocks(neurons * format.stride)
+    total = layers * round_up_to_block(neurons * format.stride)
     log(
         f"{directory}: {layers * neurons:,} neurons of {size_text(format.used)}, stored in "
         f"{size_text(format.stride)} each, {size_text(total)} in all"
     )
     if total > (free := shutil.disk_usage(checkpoint.directory).free):
-        raise ValueError(f"{directory} needs {size_text(total)}, {size_text(free)} of disk is free")
-    learned = calibrate(checkpoint, work, args)
-    pack(checkpoint, format, learned, directory)
-    return directory
-
-
-def record_format(checkpoint: Checkpoint, args: argparse.Namespace) -> Format:
-    matrices = GATED if checkpoint.args.feed_forward == "gated" else PLAIN
-    return Format(
-        matrices, checkpoint.args.dim, args.neurons, checkpoint.dtype, args.groupsize, args.sector
-    )
-
-
-def calibrate(checkpoint: Checkpoint, work: Path, args: argparse.Namespace) -> list[Learned]:
-    """What there is to know of each layer; a layer that an earlier run has learned is kept."""
-    said = work / "identity.json"
-    if args.calibration_file:
-        tokens = calibration_tokens(
-            checkpoint,
-            calibration_text(args),
-            args.calibration_seq_length,
-            args.calibration_samples,
+        raise ValueError(
+            f"{directory} needs {size_text(total)}, and the disk has {size_text(free)} free"
         )
-        made_of = [fingerprint(checkpoint), zlib.crc32(tokens.numpy().tobytes()), args.rank]
-        take_up(work, [*made_of, args.recall, args.epochs])
-    elif said.is_file() and json.loads(said.read_text())[0] == fingerprint(checkpoint):
-        tokens = None
-    else:
-        raise ValueError("give --calibration_file TEXT, to learn from which neurons are active")
+
+
+def learned_layers(
+    checkpoint: Checkpoint,
+    work: Path,
+    calibration: CalibrationOptions,
+    training: PredictorOptions,
+    device: str,
+) -> list[LearnedLayer]:
+    """Return the predictor and figures of each layer; only missing ones are trained."""
+    tokens = training_tokens(checkpoint, work, calibration, training)
     files = [work / f"layer{n}.pt" for n in range(checkpoint.args.n_layers)]
     if not all(file.is_file() for file in files):
         if tokens is None:
             raise ValueError(f"{work} is not complete: give --calibration_file TEXT again")
-        log(f"learning from {len(tokens)} texts of {tokens.shape[1]} tokens")
-        learn_layers(checkpoint, tokens, files, args)
-    return [Learned(**torch.load(file, weights_only=True)) for file in files]
+        log(f"training predictors with {len(tokens)} texts of {tokens.shape[1]} tokens")
+        learn_layers(checkpoint, tokens, files, training, device)
+    return [LearnedLayer(**torch.load(file, weights_only=True)) for file in files]
+
+
+def training_tokens(
+    checkpoint: Checkpoint,
+    work: Path,
+    calibration: CalibrationOptions,
+    training: PredictorOptions,
+) -> Tensor | None:
+    """Return the calibration texts' ids, (B, T), or None to use an earlier run's layers.
+
+    Layers in `work` that were trained from other weights, texts or options are deleted. Raises
+    ValueError where there is neither a calibration file nor an earlier run for these weights.
+    """
+    identity = work / "identity.json"
+    if calibration.file:
+        text = read_text(calibration.file)
+        lengths = calibration.seq_length, calibration.samples
+        tokens = calibration_tokens(checkpoint, text, *lengths)
+        made_of = [fingerprint(checkpoint), zlib.crc32(tokens.numpy().tobytes())]
+        resume_or_clear(work, [*made_of, training.rank, training.recall, training.epochs])
+        return tokens
+    if identity.is_file() and json.loads(identity.read_text())[0] == fingerprint(checkpoint):
+        return None
+    raise ValueError("give --calibration_file TEXT, from which active neurons are learned")
 
 
 def learn_layers(
-    checkpoint: Checkpoint, tokens: Tensor, files: Sequence[Path], args: argparse.Namespace
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    files: Sequence[Path],
+    training: PredictorOptions,
+    device: str,
 ) -> None:
-    needed = 2 * tokens.numel() * checkpoint.args.dim * 4
-    check_memory(needed, "cpu", "what flows between blocks", "lower --calibration_samples")
-    rank = args.rank or max(8, checkpoint.args.dim // RANK)
-    layers = inputs(checkpoint, tokens, find_device(args.device))
+    """Train the predictor of each layer whose file is missing, and write the file."""
+    dim = checkpoint.args.dim
+    activations = 2 * tokens.numel() * dim * 4  # bytes: a block's inputs and outputs
+    check_memory(activations, "cpu", "what flows between blocks", "lower --calibration_samples")
+    rank = training.rank or max(MIN_RANK, dim // DIM_PER_RANK)
+    layers = feed_forward_inputs(checkpoint, tokens, find_device(device))
     bar = tqdm(zip(files, layers, strict=True), total=len(files), desc="learn", unit="layer")
     for file, (x, feed_forward) in bar:
         if file.is_file():
             continue
         start = time.perf_counter()
-        learned = learn(x, feed_forward, rank, args.recall, args.epochs)
+        learned = learn_layer(x, feed_forward, rank, training.recall, training.epochs)
         torch.save(vars(learned), file.with_suffix(".next"))
         os.replace(file.with_suffix(".next"), file)
-        found = learned.figures
-        say(
-            f"{file.stem}: {found['active']:.1%} active, {found['predicted']:.1%} predicted, "
-            f"{found['recall']:.1%} of the active found; {time.perf_counter() - start:.1f} s"
-        )
+        report_layer(file.stem, learned, time.perf_counter() - start)
 
 
-def pack(
-    checkpoint: Checkpoint, format: Format, learned: Sequence[Learned], directory: Path
+def report_layer(name: str, learned: LearnedLayer, seconds: float) -> None:
+    figures = learned.figures
+    log_above_bars(
+        f"{name}: {figures['active']:.1%} of the neurons active, {figures['predicted']:.1%} "
+        f"predicted, recall {figures['recall']:.1%}; {seconds:.1f} s"
+    )
+
+
+def write_pack(
+    checkpoint: Checkpoint,
+    format: RecordFormat,
+    learned: Sequence[LearnedLayer],
+    directory: Path,
 ) -> None:
-    """Write the records of all layers, what stays in memory, and last what they are."""
+    """Write the records and the resident tensors, then the manifest that makes them a pack."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "manifest.json").unlink(missing_ok=True)
-    model = skeleton(checkpoint.args, checkpoint.scheme)
-    temporary = {name: directory / f"{name}.tmp" for name in FILES}
-    resident: dict[str, Tensor] = {}
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    temporary = {name: directory / f"{name}.tmp" for name in HASHED_FILES}
     try:
-        with temporary[FILES[0]].open("wb") as file:
-            for n, known in enumerate(tqdm(learned, desc="pack", unit="layer")):
-                prefix = f"layers.{n}.feed_forward"
-                fill_module(checkpoint, model, prefix, CPU)
-                records, kept = layer_records(model.layers[n].feed_forward, format, known)
-                model.layers[n].feed_forward.to("meta")
-                floating = {k: v.to(checkpoint.dtype) for k, v in kept.items() if "scales" not in k}
-                resident |= {f"{prefix}.{k}": v for k, v in (kept | floating).items()}
-                file.write(records.numpy())
-                file.write(bytes(whole_blocks(records.nbytes) - records.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        torch.save(resident, temporary[FILES[1]])
-        for name in FILES:
+        resident = write_records(checkpoint, format, learned, temporary[NEURONS_FILE])
+        torch.save(resident, temporary[RESIDENT_FILE])
+        for name in HASHED_FILES:
             os.replace(temporary[name], directory / name)
     finally:
         for file in temporary.values():
             file.unlink(missing_ok=True)
     sync(directory)
-    said = asdict(format) | {"dtype": str(format.dtype).removeprefix("torch.")}
-    layers = [k.figures | {"rank": len(k.down)} for k in learned]
-    manifest = {"version": VERSION, "model": fingerprint(checkpoint), "format": said}
-    manifest |= {"hashes": {name: hash_file(directory / name) for name in FILES}}
-    write_manifest(directory, manifest | {"windows": WINDOWS, "gaps": GAPS, "layers": layers})
+    write_manifest(directory, make_manifest(checkpoint, format, learned, directory))
+
+
+def write_records(
+    checkpoint: Checkpoint, format: RecordFormat, learned: Sequence[LearnedLayer], path: Path
+) -> dict[str, Tensor]:
+    """Write the records of all layers; return the tensors that stay in memory, by name."""
+    model = meta_model(checkpoint.args, checkpoint.scheme)
+    resident: dict[str, Tensor] = {}
+    with path.open("wb") as file:
+        for n, layer in enumerate(tqdm(learned, desc="pack", unit="layer")):
+            prefix = f"layers.{n}.feed_forward"
+            fill_module(checkpoint, model, prefix, CPU)
+            records, tensors = layer_records(model.layers[n].feed_forward, format, layer)
+            model.layers[n].feed_forward.to("meta")
+            for name, tensor in tensors.items():
+                scales = "scales" in name  # these stay in float32
+                resident[f"{prefix}.{name}"] = tensor if scales else tensor.to(checkpoint.dtype)
+            file.write(records.numpy())
+            file.write(bytes(round_up_to_block(records.nbytes) - records.nbytes))
+        file.flush()
+        os.fsync(file.fileno())
+    return resident
+
+
+def make_manifest(
+    checkpoint: Checkpoint,
+    format: RecordFormat,
+    learned: Sequence[LearnedLayer],
+    directory: Path,
+) -> dict[str, object]:
+    return {
+        "version": VERSION,
+        "model": fingerprint(checkpoint),
+        "format": asdict(format) | {"dtype": str(format.dtype).removeprefix("torch.")},
+        "hashes": {name: hash_file(directory / name) for name in HASHED_FILES},
+        "windows": WINDOWS,
+        "gaps": GAPS,
+        "layers": [layer.figures | {"rank": len(layer.down)} for layer in learned],
+    }
 
 
 def layer_records(
-    feed_forward: nn.Module, format: Format, learned: Learned
+    feed_forward: nn.Module, format: RecordFormat, learned: LearnedLayer
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(F, stride) bytes in the order learned, and what a SparseFeedForward keeps beside them."""
+    """Return a layer's records, (F, stride) bytes in the learned order, and its resident tensors.
+
+    The latter have the names and shapes of SparseFeedForward's parameters and buffers.
+    """
     order, w2, inner = learned.order, feed_forward.w2, format.matrices[:-1]
     first = feed_forward.w13 if len(inner) == 2 else feed_forward.w1
-    weights = dict(zip(inner, dense(first).chunk(len(inner)), strict=True))
+    weights = dict(zip(inner, dense_weight(first).chunk(len(inner)), strict=True))
     weights = {name: weight[order] for name, weight in weights.items()}
-    records, scales = format.pack(weights | {"down": dense(w2)[:, order]})
+    records, scales = format.pack(weights | {"down": dense_weight(w2)[:, order]})
     biases = torch.zeros(len(inner), len(order)) if first.bias is None else first.bias
     bias = biases.view(len(inner), -1)[:, order].T  # (F, 1 or 2)
-    never = torch.zeros(1, len(inner))
-    never[0, 0] = -math.inf  # behind a ReLU: no neuron
-    kept = {
+    empty = torch.zeros(1, len(inner))  # of an empty entry
+    empty[0, 0] = -math.inf  # which ReLU makes zero
+    tensors = {
         "predictor.down.weight": learned.down,
         "predictor.up.weight": learned.up,
         "predictor.up.bias": learned.bias,
-        "inner_bias": torch.cat((bias, never)),
+        "inner_bias": torch.cat((bias, empty)),
         "outer_bias": torch.zeros(format.dim) if w2.bias is None else w2.bias,
     }
     if format.kind == "int8":
         ones = torch.ones(1, len(inner))
-        kept |= {"inner_scales": torch.cat((scales["inner_scales"], ones))}
-        kept |= {"outer_scales": scales["outer_scales"]}
-    return records, {name: tensor.detach() for name, tensor in kept.items()}
+        tensors["inner_scales"] = torch.cat((scales["inner_scales"], ones))
+        tensors["outer_scales"] = scales["outer_scales"]
+    return records, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def main(args: argparse.Namespace) -> int:
-    be_quiet(args.quiet)
-    stopped = "stopped; no file was written; the same command goes on from here"
+    set_quiet(args.quiet)
+    stopped = "stopped; no pack was written; the same command goes on from here"
     return exit_code("flash.py", lambda: print(run(args)), stopped)
 
 

@@ -2,126 +2,212 @@
 
 Start at load_model, the one place where a model's features meet, in this order: the checkpoint's
 args -> Transformer on the meta device -> every tensor read once, straight to where it stays ->
-prefill and decode as two views of the model, compiled or not -> what guesses tokens for it.
+prefill and decode as two views of the model, compiled or not -> what proposes draft tokens for it.
+A feature is imported where it is asked for: a plain model loads in half the time of all of them.
 """
 
+from __future__ import annotations
+
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
-from compiled import ReusedCaches, compiled_block, compiled_view, compiler_imported, has_graphs
 from decoding import LoadedModel
-from draft_length import DraftLengthController
-from fast_layers.install import use_fast_layers
 from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
-from model import KVCache, ModelArgs, Transformer, visible_length
-from neurons.feed_forward import Flash, fill_resident, leave_on_disk, source_of, start_neurons
-from neurons.pack import flash_directory, open_pack
-from offload import Fill, Stored, StreamedLayers
-from pp import PipelineParallel, default_micro_batches
-from quant.kv_cache import QuantizedKVCache
+from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
+from options.rules import broken_rule
+from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
     make_scheme,
-    nearest,
+    meta_model,
     quantized_bytes,
     quantized_copy,
-    skeleton,
+    round_to_nearest,
 )
-from ranks import Ranks
-from speculate import ModelDraft, NgramDraft, SelfDraft, same_vocabulary
-from text.tokenizer import Tokenizer, difference, id_tokenizer, load_tokenizer
-from tiers.kv_cache import tiered_caches
-from tiers.policy import Policy
-from tp import TensorParallel
+from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
 
-CACHES: dict[str | None, Callable[..., KVCache]] = {
-    None: KVCache,
-    "int8": partial(QuantizedKVCache, bits=8),
-    "int4": partial(QuantizedKVCache, bits=4),
-}
+if TYPE_CHECKING:
+    from offload import Fill, Stored, StreamedLayers
+    from tiers.policy import Policy
+
+
+CACHE_BITS = {"int8": 8, "int4": 4}  # of a quantised KV cache
 SELF_BITS = {"self-int8": 8, "self-int4": 4}
 DRAFTS = "ngram", *SELF_BITS  # or else a model
 # Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
-MOST_PADDING = 128
+MAX_PADDED_IDS = 128
 
 
 def load_model(
-    path: str | Path = DEMO,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    kv_dtype: str | None = None,
-    compile: bool = False,
-    compile_prefill: bool = False,
-    draft: str | Path | LoadedModel | None = None,
-    speculate_k: int | None = None,
-    policy: Policy | None = None,
-    flash: Flash | None = None,
-    ranks: Ranks | None = None,
-    pipeline: bool = False,
-    micro_batches: int | None = None,
+    path: str | Path = DEMO, options: LoadOptions = LoadOptions(), **changes: Any
 ) -> LoadedModel:
     """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
-    dtype: "float32" or torch.float32, say; None: as stored. kv_dtype: "int8" or "int4", None: that
-    of the model. device "auto": cuda, else mps, else cpu. compiled views take their time at their
-    first call. draft: what guesses tokens (speculate.py), one of DRAFTS or a model, loaded or its
-    path; speculate_k: how many, None: as many as pay. policy: where the model lives and how it runs
-    where that is not on the device alone (offload.py); flash: how its feed-forward neurons are left
-    on disk (sparse.py).
-    ranks: the processes that hold it together, each a share of every layer (tp.py) or, in a
-    pipeline (pp.py), some layers; micro_batches: of rows that are under way there, None: as many as pay.
+    changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
+    model compiles at its first calls; see compile_now.
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
-    target, new_cache, dtype = find_device(device), find_cache(kv_dtype), find_dtype(dtype)
-    policy = None if policy and policy.plain else policy
+    options = checked(replace(options, **changes))
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
-    views = {"compile": compile, "compile_prefill": compile_prefill}
-    if isinstance(draft, Path) or (isinstance(draft, str) and draft not in DRAFTS):
-        draft = load_model(draft, device=device, dtype=dtype, kv_dtype=kv_dtype, **views)
-    check_draft(draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
-    check_pairs(policy, draft, flash)
-    check_ranks(ranks, pipeline, views, draft, flash, policy)
-    pack = flash and open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
-    with compiler_imported(compile):
-        checkpoint.check(skeleton(checkpoint.args, checkpoint.scheme))
-        scheme = compressed_scheme(policy and policy.compress_weight, checkpoint.scheme)
-        division = divided(ranks, pipeline, micro_batches)
-        model = division.skeleton(checkpoint.args, scheme)
-        model.new_cache = new_cache
-        if pack:
-            leave_on_disk(model, pack)
-        dtype = dtype or checkpoint.dtype
-        layers = stream_layers(model, policy, dtype, target)
-        fill = checkpoint.filler(target)
-        if scheme != checkpoint.scheme:
-            fill = rounded_filler(model, checkpoint, fill)
-        if pack:
-            fill = fill_resident(pack, fill)
-        fill = division.filler(checkpoint, model, target, fill)
-        stored = division.stored(checkpoint) if scheme == checkpoint.scheme else nowhere
-        fill_model(model, division, fill, layers, stored, target, dtype)
-        if pack:
-            start_neurons(model, pack, flash)
-        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
+    options = with_draft_model(options)
+    check_draft(options.draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
+    return assemble(CheckpointWeights(checkpoint, options.flash), tokenizer, options)
+
+
+def random_model(
+    config_file: str | Path,
+    options: LoadOptions = LoadOptions(),
+    *,
+    scheme: dict[str, Any] | None = None,
+    **changes: Any,
+) -> LoadedModel:
+    """A model of the shape that a config.json gives, with random weights: for benchmarks.
+
+    scheme: how its linears are quantised, see make_scheme in quant/linear.py; None: they are
+    dense. changes: fields of LoadOptions by name.
+    """
+    options = checked(replace(options, **changes))
+    weights = RandomWeights(read_json(Path(config_file)), scheme)
+    tokenizer = id_tokenizer(weights.args.vocab_size)
+    check_draft(options.draft, weights.args.vocab_size, tokenizer, scheme)
+    return assemble(weights, tokenizer, options)
+
+
+def checked(options: LoadOptions) -> LoadOptions:
+    """The options, with a dtype of torch. ValueError for options that do not go together, and for
+    a device, dtype or cache that does not exist."""
+    plain = options.policy is not None and options.policy.plain
+    options = replace(options, policy=None) if plain else options
+    if message := broken_rule(options.chosen()):
+        raise ValueError(message)
+    find_cache(options.kv_dtype)
+    return replace(options, device=find_device(options.device), dtype=find_dtype(options.dtype))
+
+
+def with_draft_model(options: LoadOptions) -> LoadOptions:
+    """The options, with a draft model that is given by its path loaded."""
+    draft = options.draft
+    if draft is None or isinstance(draft, LoadedModel) or draft in DRAFTS:
+        return options
+    shared = ("device", "dtype", "kv_dtype", "compile", "compile_prefill")
+    given = {name: getattr(options, name) for name in shared}
+    return replace(options, draft=load_model(draft, **given))
+
+
+def assemble(
+    weights: CheckpointWeights | RandomWeights, tokenizer: Tokenizer, options: LoadOptions
+) -> LoadedModel:
+    """Build the model that the options describe, fill it with weights, and make it ready to run."""
+    policy, device = options.policy, options.device
+    with importing_compiler(options.compile):
+        weights.check()
+        scheme = compressed_scheme(policy and policy.compress_weight, weights.scheme)
+        strategy = parallel_strategy(options)
+        model = strategy.build_skeleton(weights.args, scheme)
+        model.cache_factory = find_cache(options.kv_dtype)
+        weights.prepare(model)
+        dtype = options.dtype or weights.dtype
+        layers = stream_layers(model, options, dtype)
+        fill = weights.filler(model, scheme, strategy, device)
+        stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
+        fill_model(model, strategy, fill, layers, stored, device, dtype)
+        weights.start(model)
+        return strategy.wrap(make_ready(model, tokenizer, options))
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk, or
+    None."""
+
+    def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None):
+        self.args, self.scheme, self.dtype = checkpoint.args, checkpoint.scheme, checkpoint.dtype
+        self.checkpoint, self.flash, self.pack = checkpoint, flash, None
+        if flash:
+            from neurons.pack import flash_directory, open_pack
+
+            self.pack = open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
+
+    def check(self) -> None:
+        """ValueError for a checkpoint whose tensors do not fit its config."""
+        self.checkpoint.check(meta_model(self.args, self.scheme))
+
+    def prepare(self, model: Transformer) -> None:
+        """Leave the neurons of a model on the meta device on disk, with --flash."""
+        if self.pack:
+            from neurons.feed_forward import swap_feed_forwards
+
+            swap_feed_forwards(model, self.pack)
+
+    def filler(
+        self,
+        model: Transformer,
+        scheme: dict[str, Any] | None,
+        strategy: ParallelStrategy,
+        device: torch.device,
+    ) -> Fill:
+        """Returns the function that reads a tensor of the model, or makes it of what is stored."""
+        fill = self.checkpoint.fill_function(device)
+        if scheme != self.scheme:
+            fill = rounded_filler(model, self.checkpoint, fill)
+        if self.pack:
+            from neurons.feed_forward import fill_from_pack
+
+            fill = fill_from_pack(self.pack, fill)
+        return strategy.fill_function(self.checkpoint, model, device, fill)
+
+    def stored(self, strategy: ParallelStrategy) -> Stored:
+        return strategy.location_function(self.checkpoint)
+
+    def start(self, model: Transformer) -> None:
+        """Begin to serve neurons from disk, with --flash."""
+        if self.pack:
+            from neurons.feed_forward import attach_neurons
+
+            attach_neurons(model, self.pack, self.flash)
+
+
+class RandomWeights:
+    """Random weights for the shape of a config.json; the methods are those of CheckpointWeights."""
+
+    def __init__(self, config: dict[str, Any], scheme: dict[str, Any] | None):
+        self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
+
+    def check(self) -> None: ...
+
+    def prepare(self, model: Transformer) -> None: ...
+
+    def filler(
+        self,
+        model: Transformer,
+        scheme: dict[str, Any] | None,
+        strategy: ParallelStrategy,
+        device: torch.device,
+    ) -> Fill:
+        return random_filler(device)
+
+    def stored(self, strategy: ParallelStrategy) -> Stored:
+        return nowhere
+
+    def start(self, model: Transformer) -> None: ...
 
 
 def fill_model(
     model: Transformer,
-    division: "SingleProcess | TensorParallel | PipelineParallel",
+    strategy: ParallelStrategy,
     fill: Fill,
     layers: StreamedLayers | None,
     stored: Stored,
@@ -133,92 +219,80 @@ def fill_model(
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
         fill = counted(fill, bar.update)
-        allocate(model, device, dtype, fill, layers and layers.home)
-        division.finish(model, dtype, device)
+        allocate(model, device, dtype, fill, layers and layers.destination)
+        strategy.finish(model, dtype, device)
         if layers:
             layers.start(fill, stored)
 
 
-class SingleProcess:
-    """What one process alone holds of a model; tp.TensorParallel and pp.PipelineParallel are what a rank does.
+class ParallelStrategy(Protocol):
+    """How a model is divided among processes, in the order in which load_model calls the methods.
 
-    share: the args of what it holds. A model is made by the others in turn: `skeleton`, on the meta
-    device; `filler`, what gives its tensors their values, where `fill` does so by the names that
-    the checkpoint has; `stored`, where a file has them as they are; `finish`, once it has them;
-    `ready`, what runs it.
+    SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
 
-    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+        """Return the args of this process's shard. Raises ValueError if the model cannot divide."""
+
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Build this process's shard on the meta device. args, scheme: of the whole model."""
+
+    def fill_function(
+        self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
+    ) -> Fill:
+        """Return a function that fills a tensor of the shard, by its name in the shard.
+
+        fill: fills a tensor by its name in the checkpoint, with all of the stored tensor.
+        """
+
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
+        """Return a function from a tensor's name in the shard to its file and offset.
+
+        It returns None for a tensor that no file stores byte for byte.
+        """
+
+    def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        """Replace what only the loading of the weights needed."""
+
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
+        """Return the LoadedModel with the views, caches and sampler that the processes need."""
+
+
+class SingleProcess:
+    """The strategy without ranks: this process has the whole model."""
+
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        return skeleton(args, scheme)
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        return meta_model(args, scheme)
 
-    def filler(
+    def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
         return fill
 
-    def stored(self, checkpoint: Checkpoint) -> Stored:
-        return checkpoint.direct
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
+        return checkpoint.location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None: ...
 
-    def ready(self, lm: LoadedModel) -> LoadedModel:
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
         return lm
 
 
-def divided(
-    ranks: Ranks | None, pipeline: bool, micro_batches: int | None = None
-) -> SingleProcess | TensorParallel | PipelineParallel:
-    """How a model is divided among ranks."""
-    if ranks is None:
+def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
+    """The strategy that the ranks and the option --pipeline ask for."""
+    if options.ranks is None:
         return SingleProcess()
-    return (
-        PipelineParallel(ranks, micro_batches or default_micro_batches(ranks))
-        if pipeline
-        else TensorParallel(ranks)
-    )
+    if options.pipeline:
+        from pp import PipelineParallel, default_micro_batches
 
+        count = options.micro_batches or default_micro_batches(options.ranks)
+        return PipelineParallel(options.ranks, count)
+    from tp import TensorParallel
 
-def random_model(
-    config_file: str | Path,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    kv_dtype: str | None = None,
-    scheme: dict[str, Any] | None = None,
-    compile: bool = False,
-    compile_prefill: bool = False,
-    draft: str | LoadedModel | None = None,
-    speculate_k: int | None = None,
-    policy: Policy | None = None,
-    ranks: Ranks | None = None,
-    pipeline: bool = False,
-    micro_batches: int | None = None,
-) -> LoadedModel:
-    """A model of the shape that a config.json gives, with random weights: for benchmarks.
-
-    scheme: how its linears are quantised, see quantized.make_scheme; None: they are dense.
-    """
-    target, new_cache = find_device(device), find_cache(kv_dtype)
-    policy = None if policy and policy.plain else policy
-    config = read_json(Path(config_file))
-    args, fill = model_args(config), random_filler(target)
-    tokenizer = id_tokenizer(args.vocab_size)
-    check_draft(draft, args.vocab_size, tokenizer, scheme)
-    check_pairs(policy, draft, None)
-    check_ranks(ranks, pipeline, {"compile": compile}, draft, None, policy)
-    with compiler_imported(compile):
-        division = divided(ranks, pipeline, micro_batches)
-        scheme = compressed_scheme(policy and policy.compress_weight, scheme)
-        model = division.skeleton(args, scheme)
-        model.new_cache = new_cache
-        dtype = dtype or config_dtype(config)
-        layers = stream_layers(model, policy, dtype, target)
-        fill_model(model, division, fill, layers, nowhere, target, dtype)
-        views = {"compile": compile, "compile_prefill": compile_prefill}
-        return division.ready(make_ready(model, tokenizer, views, draft, speculate_k, policy))
+    return TensorParallel(options.ranks)
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -248,45 +322,66 @@ def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
     return fill
 
 
-def make_ready(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    views: dict[str, bool],
-    draft: str | LoadedModel | None,
-    speculate_k: int | None,
-    policy: Policy | None,
-) -> LoadedModel:
-    """A model that has its weights: its fast products, its views, and what guesses for it."""
-    # While there are weights to round:
-    copy = self_copy(model, draft) if draft in SELF_BITS else None
-    use_fast_layers(model, model.tok_embeddings.weight.dtype, bool(source_of(model)) or None)
-    if policy:
-        if views["compile"]:
-            model.layers.run = compiled_block(model, model.tok_embeddings.weight.device)
-        place = {"new_caches": partial(place_caches, policy), "sweep": policy.sweep}
-        lm = LoadedModel(model, model, model, tokenizer, **place)
+def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
+    """A model that has its weights: with its fast layers, its two views and its draft."""
+    from fast_layers.install import use_fast_layers
+
+    # Fast layers keep weights in an order that cannot be rounded any more
+    copy = self_copy(model, options.draft) if options.draft in SELF_BITS else None
+    use_fast_layers(model, model.tok_embeddings.weight.dtype, options.flash is not None or None)
+    if options.policy:
+        lm = offloaded(model, tokenizer, options)
     else:
-        lm = make_views(model, tokenizer, **views)
-    if draft is None:
-        return lm
-    controller = DraftLengthController(
-        speculate_k, has_graphs(lm.decode), isinstance(draft, LoadedModel)
+        lm = make_views(model, tokenizer, options.compile, options.compile_prefill)
+    return lm if options.draft is None else with_draft(lm, copy, options)
+
+
+def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
+    """A model whose layers come to the device one after the other."""
+    caches = partial(place_caches, options.policy)
+    prefill = options.policy.prefill_chunk_tokens
+    return LoadedModel(
+        model, model, model, tokenizer, new_caches=caches, prefill_chunk_tokens=prefill
     )
+
+
+def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) -> LoadedModel:
+    """The model, with what proposes draft tokens for it. copy: the model in fewer bits, if that
+    is the draft."""
+    from compiled import has_graphs
+    from draft_length import DraftLengthController
+    from fast_layers.install import use_fast_layers
+    from speculate import ModelDraft, NgramDraft, SelfDraft, match_vocab_size
+
+    by_model = isinstance(options.draft, LoadedModel)
+    graphs = lm.decode is not lm.model and has_graphs(lm.decode)
+    controller = DraftLengthController(options.speculate_k, graphs, by_model)
     if copy:
         use_fast_layers(copy, torch.bfloat16)
-        return replace(lm, draft=SelfDraft(controller, make_views(copy, tokenizer, **views)))
-    if draft == "ngram":
+        views = make_views(copy, lm.tokenizer, options.compile, options.compile_prefill)
+        return replace(lm, draft=SelfDraft(controller, views))
+    if options.draft == "ngram":
         return replace(lm, draft=NgramDraft(controller))
-    return replace(lm, draft=ModelDraft(controller, same_vocabulary(draft, model.args.vocab_size)))
+    draft = match_vocab_size(options.draft, lm.model.args.vocab_size)
+    return replace(lm, draft=ModelDraft(controller, draft))
 
 
 def stream_layers(
-    model: Transformer, policy: Policy | None, dtype: torch.dtype, device: torch.device
+    model: Transformer, options: LoadOptions, dtype: torch.dtype
 ) -> StreamedLayers | None:
-    """Let the layers of a model on the meta device be where a policy says."""
-    if policy is None:
+    """Replace the layers of a model on the meta device by layers that a policy places."""
+    if options.policy is None:
         return None
-    model.layers = StreamedLayers(model.layers, policy, dtype, device)
+    from offload import StreamedLayers, eager
+
+    def run() -> Callable[..., Tensor]:
+        if not options.compile:
+            return eager
+        from compiled import compiled_block
+
+        return compiled_block(model, options.device)
+
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, run)
     return model.layers
 
 
@@ -306,7 +401,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
             return fill(name, tensor)
         if module not in latest:
             latest.clear()  # the tensors of a linear follow one another
-            latest[module] = nearest(checkpoint.read(f"{module}.weight"), linears[module])
+            latest[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
         tensor.copy_(latest[module][leaf])
 
     return rounding
@@ -327,14 +422,16 @@ def nowhere(name: str, dtype: torch.dtype) -> None:
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
-    waited = lm.model.layers.waited["cache"]
+    from tiers.kv_cache import tiered_caches
+
+    waited = lm.model.layers.wait_times["cache"]
     return tiered_caches(lm.model, policy, batch, length, waited)
 
 
 def self_copy(model: Transformer, draft: str) -> Transformer:
     """The model in the fewer bits that the draft's name says."""
     scheme = make_scheme(draft.removeprefix("self-"))
-    nbytes = quantized_bytes(skeleton(model.args, scheme))
+    nbytes = quantized_bytes(meta_model(model.args, scheme))
     device = model.tok_embeddings.weight.device
     what = f"the model's copy for --draft {draft}"
     check_memory(nbytes, device, what, "use --draft ngram, which takes none")
@@ -351,9 +448,9 @@ def check_draft(
     """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
     if isinstance(draft, LoadedModel):
         theirs = draft.model.args.vocab_size
-        if abs(theirs - vocab_size) > MOST_PADDING:
+        if abs(theirs - vocab_size) > MAX_PADDED_IDS:
             why = f"the draft knows {theirs} ids and the model {vocab_size}"
-        elif not (why := difference(draft.tokenizer, tokenizer)):
+        elif not (why := first_difference(draft.tokenizer, tokenizer)):
             return
         raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
     bits = scheme["linears"].get("bits", 16) if scheme else 16
@@ -364,54 +461,29 @@ def check_draft(
         )
 
 
-def check_pairs(
-    policy: Policy | None, draft: str | LoadedModel | None, flash: Flash | None
-) -> None:
-    """ValueError for features that do not go together."""
-    if flash and policy:
-        raise ValueError("--flash leaves neurons on disk, offloading whole layers: choose one")
-    if flash and draft in SELF_BITS:
-        raise ValueError(
-            f"--draft {draft} copies a model that is in memory, and with --flash its neurons are "
-            "not: give --draft_checkpoint_path, or --draft ngram"
-        )
-    if policy and draft in SELF_BITS:
-        raise ValueError(
-            f"--draft {draft} copies a model that is in memory, and this one is offloaded: give "
-            "--draft_checkpoint_path, or --draft ngram"
-        )
+def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Import the compiler while the weights are read, if it is wanted."""
+    if not wanted:
+        return contextlib.nullcontext()
+    from compiled import compiler_imported
 
-
-def check_ranks(
-    ranks: Ranks | None,
-    pipeline: bool,
-    views: dict[str, bool],
-    draft: str | LoadedModel | None,
-    flash: Flash | None,
-    policy: Policy | None,
-) -> None:
-    """ValueError for features that ranks do not have."""
-    if pipeline and not ranks:
-        raise ValueError("--pipeline needs ranks: torchrun --nproc_per_node=2 generate.py ...")
-    if ranks and flash:
-        raise ValueError("--flash is for one process, without torchrun")
-    if ranks and policy and policy.compress_weight:
-        raise ValueError("--compress_weight is for one process: run quantize.py first")
-    if ranks and pipeline and draft:
-        raise ValueError("a pipeline's stages do not guess: omit the draft, or --pipeline")
-    if ranks and pipeline and views["compile"]:
-        raise ValueError("a pipeline's stages are not compiled: omit --compile, or --pipeline")
+    return compiler_imported(True)
 
 
 def make_views(
     model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
 ) -> LoadedModel:
     """Prefill and decode as two views of one model, each compiled or not."""
+    if not compile:
+        return LoadedModel(model, model, model, tokenizer)
+    from compiled import ReusedCaches, compiled_view, has_graphs
+    from neurons.feed_forward import neuron_source
+
     device = model.tok_embeddings.weight.device
-    by_itself = source_of(model) is None  # else the host reads within a step
-    prefill = compiled_view(model, device, False) if compile and compile_prefill else model
-    decode = compiled_view(model, device, by_itself) if compile else model
-    lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=not compile)
+    on_device_only = neuron_source(model) is None  # else the host reads neurons within a step
+    prefill = compiled_view(model, device, False) if compile_prefill else model
+    decode = compiled_view(model, device, on_device_only)
+    lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=False)
     return replace(lm, new_caches=ReusedCaches(lm.new_caches)) if has_graphs(decode) else lm
 
 
@@ -424,27 +496,32 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
-    """What makes the caches. ValueError listing the known ones."""
-    if kv_dtype not in CACHES:
-        known = ", ".join(str(name) for name in CACHES)
-        raise ValueError(f"kv_dtype {kv_dtype} is not one of {known}")
-    return CACHES[kv_dtype]
+def find_cache(kv_dtype: str | None) -> CacheFactory:
+    """Return what makes the caches. ValueError listing the known kinds."""
+    if kv_dtype is None:
+        return CacheFactory()
+    if kv_dtype not in CACHE_BITS:
+        raise ValueError(f"kv_dtype {kv_dtype} is not one of None, {', '.join(CACHE_BITS)}")
+    from quant.kv_cache import QuantizedKVCache
+
+    return CacheFactory(partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype]))
 
 
 def count_weights(args: ModelArgs) -> int:
     """Of the dense model."""
-    return sum(parameter.numel() for parameter in skeleton(args, None).parameters())
+    return sum(parameter.numel() for parameter in meta_model(args, None).parameters())
 
 
 @torch.inference_mode()
 def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
     """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
     meet_shapes(lm, caches, 2 if lm.draft else 1)
-    if lm.draft and (drafting := lm.draft.views(caches)):
+    if lm.draft and (drafting := lm.draft.warm_up_inputs(caches)):
         meet_shapes(*drafting)
-    if (source := source_of(lm.model)) and not lm.any_rows:
-        source.count_anew()
+    from neurons.feed_forward import neuron_source
+
+    if (source := neuron_source(lm.model)) and not lm.any_rows:
+        source.reset_stats()
 
 
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:

@@ -17,14 +17,15 @@ query attention (2305.13245); names follow Llama's reference code, sizes gpt-fas
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from host.torch_private import copy_with_buffers, own_buffers
 
 Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
 
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
         self.output = Linear(args.embed_dim, args.vocab_size, bias=False)
         if args.tied:
             self.output.weight = self.tok_embeddings.weight
-        self.new_cache: Callable[..., KVCache] = KVCache  # of shape, dtype and device
+        self.cache_factory = CacheFactory()
 
     def forward(
         self,
@@ -150,12 +151,13 @@ class Transformer(nn.Module):
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
-        return [self.new_cache(shape, weight.dtype, weight.device) for _ in range(args.n_layers)]
+        given = shape, weight.dtype, weight.device
+        return [self.cache_factory(*given) for _ in range(args.n_layers)]
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one slot of the caches of all layers."""
         shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
-        one = self.new_cache(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
+        one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
         return self.args.n_layers * sum(buffer.nbytes for buffer in one.buffers())
 
 
@@ -233,10 +235,19 @@ class PlainFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    same_bits = True  # compiled as in eager code; a step of quantised weights gains 7 % without
+    """exact: compiled code returns the same bits as eager code."""
+
+    def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
+        super().__init__(dim, eps, affine)
+        self.exact = exact
+
+    def allow_fusion(self) -> None:
+        """Let the compiler fuse this norm with its neighbours: a decoding step of quantised weights
+        is 7 % faster, and the last bits of its result may differ from eager code's."""
+        self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.same_bits and takes_kernel(x):
+        if self.exact and takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
 
@@ -442,6 +453,12 @@ def grouped_attention(
     return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
 
 
+def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by PyTorch's kernel: the default CacheAttention, which runs on every device."""
+    k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
+    return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
+
+
 class KVCache(nn.Module):
     """Keys and values of one layer: (B, slots, G, E) each, slot = position.
 
@@ -450,12 +467,16 @@ class KVCache(nn.Module):
     """
 
     row_granularity = 1  # rows that cost as much as one of them
-    attention = staticmethod(F.scaled_dot_product_attention)
-    # On a GPU: attention that reads what is stored by itself, see gpu_products.attend.
-    gpu_attention: Callable[..., Tensor] | None = None
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: "CacheAttention" = sdpa_attention,
+    ):
         super().__init__()
+        self.attention = attention
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device))
 
@@ -474,11 +495,8 @@ class KVCache(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         """What queries, (B, T, H, E), see of all keys and values once k and v are stored."""
-        if self.gpu_attention is not None:
-            self.store(pos, k, v)
-            return self.gpu_attention(self, q, mask, pos)
-        k, v = self.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
-        return grouped_attention(self.attention, q, k, v, mask)
+        self.store(pos, k, v)
+        return self.attention(self, q, mask, pos)
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
@@ -505,9 +523,8 @@ class KVCache(nn.Module):
 
     def part(self, rows: slice) -> "KVCache":
         """The same memory, of some rows."""
-        part = copy.copy(self)
-        part._buffers = {name: buffer[rows] for name, buffer in self._buffers.items()}
-        return part
+        buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
+        return copy_with_buffers(self, buffers)
 
     def first(self, count: int) -> "KVCache":
         """The same memory, of so many rows."""
@@ -523,6 +540,33 @@ class KVCache(nn.Module):
         """Become a copy of those rows of another cache, (B,), up to slot `filled`."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
+
+
+# Returns attention, (B, T, H, E), over what a cache stores. Called with the cache, queries of that
+# shape, the mask of Transformer.mask, and pos, (B, T), the queries' positions.
+CacheAttention = Callable[[KVCache, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CacheFactory:
+    """Makes the KV cache of each layer; a Transformer holds one.
+
+    make: KVCache, or another constructor with the same arguments (quant/kv_cache.py).
+    attention: how the caches attend; fast_layers replaces it by a kernel for the model's device.
+    """
+
+    make: Callable[..., KVCache] = KVCache
+    attention: CacheAttention = sdpa_attention
+
+    def __call__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Return an empty cache of shape (B, positions, G, E)."""
+        return self.make(shape, dtype, device, attention=self.attention)
+
+    def portable(self) -> "CacheFactory":
+        """Return a factory of caches that attend on any device, not on the model's alone."""
+        return replace(self, attention=sdpa_attention)
 
 
 def visible_length(filled: int, most: int) -> int:

@@ -12,6 +12,7 @@ Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,32 +24,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import final_dtype, give, room, stored_tensors
-from fast_layers.cpu import MIN_DENSE_BYTES, TiledLinear, use_fast_linears
-from host.memory import page_aligned, whole_blocks
+from checkpoint import allocate_tensor, final_dtype, set_tensor, stored_tensors
+from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
+from host.memory import page_aligned, round_up_to_block
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
 from tiers import direct_io as disk
 from tiers.direct_io import DirectFile, ScratchFile
-from tiers.policy import WEIGHT_SLOTS, Policy
+from tiers.policy import WEIGHT_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
     BounceBuffer,
+    Buffer,
     HostMemory,
     Layout,
     Ring,
-    Slot,
     Store,
     TransferWorker,
-    Waited,
+    WaitTime,
     Workers,
-    fence,
+    record_event,
 )
 
 # Micro-batches of which the host attends to some while the device computes others: one here, one
 # there and one on its way; no more than the ring has slots for their cells.
-UNDER_WAY = 3
+MICRO_BATCHES_IN_FLIGHT = 3
 Fill = Callable[[str, Tensor], Any]  # gives a tensor of that name its value
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]  # where a file has it as it is
 Source = tuple[Store, dict[str, int]]  # where each tensor of a layer is
@@ -58,7 +59,7 @@ class Streamed(NamedTuple):
     """A block in a slot, and those of its linears that a CPU wants packed, with what is read."""
 
     block: nn.Module
-    tiled: list[tuple[TiledLinear, QuantizedLinear]]
+    tiled: list[tuple[PackedLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
@@ -68,12 +69,17 @@ class StreamedLayers(nn.ModuleList):
     """
 
     def __init__(
-        self, layers: nn.ModuleList, policy: Policy, dtype: torch.dtype, device: torch.device
+        self,
+        layers: nn.ModuleList,
+        policy: Policy,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_run: Callable[[], Callable[..., Tensor]] = lambda: eager,
     ):
         super().__init__(layers)
+        self._make_run = make_run
         self._files: dict[Path, Store] = {}
-        self.waited = {"layers": Waited(), "cache": Waited()}
-        self.run: Callable[..., Tensor] = eager  # or compiled
+        self.wait_times = {"layers": WaitTime(), "cache": WaitTime()}
         self.policy, self.device, self._dtype = policy, device, dtype
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
@@ -90,30 +96,35 @@ class StreamedLayers(nn.ModuleList):
             for j in self._moving
             if self.tiers[j] == "host"
         }
-        self.sources: dict[int, Source] = {
+        self.locations: dict[int, Source] = {
             j: (HostMemory(slab), self.layout.offsets) for j, slab in self._slabs.items()
         }
 
-    def home(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    @functools.cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """Calls a block with its inputs: eager, or a compiled function."""
+        return self._make_run()
+
+    def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Memory for a tensor of the model; None: it stays on disk."""
         place = name.split(".", 2)
         j = int(place[1]) if place[0] == "layers" else None
         if j in self._slabs:
             return self.layout.of(self.layout.cut(self._slabs[j]))[place[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
-        return None if on_disk else room(shape, dtype, self.device)
+        return None if on_disk else allocate_tensor(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
         """Make the ring. Layers that no file has as they are go to a scratch file, by `fill`."""
-        on_disk = [j for j in self._moving if j not in self.sources]
+        on_disk = [j for j in self._moving if j not in self.locations]
         found = {j: source for j in on_disk if (source := self._in_file(j, stored))}
-        self.sources |= found
+        self.locations |= found
         self._write_scratch([j for j in on_disk if j not in found], fill)
-        self.slots = [self._slot() for _ in self._moving[:WEIGHT_SLOTS]]
+        self.buffers = [self._slot() for _ in self._moving[:WEIGHT_BUFFERS]]
         # Two layers at a time: when the requests for one run out, those for the next are there.
-        self._courier = TransferWorker(self.device, "weights", WEIGHT_SLOTS)
+        self._transfer_worker = TransferWorker(self.device, "weights", WEIGHT_BUFFERS)
         self._packer = TransferWorker(self.device, "pack")
-        self._workers = Workers(self.device, "micro-batches", UNDER_WAY)
+        self._workers = Workers(self.device, "micro-batches", MICRO_BATCHES_IN_FLIGHT)
         self._ring = self._new_ring()
 
     def set_policy(self, policy: Policy) -> None:
@@ -123,7 +134,7 @@ class StreamedLayers(nn.ModuleList):
 
     def _new_ring(self) -> Ring[int]:
         ahead = self.policy.overlap
-        return Ring(self._moving, self.slots, self._fetch, self.waited["layers"], ahead)
+        return Ring(self._moving, self.buffers, self._fetch, self.wait_times["layers"], ahead)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """The layers, each on the device until the next is asked for."""
@@ -131,11 +142,11 @@ class StreamedLayers(nn.ModuleList):
             if self.tiers[j] == "device":
                 yield partial(self._through, j, layer)
             else:
-                with self._ring.holding(j) as slot:
+                with self._ring.acquire(j) as slot:
                     try:
-                        yield partial(self._through, j, slot.holds.block)
+                        yield partial(self._through, j, slot.contents.block)
                     finally:  # after an error, too, the device may still compute with it
-                        slot.used = fence(self.device)
+                        slot.last_use = record_event(self.device)
 
     def _through(self, j: int, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """Layer j for x, (B, T, D), which between layers is where the policy says."""
@@ -178,23 +189,23 @@ class StreamedLayers(nn.ModuleList):
                 fill(f"layers.{j}.{name}", tensor)
             places = {name: n * nbytes + at for name, at in self.layout.offsets.items()}
             scratch.write([(places[name], part) for name, part in parts.items()])
-            self.sources[j] = reader, places
+            self.locations[j] = reader, places
 
     def _reader(self, file: DirectFile) -> Store:
         file.threads = disk.layers
         if not self.policy.cache.disk:  # nobody who is in a hurry
-            file.request = disk.LARGE
+            file.request = disk.LARGE_REQUEST_BYTES
         if self.device.type == "cpu":
             return file
-        pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_SLOTS])
+        pin, count = self.policy.pins(self.device), len(self._moving[:WEIGHT_BUFFERS])
         return BounceBuffer(
             file, [page_aligned(self.layout.nbytes, CPU, pin) for _ in range(count)]
         )
 
-    def _slot(self) -> Slot:
+    def _slot(self) -> Buffer:
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta[0])
         for name, tensor in self.layout.of(parts).items():
-            give(block, name, tensor)
+            set_tensor(block, name, tensor)
         stored = dict(block.named_modules())
         if self.device.type == "cpu":
             use_fast_linears(
@@ -203,22 +214,22 @@ class StreamedLayers(nn.ModuleList):
         tiled = [
             (module, stored[name])
             for name, module in block.named_modules()
-            if isinstance(module, TiledLinear)
+            if isinstance(module, PackedLinear)
         ]
-        return Slot(parts, Streamed(block, tiled), fence(self.device))
+        return Buffer(parts, Streamed(block, tiled), record_event(self.device))
 
-    def _fetch(self, j: int, slot: Slot) -> Future:
-        store, places = self.sources[j]
+    def _fetch(self, j: int, slot: Buffer) -> Future:
+        store, places = self.locations[j]
         pieces = [(places[name], part) for name, part in slot.parts.items()]
-        read = self._courier.send(lambda: store.read(pieces), slot.used)
+        read = self._transfer_worker.submit(lambda: store.read(pieces), slot.last_use)
 
         def pack() -> None:
             read.result()
-            for module, stored in slot.holds.tiled:
-                module.take(stored)
+            for module, stored in slot.contents.tiled:
+                module.load_from(stored)
 
         # Another thread packs, so that the disk does not wait for that.
-        return self._packer.send(pack) if slot.holds.tiled else read
+        return self._packer.submit(pack) if slot.contents.tiled else read
 
 
 def eager(block: nn.Module, *given: Any) -> Tensor:
@@ -233,7 +244,7 @@ def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, linear in packed.items():
             with META:
                 dense = Linear(linear.in_features, linear.out_features, bias=False)
-            dense.weight = nn.Parameter(linear.unpacked(dtype), requires_grad=False)
+            dense.weight = nn.Parameter(linear.dequantize_by_kernel(dtype), requires_grad=False)
             dense.bias = linear.bias
             block.set_submodule(name, dense)
         yield
@@ -281,7 +292,7 @@ def compute_together(
     cache: KVCache,
     pos: Tensor,
 ) -> None:
-    """Micro-batches, UNDER_WAY of them at a time. Their cells are opened and closed here, in order.
+    """Micro-batches, MICRO_BATCHES_IN_FLIGHT of them at a time. Their cells are opened and closed here, in order.
     Nothing is under way when this returns, or raises."""
     under_way: deque[tuple[contextlib.ExitStack, Future]] = deque()
 
@@ -292,11 +303,11 @@ def compute_together(
 
     try:
         for span in spans:
-            if len(under_way) == UNDER_WAY:
+            if len(under_way) == MICRO_BATCHES_IN_FLIGHT:
                 finish()
             opened = contextlib.ExitStack()
             cell = opened.enter_context(cache.opened(slice(*span), pos))
-            under_way.append((opened, workers.send(partial(compute, cell, *span))))
+            under_way.append((opened, workers.submit(partial(compute, cell, *span))))
         while under_way:
             finish()
     finally:
@@ -313,7 +324,7 @@ class OffloadedActivations:
 
     def __init__(self, x: Tensor, policy: Policy):
         self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
-        self._row = whole_blocks(x[0].nbytes)
+        self._row = round_up_to_block(x[0].nbytes)
         nbytes, pin = self._g * self._row, policy.pins(x.device)
         make: dict[str, Callable[[], Store]] = {
             "device": lambda: HostMemory(page_aligned(nbytes, x.device)),

@@ -5,9 +5,8 @@ machine would do with a model before it is downloaded. The search is in planner.
 measurements in probe.py.
 """
 
-import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,35 @@ from typing import Any
 import torch
 
 from bench import Stats
-from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
+from checkpoint import Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
 from fast_layers.install import use_fast_layers
-from host.bandwidth import known_bandwidth, measured_bandwidth
+from host.bandwidth import measured_bandwidth, saved_bandwidth
 from host.devices import find_device
 from host.log import log
-from host.measurements import keep, known
-from host.memory import available_memory, machine_name, process_bytes, size_text
-from load import compressed_scheme, config_dtype, divided, find_cache, random_filler, skeleton
+from host.measurements import load_measurement, save_measurement
+from host.memory import available_memory, machine_name, process_memory, size_text
+from load import (
+    compressed_scheme,
+    config_dtype,
+    find_cache,
+    find_dtype,
+    meta_model,
+    parallel_strategy,
+    random_filler,
+)
 from model import ModelArgs
 from offload import StreamedLayers
+from options.settings import LoadOptions, ModelChoice, PlanOptions
 from quant.linear import make_scheme
 from text.tokenizer import Tokenizer, id_tokenizer, load_tokenizer
-from tiers.direct_io import existing
+from tiers.direct_io import nearest_directory
 from tiers.links import LINKS, Step, table
-from tiers.planner import Planner, Prediction, Sizes, Work
+from tiers.planner import Planner, Prediction, Sizes, Workload
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import META, Layout
 from tiers.probe import Machine, probe, sample_args
-from tp import misfit
+from tp import indivisible_reason
 from weights.hf import model_args
 
 RESERVE = 0.1  # of the memory that is free: for all else that runs
@@ -65,22 +73,24 @@ class Subject:
     device: torch.device
 
 
-def subject(options: argparse.Namespace) -> tuple[Subject, Tokenizer]:
-    """What the command's options name, and its tokenizer. Of a model that has not been downloaded
-    its config.json is enough, as --random_weights, with numbers for prompts."""
-    dtype, device = DTYPES.get(options.dtype), find_device(options.device)
-    if options.random_weights:
-        config = read_json(options.random_weights)
+def find_subject(
+    model: ModelChoice, load: LoadOptions, compress_weight: bool
+) -> tuple[Subject, Tokenizer]:
+    """The shape of the model that was chosen, and its tokenizer. The config.json of a model that
+    has not been downloaded is enough, as --random_weights, with numbers for prompts."""
+    dtype, device = find_dtype(load.dtype), find_device(load.device)
+    if model.random_weights:
+        config = read_json(model.random_weights)
         args, stored = model_args(config), config_dtype(config)
-        scheme = make_scheme(options.random_mode) if options.random_mode else None
+        scheme = make_scheme(model.random_mode) if model.random_mode else None
         tokenizer = id_tokenizer(args.vocab_size)
     else:
-        checkpoint = Checkpoint(options.checkpoint_path)
+        checkpoint = Checkpoint(model.checkpoint_path)
         args, scheme, stored = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         tokenizer = load_tokenizer(checkpoint.directory)
-    scheme = compressed_scheme(options.compress_weight, scheme)
-    args = divided(options.ranks, options.pipeline).share(args, scheme)
-    return Subject(args, scheme, dtype or stored, options.kv_dtype, device), tokenizer
+    scheme = compressed_scheme(compress_weight, scheme)
+    args = parallel_strategy(load).shard_args(args, scheme)
+    return Subject(args, scheme, dtype or stored, load.kv_dtype, device), tokenizer
 
 
 @dataclass(frozen=True)
@@ -101,17 +111,33 @@ class Plan:
         return self.prediction.policy
 
     @property
-    def work(self) -> Work:
-        return self.prediction.work
+    def work(self) -> Workload:
+        return self.prediction.workload
 
 
-def make_plan(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
+def plan_texts(
+    model: ModelChoice,
+    load: LoadOptions,
+    options: PlanOptions,
+    prompt_lengths: Callable[[Tokenizer, ModelArgs], list[int]],
+    new: int,
+) -> Plan:
+    """The plan for a model that continues texts. prompt_lengths: makes the tokens of each prompt.
+    new: tokens that follow each."""
+    subject, tokenizer = find_subject(model, load, options.compress_weight)
+    lengths, context = prompt_lengths(tokenizer, subject.args), subject.args.context
+    longest = min(max(lengths), context - 1)
+    texts = -(-len(lengths) // (options.micro_batches or 1))
+    return make_plan(subject, Workload(texts, longest, min(new, context - longest)), options)
+
+
+def make_plan(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     """The policy that the options ask for, or for --plan the better one of the dtypes that a run
     could have. Raises ValueError if it does not fit into memory, saying how much would do.
     """
     plan = plan_in(subject, work, options)
     slow = subject.device.type == "cpu" and not multiplies_fast(subject.dtype)
-    if not (options.plan and options.dtype == "auto" and slow):
+    if not (options.plan and options.any_dtype and slow):
         return plan
     try:
         other = plan_in(replace(subject, dtype=torch.float32), work, options)
@@ -127,10 +153,12 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     return dtype not in FAST or any(has.get(name) for name in FAST[dtype])
 
 
-def plan_in(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
+def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
-    whole = replace(whole, slot=whole.slot * (options.micro_batches or 1))  # each has a cache
+    whole = replace(
+        whole, position=whole.position * (options.micro_batches or 1)
+    )  # each has a cache
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -145,18 +173,18 @@ def plan_in(subject: Subject, work: Work, options: argparse.Namespace) -> Plan:
     )
     if options.percent:
         found = planner.predict(by_hand(start, work, options), work)
-        if short := planner.lacking(found, limits):
+        if short := planner.shortage(found, limits):
             raise ValueError(short)
     else:
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
-    needed, free = layers + whole.fixed - process_bytes(subject.device), limits["disk"] - layers
+    needed, free = layers + whole.fixed - process_memory(subject.device), limits["disk"] - layers
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
-    if not options.random_weights:  # the weights are on the disk already
+    if options.downloaded:  # the weights are on the disk already
         return Plan(subject, found, limits)
     return Plan(subject, found, limits | {"disk": free}, short if needed > free else "")
 
 
-def by_hand(start: Policy, work: Work, options: argparse.Namespace) -> Policy:
+def by_hand(start: Policy, work: Workload, options: PlanOptions) -> Policy:
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     return replace(
         start,
@@ -173,7 +201,7 @@ def sizes(subject: Subject) -> Sizes:
     args, item = subject.args, subject.dtype.itemsize
     stored = {
         name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
-        for name, (t, _) in stored_tensors(skeleton(args, subject.scheme)).items()
+        for name, (t, _) in stored_tensors(meta_model(args, subject.scheme)).items()
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
@@ -187,49 +215,49 @@ def sizes(subject: Subject) -> Sizes:
         layer=layer,
         kept=layer,
         ring=layer + packed,
-        fixed=rest + process_bytes(subject.device),
+        fixed=rest + process_memory(subject.device),
         head=head or args.vocab_size * args.embed_dim * item,
-        slot=sum(buffer.nbytes for buffer in one.buffers()),
+        position=sum(buffer.nbytes for buffer in one.buffers()),
         hidden=3 * args.dim * item,
         within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
     )
 
 
-def budgets(options: argparse.Namespace, device: torch.device, weights: int) -> dict[str, float]:
+def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[str, float]:
     """Bytes that may be taken of each tier: as given, or what is free less a reserve.
 
     weights: bytes of the layers, which are on the disk already, or will be once they are there.
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
-    free = {"host": available_memory(cpu) + process_bytes(cpu), "device": 0}
+    free = {"host": available_memory(cpu) + process_memory(cpu), "device": 0}
     if device.type != "cpu":
         free["device"] = available_memory(device)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
     limits = {tier: given[tier] or (1 - RESERVE) * free[tier] / sharing for tier in free}
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
-    stat = os.statvfs(existing(options.offload_dir))
+    stat = os.statvfs(nearest_directory(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 
 
 def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """This machine's measurements for a model of that shape: kept ones, or made if needed."""
-    disk = existing(directory).stat().st_dev
+    disk = nearest_directory(directory).stat().st_dev
     key = machine_name(subject.device), torch.__version__, disk, subject
-    if (kept := known("probe", key)) and not anew:
+    if (kept := load_measurement("machine", key)) and not anew:
         return Machine.from_json(kept)
     if not needed:
         return None
     small = sample_args(subject.args, sizes(subject).layer)
-    model = skeleton(small, subject.scheme)
+    model = meta_model(small, subject.scheme)
     allocate(model, subject.device, subject.dtype, random_filler(subject.device))
-    model.new_cache = find_cache(subject.kv_dtype)
+    model.cache_factory = find_cache(subject.kv_dtype)
     use_fast_layers(model, subject.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, subject.args, directory)
-    keep("probe", key, found.to_json())
+    save_measurement("machine", key, found.to_json())
     return found
 
 
@@ -237,7 +265,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     """What came, resource by resource, beside what was expected of the same blocks and steps."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
-    waited = {what: by.seconds for what, by in lm.model.layers.waited.items()}
+    waited = {what: by.seconds for what, by in lm.model.layers.wait_times.items()}
     took = stats.prefill_seconds + stats.decode_seconds
     came = f"took {took:.2f} s: {took - sum(waited.values()):.2f} s of computing"
     yield came + "".join(
@@ -254,7 +282,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
 def lines(plan: Plan) -> Iterator[str]:
     """What a plan says, for a person: the verdict first."""
     found, policy, work = plan.prediction, plan.policy, plan.work
-    tiers = {t: "memory" if t == "device" and found.one_memory else t for t in found.memory}
+    tiers = {t: "memory" if t == "device" and found.device_is_cpu else t for t in found.memory}
     yield f"plan: {verdict(plan)}"
     yield f"  dtype       {dtype_text(plan)}"
     yield (
@@ -307,7 +335,7 @@ def realised(plan: Plan) -> dict[str, dict[str, float]]:
         "activations": policy.activations.counts(policy.micro_batches),
     }
     named = {what: dict(zip(TIERS, each, strict=True)) for what, each in counts.items()}
-    if found.one_memory:
+    if found.device_is_cpu:
         for each in named.values():
             each["device"] += each.pop("host")
     return named
@@ -326,16 +354,16 @@ def step_of(subject: Subject) -> Step:
     return Step(found.layers, shared, 0, subject.args.dim * subject.dtype.itemsize)
 
 
-def on_devices(subject: Subject, options: argparse.Namespace) -> Iterator[str]:
+def on_devices(subject: Subject, link: str, read_rate: float | None) -> Iterator[str]:
     """What 1 to 64 devices would do, for a person."""
-    rate = options.read_rate or known_bandwidth(subject.device)
+    rate = read_rate or saved_bandwidth(subject.device)
     rate = rate or measured_bandwidth(subject.device)
     yield (
-        f"on several devices, each reading {size_text(int(rate))} a second, links: {options.link} "
+        f"on several devices, each reading {size_text(int(rate))} a second, links: {link} "
         "(a model of them, and no measurement)"
     )
-    for count, sharded, staged in table(step_of(subject), rate, LINKS[options.link]):
-        unfit = misfit(subject.args, subject.scheme, count)
+    for count, sharded, staged in table(step_of(subject), rate, LINKS[link]):
+        unfit = indivisible_reason(subject.args, subject.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
         micro_batches = (
             f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""

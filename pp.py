@@ -27,13 +27,13 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
 from offload import Fill, Stored
-from quant.linear import skeleton
+from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
-from sampling import NOT_FINITE, Sampler, on_host
+from sampling import NOT_FINITE, Sampler, to_host
 
 # Prompt tokens of a micro_batch that go on together: the next stage waits for the first of them, and
 # products of fewer would read weights more often than they compute with them.
-SWEEPS = {"cpu": 128, "cuda": 1024}
+PREFILL_CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -43,38 +43,41 @@ class PipelineParallel:
     ranks: Ranks
     micro_batches: int  # of rows, that are under way
 
-    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError where there are more ranks than layers."""
-        return replace(args, n_layers=len(own_layers(args, self.ranks)))
+        return replace(args, n_layers=len(stage_layers(args, self.ranks)))
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-        first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.count - 1
-        model = skeleton(self.share(args, scheme), scheme)
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        first, last = self.ranks.rank == 0, self.ranks.rank == self.ranks.world_size - 1
+        model = meta_model(self.shard_args(args, scheme), scheme)
         if not first:
             tied = model.output.weight is model.tok_embeddings.weight if last else False
             table = model.tok_embeddings.weight if tied else None
-            model.tok_embeddings = Received(args.dim, self.ranks.rank - 1, table)
+            model.tok_embeddings = ReceiveActivations(args.dim, self.ranks.rank - 1, table)
             model.project_in = nn.Identity()
             if isinstance(model.positions, LearnedPositions):
-                model.positions = Unplaced()
+                model.positions = NoPositions()
         if not last:
             model.norm = model.project_out = nn.Identity()
-            model.output = Sent(self.ranks.rank + 1)
+            model.output = SendActivations(self.ranks.rank + 1)
         return model
 
-    def filler(
+    def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
         return lambda name, tensor: fill(self._stored_name(checkpoint, name), tensor)
 
-    def stored(self, checkpoint: Checkpoint) -> Stored:
-        return lambda name, dtype: checkpoint.direct(self._stored_name(checkpoint, name), dtype)
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
+        return lambda name, dtype: checkpoint.location(self._stored_name(checkpoint, name), dtype)
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        if isinstance(model.tok_embeddings, Received) and model.tok_embeddings.weight.is_meta:
+        if (
+            isinstance(model.tok_embeddings, ReceiveActivations)
+            and model.tok_embeddings.weight.is_meta
+        ):
             model.tok_embeddings.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
 
-    def ready(self, lm: LoadedModel) -> LoadedModel:
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
         def view(
             tokens: Tensor,
             pos: Tensor,
@@ -87,46 +90,50 @@ class PipelineParallel:
             x = lm.model(tokens, pos, slots, caches, lengths=lengths)
             return x if at is None else x.flatten(0, 1)[at]
 
-        last = self.ranks.rank == self.ranks.count - 1
+        last = self.ranks.rank == self.ranks.world_size - 1
         return replace(
             lm,
             prefill=lm.prefill if last else view,
             decode=lm.decode if last else view,
             # A group of its own: NCCL does what two ranks have to do in one group in its order,
             # and micro_batches would wait for each other's tokens.
-            sampler=partial(SharedSampler, self.ranks, dist.new_group(timeout=COLLECTIVE_TIMEOUT)),
-            new_caches=partial(flight_caches, self.micro_batches, lm.new_caches),
-            micro_batches=flights_of,
-            sweep=lm.sweep or SWEEPS[lm.device.type],
+            sampler=partial(
+                BroadcastSampler, self.ranks, dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+            ),
+            new_caches=partial(make_micro_batch_caches, self.micro_batches, lm.new_caches),
+            micro_batches=split_micro_batches,
+            prefill_chunk_tokens=lm.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[lm.device.type],
         )
 
     def _stored_name(self, checkpoint: Checkpoint, name: str) -> str:
         if not name.startswith("layers."):
             return name
         layers, n, rest = name.split(".", 2)
-        return f"{layers}.{own_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
+        return f"{layers}.{stage_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
 
 
-def own_layers(args: ModelArgs, ranks: Ranks) -> range:
+def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
     """The layers of a rank, so that all ranks have as much to multiply, the head included.
 
     Raises ValueError where there are more ranks than layers.
     """
-    if ranks.count > args.n_layers:
-        raise ValueError(f"{ranks.count} ranks cannot share {args.n_layers} layers in a pipeline")
+    if ranks.world_size > args.n_layers:
+        raise ValueError(
+            f"{ranks.world_size} ranks cannot share {args.n_layers} layers in a pipeline"
+        )
     inner = args.hidden_dim * (3 if args.feed_forward == "gated" else 2)
     heads = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim
     head = args.vocab_size * args.embed_dim / (args.dim * (inner + heads))  # in layers
-    share = (args.n_layers + head) / ranks.count
+    share = (args.n_layers + head) / ranks.world_size
     bounds = [0]
-    for rank in range(1, ranks.count):
-        least, most = bounds[-1] + 1, args.n_layers - (ranks.count - rank)
+    for rank in range(1, ranks.world_size):
+        least, most = bounds[-1] + 1, args.n_layers - (ranks.world_size - rank)
         bounds.append(min(max(round(rank * share), least), most))
     bounds.append(args.n_layers)
     return range(bounds[ranks.rank], bounds[ranks.rank + 1])
 
 
-class Posted:
+class PendingSends:
     """What is on its way: nobody else may hold it, and it must stay until it has arrived."""
 
     def __init__(self):
@@ -142,10 +149,10 @@ class Posted:
 
 
 # As long as the process lives: what a batch, or a model, has sent last may arrive after its end.
-posted = Posted()
+pending_sends = PendingSends()
 
 
-class Received(nn.Module):
+class ReceiveActivations(nn.Module):
     """In place of the embedding: (B, T) ids -> (B, T, D), what the rank before made of them.
 
     weight: the table, where this rank's head is tied to it, else nothing of the right dtype.
@@ -162,7 +169,7 @@ class Received(nn.Module):
         return x
 
 
-class Sent(nn.Module):
+class SendActivations(nn.Module):
     """In place of the head: (B, T, D) is sent to the rank behind, and is what comes out, too."""
 
     def __init__(self, target: int):
@@ -171,23 +178,23 @@ class Sent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        posted.add(dist.isend(x, self.target), x)
+        pending_sends.add(dist.isend(x, self.target), x)
         return x
 
 
-class Unplaced(nn.Module):
+class NoPositions(nn.Module):
     """In place of learned positions, which the first rank has added."""
 
     def forward(self, x: Tensor, pos: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
         return x, None
 
 
-class SharedSampler(Sampler):
+class BroadcastSampler(Sampler):
     """The last rank draws, and tells the others, which know when they begin to read."""
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *given: Any):
         super().__init__(*given)
-        self._rank, self._last, self._group = ranks.rank, ranks.count - 1, group
+        self._rank, self._last, self._group = ranks.rank, ranks.world_size - 1, group
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         if self._rank < self._last:
@@ -196,7 +203,7 @@ class SharedSampler(Sampler):
         told = torch.where(self.peaks.isfinite(), tokens, NOT_FINITE)
         for other in range(self._last):
             for tensor in (told, *self.scores):
-                posted.add(dist.isend(tensor, other, self._group), tensor)
+                pending_sends.add(dist.isend(tensor, other, self._group), tensor)
         return tokens
 
     def _receive(self, device: torch.device, shape: torch.Size) -> Tensor:
@@ -208,18 +215,18 @@ class SharedSampler(Sampler):
         self._coming = []
         for tensor in (tokens, *self.scores):
             self._coming.append(dist.irecv(tensor, self._last, self._group))
-            posted.add(self._coming[-1], tensor)
+            pending_sends.add(self._coming[-1], tensor)
         return tokens
 
-    def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
+    def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         if self._rank == self._last:
-            return super().begin_reading(tokens)
+            return super().copy_to_host_async(tokens)
         coming, host = self._coming, (tokens, self.peaks, *self.scores)
 
         def read() -> list[list[int]]:
             for work in coming:
                 work.wait()
-            ids = on_host(*host)
+            ids = to_host(*host)
             if any(NOT_FINITE in row for row in ids):
                 tokens.clamp_(min=0)  # the next step, which is launched all the same, looks them up
             return ids
@@ -227,33 +234,33 @@ class SharedSampler(Sampler):
         return read
 
 
-class FlightCache:
+class MicroBatchCache:
     """One layer's cache of all rows, as KVCache is used: each micro_batch has one of its own."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
         self.rows = sum(part.rows for part in parts)
 
-    def first(self, count: int) -> "FlightCache":
+    def first(self, count: int) -> "MicroBatchCache":
         """The same memory, of so many rows."""
         first = copy.copy(self)
         first.rows = count
         return first
 
 
-def flight_caches(
+def make_micro_batch_caches(
     micro_batches: int,
     make: Callable[..., Sequence[KVCache]],
     lm: LoadedModel,
     batch: int,
     length: int,
-) -> list[FlightCache]:
+) -> list[MicroBatchCache]:
     size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
-    return [FlightCache(parts) for parts in zip(*made, strict=True)]
+    return [MicroBatchCache(parts) for parts in zip(*made, strict=True)]
 
 
-def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]]]:
+def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[KVCache]]]:
     """The rows of each micro_batch, and its caches."""
     found, start = [], 0
     for n, part in enumerate(caches[0].parts):
@@ -266,4 +273,4 @@ def flights_of(caches: Sequence[FlightCache]) -> list[tuple[range, list[KVCache]
 
 def default_micro_batches(ranks: Ranks) -> int:
     """As many as keep all stages busy, and no more: weights are read for each."""
-    return ranks.count
+    return ranks.world_size

@@ -35,11 +35,11 @@ from calibration.texts import calibrated_blocks
 from checkpoint import Checkpoint, check_writable, log_replaced, save_checkpoint, stored_tensors
 from cli.command import exit_code
 from host.devices import find_device
-from host.log import be_quiet, log
+from host.log import log, set_quiet
 from host.memory import size_text
 from host.threads import set_threads
 from kernels.cpu.build import unsupported_reason
-from load import skeleton
+from load import meta_model
 from model import Linear, Transformer
 from quant.linear import (
     QuantizedLinear,
@@ -74,7 +74,7 @@ def quantize(
 
 def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transformer:
     """The model that a file holds, on the meta device, in the dtypes that it is stored in."""
-    model = skeleton(checkpoint.args, scheme)
+    model = meta_model(checkpoint.args, scheme)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(checkpoint.dtype)
     return model
@@ -122,7 +122,7 @@ def shown(values: Values, tensors: dict[str, Tensor]) -> Values:
 
 def source_name(checkpoint: Checkpoint, name: str) -> str:
     """A head that shares the embedding's table has no tensor of its own to be read."""
-    return name if name in checkpoint.records else "tok_embeddings.weight"
+    return name if name in checkpoint.tensors else "tok_embeddings.weight"
 
 
 def finite(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -150,7 +150,7 @@ def slowness(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
     reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
         return None  # the products of cpu_products.py and of the kernels are faster
-    N, K = (min(n, MEASURED) for n in checkpoint.records["layers.0.attention.wo.weight"].shape)
+    N, K = (min(n, MEASURED) for n in checkpoint.tensors["layers.0.attention.wo.weight"].shape)
     dense, quantised = product_seconds(N, K, scheme)
     if quantised <= dense:
         return None
@@ -195,14 +195,14 @@ def run(args: argparse.Namespace) -> Path:
             "checkpoint that it was made from"
         )
     target = checkpoint.directory / file_name(args.mode, args.groupsize)
-    checkpoint.check(skeleton(checkpoint.args, None))
+    checkpoint.check(meta_model(checkpoint.args, None))
     check_writable(target)
     announce(checkpoint, scheme, target)
     log_replaced(target)
     if args.mode != "int4-gptq":
         quantize(checkpoint, scheme, target)
     else:
-        for name in tqdm(checkpoint.records, desc="check", leave=False, disable=None):
+        for name in tqdm(checkpoint.tensors, desc="check", leave=False, disable=None):
             finite(checkpoint, name)  # not after an hour
         work = target.with_name(f"{target.name}.partial")
         quantize(checkpoint, scheme, target, calibrated_blocks(checkpoint, work, args))
@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     more = "; the same command goes on from here" if "gptq" in args.mode else ""
     stopped = f"stopped; no file was written{more}"
     return exit_code("quantize.py", lambda: print(run(args)), stopped)

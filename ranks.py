@@ -1,9 +1,9 @@
-"""The processes that run one model together, started by torchrun: how they meet, agree and end.
+"""The processes (ranks) that run one model together: they start under torchrun.
 
-Start at join. Every rank runs the same program on the same input, and what they compute is the same
-on all; only what a clock, free memory or a person decides is asked of rank 0, by `broadcast_from_rank0`. Rank 0
-alone is heard and writes files, but for what ends another rank. What each of them holds of the
-model is said in tp.py and pp.py.
+Start at join_process_group. Every rank runs the same program on the same input and computes the
+same results. Rank 0 decides what can differ between processes (a clock, free memory, what the user
+types) and broadcasts it, see broadcast_from_rank0. Rank 0 alone prints and writes files; another
+rank prints only the error that ends it. tp.py and pp.py divide a model among the ranks.
 """
 
 import functools
@@ -18,33 +18,41 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from host.torch_private import add_in_store, one_shot_all_reduce
+
 T = TypeVar("T")
-# However long a person thinks. A rank that ends is noticed by its connections, and by torchrun.
+# Rank 0 may wait days for a user's input. If a rank ends, its connections close, and the others
+# fail at once; torchrun notices, too.
 COLLECTIVE_TIMEOUT = timedelta(weeks=1)
-ERROR_REPORT_SECONDS = 4.0  # seconds: by then torchrun has ended the ranks that have lost another
+# Within this time torchrun ends the ranks that wait for a rank that has failed.
+ERROR_REPORT_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """This process's rank, and the number of ranks."""
 
     rank: int
-    count: int
+    world_size: int
 
-    def part(self, whole: int) -> range:
-        """This rank's of so many things, as evenly as they go; the last ranks may have fewer."""
-        most = -(-whole // self.count)
+    def shard_range(self, whole: int) -> range:
+        """Return this rank's part of range(whole): ceil(whole / world_size) numbers, the last ranks
+        fewer or none."""
+        most = -(-whole // self.world_size)
         return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
 
 
-def own_device(device: torch.device) -> torch.device:
-    """The one of this machine's GPUs that this process is to use."""
+def local_device(device: torch.device) -> torch.device:
+    """Return the GPU of this machine that belongs to this process; other devices unchanged."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
 
 
 def join_process_group(device: torch.device) -> Ranks | None:
-    """Meet the other processes that torchrun has started; None: there are none."""
+    """Connect to the other processes that torchrun started. Returns None for a single process.
+
+    On ranks other than 0, redirects stdout and stderr to /dev/null.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if device.type == "cuda":
@@ -52,56 +60,58 @@ def join_process_group(device: torch.device) -> Ranks | None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if ranks.rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- for good
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- until the process ends
     return ranks
 
 
 @functools.cache
-def one_shot_sums(device: torch.device) -> bool:
-    """Whether GPUs add what is small by one kernel that reads the others' memory, as the compiler
-    then lets them do: tried once, on all ranks. NCCL takes two to four times as long."""
+def has_one_shot_all_reduce(device: torch.device) -> bool:
+    """Whether all GPUs can run the one-shot all-reduce, which reads the other GPUs' memory.
+
+    All ranks try it together, once. For a small tensor NCCL takes two to four times as long.
+    """
     if not dist.is_initialized() or device.type != "cuda":
         return False
-    from torch.distributed import _symmetric_memory as symmetric_memory  # not every build has it
-
-    group, fine = dist.group.WORLD.group_name, False
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        try:
-            symmetric_memory.enable_symm_mem_for_group(group)
-            x = symmetric_memory.empty(1024, dtype=torch.float32, device=device).fill_(1)
-            symmetric_memory.rendezvous(x, group)
-            y = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", group)
-            fine = bool((y == dist.get_world_size()).all())
-        except RuntimeError:
-            pass  # no such links: NCCL
-    said = torch.tensor([fine], dtype=torch.int32, device=device)
-    dist.all_reduce(said, dist.ReduceOp.MIN)
-    return bool(said)
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    works = on_one_machine and one_shot_all_reduce_works(device)
+    on_all = torch.tensor([works], dtype=torch.int32, device=device)
+    dist.all_reduce(on_all, dist.ReduceOp.MIN)
+    return bool(on_all)
 
 
-def leave() -> None:
-    """Once all have done their work."""
+def one_shot_all_reduce_works(device: torch.device) -> bool:
+    """Run one one-shot all-reduce. Returns False where the GPUs cannot read each other's memory."""
+    group = dist.group.WORLD.group_name
+    try:
+        y = one_shot_all_reduce(torch.ones(1024, device=device), group)
+        return bool((y == dist.get_world_size()).all())
+    except RuntimeError:
+        return False
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks, then disconnect. Does nothing in a single process."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def writes() -> bool:
-    """Whether this process writes files: rank 0 does."""
+def is_rank0() -> bool:
+    """Whether this process is rank 0, which prints and writes files; True in a single process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def broadcast_from_rank0(say: Callable[[], T]) -> T:
-    """What rank 0 says, on all ranks, of which no other is asked."""
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
+    """Call `compute` on rank 0 alone, and return its result on all ranks."""
     if not dist.is_initialized():
-        return say()
-    said = [say() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(said)
-    return said[0]
+        return compute()
+    result = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
-def gathered(own: T) -> list[T]:
-    """What every rank has, in the order of the ranks."""
+def all_gather_object(own: T) -> list[T]:
+    """Return every rank's object, in the order of the ranks."""
     if not dist.is_initialized():
         return [own]
     found: list[T] = [own] * dist.get_world_size()
@@ -109,9 +119,12 @@ def gathered(own: T) -> list[T]:
     return found
 
 
-def lost_another(error: Exception) -> bool:
-    """Whether an error says no more than that another rank has ended. Then wait, for that one to
-    be heard first: torchrun ends this process meanwhile, if it has ended by itself."""
+def wait_if_peer_failed(error: Exception) -> bool:
+    """Whether the error means that the connection to another rank is lost.
+
+    If so, waits ERROR_REPORT_SECONDS first, so that the rank that failed reports its error before
+    this one does; torchrun usually ends this process meanwhile.
+    """
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
     lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
     if lost:
@@ -119,16 +132,17 @@ def lost_another(error: Exception) -> bool:
     return lost
 
 
-def speak(line: str) -> None:
-    """Say on stderr what ends this process; where all end for the same reason, one of them does."""
+def log_failure(line: str) -> None:
+    """Print the error that ends this process on stderr, on any rank. If several ranks fail with the
+    same line, only the first of them prints it."""
     rank = int(os.environ.get("RANK", "0"))
-    heard()
-    if dist.is_initialized() and dist.distributed_c10d._get_default_store().add(line, 1) > 1:
+    restore_stderr()
+    if dist.is_initialized() and add_in_store(line, 1) > 1:
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 
 
-def heard() -> None:
-    """From now on this process is heard, whatever its rank."""
-    if not writes():
+def restore_stderr() -> None:
+    """Undo join_process_group's redirection of stderr on ranks other than 0."""
+    if not is_rank0():
         sys.stderr = sys.__stderr__

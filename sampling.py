@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from text.generation_config import GenerationConfig
-from text.processors import Processors
+from text.processors import LogitsProcessors
 
 # SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -62,7 +62,7 @@ class Sampler:
         config: GenerationConfig,
         rows: Sequence[int],
         device: torch.device,
-        processors: Processors | None = None,
+        processors: LogitsProcessors | None = None,
     ):
         self.config, self.processors = config, processors
         # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed. A shorter
@@ -92,12 +92,12 @@ class Sampler:
             self.scores = scores(logits, tokens, self.config.logprobs)
         return tokens
 
-    def expect(self, guesses: Tensor, numbers: Tensor) -> None:
+    def record_draft(self, guesses: Tensor, numbers: Tensor) -> None:
         """Tokens of later numbers are to be drawn as if these, (B, T), had been drawn before."""
         if self.processors:
             self.processors.write(guesses, numbers)
 
-    def begin_reading(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
+    def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         """Start copying the ids of the latest draw, (B, T), to the host. The call returned waits
         for them alone, not for work that was queued on the device after them. It gives NOT_FINITE
         in place of an id whose highest logit is NaN or infinite, and ScoredIds where
@@ -105,18 +105,18 @@ class Sampler:
         """
         host = tokens, self.peaks, *self.scores
         if tokens.device.type != "cuda":
-            return lambda: on_host(*host)
+            return lambda: to_host(*host)
         host = [tensor.to("cpu", non_blocking=True) for tensor in host]
         copied = torch.cuda.Event()
         copied.record()
 
         def read() -> list[list[int]]:
             copied.synchronize()
-            return on_host(*host)
+            return to_host(*host)
 
         return read
 
-    def part(self, rows: Tensor) -> "Sampler":
+    def select_rows(self, rows: Tensor) -> "Sampler":
         """The same draws, of some rows, (B,)."""
         part = copy.copy(self)
         part.keys = self.keys[rows]
@@ -124,8 +124,8 @@ class Sampler:
         return part
 
 
-def on_host(tokens: Tensor, peaks: Tensor, *scores: Tensor) -> list[list[int]]:
-    """Ids as the host sees them, (B, T); see Sampler.begin_reading."""
+def to_host(tokens: Tensor, peaks: Tensor, *scores: Tensor) -> list[list[int]]:
+    """Ids as the host sees them, (B, T); see Sampler.copy_to_host_async."""
     ids = tokens.tolist()
     if scores:
         logprobs, top_logprobs, top_ids = (tensor.tolist() for tensor in scores)

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding import Guess, LoadedModel, Texts, prefill
+from decoding import LoadedModel, Propose, Texts, prefill
 from draft_length import DraftLengthController
 from model import KVCache, visible_length
 from sampling import Sampler
 
-NGRAMS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
+NGRAM_LENGTHS = 8, 4, 3, 2  # lengths of what is looked up, the likeliest to be followed alike first
 
 
 def speculative_steps(
@@ -52,8 +52,8 @@ def speculative_steps(
     texts = [list(prompt) for prompt in prompts]
     logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
     first = sampler(logits, slots[:1].expand(len(texts), 1))  # (B, 1)
-    step = sampler.begin_reading(first)()
-    controller = lm.draft.controller.of(len(texts))
+    step = sampler.copy_to_host_async(first)()
+    controller = lm.draft.controller.for_batch(len(texts))
     for text, ids in zip(texts, step, strict=True):
         text += ids
     guess = lm.draft.start(texts, caches, sampler)
@@ -66,14 +66,14 @@ def speculative_steps(
         guesses, offered = guess(k, live) if k else nothing
         drawn = verify(lm, texts, prompts, guesses, caches, slots, sampler)
         step = [[] for _ in texts]
-        read = sampler.begin_reading(drawn)
+        read = sampler.copy_to_host_async(drawn)
         pairs = zip(read(), guesses.tolist(), strict=True)  # the host waits here
         for row, (ids, guessed) in enumerate(pairs):
             if row in live:
-                step[row] = ids[: held(ids, guessed) + 1]
+                step[row] = ids[: count_accepted(ids, guessed) + 1]
                 texts[row] += step[row]
         seconds = time.perf_counter() - start
-        controller.learn(
+        controller.update(
             guesses.shape[1], [(offered[row], len(step[row]) - 1) for row in live], seconds
         )
         yield step
@@ -105,11 +105,11 @@ def verify(
     tokens = torch.cat((last, guesses), dim=1) if k else last  # (B, k + 1)
     logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, k + 1, V)
     if k:
-        sampler.expect(guesses, numbers[:, :k])
+        sampler.record_draft(guesses, numbers[:, :k])
     return sampler(logits, numbers)
 
 
-def held(drawn: Sequence[int], guessed: Sequence[int]) -> int:
+def count_accepted(drawn: Sequence[int], guessed: Sequence[int]) -> int:
     """How many guesses, from the first on, are what was drawn."""
     wrong = (n for n, (a, b) in enumerate(zip(drawn, guessed, strict=False)) if a != b)
     return next(wrong, len(guessed))
@@ -118,7 +118,7 @@ def held(drawn: Sequence[int], guessed: Sequence[int]) -> int:
 class NgramDraft:
     """What followed when the text's last tokens stood in it before: no model, and no memory.
 
-    Of the longest of NGRAMS that was there before, the latest place. Where what follows it runs
+    Of the longest of NGRAM_LENGTHS that was there before, the latest place. Where what follows it runs
     into the end of the text, the text repeats itself, and is guessed to go on so.
     """
 
@@ -130,10 +130,10 @@ class NgramDraft:
     def kv_bytes_per_token(self) -> int:
         return 0
 
-    def views(self, caches: list[KVCache]) -> None:
+    def warm_up_inputs(self, caches: list[KVCache]) -> None:
         return None
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
+    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
         indexed = [0] * len(texts)
         device = caches[0].device
@@ -141,9 +141,9 @@ class NgramDraft:
         def guess(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
             rows: list[list[int]] = [[] for _ in texts]
             for row in live if k else ():
-                index(texts[row], tables[row], indexed[row])
+                index_ngrams(texts[row], tables[row], indexed[row])
                 indexed[row] = len(texts[row])
-                rows[row] = follow(texts[row], tables[row], k)
+                rows[row] = continuation(texts[row], tables[row], k)
             width = max(map(len, rows))
             padded = [[*row, *[0] * (width - len(row))] for row in rows]
             return torch.tensor(padded, dtype=torch.long, device=device), list(map(len, rows))
@@ -151,16 +151,16 @@ class NgramDraft:
         return guess
 
 
-def index(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
+def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
     """Enter where each n-gram of the text that something follows ends; `start` are there."""
     for end in range(max(start, 1), len(text)):
-        for n in NGRAMS:
+        for n in NGRAM_LENGTHS:
             table[tuple(text[max(0, end - n) : end])] = end
 
 
-def follow(text: Sequence[int], table: dict[Sequence[int], int], k: int) -> list[int]:
+def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -> list[int]:
     """k tokens that may follow, or none."""
-    places = (table.get(tuple(text[-n:])) for n in NGRAMS)
+    places = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
     at = next((place for place in places if place), None)
     return [] if at is None else [text[at + i % (len(text) - at)] for i in range(k)]
 
@@ -170,21 +170,21 @@ class ModelDraft:
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
-        self._latest: OwnCacheGuess | None = None
+        self._latest: OwnCacheProposer | None = None
 
     def kv_bytes_per_token(self) -> int:
         return self.lm.model.kv_bytes_per_token()
 
-    def views(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
-        return self.lm, self._like(caches), OwnCacheGuess.tail
+    def warm_up_inputs(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
+        return self.lm, self._like(caches), OwnCacheProposer.tail
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
+    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
         filled, old = [0] * len(texts), self._latest
         caches = self._like(caches)
         if old and old.caches is caches:
             pairs = zip(old.texts, texts, old.filled, strict=True)
             filled = [min(len(os.path.commonprefix([a, b])), most) for a, b, most in pairs]
-        self._latest = OwnCacheGuess(self.lm, texts, caches, sampler, filled)
+        self._latest = OwnCacheProposer(self.lm, texts, caches, sampler, filled)
         return self._latest
 
     def _like(self, caches: list[KVCache]) -> list[KVCache]:
@@ -196,7 +196,7 @@ class ModelDraft:
         return self.lm.model.make_caches(rows, length)
 
 
-def same_vocabulary(draft: LoadedModel, vocab_size: int) -> LoadedModel:
+def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
     """A draft whose logits are of so many ids, and which can be given so many.
 
     Models with the same tokenizer may pad their tables to different sizes: ids of padding alone are
@@ -226,14 +226,14 @@ class SelfDraft:
     def kv_bytes_per_token(self) -> int:
         return 0
 
-    def views(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
-        return self.lm, caches, ModelGuess.tail
+    def warm_up_inputs(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
+        return self.lm, caches, ModelProposer.tail
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Guess:
-        return ModelGuess(self.lm, texts, caches, sampler)
+    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+        return ModelProposer(self.lm, texts, caches, sampler)
 
 
-class ModelGuess:
+class ModelProposer:
     """A model that guesses for texts as they grow, on caches that hold all but their last token."""
 
     tail = 1  # tokens of each text to read before the first guess
@@ -265,7 +265,7 @@ class ModelGuess:
         return torch.cat(guesses, dim=1), [k] * rows
 
 
-class OwnCacheGuess(ModelGuess):
+class OwnCacheProposer(ModelProposer):
     """The same on caches that nobody else fills.
 
     filled: how many slots of each row are. Those before the text's last token are as the text

@@ -3,7 +3,7 @@
 Start at TensorParallel. A rank holds some heads of each attention, some neurons of each
 feed-forward layer, and the head's rows for some of the vocabulary: a Transformer like any other,
 with smaller numbers in its args. What makes the ranks one model are RowParallel, which adds what
-they have of wo's and w2's outputs, and Gathered, which puts the logits together. Every rank then
+they have of wo's and w2's outputs, and ColumnParallel, which puts the logits together. Every rank then
 knows all logits, bit for bit the same, and draws the same token.
 
 Based on Megatron-LM (arXiv 1909.08053, section 3). The engine is torch.distributed under torchrun:
@@ -33,11 +33,11 @@ from weights.formats import staging_buffer
 
 # Its name until torch 2.12, and from then on.
 ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-MOST = 64  # ranks that are looked at when others are proposed
+MAX_SUGGESTED_RANKS = 64  # ranks that are looked at when others are proposed
 
 
 @dataclass(frozen=True)
-class Slice:
+class ShardSlice:
     """What a rank keeps of a stored tensor. rows: ranges that are put together, None: all;
     columns: a range in inputs of the linear, None: all."""
 
@@ -45,18 +45,20 @@ class Slice:
     columns: range | None = None
 
 
-def share_of(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
+def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
     """The args of the model that a rank holds.
 
     Raises ValueError naming the numbers of ranks that would do, where this one does not.
     """
-    if reason := misfit(args, scheme, ranks.count):
-        others = [n for n in range(1, MOST + 1) if not misfit(args, scheme, n)]
+    if reason := indivisible_reason(args, scheme, ranks.world_size):
+        others = [
+            n for n in range(1, MAX_SUGGESTED_RANKS + 1) if not indivisible_reason(args, scheme, n)
+        ]
         raise ValueError(
-            f"{ranks.count} ranks cannot share this model: {reason}; "
+            f"{ranks.world_size} ranks cannot share this model: {reason}; "
             f"{', '.join(map(str, others))} can"
         )
-    n = ranks.count
+    n = ranks.world_size
     return replace(
         args,
         n_heads=args.n_heads // n,
@@ -65,7 +67,7 @@ def share_of(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> Mo
     )
 
 
-def misfit(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
+def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
     """Why so many ranks cannot share a model."""
     heads, kv_heads = args.n_heads, args.n_kv_heads
     group = (scheme or {}).get("linears", {}).get("groupsize", 1)
@@ -80,23 +82,28 @@ def misfit(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | 
     return None
 
 
-def slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, Slice]]:
+def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlice]]:
     """The linears of which a rank has a part: how their names end, and which part. args: of the
     whole model."""
     E, H, G, F_ = args.head_dim, args.n_heads, args.n_kv_heads, args.hidden_dim
-    heads, neurons = ranks.part(H), ranks.part(F_)
-    first = ranks.rank * G // ranks.count  # where ranks outnumber key/value heads, some share one
-    kv = range(first, first + max(1, G // ranks.count))
+    heads, neurons = ranks.shard_range(H), ranks.shard_range(F_)
+    first = (
+        ranks.rank * G // ranks.world_size
+    )  # where ranks outnumber key/value heads, some share one
+    kv = range(first, first + max(1, G // ranks.world_size))
     q, k, v = (
         range(start + part.start * E, start + part.stop * E)
         for start, part in ((0, heads), (H * E, kv), ((H + G) * E, kv))
     )
-    yield "attention.wqkv", Slice(rows=(q, k, v))
-    yield "attention.wo", Slice(columns=q)
-    yield "feed_forward.w1", Slice(rows=(neurons,))
-    yield "feed_forward.w13", Slice(rows=(neurons, range(neurons.start + F_, neurons.stop + F_)))
-    yield "feed_forward.w2", Slice(columns=neurons)
-    yield "output", Slice(rows=(ranks.part(args.vocab_size),))
+    yield "attention.wqkv", ShardSlice(rows=(q, k, v))
+    yield "attention.wo", ShardSlice(columns=q)
+    yield "feed_forward.w1", ShardSlice(rows=(neurons,))
+    yield (
+        "feed_forward.w13",
+        ShardSlice(rows=(neurons, range(neurons.start + F_, neurons.stop + F_))),
+    )
+    yield "feed_forward.w2", ShardSlice(columns=neurons)
+    yield "output", ShardSlice(rows=(ranks.shard_range(args.vocab_size),))
 
 
 class RowParallel(nn.Module):
@@ -112,7 +119,7 @@ class RowParallel(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Gathered(nn.Module):
+class ColumnParallel(nn.Module):
     """A linear of which each rank has some outputs, the last ranks perhaps fewer."""
 
     def __init__(self, linear: nn.Module, outputs: int, count: int):
@@ -141,15 +148,15 @@ class TensorParallel:
 
     ranks: Ranks
 
-    def share(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Raises ValueError naming the numbers of ranks that would do, where this one does not."""
-        return share_of(args, scheme, self.ranks)
+        return shard_args(args, scheme, self.ranks)
 
-    def skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         ranks = self.ranks
         with torch.device("meta"):
-            model = Transformer(self.share(args, scheme))
-            words = len(ranks.part(args.vocab_size))
+            model = Transformer(self.shard_args(args, scheme))
+            words = len(ranks.shard_range(args.vocab_size))
             model.output = Linear(args.embed_dim, words, bias=False)
             if scheme:
                 swap_linears(model, scheme)
@@ -158,45 +165,45 @@ class TensorParallel:
         for layer in model.layers:
             layer.attention.wo = RowParallel(layer.attention.wo)
             layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
-        model.output = Gathered(model.output, args.vocab_size, ranks.count)
+        model.output = ColumnParallel(model.output, args.vocab_size, ranks.world_size)
         return model
 
-    def filler(
+    def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
         """A function that fills one tensor and reads only this rank's slice of the stored one."""
-        kept = dict(slices(checkpoint.args, self.ranks))
+        kept = dict(shard_slices(checkpoint.args, self.ranks))
         stage = staging_buffer(device)
 
         def filling(name: str, tensor: Tensor) -> None:
-            stored = stored_name(name)
+            stored = checkpoint_name(name)
             part = kept.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
             # By the name, and not by comparing shapes: a slice may have the shape of the whole, as
             # the zero points of two groups, which are one byte, have on each of two ranks.
             if part and part.rows:
                 checkpoint.read_rows_into(stored, part.rows, tensor, stage)
             elif part and (per := inputs_per_column(model, name)):
-                read_inputs_into(checkpoint, stored, part.columns, per, tensor, stage)
+                read_input_columns(checkpoint, stored, part.columns, per, tensor, stage)
             else:
                 fill(stored, tensor)
 
         return filling
 
-    def stored(self, checkpoint: Checkpoint) -> Stored:
+    def location_function(self, checkpoint: Checkpoint) -> Stored:
         return lambda name, dtype: None  # shares lie in pieces
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         """A tied head becomes this rank's rows of the table, the same memory."""
         head, table = model.output.shard, model.tok_embeddings.weight
         if getattr(head, "weight", None) is table:
-            part = self.ranks.part(len(table))
+            part = self.ranks.shard_range(len(table))
             head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
 
-    def ready(self, lm: LoadedModel) -> LoadedModel:
+    def wrap(self, lm: LoadedModel) -> LoadedModel:
         return lm
 
 
-def read_inputs_into(
+def read_input_columns(
     checkpoint: Checkpoint, name: str, inputs: range, per: int, tensor: Tensor, stage: Tensor
 ) -> None:
     """Fill a tensor with what a stored one has for some inputs of its linear, `per` to a column."""
@@ -217,6 +224,6 @@ def inputs_per_column(model: Transformer, name: str) -> int | None:
     return getattr(model.get_submodule(module), "inputs_per_column", {}).get(leaf)
 
 
-def stored_name(name: str) -> str:
+def checkpoint_name(name: str) -> str:
     """Of a rank's tensor, what the checkpoint calls the whole."""
     return name.replace(".shard.", ".")

@@ -25,7 +25,7 @@ import torch
 from bench import provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from checkpoint import DTYPES
-from evaluation.scoring import CALLS, grow
+from evaluation.scoring import CALL_LIMITS, build_prefix_trees
 from load import load_model
 
 DATA = ROOT / ".." / "shared" / "data" / "eval" / "hellaswag_val_full.txt.bz2"
@@ -68,7 +68,7 @@ def timed(model: Any, asked: list[Any]) -> tuple[float, list[float]]:
 @torch.inference_mode()
 def prefill_rate(model: Any) -> float:
     """Ids per second of the layers alone."""
-    lm, (count, *_) = model.lm, CALLS["cpu"]
+    lm, (count, *_) = model.lm, CALL_LIMITS["cpu"]
     tokens = torch.arange(count).view(8, -1) % lm.model.args.vocab_size  # (8, T)
     slots = torch.arange(tokens.shape[1])
     given = tokens, slots.expand_as(tokens), slots, lm.make_caches(8, len(slots)), slots[:1]
@@ -87,9 +87,12 @@ def counted(model: Any, asked: list[Any]) -> dict[str, int]:
     sequences = [(ids, len(ids) - len(said)) for ids, (_, said) in zip(whole, pairs, strict=True)]
 
     def fed(nodes: list[Any]) -> int:
-        return sum(node.fed + fed(node.below) for node in nodes)
+        return sum(node.fed + fed(node.children) for node in nodes)
 
-    return {"ids": sum(len(ids) - 1 for ids in whole), "ids_read": fed(grow(sequences))}
+    return {
+        "ids": sum(len(ids) - 1 for ids in whole),
+        "ids_read": fed(build_prefix_trees(sequences)),
+    }
 
 
 def measure(folder: Path, tokenizer: Any, asked: list[Any], args: Any) -> dict[str, Any]:

@@ -40,9 +40,9 @@ from calibration.gptq import fill_module
 from calibration.predictor import gate
 from checkpoint import Checkpoint, stored_tensors
 from kernels.cpu import build
-from load import LoadedModel, compile_now, load_model, make_views, skeleton
+from load import LoadedModel, compile_now, load_model, make_views, meta_model
 from model import visible_length
-from neurons.feed_forward import Flash, Source, source_of
+from neurons.feed_forward import FlashOptions, Source, neuron_source
 from neurons.pack import flash_directory
 from neurons.records import NeuronFile
 from neurons.uring import Work, nothing
@@ -94,7 +94,7 @@ def reloaded(args: argparse.Namespace, share: float = 0.0) -> LoadedModel:
 def half(args: argparse.Namespace) -> LoadedModel:
     """So many layers stay that what is in memory is the given share of the model, two slots for
     those that come and go with it."""
-    model = skeleton(Checkpoint(args.model).args, None)
+    model = meta_model(Checkpoint(args.model).args, None)
     whole, layers = bfloat16_bytes(model), bfloat16_bytes(model.layers)
     slots = 2 * layers / len(model.layers)
     return reloaded(args, max(0.0, (args.share * whole - (whole - layers) - slots) / layers))
@@ -103,7 +103,7 @@ def half(args: argparse.Namespace) -> LoadedModel:
 def paged(args: argparse.Namespace) -> LoadedModel:
     """The file is mapped, and what is in memory is the kernel's affair."""
     checkpoint = Checkpoint(args.model)
-    model = skeleton(checkpoint.args, None)
+    model = meta_model(checkpoint.args, None)
     mapped = torch.load(checkpoint.path, mmap=True, weights_only=True)["tensors"]
     model.load_state_dict(mapped, strict=False, assign=True)
     if checkpoint.args.tied:
@@ -112,11 +112,11 @@ def paged(args: argparse.Namespace) -> LoadedModel:
 
 
 def sparse(args: argparse.Namespace) -> LoadedModel:
-    flash = Flash(args.share, args.window, args.depth)
+    flash = FlashOptions(args.share, args.window, args.depth)
     lm = load_model(args.model, device="cpu", compile=args.compile, flash=flash)
     if args.never_whole:  # a small model's layers are read faster than some of their neurons
-        source = source_of(lm.model)
-        source.residence = replace(source.residence, whole=math.inf)
+        source = neuron_source(lm.model)
+        source.plan = replace(source.plan, whole=math.inf)
     return lm
 
 
@@ -141,7 +141,7 @@ def oracles(path: Path, dtype: torch.dtype) -> list[Oracle]:
     directory = flash_directory(checkpoint)
     learned = directory.with_name(f"{directory.name}.learned")
     for n in range(checkpoint.args.n_layers):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        model = meta_model(checkpoint.args, checkpoint.scheme)
         fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         order = torch.load(learned / f"layer{n}.pt", weights_only=True)["order"]
         weight, bias = gate(model.layers[n].feed_forward)
@@ -173,7 +173,7 @@ def forgetful(args: argparse.Namespace) -> LoadedModel:
 
 def unbundled(lm: LoadedModel) -> LoadedModel:
     """Rows of up and of down lie in different places, as in a checkpoint."""
-    source = source_of(lm.model)
+    source = neuron_source(lm.model)
     source.fetch = apart(source, write_apart(source))
     return lm
 
@@ -195,8 +195,8 @@ def write_apart(source: Source) -> Path:
 
 
 def apart(source: Source, path: Path) -> Callable[..., None]:
-    step, gap = source.file.stride // 2, source.residence.gap
-    file = NeuronFile(path, step, source.residence.depth)
+    step, gap = source.file.stride // 2, source.plan.gap
+    file = NeuronFile(path, step, source.plan.depth)
 
     def fetch(j: int, ids: np.ndarray, slots: np.ndarray, slab: Tensor, meanwhile: Work) -> None:
         file.nbytes = file.requests = 0
@@ -244,17 +244,17 @@ def way(args: argparse.Namespace) -> dict[str, Any]:
         "resident_bytes": resident(lm.model),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    sparsely = source_of(lm.model) is not None
+    sparsely = neuron_source(lm.model) is not None
     return figures | (sparse_figures(lm, len(found["seconds"]), found) if sparsely else {})
 
 
 def sparse_figures(lm: LoadedModel, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
-    source = source_of(lm.model)
-    tally, file = source.tally, source.file
+    source = neuron_source(lm.model)
+    stats, file = source.stats, source.file
     slots = sum(len(layer.feed_forward.cache) for layer in lm.model.layers)
     layers, kept = lm.model.args.n_layers, slots * file.stride
     staged = 2 * max(end - start for start, end in source.chunks) * file.stride
-    counted = file.nbytes + tally.whole * source.region
+    counted = file.nbytes + stats.whole_layers * source.region
     return {
         "resident_bytes": resident(lm.model) + kept + staged,
         "slots_share": slots / layers / source.neurons,
@@ -262,22 +262,22 @@ def sparse_figures(lm: LoadedModel, tokens: int, found: dict[str, Any]) -> dict[
         "system_over_counted": sum(found["read"]) / max(1, counted),
         "share_of_ffn": counted / tokens / (layers * source.region),
         "requests_per_token": file.requests / tokens,
-        "hit_rate": 1 - tally.missed / max(1, tally.predicted),
-        "predicted_share": tally.predicted / max(1, tally.calls) / source.neurons,
-        "predicted_over_active": tally.predicted / max(1, tally.active),
-        "whole_layers_per_token": tally.whole / tokens,
-        "reading_s": tally.reading / tokens,
-        "managing_s": tally.managing / tokens,
-        "feed_forward_s": tally.computing / tokens,
-        "expected_reading_s": source.residence.reading,
-        "rates_reading_s": source.residence.seconds(
-            tally.fetches, file.requests, file.nbytes // file.stride
+        "hit_rate": 1 - stats.missed / max(1, stats.predicted),
+        "predicted_share": stats.predicted / max(1, stats.sparse_layers) / source.neurons,
+        "predicted_over_active": stats.predicted / max(1, stats.active),
+        "whole_layers_per_token": stats.whole_layers / tokens,
+        "reading_s": stats.read_seconds / tokens,
+        "managing_s": stats.manage_seconds / tokens,
+        "feed_forward_s": stats.compute_seconds / tokens,
+        "expected_reading_s": source.plan.reading,
+        "rates_reading_s": source.plan.seconds(
+            stats.reads, file.requests, file.nbytes // file.stride
         )
         / tokens,
         "direct": file.direct,
-        "window": source.residence.window,
-        "depth": source.residence.depth,
-        "gap": source.residence.gap,
+        "window": source.plan.window,
+        "depth": source.plan.depth,
+        "gap": source.plan.gap,
     }
 
 
@@ -314,7 +314,7 @@ def limits(args: argparse.Namespace, names: Sequence[str]) -> tuple[float, float
     build.build()  # a compiler takes more memory than what it compiles for
     for name in names if args.compile else ():
         alone(args, name, UNLIMITED)  # and leaves its results in a cache
-    whole = bfloat16_bytes(skeleton(Checkpoint(args.model).args, None))
+    whole = bfloat16_bytes(meta_model(Checkpoint(args.model).args, None))
     beside = alone(args, "demo", UNLIMITED)["peak_rss_bytes"]
     log(f"the model: {whole / 1e9:.2f} GB; a process beside it: {beside / 1e9:.2f} GB")
     return whole, beside

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch._dynamo.utils import counters
 
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
@@ -31,6 +30,7 @@ from engine import complete
 from evaluation.scoring import log_likelihoods
 from generate import GenerationConfig
 from host.devices import find_device
+from host.torch_private import compiled_graphs
 from load import load_model, make_views
 from model import KVCache, visible_length
 from quant.linear import make_scheme
@@ -79,7 +79,7 @@ def checks(
         name = getattr(draft, "name", draft)
         yield f"{name} guesses, one by one", wanted, singly(drafted, prompts)
         yield f"{name} guesses, a batch of 4", wanted, greedy(drafted, prompts)
-        held = sum(drafted.draft.controller.report.held)
+        held = sum(drafted.draft.controller.stats.accepted)
         yield f"{name} guesses held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
 
@@ -94,20 +94,19 @@ def lengths(
     eager: LoadedModel, path: Path, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Check]:
     """Prompts of many lengths through the same graphs, with caches kept and caches made anew."""
-    torch._dynamo.reset()
-    counters.clear()
+    torch.compiler.reset()
     compiled = make_views(eager.model, eager.tokenizer, compile=True, compile_prefill=True)
     text = eager.tokenizer.encode(" ".join(TEXTS * 8))
     prompts = [text[:n] for n in LENGTHS]
     wanted = singly(eager, prompts)
     kept = compiled.make_caches(1, SLOTS)
     yield "caches kept, turn 1", wanted, singly(compiled, prompts, kept)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = compiled_graphs()
     yield "caches kept, turn 2", wanted, singly(compiled, prompts, kept)
     kept_graphs = recorded(compiled)
     for turn in (1, 2):
         yield f"new caches, turn {turn}", wanted, singly(compiled, prompts)
-    yield "graphs compiled after turn 1", 0, counters["stats"]["unique_graphs"] - graphs
+    yield "graphs compiled after turn 1", 0, compiled_graphs() - graphs
     sizes = {visible_length(n + i, SLOTS) for n in LENGTHS for i in range(NEW)}
     log(f"  {len(sizes)} sizes of visible cache; {kept_graphs} CUDA graphs with caches kept")
     if device.type == "cuda":
@@ -152,8 +151,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     done = 0
     for name, mode in itertools.product(args.models, args.modes):
         log(f"{name}, {mode}, {args.dtype} on {device}")
-        torch._dynamo.reset()
-        counters.clear()
+        torch.compiler.reset()
         drafts = DRAFTS_OF[mode] if args.drafts else ()
         try:
             with stored(ROOT / "checkpoints" / name, mode) as path:

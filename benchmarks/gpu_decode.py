@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench import WARM_UPS, Stats, provenance
+from bench import WARM_UP_RUNS, Stats, provenance
 from benchmarks.common import ROOT, exit_code, log, show, spread
 from benchmarks.gpu_common import Attempts, nominal, seconds
 from benchmarks.speculate import Parts
@@ -96,7 +96,7 @@ class Timings:
 
     def runs(self, lm: LoadedModel, caches: list[KVCache], length: int, new: int) -> list[Stats]:
         """Of as many rounds as are to count, after some that are not; --warm: of a short one."""
-        prompts, warm_ups = self.prompts(caches[0].rows, length), WARM_UPS[self.device.type]
+        prompts, warm_ups = self.prompts(caches[0].rows, length), WARM_UP_RUNS[self.device.type]
         rounds = self.args.rounds if not self.args.warm else 1 - warm_ups
         config = GenerationConfig(
             max_new_tokens=min(new, 2) if self.args.warm else new, temperature=0, ignore_eos=True
@@ -136,7 +136,7 @@ class Timings:
         self.compiled("verify", lambda: meet_shapes(self.lm, caches, 2))
         parts = Parts(self.lm, 0, GenerationConfig(temperature=0))
         step, sweep = (parts.step(self.lm, caches, n, PROMPT) for n in (1, VERIFIED))
-        for call in WARM_UPS[self.device.type] * (step, sweep):
+        for call in WARM_UP_RUNS[self.device.type] * (step, sweep):
             call()
         if self.args.warm:
             return
@@ -168,7 +168,7 @@ class Timings:
         """The step of one row, compiled with empty caches; Inductor has been imported by now."""
         from torch._inductor.utils import fresh_cache
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         lm = make_views(self.lm.model, self.lm.tokenizer, compile=True, compile_prefill=False)
         caches = lm.make_caches(1, min(slots(1), lm.model.args.context))
         with fresh_cache():

@@ -28,7 +28,7 @@ from benchmarks.common import ROOT, exit_code, log, spread
 from checkpoint import read_json
 from host.bandwidth import read_bandwidth
 from host.devices import find_device
-from load import skeleton
+from load import meta_model
 from model import Linear
 from quant.linear import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
 from weights.hf import model_args
@@ -78,7 +78,7 @@ class Dense(torch.nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.clone())
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ CONTESTANTS: dict[str, Callable[[Tensor], torch.nn.Module]] = {
 
 def linear_shapes(config: Path) -> dict[tuple[int, int], int]:
     """(N, K) of the linears of a model, and how many of each it has."""
-    model = skeleton(model_args(read_json(config)), None)
+    model = meta_model(model_args(read_json(config)), None)
     linears = (module for module in model.modules() if isinstance(module, Linear))
     return Counter((linear.out_features, linear.in_features) for linear in linears)
 
@@ -141,9 +141,9 @@ def contest(
     layers = [make(weight)]
     nbytes = sum(tensor.nbytes for tensor in layers[0].buffers())
     layers += [make(weight) for _ in range(CYCLED[weight.device.type] // nbytes)]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     product = torch.compile(lambda layer: layer(x), dynamic=False)  # one graph for all layers
-    exact = F.linear(x.float(), layers[0].dense(torch.float32))
+    exact = F.linear(x.float(), layers[0].dequantize(torch.float32))
     error = ((product(layers[0]) - exact).abs().max() / exact.abs().max()).item()
     turns = seconds(lambda: [product(layer) for layer in layers], weight.device, rounds)
     times = [turn / len(layers) for turn in turns]

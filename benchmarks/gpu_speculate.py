@@ -43,7 +43,7 @@ class Loaded(Large):
 @torch.inference_mode()
 def warm(small: LoadedModel) -> None:
     caches = small.make_caches(1, min(slots(1), small.model.args.context))
-    meet_shapes(*ModelDraft(DraftLengthController(None), small).views(caches))
+    meet_shapes(*ModelDraft(DraftLengthController(None), small).warm_up_inputs(caches))
 
 
 def time_drafts(

@@ -51,7 +51,7 @@ from engine import complete, generate
 from generate import GenerationConfig
 from host.memory import page_aligned
 from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
-from plan import Planner, Subject, Work, machine, sizes
+from plan import Planner, Subject, Workload, machine, sizes
 from tiers.policy import Policy, Share
 from weights.hf import model_args
 
@@ -80,8 +80,8 @@ def run(lm: LoadedModel, rows: int, length: int, new: int) -> list[float]:
 def raw_seconds(lm: LoadedModel) -> float:
     """Seconds to read what a step reads, and do nothing else: the best of REQUESTS."""
     layers = lm.model.layers
-    scratch, _ = next(iter(layers.sources.values()))
-    total = len(layers.sources) * layers.layout.nbytes
+    scratch, _ = next(iter(layers.locations.values()))
+    total = len(layers.locations) * layers.layout.nbytes
     file = os.open(f"/proc/self/fd/{scratch.fileno()}", os.O_RDONLY | os.O_DIRECT)
 
     def once(size: int, depth: int) -> float:
@@ -108,7 +108,7 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
         policy = Policy(Share(0, 0), micro_batch=rows, directory=args.directory)
         moving = random_model(args.config, device=args.device, policy=policy)
         still = random_model(args.config, device=args.device)
-        nbytes = len(moving.model.layers.sources) * moving.model.layers.layout.nbytes
+        nbytes = len(moving.model.layers.locations) * moving.model.layers.layout.nbytes
         of_raw, of_slowest, rates = [], [], []
         for _ in range(args.repeats):
             raw = raw_seconds(moving)
@@ -141,7 +141,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
             measured = machine(subject, args.directory, needed=True, anew=True)
             planner = Planner(sizes(subject), measured, True)
         policy = some_policy(draw, args.directory)
-        work = Work(policy.rows, args.prompt, args.new)
+        work = Workload(policy.rows, args.prompt, args.new)
         plan = planner.predict(policy, work)
         lm = None
         gc.collect()  # the model before this one refers to itself
@@ -173,7 +173,7 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
     subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
     measured = machine(subject, args.directory, needed=True, anew=True)
     planner = Planner(sizes(subject), measured, True)
-    work, budgets = Work(48, args.prompt, args.new), {"device": 1.3e9, "disk": 1e12}
+    work, budgets = Workload(48, args.prompt, args.new), {"device": 1.3e9, "disk": 1e12}
     chosen = planner.choose(work, budgets, Policy(directory=args.directory), work.texts).policy
     others = [fullest(planner, work, budgets, chosen, *way) for way in GRID]
     rates: dict[Policy, list[float]] = {}
@@ -213,7 +213,7 @@ GRID = list(itertools.product((12, 24, 48), (1, 2, 4), (0, 100)))  # g, K, per c
 
 def fullest(
     planner: Planner,
-    work: Work,
+    work: Workload,
     budgets: dict[str, float],
     like: Policy,
     g: int,

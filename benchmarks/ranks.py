@@ -28,7 +28,7 @@ from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
 from engine import complete
 from generate import GenerationConfig
 from load import random_model
-from ranks import join_process_group, leave
+from ranks import join_process_group, leave_process_group
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     stats, start = Stats(lm), time.perf_counter()
     complete(lm, prompts, config, caches=caches, stats=stats)
     seconds = time.perf_counter() - start
-    leave()
+    leave_process_group()
     return {
         "seconds": seconds,
         "tokens_per_s": args.rows * args.new / seconds,

@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.common import ROOT, exit_code, log
-from calibration.predictor import Recorder, through
+from calibration.predictor import InputRecorder, run_block
 from checkpoint import read_json, save_checkpoint, stored_tensors
-from load import skeleton
+from load import meta_model
 from weights.hf import model_args
 
 CONFIG = ROOT / "benchmarks" / "configs" / "opt-1.3b.json"
@@ -43,7 +43,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
     for file in ("vocab.json", "merges.txt", "LICENSE"):
         (args.folder / file).write_bytes((args.tokenizer / file).read_bytes())
     (args.folder / "config.json").write_bytes(args.config.read_bytes())
-    model = skeleton(model_args(config), None)
+    model = meta_model(model_args(config), None)
     shapes = {
         name: torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
         for name, (tensor, _) in stored_tensors(model).items()
@@ -87,13 +87,13 @@ def made(model: Any, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
                 tensor.zero_()
             else:
                 tensor.copy_(noise(*tensor.shape) * tensor.shape[1] ** -0.5)
-        recorder = block.feed_forward = Recorder(block.feed_forward)
-        through(model, block, x, slots)
+        recorder = block.feed_forward = InputRecorder(block.feed_forward)
+        run_block(model, block, x, slots)
         make_sparse(recorder.inner, torch.cat(recorder.seen).flatten(0, 1), noise, generator)
         for tensor in recorder.inner.parameters():
             tensor.copy_(tensor.bfloat16())
         block.feed_forward = recorder.inner
-        x = through(model, block, x, slots)
+        x = run_block(model, block, x, slots)
         for name, (tensor, _) in stored_tensors(block).items():
             yield f"layers.{n}.{name}", tensor.detach().bfloat16()
         block.to("meta")

@@ -119,13 +119,13 @@ class Sides:
         self.rates["speculative"].append(drafted.decode_rate)
 
     def figures(self) -> dict[str, Any]:
-        report = self.drafted.draft.controller.report
+        report = self.drafted.draft.controller.stats
         return {
             "speed_up": spread(self.ratios),
             "tokens_per_s": {name: spread(rates) for name, rates in self.rates.items()},
             "tokens_per_cycle": report.tokens / max(report.cycles, 1),
-            "guesses_offered": report.offered,
-            "guesses_held": report.held,
+            "guesses_offered": report.drafted,
+            "guesses_held": report.accepted,
             "same_text": self.identical,
         }
 
@@ -184,10 +184,10 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
             sides, parts = Sides(plain, lm, config), Parts(plain, k or 0, config)
             sides.round(prompts, caches)  # warms up
             sides = Sides(plain, dataclasses.replace(lm, draft=renewed(lm.draft, k)), config)
-            _, drafts, _ = lm.draft.views(caches)
+            _, drafts, _ = lm.draft.warm_up_inputs(caches)
             for _ in range(args.rounds):
                 sides.round(prompts, caches)
-                report = sides.drafted.draft.controller.report
+                report = sides.drafted.draft.controller.stats
                 if k:
                     parts.round(lm.draft.lm, caches, drafts, 150, report.tokens / report.cycles)
             name = f"{draft}, {f'k {k}' if k else 'auto'}, temperature {temperature}"
@@ -253,9 +253,9 @@ def synthetic(args: argparse.Namespace, large: Large) -> dict[str, Any]:
                 if n == 0:
                     sides.ratios, sides.rates = [], {"plain": [], "speculative": []}
                 elif k:
-                    _, drafts, _ = draft.views(large.caches)
+                    _, drafts, _ = draft.warm_up_inputs(large.caches)
                     place = PROMPT_LENGTH + args.new_tokens // 2
-                    tokens = controller.report.tokens / controller.report.cycles
+                    tokens = controller.stats.tokens / controller.stats.cycles
                     parts.round(drafting, large.caches, drafts, place, tokens)
             name = f"acceptance {acceptance}, {f'k {k}' if k else 'auto'}"
             found[name] = sides.figures() | ({"formula": spread(parts.predicted)} if k else {})

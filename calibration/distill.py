@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from calibration.gptq import Buffers
 from checkpoint import Checkpoint
-from load import count_weights, skeleton
+from load import count_weights, meta_model
 from model import Linear, ModelArgs, Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
@@ -49,7 +49,7 @@ def distill(
     Returns also the divergence before and after, nats per token; where it is no smaller after,
     the blocks are those given. What it takes is training_bytes.
     """
-    teacher = skeleton(checkpoint.args, None)
+    teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)
     student, latents = latent_copy(teacher, blocks)
     tokens = tokens.to(device)

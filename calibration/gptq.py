@@ -30,13 +30,13 @@ from checkpoint import Checkpoint, allocate
 from kernels import gpu
 from model import KVCache, Linear, Transformer
 from quant.linear import (
-    dense_int4,
-    int4_grid,
+    choose_int4_grid,
+    dequantize_int4,
     nearest_int4,
+    pack_int4,
     round_int4,
     round_scales,
     scale_units,
-    store_int4,
     unpack_nibbles,
 )
 
@@ -62,7 +62,7 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
     columns = torch.arange(K, device=W.device)
     order = diagonal.argsort(descending=True, stable=True) if act_order else columns
     group = (columns // groupsize)[order].tolist()
-    scales, zeros = int4_grid(W, groupsize)  # (N, P) each
+    scales, zeros = choose_int4_grid(W, groupsize)  # (N, P) each
     units = scale_units(scales)
     W, U = W[:, order], inverse_factor(H[order][:, order])
     q = torch.empty_like(W)
@@ -72,14 +72,14 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
     for start in range(0, K, width):
         end, g = min(start + width, K), group[start]
         if not act_order and start % groupsize == 0:
-            grid = int4_grid(W[:, start : start + groupsize], groupsize, units)
+            grid = choose_int4_grid(W[:, start : start + groupsize], groupsize, units)
             scales[:, g], zeros[:, g] = (t[:, 0] for t in grid)
         wide = (t[:, group[start:end]] for t in (scales, zeros))  # (N, columns) each
         q[:, start:end], errors = fastest(W, "round_columns")(
             W[:, start:end], U[start:end, start:end], *wide
         )
         W[:, end:] -= errors @ U[start:end, end:]
-    return store_int4(q[:, order.argsort()], scales, zeros, groupsize)
+    return pack_int4(q[:, order.argsort()], scales, zeros, groupsize)
 
 
 def round_columns(
@@ -120,7 +120,7 @@ def refine_columns(
 
 def fastest(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """round_columns or refine_columns; on a GPU, the kernel that does the same."""
-    if not gpu.serves(weight):
+    if not gpu.supports(weight):
         return {"round_columns": round_columns, "refine_columns": refine_columns}[name]
     from kernels.gpu import columns  # imports Triton
 
@@ -154,7 +154,7 @@ def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) ->
                 slope[:, of], H[of, of], q[:, of].contiguous(), *wide
             )
             slope[:, of.stop :] += steps @ H[of, of.stop :]
-    return store_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
+    return pack_int4(q, scales, zeros[:, : scales.shape[1]], groupsize)
 
 
 def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:
@@ -179,7 +179,7 @@ def inverse_factor(H: Tensor) -> Tensor:
 
 def row_errors(buffers: Buffers, weight: Tensor, hessian: Tensor) -> Tensor:
     """Squared output error of each output channel, (N,): e H e' for the errors e of its weights."""
-    e = dense_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
+    e = dequantize_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
     return ((e @ hessian) * e).sum(1)
 
 
@@ -236,7 +236,7 @@ def quantize_block(
         chosen = gptq(target, hessian, groupsize, act_order)
         refined = refine(chosen, target, hessian, groupsize)
         buffers = best_of([rounded, chosen, refined], target, hessian)
-        linear.weight.copy_(dense_int4(**buffers)[:, : weight.shape[1]])
+        linear.weight.copy_(dequantize_int4(**buffers)[:, : weight.shape[1]])
         size = ((target @ hessian) * target).sum().clamp_min(1e-30)
         errors = [row_errors(b, target, hessian).sum() / size for b in (buffers, rounded)]
         report(prefix + name, *(e.item() for e in errors), time.perf_counter() - start)

@@ -1,16 +1,15 @@
-"""Which feed-forward neurons a token needs, learned from a text.
+"""Train the predictors of --flash: which feed-forward neurons are active for a token.
 
-Start at inputs, then learn. Block after block, one in memory at a time, texts run through the
-dense model; what enters each feed-forward layer, and which of its neurons are active there, is what
-its predictor learns from: two low-rank factors, begun with the best ones of that rank for such
-inputs (an SVD weighted by the inputs' covariance) and trained with a class-balanced loss, since few
-neurons are active. Texts that were not trained on then decide the threshold, at which a given share
-of the active neurons is found, and tell how much tokens that follow one another have in common.
+Start at feed_forward_inputs, then learn_layer. Texts run through the dense model block after block,
+with one block in memory. The inputs of each feed-forward layer, and the neurons active there, train
+its predictor: two low-rank matrices, initialised by an SVD weighted with the inputs' covariance and
+trained with a class-balanced loss, because few neurons are active. Held-out texts then set the
+threshold that reaches the wanted recall, and tell how many neurons successive tokens share.
 
-Based on "LLM in a flash" (arXiv 2312.11514, section 3.1) and Deja Vu (2310.17157), with the start
-of ASVD (2312.05821).
+Based on "LLM in a flash" (arXiv 2312.11514, section 3.1) and Deja Vu (2310.17157); the
+initialisation is ASVD's (2312.05821).
 
-Shapes: N tokens, D dim, F neurons, r rank.
+Shapes: B texts, T tokens of a text, N tokens, D dim, F neurons, r rank.
 """
 
 import math
@@ -25,212 +24,239 @@ from torch import Tensor, nn
 
 from calibration.gptq import embed, fill_module
 from checkpoint import Checkpoint
-from load import skeleton
+from load import meta_model
 from model import Linear, Transformer
 from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
 from tiers.prefetch import CPU
 
-TEXTS = 8  # that run through a block together
-BATCH = 512  # tokens of a training step
-RATE = 2e-3  # Adam's, falling to 0
-SHARPNESS = 3.0  # logits of a neuron have this spread before training
-DAMPING = 1e-3  # of the mean of the covariance's diagonal, added to it
-FLAT = 0.02  # added to the share of active neurons, by which inactive ones count in the loss
-UNSEEN = 8  # one text of so many is not trained on
+BLOCK_TEXTS = 8  # that run through a block at a time
+STEP_TOKENS = 512  # of a training step
+LEARNING_RATE = 2e-3  # Adam's; a cosine schedule takes it to 0
+INITIAL_LOGIT_SCALE = 3.0  # standard deviation of a neuron's logits before training
+COVARIANCE_DAMPING = 1e-3  # times the mean of the covariance's diagonal
+MIN_INACTIVE_WEIGHT = 0.02  # added to the share of active neurons: weights inactive ones' loss
+HELD_OUT_EVERY = 8  # one text of so many is held out
 WINDOWS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128)  # tokens
-GAPS = 0, 1, 2, 4, 8  # records
+GAPS = 0, 1, 2, 4, 8  # unwanted records that a request reads across
+Factors = tuple[Tensor, Tensor, Tensor]  # a predictor: down (r, D), up (F, r), bias (F,)
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What is known of a layer. Neurons are in the order of the file: `order` says which they were.
+class LearnedLayer:
+    """A layer's predictor and figures, neurons in the order of the pack.
 
-    usage: how many neurons are predicted within so many tokens, one number for each of WINDOWS.
-    records, requests: of a token's reads where so many are in memory, for each of GAPS; windows x
-    gaps.
+    figures: active, predicted (shares of neurons), recall; usage (neurons predicted within a
+    window, for each of WINDOWS); records, requests (of a token's reads with that many neurons in
+    memory; WINDOWS x GAPS). The fields are also keys of the files that flash.py keeps.
     """
 
-    order: Tensor  # (F,)
+    order: Tensor  # (F,): the pack's neuron n is the model's neuron order[n]
     down: Tensor  # (r, D)
     up: Tensor  # (F, r)
-    bias: Tensor  # (F,), the threshold taken off
-    figures: dict[str, Any]  # active, predicted, recall; usage, records, requests
+    bias: Tensor  # (F,), minus the threshold
+    figures: dict[str, Any]
 
 
-def learn(x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: int) -> Learned:
-    """What there is to know of one layer, from what enters it, (B, T, D) float32.
+def learn_layer(
+    x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: int
+) -> LearnedLayer:
+    """Train and evaluate one layer's predictor.
 
-    recall: the share of active neurons that is to be found. Of texts, the B, one of UNSEEN is not
-    trained on, and decides.
+    x: (B, T, D) float32, the layer's inputs. recall: the share of active neurons to predict, on
+    held-out texts.
     """
-    B, T, _ = x.shape
-    unseen = torch.arange(B) % UNSEEN == UNSEEN - 1 if B >= UNSEEN else torch.arange(B) == B - 1
-    seen = ~unseen if B > 1 else unseen
-    weight, bias = gate(feed_forward)  # (F, D), (F,)
-    train, held = x[seen].flatten(0, 1), x[unseen].flatten(0, 1)  # (N, D) each
-    factors = start(weight, bias, train, rank)
-    down, up, shift = fit(factors, train, F.linear(train, weight, bias) > 0, epochs)
-    active = F.linear(held, weight, bias) > 0  # (N, F)
-    scores = F.linear(F.linear(held, down), up, shift)
-    least = threshold(scores, active, recall)
-    predicted = scores > least
+    weight, bias = gate_weights(feed_forward)  # (F, D), (F,)
+    train, held_out = (part.flatten(0, 1) for part in split_texts(x))  # (N, D) each
+    factors = initial_factors(weight, bias, train, rank)
+    down, up, shift = train_factors(factors, train, F.linear(train, weight, bias) > 0, epochs)
+    active = F.linear(held_out, weight, bias) > 0  # (N, F)
+    scores = F.linear(F.linear(held_out, down), up, shift)  # (N, F)
+    threshold = score_threshold(scores, active, recall)
+    predicted = scores > threshold
     order = predicted.sum(0).argsort(descending=True, stable=True)
-    found = (predicted & active).sum() / active.sum().clamp_min(1)
-    figures = {
+    texts = predicted[:, order].unflatten(0, (-1, x.shape[1]))  # (B, T, F)
+    figures = accuracy(active, predicted) | locality(texts.cpu().numpy())
+    tensors = (t.cpu() for t in (order, down, up[order], (shift - threshold)[order]))
+    return LearnedLayer(*tensors, figures)
+
+
+def split_texts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the texts of x, (B, T, D), into training and held-out ones; a single text is both."""
+    B = len(x)
+    numbers = torch.arange(B)
+    held_out = numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    if B < HELD_OUT_EVERY:
+        held_out = numbers == B - 1
+    return x[~held_out if B > 1 else held_out], x[held_out]
+
+
+def accuracy(active: Tensor, predicted: Tensor) -> dict[str, float]:
+    """Return the shares of active and of predicted neurons, and the recall; (N, F) bool each."""
+    return {
         "active": active.float().mean().item(),
         "predicted": predicted.float().mean().item(),
-        "recall": found.item(),
-    } | locality(predicted[:, order].unflatten(0, (-1, T)).cpu().numpy())
-    kept = (t.cpu() for t in (order, down, up[order], (shift - least)[order]))
-    return Learned(*kept, figures)
+        "recall": ((predicted & active).sum() / active.sum().clamp_min(1)).item(),
+    }
 
 
 @torch.inference_mode()
-def inputs(
+def feed_forward_inputs(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, nn.Module]]:
-    """What enters each feed-forward layer, (B, T, D) float32, and that layer in float32."""
-    model = skeleton(checkpoint.args, checkpoint.scheme)
-    fill_module(checkpoint, model, "positions", torch.device("cpu"))
+    """Yield each feed-forward layer's inputs, (B, T, D) float32, and the layer in float32."""
+    model = meta_model(checkpoint.args, checkpoint.scheme)
+    fill_module(checkpoint, model, "positions", CPU)
     x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
     model.positions.to(device)
-    slots = torch.arange(tokens.shape[1], device=device)
+    pos = torch.arange(tokens.shape[1], device=device)  # (T,)
     for n, block in enumerate(model.layers):
         fill_module(checkpoint, model, f"layers.{n}", device)
-        recorder = Recorder(block.feed_forward)
+        recorder = InputRecorder(block.feed_forward)
         block.feed_forward = recorder
-        x = torch.cat([through(model, block, part, slots) for part in x.split(TEXTS)])
-        # A clone is no inference tensor: training may use it.
+        x = torch.cat([run_block(model, block, part, pos) for part in x.split(BLOCK_TEXTS)])
+        # Clones made outside inference mode: autograd refuses inference tensors.
         with torch.inference_mode(False):
-            seen = torch.cat([part.clone() for part in recorder.seen])
-        yield seen, recorder.inner
+            inputs = torch.cat([part.clone() for part in recorder.inputs])
+        yield inputs, recorder.inner
         block.to("meta")
 
 
-def through(model: Transformer, block: nn.Module, x: Tensor, slots: Tensor) -> Tensor:
-    """(B, T, D) -> (B, T, D), by one block."""
-    pos = slots.expand(x.shape[:2])
-    _, rotation = model.positions(torch.zeros_like(x), pos)
-    shape = (len(x), len(slots) + 1, model.args.n_kv_heads, model.args.head_dim)
-    cache = model.new_cache(shape, x.dtype, x.device)
-    return block(x, rotation, model.mask(pos, slots, x.dtype), pos, cache)
+def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> Tensor:
+    """Run one block: (B, T, D) -> (B, T, D). pos: (T,), the tokens' positions."""
+    row_pos = pos.expand(x.shape[:2])  # (B, T)
+    _, rotation = model.positions(torch.zeros_like(x), row_pos)
+    shape = (len(x), len(pos) + 1, model.args.n_kv_heads, model.args.head_dim)
+    cache = model.cache_factory(shape, x.dtype, x.device)
+    return block(x, rotation, model.mask(row_pos, pos, x.dtype), row_pos, cache)
 
 
-class Recorder(nn.Module):
-    """A feed-forward layer that remembers what entered it."""
+class InputRecorder(nn.Module):
+    """Wraps a feed-forward layer and keeps its inputs."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        self.inner, self.seen = inner, []
+        self.inner, self.inputs = inner, []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x)
+        self.inputs.append(x)
         return self.inner(x)
 
 
-def dense(linear: Linear | QuantizedLinear) -> Tensor:
-    """Its weights in float32, (out, in)."""
-    return linear.dense(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+def dense_weight(linear: Linear | QuantizedLinear) -> Tensor:
+    """Return a linear's weights in float32, (out, in)."""
+    return (
+        linear.dequantize(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+    )
 
 
-def gate(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
-    """What decides whether neurons are active: weights (F, D) and biases (F,)."""
+def gate_weights(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the weights (F, D) and biases (F,) whose ReLU decides whether neurons are active."""
     first = getattr(feed_forward, "w13", None) or feed_forward.w1
     neurons = feed_forward.w2.in_features
-    weight = dense(first)[:neurons].clone()
+    weight = dense_weight(first)[:neurons].clone()
     bias = torch.zeros_like(weight[:, 0]) if first.bias is None else first.bias[:neurons].clone()
     return weight, bias
 
 
 @torch.no_grad()
-def start(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors (r, D) and (F, r) and biases (F,) whose products are nearest to those of the
-    weights for inputs x, (N, D); each neuron's then scaled to the same spread."""
+def initial_factors(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> Factors:
+    """Return the low-rank factors whose outputs for x, (N, D), are nearest to the layer's.
+
+    Each neuron's outputs are then scaled to a standard deviation of INITIAL_LOGIT_SCALE.
+    """
     mean = x.mean(0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
-    diagonal = covariance.diagonal()
-    diagonal += DAMPING * diagonal.mean().clamp_min(1e-12)
-    root = torch.linalg.cholesky(covariance)  # (D, D): root @ root.T
-    seen = weight @ root  # (F, D): of white inputs
-    _, vectors = torch.linalg.eigh(seen.T @ seen)
+    root = covariance_root(x - mean)  # (D, D)
+    whitened = weight @ root  # (F, D): weights for inputs of covariance 1
+    _, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis = vectors[:, -rank:]  # (D, r)
-    up = seen @ basis  # (F, r)
+    up = whitened @ basis  # (F, r)
     down = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, D)
-    spread = seen.norm(dim=1).clamp_min(1e-12) / SHARPNESS  # (F,)
+    scale = whitened.norm(dim=1).clamp_min(1e-12) / INITIAL_LOGIT_SCALE  # (F,)
     shift = bias + weight @ mean - up @ (down @ mean)
-    return down, up / spread[:, None], shift / spread
+    return down, up / scale[:, None], shift / scale
 
 
-def fit(
-    factors: tuple[Tensor, Tensor, Tensor], x: Tensor, active: Tensor, epochs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train the factors to tell which neurons are active, (N, F), for inputs x, (N, D)."""
-    down, up, shift = factors = [nn.Parameter(t.clone()) for t in factors]
-    optimizer = torch.optim.Adam(factors, lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, max(1, epochs * -(-len(x) // BATCH))
-    )
+def covariance_root(centred: Tensor) -> Tensor:
+    """Return a lower triangle (D, D) with root @ root.T = the damped covariance of (N, D)."""
+    covariance = centred.T @ centred / len(centred)
+    diagonal = covariance.diagonal()
+    diagonal += COVARIANCE_DAMPING * diagonal.mean().clamp_min(1e-12)
+    return torch.linalg.cholesky(covariance)
+
+
+def train_factors(factors: Factors, x: Tensor, active: Tensor, epochs: int) -> Factors:
+    """Train factors to predict the active neurons, (N, F) bool, from inputs x, (N, D)."""
+    down, up, shift = parameters = [nn.Parameter(t.clone()) for t in factors]
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    steps = max(1, epochs * -(-len(x) // STEP_TOKENS))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).to(x.device).split(BATCH):
-            wanted = active[batch].float()  # (n, F)
-            scores = F.linear(F.linear(x[batch], down), up, shift)
-            counts = torch.where(wanted > 0, 1.0, wanted.mean() + FLAT)
-            loss = F.binary_cross_entropy_with_logits(scores, wanted, counts)
+        for batch in torch.randperm(len(x), generator=generator).to(x.device).split(STEP_TOKENS):
+            scores = F.linear(F.linear(x[batch], down), up, shift)  # (n, F)
+            loss = balanced_loss(scores, active[batch].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return tuple(t.detach() for t in factors)
+    return tuple(t.detach() for t in parameters)
 
 
-def threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
-    """The score that so large a share of the active neurons reaches."""
-    found = scores[active]
-    if not len(found):
+def balanced_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in which inactive neurons weigh about as much as the few active ones."""
+    weights = torch.where(targets > 0, 1.0, targets.mean() + MIN_INACTIVE_WEIGHT)
+    return F.binary_cross_entropy_with_logits(scores, targets, weights)
+
+
+def score_threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
+    """Return the threshold above which that share of the active neurons' scores lies."""
+    active_scores = scores[active]
+    if not len(active_scores):
         return scores.new_zeros(())
-    rank = max(1, math.floor((1 - recall) * len(found)))
-    least = found.kthvalue(rank).values
-    return least.nextafter(least.new_tensor(-math.inf))
+    rank = max(1, math.floor((1 - recall) * len(active_scores)))
+    lowest = active_scores.kthvalue(rank).values
+    return lowest.nextafter(lowest.new_tensor(-math.inf))
 
 
 def locality(predicted: np.ndarray) -> dict[str, Any]:
-    """What the tokens of texts have in common. predicted: (B, T, F) in the file's order."""
+    """Return usage, records and requests (see LearnedLayer). predicted: (B, T, F) bool.
+
+    Windows as long as the texts, or longer, have no figures.
+    """
     texts = [[np.flatnonzero(row) for row in text] for text in predicted]
     (T, neurons), figures = predicted.shape[1:], {"usage": [], "records": [], "requests": []}
-    for window in WINDOWS:
-        if window >= T:  # of longer windows than the texts nothing is known
-            break
-        used = float(np.mean([used_within(text, window, neurons) for text in texts]))
-        brought = [reads(text, window, math.ceil(used), neurons) for text in texts]
-        records, requests = np.mean(brought, 0).T  # (gaps,) each
-        found = used, records.tolist(), requests.tolist()
-        for values, value in zip(figures.values(), found, strict=True):
-            values.append(value)
+    for window in (w for w in WINDOWS if w < T):
+        usage = float(np.mean([window_usage(text, window, neurons) for text in texts]))
+        reads = [mean_reads(text, window, math.ceil(usage), neurons) for text in texts]
+        records, requests = np.mean(reads, 0).T  # (gaps,) each
+        figures["usage"].append(usage)
+        figures["records"].append(records.tolist())
+        figures["requests"].append(requests.tolist())
     return figures
 
 
-def used_within(text: list[np.ndarray], window: int, neurons: int) -> float:
-    """How many neurons so many tokens want together, in the mean."""
-    last, counts = np.full(neurons, -(10**9)), []  # when each was last wanted
+def window_usage(text: list[np.ndarray], window: int, neurons: int) -> float:
+    """Return the mean count of neurons that `window` successive tokens use together."""
+    last_use, counts = np.full(neurons, -(10**9)), []
     for t, ids in enumerate(text):
-        last[ids] = t
+        last_use[ids] = t
         if t >= window:
-            counts.append(np.count_nonzero(t - last < window))
+            counts.append(np.count_nonzero(t - last_use < window))
     return float(np.mean(counts))
 
 
-def reads(text: list[np.ndarray], window: int, slots: int, neurons: int) -> np.ndarray:
-    """(gaps, 2): records and requests of a token beyond the window, in the mean, where so many
-    neurons are in memory."""
-    cache, found = NeuronCache(neurons, max(1, slots), 0, CPU), []
+def mean_reads(text: list[np.ndarray], window: int, entries: int, neurons: int) -> np.ndarray:
+    """Return (gaps, 2): mean records and requests of a token with so many entries of cache.
+
+    The first `window` tokens fill the cache and are not counted.
+    """
+    cache, counts = NeuronCache(neurons, max(1, entries), 0, CPU), []
     for t, ids in enumerate(text):
-        brought, places, rest = cache.admit(ids)
-        cache.hold(brought, places)
+        new, places, rest = cache.admit(ids)
+        cache.commit(new, places)
         if t >= window:
-            steps, missing = np.diff(np.append(brought, rest)), len(brought) + len(rest)
-            near = [steps[steps <= gap + 1] for gap in GAPS]
-            found.append([(missing + (n - 1).sum(), missing - len(n)) for n in near])
-    return np.mean(found, 0)
+            steps, missing = np.diff(np.append(new, rest)), len(new) + len(rest)
+            joined = [steps[steps <= gap + 1] for gap in GAPS]
+            counts.append([(missing + (n - 1).sum(), missing - len(n)) for n in joined])
+    return np.mean(counts, 0)

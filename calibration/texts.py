@@ -25,7 +25,7 @@ from checkpoint import Checkpoint
 from host.devices import find_device
 from host.files import read_text
 from host.memory import check_memory
-from load import count_weights, skeleton
+from load import count_weights, meta_model
 from model import Linear
 from text.tokenizer import load_tokenizer
 
@@ -52,8 +52,8 @@ def calibrated_blocks(checkpoint: Checkpoint, work: Path, args: argparse.Namespa
     made_of = [str(checkpoint.path.resolve()), checkpoint.path.stat().st_mtime_ns]
     made_of += [args.groupsize, args.no_act_order, zlib.crc32(tokens.numpy().tobytes())]
     made_of += [zlib.crc32(text.encode())]
-    take_up(work, made_of)
-    say(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
+    resume_or_clear(work, made_of)
+    log_above_bars(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
     blocks = gptq_blocks(checkpoint, tokens, work, args)
     if steps == 0:
         yield from blocks  # as they are finished: only one is in memory
@@ -61,10 +61,12 @@ def calibrated_blocks(checkpoint: Checkpoint, work: Path, args: argparse.Namespa
     once = steps * texts_of_a_step(tokens)  # so many that none need be seen again
     tokens = calibration_tokens(checkpoint, text, args.calibration_seq_length, once)
     blocks = dict(blocks)
-    say(f"training for {steps} steps on {len(tokens)} texts")
+    log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
     found, before, after = distill(checkpoint, tokens, blocks, steps, work, device)
     better = "" if after < before else "; GPTQ's integers are kept"
-    say(f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{better}")
+    log_above_bars(
+        f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{better}"
+    )
     yield from found.items()
 
 
@@ -81,24 +83,24 @@ def gptq_blocks(
 
     def report(name: str, error: float, rounding: float, took: float) -> None:
         nonlocal weights, seconds
-        weights += math.prod(checkpoint.records[f"{name}.weight"].shape)
+        weights += math.prod(checkpoint.tensors[f"{name}.weight"].shape)
         seconds += took
-        say(f"{name}: error {error:.2e}, of rounding {rounding:.2e}, {took:.1f} s")
+        log_above_bars(f"{name}: error {error:.2e}, of rounding {rounding:.2e}, {took:.1f} s")
 
     act_order, device = not args.no_act_order, find_device(args.device)
-    linears = sum(isinstance(m, Linear) for m in skeleton(checkpoint.args, None).layers.modules())
+    linears = sum(isinstance(m, Linear) for m in meta_model(checkpoint.args, None).layers.modules())
     blocks = quantize_blocks(checkpoint, tokens, args.groupsize, work, report, act_order, device)
     yield from tqdm(blocks, total=linears, desc="GPTQ", unit="linear")
     if weights:
         rate = seconds / weights * 1e9
-        say(f"GPTQ: {seconds:.1f} s for {weights:,} weights, {rate:.0f} s per billion")
+        log_above_bars(f"GPTQ: {seconds:.1f} s for {weights:,} weights, {rate:.0f} s per billion")
 
 
-def take_up(work: Path, made_of: list[Any]) -> None:
+def resume_or_clear(work: Path, made_of: list[Any]) -> None:
     """Leave `work` as it is where it is a run's that was asked for the same, else empty."""
     identity = work / "identity.json"
     if identity.exists() and identity.read_bytes() == json.dumps(made_of).encode():
-        say(f"going on with what an interrupted run left in {work}")
+        log_above_bars(f"going on with what an interrupted run left in {work}")
     else:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -136,6 +138,6 @@ def calibration_text(args: argparse.Namespace) -> str:
     return "\n\n".join(texts)
 
 
-def say(line: str) -> None:
+def log_above_bars(line: str) -> None:
     """Above the bars, where there are any."""
     tqdm.write(line, file=sys.stderr)

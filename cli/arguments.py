@@ -9,10 +9,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from text.generation_config import LARGEST_BIAS
+from text.generation_config import MAX_LOGIT_BIAS
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,24 +55,6 @@ class Parser(argparse.ArgumentParser):
         name = arg.partition("=")[0]
         near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
         return f"unrecognized option {name}" + (f", did you mean {near[0]}?" if near else "")
-
-
-def check_needs(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, needs: Iterable[tuple[str, ...]]
-) -> None:
-    """An error of the parser's for an option that is given without any of those that it needs."""
-    for option, *needed in needs:
-        if getattr(args, option) and not any(getattr(args, name) for name in needed):
-            parser.error(f"--{option} needs {' or '.join(f'--{name}' for name in needed)}")
-
-
-def check_pairs(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, pairs: Iterable[tuple[str, str]]
-) -> None:
-    """An error of the parser's for two options that exclude one another."""
-    for one, other in pairs:
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"give --{one} or --{other}, not both")
 
 
 def whole(least: int, why: str = "") -> Callable[[str], int]:
@@ -161,4 +143,4 @@ def token_bias(text: str) -> tuple[int, float]:
     found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5 or 29=-inf")
-    return int(found[1]), max(-LARGEST_BIAS, min(LARGEST_BIAS, float(found[2])))
+    return int(found[1]), max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(found[2])))

@@ -77,10 +77,10 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         import ranks  # here, as it imports torch
 
         if is_mistake(error):
-            ranks.speak(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
+            ranks.log_failure(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
             return 2
-        ranks.heard()
-        if not ranks.lost_another(error):
+        ranks.restore_stderr()
+        if not ranks.wait_if_peer_failed(error):
             raise
         print(f"{script}: another rank has ended, and its connection is closed", file=sys.stderr)
         return 3

@@ -7,8 +7,9 @@ tests/test_options.py holds them against the originals.
 
 import argparse
 import importlib.metadata
+import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from typing import Any
 from cli.arguments import (
     Parser,
     amount,
-    check_needs,
-    check_pairs,
     count,
     count_or_auto,
     documents,
@@ -31,12 +30,14 @@ from cli.arguments import (
     token_bias,
     window,
 )
+from options.rules import PLACING, broken_rule
+from options.settings import SELF_DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
-DRAFTS = "ngram", "self-int8", "self-int4"
+DRAFTS = "ngram", *SELF_DRAFTS
 MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
@@ -57,10 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.chat = args.chat or bool(args.system and not args.interactive)
     if args.compress_cache:
         args.kv_dtype = "int4"
-    args.placed = bool(args.offload or args.percent or args.plan)
-    check_needs(parser, args, NEEDS)
-    check_pairs(parser, args, PAIRS)
-    check_rest(parser, args)
+    check_rules(parser, vars(args) | derived(args))
+    check_values(parser, args)
     return args
 
 
@@ -225,44 +224,34 @@ GROUPS = {
     ),
     "device and precision": device_options,
     "several tokens at a time, by a draft": draft_options,
-    "models larger than memory (docs: README)": offload_options,
-    "ReLU models read from disk (docs: README)": flash_options,
+    "models larger than memory (docs/offload.md)": offload_options,
+    "ReLU models read from disk (docs/flash.md)": flash_options,
     "several processes (torchrun)": rank_options,
     "measurements": bench_options,
 }
-# An option, and those of which it needs one.
-NEEDS = (
-    ("json", "bench"),
-    ("random_mode", "random_weights"),
-    ("compile_prefill", "compile"),
-    ("micro_batches", "pipeline"),
-    ("revision", "checkpoint_path"),
-    *((name, "offload", "percent", "plan") for name in ("device_memory", "host_memory")),
-    *((name, "offload", "percent", "plan") for name in ("compress_weight", "compress_cache")),
-    ("gpu_batch_size", "percent"),
-    ("cpu_cache_compute", "percent"),
-    ("link", "plan"),
-    ("read_rate", "link"),
-    *((f, "flash") for f in ("dram_budget", "flash_window", "flash_threads", "flash_dir")),
-)
-# Options that exclude one another.
-PAIRS = (
-    ("checkpoint_path", "random_weights"),
-    ("prompt", "prompts"),
-    ("prompt", "prompt_file"),
-    ("prompt_file", "prompts"),
-    ("bench", "interactive"),
-    *((name, "bench") for name in ("prompt_file", "prompts", "output", "chat")),
-    *((name, "interactive") for name in ("prompt", "prompt_file", "prompts", "output")),
-    ("draft", "draft_checkpoint_path"),
-    ("offload", "percent"),
-    ("flash", "random_weights"),
-    ("plan", "flash"),  # a run with --flash says what it expects of a token
-)
 
 
-def check_rest(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What depends on an option's value."""
+def derived(args: argparse.Namespace) -> dict[str, Any]:
+    """Names that the rules use beside those of options."""
+    return {
+        "placed": is_placed(args),
+        "self_draft": args.draft in SELF_DRAFTS and args.draft,
+        "ranks": int(os.environ.get("WORLD_SIZE") or 1) > 1,
+    }
+
+
+def is_placed(args: argparse.Namespace) -> bool:
+    """Whether the options of generate.py divide the model among device, host and disk."""
+    return any(getattr(args, name) for name in PLACING)
+
+
+def check_rules(parser: argparse.ArgumentParser, chosen: Mapping[str, Any]) -> None:
+    if message := broken_rule(chosen):
+        parser.error(message)
+
+
+def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Rules about the values of options."""
     for wrong, message in (
         (
             args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path),
@@ -330,19 +319,8 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=CACHES, help="KV cache (default: as the model)")
     args = parser.parse_args(argv)
-    check_needs(parser, args, EVAL_NEEDS)
+    check_rules(parser, vars(args))
     return args
-
-
-OF_TASKS = "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache".split()
-EVAL_NEEDS = (
-    *((name, "tasks") for name in OF_TASKS),
-    ("stride", "perplexity"),
-    ("log_samples", "output"),
-    ("system", "apply_chat_template"),
-    ("task_data", "include_path"),
-    ("revision", "checkpoint_path"),
-)
 
 
 def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

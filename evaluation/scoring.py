@@ -1,9 +1,11 @@
-"""How likely a model finds given texts: the log-likelihood of the ends of many sequences of ids.
+"""Log-likelihoods of the ends of many sequences of ids.
 
-Start at log_likelihoods. Sequences that begin alike, as a question with each of its answers does,
-become a tree (grow), and what they share is read once: a batch of nodes is fed to the model, and
-the nodes below go on from copies of its KV cache. Of the output head only the scored ids are
-computed. eval.py asks for perplexities and for lm_eval's tasks.
+Start at log_likelihoods. Sequences with a common prefix, such as a question with each of its
+answers, become a tree (build_prefix_trees), and the model reads each node once: TreeScorer feeds a
+batch of nodes to the model, and their children continue from copies of the KV cache. The output
+head computes logits only at positions whose next id is scored.
+
+Source: prefix sharing as in SGLang's RadixAttention (arXiv 2312.07104).
 """
 
 import math
@@ -22,74 +24,91 @@ from model import KVCache, ModelArgs, visible_length
 from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
-SHARED = 8  # ids: what is shared by less is read again, as is less than a quarter of what is left
-LOGITS = 2**27  # of one call: 512 MB in float32
-# So many ids in a call keep the device busy; a level's KV caches have so many slots at most; and a
-# call takes so long to begin that meanwhile ids could have gone through so many weights.
-CALLS = {"cpu": (2**11, 2**15, 2**29), "mps": (2**11, 2**15, 2**33), "cuda": (2**13, 2**16, 2**39)}
-POOL = 128  # rows of a level's caches
-WEIGHTS_READ = 16  # ids that a call could compute while it reads the weights
+# A common prefix is read once if it has at least MIN_SHARED_IDS ids and a quarter of the ids that
+# the longer sequence has left; a shorter one is read again with each sequence.
+MIN_SHARED_IDS = 8
+MAX_LOGITS = 2**27  # of one call: 512 MB in float32
+MAX_POOL_ROWS = 128  # rows of the KV caches of one level
+# A call reads all weights once; reading them takes as long as computing this many ids.
+IDS_PER_WEIGHT_PASS = 16
 
 
-class Result(NamedTuple):
-    """What came of a sequence."""
+class CallLimits(NamedTuple):
+    """How much one call of the model gets on a device."""
 
-    number: int
+    ids: int  # enough to keep the device busy
+    cache_positions: int  # rows times positions of the KV caches of one level, at most
+    overhead: int  # products of an id and a weight that the device computes while a call starts
+
+
+CALL_LIMITS = {
+    "cpu": CallLimits(2**11, 2**15, 2**29),
+    "mps": CallLimits(2**11, 2**15, 2**33),
+    "cuda": CallLimits(2**13, 2**16, 2**39),
+}
+
+
+class SequenceScore(NamedTuple):
+    """The log-likelihood of one sequence."""
+
+    number: int  # of the sequence
     nats: float  # natural logarithm of the probability of its scored ids, each given all before it
-    greedy: bool  # each of them was the likeliest
+    greedy: bool  # whether each scored id is the most likely one
 
 
 @dataclass(eq=False)
-class Node:
-    """Ids that sequences share, after those of the node above."""
+class PrefixNode:
+    """Ids that all sequences of a subtree have in common, after those of the parent."""
 
     ids: Ids
-    begin: int  # position of the first of them
-    above: "Node | None"
-    start: int = 0  # position of the first id here or below that is scored
-    end: int = 0  # slots that the sequences from here on take
-    below: list["Node"] = field(default_factory=list)
-    ends: list[tuple[int, int]] = field(default_factory=list)  # sequences: number, and start
+    begin: int  # position of ids[0]
+    parent: "PrefixNode | None"
+    start: int = 0  # first scored position of the subtree
+    end: int = 0  # KV cache positions that the subtree needs
+    children: list["PrefixNode"] = field(default_factory=list)
+    ends: list[tuple[int, int]] = field(default_factory=list)  # sequences that end: number, start
     scores: list[tuple[float, bool]] = field(default_factory=list)  # of the ids from `scored` on
 
     @property
     def scored(self) -> int:
-        """Position of the first id here that is scored."""
+        """The position of the first scored id of this node."""
         return max(self.start, self.begin)
 
     @property
     def fed(self) -> int:
-        """How many ids the model has to read: what follows the last of a sequence is not asked."""
-        return len(self.ids) - (not self.below)
+        """The number of ids that the model reads: nothing follows the last id of a leaf."""
+        return len(self.ids) - (not self.children)
 
-    def results(self) -> Iterator[Result]:
-        """Of the sequences that end here, once the nodes up to the root and this are scored."""
+    def results(self) -> Iterator[SequenceScore]:
+        """Yield the scores of the sequences that end here. This node and its ancestors must be
+        scored."""
         for number, start in self.ends:
             scores, node = [], self
             while node is not None and node.begin + len(node.ids) > start:
                 scores += node.scores[max(0, start - node.scored) :]
-                node = node.above
-            yield Result(number, sum(nats for nats, _ in scores), all(best for _, best in scores))
+                node = node.parent
+            yield SequenceScore(number, sum(n for n, _ in scores), all(best for _, best in scores))
 
 
 def log_likelihoods(
     lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
-) -> Iterator[Result]:
-    """The log-likelihood of each sequence from a position on: (ids, start), 1 <= start < len(ids).
+) -> Iterator[SequenceScore]:
+    """Yield the score of ids[start:] for each sequence (ids, start), 1 <= start < len(ids).
 
-    batch_size: rows that the model is given at once, None: as many as are fast and fit. Yields one
-    Result for each sequence, in float32 whatever the model's dtype, in an order of its own. Raises
-    ValueError for a sequence that is longer than the model's context by more than its last id, and
-    MemoryError, in one line each.
+    batch_size: the rows of one call; None: chosen by CALL_LIMITS and the free memory. Scores are
+    computed in float32 and come in another order than the sequences. Raises ValueError for a
+    sequence that is longer than the model's context plus one, and MemoryError.
     """
     if not sequences:
         return
     check(sequences, lm.model.args.context, lm.model.args.vocab_size)
-    roots = grow(sequences, least_shared(lm.model.args, max(len(ids) for ids, _ in sequences)))
-    yield from Reader(lm, roots, batch_size).read([(node, 0) for node in roots])
+    longest = max(len(ids) for ids, _ in sequences)
+    roots = build_prefix_trees(sequences, min_shared_ids(lm.model.args, longest))
+    yield from TreeScorer(lm, roots, batch_size).score([(node, 0) for node in roots])
 
 
 def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -> None:
+    """Raise ValueError for a sequence without scored ids, one that is too long, or a wrong id."""
     for number, (ids, start) in enumerate(sequences):
         if not 1 <= start < len(ids):
             raise ValueError(f"sequence {number}: no ids after position {start} of {len(ids)}")
@@ -104,208 +123,252 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
             )
 
 
-def least_shared(args: ModelArgs, longest: int) -> float:
-    """How many ids must be the same to be read once. None are where keys are rotated by the length
-    of the whole sequence: see model.DynamicRotaryPositions."""
+def min_shared_ids(args: ModelArgs, longest: int) -> float:
+    """Return the least length of a shared prefix. Infinity where the rotary angles depend on the
+    length of the whole sequence (model.DynamicRotaryPositions): then no prefix can be shared."""
     by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
-    return math.inf if by_length else SHARED
+    return math.inf if by_length else MIN_SHARED_IDS
 
 
-def grow(sequences: Sequence[tuple[Ids, int]], least: float = SHARED) -> list[Node]:
-    """The roots of trees that hold all the sequences. least: ids that are shared, if any are."""
-    order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
-    texts = [tuple(sequences[n][0]) for n in order]
-    shared = [0, *(common(a, b) for a, b in pairwise(texts))]  # with the one before
+def build_prefix_trees(
+    sequences: Sequence[tuple[Ids, int]], min_shared: float = MIN_SHARED_IDS
+) -> list[PrefixNode]:
+    """Return the roots of prefix trees that contain all sequences. min_shared: the least length of
+    a common prefix."""
+    return TreeBuilder(sequences, min_shared).nodes(0, len(sequences), 0, None)
 
-    def nodes(first: int, stop: int, begin: int, above: Node | None) -> list[Node]:
-        """Of texts[first:stop], which are the same up to `begin`."""
+
+class TreeBuilder:
+    """Builds prefix trees over the sequences in lexicographic order, where common prefixes are
+    neighbours."""
+
+    def __init__(self, sequences: Sequence[tuple[Ids, int]], min_shared: float):
+        order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
+        self.ends = [(n, sequences[n][1]) for n in order]
+        self.texts = [tuple(sequences[n][0]) for n in order]
+        self.min_shared = min_shared
+        # shared[n]: the length of the common prefix of texts n - 1 and n
+        self.shared = [0, *(common(a, b) for a, b in pairwise(self.texts))]
+
+    def nodes(
+        self, first: int, stop: int, begin: int, parent: PrefixNode | None
+    ) -> list[PrefixNode]:
+        """Return the nodes of texts[first:stop], whose first `begin` ids are equal."""
         cuts = [first]
         for n in range(first + 1, stop):
-            longer = max(len(texts[n - 1]), len(texts[n]))
-            if shared[n] - begin < max(least, (longer - begin) // 4):
+            longer = max(len(self.texts[n - 1]), len(self.texts[n]))
+            if self.shared[n] - begin < max(self.min_shared, (longer - begin) // 4):
                 cuts.append(n)
-        return [node(a, b, begin, above) for a, b in pairwise([*cuts, stop])]
+        return [self.node(a, b, begin, parent) for a, b in pairwise([*cuts, stop])]
 
-    def node(first: int, stop: int, begin: int, above: Node | None) -> Node:
-        end = min(shared[first + 1 : stop], default=len(texts[first]))
-        made = Node(texts[first][begin:end], begin, above)
-        while first < stop and len(texts[first]) == end:  # the shortest are sorted before others
-            number = order[first]
-            made.ends.append((number, sequences[number][1]))
+    def node(self, first: int, stop: int, begin: int, parent: PrefixNode | None) -> PrefixNode:
+        """Return the node of the common prefix of texts[first:stop], with its subtree."""
+        end = min(self.shared[first + 1 : stop], default=len(self.texts[first]))
+        node = PrefixNode(self.texts[first][begin:end], begin, parent)
+        while first < stop and len(self.texts[first]) == end:  # a prefix sorts before longer texts
+            node.ends.append(self.ends[first])
             first += 1
-        made.below = nodes(first, stop, end, made) if first < stop else []
-        starts = [start for _, start in made.ends] + [n.start for n in made.below]
-        made.start = min(starts)
-        made.end = max([begin + made.fed] + [n.end for n in made.below])
-        return made
-
-    return nodes(0, len(texts), 0, None)
+        node.children = self.nodes(first, stop, end, node) if first < stop else []
+        node.start = min([start for _, start in node.ends] + [n.start for n in node.children])
+        node.end = max([begin + node.fed] + [n.end for n in node.children])
+        return node
 
 
 def common(a: Ids, b: Ids) -> int:
-    """How many ids two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     return next(
         (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 
-def depth(nodes: Sequence[Node]) -> int:
-    return 1 + max((depth(node.below) for node in nodes if node.below), default=0)
+def depth(nodes: Sequence[PrefixNode]) -> int:
+    """Return the number of levels of the trees."""
+    return 1 + max((depth(node.children) for node in nodes if node.children), default=0)
 
 
-class Wanted(NamedTuple):
-    """An id that a call is to score."""
+class Target(NamedTuple):
+    """An id whose log-probability a call computes."""
 
-    place: int  # of the id before it, through all that the call reads
-    said: int
-    node: Node  # whose id it is
+    index: int  # of the id before it among all ids of the call, B * T
+    token: int
+    node: PrefixNode  # that the target belongs to
 
 
-class Reader:
-    """Feeds trees to the model, one call after the other.
+class TreeScorer:
+    """Feeds trees to the model, level by level.
 
-    The nodes of each level have a pool of KV caches, of more rows than a call: from many nodes
-    those of like length can be taken together, and little is padded.
+    Each level has a pool of KV caches with more rows than a call. From many nodes those of similar
+    length can be read in one call, so that little is padded.
     """
 
-    def __init__(self, lm: LoadedModel, roots: Sequence[Node], batch_size: int | None):
+    def __init__(self, lm: LoadedModel, roots: Sequence[PrefixNode], batch_size: int | None):
         self.lm, self.batch_size = lm, batch_size
-        self.ids, self.most_slots, begun = CALLS[lm.device.type]
-        # Beyond so much padding two calls are faster than one.
-        self.padding = WEIGHTS_READ + begun // count_weights(lm.model.args)
-        per_slot = lm.kv_bytes_per_token() * depth(roots)
-        fitting = broadcast_from_rank0(lambda: available_memory(lm.device) // 4 // per_slot)
-        self.most_slots = min(self.most_slots, fitting)
+        self.max_ids, max_positions, overhead = CALL_LIMITS[lm.device.type]
+        # Ids of padding in a call; with more, two calls take less time than one.
+        self.max_padding = IDS_PER_WEIGHT_PASS + overhead // count_weights(lm.model.args)
+        bytes_per_position = lm.kv_bytes_per_token() * depth(roots)
+        fitting = broadcast_from_rank0(
+            lambda: available_memory(lm.device) // 4 // bytes_per_position
+        )
+        self.max_positions = min(max_positions, fitting)
         self.longest = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
-        # Compiled, each number of rows or slots is a graph of its own: there is one of each.
-        self.fixed = 0
+        # A compiled model has one graph for each number of rows and of positions: both are fixed.
+        self.fixed_rows = 0
         if lm.prefill is not lm.model:
             average = sum(node.fed for node in roots) // len(roots)
-            self.fixed = batch_size or max(1, self.ids // average)
+            self.fixed_rows = batch_size or max(1, self.max_ids // average)
 
     @torch.inference_mode()
-    def read(self, nodes: Sequence[tuple[Node, int]], level: int = 0) -> Iterator[Result]:
-        """Nodes of one level, each with the row that the node above has in the pool there."""
+    def score(
+        self, nodes: Sequence[tuple[PrefixNode, int]], level: int = 0
+    ) -> Iterator[SequenceScore]:
+        """Score subtrees of one level: pairs of a node and its parent's row in the pool above."""
         for node, _ in nodes:
-            if not node.fed:  # one id, of which the node above said all
+            if not node.fed:  # a leaf of one id, which the call of its parent has scored
                 yield from node.results()
         todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].end)
         while todo:
-            most = self.pool_rows(self.longest if self.fixed else todo[0][0].end)
-            size = -(-len(todo) // -(-len(todo) // most))  # the last pool as full as the others
+            positions = self.longest if self.fixed_rows else todo[0][0].end
+            pools = -(-len(todo) // self.pool_rows(positions))
+            size = -(-len(todo) // pools)  # fills the last pool as much as the others
             pooled, todo = sorted(todo[:size], key=lambda n: -n[0].fed), todo[size:]
-            pool = self.pool(level, size, max(node.end for node, _ in pooled))
-            first = 0
-            for batch, above in self.calls(pooled):
-                rows = slice(first, first + max(len(batch), self.fixed))
-                caches = [cache.part(rows) for cache in pool]
-                if level:
-                    self.go_on(batch, above, caches, self.pools[level - 1])
-                self.feed(batch, caches)
-                for node in batch:
-                    yield from node.results()
-                first += len(batch)
-            if below := [(n, row) for row, (node, _) in enumerate(pooled) for n in node.below]:
-                yield from self.read(below, level + 1)
+            yield from self.score_pool(pooled, level)
+            children = [(n, row) for row, (node, _) in enumerate(pooled) for n in node.children]
+            if children:
+                yield from self.score(children, level + 1)
 
-    def pool_rows(self, slots: int) -> int:
-        return max(1, min(POOL, self.most_slots // slots), self.batch_size or 0)
+    def score_pool(
+        self, pooled: Sequence[tuple[PrefixNode, int]], level: int
+    ) -> Iterator[SequenceScore]:
+        """Score the nodes that are in the level's pool at once, the longest first."""
+        pool, first = self.pool(level, len(pooled), max(node.end for node, _ in pooled)), 0
+        for batch, parent_rows in self.batches(pooled):
+            rows = slice(first, first + max(len(batch), self.fixed_rows))
+            caches = [cache.part(rows) for cache in pool]
+            if level:
+                self.copy_prefix(batch, parent_rows, caches, self.pools[level - 1])
+            self.feed(batch, caches)
+            for node in batch:
+                yield from node.results()
+            first += len(batch)
 
-    def pool(self, level: int, rows: int, slots: int) -> list[KVCache]:
-        """The level's caches, of so many rows and slots or more."""
-        if self.fixed:
-            slots, rows = self.longest, self.pool_rows(self.longest) + self.fixed
-        held = self.pools.get(level)
-        if not held or held[0].rows < rows or held[0].length < slots:
-            self.pools.pop(level, None)  # before others take its place
-            self.pools[level] = self.lm.make_caches(rows, slots)
+    def pool_rows(self, positions: int) -> int:
+        """Return the number of rows of a pool whose rows have so many positions."""
+        return max(1, min(MAX_POOL_ROWS, self.max_positions // positions), self.batch_size or 0)
+
+    def pool(self, level: int, rows: int, positions: int) -> list[KVCache]:
+        """Return the level's caches, which have at least so many rows and positions."""
+        if self.fixed_rows:
+            positions, rows = self.longest, self.pool_rows(self.longest) + self.fixed_rows
+        pool = self.pools.get(level)
+        if not pool or pool[0].rows < rows or pool[0].length < positions:
+            self.pools.pop(level, None)  # frees its memory before the allocation of a larger one
+            self.pools[level] = self.lm.make_caches(rows, positions)
         return self.pools[level]
 
-    def calls(
-        self, todo: Sequence[tuple[Node, int]]
-    ) -> Iterator[tuple[Sequence[Node], Sequence[int]]]:
-        """Nodes, and the rows above, that are read together; the longest nodes come first."""
+    def batches(
+        self, todo: Sequence[tuple[PrefixNode, int]]
+    ) -> Iterator[tuple[Sequence[PrefixNode], Sequence[int]]]:
+        """Yield the nodes of each call, with the rows of their parents; the longest nodes first."""
         while todo:
-            size = self.fixed or self.call_size([node.fed for node, _ in todo])
+            size = self.fixed_rows or self.rows_of_call([node.fed for node, _ in todo])
             yield tuple(zip(*todo[:size], strict=True))
             todo = todo[size:]
 
-    def call_size(self, lengths: Sequence[int]) -> int:
-        """How many rows of these lengths, which fall, the next call takes."""
-        most = self.batch_size or max(1, self.ids // lengths[0])
+    def rows_of_call(self, lengths: Sequence[int]) -> int:
+        """Return how many nodes of these lengths, in falling order, the next call reads."""
+        most = self.batch_size or max(1, self.max_ids // lengths[0])
         padding = accumulate(lengths[0] - length for length in lengths)
-        return sum(padded <= self.padding for padded in islice(padding, most))
+        return sum(padded <= self.max_padding for padded in islice(padding, most))
 
-    def go_on(
+    def copy_prefix(
         self,
-        nodes: Sequence[Node],
-        above: Sequence[int],
+        nodes: Sequence[PrefixNode],
+        parent_rows: Sequence[int],
         caches: list[KVCache],
         sources: list[KVCache],
     ) -> None:
-        """Fill the caches with what the nodes above have in theirs."""
-        (rows,) = self.to_device(list(above) + [above[-1]] * (caches[0].rows - len(above)))
+        """Copy the keys and values of the nodes' parents from `sources` to the rows of `caches`."""
+        padding = [parent_rows[-1]] * (caches[0].rows - len(parent_rows))
+        (rows,) = self.to_device([*parent_rows, *padding])
         filled = max(node.begin for node in nodes)
         for cache, source in zip(caches, sources, strict=True):
             cache.take(source, rows, filled)
 
-    def feed(self, nodes: Sequence[Node], caches: list[KVCache]) -> None:
-        """Let the model read nodes, one in each row.
-
-        How likely their ids are is noted, and the first id of each node below them.
-        """
+    def feed(self, nodes: Sequence[PrefixNode], caches: list[KVCache]) -> None:
+        """Let the model read one node in each row, in chunks; append the scores of their ids and of
+        the first id of each child."""
         rows = [*nodes, *nodes[-1:] * (caches[0].rows - len(nodes))]
         width = max(node.fed for node in nodes)
-        most = min(PREFILL_TOKENS, LOGITS // self.lm.model.args.vocab_size)
-        for first in range(0, width, step := max(1, most // len(rows))):
-            stop = min(first + step, width)
-            # A row that has ended repeats its last id: the same key and value, at the same place.
-            places = [[min(n, node.fed - 1) for n in range(first, stop)] for node in rows]
-            tokens = [[node.ids[n] for n in row] for node, row in zip(rows, places, strict=True)]
-            pos = [[node.begin + n for n in row] for node, row in zip(rows, places, strict=True)]
-            wanted = [
-                Wanted(row * (stop - first) + n - first, said, scored)
-                for row, node in enumerate(nodes)
-                for n in range(max(first, node.scored - node.begin - 1), min(stop, node.fed))
-                for said, scored in following(node, n)
-            ]
-            visible = max(map(max, pos)) + 1
-            if self.fixed:
-                visible = visible_length(visible, caches[0].length)
-            slots = torch.arange(visible, device=self.lm.device)
-            tokens, pos, lengths = self.to_device(tokens, pos, [[node.end] for node in rows])
-            given = tokens, pos, slots, caches
-            for one, score in zip(wanted, self.scores(given, lengths, wanted), strict=True):
-                one.node.scores.append(score)
+        most = min(PREFILL_TOKENS, MAX_LOGITS // self.lm.model.args.vocab_size)
+        step = max(1, most // len(rows))
+        for first in range(0, width, step):
+            chunk = range(first, min(first + step, width))
+            wanted = targets(nodes, chunk)
+            for target, score in zip(wanted, self.run(rows, chunk, caches, wanted), strict=True):
+                target.node.scores.append(score)
+
+    def run(
+        self,
+        rows: Sequence[PrefixNode],
+        chunk: range,
+        caches: list[KVCache],
+        wanted: Sequence[Target],
+    ) -> Iterator[tuple[float, bool]]:
+        """Call the model with the ids of a chunk, (B, T), and return the scores of the targets."""
+        # A row that has ended repeats its last id: the same key and value at the same position.
+        indices = [[min(n, node.fed - 1) for n in chunk] for node in rows]
+        tokens = [[node.ids[n] for n in row] for node, row in zip(rows, indices, strict=True)]
+        pos = [[node.begin + n for n in row] for node, row in zip(rows, indices, strict=True)]
+        visible = max(map(max, pos)) + 1
+        if self.fixed_rows:
+            visible = visible_length(visible, caches[0].length)
+        key_pos = torch.arange(visible, device=self.lm.device)
+        tokens, pos, lengths = self.to_device(tokens, pos, [[node.end] for node in rows])
+        return self.scores((tokens, pos, key_pos, caches), lengths, wanted)
 
     def scores(
         self,
-        given: tuple[Tensor, Tensor, Tensor, list[KVCache]],
+        inputs: tuple[Tensor, Tensor, Tensor, list[KVCache]],
         lengths: Tensor,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[Target],
     ) -> Iterator[tuple[float, bool]]:
-        """Logarithm of the probability of each wanted id, and whether it is the likeliest."""
-        places = {place: n for n, place in enumerate(dict.fromkeys(w.place for w in wanted))}
+        """Call the model; return each target's log-probability, and whether it is the most likely.
+
+        inputs: tokens (B, T), positions (B, T), key positions (L,) and caches. lengths: (B, 1).
+        """
+        places = {index: n for n, index in enumerate(dict.fromkeys(t.index for t in wanted))}
         (at,) = self.to_device(list(places) or [0])
-        logits = self.lm.prefill(*given, at, lengths)  # (N, V)
+        logits = self.lm.prefill(*inputs, at, lengths)  # (N, V)
         if not wanted:
             return iter(())
-        which, said = self.to_device([places[w.place] for w in wanted], [w.said for w in wanted])
-        nats = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
-        found = nats[which, said]  # (W,)
-        best = found == nats.amax(-1)[which]  # (W,)
-        # Of several that are likeliest it is the first, but to look for it takes ten times longer.
-        best[best.clone()] = nats[which[best]].argmax(-1) == said[best]
+        which, tokens = self.to_device([places[t.index] for t in wanted], [t.token for t in wanted])
+        log_probs = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
+        found = log_probs[which, tokens]  # (W,)
+        best = found == log_probs.amax(-1)[which]  # (W,)
+        # Of equal maxima argmax takes the first, which decides; argmax takes ten times as long as
+        # amax, so it runs only where the target has the maximum.
+        best[best.clone()] = log_probs[which[best]].argmax(-1) == tokens[best]
         return zip(found.tolist(), best.tolist(), strict=True)
 
     def to_device(self, *lists: list) -> list[Tensor]:
         return [torch.tensor(values).to(self.lm.device) for values in lists]
 
 
-def following(node: Node, n: int) -> Iterator[tuple[int, Node]]:
-    """Each id that is scored by what the model says after the node's n-th, and its node."""
+def targets(nodes: Sequence[PrefixNode], chunk: range) -> list[Target]:
+    """Return the targets of a call whose row b reads the ids of nodes[b] at the indices `chunk`."""
+    return [
+        Target(row * len(chunk) + n - chunk.start, token, scored)
+        for row, node in enumerate(nodes)
+        for n in range(max(chunk.start, node.scored - node.begin - 1), min(chunk.stop, node.fed))
+        for token, scored in following(node, n)
+    ]
+
+
+def following(node: PrefixNode, n: int) -> Iterator[tuple[int, PrefixNode]]:
+    """Yield each scored id that follows the node's n-th id, with the node that it belongs to."""
     if n + 1 < len(node.ids):
         yield node.ids[n + 1], node
     else:
-        yield from ((b.ids[0], b) for b in node.below if b.start <= b.begin)
+        yield from ((c.ids[0], c) for c in node.children if c.start <= c.begin)

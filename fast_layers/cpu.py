@@ -1,15 +1,13 @@
-"""Puts the operators of kernels/cpu into a model.
+"""Layers that run on the C++ kernels of kernels/cpu.
 
-Start at use_fast_linears. It replaces each quantised linear by a TiledLinear, which holds the same
-integers in the order in which the CPU reads them, and each dense linear by a FewRowsLinear.
-attend_fast then makes KV caches use kernels/cpu/attention.cpp. A model keeps its own layers, which
-are slower and are the reference in tests, if the CPU, the compiler or the dtype does not support
-the operators.
+Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
+integers in the order in which the kernels read them, and dense linears by FewRowsLinear.
+use_fast_attention lets the KV caches attend by kernels/cpu/attention.cpp. A model keeps its layers,
+which are slower and are the reference in tests, if the CPU, the compiler or the dtype does not
+support the kernels.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +16,17 @@ from torch import Tensor, nn
 from host.log import log
 from host.memory import page_aligned
 from kernels.cpu.build import build, layout, unsupported_reason
-from model import KVCache, Linear, RMSNorm, Transformer
+from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-MIN_DENSE_BYTES = (
-    2**24
-)  # bytes of dense weights; with fewer nobody waits long enough to compile for them
+MIN_DENSE_BYTES = 2**24  # of dense weights; compiling the kernels does not pay for a smaller model
 
 
-class TiledLinear(nn.Module):
-    """A quantised linear with packed weights (kernels/cpu/layout.h). It computes in bfloat16.
+class PackedLinear(nn.Module):
+    """A quantised linear with packed weights, see kernels/cpu/layout.h. Computes in bfloat16.
 
-    A linear on the meta device gives its shape only; `take` packs weights later.
+    linear: the layer to pack. One on the meta device gives only its shape; load_from then packs
+    the weights.
     """
 
     def __init__(self, linear: QuantizedLinear):
@@ -39,16 +36,17 @@ class TiledLinear(nn.Module):
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
         widest = layout().int8 if isinstance(linear, Int8Linear) else layout().int4_half
-        # A shorter format leaves the last pages untouched, which then take no memory.
-        self._buffer = page_aligned(self.strips * strip_bytes(linear, widest), torch.device("cpu"))
+        # A narrower format leaves the end of the buffer untouched: the OS gives it no memory.
+        nbytes = self.strips * strip_bytes(linear, widest)
+        self._buffer = page_aligned(nbytes, torch.device("cpu"))
         if not linear.weight.is_meta:
-            self.take(linear)
+            self.load_from(linear)
 
     @torch.no_grad()
-    def take(self, linear: QuantizedLinear) -> None:
+    def load_from(self, linear: QuantizedLinear) -> None:
         """Pack the weights of a linear of the same kind and shape, which may be freed afterwards.
 
-        The calling thread packs alone, without Python's global lock.
+        Runs on the calling thread alone and releases the interpreter's lock.
         """
         zeros = getattr(linear, "zeros", None)
         format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
@@ -56,17 +54,17 @@ class TiledLinear(nn.Module):
         self.packed = self._buffer[: self.strips * size].view(self.strips, size)
         if linear.bias is not None:
             self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % layout().strip))
-        self._format = format, block_of(linear), self.out_features
+        self._layout = format, inputs_per_scale(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).bfloat16()  # (M, K)
-        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._format)
+        y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._layout)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class FewRowsLinear(nn.Module):
-    """A dense linear that shares the weights of another. Up to 16 rows go to the operator linear,
-    which with AMX takes no longer than for one row; more rows go to PyTorch."""
+    """A dense linear with the same weights. With AMX, a product of up to 16 rows takes the time of
+    one row; more rows are multiplied by PyTorch."""
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -74,42 +72,34 @@ class FewRowsLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)
+        y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)  # (M, N)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def block_of(linear: QuantizedLinear) -> int:
-    """Return the inputs that share a scale of the weights or, for int8, of the activations."""
+def inputs_per_scale(linear: QuantizedLinear) -> int:
+    """Return the inputs that share a scale: of the weights (int4) or of the activations (int8)."""
     return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     """Return the packed bytes of one strip of outputs."""
     row_bytes = linear.weight.shape[1] * linear.weight.itemsize
-    return torch.ops.gpt_flex.strip_bytes(format, row_bytes, block_of(linear))
+    return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Replace the linears of a model on the CPU by faster ones, if this CPU supports them.
+    """Replace the linears of a model on the CPU, where the kernels support it.
 
-    dtype: of the activations. large: whether to replace dense linears; None: if they hold
-    MIN_DENSE_BYTES. Linears on the meta device stay, as they have no weights to pack.
+    dtype: the dtype of the model's activations. large: replace dense linears, too; None: if they
+    have MIN_DENSE_BYTES. Skips linears on the meta device, which have no weights to pack.
     """
     linears = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, (Linear, QuantizedLinear)) and not m.weight.is_meta
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear, QuantizedLinear)) and not module.weight.is_meta
     }
-    quantised = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    pack_quantized(model, linears, dtype)
     dense = {n: m for n, m in linears.items() if m.weight.dtype == torch.bfloat16}
-    if quantised and (reason := unsupported_reason(dtype) or build()):
-        log(f"quantised layers run slowly here: {reason}")
-    elif quantised:
-        for name, linear in quantised.items():
-            model.set_submodule(name, TiledLinear(linear))  # memory holds one layer twice
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.same_bits = False
     if large is None:
         large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
     if dense and large and not (unsupported_reason(dtype) or build()):
@@ -117,19 +107,34 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
             model.set_submodule(name, FewRowsLinear(linear))
 
 
-def attend_fast(model: Transformer) -> None:
-    """Make the KV caches of a model with fast linears use kernels/cpu/attention.cpp.
+def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
+    """Replace the quantised ones of `linears` by PackedLinear, or log why they stay slow."""
+    quantized = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
+    if not quantized:
+        return
+    if reason := unsupported_reason(dtype) or build():
+        log(f"quantised layers run slowly here: {reason}")
+        return
+    for name, linear in quantized.items():
+        model.set_submodule(name, PackedLinear(linear))  # holds one layer twice at a time
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.allow_fusion()
 
-    PyTorch is as fast if query heads share keys and values. A decode step and a verify pass must
-    use the same attention, so that a text with a draft model has the bits of one without.
+
+def use_fast_attention(model: Transformer) -> None:
+    """Let the KV caches attend by kernels/cpu/attention.cpp, if the model has fast linears.
+
+    Models with grouped query heads keep PyTorch's attention, which is as fast for them. Prefill and
+    decoding must use the same kernel: with a draft, the text must be the same to the bit.
     """
-    alone = model.args.n_heads == model.args.n_kv_heads
-    if alone and any(isinstance(m, (TiledLinear, FewRowsLinear)) for m in model.modules()):
-        model.new_cache = partial(attending, model.new_cache)
+    grouped = model.args.n_heads != model.args.n_kv_heads
+    fast = any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules())
+    if fast and not grouped:
+        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
-def attending(new_cache: Callable[..., KVCache], *given: Any) -> KVCache:
-    """Return a new cache that attends by kernels/cpu/attention.cpp."""
-    cache = new_cache(*given)
-    cache.attention = torch.ops.gpt_flex.attention
-    return cache
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by kernels/cpu/attention.cpp: a model.CacheAttention."""
+    k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
+    return grouped_attention(torch.ops.gpt_flex.attention, q, k, v, mask)

@@ -1,14 +1,14 @@
-"""What is faster on a GPU than PyTorch's own: put into a model, as cpu_products.py does for CPUs.
+"""Layers that run on the Triton kernels of kernels/gpu.
 
-Start at use_fast_linears. Quantised linears find their kernels by themselves (quantized.py). Here dense
-ones get a faster product of one row, quantised ones take over the norm or the gate before them, and
-caches get attention that reads them as they are stored. The kernels are in kernels/gpu.
+Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
+This file replaces dense linears by one with a faster product of one row, fuses the norm or the gate
+before a quantised linear with it, and lets the KV caches attend by a kernel that reads them as they
+are stored.
 """
 
 import functools
 import sys
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,16 @@ from model import (
     Transformer,
     grouped_attention,
 )
-from quant.kv_cache import QuantizedKVCache, dense
+from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
-ROWS = 64  # new tokens times the query heads of a key/value head; for more, PyTorch's is faster
+# New tokens times query heads per key/value head; PyTorch's attention is faster for more.
+MAX_KERNEL_ROWS = 64
 
 
 class OneRowLinear(Linear):
-    """A dense linear, with the same weights. One row is multiplied by a kernel of ours: cuBLAS
-    reads the weights of Llama 3.1 8B at 0.81 of an H100's memory rate, ours at 0.91."""
+    """A dense linear with the same weights and a Triton kernel for one row: it reads the weights of
+    Llama 3.1 8B at 0.91 of an H100's memory rate, cuBLAS at 0.81."""
 
     def __init__(self, linear: Linear):
         nn.Module.__init__(self)
@@ -41,13 +42,13 @@ class OneRowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        product = gpu.dense_linear if gpu.serves(rows) else F.linear
+        product = gpu.dense_linear if gpu.supports(rows) else F.linear
         return product(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class NormedLinear(nn.Module):
-    """A quantised linear and the RMS norm before it. Of one row the kernel that makes activations
-    fixed point computes the norm, too."""
+    """A quantised linear and the RMS norm before it. For one row, the kernel that turns
+    activations into fixed point also computes the norm."""
 
     def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
         super().__init__()
@@ -55,52 +56,54 @@ class NormedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        if len(rows) > 1 or not gpu.serves(rows):
+        if len(rows) > 1 or not gpu.supports(rows):
             return self.linear(self.norm(x))
         prologue = gpu.Prologue(norm=self.norm.weight, eps=self.norm.eps)
         return self.linear.on_gpu(rows, prologue).view(*x.shape[:-1], -1)  # (..., N)
 
 
 class OneRowFeedForward(GatedFeedForward):
-    """The same; for one row, silu(gate) * up takes no kernel of its own."""
+    """A GatedFeedForward that, for one row, computes silu(gate) * up within the next kernel."""
 
-    def __init__(self, whole: GatedFeedForward):
+    def __init__(self, replaced: GatedFeedForward):
         nn.Module.__init__(self)
-        self.w13, self.w2, self.activation = whole.w13, whole.w2, whole.activation
+        self.w13, self.w2 = replaced.w13, replaced.w2
+        self.activation = replaced.activation
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, D)
-        if len(rows) > 1 or not gpu.serves(rows):
+        if len(rows) > 1 or not gpu.supports(rows):
             return super().forward(x)
         return self.w2.on_gpu(self.w13(rows), gpu.Prologue(gated=True)).view_as(x)
 
 
-def use_fast_linears(model: Transformer) -> None:
-    """Give a model on a CUDA device these products and this attention, if they run there."""
+def use_fast_layers(model: Transformer) -> None:
+    """Replace the layers and the attention of a model, if the kernels run on its CUDA device."""
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
-        say_once(f"without the kernels for GPUs: {reason}")
+        log_once(f"without the kernels for GPUs: {reason}")
     else:
-        exchange(model)
+        replace_layers(model)
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def log_once(line: str) -> None:
+    """Print a line on stderr at its first call, also with --quiet."""
     print(line, file=sys.stderr)
 
 
-def exchange(model: Transformer) -> None:
-    """Put all of it into a model, whatever its device."""
+def replace_layers(model: Transformer) -> None:
+    """Replace the layers and the attention of a model without checking its device."""
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
-        fuse(layer)
+        fuse_prologues(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
-    model.new_cache = partial(attending, model.new_cache)
+    model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
-def fuse(layer: nn.Module) -> None:
-    """Let quantised linears of a layer do what comes before them, where they can."""
+def fuse_prologues(layer: nn.Module) -> None:
+    """Fuse the norm before wqkv and the gate before w2 with them, where those are quantised."""
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
     if type(layer) is PreNormBlock and normed and takes_prologue(attention.wqkv):
@@ -112,18 +115,12 @@ def fuse(layer: nn.Module) -> None:
 
 
 def takes_prologue(linear: nn.Module) -> bool:
+    """Return whether a linear's kernel accepts a gpu.Prologue."""
     return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
 
 
-def attending(new_cache: Callable[..., KVCache], *given: object) -> KVCache:
-    """A new cache, see KVCache, with such attention."""
-    cache = new_cache(*given)
-    cache.gpu_attention = attend
-    return cache
-
-
-def attend(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """What queries, (B, T, H, E), see of what a cache has stored; see KVCache.attend.
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Attend by the Triton kernels, which read the cache as it is stored: a model.CacheAttention.
 
     For few queries the mask is not read: a query sees the positions up to its own.
     """
@@ -137,18 +134,21 @@ def attend(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
 def attend_on_gpu(
     q: Tensor, k: Tensor, v: Tensor, extra: list[Tensor], mask: Tensor, pos: Tensor, bits: int
 ) -> Tensor:
-    """By the kernel for few queries, else by PyTorch's attention. The number of new tokens is
-    looked at here, where the operator runs, so that one compiled graph serves all of them."""
+    """Attend by the Triton kernel for few queries, else by PyTorch. Returns (B, T, H, E).
+
+    Chooses when the operator runs, so that one compiled graph is right for any number of tokens.
+    extra: scales and lows of keys and of values in a quantised cache, else empty.
+    """
     from kernels.gpu import launch  # imports Triton
 
     S, (T, H), G = mask.shape[-1], q.shape[1:3], k.shape[2]
-    if T * H // G <= ROWS:
+    if T * H // G <= MAX_KERNEL_ROWS:
         return launch.attend(q.contiguous(), k, v, extra, pos.contiguous(), S, bits)
-    k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or bytes
+    k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or (B, S, G, E*bits/8) bytes
     if extra:
         k_scales, k_lows, v_scales, v_lows = (t[:, :S] for t in extra)
-        k = dense(k, k_scales, k_lows, bits, q.dtype)
-        v = dense(v, v_scales, v_lows, bits, q.dtype)
+        k = dequantize(k, k_scales, k_lows, bits, q.dtype)
+        v = dequantize(v, v_scales, v_lows, bits, q.dtype)
     return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask).contiguous()
 
 

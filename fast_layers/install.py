@@ -1,17 +1,21 @@
-"""Replaces a model's layers by faster ones, where its device has them."""
+"""Replaces a model's layers by the fast ones of its device. Start at use_fast_layers."""
 
 import torch
 
-from fast_layers import gpu
-from fast_layers.cpu import attend_fast, use_fast_linears
+from fast_layers.cpu import use_fast_attention, use_fast_linears
 from model import Transformer
 
 
 def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Exchange what there is something faster for on the model's device."""
+    """Replace the layers that have a faster version on the model's device; see cpu and gpu.
+
+    dtype, large: see cpu.use_fast_linears.
+    """
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
         use_fast_linears(model, dtype, large)
-        attend_fast(model)
+        use_fast_attention(model)
     elif device == "cuda":
-        gpu.use_fast_linears(model)
+        from fast_layers import gpu  # imports Triton
+
+        gpu.use_fast_layers(model)

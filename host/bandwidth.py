@@ -7,21 +7,21 @@ import time
 
 import torch
 
-from host.measurements import keep, known
+from host.measurements import load_measurement, save_measurement
 from host.memory import available_memory, machine_name, page_aligned
 
 # Bytes read to measure bandwidth: more than any cache holds, and long beside a launch.
 READ_BYTES = {"cpu": 2**30, "mps": 2**30, "cuda": 2**33}
 
 
-def known_bandwidth(device: torch.device) -> float | None:
+def saved_bandwidth(device: torch.device) -> float | None:
     """What measured_bandwidth has found on this machine before."""
-    return known("bandwidth", bandwidth_key(device))
+    return load_measurement("bandwidth", bandwidth_key(device))
 
 
 def measured_bandwidth(device: torch.device) -> float:
     """read_bandwidth's figure, kept for the reports of later runs."""
-    keep("bandwidth", bandwidth_key(device), found := read_bandwidth(device))
+    save_measurement("bandwidth", bandwidth_key(device), found := read_bandwidth(device))
     return found
 
 

@@ -20,10 +20,10 @@ def read_text(path: Path) -> str:
 
     Raises ValueError naming the file, the line and the byte that is not UTF-8, and OSError.
     """
-    return decoded(path.read_bytes(), str(path))
+    return decode_utf8(path.read_bytes(), str(path))
 
 
-def decoded(content: bytes, where: str) -> str:
+def decode_utf8(content: bytes, where: str) -> str:
     """The text of UTF-8 bytes; see read_text. where: the name of their source."""
     try:
         return content.decode("utf-8").removeprefix(BOM)
@@ -62,7 +62,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def short(value: Any) -> str:
+def short_json(value: Any) -> str:
     """A value as JSON writes it, on one line."""
     try:
         text = json.dumps(value)
@@ -71,9 +71,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def brief(value: Any) -> str:
+def short_text(value: Any) -> str:
     """A name or a value of a file as a message shows it: printable, at most 80 characters."""
-    text = value if isinstance(value, str) else short(value)
+    text = value if isinstance(value, str) else short_json(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -12,5 +12,5 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def be_quiet(quiet: bool) -> None:
+def set_quiet(quiet: bool) -> None:
     LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,6 +1,6 @@
 """What was measured or compiled once for this machine, kept in the user's cache directory.
 
-Start at keep. A measurement is a small JSON file, named by what it depends on; one that cannot be
+Start at save_measurement. A measurement is a small JSON file, named by what it depends on; one that cannot be
 written is measured again by the next run, and a damaged one as well.
 """
 
@@ -29,7 +29,7 @@ def cache_directory() -> Path | None:
     return home / ".cache" / "gpt-flex" if home.is_absolute() else None
 
 
-def known(name: str, key: Any) -> Any:
+def load_measurement(name: str, key: Any) -> Any:
     """What was kept under that name for an equal key; None if there is nothing usable."""
     try:
         return json.loads(path_of(name, key).read_text())
@@ -37,7 +37,7 @@ def known(name: str, key: Any) -> Any:
         return None
 
 
-def keep(name: str, key: Any, value: Any) -> None:
+def save_measurement(name: str, key: Any, value: Any) -> None:
     """Keep a JSON value for later runs, or say why it is not kept."""
     file = path_of(name, key)
     reason = "there is no home directory; set XDG_CACHE_HOME"

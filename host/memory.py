@@ -53,12 +53,12 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.1f} GB"
 
 
-BLOCK = 4096  # bytes; what O_DIRECT asks for
+BLOCK_BYTES = 4096  # bytes; what O_DIRECT asks for
 HUGE = 2 * 2**20  # bytes of a huge page
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """That many bytes of zeros, beginning at a multiple of BLOCK. pinned: for copies to a GPU.
+    """That many bytes of zeros, beginning at a multiple of BLOCK_BYTES. pinned: for copies to a GPU.
 
     On a CPU in huge pages, as far as it fills any and the system has them: the disk then has fewer
     places to write to, and a step, which reads every weight once, waits less for page tables.
@@ -76,8 +76,8 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
     return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
 
 
-def whole_blocks(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK
+def round_up_to_block(nbytes: int) -> int:
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 CPU_CACHES = "cpu[0-9]*/cache/index[0-9]*"  # in /sys/devices/system/cpu
@@ -112,7 +112,7 @@ def machine_name(device: torch.device) -> str:
     return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"
 
 
-def process_bytes(device: torch.device) -> int:
+def process_memory(device: torch.device) -> int:
     """What this process takes already, where that is the device's memory."""
     if device.type != "cpu":
         return 0

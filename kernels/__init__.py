@@ -1,1 +1,1 @@
-"""Kernels written for one kind of machine: cpu/ in C++ with AVX-512 and AMX, gpu/ in Triton."""
+"""Kernels written for one kind of device: C++ for CPUs in cpu/, Triton for NVIDIA GPUs in gpu/."""

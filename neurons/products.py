@@ -1,9 +1,10 @@
-"""Computes a feed-forward layer from the records of some of its neurons.
+"""The feed-forward product of records: by kernels/cpu/neurons.cpp or by torch.
 
-Start at Products.sums. kernels/cpu/neurons.cpp reads records as they are stored, and of an inactive
-neuron only its first row. Elsewhere PyTorch unpacks the records and multiplies by all of them.
+Start at Products.sums. On a CPU with the instructions, the kernel computes records as they lie, and
+of an inactive neuron it reads only the row that shows it to be inactive. Elsewhere torch unpacks
+quantised weights and multiplies by all of them.
 
-Shapes: N rows, D dim, F neurons, C entries of the neuron cache, n records.
+Shapes: N tokens, D dim, F neurons, C entries, n records.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.build import build, layout, unsupported_reason
-from neurons.records import Format
-from tiers.prefetch import sent
+from neurons.records import RecordFormat
+from tiers.prefetch import to_device
 
-BITS = {"dense": 16, "int8": 8, "int4": 4}  # of a weight
+WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}
 
 torch.library.define(
     "gpt_flex::neurons",
@@ -26,7 +27,7 @@ torch.library.define(
 )
 
 
-def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool:
+def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether kernels/cpu/neurons.cpp takes such records. The first call compiles it."""
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
@@ -37,61 +38,60 @@ def has_kernel(format: Format, device: torch.device, dtype: torch.dtype) -> bool
 
 @dataclass(frozen=True)
 class Products:
-    """The weights of one layer that are not in records, and how to compute with records.
+    """The products of one layer's neurons.
 
-    bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last row belongs to empty entries,
-    which are never active. kernel: see has_kernel.
+    bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last neuron stands for an empty
+    entry and is never active. kernel: what has_kernel returned.
     """
 
-    format: Format
+    format: RecordFormat
     bias: Tensor
     scales: Tensor | None
     kernel: bool
 
     @property
-    def by_slots(self) -> bool:
-        """Whether computing all entries costs no more than reading them, as none is unpacked."""
+    def computes_all_entries(self) -> bool:
+        """Whether computing every entry costs no more than reading its memory: no unpacking."""
         return self.kernel or self.format.kind == "dense"
 
     def sums(
-        self, rows: Tensor, records: Tensor, neurons: np.ndarray, some: np.ndarray | None = None
+        self, x: Tensor, records: Tensor, ids: np.ndarray, entries: np.ndarray | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """Return the layer's output for rows, (N, D) -> (N, D) float32, and the active neurons.
+        """(N, D) -> (N, D) float32, summed over entries, and the count of active neurons.
 
-        records: (C, stride) bytes. neurons: (C,), of each record. some: (n,) entries, None: all.
+        records: (C, stride) bytes; ids: (C,), the neuron of each; entries: (n,) of them, or None
+        for all.
         """
-        index = None if some is None else sent(torch.from_numpy(some), rows.device)
+        index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
-            format, ids = self.format, torch.from_numpy(neurons)
-            how = format.starts, BITS[format.kind], format.groupsize
-            return torch.ops.gpt_flex.neurons(
-                rows, records, index, ids, self.bias, self.scales, *how
-            )
+            format, bits = self.format, WEIGHT_BITS[self.format.kind]
+            tensors = records, index, torch.from_numpy(ids), self.bias, self.scales
+            layout = format.starts, bits, format.groupsize
+            return torch.ops.gpt_flex.neurons(x, *tensors, *layout)
         if index is not None:
-            records, neurons = taken(records, index), neurons[some]
-        ids = sent(torch.from_numpy(neurons), rows.device)
-        h = self.hidden(rows, records, ids)  # (N, n)
+            records, ids = gather_records(records, index), ids[entries]
+        h = self.hidden(x, records, to_device(torch.from_numpy(ids), x.device))  # (N, n)
         down = self.format.rows(records, "down", h.dtype)  # (n, D)
         return (h @ down).float(), (h != 0).any(0).sum()
 
-    def hidden(self, rows: Tensor, records: Tensor, neurons: Tensor) -> Tensor:
-        """Return the hidden values of rows: (N, D) -> (N, n)."""
+    def hidden(self, x: Tensor, records: Tensor, ids: Tensor) -> Tensor:
+        """(N, D) -> (N, n): the neurons' activations. ids: (n,), the neuron of each record."""
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
-            y = F.linear(rows, self.format.rows(records, matrix, rows.dtype))  # (N, n)
+            y = F.linear(x, self.format.rows(records, matrix, x.dtype))  # (N, n)
             if self.scales is not None:
-                y = y * self.scales[neurons, n]
-            parts.append((y + self.bias[neurons, n]).to(rows.dtype))
+                y = y * self.scales[ids, n]
+            parts.append((y + self.bias[ids, n]).to(x.dtype))
         h = F.relu(parts[0])
         return h * parts[1] if len(parts) == 2 else h
 
 
-def taken(records: Tensor, index: Tensor) -> Tensor:
-    """Copy records, (C, stride) -> (n, stride) bytes, as words of eight bytes: 40 times as fast."""
+def gather_records(records: Tensor, index: Tensor) -> Tensor:
+    """(C, stride) bytes -> (n, stride); 8 bytes at a time, 40 times as fast as single bytes."""
     return records.view(torch.int64)[index].view(torch.uint8)
 
 
-def put(slab: Tensor, index: Tensor, records: Tensor) -> None:
-    """Copy records, (n, stride) bytes, from the host or the device to entries of a slab."""
-    words = sent(records, slab.device).view(torch.int64)
-    slab.view(torch.int64)[index] = words
+def scatter_records(cache: Tensor, index: Tensor, records: Tensor) -> None:
+    """Write records, (n, stride) bytes, to entries of a cache; records may be on the host."""
+    words = to_device(records, cache.device).view(torch.int64)
+    cache.view(torch.int64)[index] = words

@@ -1,11 +1,11 @@
-"""Many reads of a file by one call: Linux's io_uring or, where it is not to be had, threads.
+"""Batches of file reads: by Linux's io_uring or, where the kernel refuses it, by threads.
 
-Start at many_reads. A thread that waits for one read costs a switch for each request, and in Python
-threads queue for the interpreter, too: on two cores 120 records of 8 KiB take 3.5 ms by threads and
-1.8 ms by io_uring. There, requests are rows of an array that is shared with the kernel, filled by a
-few array operations and handed over together.
+Start at open_reader. A thread that waits for one read costs a context switch per request, and
+Python threads also queue for the interpreter's lock: on two cores 120 records of 8 KiB take 3.5 ms
+by threads and 1.8 ms by io_uring. With io_uring, requests are rows of an array that is shared with
+the kernel; a few array operations fill them and one system call submits them all.
 
-Based on io_uring(7) and the kernel's include/uapi/linux/io_uring.h.
+Based on io_uring(7) and the kernel's include/uapi/linux/io_uring.h; names follow that header.
 """
 
 import ctypes
@@ -20,88 +20,92 @@ from typing import Protocol
 
 import numpy as np
 
-SETUP, ENTER = 425, 426  # numbers of the calls, on every architecture
-READV, GET_EVENTS = 1, 1
-RING, ENTRIES = 0, 0x10000000  # offsets by which the shared memory is mapped
-MOST_THREADS = 32
-MASK = 2**32 - 1  # counters are 32 bits, and go round
-AWAKE = 2e-3  # seconds that answers are looked for before a thread sleeps until they come
+SYS_IO_URING_SETUP, SYS_IO_URING_ENTER = 425, 426  # the same on every architecture
+IORING_OP_READV, IORING_ENTER_GETEVENTS = 1, 1
+IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000  # mmap offsets
+MAX_THREADS = 32
+UINT32_MASK = 2**32 - 1  # the ring's counters are 32 bits and wrap around
+SPIN_SECONDS = 2e-3  # polling time before the thread sleeps until reads complete
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 LIBC.preadv.restype = ctypes.c_ssize_t
 LIBC.preadv.argtypes = ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
-# A piece of memory; and a request: the offset in the file, and where so many pieces are listed.
-PIECE = np.dtype([("address", "u8"), ("nbytes", "u8")])
-REQUEST = np.dtype([("offset", "u8"), ("pieces", "u8"), ("count", "u4")])
-ENTRY = np.dtype(
+IOVEC = np.dtype([("address", "u8"), ("nbytes", "u8")])  # struct iovec: a range of memory
+# A read of contiguous bytes of the file into several ranges of memory. iovecs: their address.
+REQUEST = np.dtype([("offset", "u8"), ("iovecs", "u8"), ("count", "u4")])
+SQE = np.dtype(  # submission queue entry
     {
-        "names": ["opcode", "fd", "offset", "pieces", "count", "number"],
+        "names": ["opcode", "fd", "offset", "iovecs", "count", "user_data"],
         "formats": ["u1", "i4", "u8", "u8", "u4", "u8"],
         "offsets": [0, 4, 8, 16, 24, 32],
         "itemsize": 64,
     }
 )
-COMPLETION = np.dtype([("number", "u8"), ("result", "i4"), ("flags", "u4")])
+CQE = np.dtype([("user_data", "u8"), ("result", "i4"), ("flags", "u4")])  # completion queue entry
 
 
-Work = Callable[[], None]
+Callback = Callable[[], None]
 
 
-def nothing() -> None:
-    """To be done while reads are under way."""
+def no_op() -> None:
+    """Do nothing while reads are in flight."""
 
 
-class Reads(Protocol):
-    """depth: requests that are under way at a time."""
+class BatchReader(Protocol):
+    """depth: requests in flight at a time."""
 
     depth: int
 
-    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
-        """What each of the requests, (n,) of REQUEST, has read: bytes, or an error's number below
-        0. When this returns, or raises, none is under way. meanwhile: is done beside the first."""
+    def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
+        """Read requests, (n,) of REQUEST, and call `overlap` once while the first are in flight.
+
+        Returns the bytes read by each request, or a negative errno. No request is in flight after
+        it returns or raises.
+        """
 
 
-def many_reads(depth: int) -> Reads:
+def open_reader(depth: int) -> BatchReader:
+    """Return an io_uring reader, or a reader with threads where io_uring is refused."""
     try:
-        return Uring(depth)
+        return UringReader(depth)
     except OSError:
-        return Threads(depth)
+        return ThreadReader(depth)
 
 
-def read_pieces(file: int, request: np.void) -> int:
-    """One request by itself: the bytes read, or an error's number below 0."""
-    given = (int(request[name]) for name in ("pieces", "count", "offset"))
-    done = LIBC.preadv(file, *given)
-    return done if done >= 0 else -ctypes.get_errno()
+def read_request(file: int, request: np.void) -> int:
+    """Read one request; returns the bytes read, or a negative errno."""
+    arguments = (int(request[name]) for name in ("iovecs", "count", "offset"))
+    nbytes = LIBC.preadv(file, *arguments)
+    return nbytes if nbytes >= 0 else -ctypes.get_errno()
 
 
-class Threads:
-    """Each waits for one read after the other."""
+class ThreadReader:
+    """A pool of threads, each of which reads one request after the other."""
 
     def __init__(self, depth: int):
         self.depth = depth
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ThreadPoolExecutor:
-        """All its threads begin now: one that Ctrl-C caught beginning would be lost sight of."""
-        count = min(self.depth, MOST_THREADS)
+        """Start all threads now: Ctrl-C during a lazy start would leave a thread untracked."""
+        count = min(self.depth, MAX_THREADS)
         pool, barrier = ThreadPoolExecutor(count, "reads"), Barrier(count)
         list(pool.map(lambda _: barrier.wait(), range(count)))
         return pool
 
-    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
+    def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
         results = np.zeros(len(requests), dtype=np.int64)
 
-        def share(start: int) -> None:
-            for n in range(start, len(requests), MOST_THREADS):
-                results[n] = read_pieces(file, requests[n])
+        def read_every_nth(start: int) -> None:
+            for n in range(start, len(requests), MAX_THREADS):
+                results[n] = read_request(file, requests[n])
 
         try:
-            shares = self._pool.map(share, range(min(len(requests), MOST_THREADS)))
-            meanwhile()
-            list(shares)
-        except BaseException:  # what is under way writes to memory
+            pending = self._pool.map(read_every_nth, range(min(len(requests), MAX_THREADS)))
+            overlap()
+            list(pending)
+        except BaseException:  # wait for running reads: they write to memory
             self._pool.shutdown(cancel_futures=True)
             self._pool = self._new_pool()
             raise
@@ -109,7 +113,7 @@ class Threads:
 
 
 class SubmissionOffsets(ctypes.Structure):
-    """Where the parts of the queue of submissions lie in shared memory."""
+    """struct io_sqring_offsets: where the submission queue's fields are in shared memory."""
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("head", "tail", "mask", "entries", "flags")),
@@ -119,112 +123,137 @@ class SubmissionOffsets(ctypes.Structure):
 
 
 class CompletionOffsets(ctypes.Structure):
+    """struct io_cqring_offsets. cqes: the first completion queue entry."""
+
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("head", "tail", "mask", "count", "overflow")),
-        *((name, ctypes.c_uint32) for name in ("entries", "flags", "reserved")),
+        *((name, ctypes.c_uint32) for name in ("cqes", "flags", "reserved")),
         ("address", ctypes.c_uint64),
     ]
 
 
-class Parameters(ctypes.Structure):
+class UringParameters(ctypes.Structure):
+    """struct io_uring_params, which the kernel fills in."""
+
     _fields_ = [
-        ("submissions", ctypes.c_uint32),
-        ("completions", ctypes.c_uint32),
+        ("sq_entries", ctypes.c_uint32),
+        ("cq_entries", ctypes.c_uint32),
         ("ignored", ctypes.c_uint32 * 8),
-        ("submitted", SubmissionOffsets),
-        ("completed", CompletionOffsets),
+        ("sq_offsets", SubmissionOffsets),
+        ("cq_offsets", CompletionOffsets),
     ]
 
 
-class Uring:
-    """A queue that is shared with the kernel. For one thread."""
+class UringReader:
+    """An io_uring instance. Only one thread at a time may use it."""
 
     def __init__(self, depth: int):
-        """Raises OSError where the kernel has no io_uring, or refuses it."""
-        said = Parameters()
-        self._queue = LIBC.syscall(SETUP, depth, ctypes.byref(said))
-        if self._queue < 0:
-            raise OSError(ctypes.get_errno(), "io_uring is not to be had")
-        self.depth = said.submissions
-        ins, outs = said.submitted, said.completed
-        nbytes = max(
-            ins.array + 4 * said.submissions,
-            outs.entries + COMPLETION.itemsize * said.completions,
-        )
-        shared = mmap.mmap(self._queue, nbytes, offset=RING)
-        entries = mmap.mmap(self._queue, ENTRY.itemsize * said.submissions, offset=ENTRIES)
+        """Raises OSError where the kernel has no io_uring or refuses it."""
+        parameters = UringParameters()
+        self._ring = LIBC.syscall(SYS_IO_URING_SETUP, depth, ctypes.byref(parameters))
+        if self._ring < 0:
+            raise OSError(ctypes.get_errno(), "the kernel refuses io_uring")
+        self.depth = parameters.sq_entries
+        self._map_queues(parameters)
+        self._map_requests()
 
-        def number(offset: int, count: int = 1) -> np.ndarray:
+    def _map_queues(self, parameters: UringParameters) -> None:
+        """Map the heads, tails and entries of both queues as arrays."""
+        submission, completion = parameters.sq_offsets, parameters.cq_offsets
+        nbytes = max(
+            submission.array + 4 * parameters.sq_entries,
+            completion.cqes + CQE.itemsize * parameters.cq_entries,
+        )
+        shared = mmap.mmap(self._ring, nbytes, offset=IORING_OFF_SQ_RING)
+
+        def uint32(offset: int, count: int = 1) -> np.ndarray:
             return np.frombuffer(shared, np.uint32, count, offset)
 
-        self._order = number(ins.array, said.submissions)  # in which entries are to be taken
-        self._in_head, self._tail = number(ins.head), number(ins.tail)
-        self._in_mask = int(number(ins.mask)[0])
-        self._head, self._out_mask = number(outs.head), int(number(outs.mask)[0])
-        self._out_tail = number(outs.tail)
-        queue = np.frombuffer(entries, ENTRY, said.submissions)
-        self._numbers = np.arange(said.submissions, dtype=np.uint32)
-        queue["opcode"], queue["number"] = READV, self._numbers
-        self._fields = {name: queue[name] for name in ("fd", *REQUEST.names)}
-        self._completions = np.frombuffer(shared, COMPLETION, said.completions, outs.entries)
+        self._sq_head, self._sq_tail = uint32(submission.head), uint32(submission.tail)
+        self._sq_mask = int(uint32(submission.mask)[0])
+        self._sq_array = uint32(submission.array, parameters.sq_entries)
+        self._cq_head, self._cq_tail = uint32(completion.head), uint32(completion.tail)
+        self._cq_mask = int(uint32(completion.mask)[0])
+        self._cqes = np.frombuffer(shared, CQE, parameters.cq_entries, completion.cqes)
 
-    def __del__(self, close: Callable[[int], None] = os.close):  # os may be gone before
-        if getattr(self, "_queue", -1) >= 0:
-            close(self._queue)
+    def _map_requests(self) -> None:
+        """Map the submission queue entries; the fields that never change are written here."""
+        shared = mmap.mmap(self._ring, SQE.itemsize * self.depth, offset=IORING_OFF_SQES)
+        sqes = np.frombuffer(shared, SQE, self.depth)
+        self._numbers = np.arange(self.depth, dtype=np.uint32)
+        sqes["opcode"], sqes["user_data"] = IORING_OP_READV, self._numbers
+        self._fields = {name: sqes[name] for name in ("fd", *REQUEST.names)}
 
-    def read(self, file: int, requests: np.ndarray, meanwhile: Work = nothing) -> np.ndarray:
+    def __del__(self, close: Callable[[int], None] = os.close):
+        """close: bound early, because `os` may be gone when the interpreter exits."""
+        if getattr(self, "_ring", -1) >= 0:
+            close(self._ring)
+
+    def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
         results = np.zeros(len(requests), dtype=np.int64)
         self._fields["fd"][:] = file
         for start in range(0, len(requests), self.depth):
             part = slice(start, start + self.depth)
-            self._together(requests[part], results[part], nothing if start else meanwhile)
+            self._read_batch(requests[part], results[part], no_op if start else overlap)
         return results
 
-    def _together(self, requests: np.ndarray, results: np.ndarray, meanwhile: Work) -> None:
-        count, tail = len(requests), int(self._tail[0])
-        for name in REQUEST.names:
-            self._fields[name][:count] = requests[name]
-        self._order[(tail + self._numbers[:count]) & self._in_mask] = self._numbers[:count]
-        head = int(self._head[0])
+    def _read_batch(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
+        """Read at most `depth` requests; write their results.
 
-        def handed_over() -> int:
-            return (int(self._in_head[0]) - tail) & MASK
+        Progress is counted from the shared heads and tails alone, so Ctrl-C at any point leaves
+        the counts right.
+        """
+        count, tail, head = len(requests), int(self._sq_tail[0]), int(self._cq_head[0])
+        self._fill_entries(requests, tail)
 
-        def complete() -> int:
-            return (int(self._head[0]) - head) & MASK
+        def submitted() -> int:
+            return (int(self._sq_head[0]) - tail) & UINT32_MASK
 
-        def answered() -> int:
-            return (int(self._out_tail[0]) - head) & MASK
+        def collected() -> int:
+            return (int(self._cq_head[0]) - head) & UINT32_MASK
 
-        # Counted by what the kernel and we have written down, which Ctrl-C cannot come between.
         try:
-            self._tail[0] = (tail + count) & MASK
+            self._sq_tail[0] = (tail + count) & UINT32_MASK
             self._enter(count, 0)
-            meanwhile()
-            # To wake up costs a thread 50 us, and 100 more until its processor is as it was.
-            bedtime = time.perf_counter() + AWAKE
-            while answered() < count and time.perf_counter() < bedtime:
-                pass
+            overlap()
+            self._poll(count, head)
             self._collect(results)
-            while complete() < count:
-                self._enter(count - handed_over(), count - complete())
+            while collected() < count:
+                self._enter(count - submitted(), count - collected())
                 self._collect(results)
         finally:
-            while complete() < handed_over():  # these write to memory
+            while collected() < submitted():  # reads in flight write to memory
                 self._enter(0, 1)
                 self._collect(results)
-            self._tail[0] = (tail + handed_over()) & MASK
+            self._sq_tail[0] = (tail + submitted()) & UINT32_MASK
+
+    def _fill_entries(self, requests: np.ndarray, tail: int) -> None:
+        """Write requests into the submission queue's entries."""
+        count = len(requests)
+        for name in REQUEST.names:
+            self._fields[name][:count] = requests[name]
+        self._sq_array[(tail + self._numbers[:count]) & self._sq_mask] = self._numbers[:count]
+
+    def _poll(self, count: int, head: int) -> None:
+        """Spin until `count` reads have completed, for SPIN_SECONDS at most.
+
+        Waking a sleeping thread takes 50 us, and its processor is slow for another 100 us.
+        """
+        end = time.perf_counter() + SPIN_SECONDS
+        while ((int(self._cq_tail[0]) - head) & UINT32_MASK) < count and time.perf_counter() < end:
+            pass
 
     def _enter(self, submit: int, wait: int) -> None:
-        """Hand over so many, and wait for so many, or for a signal."""
-        done = LIBC.syscall(ENTER, self._queue, submit, wait, GET_EVENTS, None, 0)
-        if done < 0 and (number := ctypes.get_errno()) not in (errno.EINTR, errno.EAGAIN):
+        """Submit requests, then wait for completions or for a signal."""
+        arguments = self._ring, submit, wait, IORING_ENTER_GETEVENTS, None, 0
+        code = LIBC.syscall(SYS_IO_URING_ENTER, *arguments)
+        if code < 0 and (number := ctypes.get_errno()) not in (errno.EINTR, errno.EAGAIN):
             raise OSError(number, os.strerror(number))
 
     def _collect(self, results: np.ndarray) -> None:
-        """Take note of what is complete."""
-        head = int(self._head[0])
-        count = (int(self._out_tail[0]) - head) & MASK
-        found = self._completions[(head + np.arange(count)) & self._out_mask]
-        results[found["number"].astype(np.int64)] = found["result"]
-        self._head[0] = (head + count) & MASK
+        """Write the results of completed requests and free their completion entries."""
+        head = int(self._cq_head[0])
+        count = (int(self._cq_tail[0]) - head) & UINT32_MASK
+        completed = self._cqes[(head + np.arange(count)) & self._cq_mask]
+        results[completed["user_data"].astype(np.int64)] = completed["result"]
+        self._cq_head[0] = (head + count) & UINT32_MASK

@@ -1,11 +1,11 @@
-"""A KV cache of int8 or int4 numbers: for long texts and large batches, where the cache is large.
+"""A KV cache of int8 or int4 numbers, for long texts and large batches.
 
-QuantizedKVCache keeps the one method of model.KVCache. Keys and values are rounded as they are
-stored, each token for itself, so that nothing stored is ever touched again; attention reads what
-they stand for. A group of GROUP channels of a head shares a scale and a lowest value.
+Start at QuantizedKVCache, a model.KVCache. It rounds the keys and values of each token when it
+stores them and never changes them afterwards; attention dequantises them. GROUP channels of a head
+share a scale and a lowest value.
 
 FlexGen (arXiv 2303.06865, section 4) groups the same way. KIVI (2402.02750) rounds keys channel by
-channel over windows of tokens: see benchmarks/LOG.md for what that would gain here.
+channel over windows of tokens; benchmarks/LOG.md has the accuracy that this would gain here.
 
 Shapes: B rows, T new tokens, G key/value heads, E head_dim, S channels of a group.
 """
@@ -13,14 +13,14 @@ Shapes: B rows, T new tokens, G key/value heads, E head_dim, S channels of a gro
 import torch
 from torch import Tensor
 
-from model import KVCache
+from model import CacheAttention, KVCache, sdpa_attention
 from quant.linear import pack_nibbles, unpack_nibbles
 
-GROUP = 32  # channels; all of a head where they are no multiple of it
+GROUP = 32  # channels; a head whose width is not a multiple of it is one group
 
 
 class QuantizedKVCache(KVCache):
-    """k, v: (B, slots, G, E*bits/8) uint8; scales and lows: (B, slots, G, E/S) float16 each."""
+    """k, v: (B, positions, G, E*bits/8) uint8; scales and lows: (B, positions, G, E/S) float16."""
 
     def __init__(
         self,
@@ -28,34 +28,35 @@ class QuantizedKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         bits: int = 8,
+        attention: CacheAttention = sdpa_attention,
     ):
-        *slots, channels = shape
-        super().__init__((*slots, channels * bits // 8), torch.uint8, device)
+        *rows, channels = shape  # (B, positions, G), E
+        super().__init__((*rows, channels * bits // 8), torch.uint8, device, attention)
         self.dtype, self.bits = dtype, bits
         groups = channels // GROUP if channels % GROUP == 0 else 1
         for name in ("k_scales", "k_lows", "v_scales", "v_lows"):
-            zeros = torch.zeros(*slots, groups, dtype=torch.float16, device=device)
+            zeros = torch.zeros(*rows, groups, dtype=torch.float16, device=device)
             self.register_buffer(name, zeros)
 
     def stored(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """Of keys and of values: bytes, scales and lows."""
+        """Return (bytes, scales, lows) of the keys, and of the values."""
         return (self.k, self.k_scales, self.k_lows), (self.v, self.v_scales, self.v_lows)
 
     def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
         for tensors, new in zip(self.stored(), (k, v), strict=True):
-            for tensor, value in zip(tensors, self.rounded(new), strict=True):
+            for tensor, value in zip(tensors, self.quantize(new), strict=True):
                 tensor[rows, pos] = value
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
         k, v = (
-            dense(*(t[:, :count] for t in tensors), self.bits, self.dtype)
+            dequantize(*(t[:, :count] for t in tensors), self.bits, self.dtype)
             for tensors in self.stored()
         )
         return k, v  # (B, count, G, E)
 
-    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, G, E) -> bytes (B, T, G, E*bits/8), scales and lows (B, T, G, E/S)."""
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Round (B, T, G, E) -> bytes (B, T, G, E*bits/8), scales and lows (B, T, G, E/S)."""
         groups = x.float().unflatten(-1, (self.k_scales.shape[-1], -1))  # (B, T, G, E/S, S)
         low, high = groups.aminmax(dim=-1)
         low, levels = low.half(), 2**self.bits - 1
@@ -66,8 +67,8 @@ class QuantizedKVCache(KVCache):
         return (pack_nibbles(q) if self.bits == 4 else q), scale, low
 
 
-def dense(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The way back from bytes, (..., E*bits/8), to numbers, (..., E)."""
+def dequantize(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return the numbers, (..., E), of bytes, (..., E*bits/8)."""
     q = unpack_nibbles(q) if bits == 4 else q
     q = q.unflatten(-1, (scale.shape[-1], -1))  # (..., E/S, S)
     x = q * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)

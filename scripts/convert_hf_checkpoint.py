@@ -27,21 +27,21 @@ from checkpoint import (
 )
 from cli.command import exit_code
 from host.memory import size_text
-from load import skeleton
+from load import meta_model
 from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:
     """Write folder/model.pth. Raises what Checkpoint, its check and save_checkpoint raise."""
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
-    model = skeleton(source.args, source.scheme)
+    model = meta_model(source.args, source.scheme)
     source.check(model)
     check_writable(target)
     log_replaced(target)
     tensors = {
         name: torch.empty(
             tensor.shape,
-            dtype=final_dtype(tensor, dtype or source.records[name].dtype),
+            dtype=final_dtype(tensor, dtype or source.tensors[name].dtype),
             device="meta",
         )
         for name, (tensor, _) in stored_tensors(model).items()

@@ -37,7 +37,7 @@ from cli.arguments import positive
 from cli.command import exit_code
 from host.log import log
 from host.memory import size_text
-from load import skeleton
+from load import meta_model
 from model import LearnedPositions
 from weights.formats import Part, pickle_part, read_part
 from weights.hf import model_args, split_name
@@ -355,7 +355,7 @@ def need(slices: Slices, name: str, file: Path) -> Slice:
 def find_sources(parts: list[Slices], file: Path, config: dict[str, Any]) -> dict[str, Source]:
     """Our tensor names -> where they lie. ValueError unless all is there and of the right shape."""
     sources, left = {}, set(parts[0]) - UNUSED
-    for ours, (tensor, _) in stored_tensors(skeleton(model_args(config), None)).items():
+    for ours, (tensor, _) in stored_tensors(meta_model(model_args(config), None)).items():
         name, dim = place(ours)
         first = need(parts[0], name, file)
         sources[ours] = source = join([slices[name] for slices in parts], name, dim)

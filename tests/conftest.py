@@ -44,7 +44,7 @@ def two_threads() -> Iterator[None]:
 def forgetful_compiler() -> Iterator[None]:
     """What one file compiles does not count towards another's limit of recompilations."""
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from calibration import gptq
 from fast_layers import gpu as gpu_products
+from host.torch_private import shallow_copy
 from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
@@ -50,7 +51,6 @@ from quant.linear import (
     quantized_copy,
     round_int4,
     round_int8,
-    shallow_copy,
 )
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
@@ -95,9 +95,9 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     x = x.to(dtype)
     given = None if linear.bias is None else linear.bias.to(dtype)
     exact = F.linear(
-        x.float(), linear.dense(torch.float32), None if given is None else given.float()
+        x.float(), linear.dequantize(torch.float32), None if given is None else given.float()
     )
-    size = F.linear(x.float().abs(), linear.dense(torch.float32).abs())  # (M, N)
+    size = F.linear(x.float().abs(), linear.dequantize(torch.float32).abs())  # (M, N)
     size += 1e-20 if given is None else given.float().abs()
     tolerance = TOLERANCE + ROUNDING[dtype]
     few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
@@ -105,7 +105,8 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     if groupsize is None:
         weight = a_view(linear.weight, 16 * random.randint(0, 1))
         assert torch.equal(
-            launch.int8_dense(weight, linear.scales, torch.float32), linear.dense(torch.float32)
+            launch.dequantize_int8(weight, linear.scales, torch.float32),
+            linear.dequantize(torch.float32),
         )
         if K % 16 == 0:
             y = launch.int8_row(
@@ -118,7 +119,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     else:
         stored = (a_view(linear.weight, 16 * random.randint(0, 1)), linear.scales, linear.zeros)
         assert torch.equal(
-            launch.int4_dense(*stored, K, torch.float32), linear.dense(torch.float32)
+            launch.dequantize_int4(*stored, K, torch.float32), linear.dequantize(torch.float32)
         )
         y = launch.int4_row(launch.fixed_point(x[0], INT4), *stored, given, dtype, one)
         near(y, exact[:1], tolerance, size[:1], case)
@@ -130,7 +131,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
         others[row] = x[row]
         assert torch.equal(rows(others)[row], together[row]), f"{case}: bits of a row"
     if K % 8 == 0:
-        dense = linear.dense(torch.float32).to(dtype)
+        dense = linear.dequantize(torch.float32).to(dtype)
         wanted = F.linear(x[:1].float(), dense.float(), None if given is None else given.float())
         near(launch.dense_row(x[:1], dense, given, one), wanted, tolerance, size[:1], case)
 
@@ -234,7 +235,7 @@ SMALL = ModelArgs(
 
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
     """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
-    model.new_cache = find_cache(kv_dtype)
+    model.cache_factory = find_cache(kv_dtype)
     slots, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)
@@ -257,12 +258,12 @@ def model(seed: int, cases: int) -> None:
         parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.1)
     for mode, kv_dtype in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
         whole = quantized_copy(dense, make_scheme(mode)) if mode else dense
-        gpu.serves = lambda x: False
+        gpu.supports = lambda x: False
         torch.manual_seed(seed)
         wanted = model_logits(shallow_copy(whole), kv_dtype)
-        gpu.serves = lambda x: True
+        gpu.supports = lambda x: True
         fast = shallow_copy(whole)
-        gpu_products.exchange(fast)
+        gpu_products.replace_layers(fast)
         torch.manual_seed(seed)
         for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
             near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype))
@@ -351,7 +352,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
     for name in ("round", "refine"):
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
-        yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS, "BC": 128}, 4, 3
+        yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
     for bits, stored in ((16, "bf16"), (8, "u8"), (4, "u8")):
         constants = {
             "R": 4, "E": 128, "BE": 128, "GROUP": 32, "BITS": bits, "BR": 16, "BS": 64, "STEPS": 1,

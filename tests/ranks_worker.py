@@ -22,8 +22,8 @@ import tp
 from engine import complete
 from generate import GenerationConfig
 from load import load_model
-from pp import SharedSampler
-from ranks import Ranks, join_process_group, leave
+from pp import BroadcastSampler
+from ranks import Ranks, join_process_group, leave_process_group
 from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
@@ -51,7 +51,7 @@ def answers(
             Share(WG, WC), Share(CG, CC), micro_batch=1, directory=Path(path).parent / "scratch"
         )
     lm = load_model(path, device="cpu", dtype=torch.float32, ranks=ranks, **options)
-    if lag and ranks.rank < ranks.count - 1:
+    if lag and ranks.rank < ranks.world_size - 1:
         lm = replace(lm, sampler=partial(LateSampler, lag, *lm.sampler.args))
     prompts = [lm.tokenizer.encode(text) for text in texts]
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
@@ -69,7 +69,7 @@ def answers(
     return said
 
 
-class LateSampler(SharedSampler):
+class LateSampler(BroadcastSampler):
     def __init__(self, lag: float, *given: Any):
         super().__init__(*given)
         self._lag = lag
@@ -112,7 +112,7 @@ def main(cases: Path, results: Path) -> None:
     ranks = join_process_group(CPU)
     found = [answers(case.pop("path"), ranks, **case) for case in json.loads(cases.read_text())]
     torch.save(found, results.with_name(f"{results.name}.{os.environ['RANK']}"))
-    leave()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from cli.options import parse_args
 from engine import complete
-from generate import GenerationConfig, load_model, main, parse_args
+from generate import GenerationConfig, load_model, main
 from model import Transformer
 from text import jobs
 
@@ -82,8 +83,8 @@ def test_a_result_is_in_the_file_before_the_step_after_its_end(
     output, seen, synced = tmp_path / "out.jsonl", [], []
     monkeypatch.setattr(jobs.os, "fsync", synced.append)
     before_each_step.append(lambda: seen.append([line["index"] for line in lines(output)]))
-    file = jobs.JsonlOutput(output, TEXTS, 1, jobs.Origin("demo", "0", {}))
-    with jobs.FileSink(file, todo, jobs.Ends(config.max_new_tokens), lambda: 0) as sink:
+    file = jobs.ResultsFile(output, TEXTS, 1, jobs.Provenance("demo", "0", {}))
+    with jobs.JsonlSink(file, todo, jobs.FinishCounts(config.max_new_tokens), lambda: 0) as sink:
         assert sink.todo != todo  # the longest first
         sink.begin(todo)
         complete(lm, prompts, config, on_end=sink.ended)
@@ -127,15 +128,16 @@ WAITING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from text import jobs
-from generate import main, parse_args
+from generate import main
+from cli.options import parse_args
 
-ended = jobs.FileSink.ended
+ended = jobs.JsonlSink.ended
 
 def wait(*given):
     ended(*given)
     os.kill(os.getpid(), signal.SIGSTOP)
 
-jobs.FileSink.ended = wait
+jobs.JsonlSink.ended = wait
 main(parse_args(sys.argv[1:]))
 """
 

@@ -37,20 +37,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_ids_are_the_templates(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=400, room=50, system="Be kind.")
+    conversation = Conversation(tokenizer, max_length=400, max_new_tokens=50, system="Be kind.")
     ids, held = conversation.ask("Hello!")
     assert tokenizer.decode(ids) == "[system] Be kind.\n[user] Hello!\n[assistant]"
     assert held == 0
-    conversation.answered(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
+    conversation.add_answer(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
     ids, held = conversation.ask("Bye")
     assert tokenizer.decode(ids).endswith("[assistant]  Hi.\n[user] Bye\n[assistant]")
     assert held > 10
 
 
 def test_a_model_without_template_gets_the_plain_texts():
-    conversation = Conversation(load_tokenizer(DEMO), limit=400, room=50)
+    conversation = Conversation(load_tokenizer(DEMO), max_length=400, max_new_tokens=50)
     ids, _ = conversation.ask("Once upon")
-    conversation.answered(ids, [1, 2], " a time")
+    conversation.add_answer(ids, [1, 2], " a time")
     ids, _ = conversation.ask(" there")
     assert conversation.tokenizer.decode(ids) == "Once upon a time there"
 
@@ -58,24 +58,24 @@ def test_a_model_without_template_gets_the_plain_texts():
 def test_answers_from_kept_caches_are_those_from_fresh_ones(tokenizer: Tokenizer):
     lm = load_model(DEMO, device="cpu", dtype=torch.float32)
     config = GenerationConfig(max_new_tokens=20, temperature=0, ignore_eos=True)
-    conversation = Conversation(tokenizer, limit=400, room=20)
+    conversation = Conversation(tokenizer, max_length=400, max_new_tokens=20)
     caches, reused = lm.make_caches(1, 400), []
     for text in ("Once upon a time", "Who was it?", "Why?", "The end"):
         ids, held = conversation.ask(text)
         (kept,) = complete(lm, [ids], config, caches=caches, past=held)
         (fresh,) = complete(lm, [ids], config)
         assert kept.ids == fresh.ids
-        conversation.answered(ids, kept.ids, kept.text)
+        conversation.add_answer(ids, kept.ids, kept.text)
         reused.append(held)
     assert reused[0] == 0 and reused == sorted(set(reused))
 
 
 def test_the_oldest_exchanges_are_forgotten_and_the_system_message_is_not(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=90, room=10, system="Be kind.")
+    conversation = Conversation(tokenizer, max_length=90, max_new_tokens=10, system="Be kind.")
     for n in range(8):
         ids, _ = conversation.ask(f"Message {n}")
         assert len(ids) + 10 <= 90
-        conversation.answered(ids, [5], f" answer {n}")
+        conversation.add_answer(ids, [5], f" answer {n}")
     text = tokenizer.decode(ids)
     assert text.startswith("[system] Be kind.\n[user] Message")
     assert "Message 7" in text and "Message 0" not in text
@@ -84,7 +84,7 @@ def test_the_oldest_exchanges_are_forgotten_and_the_system_message_is_not(tokeni
 
 
 def test_a_message_that_is_too_long_is_refused_and_not_kept(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=60, room=20)
+    conversation = Conversation(tokenizer, max_length=60, max_new_tokens=20)
     with pytest.raises(ValueError, match="room for 40"):
         conversation.ask("word " * 100)
     assert conversation.messages == []
@@ -92,9 +92,9 @@ def test_a_message_that_is_too_long_is_refused_and_not_kept(tokenizer: Tokenizer
 
 
 def test_a_message_that_the_template_refuses_is_not_kept(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=400, room=50)
+    conversation = Conversation(tokenizer, max_length=400, max_new_tokens=50)
     first, _ = conversation.ask("Hello!")
-    conversation.answered(first, [5, 6], " Hi.")
+    conversation.add_answer(first, [5, 6], " Hi.")
     before, working = [*conversation.messages], tokenizer.chat_template
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(ValueError, match="no"):
@@ -104,18 +104,18 @@ def test_a_message_that_the_template_refuses_is_not_kept(tokenizer: Tokenizer):
 
 
 def test_an_answer_stopped_before_its_first_token_leaves_nothing_half_read(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=400, room=50)
+    conversation = Conversation(tokenizer, max_length=400, max_new_tokens=50)
     ids, _ = conversation.ask("Hello!")
-    conversation.answered(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
+    conversation.add_answer(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
     ids, held = conversation.ask("Tell me of the sea.")
-    conversation.answered(ids, [], "")  # the caches were being filled from `held` on
+    conversation.add_answer(ids, [], "")  # the caches were being filled from `held` on
     assert conversation.ask("Now?")[1] == held
 
 
 def test_reset_begins_again(tokenizer: Tokenizer):
-    conversation = Conversation(tokenizer, limit=400, room=50, system="Be kind.")
+    conversation = Conversation(tokenizer, max_length=400, max_new_tokens=50, system="Be kind.")
     first, _ = conversation.ask("Hello!")
-    conversation.answered(first, [5, 6], " Hi.")
+    conversation.add_answer(first, [5, 6], " Hi.")
     conversation.reset()
     assert conversation.ask("Hello!")[0] == first
 
@@ -124,7 +124,7 @@ def test_the_loop_answers_until_the_end_of_input(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"One\n\n{'word ' * 300}\n/reset\nTwo\n"))
-    conversation, asked = Conversation(tokenizer, limit=100, room=20), []
+    conversation, asked = Conversation(tokenizer, max_length=100, max_new_tokens=20), []
 
     def answer(ids: list[int], held: int, show: Callable) -> Completion:
         asked.append(tokenizer.decode(ids))
@@ -176,7 +176,7 @@ def answer(ids, held, show):
     show(0, f"<{{len(asked)}} {{asked.count(chr(10))}} {{asked.split()[0][:9]}} #{{count}}>")
     return Answer()
 
-conversation = chat.Conversation(load_tokenizer({demo!r}), limit=10**6, room=20)
+conversation = chat.Conversation(load_tokenizer({demo!r}), max_length=10**6, max_new_tokens=20)
 chat.chat(conversation, answer)
 print("left", flush=True)
 """
@@ -292,7 +292,7 @@ def test_from_a_pipe_each_line_is_a_message_and_bad_bytes_do_not_end_it():
 def test_a_closed_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(ValueError, match="stdin, which is closed"):
-        chat.chat(Conversation(tokenizer, limit=100, room=20), lambda *given: None)
+        chat.chat(Conversation(tokenizer, max_length=100, max_new_tokens=20), lambda *given: None)
 
 
 # ---- prompts of a batch -------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def weights(config: dict, seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
 
-def skeleton(config: dict) -> Transformer:
+def meta_model(config: dict) -> Transformer:
     with torch.device("meta"):
         return Transformer(model_args(config))
 
@@ -65,7 +65,7 @@ def exported(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 def loaded(path: Path, **options: object) -> dict[str, Tensor]:
     checkpoint = Checkpoint(path)
-    model = skeleton(checkpoint.config)
+    model = meta_model(checkpoint.config)
     checkpoint.load_into(model, **options)
     return model.state_dict()
 
@@ -119,7 +119,7 @@ def test_every_tensor_is_aligned_and_lies_where_the_record_says(tmp_path: Path):
     data = (directory / "model.pth").read_bytes()
     assert checkpoint.scheme == make_scheme("int4", 64)
     for name, tensor in odd.items():
-        (part,) = checkpoint.records[name].parts
+        (part,) = checkpoint.tensors[name].parts
         assert part.offset % 4096 == 0
         if tensor.numel():
             raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -144,7 +144,7 @@ def test_tied_head_is_found_under_either_name(stored: tuple[str, ...], tmp_path:
     names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
     tensors |= {names[key]: table.clone() for key in stored}
     checkpoint = Checkpoint(write_hugging_face(tmp_path, TIED, tensors))
-    model = skeleton(TIED)
+    model = meta_model(TIED)
     checkpoint.load_into(model)
     assert_same(model.state_dict(), expected)
     assert model.output.weight is model.tok_embeddings.weight
@@ -169,7 +169,7 @@ def test_bin_file_with_shared_and_transposed_tensors(tmp_path: Path):
 def test_dtype_is_converted_through_the_staging_buffer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("weights.formats.STAGING", 100)  # many pieces, the last one short
+    monkeypatch.setattr("weights.formats.STAGING_BYTES", 100)  # many pieces, the last one short
     found = loaded(folder, dtype=torch.bfloat16)
     assert_same(found, {name: t.bfloat16() for name, t in weights(CONFIG).items()})
 
@@ -179,7 +179,7 @@ def test_buffers_keep_the_dtype_that_the_model_declares(tmp_path: Path):
     tensors["output.weight"] = torch.ones(61, 32, dtype=torch.int8)
     tensors["output.scales"] = torch.rand(61)
     save_checkpoint(tmp_path / "model.pth", CONFIG, make_scheme("int8"), tensors)
-    model = skeleton(CONFIG)
+    model = meta_model(CONFIG)
     model.output = torch.nn.Module()
     for name in ("weight", "scales"):
         blank = torch.empty_like(tensors[f"output.{name}"], device="meta")
@@ -275,13 +275,13 @@ def test_corrupt_safetensors_header(folder: Path):
 def test_a_file_cut_after_it_was_opened(folder: Path):
     checkpoint = Checkpoint(folder)
     cut(folder / "model.safetensors", 8)
-    (last,) = (n for n, r in checkpoint.records.items() if ends_file(checkpoint, r.parts[-1]))
+    (last,) = (n for n, r in checkpoint.tensors.items() if ends_file(checkpoint, r.parts[-1]))
     with pytest.raises(ValueError, match=r"model\.safetensors ends within \S+\.weight"):
         checkpoint.read(last)
 
 
 def ends_file(checkpoint: Checkpoint, part: object) -> bool:
-    parts = [p for r in checkpoint.records.values() for p in r.parts]
+    parts = [p for r in checkpoint.tensors.values() for p in r.parts]
     return part.offset == max(p.offset for p in parts)
 
 
@@ -405,7 +405,7 @@ def test_too_little_memory_is_known_before_anything_is_allocated(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(checkpoint_module, "available_memory", lambda device: 1000)
-    model, checkpoint = skeleton(CONFIG), Checkpoint(folder)
+    model, checkpoint = meta_model(CONFIG), Checkpoint(folder)
     nbytes = size_text(checkpoint.nbytes)
     with pytest.raises(
         MemoryError, match=f"needs {re.escape(nbytes)} of memory on cpu, where 1 kB"
@@ -458,7 +458,7 @@ BIG |= {"num_hidden_layers": 12, "attention_bias": False}
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 200 MB in two shards."""
     folder = tmp_path_factory.mktemp("big")
-    blanks = export_tensors(skeleton(BIG).state_dict(), BIG)
+    blanks = export_tensors(meta_model(BIG).state_dict(), BIG)
     tensors = {name: torch.zeros(t.shape) for name, t in blanks.items()}
     names = list(tensors)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from generate import main, parse_args
+from cli.options import parse_args
+from generate import main
 from text.jobs import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

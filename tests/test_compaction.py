@@ -253,7 +253,7 @@ def held(caches: Sequence[KVCache], pos: torch.Tensor) -> list[torch.Tensor]:
         for rows in parts(cache, pos):
             with cache.opened(rows, pos[:, -1:]) as part:
                 at = torch.arange(len(pos[rows])).unsqueeze(1), pos[rows]
-                kv.append(torch.stack([part._buffers[name][at] for name in "kv"]))
+                kv.append(torch.stack([getattr(part, name)[at] for name in "kv"]))
         found.append(torch.cat(kv, dim=1))
     return found
 

@@ -12,7 +12,7 @@ from common import LLAMA3
 from engine import generate
 from load import config_dtype, random_model
 from model import DynamicRotaryPositions, RotaryPositions
-from quant.linear import skeleton
+from quant.linear import meta_model
 from text.generation_config import GenerationConfig
 from weights.hf import MOST_LAYERS, model_args
 from weights.int4_layouts import foreign_scheme, quantization_config
@@ -214,7 +214,7 @@ def test_a_long_context_costs_what_a_short_one_costs(scaling: dict | None, tmp_p
         config = LLAMA | {"max_position_embeddings": context, "rope_scaling": scaling}
         (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
         lm = random_model(tmp_path / "config.json", device="cpu")
-        nbytes = sum(b.nbytes for b in skeleton(lm.model.args, None).buffers() if not b.is_meta)
+        nbytes = sum(b.nbytes for b in meta_model(lm.model.args, None).buffers() if not b.is_meta)
         assert nbytes < 256
         greedy = GenerationConfig(max_new_tokens=8, temperature=0, ignore_eos=True)
         texts[context] = list(generate(lm, [[1, 2, 3]], greedy))

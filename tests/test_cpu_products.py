@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast_layers import cpu as cpu_products
-from fast_layers.cpu import FewRowsLinear, TiledLinear
+from fast_layers.cpu import FewRowsLinear, PackedLinear
 from host.memory import page_aligned
 from kernels.cpu import build
 from load import random_model
-from model import KVCache, Linear
+from model import Linear, sdpa_attention
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -137,11 +137,11 @@ def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
     return torch.cat((scales, strips.flatten(1)), 1)
 
 
-def assert_packed(tiled: TiledLinear, linear: QuantizedLinear) -> None:
+def assert_packed(tiled: PackedLinear, linear: QuantizedLinear) -> None:
     """It holds the bytes that the slow packing makes."""
     packed, format = (pack_int8 if isinstance(linear, Int8Linear) else pack_int4)(linear)
     block = getattr(linear, "groupsize", build.layout().int8_block)
-    assert tiled._format == (format, block, linear.out_features)
+    assert tiled._layout == (format, block, linear.out_features)
     assert torch.equal(tiled.packed, packed)
     if linear.bias is None:
         assert tiled.bias is None
@@ -157,10 +157,10 @@ def assert_packed(tiled: TiledLinear, linear: QuantizedLinear) -> None:
 )
 def test_packing_gives_the_bytes_of_the_slow_one(K: int, N: int, groupsize: int | None, bias: bool):
     linear = filled(K, N, groupsize, bias)
-    assert_packed(TiledLinear(linear), linear)
+    assert_packed(PackedLinear(linear), linear)
     if groupsize:
         linear.scales.copy_(foreign(linear.scales))
-        assert_packed(TiledLinear(linear), linear)
+        assert_packed(PackedLinear(linear), linear)
 
 
 def foreign(scales: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def test_a_byte_holds_a_scale_or_none_of_the_matrix_is_in_bytes(scales: list[flo
     for row in (0, 39):
         linear = filled(64, 40, 32, False)
         linear.scales[row] = torch.tensor(scales)
-        assert_packed(TiledLinear(linear), linear)
+        assert_packed(PackedLinear(linear), linear)
 
 
 @needed
@@ -189,26 +189,26 @@ def test_layers_stream_through_one_that_began_on_the_meta_device(groupsize: int 
     for layer in layers[1:3] if groupsize else []:
         layer.scales.copy_(foreign(layer.scales))
     place = filled(300, 48, groupsize, True)
-    streamed = TiledLinear(copy.deepcopy(place).to("meta"))
+    streamed = PackedLinear(copy.deepcopy(place).to("meta"))
     assert streamed.packed is None
     for layer in layers:
         place.load_state_dict(layer.state_dict())
-        streamed.take(place)
+        streamed.load_from(place)
         for tensor in place.state_dict().values():
             tensor.zero_()
         assert_packed(streamed, layer)
-        assert torch.equal(streamed(rows(3, 300)), TiledLinear(layer)(rows(3, 300)))
+        assert torch.equal(streamed(rows(3, 300)), PackedLinear(layer)(rows(3, 300)))
 
 
 @needed
 def test_the_interpreter_is_free_while_a_layer_is_packed():
     """Else this thread would stand still for as long as a call takes, every time."""
     linear = Int8Linear(8192, 4096, False)
-    tiled = TiledLinear(linear)
+    tiled = PackedLinear(linear)
 
     def seconds() -> float:
         start = time.perf_counter()
-        tiled.take(linear)
+        tiled.load_from(linear)
         return time.perf_counter() - start
 
     longest_pauses = []  # as a share of the call; more than one try, as the cores may be busy
@@ -227,7 +227,7 @@ def test_the_interpreter_is_free_while_a_layer_is_packed():
 @needed
 def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
     with torch.inference_mode():
-        tiled = TiledLinear(filled(300, 40, 64, True))
+        tiled = PackedLinear(filled(300, 40, 64, True))
     linear = filled(300, 40, 64, True, seed=1)
     with ThreadPoolExecutor(1) as others:
         others.submit(tiled.take, linear).result()
@@ -238,7 +238,7 @@ def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
 def test_too_little_room_is_said_and_not_overrun():
     short, long = filled(300, 40, 32, False), filled(3000, 40, 32, False)
     with pytest.raises(RuntimeError, match="bytes for"):
-        TiledLinear(short).take(long)
+        PackedLinear(short).load_from(long)
 
 
 @needed
@@ -247,7 +247,7 @@ def test_products_leave_alone_what_is_on_the_meta_device():
     model.append(filled(64, 32, 32, False))
     model[:2].to("meta")
     cpu_products.use_fast_linears(model, torch.bfloat16)
-    assert [type(m) for m in model] == [Int8Linear, Linear, TiledLinear]
+    assert [type(m) for m in model] == [Int8Linear, Linear, PackedLinear]
 
 
 def test_huge_pages_are_as_large_as_is_asked():
@@ -354,7 +354,7 @@ def test_models_attend_by_it_where_products_are_ours_and_no_heads_are_shared(
     config = CONFIG.parent.with_name(name) / "config.json"
     cache = random_model(config, device="cpu", dtype=dtype).make_caches(2, 8)[0]
     ours = dtype == torch.bfloat16 and name == "demo-opt"
-    wanted = torch.ops.gpt_flex.attention if ours else KVCache.attention
+    wanted = cpu_products.kernel_attention if ours else sdpa_attention
     assert cache.attention is wanted
     assert cache.first(1).attention is wanted
 

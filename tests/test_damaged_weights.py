@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, save_checkpoint
 from model import Transformer
-from quant.linear import make_scheme, quantized_copy, skeleton
+from quant.linear import make_scheme, meta_model, quantized_copy
 from weights.hf import export_tensors, model_args
 
 CONFIG = {
@@ -39,7 +39,7 @@ TENSORS = state_dict()
 
 def loaded(path: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(path)
-    model = skeleton(checkpoint.args, checkpoint.scheme)
+    model = meta_model(checkpoint.args, checkpoint.scheme)
     checkpoint.load_into(model)
     return model.state_dict()
 
@@ -116,7 +116,7 @@ def test_a_scheme_that_no_tool_writes_is_refused(name: str, tmp_path: Path):
 def test_every_scheme_that_we_write_is_read(mode: str | None, tmp_path: Path):
     for head in ("int8", "int4", "dense"):
         scheme = make_scheme(mode, 64, head) if mode else None
-        model = skeleton(model_args(CONFIG), scheme)
+        model = meta_model(model_args(CONFIG), scheme)
         blank = {name: torch.zeros_like(t, device="cpu") for name, t in model.state_dict().items()}
         save_checkpoint(tmp_path / "model.pth", CONFIG, scheme, blank)
         assert same(loaded(tmp_path), blank)
@@ -341,7 +341,7 @@ def last_value_changed(tensor: Tensor) -> Tensor:
 def test_a_head_that_differs_is_kept_though_the_config_ties_it(
     change: Any, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("checkpoint.COMPARED", 200)  # three rows at a time
+    monkeypatch.setattr("checkpoint.COMPARED_BYTES", 200)  # three rows at a time
     head = change(TENSORS[TABLE])
     write_tied(folder, head)
     checkpoint, found = Checkpoint(folder), loaded(folder)
@@ -356,7 +356,7 @@ def test_a_head_that_differs_is_kept_though_the_config_ties_it(
 def test_a_head_that_is_equal_stays_tied(
     stored: str, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("checkpoint.COMPARED", 200)
+    monkeypatch.setattr("checkpoint.COMPARED_BYTES", 200)
     table = TENSORS[TABLE]
     head = table if stored in ("bin", "legacy") else table.clone()
     head = head.double() if stored == "other dtype" else head
@@ -373,7 +373,7 @@ def test_a_head_that_is_equal_stays_tied(
 def test_model_pth_of_a_head_that_differs_is_untied(folder: Path):
     write_tied(folder, TENSORS[HEAD])
     source = Checkpoint(folder)
-    tensors = {name: source.read(name) for name in source.records}
+    tensors = {name: source.read(name) for name in source.tensors}
     save_checkpoint(folder / "model.pth", source.config, source.scheme, tensors)
     again = Checkpoint(folder)
     assert again.path.name == "model.pth" and not again.args.tied
@@ -385,7 +385,7 @@ def test_a_head_that_differs_gives_the_logits_of_transformers(folder: Path):
     write_tied(folder, TENSORS[HEAD])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     lm, tokens, slots = (
-        skeleton(Checkpoint(folder).args, None),
+        meta_model(Checkpoint(folder).args, None),
         torch.arange(8)[None],
         torch.arange(8),
     )

@@ -19,7 +19,7 @@ from calibration.gptq import Buffers
 from checkpoint import Checkpoint
 from load import load_model
 from model import Linear
-from quant.linear import dense_int4, round_int4, store_int4, unpack_nibbles
+from quant.linear import dequantize_int4, pack_int4, round_int4, unpack_nibbles
 from weights.hf import model_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rounded_blocks(checkpoint: Checkpoint, *_: object) -> Iterator[tuple[str, Buffers]]:
-    for name in checkpoint.records:
+    for name in checkpoint.tensors:
         module, _, leaf = name.rpartition(".")
         if module.startswith("layers.") and leaf == "weight" and "norm" not in module:
             yield module, round_int4(checkpoint.read(name, torch.float32), 128)
@@ -74,12 +74,12 @@ def test_latents_begin_as_the_layer_and_move_by_the_gradient_of_what_they_stand_
     given = round_int4(linear.weight, 32)
     moved = (unpack_nibbles(given["weight"]).float() + torch.randint(-1, 2, (24, 1))).clamp(0, 15)
     q, zeros = moved[:, :K], unpack_nibbles(given["zeros"])[:, : given["scales"].shape[1]]
-    given = store_int4(q, given["scales"], zeros, 32)  # as GPTQ may: not the nearest integers
+    given = pack_int4(q, given["scales"], zeros, 32)  # as GPTQ may: not the nearest integers
     latent, x = LatentInt4(linear, given), torch.randn(3, 5, K)
     for name, buffer in latent.as_stored().items():
         assert torch.equal(buffer, given[name])
 
-    weight = dense_int4(**given)[:, :K].requires_grad_()
+    weight = dequantize_int4(**given)[:, :K].requires_grad_()
     expected = F.linear(x, weight, linear.bias)
     torch.testing.assert_close(latent(x), expected, rtol=0, atol=1e-6)
     expected.square().sum().backward()
@@ -120,7 +120,9 @@ def test_the_divergence_is_that_of_the_two_models_as_transformers_runs_them(demo
             if name.endswith(("down_proj", "fc2")):
                 n = next(int(part) for part in name.split(".") if part.isdigit())
                 module.weight.copy_(
-                    dense_int4(**blocks[f"layers.{n}.feed_forward.w2"])[:, : module.in_features]
+                    dequantize_int4(**blocks[f"layers.{n}.feed_forward.w2"])[
+                        :, : module.in_features
+                    ]
                 )
         rounded = Categorical(logits=theirs(tokens).logits.double())
     expected = kl_divergence(dense, rounded).mean().item()
@@ -138,7 +140,7 @@ def held_out_divergence(folder: Path, file: Path) -> float:
 
 def integers(file: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint(file)
-    return {n: checkpoint.read(n) for n in checkpoint.records if checkpoint.records[n].shape}
+    return {n: checkpoint.read(n) for n in checkpoint.tensors if checkpoint.tensors[n].shape}
 
 
 def test_training_brings_the_file_nearer_to_the_dense_model_by_its_integers_alone(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import main, parse_args
+from cli.options import parse_args
+from generate import main
 from host.threads import free_threads, quotas
 from load import load_model
 

@@ -31,25 +31,25 @@ from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from host.memory import page_aligned
-from load import LoadedModel, compile_now, load_model, skeleton
+from load import LoadedModel, compile_now, load_model, meta_model
 from neurons import feed_forward
-from neurons.budget import Disk, Residence, Usage, choose
-from neurons.feed_forward import Flash, Tally, source_of
+from neurons.budget import CachePlan, MachineCosts, NeuronUsage, choose
+from neurons.feed_forward import FlashOptions, FlashStats, neuron_source
 from neurons.pack import flash_directory, open_pack
 from neurons.records import (
-    GATED,
+    GATED_MATRICES,
     KINDS,
     LASTING,
     MOST_NOW,
     MOST_PIECES,
-    PLAIN,
+    PLAIN_MATRICES,
     Format,
     NeuronCache,
     NeuronFile,
     gathered,
 )
-from neurons.uring import Reads, Threads, Uring, Work, many_reads, nothing, read_pieces
-from quant.linear import Int4Linear, Int8Linear, nearest
+from neurons.uring import Reads, Threads, Uring, Work, nothing, open_reader, read_pieces
+from quant.linear import Int4Linear, Int8Linear, round_to_nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
@@ -87,7 +87,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps read neurons one by one, even from a disk that is faster at whole layers."""
-    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: False)
+    monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: False)
 
 
 def pack(path: Path, *options: object) -> Path:
@@ -99,7 +99,7 @@ def pack(path: Path, *options: object) -> Path:
 def sparse(path: Path, **options: object) -> LoadedModel:
     given = {name: options.pop(name) for name in ("memory", "window", "depth") if name in options}
     memory = given.pop("memory", 1.0)
-    chosen = Flash(memory, **given, directory=options.pop("directory", None))
+    chosen = FlashOptions(memory, **given, directory=options.pop("directory", None))
     options = {"device": "cpu", "dtype": torch.float32} | options
     return load_model(path, flash=chosen, **options)
 
@@ -129,7 +129,7 @@ def foresee(lm: LoadedModel, path: Path, more: float = 0.05) -> LoadedModel:
     checkpoint = Checkpoint(path)
     work = flash_directory(checkpoint).with_suffix(".flash.learned")
     for n, layer in enumerate(lm.model.layers):
-        model = skeleton(checkpoint.args, checkpoint.scheme)
+        model = meta_model(checkpoint.args, checkpoint.scheme)
         fill_module(checkpoint, model, f"layers.{n}.feed_forward", CPU)
         inner = model.layers[n].feed_forward
         first = getattr(inner, "w13", None) or inner.w1
@@ -150,7 +150,7 @@ def in_memory(path: Path, **options: object) -> LoadedModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("matrices", [PLAIN, GATED])
+@pytest.mark.parametrize("matrices", [PLAIN_MATRICES, GATED_MATRICES])
 def test_a_record_holds_what_the_linears_hold(kind: str, matrices: tuple[str, ...]):
     torch.manual_seed(SEED)
     F, D = 40, 72  # no multiple of the group
@@ -176,9 +176,9 @@ def test_a_record_holds_what_the_linears_hold(kind: str, matrices: tuple[str, ..
 
 
 def stored(linear: nn.Module, weight: Tensor) -> Tensor:
-    for name, value in nearest(weight.contiguous(), linear).items():
+    for name, value in round_to_nearest(weight.contiguous(), linear).items():
         setattr(linear, name, value)
-    return linear.dense(torch.float32)
+    return linear.dequantize(torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(STREAMS))
@@ -192,7 +192,7 @@ def test_a_cache_never_has_a_neuron_twice_or_another_in_its_place(
     stored = np.random.default_rng(seed).integers(0, 256, (F, stride), dtype=np.uint8)
     path = tmp_path / "neurons"
     path.write_bytes(bytes(first) + stored.tobytes())
-    monkeypatch.setattr("neurons.records.many_reads", draw.choice((many_reads, Threads)))
+    monkeypatch.setattr("neurons.records.open_reader", draw.choice((open_reader, Threads)))
     file = NeuronFile(path, stride, draw.choice((1, 2, 8, 64)))
     cache = NeuronCache(F, draw.randint(1, F), stride, CPU)
     for _ in range(30):
@@ -274,13 +274,13 @@ def test_texts_are_those_of_the_model_in_memory(
     lm = foresee(sparse(path, **options), path)
     assert texts(lm) == expected
     for prefers in (False, True):
-        monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_, p=prefers: p)
+        monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_, p=prefers: p)
         assert texts(lm) == expected
         for row, text in enumerate(TEXTS):
             (alone,) = complete(lm, [lm.tokenizer.encode(text)], GREEDY)
             assert alone.ids == expected[row]
-    tally = source_of(lm.model).tally
-    assert tally.calls and tally.whole and tally.missed
+    stats = neuron_source(lm.model).stats
+    assert stats.sparse_layers and stats.whole_layers and stats.missed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -289,7 +289,7 @@ def test_more_neurons_than_slots_take_turns(family: str, models: dict[str, Path]
     lm = foresee(sparse(path), path)
     for layer in lm.model.layers:
         module = layer.feed_forward
-        module.start(module.layer, module.source, 5)
+        module.attach(module.layer, module.source, 5)
     assert texts(lm) == texts(in_memory(path))
 
 
@@ -300,8 +300,8 @@ def test_a_long_prompt_streams_and_leaves_its_neurons(family: str, models: dict[
     prompts = [lm.tokenizer.encode(" ".join(TEXTS * n)) for n in (8, 5)]
     got, expected = ([c.ids for c in complete(model, prompts, GREEDY)] for model in (lm, other))
     assert got == expected
-    tally = source_of(lm.model).tally
-    assert tally.seen_active == tally.seen_predicted > 0
+    stats = neuron_source(lm.model).stats
+    assert stats.prompt_active == stats.prompt_predicted > 0
     assert all(
         (layer.feed_forward.cache.neurons < layer.feed_forward.cache.empty).any()
         for layer in lm.model.layers
@@ -313,10 +313,10 @@ def test_by_way_of_a_stage(family: str, models: dict[str, Path], never_whole: No
     """As a GPU has it, into whose memory no file is read."""
     path = models[family]
     lm = foresee(sparse(path), path)
-    source = source_of(lm.model)
+    source = neuron_source(lm.model)
     source._stage = page_aligned(7 * source.file.stride, CPU)
     assert texts(lm) == texts(in_memory(path))
-    assert source.tally.missed
+    assert source.stats.missed
 
 
 @pytest.mark.gpu
@@ -337,12 +337,12 @@ def test_on_a_gpu(
     wanted = texts(foresee(sparse(path, **options), path, more))
     lm = foresee(sparse(path, device="cuda", compile=compile, **options), path, more)
     for whole in (False, True):
-        monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_, p=whole: p)
+        monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_, p=whole: p)
         assert texts(lm) == wanted
         (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
         assert alone.ids == wanted[2]
-    tally = source_of(lm.model).tally
-    assert tally.missed and tally.whole
+    stats = neuron_source(lm.model).stats
+    assert stats.missed and stats.whole_layers
 
 
 @pytest.mark.gpu
@@ -377,8 +377,8 @@ def test_compiled(family: str, options: dict, models: dict[str, Path], never_who
     other = in_memory(path)
     lm = foresee(sparse(path, compile=True, **options), path, more=0)
     compile_now(lm, lm.make_caches(len(TEXTS), 64))
-    source = source_of(lm.model)
-    assert source.tally == Tally() and not source.file.requests  # which is no token's
+    source = neuron_source(lm.model)
+    assert source.stats == FlashStats() and not source.file.requests  # which is no token's
     expected = texts(other)
     assert texts(lm) == expected
     (alone,) = complete(lm, [lm.tokenizer.encode(TEXTS[2])], GREEDY)
@@ -386,7 +386,7 @@ def test_compiled(family: str, options: dict, models: dict[str, Path], never_who
     prompts = [lm.tokenizer.encode(" ".join(TEXTS * n)) for n in (8, 5)]
     got, wanted = ([c.ids for c in complete(model, prompts, GREEDY)] for model in (lm, other))
     assert got == wanted
-    assert source.tally.calls and source.tally.missed and source.tally.seen_active
+    assert source.stats.sparse_layers and source.stats.missed and source.stats.prompt_active
 
 
 def test_unbundled_records_of_the_benchmark(models: dict[str, Path], never_whole: None):
@@ -394,7 +394,7 @@ def test_unbundled_records_of_the_benchmark(models: dict[str, Path], never_whole
     lm = foresee(sparse(path), path)
     unbundled(lm)
     assert texts(lm) == texts(in_memory(path))
-    assert source_of(lm.model).file.requests
+    assert neuron_source(lm.model).file.requests
 
 
 @pytest.mark.parametrize("options", [{"kv_dtype": "int8"}, {"dtype": torch.bfloat16}], ids=str)
@@ -471,8 +471,8 @@ def test_what_is_learned_finds_active_neurons(data_dir: Path, tmp_path: Path):
     lm = sparse(path)
     held_out = (data_dir / "text" / "tinystories_val.txt").read_text()[:3000]
     complete(lm, [lm.tokenizer.encode(held_out)[:400]], GREEDY)
-    tally = source_of(lm.model).tally
-    assert tally.seen_predicted / tally.seen_active > 0.9
+    stats = neuron_source(lm.model).stats
+    assert stats.prompt_predicted / stats.prompt_active > 0.9
     figures = open_pack(path / "model.flash", Checkpoint(path)).layers
     assert all(layer["recall"] > 0.9 for layer in figures)
     assert all(layer["predicted"] < 0.5 for layer in figures[1:])
@@ -538,17 +538,17 @@ def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
     found = open_pack(models["opt"] / "model.flash", Checkpoint(models["opt"]))
     stride, neurons = found.format.stride, 768
     reads = {1: (1e-3, 1e-3, 1e-9), 8: (1e-3, 1e-4, 1e-9)}
-    slow = Disk(reads, 1e-9, 1e-9, by_slots=True)
+    slow = MachineCosts(reads, 1e-9, 1e-9, by_slots=True)
     rooms = [int(share * 4 * neurons * stride) for share in (0.2, 0.4, 0.6)]
-    residences = [choose(found, neurons, room + 77, 77, slow, None) for room in rooms]
-    for room, residence in zip(rooms, residences, strict=True):
-        assert sum(residence.slots) * stride <= room
-        assert residence.depth == 8 or not residence.nbytes
-    costs = [residence.reading for residence in residences]
+    plans = [choose(found, neurons, room + 77, 77, slow, None) for room in rooms]
+    for room, plan in zip(rooms, plans, strict=True):
+        assert sum(plan.slots) * stride <= room
+        assert plan.depth == 8 or not plan.nbytes
+    costs = [plan.reading for plan in plans]
     assert costs == sorted(costs, reverse=True)  # more memory, less reading
     everything = choose(found, neurons, 4 * neurons * stride, 0, slow, None)
     assert set(everything.slots) == {neurons} and everything.nbytes == 0
-    usage = Usage(found, neurons)
+    usage = NeuronUsage(found, neurons)
     assert choose(found, neurons, rooms[2], 0, slow, 1.0).slots == tuple(usage.slots(1.0))
 
 
@@ -557,7 +557,7 @@ def test_what_is_chosen_fits_and_costs_least(models: dict[str, Path]):
 
 def test_a_silu_model_is_refused():
     with pytest.raises(ValueError, match="silu.*--offload auto"):
-        load_model(ROOT / "checkpoints" / "demo", device="cpu", flash=Flash())
+        load_model(ROOT / "checkpoints" / "demo", device="cpu", flash=FlashOptions())
     with pytest.raises(ValueError, match="silu"):
         pack(ROOT / "checkpoints" / "demo")
 
@@ -565,7 +565,9 @@ def test_a_silu_model_is_refused():
 def test_no_pack():
     with pytest.raises(FileNotFoundError, match=r"python flash.py --checkpoint_path"):
         load_model(
-            ROOT / "checkpoints" / "demo-opt", device="cpu", flash=Flash(directory=Path("no"))
+            ROOT / "checkpoints" / "demo-opt",
+            device="cpu",
+            flash=FlashOptions(directory=Path("no")),
         )
 
 
@@ -633,15 +635,15 @@ class Tampered:
         return self.change(self.inner.read(file, requests, meanwhile), self.calls)
 
 
-@pytest.mark.parametrize("kind", [many_reads, Threads])
+@pytest.mark.parametrize("kind", [open_reader, Threads])
 def test_a_read_that_fails_leaves_no_wrong_neuron(
     kind: Callable, models: dict[str, Path], never_whole: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The same model goes on with the right text once the disk does."""
-    monkeypatch.setattr("neurons.records.many_reads", kind)
+    monkeypatch.setattr("neurons.records.open_reader", kind)
     path = models["opt"]
     lm = foresee(sparse(path), path)
-    file = source_of(lm.model).file
+    file = neuron_source(lm.model).file
     inner = file._reads
 
     def failing(results: np.ndarray, calls: int) -> np.ndarray:
@@ -688,7 +690,7 @@ def test_what_a_request_lacks_is_read_in_parts(
     assert calls == [3, 2, 1, 3, 2, 1]
 
 
-@pytest.mark.parametrize("kind", [many_reads, Threads])
+@pytest.mark.parametrize("kind", [open_reader, Threads])
 def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Path):
     """Interrupted again and again, at any point: what is read afterwards is right."""
     stride, total = 4096, 4096
@@ -721,7 +723,7 @@ def test_after_ctrl_c_nobody_writes_and_all_goes_on(kind: Callable, tmp_path: Pa
 def test_a_queue_is_closed_when_python_has_taken_its_modules_apart(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    queue = many_reads(8)
+    queue = open_reader(8)
     if not isinstance(queue, Uring):
         pytest.skip("there is no io_uring here")
     file = queue._queue
@@ -745,7 +747,7 @@ def alarms_are_ctrl_c():
 def test_without_o_direct(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(NeuronFile, "_takes_records", lambda self: False)
     lm = foresee(sparse(models["opt"]), models["opt"])
-    assert not source_of(lm.model).file.direct
+    assert not neuron_source(lm.model).file.direct
     assert texts(lm) == texts(in_memory(models["opt"]))
 
 
@@ -782,22 +784,22 @@ def test_what_is_read_whole():
     """Few slots are filled many times over, each by a call."""
     rates = {"call": 100.0, "request": 10.0, "record": 1.0, "whole": 400.0}
     rest = dict.fromkeys(("window", "depth", "reading", "computing", "meanwhile", "nbytes"), 0)
-    residence = Residence(slots=(), gap=1, requests=0, **rates, **rest)
+    plan = CachePlan(slots=(), gap=1, requests=0, **rates, **rest)
     apart, near = np.arange(0, 90, 3), np.arange(30)  # 30 requests, and one
-    assert residence.prefers_whole(apart, 30) and not residence.prefers_whole(near, 30)
-    assert not residence.prefers_whole(apart[:27], 27)
-    assert not residence.prefers_whole(near, 15) and residence.prefers_whole(near, 9)
-    assert not residence.prefers_whole(near[:0], 1) and not residence.prefers_whole(near[:3], 1)
-    assert residence.prefers_whole(near[:4], 1)
+    assert plan.prefers_whole_layer(apart, 30) and not plan.prefers_whole_layer(near, 30)
+    assert not plan.prefers_whole_layer(apart[:27], 27)
+    assert not plan.prefers_whole_layer(near, 15) and plan.prefers_whole_layer(near, 9)
+    assert not plan.prefers_whole_layer(near[:0], 1) and not plan.prefers_whole_layer(near[:3], 1)
+    assert plan.prefers_whole_layer(near[:4], 1)
 
 
 def test_nothing_is_said_of_predictions_where_layers_were_read_whole(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: True)
+    monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: True)
     lm = sparse(models["opt"])
     texts(lm)
-    said = list(feed_forward.report(lm.model))
+    said = list(feed_forward.flash_report(lm.model))
     assert any("whole layers" in line for line in said)
     assert not any("predicted" in line for line in said)
 

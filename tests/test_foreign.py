@@ -15,7 +15,7 @@ from checkpoint import Checkpoint
 from engine import complete
 from generate import GenerationConfig
 from load import load_model
-from quant.linear import dense_int4, unpack_nibbles
+from quant.linear import dequantize_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors
 
@@ -69,7 +69,7 @@ Edit = Callable[[dict[str, Tensor]], None]
 def write(folder: Path, name: str, layout: str, groupsize: int, edit: Edit | None = None) -> Path:
     """One model in two directories: folder/theirs in the layout, folder/dense unpacked."""
     source = Checkpoint(ROOT / "checkpoints" / name)
-    tensors = {n: source.read(n, torch.float32) for n in source.records}
+    tensors = {n: source.read(n, torch.float32) for n in source.tensors}
     theirs: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     for key, tensor in export_tensors(tensors, source.config).items():
@@ -203,7 +203,7 @@ def weight_of(folder: Path, name: str) -> Tensor:
     """What the integers of a linear stand for."""
     checkpoint = Checkpoint(folder)
     parts = {leaf: checkpoint.read(f"{name}.{leaf}") for leaf in ("weight", "scales", "zeros")}
-    return dense_int4(**parts)
+    return dequantize_int4(**parts)
 
 
 @pytest.mark.parametrize("named", ["gptq", "gptq_v2"])
@@ -289,7 +289,7 @@ def test_a_quantization_config_of_another_kind(tmp_path: Path, change: dict, mes
 def test_integers_of_mlx_are_no_weights(tmp_path: Path):
     folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
     source = Checkpoint(folder)
-    tensors = {n: source.read(n) for n in source.records}
+    tensors = {n: source.read(n) for n in source.tensors}
     tensors = {n: t.contiguous() for n, t in export_tensors(tensors, source.config).items()}
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.uint32)

@@ -37,7 +37,7 @@ from load import load_model
 from model import Transformer
 from quant.linear import make_scheme, quantized_copy
 from text.generation_config import GenerationConfig
-from text.jobs import JsonlOutput, Origin, make_jobs, read_prompts
+from text.jobs import Provenance, ResultsFile, make_jobs, read_prompts
 from text.tokenizer import load_tokenizer
 from weights.hf import export_tensors, model_args
 
@@ -422,7 +422,7 @@ def tokenizer_files(rng: random.Random) -> tuple[Files, str]:
     return damaged(rng, files, name, how)
 
 
-ORIGIN = Origin("model", "hash", {"seed": 0})
+ORIGIN = Provenance("model", "hash", {"seed": 0})
 ROWS = [
     {
         "index": i,
@@ -522,7 +522,7 @@ def read_and_encode(folder: Path) -> None:
 
 
 def go_on(folder: Path) -> None:
-    JsonlOutput(folder / "out.jsonl", PROMPTS, 1, ORIGIN)
+    ResultsFile(folder / "out.jsonl", PROMPTS, 1, ORIGIN)
 
 
 @dataclass(frozen=True)

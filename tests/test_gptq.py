@@ -12,7 +12,7 @@ import quantize
 from calibration import gptq
 from calibration.gptq import CalibratedBlock, best_of, refine, row_errors
 from checkpoint import Checkpoint
-from quant.linear import dense_int4, int4_grid, round_int4, unpack_nibbles
+from quant.linear import choose_int4_grid, dequantize_int4, round_int4, unpack_nibbles
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 5
@@ -29,7 +29,7 @@ def solve_in_float64(W: Tensor, H: Tensor, groupsize: int) -> Tensor:
     """Optimal brain quantisation as its definition has it: round a column, then solve anew, from
     scratch, for what the columns that are left should be. No Cholesky form, no blocks."""
     dense, W = W.double(), W.double().clone()
-    scales, zeros = (t.double() for t in int4_grid(W, groupsize))
+    scales, zeros = (t.double() for t in choose_int4_grid(W, groupsize))
     H = H.double() + gptq.DAMPING * H.double().diagonal().mean() * torch.eye(len(H))
     order = H.diagonal().argsort(descending=True).tolist()
     for n, column in enumerate(order):
@@ -50,7 +50,7 @@ def test_a_worked_example():
     W, H = torch.tensor([[0.3, 0.3]]), torch.full((2, 2), 2.0)
     W = torch.cat((W, torch.tensor([[0.0, 15.0]])), 1)  # spans the grid: 0 to 15, steps of 1
     H = torch.block_diag(H, torch.eye(2) * 2)
-    found = dense_int4(**gptq.gptq(W, H, 32, act_order=False))[0, :4]
+    found = dequantize_int4(**gptq.gptq(W, H, 32, act_order=False))[0, :4]
     assert found.tolist() == [0.0, 1.0, 0.0, 15.0]
     errors = [row_errors(b, W, H).item() for b in (gptq.gptq(W, H, 32), round_int4(W, 32))]
     assert errors == pytest.approx([0.32, 0.72], abs=1e-5)
@@ -60,7 +60,7 @@ def test_a_worked_example():
 def test_every_column_is_what_a_solver_in_float64_says(K: int):
     H = correlated(K)
     W = torch.randn(6, K)
-    found = dense_int4(**gptq.gptq(W, H, 32))[:, :K]
+    found = dequantize_int4(**gptq.gptq(W, H, 32))[:, :K]
     differs = (found - solve_in_float64(W, H, 32)).abs() > 1e-3
     assert differs.any(1).sum() <= 1  # a near tie may fall either way, and moves all that follows
 
@@ -115,7 +115,7 @@ def test_each_linear_is_better_than_rounded_and_the_next_sees_it(demo: Path, cap
         Checkpoint(demo / "model_int4-gptq.g128.pth"),
     )
     per_block = sum(
-        "layers.0." in name and ".weight" in name and "norm" not in name for name in source.records
+        "layers.0." in name and ".weight" in name and "norm" not in name for name in source.tensors
     )
     assert len(said) == per_block * source.args.n_layers
     for line in said:

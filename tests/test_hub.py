@@ -12,7 +12,7 @@ import pytest
 from hub_server import COMMIT, REPO, Hub, environment, etag
 
 from checkpoint import Checkpoint
-from quant.linear import skeleton
+from quant.linear import meta_model
 from weights.hub import needed_files, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +161,7 @@ def test_a_repository_is_downloaded_once_into_the_cache_that_transformers_uses(
     assert path == store(tmp_path) / "snapshots" / COMMIT
     assert_complete(path, hub)
     checkpoint = Checkpoint(path)  # through the links
-    checkpoint.check(skeleton(checkpoint.args, None))
+    checkpoint.check(meta_model(checkpoint.args, None))
     assert err.index("12.8MB  model.safetensors") < err.index("in all, to") < err.index("100%")
     hub.requests.clear()
     again, err = found(hub.url, tmp_path, REPO)

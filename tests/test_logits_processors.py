@@ -17,7 +17,7 @@ from decoding import LoadedModel
 from engine import complete, generate
 from load import load_model
 from text.generation_config import GenerationConfig
-from text.processors import Processors
+from text.processors import LogitsProcessors
 
 DRAFTS = ("ngram", "self-int4", DRAFT)
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)
@@ -107,7 +107,7 @@ def test_with_a_draft_the_text_is_the_same(plain, draft: str | Path, temperature
     assert ids(lm, prompts(plain), config, **options) == wanted
     alone = [ids(plain, [p], config, rows=[n], **options)[0] for n, p in enumerate(prompts(plain))]
     assert wanted == alone
-    assert sum(lm.draft.controller.report.offered) > 0
+    assert sum(lm.draft.controller.stats.drafted) > 0
 
 
 def never_twice_in_a_row(text: Tensor, logits: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_functions_see_rows_of_one_length_together_and_without_padding(plain: Lo
 
 
 def test_nothing_is_made_where_nothing_changes(plain: LoadedModel, monkeypatch):
-    monkeypatch.setattr(Processors, "__init__", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(LogitsProcessors, "__init__", lambda *_: pytest.fail("made"))
     ids(plain, prompts(plain), dataclasses.replace(GREEDY, max_new_tokens=2))
 
 

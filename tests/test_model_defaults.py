@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from text.model_defaults import model_defaults, taken
+from text.model_defaults import defaults_line, model_defaults
 
 
 def write(folder: Path, **config: object) -> Path:
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_object_is_refused(content: str, tmp_path: Path):
 
 
 def test_the_line_names_what_was_taken_from_where(tmp_path: Path):
-    line = taken({"temperature": 0.6, "top_k": 20}, tmp_path)
+    line = defaults_line({"temperature": 0.6, "top_k": 20}, tmp_path)
     assert line.startswith(f"temperature 0.6, top_k 20: from {tmp_path}/generation_config.json")
 
 

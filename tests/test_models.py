@@ -280,8 +280,8 @@ def test_dynamic_rope_within_across_and_beyond_the_trained_context(dynamic: tupl
 @pytest.mark.parametrize("chunk", [16, 37])
 def test_dynamic_rope_reads_a_prompt_in_chunks_as_in_one(dynamic: tuple, chunk: int):
     model, prompts, expected = dynamic
-    assert answers(views(model, sweep=chunk), prompts[-1:], 40) == expected[-1:]
-    assert answers(views(model, sweep=chunk * len(prompts)), prompts, 40) == expected
+    assert answers(views(model, prefill_chunk_tokens=chunk), prompts[-1:], 40) == expected[-1:]
+    assert answers(views(model, prefill_chunk_tokens=chunk * len(prompts)), prompts, 40) == expected
 
 
 @pytest.mark.parametrize("draft", [NgramDraft, lambda controller: SelfDraft(controller, None)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neurons.products import Products, has_kernel, taken
-from neurons.records import GATED, KINDS, PLAIN, Format
+from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, Format
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -53,7 +53,7 @@ def exact(
     return y, active
 
 
-@pytest.mark.parametrize("matrices", [GATED, PLAIN], ids=len)
+@pytest.mark.parametrize("matrices", [GATED_MATRICES, PLAIN_MATRICES], ids=len)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [32, 96, 1152])
 def test_sums_are_those_of_float64(kind: str, matrices: tuple[str, ...], dim: int):
@@ -71,7 +71,7 @@ def test_sums_are_those_of_float64(kind: str, matrices: tuple[str, ...], dim: in
         assert torch.equal(found, products.sums(x, records, neurons, slots)[0])
 
 
-@pytest.mark.parametrize("matrices", [GATED, PLAIN], ids=len)
+@pytest.mark.parametrize("matrices", [GATED_MATRICES, PLAIN_MATRICES], ids=len)
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_says_what_the_kernel_says(kind: str, matrices: tuple[str, ...]):
     """torch rounds to bfloat16 between its products."""
@@ -93,9 +93,9 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
     monkeypatch.setattr("neurons.products.layout", lambda: SimpleNamespace(chunk=32))
-    taken = Format(PLAIN, 64, "dense", torch.bfloat16)
-    odd = Format(PLAIN, 40, "dense", torch.bfloat16)
-    other = Format(PLAIN, 64, "dense", torch.float32)
+    taken = Format(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
+    odd = Format(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
+    other = Format(PLAIN_MATRICES, 64, "dense", torch.float32)
     assert has_kernel(taken, CPU, torch.bfloat16)
     assert not has_kernel(taken, CPU, torch.float32)
     assert not has_kernel(taken, torch.device("meta"), torch.bfloat16)

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
 from generate import GenerationConfig
+from host.torch_private import compiled_graphs
 from load import LoadedModel, load_model, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
 from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
-from tiers.prefetch import Slot
+from tiers.prefetch import Buffer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a model.pth, whose layers are read in place, as no other file's are."""
     folder = tmp_path_factory.mktemp("prepared")
     source = Checkpoint(ROOT / "checkpoints" / "demo")
-    tensors = {name: source.read(name, torch.float32) for name in source.records}
+    tensors = {name: source.read(name, torch.float32) for name in source.tensors}
     save_checkpoint(folder / "model.pth", source.config, None, tensors)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source.directory / name, folder)
@@ -133,7 +133,7 @@ def test_the_texts_show_batches_that_are_mixed_up(
     name, lm = resident
     fetch = TieredCaches._fetch
 
-    def of_the_next(self: TieredCaches, cell: Cell, slot: Slot) -> Future:
+    def of_the_next(self: TieredCaches, cell: Cell, slot: Buffer) -> Future:
         cells = self._ring._order
         return fetch(self, cells[(cells.index(cell) + 1) % len(cells)], slot)
 
@@ -169,11 +169,13 @@ def test_one_graph_serves_every_layer_and_every_slot(tmp_path: Path):
     policy = dataclasses.replace(MIXED, directory=tmp_path)
     lm = demo("demo", policy=policy, compile=True)
     ids(lm)
-    before = counters["stats"]["unique_graphs"]
-    data = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
+    before = compiled_graphs()
+    data = [tensor.data_ptr() for slot in lm.model.layers.buffers for tensor in slot.parts.values()]
     ids(lm, texts=TEXTS[::-1])
-    assert counters["stats"]["unique_graphs"] == before
-    after = [tensor.data_ptr() for slot in lm.model.layers.slots for tensor in slot.parts.values()]
+    assert compiled_graphs() == before
+    after = [
+        tensor.data_ptr() for slot in lm.model.layers.buffers for tensor in slot.parts.values()
+    ]
     assert data == after
 
 
@@ -221,7 +223,7 @@ def test_a_prepared_file_is_read_in_place(prepared: Path, tmp_path: Path):
     policy = Policy(Share(0, 0), micro_batches=2, directory=tmp_path / "never")
     lm = load_model(prepared, device="cpu", policy=policy)
     assert not policy.directory.exists()
-    assert {s.path for s, _ in lm.model.layers.sources.values()} == {prepared / "model.pth"}
+    assert {s.path for s, _ in lm.model.layers.locations.values()} == {prepared / "model.pth"}
     assert ids(lm) == ids(demo("demo"))
 
 
@@ -238,7 +240,7 @@ def test_without_o_direct_the_page_cache_serves(
     monkeypatch.setattr(os, "open", refuse)
     policy = Policy(Share(0, 0), Share(0, 0), micro_batches=2, directory=tmp_path)
     lm = load_model(prepared, device="cpu", policy=policy)
-    assert not any(store.direct for store, _ in lm.model.layers.sources.values())
+    assert not any(store.direct for store, _ in lm.model.layers.locations.values())
     assert ids(lm) == ids(demo("demo"))
 
 

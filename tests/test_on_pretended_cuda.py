@@ -20,7 +20,7 @@ import flash
 from calibration import predictor
 from load import LoadedModel
 from neurons import feed_forward
-from neurons.feed_forward import source_of
+from neurons.feed_forward import neuron_source
 from neurons.records import KINDS
 from quant.linear import Int4Linear
 from tiers.kv_cache import HostAttention
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     given = "--calibration_file", folder / "text.txt"
     with pretended_cuda(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictor, "fit", torch.no_grad()(predictor.fit))
+        patch.setattr(predictor, "train_factors", torch.no_grad()(predictor.train_factors))
         pack(path, *given, "--epochs", 1, "--device", DEVICE)
         pack(path, *given, "--epochs", 0, "--device", DEVICE)
     return path
@@ -93,13 +93,13 @@ def test_it_sees_a_stream_that_does_not_wait():
 
 def test_a_threshold_is_found_on_the_device():
     scores = torch.randn(40, generator=torch.Generator().manual_seed(SEED))
-    expected = predictor.threshold(scores, scores > -1, 0.9)
-    none = predictor.threshold(scores, scores > 100, 0.9)
+    expected = predictor.score_threshold(scores, scores > -1, 0.9)
+    none = predictor.score_threshold(scores, scores > 100, 0.9)
     with pretended_cuda():
         there = scores.to(CUDA)
-        found = predictor.threshold(there, there > -1, 0.9)
+        found = predictor.score_threshold(there, there > -1, 0.9)
         assert found.device == CUDA and found.item() == expected.item()
-        assert predictor.threshold(there, there > 100, 0.9).item() == none.item() == 0
+        assert predictor.score_threshold(there, there > 100, 0.9).item() == none.item() == 0
 
 
 def test_what_is_learned_is_the_same(model: Path, tmp_path: Path):
@@ -123,30 +123,30 @@ def test_neurons_from_disk(
     more = 0.05 if kind == "dense" else 1.0  # what is active behind rounded weights is not known
     wanted = texts(foresee(sparse(model, **options), model, more), FEW, 2)
     assert kind != "dense" or wanted == texts(demo_in_memory(model), FEW, 2)
-    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: whole)
+    monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: whole)
     with pretended_cuda():
         lm = foresee(sparse(model, device=DEVICE, **options), model, more)
         assert texts(lm, FEW, 2) == wanted
-        tally = source_of(lm.model).tally
-        assert tally.whole if whole else tally.missed and int(tally.active)
-        assert list(feed_forward.report(lm.model))
+        stats = neuron_source(lm.model).stats
+        assert stats.whole_layers if whole else stats.missed and int(stats.active)
+        assert list(feed_forward.flash_report(lm.model))
 
 
 def test_the_host_waits_once_a_layer_where_nothing_is_missed(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("neurons.budget.Residence.prefers_whole", lambda *_: False)
+    monkeypatch.setattr("neurons.budget.CachePlan.prefers_whole_layer", lambda *_: False)
     with pretended_cuda() as device:
         lm = foresee(sparse(model, device=DEVICE), model, more=0)
         layer = lm.model.layers[1].feed_forward
-        layer.start(1, layer.source, lm.model.args.hidden_dim)  # slots for all
+        layer.attach(1, layer.source, lm.model.args.hidden_dim)  # slots for all
         x = torch.randn(1, 1, lm.model.args.dim, generator=torch.Generator().manual_seed(SEED))
         waits = []
         for _ in range(3):
-            before, missed = device.waits, source_of(lm.model).tally.missed
+            before, missed = device.waits, neuron_source(lm.model).stats.missed
             with torch.inference_mode():
                 layer(x.to(CUDA, non_blocking=True))
-            waits.append((source_of(lm.model).tally.missed - missed, device.waits - before))
+            waits.append((neuron_source(lm.model).stats.missed - missed, device.waits - before))
         assert waits[0][0] > 0 and waits[1:] == [(0, 1), (0, 1)]
 
 
@@ -218,12 +218,12 @@ def test_packed_layers_are_unpacked_once_for_all_micro_batches(
 ):
     policy = dataclasses.replace(AWAY, compress_weight=True, directory=tmp_path)
     wanted = ids(demo("demo", policy=policy))
-    calls, really = [], Int4Linear.dense
-    monkeypatch.setattr(Int4Linear, "dense", lambda *given: calls.append(1) or really(*given))
+    calls, really = [], Int4Linear.dequantize
+    monkeypatch.setattr(Int4Linear, "dequantize", lambda *given: calls.append(1) or really(*given))
     with pretended_cuda():
         lm = away(policy)
         assert ids(lm) == wanted
-        kinds = {type(m) for m in lm.model.layers.slots[0].holds.block.modules()}
+        kinds = {type(m) for m in lm.model.layers.buffers[0].contents.block.modules()}
     linears = 4 * len(lm.model.layers)
     assert len(calls) == FEW.max_new_tokens * linears and Int4Linear in kinds
 

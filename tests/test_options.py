@@ -12,7 +12,7 @@ import pytest
 from checkpoint import DTYPES
 from cli import options
 from cli.arguments import documents, percentage, token_bias
-from load import CACHES, DRAFTS
+from load import CACHE_BITS, DRAFTS
 from neurons.records import KINDS
 from quant.linear import GROUP_SIZES, HEADS, MODES
 from text.generation_config import GenerationConfig
@@ -28,7 +28,7 @@ def command(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
 
 def test_names_are_those_of_the_modules_that_define_them():
     assert tuple(DTYPES) == options.DTYPES
-    assert tuple(name for name in CACHES if name) == options.CACHES
+    assert tuple(CACHE_BITS) == options.CACHES
     assert DRAFTS == options.DRAFTS
     assert (MODES, HEADS, GROUP_SIZES) == (options.MODES, options.HEADS, options.GROUP_SIZES)
     assert KINDS == options.NEURONS

@@ -19,11 +19,12 @@ import eval as evaluation
 import generate
 import plan
 from cli.arguments import documents
-from generate import main, parse_args
+from cli.options import parse_args
+from generate import main
 from host import files, measurements, memory
 from text import jobs
 from text.generation_config import GenerationConfig
-from tiers.direct_io import ScratchFile, existing
+from tiers.direct_io import ScratchFile, nearest_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 OPT = ROOT / "checkpoints" / "demo-opt"
@@ -133,14 +134,14 @@ def test_the_same_model_is_known_under_another_path(tmp_path: Path, prompts: Pat
     ],
 )
 def test_a_row_of_a_wrong_type_is_refused(tmp_path: Path, change: dict[str, Any]):
-    origin = jobs.Origin("demo", "0", {"seed": 0})
+    origin = jobs.Provenance("demo", "0", {"seed": 0})
     row = {"index": 0, "sample": 0, "prompt": "Lily", "text": "."} | origin.row()
     file = tmp_path / "out.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    assert jobs.JsonlOutput(file, ["Lily"], 1, origin).done == {(0, 0)}
+    assert jobs.ResultsFile(file, ["Lily"], 1, origin).done == {(0, 0)}
     file.write_text(json.dumps(row | change) + "\n")
     with pytest.raises(ValueError, match=r"line 1 (is no result|was made with other)"):
-        jobs.JsonlOutput(file, ["Lily"], 1, origin)
+        jobs.ResultsFile(file, ["Lily"], 1, origin)
 
 
 @pytest.mark.parametrize("content", ["[" * 99_999 + "\n", '[["index", 0]]\n', "5\n", "\xff\n"])
@@ -148,7 +149,7 @@ def test_a_file_that_is_no_results_is_left_as_it_is(tmp_path: Path, content: str
     file = tmp_path / "out.jsonl"
     file.write_bytes(content.encode("latin1"))
     with pytest.raises(ValueError, match=r"out.jsonl.* is no result"):
-        jobs.JsonlOutput(file, ["Lily"], 1, jobs.Origin("demo", "0", {}))
+        jobs.ResultsFile(file, ["Lily"], 1, jobs.Provenance("demo", "0", {}))
     assert file.read_bytes() == content.encode("latin1")
 
 
@@ -156,7 +157,7 @@ def test_results_of_a_version_that_kept_no_settings_are_refused(tmp_path: Path):
     file = tmp_path / "out.jsonl"
     file.write_text('{"index": 0, "sample": 0, "prompt": "Lily", "text": "."}\n')
     with pytest.raises(ValueError, match="does not say which model and settings made it"):
-        jobs.JsonlOutput(file, ["Lily"], 1, jobs.Origin("demo", "0", {}))
+        jobs.ResultsFile(file, ["Lily"], 1, jobs.Provenance("demo", "0", {}))
 
 
 def test_devices_and_pipes_take_results(prompts: Path, tmp_path: Path, capfd: Any):
@@ -273,18 +274,20 @@ def test_without_a_home_nothing_is_kept(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measurements.keep("speed", (1, "a"), {"x": 1.5})
-    assert measurements.known("speed", (1, "a")) == {"x": 1.5}
-    assert measurements.known("speed", (2, "a")) is None
+    measurements.save_measurement("speed", (1, "a"), {"x": 1.5})
+    assert measurements.load_measurement("speed", (1, "a")) == {"x": 1.5}
+    assert measurements.load_measurement("speed", (2, "a")) is None
     next((tmp_path / "gpt-flex").iterdir()).write_text("damaged")
-    assert measurements.known("speed", (1, "a")) is None
+    assert measurements.load_measurement("speed", (1, "a")) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    measurements.keep("speed", 1, 2)
+    measurements.save_measurement("speed", 1, 2)
     assert "not kept" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification ignores it
     monkeypatch.setattr(measurements.Path, "home", no_home)
-    assert measurements.cache_directory() is None and measurements.known("speed", 1) is None
-    measurements.keep("speed", 1, 2)
+    assert (
+        measurements.cache_directory() is None and measurements.load_measurement("speed", 1) is None
+    )
+    measurements.save_measurement("speed", 1, 2)
     assert "no home directory" in capsys.readouterr().err
 
 
@@ -294,7 +297,7 @@ def test_scratch_leaves_no_directory_and_says_what_a_file_is(tmp_path: Path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NotADirectoryError, match="file is a file: --offload_dir needs a dir"):
-            existing(path)
+            nearest_directory(path)
     with pytest.raises(ValueError, match="GB free and .* choose another --offload_dir"):
         ScratchFile(tmp_path, 2**60)
 

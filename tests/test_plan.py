@@ -18,7 +18,7 @@ from cli.arguments import nbytes
 from load import load_model
 from plan import Subject, sizes
 from tiers.kv_cache import TieredCaches
-from tiers.planner import Planner, Sizes, Work
+from tiers.planner import Planner, Sizes, Workload
 from tiers.policy import Policy, Share
 from tiers.probe import Curve, Machine, sample_args
 
@@ -43,9 +43,9 @@ def some_machine(draw: random.Random) -> Machine:
         to_device=line(link),
         to_host=line(link),
         products=Curve((1, 64, 512), (20 * token, 24 * token, 24 * token + 448 * token)),
-        per_slot=draw.uniform(1e-9, 1e-6),
+        per_position=draw.uniform(1e-9, 1e-6),
         per_pair=draw.uniform(1e-9, 1e-7),
-        host_per_slot=draw.uniform(1e-8, 1e-5),
+        host_per_position=draw.uniform(1e-8, 1e-5),
     )
 
 
@@ -58,23 +58,23 @@ def some_sizes(draw: random.Random) -> Sizes:
         ring=layer,
         fixed=draw.randint(50, 200) * MB,
         head=draw.randint(10, 50) * MB,
-        slot=draw.choice((1000, 20_000)),
+        position=draw.choice((1000, 20_000)),
         hidden=10_000,
         within=50_000,
         logits=100_000,
     )
 
 
-@pytest.mark.parametrize("one_memory", [True, False], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("device_is_cpu", [True, False], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("number", range(8))
-def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, one_memory: bool):
+def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu: bool):
     """Of every number of layers and cells on each tier, for each grouping that is tried."""
     draw = random.Random(SEED + number)
-    planner = Planner(some_sizes(draw), some_machine(draw), one_memory)
-    work = Work(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
+    planner = Planner(some_sizes(draw), some_machine(draw), device_is_cpu)
+    work = Workload(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
     whole = planner.sizes.layers * planner.sizes.layer
     budgets = {"device": planner.sizes.fixed + draw.uniform(0.9, 1.3) * whole, "disk": 1e12}
-    if not one_memory:
+    if not device_is_cpu:
         host = {"host": draw.uniform(0.5, 1.2) * whole}
         budgets = {"device": budgets["device"], **host, "disk": 1e12}
     try:
@@ -88,12 +88,12 @@ def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, one_memory: bo
         assert chosen.rate >= 0.95 * best, (number, chosen, best)
 
 
-def every_rate(planner: Planner, work: Work, budgets: dict[str, float]) -> list[float]:
+def every_rate(planner: Planner, work: Workload, budgets: dict[str, float]) -> list[float]:
     rates, layers = [], planner.sizes.layers
     for policy in planner.groupings(Policy(), work.texts):
         cells = layers * policy.micro_batches
-        weights = splits(layers, planner.one_memory, 1)
-        caches = splits(cells, planner.one_memory, max(1, cells // 6))
+        weights = splits(layers, planner.device_is_cpu, 1)
+        caches = splits(cells, planner.device_is_cpu, max(1, cells // 6))
         for weight, cache in itertools.product(weights, caches):
             found = planner.predict(dataclasses.replace(policy, weights=weight, cache=cache), work)
             if all(found.memory[tier] <= budgets[tier] for tier in budgets):
@@ -101,12 +101,12 @@ def every_rate(planner: Planner, work: Work, budgets: dict[str, float]) -> list[
     return rates
 
 
-def splits(total: int, one_memory: bool, step: int) -> list[Share]:
+def splits(total: int, device_is_cpu: bool, step: int) -> list[Share]:
     counts = {*range(0, total, step), total}
     return [
         Share(100 * device / total, 100 * host / total)
         for device in counts
-        for host in ({0} if one_memory else counts)
+        for host in ({0} if device_is_cpu else counts)
         if device + host <= total
     ]
 
@@ -114,8 +114,10 @@ def splits(total: int, one_memory: bool, step: int) -> list[Share]:
 def test_a_budget_that_is_too_small_says_what_would_do():
     draw = random.Random(SEED)
     planner = Planner(some_sizes(draw), some_machine(draw), True)
-    work = Work(1, 64, 8)
-    least = planner.predict(Policy(Share(0, 0), Share(0, 0), micro_batch=1, sweep=1024), work)
+    work = Workload(1, 64, 8)
+    least = planner.predict(
+        Policy(Share(0, 0), Share(0, 0), micro_batch=1, prefill_chunk_tokens=1024), work
+    )
     needed = least.memory["device"]
     planner.choose(work, {"device": needed + 1, "disk": 1e12}, Policy(), 1)
     with pytest.raises(ValueError, match=r"does not fit: it needs .* of memory and may take"):
@@ -126,7 +128,7 @@ def test_bytes_on_disk_are_those_that_are_planned(tmp_path: Path):
     lm = load_model(ROOT / "checkpoints" / "demo", device="cpu", dtype=torch.float32)
     subject = Subject(lm.model.args, None, torch.float32, None, lm.device)
     policy = Policy(Share(50, 0), Share(0, 0), micro_batch=2, micro_batches=3, directory=tmp_path)
-    planned = Planner(sizes(subject), None, True).predict(policy, Work(6, 60, 39))
+    planned = Planner(sizes(subject), None, True).predict(policy, Workload(6, 60, 39))
     moving = load_model(lm_path(), device="cpu", dtype=torch.float32, policy=policy)
     layers = moving.model.layers
     weights = layers.tiers.count("disk") * layers.layout.nbytes

@@ -9,8 +9,8 @@ import torch
 from checkpoint import Checkpoint
 from decoding import together
 from model import ModelArgs
-from pp import FlightCache, Posted, flights_of, own_layers
-from quant.linear import skeleton
+from pp import MicroBatchCache, PendingSends, split_micro_batches, stage_layers
+from quant.linear import meta_model
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from tests.test_tp import on_ranks, random_llama
@@ -69,12 +69,12 @@ def test_a_stage_holds_its_layers_and_no_more(models: dict[str, Path], tmp_path:
     """The first has the table, the last the head; the demo's are one."""
     by_rank = on_ranks(2, [{"path": str(models["random"]), **PLAIN}], tmp_path)
     args = Checkpoint(models["random"]).args
-    model = skeleton(args, None)
+    model = meta_model(args, None)
     layer = sum(p.numel() for p in model.layers[0].parameters())
     table = args.vocab_size * args.dim
     frequencies = args.head_dim // 2
     caches_aside = [said["weights"] / 4 - frequencies for (said,) in by_rank]
-    shares = [len(own_layers(args, Ranks(rank, 2))) for rank in range(2)]
+    shares = [len(stage_layers(args, Ranks(rank, 2))) for rank in range(2)]
     assert caches_aside == [shares[0] * layer + table, shares[1] * layer + table + args.dim]
 
 
@@ -86,31 +86,34 @@ def shape(layers: int, vocab: int = 1000) -> ModelArgs:
 def test_every_layer_is_somewhere_once(layers: int):
     for vocab in (10, 1000, 10**6):
         for count in range(1, layers + 1):
-            parts = [own_layers(shape(layers, vocab), Ranks(rank, count)) for rank in range(count)]
+            parts = [
+                stage_layers(shape(layers, vocab), Ranks(rank, count)) for rank in range(count)
+            ]
             assert [n for part in parts for n in part] == list(range(layers))
             assert all(parts)
 
 
 def test_a_large_head_leaves_the_last_rank_fewer_layers():
-    even = [len(own_layers(shape(12, 8), Ranks(rank, 2))) for rank in range(2)]
-    uneven = [len(own_layers(shape(12, 2560), Ranks(rank, 2))) for rank in range(2)]
+    even = [len(stage_layers(shape(12, 8), Ranks(rank, 2))) for rank in range(2)]
+    uneven = [len(stage_layers(shape(12, 2560), Ranks(rank, 2))) for rank in range(2)]
     assert even == [6, 6] and uneven[0] > uneven[1]
 
 
 def test_more_ranks_than_layers():
     with pytest.raises(ValueError, match="3 ranks cannot share 2 layers"):
-        own_layers(shape(2), Ranks(0, 3))
+        stage_layers(shape(2), Ranks(0, 3))
 
 
 def test_flights_are_of_the_rows_that_there_are():
-    model = skeleton(shape(2), None)
+    model = meta_model(shape(2), None)
     parts = [
-        model.new_cache((rows, 9, 4, 16), torch.float32, torch.device("cpu")) for rows in (3, 3, 2)
+        model.cache_factory((rows, 9, 4, 16), torch.float32, torch.device("cpu"))
+        for rows in (3, 3, 2)
     ]
-    cache = FlightCache(parts)
+    cache = MicroBatchCache(parts)
     assert cache.rows == 8 and cache.length == 8
     for count, expected in ((8, [3, 3, 2]), (7, [3, 3, 1]), (4, [3, 1]), (3, [3]), (1, [1])):
-        found = flights_of([cache.first(count)])
+        found = split_micro_batches([cache.first(count)])
         assert [len(rows) for rows, _ in found] == expected
         assert [row for rows, _ in found for row in rows] == list(range(count))
         assert [caches[0].rows for _, caches in found] == expected
@@ -124,7 +127,7 @@ def test_what_has_arrived_is_let_go():
         def is_completed(self) -> bool:
             return self.done
 
-    some, waiting = Posted(), Done(False)
+    some, waiting = PendingSends(), Done(False)
     some.add(Done(True), torch.zeros(1))
     some.add(waiting, torch.zeros(1))
     some.add(Done(True), torch.zeros(1))

@@ -48,8 +48,8 @@ def assert_weights(path: Path, hub: Hub, scratch: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (scratch / name).write_bytes(hub.files[name])
     found, expected = Checkpoint(path), Checkpoint(scratch)
-    assert found.records.keys() == expected.records.keys()
-    assert all(torch.equal(found.read(n), expected.read(n)) for n in expected.records)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.read(n), expected.read(n)) for n in expected.tensors)
 
 
 def test_prepare_downloads_only_what_is_needed_and_converts_it(hub: Hub, tmp_path: Path):

@@ -15,7 +15,7 @@ import quantize
 from calibration.texts import calibration_text
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
-from fast_layers.cpu import TiledLinear
+from fast_layers.cpu import PackedLinear
 from generate import GenerationConfig
 from kernels.cpu import build
 from load import load_model, random_model
@@ -24,7 +24,7 @@ from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
     Int8Linear,
-    dense_int4,
+    dequantize_int4,
     make_scheme,
     pack_nibbles,
     quantized_linear,
@@ -87,7 +87,7 @@ def test_int4_by_hand():
     found = round_int4(weight, 32)
     assert found["scales"].tolist() == [[0.125]] and found["zeros"].tolist() == [[4]]
     assert unpack_nibbles(found["weight"])[0, :4].tolist() == [0, 15, 6, 4]
-    assert dense_int4(**found)[0, :4].tolist() == [-0.5, 1.375, 0.25, 0.0]
+    assert dequantize_int4(**found)[0, :4].tolist() == [-0.5, 1.375, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("n", [2, 7])
@@ -106,7 +106,7 @@ def test_every_int4_weight_is_within_half_a_step(shape: tuple[int, int], groupsi
     multiples = scales / scale_units(scales)
     assert torch.equal(multiples, multiples.round()) and multiples.max() <= 255
     step = scales.repeat_interleave(groupsize, 1)[:, : shape[1]]
-    error = (dense_int4(**found)[:, : shape[1]] - weight).abs()
+    error = (dequantize_int4(**found)[:, : shape[1]] - weight).abs()
     # A scale is up to half a unit too small: the ends of the span are 15 times that away.
     assert (error <= step * 0.5 + 15 * scale_units(scales) / 2 + 1e-7).all()
 
@@ -118,9 +118,9 @@ def test_every_int4_weight_is_within_half_a_step(shape: tuple[int, int], groupsi
 def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, int], said: dict):
     layer = filled(random_linear(shape), said)
     x = torch.randn(2, 3, shape[1])
-    wanted = F.linear(x, layer.dense(torch.float32), layer.bias)
+    wanted = F.linear(x, layer.dequantize(torch.float32), layer.bias)
     torch.testing.assert_close(layer(x), wanted)
-    assert layer.dense(torch.float32).shape == shape
+    assert layer.dequantize(torch.float32).shape == shape
 
 
 @tiles
@@ -132,8 +132,8 @@ def test_tiles_give_what_float64_gives(shape: tuple[int, int], said: dict):
     """For one row, for rows together and for many, whose products are different code."""
     assert build.build() is None
     layer = filled(random_linear(shape), said, torch.bfloat16)
-    tiled = TiledLinear(layer)
-    weight = layer.dense(torch.float64)
+    tiled = PackedLinear(layer)
+    weight = layer.dequantize(torch.float64)
     for rows in (1, 2, 3, 4, 5, 7, 8, 15, 60, 260):
         x = torch.randn(rows, shape[1]).bfloat16() * torch.logspace(-3, 3, rows).unsqueeze(1)
         x = x.bfloat16()
@@ -178,12 +178,12 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     assert build.build() is None
     layer = filled(random_linear((48, 300)), {"bits": 4, "groupsize": groupsize}, torch.bfloat16)
     x = torch.randn(260, 300).bfloat16()
-    short = TiledLinear(layer)
+    short = PackedLinear(layer)
     layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
-    long = TiledLinear(layer)
-    formats = short._format[0], long._format[0]
+    long = PackedLinear(layer)
+    formats = short._layout[0], long._layout[0]
     assert formats == (build.layout().int4, build.layout().int4_half)
-    weight, bias = layer.dense(torch.float64), layer.bias.double()
+    weight, bias = layer.dequantize(torch.float64), layer.bias.double()
     for rows in (x[:1], x[:3], x[:60], x):
         wanted = rows.double() @ weight.t() + bias
         bound = rows.double().abs() @ weight.t().abs() + bias.abs()
@@ -201,7 +201,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(said: dict):
     x = torch.randn(45, 300).bfloat16() * torch.logspace(-3, 3, 45).unsqueeze(1)
     x = x.bfloat16()
     for _ in range(2):
-        tiled = TiledLinear(layer)
+        tiled = PackedLinear(layer)
         alone = torch.cat([tiled(row.unsqueeze(0)) for row in x])
         for rows in (2, 4, 5, 8, 13, 15, 45):
             assert torch.equal(tiled(x[:rows]), alone[:rows])
@@ -216,8 +216,8 @@ def test_activations_lose_less_than_bfloat16_does():
     layer.bias.data.zero_()
     x = torch.randn(1, 256).bfloat16()
     x[0, 5] = 1000
-    wanted = x.double() @ layer.dense(torch.float64).t()
-    error = (TiledLinear(layer)(x).double() - wanted).abs()
+    wanted = x.double() @ layer.dequantize(torch.float64).t()
+    error = (PackedLinear(layer)(x).double() - wanted).abs()
     assert (error <= 2**-8 * wanted.abs() + 2**-14 * wanted.abs().max()).all()
 
 
@@ -249,7 +249,7 @@ def test_compiled_text_is_eager_text_and_a_batch_is_its_rows(demo: Path, mode: s
     texts = []
     for options in ({}, {"compile": True}):
         lm = load_model(target, device="cpu", **options)
-        assert any(isinstance(m, TiledLinear) for m in lm.model.modules())
+        assert any(isinstance(m, PackedLinear) for m in lm.model.modules())
         prompts = [lm.tokenizer.encode(text) for text in TEXTS]
         texts.append([complete(lm, [prompt], config)[0].ids for prompt in prompts])
     assert texts[0] == texts[1]
@@ -258,10 +258,10 @@ def test_compiled_text_is_eager_text_and_a_batch_is_its_rows(demo: Path, mode: s
 
 def test_the_tied_head_of_a_quantised_model_is_its_own(demo: Path):
     file = Checkpoint(quantized(demo))
-    assert file.args.tied and file.records["output.weight"].dtype == torch.int8
-    assert file.records["tok_embeddings.weight"].dtype == torch.bfloat16
+    assert file.args.tied and file.tensors["output.weight"].dtype == torch.int8
+    assert file.tensors["tok_embeddings.weight"].dtype == torch.bfloat16
     dense = Checkpoint(quantized(demo, "int4", "--head", "dense"))
-    assert "output.weight" not in dense.records
+    assert "output.weight" not in dense.tensors
 
 
 def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture):
@@ -271,10 +271,10 @@ def test_sizes_are_announced_and_true(demo: Path, capsys: pytest.CaptureFixture)
     file = Checkpoint(target)
     assert checkpoint_module.size_text(file.nbytes) in said
     weights = math.prod(
-        Checkpoint(demo / "model.safetensors").records["layers.0.attention.wo.weight"].shape
+        Checkpoint(demo / "model.safetensors").tensors["layers.0.attention.wo.weight"].shape
     )
     stored = sum(
-        file.records[f"layers.0.attention.wo.{leaf}"].nbytes
+        file.tensors[f"layers.0.attention.wo.{leaf}"].nbytes
         for leaf in ("weight", "scales", "zeros")
     )
     assert 4.6 < 8 * stored / weights < 4.8
@@ -380,7 +380,7 @@ def test_products_are_measured_quickly():
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-gptq"])
 def test_a_weight_that_is_not_finite_is_named(demo: Path, mode: str, bad: float, capsys):
     source = Checkpoint(demo)
-    tensors = {name: source.read(name) for name in source.records}
+    tensors = {name: source.read(name) for name in source.tensors}
     tensors["layers.1.feed_forward.w2.weight"][3, 4] = bad
     save_checkpoint(demo / "model.pth", source.config, None, tensors)
     before = sorted(demo.iterdir())

@@ -149,6 +149,7 @@ FAULT = """
 import os, sys
 sys.path.insert(0, {root!r})
 import generate
+from cli import options
 from decoding import LoadedModel
 
 if os.environ["RANK"] == "{rank}":
@@ -169,7 +170,7 @@ if os.environ["RANK"] == "{rank}":
         return lm
 
     generate.load_model = failing
-sys.exit(generate.main(generate.parse_args({words!r})))
+sys.exit(generate.main(options.parse_args({words!r})))
 """
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sampling import NOT_FINITE, Sampler, candidates, draw, exponentials
-from text.generation_config import RULES, GenerationConfig
+from text.generation_config import VALIDATORS, GenerationConfig
 
 VOCAB = 97
 FILTERS = list(
@@ -178,7 +178,7 @@ def test_logits_that_are_not_finite_mark_their_row_alone(config: dict, value: fl
     given[2, 0, 40] = value
     tokens = sampler(given, torch.zeros(5, 1).long())
     assert ((tokens >= 0) & (tokens < VOCAB)).all()  # a step launched ahead may look them up
-    ids = sampler.begin_reading(tokens)()
+    ids = sampler.copy_to_host_async(tokens)()
     assert [row == [NOT_FINITE] for row in ids] == [False, False, True, False, False]
 
 
@@ -207,7 +207,7 @@ def test_a_value_of_a_wrong_type_or_range_is_named(field: str, value: object):
 
 def test_every_field_is_checked_and_its_default_is_right():
     fields = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
-    assert RULES.keys() == fields.keys() == WRONG.keys()
+    assert VALIDATORS.keys() == fields.keys() == WRONG.keys()
     assert dataclasses.asdict(GenerationConfig()) == fields
 
 

@@ -9,7 +9,8 @@ import torch
 
 from decoding import LoadedModel
 from evaluation import scoring
-from evaluation.scoring import Node, Result, grow, log_likelihoods
+from evaluation.scoring import PrefixNode, SequenceScore, build_prefix_trees, log_likelihoods
+from host.torch_private import compiled_graphs
 from load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def sequences(seed: int = 0, vocab: int = 2048, context: int = 512) -> Asked:
     return made
 
 
-def check(results: Sequence[Result], expected: list[tuple[float, bool]]) -> None:
+def check(results: Sequence[SequenceScore], expected: list[tuple[float, bool]]) -> None:
     assert sorted(r.number for r in results) == list(range(len(expected)))
     for number, nats, greedy in results:
         assert nats == pytest.approx(expected[number][0], abs=TOLERANCE)
@@ -81,9 +82,9 @@ def test_small_calls_and_small_pools(
     lm: LoadedModel, expected: list, monkeypatch: pytest.MonkeyPatch
 ):
     """Nodes in pieces, and more nodes than a level has room for at once."""
-    monkeypatch.setattr(scoring, "LOGITS", 50 * lm.model.args.vocab_size)
-    monkeypatch.setattr(scoring, "CALLS", {"cpu": (64, 600, 0)})
-    monkeypatch.setattr(scoring, "POOL", 3)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 50 * lm.model.args.vocab_size)
+    monkeypatch.setattr(scoring, "CALL_LIMITS", {"cpu": (64, 600, 0)})
+    monkeypatch.setattr(scoring, "MAX_POOL_ROWS", 3)
     check(list(log_likelihoods(lm, sequences())), expected)
 
 
@@ -92,9 +93,9 @@ def test_compiled(expected: list, family: str):
         DEMOS[family], device="cpu", dtype=torch.float32, compile=True, compile_prefill=True
     )
     check(list(log_likelihoods(lm, sequences(), 4)), expected)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = compiled_graphs()
     check(list(log_likelihoods(lm, sequences(), 4)), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert compiled_graphs() == graphs
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
@@ -146,14 +147,14 @@ def test_trees_hold_every_sequence():
     asked = sequences()
     paths: dict[int, list[int]] = {}
 
-    def walk(node: Node, before: list[int]) -> None:
+    def walk(node: PrefixNode, before: list[int]) -> None:
         assert node.begin == len(before) and len(node.ids) > 0
         ids = [*before, *node.ids]
         paths.update({number: ids for number, _ in node.ends})
-        for below in node.below:
-            walk(below, ids)
+        for child in node.children:
+            walk(child, ids)
 
-    for root in grow(asked):
+    for root in build_prefix_trees(asked):
         walk(root, [])
     assert [paths[n] for n in range(len(asked))] == [ids for ids, _ in asked]
 

@@ -292,7 +292,7 @@ def test_transformers_agrees_on_tokenizer_json(locate):
         assert ids == hf.encode(text)
         # Without special ids: this file calls them normalised, and then the library shows them.
         assert tok.decode(ids) == hf.decode([i for i in ids if i > 2])
-    assert tok._backend.text_of(1) == "<|start_story|>"  # its vocabulary has a space before
+    assert tok._backend.id_to_token(1) == "<|start_story|>"  # its vocabulary has a space before
     llama = transformers.AutoTokenizer.from_pretrained(path)
     for text in ["Hello", TEXTS[4], "One day, Tim  and his dog\nran."]:
         assert tok.encode(text) == llama.encode(text)
@@ -343,7 +343,7 @@ def test_llama3_special_tokens_are_where_published(locate):
 @pytest.mark.parametrize("name", SMALL)
 def test_special_tokens_are_parsed_only_when_asked(locate, name):
     tok = load(locate(name))
-    bos, eos = tok._backend.text_of(tok.bos_id), tok._backend.text_of(tok.eos_ids[0])
+    bos, eos = tok._backend.id_to_token(tok.bos_id), tok._backend.id_to_token(tok.eos_ids[0])
     text = f"{bos}the cat{eos}"
     plain, parsed = tok.encode(text), tok.encode(text, special=True)
     assert plain.count(tok.bos_id) == 1 and tok.decode(plain) == text

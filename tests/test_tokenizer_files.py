@@ -282,7 +282,7 @@ ENDLESS = {
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=list(ENDLESS))
 def test_a_template_without_end_is_ended(template):
     with pytest.raises(ValueError, match="the chat template failed") as caught:
-        chat_template.render(template, {}, seconds=1)
+        chat_template.render(template, {}, cpu_seconds=1)
     assert "\n" not in str(caught.value)
     assert chat_template.render("{{ x }}", {"x": "goes on"}) == "goes on"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import quantize
 import tp
 from checkpoint import Checkpoint, allocate, save_checkpoint, stored_tensors
-from load import skeleton
+from load import meta_model
 from model import Linear, ModelArgs
 from quant.linear import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
@@ -174,8 +174,8 @@ def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
     count, results = found
     (said, *_) = results["demo", False]
     checkpoint = Checkpoint(checkpoints["demo"])
-    whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.records.values())
-    table = 4 * torch.Size(checkpoint.records["tok_embeddings.weight"].shape).numel()
+    whole = sum(4 * torch.Size(r.shape).numel() for r in checkpoint.tensors.values())
+    table = 4 * torch.Size(checkpoint.tensors["tok_embeddings.weight"].shape).numel()
     assert said["weights"] < 1.1 * ((whole - table) / count + table)
 
 
@@ -186,21 +186,21 @@ def test_a_rank_holds_its_share(found, checkpoints: dict[str, Path]):
 def test_ranks_that_do_not_fit_are_told_which_would(count: int, scheme: dict | None, says: str):
     args = Checkpoint(ROOT / "checkpoints" / "demo").args
     with pytest.raises(ValueError, match=says):
-        tp.share_of(args, scheme, Ranks(0, count))
+        tp.shard_args(args, scheme, Ranks(0, count))
 
 
 def test_parts_cover_everything_once():
     for whole, count in ((2051, 4), (8, 2), (5, 4), (3, 3), (1, 1)):
-        parts = [Ranks(rank, count).part(whole) for rank in range(count)]
+        parts = [Ranks(rank, count).shard_range(whole) for rank in range(count)]
         assert [n for part in parts for n in part] == list(range(whole))
 
 
 def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
     """What a rank loads, without any other."""
     checkpoint = Checkpoint(path)
-    division = tp.TensorParallel(ranks)
-    model = division.skeleton(checkpoint.args, checkpoint.scheme)
-    fill = division.filler(checkpoint, model, CPU, checkpoint.filler(CPU))
+    strategy = tp.TensorParallel(ranks)
+    model = strategy.build_skeleton(checkpoint.args, checkpoint.scheme)
+    fill = strategy.fill_function(checkpoint, model, CPU, checkpoint.fill_function(CPU))
     allocate(model, CPU, torch.float32, fill)
     return model
 
@@ -223,7 +223,7 @@ def test_packed_int4_sharding_is_sharding_then_packing(tmp_path: Path):
         path = random_llama(tmp_path / str(n), **shape)
         path = quantised(path, "--mode", "int4", "--groupsize", str(groupsize), "--head", "int4")
         checkpoint = Checkpoint(path)
-        whole = skeleton(checkpoint.args, checkpoint.scheme)
+        whole = meta_model(checkpoint.args, checkpoint.scheme)
         checkpoint.load_into(whole)
         for rank in range(count):
             ranks = Ranks(rank, count)
@@ -236,15 +236,15 @@ def test_packed_int4_sharding_is_sharding_then_packing(tmp_path: Path):
                     assert torch.equal(getattr(mine, key), values), (shape, rank, name, key)
 
 
-def cut_linears(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, tp.Slice]]:
-    for name, part in tp.slices(args, ranks):
+def cut_linears(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, tp.ShardSlice]]:
+    for name, part in tp.shard_slices(args, ranks):
         if name == "output":
             yield name, part
         elif not name.endswith("w1"):
             yield from ((f"layers.{n}.{name}", part) for n in range(args.n_layers))
 
 
-def sharded_then_packed(linear: Int4Linear, part: tp.Slice) -> dict[str, Tensor]:
+def sharded_then_packed(linear: Int4Linear, part: tp.ShardSlice) -> dict[str, Tensor]:
     """The buffers of the cut linear, put together from single numbers."""
     S, rows = linear.groupsize, slice(None)
     q, zeros = unpack_nibbles(linear.weight), unpack_nibbles(linear.zeros)
@@ -273,7 +273,7 @@ def test_no_more_is_read_than_is_kept(
     monkeypatch.setattr(formats, "transfer", counting)
     model = rank_of(checkpoints[name], Ranks(1, 2))
     checkpoint = Checkpoint(checkpoints[name])
-    stored = {n: checkpoint.records[tp.stored_name(n)].dtype for n in stored_tensors(model)}
+    stored = {n: checkpoint.tensors[tp.checkpoint_name(n)].dtype for n in stored_tensors(model)}
     kept = sum(t.numel() * stored[n].itemsize for n, (t, _) in stored_tensors(model).items())
     assert sum(read) <= 1.02 * kept
 
@@ -294,7 +294,7 @@ def small_models() -> Iterator[tuple[dict[str, int], dict[str, Any] | None, int]
                 "head_dim": width // heads,
                 "intermediate_size": width,
             }
-            if not tp.misfit(model_args(SMALL | shape), scheme, count):
+            if not tp.indivisible_reason(model_args(SMALL | shape), scheme, count):
                 yield shape, scheme, count
 
 
@@ -319,7 +319,7 @@ def random_values(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def dense_weight(linear: torch.nn.Module) -> Tensor:
-    return linear.weight if isinstance(linear, Linear) else linear.dense(torch.float32)
+    return linear.weight if isinstance(linear, Linear) else linear.dequantize(torch.float32)
 
 
 def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
@@ -329,7 +329,7 @@ def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
     tried = 0
     for shape, scheme, count in small_models():
         config, path = SMALL | shape, tmp_path / "model.pth"
-        whole = skeleton(model_args(config), scheme)
+        whole = meta_model(model_args(config), scheme)
         save_checkpoint(path, config, scheme, random_values(whole))
         checkpoint = Checkpoint(path)
         checkpoint.load_into(whole)

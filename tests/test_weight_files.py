@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import checkpoint as checkpoint_module
 from checkpoint import Checkpoint, check_writable, save_checkpoint
-from load import skeleton
+from load import meta_model
 from quant.linear import make_scheme
 from scripts import convert_hf_checkpoint
 from tests.test_checkpoint import CONFIG, TIED, assert_same, exported, loaded, weights
@@ -41,7 +41,7 @@ def refused(path: Path, match: str, error: type[Exception] = ValueError) -> None
     """What loading a path raises, in one line."""
     with pytest.raises(error, match=match) as caught:
         checkpoint = Checkpoint(path)
-        checkpoint.load_into(skeleton(checkpoint.args, checkpoint.scheme))
+        checkpoint.load_into(meta_model(checkpoint.args, checkpoint.scheme))
     assert "\n" not in str(caught.value)
 
 
@@ -68,13 +68,13 @@ def test_a_tied_head_that_differs_is_kept_as_transformers_keeps_it(
     row: int | None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(checkpoint_module, "COMPARED", 1000)  # several pieces
+    monkeypatch.setattr(checkpoint_module, "COMPARED_BYTES", 1000)  # several pieces
     table = THEIRS["model.embed_tokens.weight"]
     tied_folder(tmp_path, table.clone() if row is None else changed(table, row), TIED)
     checkpoint = Checkpoint(tmp_path)
     assert checkpoint.args.tied == (row is None)
     assert ("the output head differs" in capsys.readouterr().err) == (row is not None)
-    model = skeleton(checkpoint.args, None)
+    model = meta_model(checkpoint.args, None)
     checkpoint.load_into(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(model.output.weight, theirs.lm_head.weight)
@@ -398,7 +398,7 @@ def test_quantised_tensors_that_would_be_read_wrongly(
     scheme = make_scheme(mode)
     tensors = {
         name: torch.ones(t.shape, dtype=t.dtype)
-        for name, t in skeleton(model_args(CONFIG), scheme).state_dict().items()
+        for name, t in meta_model(model_args(CONFIG), scheme).state_dict().items()
     }
     name = f"layers.1.attention.wo.{leaf}"
     if value is None:
@@ -409,7 +409,7 @@ def test_quantised_tensors_that_would_be_read_wrongly(
     match = "is int16 and should be uint8" if value is None else "holds NaN or infinity"
     with pytest.raises(ValueError, match=match) as caught:
         checkpoint = Checkpoint(tmp_path)
-        checkpoint.load_into(skeleton(checkpoint.args, scheme))
+        checkpoint.load_into(meta_model(checkpoint.args, scheme))
     assert name in str(caught.value) and "model.pth" in str(caught.value)
 
 
@@ -470,7 +470,7 @@ def test_mutated_files_load_or_end_in_one_line(folder: Path):
         try:
             with warnings.catch_warnings(action="ignore"):
                 checkpoint = Checkpoint(folder)
-                checkpoint.load_into(skeleton(checkpoint.args, checkpoint.scheme))
+                checkpoint.load_into(meta_model(checkpoint.args, checkpoint.scheme))
             outcomes["loads"] += 1
         except (ValueError, OSError, MemoryError) as error:
             assert "\n" not in str(error), n

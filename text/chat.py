@@ -1,8 +1,9 @@
-"""A conversation in the terminal: history is kept, and so is what the KV cache holds of it.
+"""A conversation in the terminal that reuses the KV cache from turn to turn.
 
-Start at `chat`. Conversation turns messages into ids by the model's chat template; a model without
-one gets the plain texts, one after the other. What the caches hold is compared with what the next
-turn needs, and only the rest is prefilled. prompt_ids does the same for one prompt of a batch.
+Start at `chat`. Conversation turns messages into ids with the model's chat template; without a
+template it joins the plain texts. The ids of a turn are compared with those in the KV cache, and
+only the ids after the common prefix are prefilled. prompt_ids applies the template to one prompt of
+a batch.
 """
 
 import os
@@ -27,51 +28,55 @@ COMMANDS = {
 
 
 class Conversation:
-    """Messages so far, and the ids that the caches hold of them.
+    """The messages of a conversation, and the ids that the KV cache has of them.
 
-    limit: tokens that prompt and answer may have together; room: those kept for an answer.
+    max_length: the tokens of prompt and answer together. max_new_tokens: the tokens that are
+    reserved for an answer, at most half of max_length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, room: int, system: str | None = None):
-        self.tokenizer, self.limit, self.room = tokenizer, limit, min(room, limit // 2)
+    def __init__(
+        self, tokenizer: Tokenizer, max_length: int, max_new_tokens: int, system: str | None = None
+    ):
+        self.tokenizer = tokenizer
+        self.max_prompt = max_length - min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []
-        self._fixed = len(self.messages)
-        self._held: list[int] = []
-        self._reused = 0  # how many of those the answer under way builds on
+        self._system_messages = len(self.messages)
+        self._cached: list[int] = []
+        self._reused = 0  # the leading ids of _cached that the current answer is based on
 
     def ask(self, text: str) -> tuple[list[int], int]:
-        """The ids to continue after the user's next message, and how many the caches hold.
+        """Add a user's message; return the ids of the prompt, and how many the KV cache has.
 
-        Where the conversation has outgrown the limit its oldest exchanges are forgotten.
-        Raises ValueError for a message that is too long by itself, or that the template refuses;
-        the conversation is then as before.
+        The oldest exchanges are dropped if the prompt is too long. Raises ValueError for a message
+        that is too long by itself, or that the template rejects; it is then not added.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
-        while len(ids) + self.room > self.limit and len(messages) > self._fixed + 1:
-            del messages[self._fixed : self._fixed + 2]
+        while len(ids) > self.max_prompt and len(messages) > self._system_messages + 1:
+            del messages[self._system_messages : self._system_messages + 2]
             ids = self._ids(messages)
-        if len(ids) + self.room > self.limit:
+        if len(ids) > self.max_prompt:
             raise ValueError(
-                f"the message needs {len(ids)} tokens and there is room for "
-                f"{self.limit - self.room}: shorten it"
+                f"the message needs {len(ids)} tokens and there is room for {self.max_prompt}: "
+                "shorten it"
             )
         self.messages = messages
-        same = len(os.path.commonprefix([ids, self._held]))
-        self._reused = min(same, len(ids) - 1)  # the last token's logits are needed anew
+        common = len(os.path.commonprefix([ids, self._cached]))
+        self._reused = min(common, len(ids) - 1)  # prefill must compute the last token's logits
         return ids, self._reused
 
-    def answered(self, asked: Sequence[int], ids: Sequence[int], text: str) -> None:
-        """The model said `text`, in `ids`, after `asked`.
+    def add_answer(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> None:
+        """Add the model's answer `text`, with its ids, to the prompt that `ask` returned.
 
-        The last id was not fed back to it. Where it was stopped before the first, how far it had
-        read is not known: only what was held before is certain.
+        The KV cache lacks the last id, which was not fed back. If the answer has no ids, it was
+        interrupted during prefill: only the reused ids are certainly in the cache.
         """
         self.messages.append({"role": "assistant", "content": text})
-        self._held = [*asked, *ids[:-1]] if ids else [*asked[: self._reused]]
+        self._cached = [*prompt, *ids[:-1]] if ids else [*prompt[: self._reused]]
 
     def reset(self) -> None:
-        del self.messages[self._fixed :]
+        """Remove all messages but the system message."""
+        del self.messages[self._system_messages :]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         if self.tokenizer.chat_template is None:
@@ -80,16 +85,17 @@ class Conversation:
 
 
 def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
-    """Ask, answer, repeat, until end of input.
+    """Read a message, print the answer, and repeat until the end of the input or /exit.
 
-    answer: takes ids, how many of them the caches hold and what shows a row's text as it comes
-    (which raises KeyboardInterrupt to end the answer); returns a Completion, whole or cut short.
+    answer: called with the ids of the prompt, how many of them the KV cache has, and a function
+    show(row, text) that prints the text as it is generated and raises KeyboardInterrupt if the user
+    stops the answer; it returns a Completion, which may be interrupted.
     """
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    messages = Messages(launched)
-    if launched:  # a signal, unlike the key, means that torchrun is about to end all processes
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    messages = Messages(under_torchrun)
+    if under_torchrun:  # Ctrl-C is a byte then, and a SIGINT means that torchrun ends
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    watched = broadcast_from_rank0(lambda: messages.keeps_ctrl_c)
+    polls = broadcast_from_rank0(lambda: messages.polls_ctrl_c)
     log(HELP)
     with messages.opened():
         while (text := broadcast_from_rank0(messages.read)) is not None:
@@ -97,31 +103,38 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
             if command == "/exit":
                 return
             if command:
-                obey(command, conversation)
+                run_command(command, conversation)
                 continue
             try:
-                ids, held = conversation.ask(text)
+                ids, cached = conversation.ask(text)
             except ValueError as error:
                 print(error, file=sys.stderr)
                 continue
             with messages.stoppable() as stopped:
+                completion = answer(ids, cached, printer(stopped if polls else None))
+            conversation.add_answer(ids, completion.ids, completion.text)
 
-                def show(row: int, piece: str, stopped: Callable[[], bool] = stopped) -> None:
-                    print(piece, end="", flush=True)
-                    if watched and broadcast_from_rank0(stopped):  # on all ranks at the same token
-                        raise KeyboardInterrupt
 
-                completion = answer(ids, held, show)
-            conversation.answered(ids, completion.ids, completion.text)
+def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
+    """Return a function that prints a row's text, and raises KeyboardInterrupt if `stopped`, which
+    rank 0 calls, returns True: all ranks then stop at the same token."""
+
+    def show(row: int, text: str) -> None:
+        print(text, end="", flush=True)
+        if stopped and broadcast_from_rank0(stopped):
+            raise KeyboardInterrupt
+
+    return show
 
 
 def command_in(text: str) -> str | None:
-    """The command that a message is: /word, but not /a/path."""
+    """Return the command that a message begins with: /word, but not /a/path."""
     found = re.match(r"\s*(/\w*)(?!\S)", text)
     return found and found[1]
 
 
-def obey(command: str, conversation: Conversation) -> None:
+def run_command(command: str, conversation: Conversation) -> None:
+    """Run /reset, or print the list of commands."""
     if command == "/reset":
         conversation.reset()
         return
@@ -132,11 +145,11 @@ def obey(command: str, conversation: Conversation) -> None:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> list[int]:
-    """The ids of a prompt by the chat template, up to where the answer begins.
+    """Return the ids of a prompt in the chat template, up to the beginning of the answer.
 
-    prompt: the text of a user's message, or a list of messages as check_messages takes it. system:
-    a first message for a conversation that does not begin with one of that role.
-    Raises ValueError for messages of another form, and what apply_chat_template raises.
+    prompt: the text of a user's message, or a list of messages, see check_messages. system: the
+    system message for a conversation that has none.
+    Raises ValueError for malformed messages, and what apply_chat_template raises.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     check_messages(messages)
@@ -146,7 +159,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> 
 
 
 def template_hint(tokenizer: Tokenizer) -> str | None:
-    """A line for who gives a plain prompt to a model that has a chat template."""
+    """Return the hint for a plain prompt if the model has a chat template, else None."""
     if tokenizer.chat_template is None:
         return None
     return (

@@ -1,9 +1,9 @@
-"""Chat templates rendered as Hugging Face's library renders them, in a process with limits.
+"""Renders chat templates as transformers does, in a separate process with limits.
 
-Start at render. A template is a program from whoever made the checkpoint: jinja2's sandbox keeps
-it from the system, and limits of the process that runs it keep it from looping or filling memory
-for ever. That process starts with the first template and serves all that follow; one that exceeds
-a limit ends with its template alone. This file is that process's program, too.
+Start at render. A template is a program that comes with a checkpoint. The sandbox of jinja2 keeps
+it from the system; limits on CPU time, memory and output keep it from running for ever. One process
+serves all templates; a template that exceeds a limit ends the process, and the next one starts
+another. This file is also the program of that process: see serve.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-SECONDS = 3  # of computing, for one template; a usual one takes milliseconds
-COLLECTIVE_TIMEOUT = 60.0  # seconds of waiting, for a machine that is busy with other things
-MEMORY = 1 << 29  # bytes of address space of the process: Python with jinja2 takes a fifth
-OUTPUT = 1 << 20  # characters of output, beside 8 for each character of the request
+CPU_SECONDS = 3  # for one template; most take milliseconds
+REPLY_TIMEOUT_SECONDS = 60.0  # wall-clock time, on a busy machine
+MEMORY_BYTES = 1 << 29  # address space of the process; Python with jinja2 takes a fifth
+MAX_CHARACTERS = 1 << 20  # of output, plus 8 for each byte of the request
 
 
-class Worker:
-    """The process that renders templates, started when it is asked, and the socket to it."""
+class RenderProcess:
+    """The process that renders templates, started at the first request, and its socket."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: str) -> dict[str, str]:
-        """The reply to a line of JSON. Raises ValueError if the process exceeds a limit."""
+        """Send a line of JSON and return the reply. Raises ValueError if a limit is exceeded."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -41,21 +41,21 @@ class Worker:
             try:
                 self._socket.sendall(request.encode() + b"\n")
                 line = self._replies.readline()
-            except OSError:  # it has ended, or does not answer in time
+            except OSError:  # the process has ended, or does not answer in time
                 pass
-            finally:  # Ctrl-C, too, must leave no process with an answer under way
-                if not line.endswith(b"\n"):  # it may have ended within its reply
+            finally:  # after Ctrl-C, too: a late reply must not answer the next request
+                if not line.endswith(b"\n"):  # no reply, or a part of one
                     self._end()
         if not line.endswith(b"\n"):
             raise ValueError(
                 "the chat template failed: it took too long, or more than "
-                f"{MEMORY >> 20} MiB of memory"
+                f"{MEMORY_BYTES >> 20} MiB of memory"
             )
         return json.loads(line)
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(COLLECTIVE_TIMEOUT)
+        self._socket.settimeout(REPLY_TIMEOUT_SECONDS)
         self._replies = self._socket.makefile("rb")
         with theirs:
             self._process = subprocess.Popen(
@@ -63,7 +63,7 @@ class Worker:
                 stdin=theirs,
                 stdout=theirs,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is not meant for it
+                start_new_session=True,  # keeps Ctrl-C of the terminal away from it
             )
 
     def _end(self) -> None:
@@ -74,26 +74,26 @@ class Worker:
         self._socket.close()
 
 
-WORKER = Worker()
+RENDERER = RenderProcess()
 
 
-def render(template: str, given: dict[str, Any], seconds: int = SECONDS) -> str:
-    """What a template makes of the values given, which JSON can hold.
+def render(template: str, given: dict[str, Any], cpu_seconds: int = CPU_SECONDS) -> str:
+    """Return the text that a template renders from values that JSON can represent.
 
-    Raises ValueError if it fails, refuses the values or exceeds a limit.
+    Raises ValueError if the template fails, rejects the values or exceeds a limit.
     """
     try:
-        request = json.dumps({"template": template, "given": given, "seconds": seconds})
+        request = json.dumps({"template": template, "given": given, "cpu_seconds": cpu_seconds})
     except (TypeError, ValueError, RecursionError) as err:
         raise ValueError(f"the messages cannot be written as JSON ({err})") from err
-    reply = WORKER.ask(request)
+    reply = RENDERER.ask(request)
     if "error" in reply:
         raise ValueError(f"the chat template failed: {reply['error']}")
     return reply["text"]
 
 
 def check_messages(messages: Any) -> None:
-    """Raises ValueError unless these are [{"role": "user", "content": "Hello"}, ...]."""
+    """Raise ValueError unless the messages are [{"role": "user", "content": "Hello"}, ...]."""
     form = 'an object {"role": "user", "content": "a text"}'
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
@@ -108,51 +108,52 @@ def check_messages(messages: Any) -> None:
 
 
 def serve() -> None:
-    """Answer requests on stdin, a line of JSON each, until its end."""
-    lower(resource.RLIMIT_AS, MEMORY)
+    """Answer requests, one line of JSON each, from stdin until its end."""
+    limit(resource.RLIMIT_AS, MEMORY_BYTES)
     for line in sys.stdin.buffer:
         try:
             request = json.loads(line)
-            spent = math.ceil(time.process_time())
-            lower(resource.RLIMIT_CPU, spent + request.pop("seconds"))
-            reply = {"text": rendered(**request, most=OUTPUT + 8 * len(line))}
+            used = math.ceil(time.process_time())
+            limit(resource.RLIMIT_CPU, used + request.pop("cpu_seconds"))
+            reply = {"text": rendered(**request, max_characters=MAX_CHARACTERS + 8 * len(line))}
         except MemoryError:
-            reply = {"error": f"it took more than {MEMORY >> 20} MiB of memory"}
+            reply = {"error": f"it took more than {MEMORY_BYTES >> 20} MiB of memory"}
         except RecursionError:
             reply = {"error": "it is nested too deeply"}
-        except Exception as err:  # a template is a program: it can fail in any way
+        except Exception as err:  # a template can raise any error
             reply = {"error": " ".join(str(err).split())[:500] or type(err).__name__}
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def lower(kind: int, value: int) -> None:
-    """Set this process's own limit; the system's stays where it is."""
+def limit(kind: int, value: int) -> None:
+    """Set the soft limit of a resource of this process; the hard limit stays."""
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit of address space
+    with contextlib.suppress(ValueError, OSError):  # macOS has no RLIMIT_AS
         resource.setrlimit(kind, (value, hard))
 
 
-def rendered(template: str, given: dict[str, Any], most: int) -> str:
+def rendered(template: str, given: dict[str, Any], max_characters: int) -> str:
+    """Render a template; ValueError if its output exceeds max_characters."""
     pieces, length = [], 0
     for piece in compiled(template).generate(given):
         length += len(piece)
-        if length > most:
-            raise ValueError(f"it printed more than {most} characters")
+        if length > max_characters:
+            raise ValueError(f"it printed more than {max_characters} characters")
         pieces.append(piece)
     return "".join(pieces)
 
 
 @lru_cache(8)
 def compiled(template: str) -> Any:
-    """The template in the environment that Hugging Face's templates expect."""
-    import jinja2  # here, for the process that asks has no need of it
+    """Compile a template in the environment that transformers gives to its templates."""
+    import jinja2  # here, because only the render process needs it
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what the model said, for training; its content is printed."""
+        """{% generation %} marks the model's answers for training; its content is rendered."""
 
         tags = {"generation"}
 
@@ -161,12 +162,6 @@ def compiled(template: str) -> Any:
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=lineno)
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **options):  # jinja's own escapes for HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
@@ -174,6 +169,18 @@ def compiled(template: str) -> Any:
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     env.filters["tojson"] = tojson
     return env.from_string(template)
+
+
+def raise_exception(message: str) -> None:
+    """A template calls this to reject the messages."""
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """The filter of jinja2 escapes HTML; this one does not."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Many texts to generate: files of prompts, batches, and results that survive an interruption.
+"""Offline batch generation: files of prompts, batches, and results that an interrupted run resumes.
 
-Start at Job; read_prompts and make_jobs make them, `batches` groups them, Console and JsonlOutput
-take the results. A result in a file is one line of JSON, appended in the step in which its text
-ends, with the model and the settings that made it: a later run with the same prompts, model,
-settings and file reads what is there and does the rest.
+Start at Job. read_prompts reads a file, make_jobs expands it to one Job for each text, `batches`
+groups the jobs, and a sink takes the texts: ConsoleSink prints them, JsonlSink appends them to a
+ResultsFile. A result is one line of JSON, with the model and the settings that produced it, and is
+on disk in the step in which its text ends. A later run with the same prompts, model, settings and
+--output skips the jobs that have a result.
 """
 
 import hashlib
@@ -19,34 +20,34 @@ from typing import Any
 
 from tqdm import tqdm
 
-from host.files import decoded, json_text, parse_json, read_text
+from host.files import decode_utf8, json_text, parse_json, read_text
 from host.log import log
 from text.chat_template import check_messages
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation
-PLACES, SAMPLE = 64, 1024  # of each file of a model, and bytes of each, that are hashed
-COLLECTIVE_TIMEOUT = 2.0  # seconds without input before a line says what is waited for
+HASHED_SAMPLES, SAMPLE_BYTES = 64, 1024  # of each file of a model, for its fingerprint
+STDIN_NOTICE_SECONDS = 2.0  # without input; then a log line tells that the program waits for it
 SURROGATE = re.compile("[\ud800-\udfff]")
-FORMS = 'a string, an object with a "prompt", or, for --chat, one with "messages"'
+PROMPT_FORMS = 'a string, an object with a "prompt", or, for --chat, one with "messages"'
 
 
 @dataclass(frozen=True)
 class Job:
-    """One text to generate; number: its random stream, and its place in the order asked for."""
+    """One text to generate."""
 
-    number: int
+    number: int  # counts all jobs; also selects the random stream
     index: int  # of the prompt
-    sample: int  # which of the texts wanted for that prompt
+    sample: int  # counts the texts of one prompt, up to num_samples
     prompt: Prompt
     ids: tuple[int, ...]
-    limit: int = 0  # new tokens, at most: what the settings and the model's context allow
+    limit: int = 0  # on new tokens, by max_new_tokens and the model's context
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a text depends on beside its prompt.
+class Provenance:
+    """The model and the settings that a text depends on, beside its prompt.
 
-    checkpoint: a hash of the model's files, the same if the model has moved to another path.
+    checkpoint: a hash of the model's files, which does not depend on their path.
     """
 
     model: str
@@ -54,56 +55,57 @@ class Origin:
     settings: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        """What each result says of itself, as JSON has it: keys are strings, tuples lists."""
+        """Return the fields that each result carries, in the types that JSON has."""
         settings = json.loads(json.dumps(self.settings))
         return {"model": self.model, "checkpoint": self.checkpoint, "settings": settings}
 
     def differences(self, row: dict[str, Any]) -> list[str]:
-        """The settings that differ between a stored result and this run: "seed 0 -> 1"."""
-        had = row.get("settings")
-        had, has = had if isinstance(had, dict) else {}, self.row()["settings"]
+        """Return what differs between a stored result and this run, such as "seed 0 -> 1"."""
+        stored, current = row.get("settings"), self.row()["settings"]
+        stored = stored if isinstance(stored, dict) else {}
         found = []
         if row.get("checkpoint") != self.checkpoint:
             changed = " (its files have changed)" * (row.get("model") == self.model)
             found = [f"model {row.get('model')} -> {self.model}{changed}"]
         return found + [
-            f"{name} {had.get(name)!r} -> {has.get(name)!r}"
-            for name in {**has, **had}
-            if had.get(name) != has.get(name)
+            f"{name} {stored.get(name)!r} -> {current.get(name)!r}"
+            for name in {**current, **stored}
+            if stored.get(name) != current.get(name)
         ]
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A hash of the sizes and of some places of a model's files, whatever their names are."""
+    """Return a hash of the size and of samples of each file; names do not count."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         size = file.stat().st_size
         digest.update(str(size).encode())
         with file.open("rb") as opened:
-            for n in range(PLACES):
-                opened.seek(size * n // PLACES)
-                digest.update(opened.read(SAMPLE))
+            for n in range(HASHED_SAMPLES):
+                opened.seek(size * n // HASHED_SAMPLES)
+                digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def read_prompts(path: Path, chat: bool = False) -> list[Prompt]:
-    """One prompt on each line of a .txt (blank lines aside) or .jsonl (see read_line).
+    """Return the prompts of a .txt or .jsonl file: one on each line that is not blank.
 
-    Raises ValueError naming the file and the line that is no prompt.
+    Raises ValueError, naming the file and the line, for a line that is no prompt; see read_line.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt nor .jsonl")
-    lines = read_text(path).split("\n")  # splitlines would split at U+2028 too
+    lines = read_text(path).split("\n")  # splitlines would also split at U+2028
     numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"{path} holds no prompt")
     if path.suffix == ".txt":
-        return [line.removesuffix("\r") for _, line in numbered]  # the line ends of Windows
+        return [line.removesuffix("\r") for _, line in numbered]  # of Windows line ends
     return [read_line(line, f"{path}, line {n}", chat) for n, line in numbered]
 
 
 def read_line(line: str, where: str, chat: bool = False) -> Prompt:
-    """A string, the "prompt" of an object, or, for chat, a list of messages or "messages"."""
+    """Return the prompt of a line of JSON: a string, or an object with a "prompt", or, with chat, a
+    list of messages or an object with "messages". where: the place that an error names."""
     value = parse_json(line, where)
     prompt = value.get("messages", value.get("prompt")) if isinstance(value, dict) else value
     if isinstance(prompt, list):
@@ -114,7 +116,7 @@ def read_line(line: str, where: str, chat: bool = False) -> Prompt:
         if not chat:
             raise ValueError(f"{where} holds the messages of a conversation: give --chat")
     elif not isinstance(prompt, str):
-        raise ValueError(f"{where} is not {FORMS}")
+        raise ValueError(f"{where} is not {PROMPT_FORMS}")
     elif not prompt:
         raise ValueError(f"{where}: the prompt is empty: give it some text")
     if SURROGATE.search(json.dumps(prompt, ensure_ascii=False)):
@@ -123,18 +125,18 @@ def read_line(line: str, where: str, chat: bool = False) -> Prompt:
 
 
 def piped_prompt() -> str | None:
-    """The text that a pipe or a redirected file brings; None for a terminal or /dev/null."""
+    """Return the text of stdin if it is a pipe or a file, and None for a terminal or /dev/null."""
     kind = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return None
-    if not select.select([0], [], [], COLLECTIVE_TIMEOUT)[0]:
+    if not select.select([0], [], [], STDIN_NOTICE_SECONDS)[0]:
         log("waiting for the prompt on standard input; or give --prompt TEXT")
     with open(0, "rb", closefd=False) as stdin:
-        return without_line_end(decoded(stdin.read(), "standard input"))
+        return without_line_end(decode_utf8(stdin.read(), "standard input"))
 
 
 def without_line_end(text: str) -> str:
-    """A text without the line end that echo and editors put at its end."""
+    """Remove the one line end that echo and editors add."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -144,41 +146,40 @@ def make_jobs(
     max_new_tokens: int,
     context: int,
 ) -> list[Job]:
-    """prompts: each with its ids."""
-    return [
-        Job(
-            index * num_samples + sample,
-            index,
-            sample,
-            prompt,
-            tuple(ids),
-            min(max_new_tokens, context - len(ids)),
-        )
-        for index, (prompt, ids) in enumerate(prompts)
-        for sample in range(num_samples)
-    ]
+    """Return num_samples jobs for each prompt. prompts: pairs (prompt, its ids). context: the
+    tokens that the model can read."""
+    jobs = []
+    for index, (prompt, ids) in enumerate(prompts):
+        limit = min(max_new_tokens, context - len(ids))
+        for sample in range(num_samples):
+            number = index * num_samples + sample
+            jobs.append(Job(number, index, sample, prompt, tuple(ids), limit))
+    return jobs
 
 
 def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    """Yield the jobs in groups of `size`; the last group may be smaller."""
     return (jobs[start : start + size] for start in range(0, len(jobs), size))
 
 
-class Ends:
-    """Counts the texts of a run that were cut off, and says so once."""
+class FinishCounts:
+    """Counts the texts that ended at max_new_tokens or at the model's context."""
 
     def __init__(self, max_new_tokens: int):
-        self.max_new_tokens, self.texts, self.limited, self.filled = max_new_tokens, 0, 0, 0
+        self.max_new_tokens = max_new_tokens
+        self.texts, self.at_limit, self.at_context = 0, 0, 0
 
     def add(self, job: Job, completion: Any) -> None:
         self.texts += 1
         if completion.finish_reason == "length":
-            self.limited += job.limit >= self.max_new_tokens
-            self.filled += job.limit < self.max_new_tokens
+            self.at_limit += job.limit >= self.max_new_tokens
+            self.at_context += job.limit < self.max_new_tokens
 
-    def say(self) -> None:
+    def report(self) -> None:
+        """Write one log line for each of the two reasons that occurred."""
         reasons = {
-            f"at --max_new_tokens {self.max_new_tokens}": self.limited,
-            "at the end of the model's context": self.filled,
+            f"at --max_new_tokens {self.max_new_tokens}": self.at_limit,
+            "at the end of the model's context": self.at_context,
         }
         for reason, count in reasons.items():
             if count:
@@ -186,28 +187,28 @@ class Ends:
                 log(f"{which} ended {reason}")
 
 
-class Console:
-    """Texts on stdout, in order. The first of a batch appears as it grows, the others after it.
+class ConsoleSink:
+    """Prints texts to stdout in order: the first of a batch while it is generated, then the others.
 
-    continued: the prompt is printed before its text, which goes on with it.
+    with_prompt: print the prompt before its text, which continues it.
     """
 
-    def __init__(self, todo: Sequence[Job], ends: Ends, continued: bool = True):
-        self.todo, self._ends, self._continued = todo, ends, continued
+    def __init__(self, todo: Sequence[Job], counts: FinishCounts, with_prompt: bool = True):
+        self.todo, self._counts, self._with_prompt = todo, counts, with_prompt
         self._batch: Sequence[Job] = ()
-        self._growing = 0  # texts of the batch
+        self._unfinished = 0  # texts of the batch
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> "ConsoleSink":
         return self
 
     def __exit__(self, *error: Any) -> None:
         if error[0]:
-            print(flush=True)  # the shell's prompt begins a line of its own
-        self._ends.say()
+            print(flush=True)  # so that the shell's prompt begins a new line
+        self._counts.report()
 
     def begin(self, batch: Sequence[Job]) -> None:
-        self._batch, self._growing = batch, len(batch)
-        self._title(batch[0])
+        self._batch, self._unfinished = batch, len(batch)
+        self._print_heading(batch[0])
 
     def text(self, row: int, text: str) -> None:
         if row == 0:
@@ -215,50 +216,53 @@ class Console:
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
         for row in rows:
-            self._ends.add(self._batch[row], completions[row])
-        self._growing -= len(rows)
-        if self._growing:
+            self._counts.add(self._batch[row], completions[row])
+        self._unfinished -= len(rows)
+        if self._unfinished:
             return
         print(flush=True)
         for job, completion in list(zip(self._batch, completions, strict=True))[1:]:
-            self._title(job)
+            self._print_heading(job)
             print(completion.text, flush=True)
 
-    def _title(self, job: Job) -> None:
+    def _print_heading(self, job: Job) -> None:
         if len(self.todo) > 1:
             print(f"--- {job.number + 1} of {len(self.todo)}")
-        if self._continued:
+        if self._with_prompt:
             print(job.prompt, end="", flush=True)
 
 
-class JsonlOutput:
-    """A file of results, one line each. It is opened and checked before a model is loaded.
+class ResultsFile:
+    """A JSON Lines file of results, opened and checked before a model is loaded.
 
-    A device or a pipe (/dev/stdout) takes all results and is not read. Raises ValueError if the
-    file holds results of other prompts, models or settings, and OSError if it cannot be written.
+    A device or a pipe (/dev/stdout) is only written. Raises ValueError if the file has results of
+    other prompts, models or settings, and OSError if it cannot be written.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt], num_samples: int, origin: Origin):
-        self._path, self._origin = path, origin
+    def __init__(
+        self, path: Path, prompts: Sequence[Prompt], num_samples: int, provenance: Provenance
+    ):
+        self._path, self._provenance = path, provenance
         self._file = open_for_results(path)
         self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)
-        self.done: set[tuple[int, int]] = set()  # prompts and samples that have a result
+        self.done: set[tuple[int, int]] = set()  # (index, sample) of each result in the file
         for n, result in complete_lines(path) if self._resumable else ():
             self.done.add(self._checked(result, f"{path}, line {n}", prompts, num_samples))
 
     def _checked(
         self, row: dict[str, Any], where: str, prompts: Sequence[Prompt], num_samples: int
     ) -> tuple[int, int]:
-        """Prompt and sample of a result. Raises ValueError for one that this run would not make."""
-        key = index, sample = row.get("index"), row.get("sample")
-        if not all(type(n) is int and n >= 0 for n in key) or not isinstance(row.get("text"), str):
+        """Return (index, sample) of a result. Raises ValueError for one that this run would not
+        produce."""
+        index, sample = row.get("index"), row.get("sample")
+        if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
         if "settings" not in row:
             raise ValueError(
                 f"{where} does not say which model and settings made it (an older version wrote "
                 "it): give another --output"
             )
-        found = self._origin.differences(row)
+        found = self._provenance.differences(row)
         if not found and (index >= len(prompts) or row.get("prompt") != prompts[index]):
             found = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
         if not found and sample >= num_samples:
@@ -268,24 +272,27 @@ class JsonlOutput:
                 f"{where} was made with other settings than those of this run "
                 f"({'; '.join(found)}): give another --output, or the settings of the file"
             )
-        return key
+        return index, sample
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs without a result: rows of like length need no padding; the longest first, so
-        that memory fails early."""
+        """Return the jobs without a result, the longest prompts first.
+
+        A batch then has prompts of similar length, which need little padding, and a lack of memory
+        shows in the first batch.
+        """
         missing = [job for job in jobs if (job.index, job.sample) not in self.done]
         return sorted(missing, key=lambda job: -len(job.ids))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add results; in a file they are on disk when this returns."""
-        content = "".join(json_text(row | self._origin.row()) + "\n" for row in rows)
+        """Append results; those in a file are on disk (fsync) when this returns."""
+        content = "".join(json_text(row | self._provenance.row()) + "\n" for row in rows)
         remaining = memoryview(content.encode())
         try:
             while remaining:
                 remaining = remaining[os.write(self._file, remaining) :]
             if self._resumable:
                 os.fsync(self._file)
-        except BrokenPipeError:  # the reader has gone, which is no fault of the path
+        except BrokenPipeError:  # the reader of the pipe has ended: not an error of the path
             raise
         except OSError as error:
             again = "; the same command goes on after the results in it" * self._resumable
@@ -296,8 +303,14 @@ class JsonlOutput:
             os.close(self._file)
 
 
+def is_count(value: Any) -> bool:
+    """Return whether a JSON value is an integer, 0 or more; True is none."""
+    return type(value) is int and value >= 0
+
+
 def open_for_results(path: Path) -> int:
-    """A descriptor to append to. A pipe that nobody reads is an error, and not a wait."""
+    """Return a file descriptor to append to. Raises OSError, also for a pipe without a reader, on
+    which open would block."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -306,58 +319,63 @@ def open_for_results(path: Path) -> int:
     return file
 
 
-class FileSink:
-    """Puts results into a JsonlOutput as they end, and shows a bar of tokens.
+class JsonlSink:
+    """Appends the result of each text that ends to a ResultsFile, and shows a bar of tokens.
 
-    generated: how many tokens this run has made so far.
+    generated: returns how many tokens this run has generated so far.
     """
 
     def __init__(
-        self, output: JsonlOutput, jobs: Sequence[Job], ends: Ends, generated: Callable[[], int]
+        self,
+        output: ResultsFile,
+        jobs: Sequence[Job],
+        counts: FinishCounts,
+        generated: Callable[[], int],
     ):
         self.todo = output.missing(jobs)
-        self._output, self._ends, self._generated = output, ends, generated
+        self._output, self._counts, self._generated = output, counts, generated
         self._batch: Sequence[Job] = ()
-        self._texts, self._of = len(jobs) - len(self.todo), len(jobs)
+        self._done, self._total = len(jobs) - len(self.todo), len(jobs)
         self._ended = 0  # tokens of the texts that have ended
-        self._open = sum(job.limit for job in self.todo)  # tokens that the others may still have
+        self._open = sum(job.limit for job in self.todo)  # the most tokens of the other texts
 
-    def __enter__(self) -> "FileSink":
-        # smoothing: texts end in bursts, so that only their mean rate says what time is left.
+    def __enter__(self) -> "JsonlSink":
+        # smoothing=0: texts end in bursts, so only the mean rate predicts the remaining time.
         self._bar = tqdm(total=self._open, unit="token", smoothing=0)
-        self._bar.set_postfix_str(f"{self._texts} of {self._of} texts")
+        self._bar.set_postfix_str(f"{self._done} of {self._total} texts")
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._bar.close()
-        self._ends.say()
+        self._counts.report()
 
     def begin(self, batch: Sequence[Job]) -> None:
         self._batch = batch
 
     def text(self, row: int, text: str) -> None:
-        self._move()
+        self._advance_bar()
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
         self._output.append(result(self._batch[row], completions[row]) for row in rows)
         for row in rows:
-            self._ends.add(self._batch[row], completions[row])
+            self._counts.add(self._batch[row], completions[row])
             self._ended += len(completions[row].ids)
             self._open -= self._batch[row].limit
-        self._texts += len(rows)
-        self._bar.set_postfix_str(f"{self._texts} of {self._of} texts", refresh=False)
-        self._move()
+        self._done += len(rows)
+        self._bar.set_postfix_str(f"{self._done} of {self._total} texts", refresh=False)
+        self._advance_bar()
 
-    def _move(self) -> None:
-        """Advance the bar. Its total is an upper bound, which falls when a text ends early."""
+    def _advance_bar(self) -> None:
+        """Update the bar. Its total is an upper bound that falls when a text ends early."""
         self._bar.total = self._ended + self._open
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 
 
-FIRST_KEY = b'{"index": '
+RESULT_PREFIX = b'{"index": '
 
 
 def result(job: Job, completion: Any) -> dict[str, Any]:
+    """Return the line of a finished text, without its provenance."""
     row = {
         "index": job.index,
         "sample": job.sample,
@@ -370,7 +388,10 @@ def result(job: Job, completion: Any) -> dict[str, Any]:
 
 
 def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The results in a file, numbered; a last one that was cut off is removed from it."""
+    """Yield (line number, result); remove an incomplete last line from the file.
+
+    Raises ValueError for a line that is no result.
+    """
     content = path.read_bytes()
     whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     for n, line in enumerate(whole.split(b"\n"), 1):
@@ -379,7 +400,7 @@ def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {n} is no result: give another --output")
             yield n, value
-    if not (rest.startswith(FIRST_KEY) or FIRST_KEY.startswith(rest)):
+    if not (rest.startswith(RESULT_PREFIX) or RESULT_PREFIX.startswith(rest)):
         raise ValueError(f"{path}: the last line is no result: give another --output")
     if rest:
         os.truncate(path, len(whole))

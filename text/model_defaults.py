@@ -1,15 +1,14 @@
-"""How the makers of a model want it sampled: the values of its generation_config.json.
+"""The sampling values that a model's authors chose, from its generation_config.json.
 
-Start at model_defaults. Where transformers and vLLM differ, the rule is: `"do_sample": false` means
-the likeliest token always (transformers); without do_sample the values that are given are used
-(vLLM; transformers would ignore them). Nothing here imports torch.
+Start at model_defaults. Where transformers and vLLM differ: "do_sample": false means greedy, as in
+transformers; without do_sample the given values are used, as in vLLM. Nothing here imports torch.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from host.files import read_object, short
+from host.files import read_object, short_json
 from text.generation_config import GenerationConfig
 
 FILE = "generation_config.json"
@@ -17,10 +16,10 @@ KEYS = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 
 
 def model_defaults(directory: Path) -> dict[str, float]:
-    """Values for GenerationConfig by the name of the field, only those that the file determines.
+    """Return the fields of GenerationConfig that generation_config.json sets, by name.
 
-    Without the file there are none. Raises ValueError naming the file and the key for a value that
-    is of a wrong type or outside its range; null is the same as no value.
+    Returns {} without that file. null counts as absent. Raises ValueError, naming the file and the
+    key, for a value of the wrong type or range.
     """
     path = directory / FILE
     if not path.is_file():
@@ -30,7 +29,9 @@ def model_defaults(directory: Path) -> dict[str, float]:
     do_sample = config.get("do_sample")
     if do_sample is True:
         return {"temperature": 1.0} | values  # the default of transformers and vLLM
-    if do_sample is False:  # a penalty changes what is likeliest; the others do not
+    if (
+        do_sample is False
+    ):  # greedy: of the others only a penalty changes which token is most likely
         penalty = {k: v for k, v in values.items() if k == "repetition_penalty"}
         return {"temperature": 0.0} | penalty
     if do_sample is not None:
@@ -39,17 +40,17 @@ def model_defaults(directory: Path) -> dict[str, float]:
 
 
 def checked(path: Path, key: str, value: Any) -> float:
-    """The value of a key as the number that GenerationConfig takes; ValueError naming both."""
+    """Return a value as the number that GenerationConfig takes, or raise ValueError."""
     kind = int if key == "top_k" else float
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not abs(value) <= sys.float_info.max  # also NaN
+        or not abs(value) <= sys.float_info.max  # true for NaN, too
         or kind(value) != value
     ):
         wanted = "a whole number" if kind is int else "a finite number"
-        raise ValueError(f"{path}: {key} is {short(value)} and must be {wanted}")
-    value = 0 if (key, value) == ("top_k", -1) else kind(value)  # -1: vLLM's word for all
+        raise ValueError(f"{path}: {key} is {short_json(value)} and must be {wanted}")
+    value = 0 if (key, value) == ("top_k", -1) else kind(value)  # vLLM: -1 is no limit
     try:
         GenerationConfig(**{key: value})
     except ValueError as error:
@@ -57,7 +58,7 @@ def checked(path: Path, key: str, value: Any) -> float:
     return value
 
 
-def taken(values: dict[str, float], directory: Path) -> str:
-    """What to say of the defaults that are used, those without an option of their own."""
+def defaults_line(values: dict[str, float], directory: Path) -> str:
+    """Return the log line that lists the values taken from the model's file."""
     listed = ", ".join(f"{key} {value:g}" for key, value in values.items())
     return f"{listed}: from {directory / FILE}; options override"

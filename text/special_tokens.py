@@ -1,9 +1,9 @@
-"""What a checkpoint's small files declare about special and added tokens, with types checked.
+"""The JSON files beside a vocabulary: special tokens, added tokens and the chat template.
 
-Start at Declared. tokenizer.py decides between these files and the vocabulary itself, and
-vocabulary.py adds the added tokens to it. As in transformers' `from_pretrained`,
-special_tokens_map.json and added_tokens.json count only where tokenizer_config.json has no
-added_tokens_decoder; the former then goes before tokenizer_config.json.
+Start at TokenizerConfig, which checks the type of each value that it returns. tokenizer.py decides
+between these files and the vocabulary; vocabulary.py adds the added tokens to the vocabulary. As in
+transformers' `from_pretrained`, special_tokens_map.json and added_tokens.json are read only if
+tokenizer_config.json has no added_tokens_decoder; special_tokens_map.json then overrides it.
 """
 
 import json
@@ -16,28 +16,31 @@ from tokenizers import AddedToken
 
 from host.files import read_object, read_text
 
-LFS = b"version https://git-lfs"  # git keeps a small text that begins so in place of a large file
-NAMES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
-EXTRA = ("additional_special_tokens", "extra_special_tokens")  # the older and the newer key
+LFS_HEADER = b"version https://git-lfs"  # begins a file that git-lfs has not fetched
+TOKEN_KEYS = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+EXTRA_KEYS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-MOST_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims can be 2^63
+MAX_IDS = 1 << 24  # far above any vocabulary: a damaged file can contain 2^63
 
-Added = list[tuple[int | None, AddedToken]]  # None: the next id that is free
+Added = list[tuple[int | None, AddedToken]]  # None: the next free id
 
 
-class Declared:
-    """The JSON files beside a vocabulary. Whatever reads a value raises ValueError, naming the
-    file and the key, if the type of the value is wrong."""
+class TokenizerConfig:
+    """The values of the JSON files beside a vocabulary.
+
+    Each method and property raises ValueError, naming the file and the key, if a value has the
+    wrong type.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
-        self._overrides: dict[str, Any] = {}  # special_tokens_map.json, where it counts
+        self._overrides: dict[str, Any] = {}  # of special_tokens_map.json
         if self._config.get("added_tokens_decoder") is None:
             self._overrides = read_config(directory / "special_tokens_map.json")
 
     def flag(self, key: str) -> bool | None:
-        """A true or false of tokenizer_config.json; None: it does not say."""
+        """Return a boolean of tokenizer_config.json, or None if the key is absent or null."""
         value = self._config.get(key)
         if value is not None and not isinstance(value, bool):
             raise self._wrong(key, value, "true, false or null")
@@ -45,19 +48,19 @@ class Declared:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The texts of bos_token, eos_token, pad_token and others with a name; "" for null."""
+        """The texts of bos_token, eos_token, pad_token and so on by key; "" for null."""
         both = self._config | self._overrides
-        found = {key: self._text(key, both[key]) for key in NAMES if key in both}
-        others = [key for key in both if key.endswith("_token") and key not in NAMES]
+        found = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
+        others = [key for key in both if key.endswith("_token") and key not in TOKEN_KEYS]
         return found | {key: both[key] for key in others if isinstance(both[key], str)}
 
     def special_texts(self) -> list[str]:
-        """The texts of bos_token, eos_token and so on, but for those without one."""
-        return [self.names[key] for key in NAMES if self.names.get(key)]
+        """Return the texts of the tokens of TOKEN_KEYS that have a text."""
+        return [self.names[key] for key in TOKEN_KEYS if self.names.get(key)]
 
     @cached_property
     def added(self) -> Added:
-        """Tokens beside the vocabulary's own, or with other flags, in the order of their ids."""
+        """The added tokens with their ids, in the order of ids, then those without an id."""
         extra = self._extra()
         special = {*self.special_texts(), *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
@@ -65,23 +68,23 @@ class Declared:
         return added + [(None, token) for token in extra if token.content not in known]
 
     def ids(self, file: str, key: str) -> list[int]:
-        """The token ids in generation_config.json or config.json: one, several or none."""
+        """Return the token ids of a key such as eos_token_id: one, several or none."""
         value = self._other(file).get(key)
         entries = value if isinstance(value, list) else [value]
         if any(isinstance(e, bool) or not isinstance(e, int | None) for e in entries):
             raise self._wrong(key, value, "a token id, a list of token ids or null", file)
         return [entry for entry in entries if entry is not None]
 
-    def model_size(self) -> int:
-        """How many ids the model has; 0 where config.json does not say."""
+    def model_vocab_size(self) -> int:
+        """Return vocab_size of config.json, or 0 if it is absent."""
         size = self._other("config.json").get("vocab_size")
         return size if isinstance(size, int) else 0
 
     def chat_template(self) -> str | None:
-        """Jinja source for a plain conversation, from the first file that has any."""
+        """Return the Jinja source of the first file that has a chat template, or None."""
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            refuse_pointer(path)
+            refuse_lfs_pointer(path)
             return read_text(path)
         for file in ("tokenizer_config.json", "chat_template.json"):
             given = self._other(file).get("chat_template")
@@ -90,7 +93,7 @@ class Declared:
         return None
 
     def _default_template(self, file: str, given: Any) -> str | None:
-        """Several templates may have names: the others are for tools or for retrieval."""
+        """Return the template, or of several named ones the one named "default"."""
         template = given
         if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
             given = {str(entry.get("name")): entry.get("template") for entry in given}
@@ -101,7 +104,10 @@ class Declared:
         return template
 
     def _numbered(self, special: set[str | None]) -> Added:
-        """The tokens of added_tokens_decoder, or else of added_tokens.json, with their ids."""
+        """Return the tokens of added_tokens_decoder, else of added_tokens.json, with their ids.
+
+        special: the texts of special tokens, which added_tokens.json does not mark.
+        """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
         if decoder is not None:
             if not isinstance(decoder, dict) or not all(
@@ -117,9 +123,9 @@ class Declared:
         ]
 
     def _extra(self) -> list[AddedToken]:
-        """Special tokens in a list, without ids."""
+        """Return the additional special tokens, which have no ids."""
         found = []
-        for key in EXTRA:
+        for key in EXTRA_KEYS:
             value = (self._config | self._overrides).get(key) or []
             value = list(value.values()) if isinstance(value, dict) else value
             if not isinstance(value, list):
@@ -142,8 +148,8 @@ class Declared:
         return AddedToken(text, **{"normalized": not flags["special"], **flags})
 
     def _id(self, key: str, value: Any, file: str = "tokenizer_config.json") -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_IDS:
-            raise self._wrong(key, value, f"a token id from 0 to {MOST_IDS - 1}", file)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_IDS:
+            raise self._wrong(key, value, f"a token id from 0 to {MAX_IDS - 1}", file)
         return value
 
     def _other(self, file: str) -> dict[str, Any]:
@@ -160,17 +166,17 @@ class Declared:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no such file."""
+    """Return the object in a JSON file, or {} if the file does not exist."""
     if not path.is_file():
         return {}
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     return read_object(path)
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raises ValueError for a file that git-lfs has not fetched."""
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ValueError for a file that git-lfs has not fetched."""
     with path.open("rb") as file:
-        if file.read(len(LFS)) == LFS:
+        if file.read(len(LFS_HEADER)) == LFS_HEADER:
             raise ValueError(
                 f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in its "
                 "folder, or download the file again"

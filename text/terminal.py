@@ -1,7 +1,7 @@
-"""What a person types: messages with line editing and history, pastes of many lines, Ctrl-C.
+"""Messages from the keyboard: line editing, history, pastes of several lines, Ctrl-C.
 
-Start at Messages. Editing, history and bracketed paste are readline's; each line of a pipe is a
-message. Nothing here imports torch.
+Start at Messages. readline edits lines and recognizes pastes. From a pipe each line is a message.
+Nothing here imports torch.
 """
 
 import contextlib
@@ -12,36 +12,35 @@ import termios
 from collections.abc import Callable, Iterator
 
 CTRL_C = b"\x03"
-PASTE_SECONDS = 0.05  # the lines of a paste follow one another faster
+PASTE_SECONDS = 0.05  # a line that follows within this time belongs to the same paste
 
 
 class Messages:
-    """Messages from stdin. Raises ValueError where it is closed.
+    """Messages from stdin. Raises ValueError if stdin is closed.
 
-    launched: torchrun started this process, and at a SIGINT it ends all processes. So during a
-    chat the terminal sends Ctrl-C as the byte 0x03 in place of that signal, and `stoppable` polls
-    for it.
+    under_torchrun: torchrun ends all processes at a SIGINT. During a chat the terminal therefore
+    sends Ctrl-C as the byte 0x03 instead of the signal, and `stoppable` polls for that byte.
     """
 
-    def __init__(self, launched: bool = False):
+    def __init__(self, under_torchrun: bool = False):
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end the chat
         self._is_terminal = sys.stdin.isatty()
-        self.keeps_ctrl_c = launched and self._is_terminal
-        self._knows_pastes = False
+        self.polls_ctrl_c = under_torchrun and self._is_terminal
+        self._has_bracketed_paste = False
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """For the time of a chat; the terminal is as before afterwards."""
+        """Prepare the terminal for a chat, and restore it afterwards."""
         if self._is_terminal:
-            self._knows_pastes = use_readline()
-        with changed_terminal() if self.keeps_ctrl_c else contextlib.nullcontext():
+            self._has_bracketed_paste = use_readline()
+        with changed_terminal() if self.polls_ctrl_c else contextlib.nullcontext():
             yield
 
     def read(self) -> str | None:
-        """The next message that says something; None at the end of the input."""
+        """Return the next message that is not blank, or None at the end of the input."""
         text = ""
         while not text.strip():
             try:
@@ -56,9 +55,11 @@ class Messages:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """During an answer: a function that tells whether Ctrl-C came as a byte. It is always false
-        where Ctrl-C raises KeyboardInterrupt."""
-        if not self.keeps_ctrl_c:
+        """Yield a function that returns whether the byte of Ctrl-C has arrived during an answer.
+
+        Where Ctrl-C raises KeyboardInterrupt it always returns False.
+        """
+        if not self.polls_ctrl_c:
             yield lambda: False
             return
         with changed_terminal(termios.ICANON | termios.ECHO):
@@ -66,29 +67,29 @@ class Messages:
 
     def _input(self) -> str:
         lines = [input("> " if self._is_terminal else "")]
-        if self._is_terminal and not self._knows_pastes:
-            with contextlib.suppress(EOFError):  # the lines before the end are a message, too
+        if self._is_terminal and not self._has_bracketed_paste:
+            with contextlib.suppress(EOFError):  # the lines before Ctrl-D are a message
                 while select.select([sys.stdin], [], [], PASTE_SECONDS)[0]:
                     lines.append(input())
         return "\n".join(line.removesuffix("\r") for line in lines)
 
 
 def use_readline() -> bool:
-    """Let `input` edit lines; whether it takes a paste of many lines as one."""
+    """Let `input` edit lines; return whether it reads a paste of several lines as one message."""
     try:
-        import readline  # for `input`: to be imported is enough
+        import readline  # `input` uses it once it is imported
     except ImportError:
         return False
     if "libedit" in (readline.__doc__ or ""):
         return False
     readline.parse_and_bind("set enable-bracketed-paste on")
-    readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')  # as a character: drop the line
-    return sys.stdout.isatty()  # else `input` does without readline
+    readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')  # Ctrl-C as a character drops the line
+    return sys.stdout.isatty()  # without a terminal `input` ignores readline
 
 
 @contextlib.contextmanager
 def changed_terminal(without: int = 0) -> Iterator[None]:
-    """A terminal in which Ctrl-C is a character, without these local modes."""
+    """Make Ctrl-C an ordinary character and clear the local modes `without`; then restore both."""
     terminal = sys.stdin.fileno()
     before, changed = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
     changed[3] &= ~without
@@ -101,6 +102,6 @@ def changed_terminal(without: int = 0) -> Iterator[None]:
 
 
 def ctrl_c_pressed() -> bool:
-    """Whether the key is among those pressed since the last call; the others are forgotten."""
+    """Return whether Ctrl-C was pressed since the last call; other keys are discarded."""
     terminal = sys.stdin.fileno()
     return bool(select.select([terminal], [], [], 0)[0]) and CTRL_C in os.read(terminal, 4096)

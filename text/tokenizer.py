@@ -1,23 +1,23 @@
-"""Text to token ids and back, with BOS, EOS and chat templates as the checkpoint's files say.
+"""Tokenizer: text to token ids and back, with the checkpoint's BOS, EOS and chat template.
 
-Start at load_tokenizer. A Backend (vocabulary.py) says which ids a text has and which bytes an id
-stands for. Decoding is the stream of those bytes read as UTF-8: TextStream is the only decoder,
-so what is printed token by token is what decode returns.
+Start at load_tokenizer. A Backend (vocabulary.py) encodes text and gives the bytes of each id.
+Decoding joins those bytes and reads them as UTF-8. TextStream is the only decoder, so text that is
+printed token by token equals the text that decode returns.
 
-The files of one checkpoint often contradict one another. The first valid answer counts:
+The files of a checkpoint often contradict one another. The first valid answer counts:
 
-| question | in this order |
+| question | sources, in order |
 |---|---|
-| BOS | bos_token, the vocabulary, generation_config.json, config.json |
-| EOS | generation_config.json, config.json, eos_token, the vocabulary |
-| whether BOS begins a text | add_bos_token of tokenizer_config.json, the vocabulary |
+| BOS id | bos_token, the vocabulary, generation_config.json, config.json |
+| EOS ids | generation_config.json, config.json, eos_token, the vocabulary |
+| does encode add BOS? | add_bos_token of tokenizer_config.json, the vocabulary |
 
 The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.json. bos_token and
-eos_token are those of special_tokens_map.json, then of tokenizer_config.json; the former is not
-read beside an added_tokens_decoder in the latter. That is what transformers does: how a text
-begins is its tokenizer's affair, and config.json may hold a library's defaults; where a text ends
-is generation's. An id is not valid that is negative, that neither tokenizer nor model has, or that
-means <unk> or an empty text.
+eos_token come from special_tokens_map.json, then from tokenizer_config.json; the former is ignored
+if the latter has an added_tokens_decoder. This order is that of transformers:
+its tokenizer determines how a text begins, since config.json may hold a library's defaults, and its
+generation config determines how a text ends. An id is invalid if it is negative, if neither the
+tokenizer nor the model has it, or if it is the id of <unk> or of an empty text.
 """
 
 import codecs
@@ -26,16 +26,17 @@ from pathlib import Path
 
 from host.files import without_surrogates
 from text import chat_template
-from text.special_tokens import Declared
+from text.special_tokens import TokenizerConfig
 from text.vocabulary import Backend, IdBackend, library_errors, open_backend
 
 
 class TextStream:
-    """Ids in, printable text out; each id is looked at once.
+    """Decodes token ids one at a time.
 
-    Half a character is held back until it is complete, or cannot become so and shows as U+FFFD.
-    The prompt is pushed first, unprinted: only the first word of a text loses the space before
-    it, a continuation never does, and it may complete a character that the prompt began.
+    The bytes of an incomplete character wait for the ids that complete it; invalid bytes become
+    U+FFFD. The ids of the prompt are pushed first and their text is dropped: the backend strips the
+    space before the first word of a text, but not before a continuation, and the first new id may
+    complete a character that the prompt began.
     """
 
     def __init__(self, backend: Backend, prompt_ids: Iterable[int] = ()):
@@ -46,27 +47,28 @@ class TextStream:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """The text that this id makes printable, perhaps none."""
+        """Add an id and return the text that is complete now; it may be empty."""
         data = self._backend.token_bytes(token)
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
         return self._utf8.decode(data)
 
-    def special(self, token: int) -> str:
-        """The name of a special token, which has no text; of other ids nothing."""
-        return "" if self._backend.token_bytes(token) else self._backend.text_of(token)
+    def special_name(self, token: int) -> str:
+        """Return the name of a special token, such as "</s>", and "" for an ordinary id."""
+        return "" if self._backend.token_bytes(token) else self._backend.id_to_token(token)
 
     def flush(self) -> str:
-        """What is still held back, as U+FFFD: no further id will complete it."""
+        """Return the bytes that still wait as U+FFFD: no id follows that could complete them."""
         return self._utf8.decode(b"", final=True)
 
 
 class Tokenizer:
-    """Text to ids and back, with the checkpoint's own special tokens and chat template.
+    """Encodes and decodes text with the special tokens and the chat template of a checkpoint.
 
-    bos_id is None where there is none, and bos_token its text; any of eos_ids ends a text;
-    vocab_size counts every id, special ones included; chat_template is Jinja source or None.
+    bos_id: None if the checkpoint has no BOS; bos_token: its text. eos_ids: each of them ends a
+    text. vocab_size: the number of ids, special tokens included. chat_template: Jinja source, or
+    None.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class Tokenizer:
         chat_template: str | None = None,
         add_bos: bool | None = None,
     ):
-        """names: texts of special tokens, for the template; add_bos: None for the backend's."""
+        """names: the texts of special tokens by name ("eos_token"), for the chat template. add_bos:
+        whether encode adds BOS; None: as the backend does."""
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self.vocab_size = backend.vocab_size
         self.chat_template = chat_template
@@ -88,63 +91,64 @@ class Tokenizer:
         self.bos_token = self._names["bos_token"]
 
     def encode(self, text: str, bos: bool = True, *, special: bool = False) -> list[int]:
-        """The ids of text, after BOS if this tokenizer begins its texts with one.
+        """Return the ids of a text, after BOS if bos is true and this tokenizer adds BOS.
 
-        Names of special tokens in text are plain characters, so that no document or user can
-        forge the end of a turn; special=True reads them as ids, for what a chat template wrote.
-        If the first of those is BOS already, no second one is put before it. Half a surrogate
-        pair, as a JSON string or a shell's argument can hold, is no character and becomes U+FFFD.
+        special: whether the names of special tokens in the text become their ids. By default they
+        are plain characters, so that a document cannot forge the end of a turn; the output of a
+        chat template needs special=True. BOS is never added before a BOS. Half of a surrogate pair,
+        which JSON strings and command-line arguments can hold, becomes U+FFFD. Raises ValueError if
+        the tokenizer library fails.
         """
         with library_errors("the tokenizer failed on this text"):
             ids = self._backend.encode(without_surrogates(text), special)
         return [self.bos_id, *ids] if bos and self._adds_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens and ids outside the vocabulary have none."""
+        """Return the text of ids, without special tokens and ids outside the vocabulary."""
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token whose text is exactly this; such an id decodes to ""."""
+        """Return the id of the special token with this text, or None."""
         return self._backend.special_id(text)
 
-    def spelled(self, token: int) -> str:
-        """The text of one id, with U+FFFD for part of a character; a special token's name."""
+    def id_to_text(self, token: int) -> str:
+        """Return the text of one id, with U+FFFD for part of a character, or the name of a special
+        token."""
         data = self._backend.token_bytes(token)
-        return data.decode("utf-8", "replace") or self._backend.text_of(token)
+        return data.decode("utf-8", "replace") or self._backend.id_to_token(token)
 
     def stream(self, prompt_ids: Iterable[int] = ()) -> TextStream:
-        """A decoder for the ids that follow prompt_ids."""
+        """Return a decoder for the ids that follow prompt_ids."""
         return TextStream(self._backend, prompt_ids)
 
     def apply_chat_template(
         self, messages: list[dict], add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a conversation, [{"role": "user", "content": "Hello"}, ...].
+        """Return the ids of a conversation, [{"role": "user", "content": "Hello"}, ...].
 
-        BOS is there if the template writes it, and never twice. Special tokens are parsed in the
-        messages as well, as Hugging Face does: text from strangers needs a check before.
-
-        Raises ValueError if there is no template, or it fails or refuses the messages.
+        BOS is present if the template writes it. As in transformers, the names of special tokens
+        become ids in the messages too: check untrusted messages before the call. Raises ValueError
+        if the checkpoint has no template, or if the template fails or rejects the messages.
         """
         text = self.chat_text(messages, add_generation_prompt)
         return self.encode(text, bos=False, special=True)
 
     def chat_text(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """What the template makes of a conversation; raises what apply_chat_template raises."""
+        """Return the text that the template renders; raises what apply_chat_template raises."""
         if self.chat_template is None:
             raise ValueError(
                 "no chat template: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give this model a plain prompt"
             )
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        # tools: templates ask whether they are none, and undefined is not
+        # Templates test "tools is none", which an undefined variable is not.
         given |= {"tools": None, "documents": None}
         return chat_template.render(self.chat_template, self._names | given)
 
 
-def difference(a: Tokenizer, b: Tokenizer) -> str | None:
-    """Where two tokenizers first mean different texts by an id; None: nowhere."""
+def first_difference(a: Tokenizer, b: Tokenizer) -> str | None:
+    """Describe the first id that two tokenizers decode differently; None if no id differs."""
     if a.vocab_size != b.vocab_size:
         return f"the tokenizers have {a.vocab_size} and {b.vocab_size} ids"
     for token in range(a.vocab_size):
@@ -157,50 +161,61 @@ def difference(a: Tokenizer, b: Tokenizer) -> str | None:
 
 
 def id_tokenizer(vocab_size: int) -> Tokenizer:
-    """For a model without tokenizer files: ids print as numbers, and no text can be encoded."""
+    """Return a tokenizer for a model without tokenizer files: it decodes ids to their numbers, and
+    encode raises ValueError."""
     return Tokenizer(IdBackend(vocab_size))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory.
+    """Return the tokenizer of a checkpoint directory.
 
-    Raises FileNotFoundError if it holds none, ValueError naming a file that cannot be read.
+    Raises FileNotFoundError if the directory has no vocabulary, and ValueError naming the file that
+    cannot be read.
     """
-    declared = Declared(Path(directory))
-    backend = open_backend(declared.directory, declared)
-    own_eos = named_id(backend, declared, "eos_token")
-    bos_ids, eos_ids = (
-        [declared.ids(file, key) for file in ("generation_config.json", "config.json")]
-        for key in ("bos_token_id", "eos_token_id")
-    )
-    size = declared.model_size()
-    bos = first_valid(
-        backend, size, named_id(backend, declared, "bos_token"), [backend.bos_id], *bos_ids
-    )
-    eos = first_valid(backend, size, *eos_ids, own_eos, backend.eos_ids)
-    names = declared.names | {
-        "bos_token": "".join(map(backend.text_of, bos[:1])),
-        "eos_token": "".join(map(backend.text_of, first_valid(backend, size, own_eos, eos)[:1])),
+    config = TokenizerConfig(Path(directory))
+    backend = open_backend(config.directory, config)
+    bos, eos, own_eos = find_bos_and_eos(backend, config)
+    names = config.names | {
+        "bos_token": "".join(map(backend.id_to_token, bos[:1])),
+        "eos_token": "".join(map(backend.id_to_token, own_eos[:1])),
     }
-    template, add_bos = declared.chat_template(), declared.flag("add_bos_token")
+    template, add_bos = config.chat_template(), config.flag("add_bos_token")
     return Tokenizer(backend, next(iter(bos), None), eos, names, template, add_bos)
 
 
-def named_id(backend: Backend, declared: Declared, name: str) -> list[int | None]:
-    """The id of a named token, in a list."""
-    return [backend.id_of(declared.names.get(name, ""))]
+def find_bos_and_eos(
+    backend: Backend, config: TokenizerConfig
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of BOS, those of EOS, and those of the eos_token that chat templates write."""
+    own_eos = named_id(backend, config, "eos_token")
+    bos_ids, eos_ids = (
+        [config.ids(file, key) for file in ("generation_config.json", "config.json")]
+        for key in ("bos_token_id", "eos_token_id")
+    )
+    size = max(backend.vocab_size, config.model_vocab_size())
+    bos = first_valid(
+        backend, size, named_id(backend, config, "bos_token"), [backend.bos_id], *bos_ids
+    )
+    eos = first_valid(backend, size, *eos_ids, own_eos, backend.eos_ids)
+    return bos, eos, first_valid(backend, size, own_eos, eos)
 
 
-def first_valid(
-    backend: Backend, model_size: int, *sources: Iterable[int | None]
-) -> tuple[int, ...]:
-    """The valid ids of the first source that has any, each once."""
+def named_id(backend: Backend, config: TokenizerConfig, name: str) -> list[int | None]:
+    """Return a list of one: the id of the token that the config names, such as "eos_token"."""
+    return [backend.token_to_id(config.names.get(name, ""))]
+
+
+def first_valid(backend: Backend, size: int, *sources: Iterable[int | None]) -> tuple[int, ...]:
+    """Return the valid ids, without repetitions, of the first source that has a valid id.
+
+    size: valid ids are below it.
+    """
 
     def is_valid(token: int | None) -> bool:
-        if token is None or not 0 <= token < max(backend.vocab_size, model_size):
+        if token is None or not 0 <= token < size:
             return False
-        is_named = backend.text_of(token) != "" or token >= backend.vocab_size
-        return is_named and not backend.is_unknown(token)
+        has_text = backend.id_to_token(token) != "" or token >= backend.vocab_size
+        return has_text and not backend.is_unknown(token)
 
     found = (tuple(dict.fromkeys(filter(is_valid, source))) for source in sources)
     return next(filter(None, found), ())

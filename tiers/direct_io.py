@@ -2,7 +2,7 @@
 
 Start at DirectFile. The page cache would keep the layers that were read last, where those needed
 next are the ones read longest ago; with O_DIRECT memory holds what it is told to, and the disk
-works at its own rate. Offsets, lengths and memory are then multiples of BLOCK. Where a file system
+works at its own rate. Offsets, lengths and memory are then multiples of BLOCK_BYTES. Where a file system
 refuses O_DIRECT the same calls go through the page cache.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-LARGE = 4 * 2**20  # bytes of a request: larger ones are no faster
-SMALL = 2**20  # the same where others wait behind it
-IN_FLIGHT = 8  # requests at a time
-REFUSED = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
+LARGE_REQUEST_BYTES = 4 * 2**20  # bytes of a request: larger ones are no faster
+SMALL_REQUEST_BYTES = 2**20  # the same where others wait behind it
+REQUESTS_IN_FLIGHT = 8  # requests at a time
+ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP  # what a file system without O_DIRECT says
 
 Pieces = Iterable[tuple[int, Tensor]]  # offsets in a file, and the bytes there
 # Threads that wait for the disk, and take next to no CPU. Layers are many requests, behind which
 # a cell of the cache must not queue.
-layers, cells = (ThreadPoolExecutor(IN_FLIGHT, name) for name in ("layers", "cells"))
+layers, cells = (ThreadPoolExecutor(REQUESTS_IN_FLIGHT, name) for name in ("layers", "cells"))
 
 
 class DirectFile:
@@ -31,12 +31,12 @@ class DirectFile:
     threads: who waits for them."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
-        self.path, self.request, self.threads = path, SMALL, cells
+        self.path, self.request, self.threads = path, SMALL_REQUEST_BYTES, cells
         try:
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
             self.direct = True
         except OSError as error:
-            if error.errno not in REFUSED:
+            if error.errno not in ERRNOS_WITHOUT_O_DIRECT:
                 raise
             self._file, self.direct = os.open(path, flags, 0o600), False
         self._size = os.fstat(self._file).st_size
@@ -85,7 +85,7 @@ class ScratchFile(DirectFile):
 
     def __init__(self, directory: Path, nbytes: int):
         """Raises ValueError where the disk has no space, and OSError where it cannot be written."""
-        place = existing(directory)
+        place = nearest_directory(directory)
         free = shutil.disk_usage(place).free
         if nbytes > free:
             raise ValueError(
@@ -103,7 +103,7 @@ class ScratchFile(DirectFile):
         self._size = nbytes
 
 
-def existing(directory: Path) -> Path:
+def nearest_directory(directory: Path) -> Path:
     """The directory, or the nearest one above it that exists, which is on the same disk.
 
     A file without a name needs no directory of its own. Raises NotADirectoryError for a file.

@@ -22,24 +22,25 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from host.memory import BLOCK, page_aligned, whole_blocks
+from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
+from host.torch_private import own_buffers
 from model import KVCache, Transformer
 from tiers.direct_io import ScratchFile
-from tiers.policy import CACHE_SLOTS, Policy
+from tiers.policy import CACHE_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
     BounceBuffer,
+    Buffer,
     HostMemory,
     Layout,
     Parts,
     Ring,
-    Slot,
     Store,
     TransferWorker,
-    Waited,
-    fence,
-    sent,
+    WaitTime,
+    record_event,
+    to_device,
 )
 
 
@@ -64,13 +65,14 @@ class TieredCaches(Sequence["TieredCache"]):
         policy: Policy,
         rows: int,
         length: int,
-        waited: Waited | None = None,
+        waited: WaitTime | None = None,
     ):
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device, self.rows, self.length = policy, weight.device, rows, length
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        self._new_cache = lambda: model.new_cache(shape, weight.dtype, META)
-        by_slot = {n: t.transpose(0, 1) for n, t in self._new_cache()._buffers.items()}
+        self._factory, self._args = model.cache_factory, (shape, weight.dtype, META)
+        empty = self._factory(*self._args)
+        by_slot = {n: t.transpose(0, 1) for n, t in own_buffers(empty).items()}
         self.layout = Layout(by_slot)
         self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
         K = -(-rows // policy.micro_batch)
@@ -78,12 +80,12 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = self._cells()
         self._caches = [TieredCache(self, cells[j * K : j * K + K]) for j in range(args.n_layers)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._slots = [self._slot() for _ in moving[:CACHE_SLOTS]]
+        self._slots = [self._slot() for _ in moving[:CACHE_BUFFERS]]
         self._in, self._out = (
             TransferWorker(self.device, "cache in"),
             TransferWorker(self.device, "cache out"),
         )
-        self._waited = waited or Waited()
+        self._waited = waited or WaitTime()
         self._ring, self._in_ring = Ring((), (), self._fetch, self._waited), 0
         self._pos, self._spans = None, []
 
@@ -99,11 +101,11 @@ class TieredCaches(Sequence["TieredCache"]):
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).holding(cell) as slot:
+        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as slot:
             try:
-                yield slot.holds
+                yield slot.contents
             finally:  # after an error, too, the device may still compute with it
-                slot.used = fence(self.device)
+                slot.last_use = record_event(self.device)
             first, cell.filled = self._span(k, pos)
             self._store(cell, slot, first)
             if not self.policy.overlap:
@@ -122,7 +124,7 @@ class TieredCaches(Sequence["TieredCache"]):
             with self._read(cells[k]) as old:
                 for m, some in groupby(moves, lambda move: move[0] // g):
                     to, of = zip(*some, strict=True)
-                    new = cells[m].cache or self._slots[-1].holds
+                    new = cells[m].cache or self._slots[-1].contents
                     places = slice(to[0] % g, to[-1] % g + 1)
                     new.part(places).take(old, torch.tensor(of) % g, filled)
                     if places.stop == g or to[-1] == len(rows) - 1:
@@ -136,8 +138,8 @@ class TieredCaches(Sequence["TieredCache"]):
             return
         slot = self._slots[0]
         self._fetch(cell, slot).result()
-        yield slot.holds
-        slot.used = fence(self.device)
+        yield slot.contents
+        slot.last_use = record_event(self.device)
 
     def _write(self, cell: Cell, filled: int) -> None:
         """Let a cell that moves be what was made of it in the last slot, which is the first where
@@ -145,7 +147,7 @@ class TieredCaches(Sequence["TieredCache"]):
         cell.filled = filled
         if cell.cache is None:
             slot = self._slots[-1]
-            slot.used = fence(self.device)
+            slot.last_use = record_event(self.device)
             self._store(cell, slot, 0)
             cell.stored.result()
 
@@ -153,7 +155,7 @@ class TieredCaches(Sequence["TieredCache"]):
         """The ring, over the cells of the first K micro-batches."""
         if self._in_ring != K:
             for courier in (self._in, self._out):
-                courier.send(lambda: None).result()  # one thread: all it was sent before is there
+                courier.submit(lambda: None).result()  # one thread: all it was sent before is there
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
             slots = self._slots[: len(moving)]
             self._ring = Ring(moving, slots, self._fetch, self._waited, self.policy.overlap)
@@ -170,26 +172,28 @@ class TieredCaches(Sequence["TieredCache"]):
             self._pos = pos
         return self._spans[k]
 
-    def _fetch(self, cell: Cell, slot: Slot) -> Future:
+    def _fetch(self, cell: Cell, slot: Buffer) -> Future:
         def bring() -> None:
             for stored in (slot.stored, cell.stored):  # the slot's last contents; this cell's
                 if stored:
                     stored.result()
             cell.store.read(self._pieces(cell, slot.parts, 0, cell.filled))
 
-        return self._in.send(bring, slot.used)
+        return self._in.submit(bring, slot.last_use)
 
-    def _store(self, cell: Cell, slot: Slot, first: int) -> None:
+    def _store(self, cell: Cell, slot: Buffer, first: int) -> None:
         pieces = self._pieces(cell, slot.parts, first, cell.filled)
-        cell.stored = slot.stored = self._out.send(lambda: cell.store.write(pieces), slot.used)
+        cell.stored = slot.stored = self._out.submit(
+            lambda: cell.store.write(pieces), slot.last_use
+        )
 
     def _pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
         """The bytes of some slots, of each tensor, in whole blocks: what parts hold beside them
         is either what the store holds there too, or nothing yet."""
         pieces = []
         for name, at in self.layout.offsets.items():
-            start = first * self._slot_bytes[name] // BLOCK * BLOCK
-            stop = whole_blocks(end * self._slot_bytes[name])
+            start = first * self._slot_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._slot_bytes[name])
             pieces.append((cell.base + at + start, parts[name][start:stop]))
         return pieces
 
@@ -223,18 +227,17 @@ class TieredCaches(Sequence["TieredCache"]):
     def _resident(self, device: torch.device) -> KVCache:
         return self._cache(self.layout.allocate(device), device)
 
-    def _slot(self) -> Slot:
+    def _slot(self) -> Buffer:
         device = CPU if self._host_reads() else self.device
         parts = self.layout.allocate(device)
-        return Slot(parts, self._cache(parts, device), fence(self.device))
+        return Buffer(parts, self._cache(parts, device), record_event(self.device))
 
     def _cache(self, parts: Parts, device: torch.device) -> KVCache:
         """A cache in that memory."""
-        cache = self._new_cache()
-        if device.type != "cuda":
-            cache.gpu_attention = None
+        here = device.type == self.device.type
+        cache = (self._factory if here else self._factory.portable())(*self._args)
         for name, tensor in self.layout.of(parts).items():  # (S, g, ...) each
-            cache._buffers[name] = tensor.transpose(0, 1)
+            setattr(cache, name, tensor.transpose(0, 1))
         if self.policy.attention_share < 1 and self.policy.cpu_attention and device == CPU:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)
@@ -287,12 +290,12 @@ class HostAttention:
         given = self._received(q, k, v, mask, pos)
         with self.turn:
             y = self._cache.attend(*given)
-        return sent(y, q.device)
+        return to_device(y, q.device)
 
     def _received(self, *tensors: Tensor) -> list[Tensor]:
         """The same there, once they have come: what the device does afterwards may take longer."""
         copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
-        if copied := fence(tensors[0].device):
+        if copied := record_event(tensors[0].device):
             copied.synchronize()
         return copies
 
@@ -320,7 +323,7 @@ class SparseHostAttention(HostAttention):
         device = q.device
         q, k, v, mask, pos = self._received(q, k, v, mask, pos)
         with self.turn:
-            return sent(self._attend_sparsely(q, k, v, mask, pos), device)
+            return to_device(self._attend_sparsely(q, k, v, mask, pos), device)
 
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
@@ -342,7 +345,7 @@ class SparseHostAttention(HostAttention):
 
 
 def tiered_caches(
-    model: Transformer, policy: Policy, rows: int, length: int, waited: Waited | None = None
+    model: Transformer, policy: Policy, rows: int, length: int, waited: WaitTime | None = None
 ) -> Sequence[KVCache]:
     """`length` slots for each row, on the tiers that the policy says. waited: where to count what
     those who compute wait for cells."""

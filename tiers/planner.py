@@ -19,8 +19,8 @@ import numpy as np
 
 from host.memory import size_text
 from model import visible_length
-from tiers.direct_io import IN_FLIGHT, SMALL
-from tiers.policy import CACHE_SLOTS, TIERS, WEIGHT_SLOTS, Policy, Share
+from tiers.direct_io import REQUESTS_IN_FLIGHT, SMALL_REQUEST_BYTES
+from tiers.policy import CACHE_BUFFERS, TIERS, WEIGHT_BUFFERS, Policy, Share
 from tiers.probe import Machine
 
 HANDED_OVER = 1e-3  # seconds that a cell costs those who compute, from thread to thread
@@ -39,14 +39,14 @@ class Sizes:
     ring: int  # the same in a slot of the ring
     fixed: int  # all else that stays on the device: embeddings, head, and the process itself
     head: int  # of those, what every step reads
-    slot: int  # one slot of a row in one layer's cache
+    position: int  # one slot of a row in one layer's cache
     hidden: int  # what a token takes between layers
     within: int  # the most that a token takes within a layer
     logits: int  # of a row, with what drawing from them takes
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Texts to be made: how many, of how many tokens each prompt is, and how many are added."""
 
     texts: int
@@ -67,27 +67,27 @@ class Prediction:
     """Bytes by tier; seconds by resource, of a block's prompts and of a step."""
 
     policy: Policy
-    work: Work
+    workload: Workload
     split: Split  # the policy's shares, as they are realised
     memory: dict[str, float]
     prefill: dict[str, float]
     step: dict[str, float]
 
     @property
-    def one_memory(self) -> bool:
+    def device_is_cpu(self) -> bool:
         """The device is the CPU, so that the host's memory is its own."""
         return "host" not in self.memory
 
     @property
     def latency(self) -> float:
         """Seconds for a block of rows."""
-        return max(self.prefill.values()) + max(self.step.values()) * (self.work.new - 1)
+        return max(self.prefill.values()) + max(self.step.values()) * (self.workload.new - 1)
 
     @property
     def rate(self) -> float:
         """New tokens per second, over all blocks that the texts take."""
-        blocks = math.ceil(self.work.texts / self.policy.rows)
-        return self.work.texts * self.work.new / (blocks * self.latency)
+        blocks = math.ceil(self.workload.texts / self.policy.rows)
+        return self.workload.texts * self.workload.new / (blocks * self.latency)
 
     @property
     def binding(self) -> str:
@@ -101,9 +101,9 @@ class Planner:
 
     sizes: Sizes
     machine: Machine | None  # None: times are not known
-    one_memory: bool  # the device is the CPU: host memory is its own
+    device_is_cpu: bool  # the device is the CPU: host memory is its own
 
-    def predict(self, policy: Policy, work: Work) -> Prediction:
+    def predict(self, policy: Policy, work: Workload) -> Prediction:
         """Resources work at the same time: the busiest one says how long it takes."""
         layers = self.sizes.layers
         split = Split(
@@ -114,10 +114,12 @@ class Planner:
         return Prediction(policy, work, split, memory, *times)
 
     def times(
-        self, policy: Policy, split: Split, work: Work
+        self, policy: Policy, split: Split, work: Workload
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds by resource, of all prompts of a block and of one step."""
-        tokens = max(1, min(work.prompt, policy.sweep // policy.rows))  # of a row in a sweep
+        tokens = max(
+            1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows)
+        )  # of a row in a sweep
         sweep = self.busy(policy, split, tokens, work.prompt / 2)
         sweeps = math.ceil(work.prompt / tokens)
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
@@ -132,13 +134,13 @@ class Planner:
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         _, host, disk = split.weights
         here, cells_host, cells_disk = split.cache
-        filled, new = g * slots * sizes.slot, g * tokens * sizes.slot  # bytes of a cell
+        filled, new = g * slots * sizes.position, g * tokens * sizes.position  # bytes of a cell
         seen = g * tokens * slots
         stays = policy.cpu_attention  # in the host's memory, where queries come to
-        per_pair = machine.per_slot if tokens == 1 else machine.per_pair
+        per_pair = machine.per_position if tokens == 1 else machine.per_pair
         pieces = math.ceil(g * tokens / policy.chunk)
         # A cell is asked for while the disk has many requests for weights before it.
-        queue = IN_FLIGHT * SMALL / machine.stream * (disk > 0)
+        queue = REQUESTS_IN_FLIGHT * SMALL_REQUEST_BYTES / machine.stream * (disk > 0)
         products = sizes.layers * K * pieces * machine.products(g * tokens / pieces)
         away = (cells_host + cells_disk) * stays
         fetched = cells_host * (not stays)
@@ -153,9 +155,9 @@ class Planner:
             + machine.products(g * K) * sizes.head / sizes.layer
             + (fetched + cells_disk) * HANDED_OVER
             + (here + cells_host + cells_disk - away) * seen * per_pair,
-            "host attention": away * seen * machine.host_per_slot,
+            "host attention": away * seen * machine.host_per_position,
         }
-        if self.one_memory:  # who computes also copies
+        if self.device_is_cpu:  # who computes also copies
             copies = "to device", "to host", "host attention"
             seconds["compute"] += sum(seconds.pop(name) for name in copies)
         else:
@@ -165,13 +167,13 @@ class Planner:
             seconds["to device"] += cells_disk * (not stays) * machine.to_device(filled)
         return seconds
 
-    def memory(self, policy: Policy, split: Split, work: Work) -> dict[str, float]:
+    def memory(self, policy: Policy, split: Split, work: Workload) -> dict[str, float]:
         """Bytes by tier, at most: linear in the split, as long as anything moves."""
         sizes, g, K = self.sizes, policy.micro_batch, policy.micro_batches
         cell = self.cell(policy, work)
         moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
         rings = sum(itertools.compress(self.rings(policy, work), moving))
-        sweep = max(min(policy.sweep, g * K * work.prompt), g * K)
+        sweep = max(min(policy.prefill_chunk_tokens, g * K * work.prompt), g * K)
         chunk = max(min(policy.chunk, sweep), g)
         computed = sweep * sizes.hidden + chunk * sizes.within + g * K * sizes.logits
         totals = {
@@ -180,22 +182,24 @@ class Planner:
         }
         totals["device"] += split.weights[0] * (sizes.kept - sizes.layer)
         totals["device"] += sizes.fixed + rings + computed
-        if self.one_memory:
+        if self.device_is_cpu:
             totals["device"] += totals.pop("host")
         else:  # what is read from disk passes through it
             totals["host"] += sizes.layer + cell
         return totals
 
-    def cell(self, policy: Policy, work: Work) -> int:
+    def cell(self, policy: Policy, work: Workload) -> int:
         """Bytes of a cell of the cache."""
         slots = visible_length(work.prompt + work.new, LONGEST) + 1
-        return policy.micro_batch * slots * self.sizes.slot
+        return policy.micro_batch * slots * self.sizes.position
 
-    def rings(self, policy: Policy, work: Work) -> tuple[int, int]:
+    def rings(self, policy: Policy, work: Workload) -> tuple[int, int]:
         """Bytes of the ring of layers, and of that of cells."""
-        return WEIGHT_SLOTS * self.sizes.ring, CACHE_SLOTS * self.cell(policy, work)
+        return WEIGHT_BUFFERS * self.sizes.ring, CACHE_BUFFERS * self.cell(policy, work)
 
-    def choose(self, work: Work, budgets: dict[str, float], start: Policy, most: int) -> Prediction:
+    def choose(
+        self, work: Workload, budgets: dict[str, float], start: Policy, most: int
+    ) -> Prediction:
         """The policy within budgets, bytes by tier, that makes the most tokens per second.
 
         start: what is settled, pinning and the like. most: rows of a block. Raises ValueError
@@ -205,7 +209,7 @@ class Planner:
         plans = [plan for policy in candidates for plan in self.plans(policy, work, budgets)]
         if not plans:
             least = replace(candidates[0], weights=Share(0, 0), cache=Share(0, 0))
-            raise ValueError(self.lacking(self.predict(least, work), budgets))
+            raise ValueError(self.shortage(self.predict(least, work), budgets))
         return max(plans, key=lambda plan: plan.rate)
 
     def groupings(self, start: Policy, most: int) -> Iterator[Policy]:
@@ -213,10 +217,12 @@ class Planner:
             for K in (k for k in COUNTS if g * (k - 1) < most):
                 grouped = replace(start, micro_batch=g, micro_batches=K)
                 for sweep in SWEEPS:
-                    for attend in {False, not self.one_memory}:
-                        yield replace(grouped, sweep=sweep, cpu_attention=attend)
+                    for attend in {False, not self.device_is_cpu}:
+                        yield replace(grouped, prefill_chunk_tokens=sweep, cpu_attention=attend)
 
-    def plans(self, policy: Policy, work: Work, budgets: dict[str, float]) -> Iterator[Prediction]:
+    def plans(
+        self, policy: Policy, work: Workload, budgets: dict[str, float]
+    ) -> Iterator[Prediction]:
         """Splits for a grouping that fit: all on the device, and what linear programs say where
         weights, or the cache, or both of them move."""
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
@@ -231,7 +237,7 @@ class Planner:
                 yield plan
 
     def best_split(
-        self, policy: Policy, work: Work, budgets: dict[str, float], still: tuple[bool, bool]
+        self, policy: Policy, work: Workload, budgets: dict[str, float], still: tuple[bool, bool]
     ) -> Split | None:
         """A linear program: of layers and cells on each tier, and the seconds of a block's prompts
         and of a step, which no resource may exceed. None: nothing fits.
@@ -259,7 +265,7 @@ class Planner:
         for kind in (0, 1):
             for tier in (1, 2):
                 # The host's memory is the device's, if that is the CPU.
-                if still[kind] or (tier == 1 and self.one_memory):
+                if still[kind] or (tier == 1 and self.device_is_cpu):
                     bounds[3 * kind + tier] = 0, 0
         solved = linprog(
             [0] * 6 + [1, work.new - 1],
@@ -272,9 +278,12 @@ class Planner:
         return Split(tuple(solved.x[:3]), tuple(solved.x[3:6])) if solved.success else None
 
     @staticmethod
-    def lacking(plan: Prediction, budgets: dict[str, float]) -> str | None:
+    def shortage(plan: Prediction, budgets: dict[str, float]) -> str | None:
         """Why a plan does not fit; None where it does."""
-        names = {"device": "memory" if plan.one_memory else "device memory", "host": "host memory"}
+        names = {
+            "device": "memory" if plan.device_is_cpu else "device memory",
+            "host": "host memory",
+        }
         short = [
             f"{size_text(needed)} of {names.get(tier, tier)} and may take "
             f"{size_text(budgets[tier])}"
@@ -287,6 +296,6 @@ class Planner:
     def shares_near(self, counts: tuple[float, ...], total: int) -> list[Share]:
         """In whole numbers: rounded down, and with one more on the device or in host memory."""
         device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)
-        hosts = (host,) if self.one_memory else (host, host + 1)
+        hosts = (host,) if self.device_is_cpu else (host, host + 1)
         whole = itertools.product((device, device + 1), hosts)
         return [Share(100 * d / total, 100 * h / total) for d, h in whole if d + h <= total]

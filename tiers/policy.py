@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
-WEIGHT_SLOTS, CACHE_SLOTS = 2, 3  # of the rings of offload.py and tiered_cache.py
+WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3  # of the rings of offload.py and tiered_cache.py
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Policy:
     micro_batch: int = 4
     micro_batches: int = 1
     chunk: int = 512
-    sweep: int = 4096
+    prefill_chunk_tokens: int = 4096
     compress_weight: bool = False
     cpu_attention: bool = False
     attention_share: float = 1.0

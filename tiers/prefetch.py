@@ -21,14 +21,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from host.memory import page_aligned, whole_blocks
+from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-COPIED = 2**25  # bytes that go to a GPU at once: half a millisecond
+COPY_PIECE_BYTES = 2**25  # bytes that go to a GPU at once: half a millisecond
 Item = TypeVar("Item", bound=Hashable)
 Parts = dict[str, Tensor]  # bytes by the names of tensors
-Fence = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
+Event = torch.cuda.Event | None  # the end of what a GPU was given to do; None: it is over
 
 
 class Layout:
@@ -43,16 +43,18 @@ class Layout:
         self.nbytes = 0
         for name, tensor in self.tensors.items():
             self.offsets[name] = self.nbytes
-            self.nbytes += whole_blocks(tensor.nbytes)
+            self.nbytes += round_up_to_block(tensor.nbytes)
 
     def allocate(self, device: torch.device) -> Parts:
         """Memory for all of them, of each by itself: a compiler must not take two for one."""
-        sizes = {name: whole_blocks(tensor.nbytes) for name, tensor in self.tensors.items()}
+        sizes = {name: round_up_to_block(tensor.nbytes) for name, tensor in self.tensors.items()}
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
     def cut(self, slab: Tensor) -> Parts:
         """The parts of one piece of memory."""
-        ends = (at + whole_blocks(self.tensors[name].nbytes) for name, at in self.offsets.items())
+        ends = (
+            at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
+        )
         return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def of(self, parts: Parts) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ class HostMemory:
     def read(self, pieces: Pieces) -> None:
         for offset, piece in pieces:
             source = self.slab[offset : offset + len(piece)]
-            size = COPIED if piece.is_cuda else max(1, len(piece))
+            size = COPY_PIECE_BYTES if piece.is_cuda else max(1, len(piece))
             for to, part in zip(piece.split(size), source.split(size), strict=True):
                 to.copy_(part, non_blocking=True)
 
@@ -123,7 +125,7 @@ class BounceBuffer:
             self._stages.put(stage)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On that device, in its stream's order, and without waiting for it. What is pinned must stay
     as it is until then; of what is not, a copy is sent."""
     if device.type != "cuda" or tensor.device == device:
@@ -131,7 +133,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-def fence(device: torch.device) -> Fence:
+def record_event(device: torch.device) -> Event:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -142,11 +144,11 @@ class TransferWorker:
         self._thread = ThreadPoolExecutor(threads, name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def send(self, work: Callable[[], Any], after: Fence = None) -> Future:
+    def submit(self, work: Callable[[], Any], after: Event = None) -> Future:
         """The bytes are there when its result is. after: what still uses the memory."""
         return self._thread.submit(self._run, work, after)
 
-    def _run(self, work: Callable[[], Any], after: Fence) -> None:
+    def _run(self, work: Callable[[], Any], after: Event) -> None:
         stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
         with torch.inference_mode(), stream:
             if after:
@@ -162,7 +164,7 @@ class Workers:
     def __init__(self, device: torch.device, name: str, threads: int):
         self._device, self._threads = device, ThreadPoolExecutor(threads, name)
 
-    def send(self, work: Callable[[], Any]) -> Future:
+    def submit(self, work: Callable[[], Any]) -> Future:
         """Its result is there when the device has been given all of the work, which it may not yet
         have done."""
         cuda = self._device.type == "cuda"
@@ -176,17 +178,17 @@ class Workers:
 
 
 @dataclass
-class Slot:
+class Buffer:
     """Memory on the device, and what is made of it: a block, or a cache."""
 
     parts: Parts
     holds: Any
-    used: Fence = None  # what was last computed with it
+    last_use: Event = None  # what was last computed with it
     stored: Future | None = None  # its contents on their way back to where they belong
 
 
 @dataclass
-class Waited:
+class WaitTime:
     """What those who compute have waited for items that were not there yet."""
 
     seconds: float = 0.0
@@ -198,9 +200,9 @@ class Ring(Generic[Item]):
     def __init__(
         self,
         order: Sequence[Item],
-        slots: Sequence[Slot],
-        fetch: Callable[[Item, Slot], Future],
-        waited: "Waited",
+        slots: Sequence[Buffer],
+        fetch: Callable[[Item, Buffer], Future],
+        waited: "WaitTime",
         ahead: bool = True,
     ):
         self._order, self._fetch = order, fetch
@@ -210,7 +212,7 @@ class Ring(Generic[Item]):
         self._waited = waited
 
     @contextlib.contextmanager
-    def holding(self, item: Item) -> Iterator[Slot]:
+    def acquire(self, item: Item) -> Iterator[Buffer]:
         """The slot that holds an item; it is free again afterwards."""
         if not self._waiting or self._waiting[0][0] != item:
             self._begin_at(item)

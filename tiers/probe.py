@@ -57,9 +57,9 @@ class Machine:
     to_device: Curve  # from the host's memory; on a CPU a copy within it
     to_host: Curve
     products: Curve  # one layer without attention, over tokens
-    per_slot: float  # attention of a decoded token to one slot, one layer
+    per_position: float  # attention of a decoded token to one slot, one layer
     per_pair: float  # the same within a prompt
-    host_per_slot: float  # the same, computed on the host
+    host_per_position: float  # the same, computed on the host
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,8 +83,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     to_device, to_host = copy_curves(device)
     timed = BlockTimer(model)
     products = timed.products()
-    per_slot = timed.per_slot()
-    on_host = per_slot if device.type == "cpu" else BlockTimer(model.to("cpu")).per_slot()
+    per_position = timed.per_position()
+    on_host = per_position if device.type == "cpu" else BlockTimer(model.to("cpu")).per_position()
     return Machine(
         stream,
         read,
@@ -92,7 +92,7 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
         to_device,
         to_host,
         Curve(products.sizes, tuple(seconds * narrow**2 for seconds in products.seconds)),
-        per_slot * narrow,
+        per_position * narrow,
         timed.per_pair(products) * narrow,
         on_host * narrow,
     )
@@ -174,7 +174,7 @@ class BlockTimer:
                 break
         return Curve(ROWS[: len(measured)], tuple(measured))
 
-    def per_slot(self) -> float:
+    def per_position(self) -> float:
         longest = min(SLOTS, self.model.args.context)
         few, many = (self.seconds(16, 1, slots) for slots in (longest // 16, longest))
         return max(many - few, 0) / (16 * (longest - longest // 16))

@@ -20,13 +20,15 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.serialization import config as serialization
 
-from host.files import brief, parse_json
+from host.files import parse_json, short_text
+from host.torch_private import fake_tensors, offset_in_file
 
 ALIGNMENT = 4096  # bytes; a page, and the block that O_DIRECT asks for
-STAGING = 16 * 2**20  # bytes of the buffer that a tensor passes through to another dtype or device
+STAGING_BYTES = (
+    16 * 2**20
+)  # bytes of the buffer that a tensor passes through to another dtype or device
 LARGEST_CALL = 2**30  # bytes; Linux moves less than 2**31 in one call
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
@@ -114,9 +116,9 @@ def check_entry(name: str, entry: Any) -> None:
     described = described and isinstance(entry.get("dtype"), str)
     described = described and all(sizes(entry.get(key)) for key in ("shape", "data_offsets"))
     if not described or len(entry["data_offsets"]) != 2:
-        raise ValueError(f"{brief(name)} is {brief(entry)}")
+        raise ValueError(f"{short_text(name)} is {short_text(entry)}")
     if math.prod(max(1, n) for n in entry["shape"]) > LARGEST_TENSOR:
-        raise ValueError(f"{brief(name)} has the shape {brief(entry['shape'])}")
+        raise ValueError(f"{short_text(name)} has the shape {short_text(entry['shape'])}")
 
 
 def sizes(value: Any) -> bool:
@@ -127,14 +129,14 @@ def sizes(value: Any) -> bool:
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
     if entry["dtype"] not in DTYPES:
         raise ValueError(
-            f"{file}: the dtype {brief(entry['dtype'])} of {brief(name)} is not supported; "
+            f"{file}: the dtype {short_text(entry['dtype'])} of {short_text(name)} is not supported; "
             f"{', '.join(DTYPES)} "
             "are: download the model in one of them"
         )
     begin, end = entry["data_offsets"]
     part = Part(name, file, start + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     if end - begin != part.nbytes:
-        fault = f"{brief(name)} is {brief(part.shape)} and lies in bytes {begin} to {end}"
+        fault = f"{short_text(name)} is {short_text(part.shape)} and lies in bytes {begin} to {end}"
         raise unusable_header(file, fault)
     return part
 
@@ -144,7 +146,9 @@ def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> No
     end = start
     for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
         if part.offset != end:
-            fault = f"{brief(part.name)} begins at byte {part.offset} and should begin at {end}"
+            fault = (
+                f"{short_text(part.name)} begins at byte {part.offset} and should begin at {end}"
+            )
             raise unusable_header(file, fault)
         end += part.nbytes
     if size != end:
@@ -175,7 +179,9 @@ def index_pickle(file: Path) -> Index:
 def in_memory(part: Part, tensor: Tensor) -> Part:
     """The part with its tensor, where the file has no bytes that are this tensor's in order."""
     if tensor.is_meta:
-        raise ValueError(f"{part.file}: {brief(part.name)} was saved without its values (on meta)")
+        raise ValueError(
+            f"{part.file}: {short_text(part.name)} was saved without its values (on meta)"
+        )
     return replace(part, held=tensor.detach())
 
 
@@ -198,7 +204,7 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
     odd = [name for name in content if not isinstance(name, str)]
     odd += [name for name in content.keys() - tensors.keys() if metadata]
     if odd or not tensors:
-        found = f"{brief(odd[0])}, which is no tensor with a name" if odd else "no tensors"
+        found = f"{short_text(odd[0])}, which is no tensor with a name" if odd else "no tensors"
         raise ValueError(f"{file} holds {found}: a dict of tensors by name is needed")
     return metadata, tensors
 
@@ -207,10 +213,10 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
     """Offset -1: not contiguous, or in a file from before torch 1.6, which is no zip."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
-            f"{file}: {brief(name)} is no dense tensor: save its to_dense() or dequantize()"
+            f"{file}: {short_text(name)} is no dense tensor: save its to_dense() or dequantize()"
         )
     storage = tensor.untyped_storage()
-    start = getattr(storage, "_checkpoint_offset", None)
+    start = offset_in_file(storage)
     plain = start is not None and tensor.is_contiguous() and not tensor.is_neg()
     offset = start + tensor.storage_offset() * tensor.itemsize if plain else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
@@ -247,7 +253,9 @@ def staging_buffer(device: torch.device) -> Tensor:
     One serves a whole load. A new one for each tensor would leave holes between the weights:
     the peak was 1.7 times their size in one load out of six.
     """
-    return torch.empty(STAGING, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    return torch.empty(
+        STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+    )
 
 
 def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
@@ -340,7 +348,7 @@ def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tens
 
     The zip's checksums are those of nothing; torch's reader does not look at them.
     """
-    with FakeTensorMode():
+    with fake_tensors():
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
     aligned = serialization.patch("save.storage_alignment", ALIGNMENT)
     with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from host.files import short
+from host.files import short_json
 from host.log import log
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
@@ -35,7 +35,7 @@ class Config:
 
     def __init__(self, values: Any, where: str = "config.json"):
         if not isinstance(values, dict):
-            raise ValueError(f"{where} is {short(values)} and must be an object with keys")
+            raise ValueError(f"{where} is {short_json(values)} and must be an object with keys")
         self.values, self.where = values, where
 
     def integer(
@@ -97,7 +97,7 @@ class Config:
         if value is None and null is not REQUIRED:
             return null
         if not fits(value):
-            raise ValueError(f"{self.where}: '{key}' is {short(value)} and must be {expected}")
+            raise ValueError(f"{self.where}: '{key}' is {short_json(value)} and must be {expected}")
         return value
 
 

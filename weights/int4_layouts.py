@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from host.files import read_object, short
+from host.files import read_object, short_json
 from quant.linear import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]
@@ -60,7 +60,9 @@ def quantization_config(
     """
     for key in ("quantization_config", "quantization"):
         if not isinstance(config.get(key), dict | None):
-            raise ValueError(f"config.json: {key} is {short(config[key])} and must be an object")
+            raise ValueError(
+                f"config.json: {key} is {short_json(config[key])} and must be an object"
+            )
     found = config.get("quantization_config")
     if config.get("quantization") and "quant_method" not in (found or {}):
         raise ValueError(
@@ -89,7 +91,7 @@ def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
     wanted = READ[method] if readable else {}
     values = {key: found.get(key, known[0]) for key, known in wanted.items()}
     faults = [
-        f"{key} {short(values[key])}"
+        f"{key} {short_json(values[key])}"
         for key, known in wanted.items()
         if values[key] is None or not any(same(values[key], value) for value in known)
     ]

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from host.files import brief, read_object
+from host.files import read_object, short_text
 
 PREPARED = "model.pth"
 HUGGING_FACE = (
@@ -161,7 +161,7 @@ def weight_map(index: Path) -> dict[str, str]:
         # An index comes with a download: it must not name files elsewhere on this machine.
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise ValueError(
-                f"{index}: weight_map puts {brief(tensor)} into {brief(file)}, which is no name of "
+                f"{index}: weight_map puts {short_text(tensor)} into {short_text(file)}, which is no name of "
                 f"a weight file beside it: {AGAIN}"
             )
     return found

@@ -18,6 +18,7 @@ import torch
 
 from host.log import log
 from host.measurements import cache_directory
+from host.torch_private import has_cpu_kernel
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
@@ -72,9 +73,10 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
 def build() -> str | None:
     """Load the operators, compiled once for each torch and CPU. Return the reason of a failure."""
+    if has_cpu_kernel("gpt_flex::quantized_linear"):
+        return None
     if (cache := cache_directory()) is None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
     folder = cache / f"cpu_products-{build_key():08x}"

@@ -1,22 +1,23 @@
-"""Products and attention on NVIDIA GPUs, in Triton.
+"""Matrix products and attention on NVIDIA GPUs, in Triton.
 
-Start at int4_linear: it shows how a product finds its kernel, by the number of rows.
+Start at int4_linear. The number of rows of a product chooses its kernel:
 
-    one row (decoding)              fixed_point.py, then one_row.py: bound by memory alone
-    2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights unpacked in registers
-    more (prompts)                  unpack.py, then cuBLAS
+    one row (decoding)              fixed_point.py, then one_row.py: bound by memory bandwidth
+    2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights dequantised in registers
+    more (prompts)                  unpack.py dequantises the weights, then cuBLAS multiplies
 
-attention.py reads the KV cache of a decoding step, quantised or not. tiles.py says how large the
-programs of each kernel are; launch.py launches them.
+attention.py attends over the KV cache, quantised or not, in a decoding step. columns.py has the
+loops of GPTQ. tiles.py lists the tile sizes of each kernel. launch.py launches the kernels. This
+file imports Triton only when a kernel is called.
 
-The kernels stand behind PyTorch operators that torch.compile calls as they are, so that a CUDA
-graph records them like any other. torch.library.triton_op, through which the compiler could see
-into them, is not used: the kernels ask for programmatic dependent launches, which it does not pass
-on, and the number of rows may choose between kernels when the graph runs, which it would have to
-compile separately.
+The kernels are registered as PyTorch operators, which torch.compile calls without looking inside; a
+CUDA graph records them. They do not use torch.library.triton_op, for two reasons: it does not pass
+on programmatic dependent launch, and it would compile a graph for each kernel that a number of rows
+can choose.
 
-Every kernel has its oracle in plain PyTorch: quantized.py and model.KVCache. Where Triton or an
-NVIDIA GPU of compute capability 8.0 is missing, that is what runs (unsupported_reason).
+The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
+model.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is missing;
+unsupported_reason returns why.
 """
 
 import functools
@@ -29,45 +30,45 @@ from torch import Tensor
 
 from kernels.gpu.fixed_point import INT4, INT8
 
-OLDEST = 8, 0  # compute capability: Ampere, the first whose tensor cores take bfloat16
-FEW = 64  # rows; beyond them dense weights and cuBLAS are faster
+MIN_CAPABILITY = 8, 0  # Ampere: the first tensor cores that multiply bfloat16
+MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 
 
 @torch.compiler.assume_constant_result
 def usable(device_index: int) -> bool:
-    """Whether the kernels run on that CUDA device; a constant in compiled code."""
+    """Return whether the kernels run on a CUDA device. Compiled code takes it for a constant."""
     return unsupported_reason(torch.device("cuda", device_index)) is None
 
 
 @functools.cache
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device; None where they can."""
+    """Return why the kernels do not run on a device, or None if they do."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "they are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
+    if capability < MIN_CAPABILITY:
         return f"this GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
     return None
 
 
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one before it has ended: capability 9.0 on."""
+    """Return whether a kernel may start before the previous one has ended (capability 9.0 on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the functions below take activations like x. They have no gradients."""
-    learning = torch.is_grad_enabled() and x.requires_grad
-    return x.is_cuda and not learning and usable(x.device.index)
+def supports(x: Tensor) -> bool:
+    """Return whether the functions below accept activations like x. They have no gradients."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.is_cuda and not needs_gradient and usable(x.device.index)
 
 
 class Prologue(NamedTuple):
-    """What one row goes through before it is multiplied, in the kernel that makes it fixed point.
+    """What fixed_point_kernel computes from one row before it becomes fixed point.
 
-    norm: the weight, (K,), of RMSNorm(x), with eps. gated: the row, (1, 2 K), stands for
+    norm: the weight, (K,), of an RMS norm with eps. gated: the row, (1, 2 K), becomes
     silu(first half) * second half.
     """
 
@@ -84,7 +85,7 @@ def int4_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """(M, K) x the buffers of an Int4Linear -> (M, N). prologue: of one row only."""
+    """Multiply (M, K) by an Int4Linear -> (M, N). prologue: for M = 1 only."""
     if len(x) == 1:
         return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
     return torch.ops.gpt_flex.int4_rows(x, weight, scales, zeros, bias)
@@ -97,50 +98,53 @@ def int8_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """(M, K) x (N, K) int8 -> (M, N). prologue: of one row only, of weights that are aligned."""
+    """Multiply (M, K) by an Int8Linear -> (M, N).
+
+    prologue: only for M = 1 and weights aligned to 16 bytes.
+    """
     if len(x) == 1 and aligned(weight, INT8.size):
         return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
     return torch.ops.gpt_flex.int8_rows(x, weight, scales, bias)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, K) x (N, K) of one dtype -> (M, N)."""
+    """Multiply (M, K) by a dense weight (N, K) of the same dtype -> (M, N)."""
     if len(x) == 1 and aligned(weight, 8):
         return torch.ops.gpt_flex.dense_row(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def int4_dense(
+def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """The buffers of an Int4Linear -> (N, in_features). Not for compiled code."""
+    """Return the weights of an Int4Linear, (N, in_features). Not for compiled code."""
     from kernels.gpu import launch
 
-    return launch.int4_dense(weight, scales, zeros, in_features, dtype)
+    return launch.dequantize_int4(weight, scales, zeros, in_features, dtype)
 
 
-def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, K) int8 -> the numbers that it stands for. Not for compiled code."""
+def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights of an Int8Linear, (N, K). Not for compiled code."""
     from kernels.gpu import launch
 
-    return launch.int8_dense(weight, scales, dtype)
+    return launch.dequantize_int8(weight, scales, dtype)
 
 
 def aligned(weight: Tensor, count: int) -> bool:
-    """Whether each row of a matrix begins and ends at a multiple of so many numbers."""
-    whole = weight.shape[1] % count == 0 and weight.stride(0) % count == 0
-    return whole and weight.stride(1) == 1
+    """Return whether each row of a matrix begins and ends at a multiple of `count` numbers."""
+    multiples = weight.shape[1] % count == 0 and weight.stride(0) % count == 0
+    return multiples and weight.stride(1) == 1
 
 
 def define(schema: str, on_gpu, fake) -> None:
-    """An operator of CUDA tensors, which compiled code calls as it is."""
+    """Register an operator on CUDA tensors, which compiled code calls without looking inside."""
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "cuda")(on_gpu)
     torch.library.register_fake(name)(fake)
 
 
-# launch.py imports Triton, which takes half a second: not before a GPU computes.
+# launch.py imports Triton, which takes half a second, so it is imported at the first call.
 def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
     from kernels.gpu import launch
 
@@ -164,17 +168,17 @@ def dense_row(x, weight, bias):
 def int4_rows(x, weight, scales, zeros, bias):
     from kernels.gpu import launch
 
-    if len(x) <= FEW:
+    if len(x) <= MAX_FEW_ROWS:
         return launch.int4_rows(x.contiguous(), weight, scales, zeros, bias)
-    return F.linear(x, launch.int4_dense(weight, scales, zeros, x.shape[1], x.dtype), bias)
+    return F.linear(x, launch.dequantize_int4(weight, scales, zeros, x.shape[1], x.dtype), bias)
 
 
 def int8_rows(x, weight, scales, bias):
     from kernels.gpu import launch
 
-    if len(x) <= FEW and aligned(weight, 4):
+    if len(x) <= MAX_FEW_ROWS and aligned(weight, 4):
         return launch.int8_rows(x.contiguous(), weight, scales, bias)
-    return F.linear(x, launch.int8_dense(weight, scales, x.dtype), bias)
+    return F.linear(x, launch.dequantize_int8(weight, scales, x.dtype), bias)
 
 
 define(

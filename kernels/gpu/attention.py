@@ -1,12 +1,12 @@
 """Attention of a few new tokens over a KV cache that may be quantised: one decoding step.
 
 Start at attention_kernel. The visible positions of a row are divided among SPLITS programs, so
-that the whole GPU reads the cache even at batch 1; each stores what it has seen, not yet divided by
-the sum of the weights, and the last one to do so puts the parts together, in their order
+that the whole GPU reads the cache even at batch 1. Each program stores a partial sum of weighted
+values; the last one to finish adds the parts in a fixed order and divides by the sum of the weights
 (flash-decoding; the online softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and
-values become numbers in registers: no dequantised copy is ever written.
+values are dequantised in registers; no dequantised copy is written to memory.
 
-The query heads that share a key/value head, and the new tokens, are rows of one tile: R*T of them.
+The query heads that share a key/value head, times the new tokens, are the R*T rows of one tile.
 
 Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, R = H // G, E head_dim,
 S visible positions.
@@ -22,9 +22,9 @@ from kernels.gpu.one_row import begin, wait
 def load_numbers(
     data, scales, lows, place, scale_place, there, HALF: tl.constexpr, BITS: tl.constexpr
 ):
-    """Numbers of a cache at `place`: stored as they are, or as low + scale * q.
+    """Load the numbers of a cache at `place`, which are stored as they are or as low + scale * q.
 
-    BITS 4: those of the low nibbles (HALF 0) or of the high nibbles (HALF 1).
+    With BITS 4: HALF 0 loads the low nibbles, HALF 1 the high ones.
     """
     values = tl.load(data + place, there, 0)
     if BITS != 16:
@@ -38,8 +38,11 @@ def load_numbers(
 
 @triton.jit
 def softmax_step(scores, seen, top, sum):
-    """Weights of a block of scores, (BR, BS), and what they make of the blocks before: the factor
-    of these, (BR, 1), the largest score so far and the sum of the weights so far, (BR,) each."""
+    """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
+
+    Returns the weights, the factor, (BR, 1), by which sums over earlier blocks must be multiplied,
+    and the largest score and the sum of weights so far, (BR,) each.
+    """
     scores = tl.where(seen, scores, -1e38)
     new_top = tl.maximum(top, tl.max(scores, 1))
     shrink = tl.exp2(top - new_top)
@@ -56,19 +59,19 @@ def attention_kernel(
     k_lows,
     v_scales,
     v_lows,
-    pos,  # (B, T) int64: a query sees the positions up to its own
+    pos,  # (B, T) int64: a query attends to the positions up to its own
     parts,  # (B * G, SPLITS, R*T, E) float32
     tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
-    arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after
+    arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after a launch
     out,  # (B, T, H, E)
     T,
     G,
-    batch_stride,  # of a cache, in tokens: from row to row
-    position_stride,  # and from position to position
-    factor,  # of the scores: 1 / sqrt(E), times log2(e)
+    batch_stride,  # tokens from row to row of a cache
+    position_stride,  # tokens from position to position
+    factor,  # of the scores: log2(e) / sqrt(E)
     R: tl.constexpr,
     E: tl.constexpr,
-    BE: tl.constexpr,  # E or, where it is none, the next power of two
+    BE: tl.constexpr,  # E rounded up to a power of two
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     BR: tl.constexpr,  # R*T or more
@@ -138,7 +141,7 @@ def attention_kernel(
 
 @triton.jit
 def finish(low, high, sum, result, there, BITS: tl.constexpr):
-    """Store what was seen, divided by the sum of the weights; rows that are none have seen 0."""
+    """Store the weighted values divided by the sum of the weights. Padding rows have a sum of 0."""
     sum = tl.where(sum > 0, sum, 1)[:, None]
     tl.store(result, (low / sum).to(result.dtype.element_ty), there)
     if BITS == 4:
@@ -161,9 +164,9 @@ def combine(
     BITS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The parts of a key/value head, each weighted by what it has seen.
+    """Combine the parts of a key/value head, each weighted by its sum of weights.
 
-    They are read past the L1 cache, which does not know of what other multiprocessors have stored.
+    The loads bypass the L1 cache, which does not see what other multiprocessors have stored.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     top = tl.full((BR,), -1e38, tl.float32)

@@ -1,8 +1,9 @@
-"""GPTQ's loops over columns, of 128 columns at a time, as one kernel each.
+"""The two loops of GPTQ over up to 128 columns, each as one kernel.
 
-In PyTorch a column takes some twenty launches, and a model's hundreds of thousands of columns
-minutes. Rows do not depend on one another: a program keeps its rows' columns in registers and goes
-through them. The oracles are gptq.round_columns and gptq.refine_columns.
+Start at round_columns and refine_columns; calibration/gptq.py has the same functions in PyTorch,
+which are the reference. There a column takes some twenty launches, and the hundreds of thousands of
+columns of a model take minutes. Rows are independent: a program keeps all columns of its rows in
+registers and loops over them.
 
 Shapes: N rows, C columns, up to 128.
 """
@@ -12,18 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 8  # of a program
+ROWS_PER_PROGRAM = 8
 
 
 @triton.jit
 def column_of(tile, here):
-    """(ROWS, C) and which column, (1, C) -> (ROWS,)."""
+    """Select one column of (ROWS, C) by a mask, (1, C). Returns (ROWS,)."""
     return tl.sum(tl.where(here, tile, 0.0), 1)
 
 
 @triton.jit
 def nearest_index(value):
-    """The nearest of 0 to 15, ties to even: what is added makes the sum a multiple of 1."""
+    """Round to 0 to 15, ties to even: adding 1.5 * 2**23 leaves no fraction bits."""
     value = tl.minimum(tl.maximum(value, -1.0), 16.0)
     value = (value + 12582912.0) - 12582912.0
     return tl.minimum(tl.maximum(value, 0.0), 15.0)
@@ -35,8 +36,8 @@ def round_kernel(
     factor,  # (C, C) float32, upper triangular: of the inverse Hessian, see gptq.inverse_factor
     scales,  # (N, C) float32, contiguous; above 0
     zeros,  # (N, C) float32, contiguous, as q and errors are
-    q,  # the indices, 0 to 15
-    errors,  # of each weight, divided by the factor's diagonal
+    q,  # output: the integers, 0 to 15
+    errors,  # output: of each weight, divided by the factor's diagonal
     N,
     C,
     weight_stride,
@@ -44,7 +45,7 @@ def round_kernel(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Round column after column, and spread each one's error over the columns behind it."""
+    """Round one column after another and spread its error over the columns after it."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
     there = (n < N) & (k < C)
@@ -82,6 +83,7 @@ def refine_kernel(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """Choose the best integer of one column after another; see gptq.refine_columns."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
     there = (n < N) & (k < C)
@@ -107,7 +109,7 @@ def refine_kernel(
 
 
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
-    """The same numbers, row by row: the first may be columns of something wider."""
+    """Make matrices contiguous; the first may stay a slice of columns of a wider one."""
     sliced = sliced if sliced.stride(1) == 1 else sliced.contiguous()
     return [sliced, *(t.contiguous() for t in (square, *others))]
 
@@ -115,12 +117,12 @@ def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
 def round_columns(
     weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See gptq.round_columns."""
+    """Compute what gptq.round_columns computes."""
     N, C = weight.shape
-    # LAPACK's factors are stored column by column.
+    # LAPACK stores factors in column order.
     weight, factor, scales, zeros = rowwise(weight, factor, scales, zeros)
     q, errors = torch.empty_like(scales), torch.empty_like(scales)
-    round_kernel[(triton.cdiv(N, ROWS),)](
+    round_kernel[(triton.cdiv(N, ROWS_PER_PROGRAM),)](
         weight,
         factor,
         scales,
@@ -131,7 +133,7 @@ def round_columns(
         C,
         weight.stride(0),
         factor.stride(0),
-        ROWS=ROWS,
+        ROWS=ROWS_PER_PROGRAM,
         BC=max(16, triton.next_power_of_2(C)),
         num_warps=4,
         enable_fp_fusion=False,
@@ -142,11 +144,11 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See gptq.refine_columns."""
+    """Compute what gptq.refine_columns computes."""
     N, C = slope.shape
     slope, hessian, q, scales, zeros = rowwise(slope, hessian, q, scales, zeros)
     better, steps = torch.empty_like(q), torch.empty_like(q)
-    refine_kernel[(triton.cdiv(N, ROWS),)](
+    refine_kernel[(triton.cdiv(N, ROWS_PER_PROGRAM),)](
         slope,
         hessian,
         q,
@@ -158,7 +160,7 @@ def refine_columns(
         C,
         slope.stride(0),
         hessian.stride(0),
-        ROWS=ROWS,
+        ROWS=ROWS_PER_PROGRAM,
         BC=max(16, triton.next_power_of_2(C)),
         num_warps=4,
         enable_fp_fusion=False,

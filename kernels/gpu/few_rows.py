@@ -1,24 +1,23 @@
-"""Products of 2 to some 64 rows, (M, K) x (N, K) -> (M, N): batches, and drafts being verified.
+"""Products of 2 to 64 rows, (M, K) x (N, K) -> (M, N), for batches and for verifying drafts.
 
-Start at int4_kernel. Weights are unpacked in registers and multiplied by tensor cores, in float16:
-it holds 4-bit and 8-bit integers exactly, and int4's scales as they are stored. So that no
-activation leaves float16's range, each row is first scaled by a power of two (scale_kernel).
+Start at int4_kernel. Weights are dequantised in registers and multiplied by tensor cores in
+float16, which holds 4-bit and 8-bit integers exactly, and the scales of int4 as they are stored.
+scale_kernel first scales each row of activations by a power of two into the range of float16.
 
-A GPU has no instruction that turns bytes into float16 as fast as memory delivers them. But the
-bits 0x6400 + b are the number 1024 + b: a byte permutation, a logical operation and a subtraction
-do it for two bytes at once. A word of weights is eight (or four) neighbouring inputs, and becomes
-one element of eight matrices, whose products with every eighth input are added: no weight moves to
-another thread for it. Every function of this has one result and works element by
-element, so that Triton moves the words, once, to where the tensor cores want the weights.
+No GPU instruction converts bytes to float16 as fast as memory delivers them. But the bits
+0x6400 + b are the number 1024 + b, so that a byte permutation, a logical operation and a
+subtraction convert two bytes at once (Kim et al., arXiv 2211.10017, section 3.2). A word of weights
+holds eight (int8: four) neighbouring inputs. Each of them goes to the same place of another matrix,
+which is multiplied by every eighth (fourth) input; the products are added. Thus no weight moves
+between threads to be converted. The helper functions have one result and work element by element,
+so that Triton moves the packed words, once, to the layout that tensor cores need.
 
-The K inputs of a product may be divided among SPLITS programs, each of which stores its part of
-the sum; the last one to do so adds the parts in their order, so that a run repeats another's bits.
+SPLITS programs may divide the K inputs of a product. Each stores its part of the sum; the last one
+adds the parts in a fixed order, so that two runs give the same bits.
 
-A weight (q - zero) * scale is rounded to float16, by 2**-12 of itself at most; bfloat16, which the
-formula rounds to, is 16 times as coarse.
-
-The oracle of each kernel is the PyTorch formula in quantized.py. The trick with 0x6400 is from Kim
-et al. (arXiv 2211.10017, section 3.2).
+A weight (q - zero) * scale is rounded to float16 with an error of at most 2**-12 of itself; the
+PyTorch formula rounds to bfloat16, which is 16 times as coarse. That formula, in quant/linear.py,
+is the reference of each kernel.
 """
 
 import triton
@@ -26,17 +25,17 @@ import triton.language as tl
 
 from kernels.gpu.one_row import begin, wait
 
-# Activations go through the L1 cache, where programs of one multiprocessor share them: from the L2
-# cache alone they would take as much of its rate as the weights do.
+# Load activations through the L1 cache, which the programs of a multiprocessor share: loading them
+# from the L2 cache would take as much of its bandwidth as the weights take.
 CACHED = tl.constexpr(".ca")
 BYTES = tl.constexpr(("0x4400", "0x5511", "0x6622", "0x7733"))  # selectors of prmt
 
 
 @triton.jit
 def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
-    """A byte of each int32 word, twice in an int16: what is in the upper half means nothing.
+    """Extract a byte of each int32 word as an int16, whose upper half is undefined.
 
-    Inline assembly works on two neighbouring elements, here and below.
+    The inline assembly, here and below, works on two neighbouring elements.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -48,7 +47,7 @@ def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
-    """1024 + the bits of a byte that MASK, a string, leaves: in float16. bytes: of bytes_of."""
+    """Return 1024 + (byte & MASK) in float16. bytes: from bytes_of. MASK: a string of PTX."""
     if PTX:
         logic: tl.constexpr = "lop3.b32 $0, $1, " + MASK + ", 0x64006400, 0xEA;"
         return tl.inline_asm_elementwise(logic, "=r,r", [bytes], tl.float16, True, 2)
@@ -63,13 +62,13 @@ def scale_kernel(
     out,  # (M, PARTS, Kp / PARTS) float16: input PARTS * i + p at (p, i); 0 beyond K
     units,  # (M,) float32: x = out * unit
     K,
-    Kp,  # K rounded up to what the weights are stored for
+    Kp,  # K rounded up to the stored width of the weights
     x_stride,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Activations as float16 numbers below 2**15, each row with a unit that is a power of two."""
+    """Scale each row of activations to float16 below 2**15 by its unit, a power of two."""
     begin(PDL)
     m = tl.program_id(0)
     wait(PDL)
@@ -79,7 +78,7 @@ def scale_kernel(
         k = start + tl.arange(0, BLOCK)
         values = tl.load(x + m * x_stride + k, k < K, 0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
-        finite += values * 0  # NaN for infinite ones and NaN
+        finite += values * 0  # NaN if a value is infinite or NaN
     exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
@@ -99,7 +98,7 @@ def finish_rows(
     bias,
     out,
     parts,  # (SPLITS, M, N) float32
-    arrived,  # int32, one for each tile: programs that have stored their part; 0 before and after
+    arrived,  # int32 per tile: programs that have stored their part; 0 before and after a launch
     m,
     n,
     M,
@@ -107,7 +106,7 @@ def finish_rows(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Store a tile of outputs, once all programs that divide its inputs have stored their part."""
+    """Store a tile of outputs. With SPLITS > 1 the program that arrives last adds all parts."""
     inside = (n[:, None] < N) & (m[None, :] < M)
     place = m[None, :] * N + n[:, None]
     if SPLITS == 1:
@@ -120,7 +119,7 @@ def finish_rows(
             tl.store(arrived + tile, 0)
             whole = tl.zeros_like(total)
             for split in tl.static_range(SPLITS):
-                # Past the L1 cache, which does not know of what other programs have stored.
+                # Bypass the L1 cache, which does not see what other programs have stored.
                 part = parts + split * M * N + place
                 whole += tl.load(part, inside, 0, cache_modifier=".cg")
             store_rows(whole, scale, units, bias, out, m, n, M, N, HAS_BIAS)
@@ -128,7 +127,7 @@ def finish_rows(
 
 @triton.jit
 def store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS: tl.constexpr):
-    """Store (BN, BM) outputs with scales, units and bias."""
+    """Multiply (BN, BM) sums by scales and units, add the bias and store them."""
     total *= scale[:, None] * tl.load(units + m, m < M, 0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)[:, None]
@@ -138,7 +137,7 @@ def store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS: tl.constexp
 
 @triton.jit
 def int4_kernel(
-    x,  # (M, 8, W) float16: scale_kernel's, every eighth input together
+    x,  # (M, 8, W) float16 from scale_kernel: every eighth input together
     units,  # (M,) float32
     weight,  # (N, W) int32: eight nibbles each
     scales,  # (N, P) float16
@@ -156,7 +155,7 @@ def int4_kernel(
     WORDS: tl.constexpr,  # of a group: groupsize / 8
     BN: tl.constexpr,
     BM: tl.constexpr,
-    GROUPS: tl.constexpr,  # that are unpacked at a time
+    GROUPS: tl.constexpr,  # dequantised at a time
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -190,7 +189,7 @@ def int4_kernel(
             total = tl.dot(
                 low * factor, tl.load(inputs + 2 * byte * W, there, 0, cache_modifier=CACHED), total
             )
-            # A high nibble lies 4 bits higher: 1024 + 16 q.
+            # A high nibble is 4 bits higher: 1024 + 16 q.
             high = number_above(both, "0x00F000F0", PTX) * 0.0625 - (number + 64)
             total = tl.dot(
                 high * factor,
@@ -207,7 +206,7 @@ def int4_kernel(
 
 @triton.jit
 def int8_kernel(
-    x,  # (M, 4, W) float16: scale_kernel's, every fourth input together
+    x,  # (M, 4, W) float16 from scale_kernel: every fourth input together
     units,  # (M,) float32
     weight,  # (N, W) int32: four int8 each
     scales,  # (N,) float32

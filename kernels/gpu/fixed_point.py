@@ -1,10 +1,11 @@
 """One row of activations as 16-bit fixed point, in the order in which the one-row kernels read it.
 
-A chunk, 16 or 32 inputs whose weights take 16 bytes, shares a unit, a power of two: x = unit * q
-with q from -32768 to 32767. Scaling by a power of two is exact, so a bfloat16 input of at least
-1/128 of its chunk's largest loses nothing, and a smaller one loses at most 2**-15 of the largest.
+Start at fixed_point, in PyTorch: the reference of one_row.fixed_point_kernel.
 
-This is the formula in PyTorch, the oracle of one_row.fixed_point_kernel.
+A chunk is 16 or 32 inputs, whose weights take 16 bytes. Its inputs share a unit, a power of two:
+x = unit * q with q from -32768 to 32767. Scaling by a power of two is exact, so a bfloat16 input of
+at least 1/128 of its chunk's largest is exact; a smaller one is off by at most 2**-15 of the
+largest.
 
 Shapes: K in_features, C chunks = ceil(K / size of a chunk).
 """
@@ -19,8 +20,11 @@ EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent, which beg
 
 
 class Order(NamedTuple):
-    """A chunk's inputs as dimensions, slowest first, and where the kernels want these: planes,
-    then chunks, then the rest. Each word of weights meets pairs of inputs that share a word."""
+    """The order of a chunk's inputs: view them as `shape`, then permute to planes, chunks, rest.
+
+    planes, rest: dimensions of `shape`. In this order two inputs that multiply the same word of
+    weights share a 32-bit word.
+    """
 
     shape: tuple[int, ...]
     planes: tuple[int, ...]
@@ -28,17 +32,18 @@ class Order(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Inputs of a chunk."""
         return 16 if len(self.shape) == 3 else 32
 
 
-# n = 4 word + 2 half + p: half 0's pair is multiplied by the word's low two bytes.
+# Input n = 4 word + 2 half + p. The pair of half 0 multiplies the low two bytes of the word.
 INT8 = Order((4, 2, 2), (1,), (0, 2))
-# n = 8 word + 4 half + 2 p + nibble: the low nibbles of a word's bytes are even inputs.
+# Input n = 8 word + 4 half + 2 p + nibble. The low nibbles of the bytes are the even inputs.
 INT4 = Order((4, 2, 2, 2), (3, 1), (0, 2))
 
 
 class FixedPoint(NamedTuple):
-    """q: (planes, C, 8) int16. units: (C,) float32. sums: (C,) int32, of each chunk's q."""
+    """q: (planes, C, 8) int16. units: (C,) float32. sums: (C,) int32, the sum of q per chunk."""
 
     q: Tensor
     units: Tensor
@@ -46,15 +51,15 @@ class FixedPoint(NamedTuple):
 
 
 def fixed_point(x: Tensor, order: Order) -> FixedPoint:
-    """(K,) of any float dtype -> 16-bit fixed point.
+    """Convert (K,) of any float dtype to 16-bit fixed point.
 
-    A chunk with an infinite or NaN input has the unit NaN, so that its products are NaN.
+    A chunk with an infinite or NaN input gets the unit NaN, so that its products are NaN.
     """
     x = F.pad(x.float(), (0, -x.shape[0] % order.size)).view(-1, order.size)  # (C, size)
     exponents = x.abs().amax(1).view(torch.int32) & EXPONENT  # (C,)
-    # Bits of float32 numbers: of the unit with which the largest |q| is 2**14 to 2**15, at least
-    # 2**-111, which keeps it clear of subnormals; and of 1 / unit. Only a float32 input can be
-    # rounded up to 2**15, hence the clamp.
+    # The bits of the unit as a float32: the largest |q| is then 2**14 to 2**15. Units are at least
+    # 2**-111, so that neither they nor 1 / unit are subnormal. The clamp is for float32 inputs,
+    # which can round up to 2**15.
     units = exponents.clamp_min(30 << 23) - (14 << 23)
     inverses = ((254 << 23) - units).view(torch.float32)
     q = (x * inverses.unsqueeze(1)).round().clamp(-32768, 32767).to(torch.int16)  # (C, size)

@@ -1,6 +1,6 @@
-"""Grids, tiles and outputs of the Triton kernels: each function here launches one product.
+"""Launches of the Triton kernels: each function allocates the output and launches one kernel.
 
-Nothing here chooses between kernels; kernels/gpu/__init__.py does. Tensors may lie on a CPU where
+Start at int4_row. kernels/gpu/__init__.py chooses between the kernels. Tensors may be on a CPU if
 Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
 
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
@@ -20,20 +20,20 @@ from kernels.gpu.fixed_point import FixedPoint, Order
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-CHUNK = 16  # bytes
-ROWS_AT_A_TIME = 64  # that one program multiplies; more take another read of the weights
-COUNTERS = 65536  # tiles whose inputs several programs share: of a vocabulary, too
+CHUNK_BYTES = 16
+MAX_ROWS_PER_PROGRAM = 64  # more rows take another read of the weights
+COUNTERS = 65536  # at least the tiles of the largest weight, an output head
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
-    """What every launch is given beside the kernel's own arguments."""
+    """Return the launch options that all kernels share."""
     pdl = dependent_launch(x.device)
     given = {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": True}
     return given | ({"launch_pdl": True} if pdl else {})
 
 
 def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | None = None) -> Tensor:
-    """(1, K) x (N, K) -> (1, N). K and the weights' row stride are multiples of 8."""
+    """Multiply (1, K) by (N, K) -> (1, N). K and the weights' row stride are multiples of 8."""
     N, K = weight.shape
     tile = tile or ONE_ROW["dense"][shape_class(N, K)]
     out = x.new_empty(1, N)
@@ -56,9 +56,9 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
 def fixed_point(
     x: Tensor, order: Order, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False
 ) -> FixedPoint:
-    """(K,) -> 16-bit fixed point; see fixed_point.py.
+    """Convert (K,), or (2 K,) if gated, to 16-bit fixed point; see fixed_point.py.
 
-    norm: of RMSNorm(x), the weight, with eps. gated: (2 K,) stands for silu(first) * second half.
+    norm, eps, gated: see gpu.Prologue.
     """
     K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)
@@ -93,7 +93,7 @@ def int8_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """One row x (N, K) int8 -> (1, N). K and the row stride: multiples of 16."""
+    """Multiply one row by (N, K) int8 -> (1, N). K and the row stride are multiples of 16."""
     N, K = weight.shape
     tile = tile or ONE_ROW["int8"][shape_class(N, K)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -105,8 +105,8 @@ def int8_row(
         bias,
         out,
         N,
-        K // CHUNK,
-        weight.stride(0) // CHUNK,
+        K // CHUNK_BYTES,
+        weight.stride(0) // CHUNK_BYTES,
         BN=tile.outputs,
         BC=tile.chunks,
         HAS_BIAS=bias is not None,
@@ -125,7 +125,7 @@ def int4_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """One row x the buffers of an Int4Linear -> (1, N)."""
+    """Multiply one row by an Int4Linear -> (1, N)."""
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -140,10 +140,10 @@ def int4_row(
         out,
         N,
         len(x.units),
-        weight.stride(0) // CHUNK,
+        weight.stride(0) // CHUNK_BYTES,
         scales.stride(0),
         zeros.stride(0),
-        CHUNKS=columns // CHUNK // scales.shape[1],
+        CHUNKS=columns // CHUNK_BYTES // scales.shape[1],
         BN=tile.outputs,
         BC=tile.chunks,
         HAS_BIAS=bias is not None,
@@ -154,7 +154,7 @@ def int4_row(
 
 
 def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
-    """(M, K) -> (M, parts, width / parts) float16 and units (M,) float32; see scale_kernel."""
+    """Scale (M, K) -> (M, parts, width / parts) float16, units (M,) float32; see scale_kernel."""
     M, K = x.shape
     out = x.new_empty(M, parts, width // parts, dtype=torch.float16)
     units = x.new_empty(M, dtype=torch.float32)
@@ -174,14 +174,14 @@ def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of_tile(M: int) -> int:
-    """8, 16, 32 or 64: the rows that a program multiplies."""
-    return min(ROWS_AT_A_TIME, max(8, triton.next_power_of_2(M)))
+    """Return the rows that a program multiplies: 8, 16, 32 or 64."""
+    return min(MAX_ROWS_PER_PROGRAM, max(8, triton.next_power_of_2(M)))
 
 
 def int8_rows(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: FewRows | None = None
 ) -> Tensor:
-    """(M, K) x (N, K) int8 -> (M, N). K and the weights' row stride are multiples of 4."""
+    """Multiply (M, K) by (N, K) int8 -> (M, N). K and the row stride are multiples of 4."""
     (N, K), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int8", M, N, K)
     inputs, units = scaled_rows(x, K, 4)
@@ -218,7 +218,7 @@ def int4_rows(
     bias: Tensor | None,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """(M, K) x the buffers of an Int4Linear -> (M, N)."""
+    """Multiply (M, K) by an Int4Linear -> (M, N)."""
     (N, columns), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
     words = columns // scales.shape[1] // 4  # of a group
@@ -236,7 +236,7 @@ def int4_rows(
         M,
         N,
         columns // 4,
-        weight.stride(0) // CHUNK,
+        weight.stride(0) // CHUNK_BYTES,
         scales.stride(0),
         zeros.stride(0),
         WORDS=words,
@@ -253,26 +253,27 @@ def int4_rows(
 
 
 def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
+    """Return the programs of a few-rows product: tiles of outputs, of rows, and splits of K."""
     return triton.cdiv(N, tile.outputs), triton.cdiv(M, rows_of_tile(M)), tile.splits
 
 
 def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
-    """Where programs that divide K put their parts, and count those stored; see finish_rows."""
+    """Return memory for the parts of programs that divide K, and counters; see finish_rows."""
     size = tile.splits * len(x) * N if tile.splits > 1 else 0
     return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 
 
 @functools.cache
 def arrivals(device: torch.device) -> Tensor:
-    """Counters at 0 for programs that work together; the last one to arrive sets its own back.
+    """Return counters at 0 for programs that share a tile; the last program resets its counter.
 
-    All launches on a device share them: these kernels may not run on two streams at the same time.
+    All launches on a device share them, so these kernels must not run on two streams at once.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
-def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, K) int8 -> (N, K) of another dtype."""
+def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantise an Int8Linear -> (N, K)."""
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
     unpack.int8_kernel[(triton.cdiv(K, 4096), N)](
@@ -281,10 +282,10 @@ def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def int4_dense(
+def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """The buffers of an Int4Linear -> (N, in_features)."""
+    """Dequantise an Int4Linear -> (N, in_features)."""
     (N, columns), P = weight.shape, scales.shape[1]
     half = columns // P  # bytes of a group
     groups = 2048 // half  # of a program: 4096 inputs of a row
@@ -296,7 +297,7 @@ def int4_dense(
         out,
         N,
         in_features,
-        weight.stride(0) // CHUNK,
+        weight.stride(0) // CHUNK_BYTES,
         scales.stride(0),
         zeros.stride(0),
         HALF=half,
@@ -312,8 +313,8 @@ TENSOR_CORE_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-POSITIONS = 64  # that attention looks at together
-PROGRAMS = 128  # that divide attention's work: about one for each multiprocessor
+POSITIONS_PER_STEP = 64  # of the attention kernel
+ATTENTION_PROGRAMS = 128  # about one for each multiprocessor
 
 
 def attend(
@@ -325,15 +326,15 @@ def attend(
     visible: int,
     bits: int,
 ) -> Tensor:
-    """(B, T, H, E) queries over the first `visible` positions of a cache -> (B, T, H, E).
+    """Attend with queries (B, T, H, E) over the first `visible` positions -> (B, T, H, E).
 
-    k, v: (B, positions, G, E), or bytes of `bits` per channel with, as `extra`, the scales and lows
-    of a QuantizedKVCache. pos: (B, T), contiguous as q is.
+    k, v: (B, positions, G, E), or the bytes of a QuantizedKVCache of `bits`, whose scales and lows
+    are `extra`. q and pos, (B, T), are contiguous.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R = H // G
-    blocks = triton.cdiv(visible, POSITIONS)
-    splits = max(1, min(blocks, PROGRAMS // (B * G)))
+    blocks = triton.cdiv(visible, POSITIONS_PER_STEP)
+    splits = max(1, min(blocks, ATTENTION_PROGRAMS // (B * G)))
     steps = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, steps)
     parts = q.new_empty(B * G, splits, R * T, E, dtype=torch.float32)
@@ -345,7 +346,7 @@ def attend(
         q,
         k,
         v,
-        *(extra or (k, k, k, k)),  # never read if there are none
+        *(extra or (k, k, k, k)),  # placeholders that the kernel does not read
         pos,
         parts,
         tops,
@@ -362,7 +363,7 @@ def attend(
         GROUP=group,
         BITS=bits,
         BR=max(16, triton.next_power_of_2(R * T)),
-        BS=POSITIONS,
+        BS=POSITIONS_PER_STEP,
         STEPS=steps,
         SPLITS=splits,
         DOT=TENSOR_CORE_TYPES[q.dtype],

@@ -1,16 +1,16 @@
-"""Products of one row by a matrix, (K,) x (N, K) -> (N,): what a decoding step mostly consists of.
+"""Products of one row and a matrix, (K,) x (N, K) -> (N,): most of the time of a decoding step.
 
-Start at int4_kernel. The weights are read once, as the checkpoint stores them, so that memory is
-the only bound. Turning each 4-bit weight into a float would be bound by arithmetic instead
-(measured on an H100: 2.77 ms of a step of Llama 3.1 8B against 1.87 ms). Therefore the activations
-are 16-bit integers (fixed_point.py) and the instruction dp2a multiplies two of them by two bytes of
-weights: four instructions for eight 4-bit weights, exact in 32 bits.
+Start at int4_kernel. It reads the weights once, as the checkpoint stores them, and is bound by
+memory bandwidth. Converting each 4-bit weight to a float would be bound by arithmetic (on an H100,
+2.77 ms of a step of Llama 3.1 8B instead of 1.87 ms). Therefore activations are 16-bit integers
+(fixed_point.py), and the instruction dp2a multiplies two of them by two bytes of weights: four
+instructions for eight 4-bit weights, exact in 32 bits.
 
-A program computes BN outputs and walks over all K in steps of BC chunks of 16 bytes of weights.
-It asks for the first weights before it waits for the kernel before it (programmatic dependent
-launch, compute capability 9.0 on): no kernel of a step writes weights, scales or zero points.
+A program computes BN outputs and loops over K in steps of BC chunks of 16 bytes of weights. It
+loads its first weights before the previous kernel has ended (programmatic dependent launch, compute
+capability 9.0 on). This is safe because no kernel of a step writes weights, scales or zero points.
 
-The oracle of each kernel is the PyTorch formula in quantized.py.
+The reference of each kernel is the PyTorch formula in quant/linear.py.
 """
 
 import triton
@@ -20,10 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr):
-    """total + the two products of a word's int16 pair by the two low (or HIGH) bytes of another.
+    """Add to total the products of an int16 pair and the two low (or HIGH) bytes of a word.
 
-    int32 of shapes that broadcast, or 0. PTX False: the same by shifts, for Triton's
-    interpreter, which knows no assembly.
+    pairs, bytes: int32, broadcast. total: int32 or 0. PTX False: compute by shifts, for Triton's
+    interpreter, which has no inline assembly.
     """
     if PTX:
         if SIGNED:
@@ -45,21 +45,21 @@ def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel be launched; it waits by itself for this one's results."""
+    """Let the next kernel start; it calls wait before it reads the results of this one."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Wait for the kernels before this one, whose results are read from here on."""
+    """Wait until the previous kernels have ended; call it before reading their results."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
-    """Store BN outputs, with their bias."""
+    """Add the bias to BN outputs and store them."""
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)
     tl.store(out + n, total.to(out.dtype.element_ty), n < N)
@@ -76,17 +76,17 @@ def fixed_point_kernel(
     C,
     eps,
     SIZE: tl.constexpr,  # inputs of a chunk
-    NIBBLES: tl.constexpr,  # 1: bytes of weights are one input; 2: a nibble is
+    NIBBLES: tl.constexpr,  # inputs per byte of weights: 1 or 2
     NORM: tl.constexpr,  # the inputs are RMSNorm(x)
     GATED: tl.constexpr,  # the inputs are silu(first half) * second half
     BC: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The kernel that fixed_point.fixed_point is the oracle of, with what comes before the product.
+    """Compute the prologue of a row (gpu.Prologue), then fixed_point.fixed_point.
 
-    Every program of a norm adds up the whole row: it is in the L2 cache, and a kernel of its own
-    for the sum would take longer.
+    With NORM every program sums the squares of the whole row: the row is in the L2 cache, and a
+    separate kernel for the sum would take longer.
     """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -114,11 +114,11 @@ def fixed_point_kernel(
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
     scaled = values * inverse[:, None]
-    # To the nearest, ties to even: what is added makes the sum a multiple of 1.
+    # Round to nearest, ties to even: adding 1.5 * 2**23 leaves no fraction bits.
     rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
     rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
     tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, rounded.to(tl.int16), c[:, None] < C)
-    poison = tl.sum(values * 0, 1)  # 0, or NaN for chunks with infinite inputs or NaN
+    poison = tl.sum(values * 0, 1)  # NaN for chunks with an infinite or NaN input, else 0
     tl.store(units + c, unit.to(tl.float32, bitcast=True) + poison, c < C)
     tl.store(sums + c, tl.sum(rounded, 1), c < C)
 

@@ -1,15 +1,15 @@
-"""How large a program's tile is: a table for each kernel, class of shapes and kind of GPU.
+"""Tile sizes: a table for each kernel and class of shapes. Start at few_rows_tile.
 
-Written from what `benchmarks/gpu_tune.py` measured (benchmarks/results/gpu-tune-*.json); a user's
-first token does not wait for an autotuner. All of it was measured on an H100; another GPU computes
-the same by these tiles, if perhaps not as fast as it could.
+benchmarks/gpu_tune.py measured them on an H100 (benchmarks/results/gpu-tune-*.json), so that the
+first token does not wait for an autotuner. Another GPU gives the same results with these tiles but
+may be slower than it could be.
 """
 
 from typing import NamedTuple
 
 
 class OneRow(NamedTuple):
-    """outputs of a program, chunks (16 bytes of weights) of a step, warps."""
+    """outputs: per program. chunks: of 16 bytes of weights per step."""
 
     outputs: int
     chunks: int
@@ -17,8 +17,8 @@ class OneRow(NamedTuple):
 
 
 class FewRows(NamedTuple):
-    """outputs of a program, words (4 bytes of weights) of a step, programs that divide K, warps,
-    and steps that are under way at a time (Triton's num_stages)."""
+    """outputs: per program. words: of 4 bytes of weights per step. splits: programs that divide K.
+    stages: Triton's num_stages, steps whose loads are in flight at a time."""
 
     outputs: int
     words: int
@@ -28,7 +28,10 @@ class FewRows(NamedTuple):
 
 
 def shape_class(N: int, K: int) -> str:
-    """head: a vocabulary. wide: w1, w3. long: w2. square: attention's, and small models' all."""
+    """Return the class of a weight (N, K).
+
+    head: the output head. wide: w1 and w3. long: w2. square: attention, and any of small models.
+    """
     if N > 65536:
         return "head"
     if N > 16384:
@@ -56,9 +59,9 @@ ONE_ROW: dict[str, dict[str, OneRow]] = {
         "head": OneRow(2, 64, 1),
     },
 }
-# By whether there are more than MANY rows: then a program needs more threads for its sums. The bits
-# of a row depend on that, and on nothing else about the rows beside it.
-MANY = 16
+# The bool: more than MAX_SMALL_TILE_ROWS rows, for which a program needs more threads. The bits of
+# a row depend on this bool, and on nothing else about the other rows.
+MAX_SMALL_TILE_ROWS = 16
 FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
     ("int8", False): {
         "square": FewRows(16, 32, 2, 1, 3),
@@ -88,4 +91,5 @@ FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
 
 
 def few_rows_tile(kind: str, M: int, N: int, K: int) -> FewRows:
-    return FEW_ROWS[kind, M > MANY][shape_class(N, K)]
+    """Return the tile for (M, K) x (N, K). kind: "int8" or "int4"."""
+    return FEW_ROWS[kind, M > MAX_SMALL_TILE_ROWS][shape_class(N, K)]

@@ -1,9 +1,8 @@
-"""Dense weights from int4 or int8, in one pass: for prompts, where many rows share the cost.
+"""Dequantise int4 or int8 weights in one pass, for prompts, whose many rows share the cost.
 
-One read of the packed weights and one write of the dense ones; cuBLAS multiplies by them. Programs
-that follow one another write one after the other, along the rows. The
-numbers are those of the PyTorch formula in quantized.py to the bit: (q - zero) * scale in float32,
-rounded once.
+Start at int4_kernel. It reads the packed weights once and writes dense ones, by which cuBLAS
+multiplies. Consecutive programs write consecutive pieces of a row. The results have the bits of the
+PyTorch formula in quant/linear.py: (q - zero) * scale in float32, rounded once.
 """
 
 import triton
@@ -28,6 +27,7 @@ def int4_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Dequantise GROUPS groups of BN rows."""
     begin(PDL)
     wait(PDL)
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None, None]
@@ -60,6 +60,7 @@ def int8_kernel(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Dequantise BK inputs of BN rows."""
     begin(PDL)
     wait(PDL)
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None]

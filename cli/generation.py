@@ -1,0 +1,254 @@
+"""The command generate.py, from its options to its last line: find and load a model, run, report.
+
+Start at run. It hands the loaded model to one of the modes: prompts.py, interactive.py,
+benchmark.py.
+"""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bench import Stats
+from checkpoint import stored_tensors
+from cli.options import is_placed
+from cli.session import Mode, Session
+from decoding import LoadedModel
+from host.bandwidth import saved_bandwidth
+from host.devices import find_device
+from host.files import DEMO
+from host.log import log
+from host.memory import machine_name, size_text
+from host.threads import set_threads
+from load import count_weights, load_model, random_model
+from options.settings import FlashOptions, LoadOptions, ModelChoice, PlanOptions, PromptOptions
+from quant.linear import make_scheme
+from ranks import broadcast_from_rank0, join_process_group, leave_process_group, local_device
+from text import chat
+from text.generation_config import GenerationConfig
+from text.model_defaults import defaults_line, model_defaults
+from weights import hub
+
+if TYPE_CHECKING:
+    from plan import Plan
+
+# The options, beside those of GenerationConfig, that a text depends on.
+CHANGE_TEXTS = (
+    "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command that the options describe."""
+    set_threads(args.threads)
+    options = load_options(args)
+    model = model_choice(args)
+    config = generation_config(args, model)
+    mode = make_mode(args, model)
+    plan = make_plan(args, options, model, config, mode)
+    if args.plan:
+        return print_plan(plan, args, model, options)
+    mode.open(model, asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS})
+    check_directory("--profile", args.profile)
+    lm, stats = load(model, placed(options, plan))
+    for line in [*model_lines(lm, model), *hints(lm, args)]:
+        log(line)
+    batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
+    with profiled(args.profile):
+        mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
+    for line in report(lm, stats, plan, args.flash):
+        log(line)
+    leave_process_group()
+
+
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """How the model is loaded, on this process's device and with the other processes."""
+    device = local_device(find_device(args.device))
+    ranks = join_process_group(device)
+    micro_batches = args.micro_batches
+    if args.pipeline and ranks:
+        from pp import default_micro_batches
+
+        micro_batches = micro_batches or default_micro_batches(ranks)
+    draft = args.draft_checkpoint_path
+    return LoadOptions(
+        device=str(device),
+        dtype=None if args.dtype == "auto" else args.dtype,
+        kv_dtype=args.kv_dtype,
+        compile=args.compile,
+        compile_prefill=args.compile_prefill,
+        draft=hub.resolve(draft) if draft else args.draft,
+        speculate_k=None if args.speculate_k == "auto" else args.speculate_k,
+        flash=flash_options(args) if args.flash else None,
+        ranks=ranks,
+        pipeline=args.pipeline,
+        micro_batches=micro_batches,
+    )
+
+
+def flash_options(args: argparse.Namespace) -> FlashOptions:
+    return FlashOptions(
+        args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
+    )
+
+
+def model_choice(args: argparse.Namespace) -> ModelChoice:
+    """The model that the options name; a repository is downloaded."""
+    path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+    return ModelChoice(path, args.random_weights, args.random_mode)
+
+
+def generation_config(args: argparse.Namespace, model: ModelChoice) -> GenerationConfig:
+    """The settings of the options, else of the model's generation_config.json, else defaults."""
+    given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    path = model.checkpoint_path
+    directory = path if path.is_dir() else path.parent
+    defaults = {} if model.random_weights else model_defaults(directory)
+    if defaults := {name: value for name, value in defaults.items() if name not in given}:
+        log(defaults_line(defaults, directory))
+    return GenerationConfig(**(defaults | given))
+
+
+def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
+    """The mode that the options ask for. Prompts are read here."""
+    if args.interactive:
+        from cli.interactive import ChatMode
+
+        return ChatMode(args.system)
+    if args.bench:
+        from cli.benchmark import BenchMode
+
+        about = {"model": model.name, "kv_dtype": args.kv_dtype, "compiled": args.compile}
+        tokens = int(args.prompt[0]) if args.prompt else None
+        return BenchMode(tokens, args.batch_size or 1, args.repeats, about if args.json else None)
+    from cli.prompts import PromptMode
+
+    random = bool(model.random_weights)
+    return PromptMode(PromptOptions.from_arguments(args, random_tokens=random))
+
+
+def make_plan(
+    args: argparse.Namespace,
+    options: LoadOptions,
+    model: ModelChoice,
+    config: GenerationConfig,
+    mode: Mode,
+) -> "Plan | None":
+    """The plan of an offloaded model, the same on all ranks; None where nothing is offloaded."""
+    if not is_placed(args):
+        return None
+    import plan
+
+    choice = PlanOptions.from_arguments(
+        args,
+        micro_batches=options.micro_batches,
+        any_dtype=args.dtype == "auto",
+        downloaded=not model.random_weights,
+    )
+    lengths = partial(mode.prompt_lengths, new=config.max_new_tokens)
+    return broadcast_from_rank0(
+        lambda: plan.plan_texts(model, options, choice, lengths, config.max_new_tokens)
+    )
+
+
+def print_plan(
+    plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
+) -> None:
+    """Print what would run where on stdout: the result of --plan."""
+    from plan import find_subject, lines, on_devices
+
+    for line in lines(plan):
+        print(line, flush=True)
+    if args.link:
+        subject, _ = find_subject(model, options, args.compress_weight)
+        for line in on_devices(subject, args.link, args.read_rate):
+            print(line, flush=True)
+    leave_process_group()
+
+
+def check_directory(option: str, file: Path | None) -> None:
+    if file and not file.parent.is_dir():
+        raise FileNotFoundError(f"{option} {file}: there is no directory {file.parent}")
+
+
+def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
+    """The options with the plan's policy. Logs the plan."""
+    if plan is None:
+        return options
+    from plan import lines
+
+    for line in lines(plan):
+        log(line)
+    return replace(options, policy=plan.policy)
+
+
+def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
+    """The model, and statistics that begin with the time that loading took."""
+    start = time.perf_counter()
+    if model.random_weights:
+        scheme = make_scheme(model.random_mode) if model.random_mode else None
+        lm = random_model(model.random_weights, options, scheme=scheme)
+    else:
+        lm = load_model(model.checkpoint_path, options)
+    stats = Stats(lm)
+    stats.load_seconds = time.perf_counter() - start
+    return lm, stats
+
+
+def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
+    """Lines of the log about the model that was loaded."""
+    weight = lm.model.tok_embeddings.weight
+    nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
+    yield (
+        f"{model.name}: {count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
+        f"{str(weight.dtype).removeprefix('torch.')} on {machine_name(weight.device)}"
+    )
+    if lm.draft and lm.draft.lm:
+        reads = (size_text(m.bytes_per_step()) for m in (lm.draft.lm.model, lm.model))
+        yield "draft: reads {} for a draft token, the model {} for a step".format(*reads)
+
+
+def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
+    """A line for a chat model that is given a plain prompt."""
+    hint = chat.template_hint(lm.tokenizer)
+    if hint and not (args.chat or args.interactive or args.bench):
+        yield hint
+
+
+def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
+    """Times and rates of the run, then a report of each feature in use."""
+    if stats.prefill_seconds:
+        yield from stats.report(saved_bandwidth(lm.device))
+    if not lm.any_rows:
+        from compiled import graphs_report
+
+        yield from graphs_report(lm.decode)
+    if plan and stats.decoded_tokens:
+        from plan import report as plan_report
+
+        yield from plan_report(plan, lm, stats)
+    if flash:
+        from neurons.feed_forward import flash_report
+
+        yield from flash_report(lm.model)
+    if lm.draft:
+        yield from lm.draft.controller.stats.lines()
+
+
+@contextlib.contextmanager
+def profiled(file: Path | None) -> Iterator[None]:
+    """Write a trace for chrome://tracing or ui.perfetto.dev, where a file is named."""
+    if file is None:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(file))
+    log(f"profile: {file}")

@@ -1,0 +1,132 @@
+"""generate.py over prompts: which ones, and their texts to stdout or, as each ends, to --output."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cli.session import Session
+from decoding import LoadedModel
+from engine import check_prompts, complete
+from host.files import read_text, without_surrogates
+from host.log import log
+from model import ModelArgs
+from options.settings import ModelChoice, PromptOptions
+from ranks import broadcast_from_rank0, is_rank0
+from text import chat, jobs
+from text.tokenizer import Tokenizer
+from weights.weight_files import find_weights, shards
+
+DEMO_PROMPT = "Once upon a time"
+MAX_BATCH = 16  # rows, where --batch_size is not given
+BESIDE_WEIGHTS = (
+    "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "generation_config.json quantize_config.json quant_config.json"
+).split()
+
+
+class PromptMode:
+    """Continues every prompt num_samples times, in batches."""
+
+    def __init__(self, options: PromptOptions):
+        self.options, self.prompts = options, read_prompts(options)
+        self.output: jobs.ResultsFile | None = None
+
+    def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
+        """The tokens of each text's prompt."""
+        encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
+        return [len(ids) for _, ids in encoded] * self.options.num_samples
+
+    def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
+        """Open the file of results before a model is loaded, so that its errors come first.
+
+        settings: all that the texts depend on beside the model.
+        """
+        if not (self.options.output and is_rank0()):
+            return
+        shape = model.random_weights
+        files = [shape] if shape else model_files(find_weights(model.checkpoint_path))
+        origin = jobs.Provenance(model.name, jobs.fingerprint(files), settings)
+        samples = self.options.num_samples
+        self.output = jobs.ResultsFile(self.options.output, self.prompts, samples, origin)
+
+    def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
+        lm, options = session.lm, self.options
+        todo = self._jobs(lm, session.config.max_new_tokens)
+        sink = self._sink(todo, session)
+        sink.todo = broadcast_from_rank0(lambda: sink.todo)
+        if not sink.todo:
+            return log(f"{options.output} holds all {len(todo)} results: nothing was to be done")
+        size = min(batch_size or MAX_BATCH, len(sink.todo))
+        caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
+        session.compile(caches)
+        with sink:
+            for batch in jobs.batches(sink.todo, size):
+                sink.begin(batch)
+                complete(
+                    lm,
+                    [job.ids for job in batch],
+                    session.config,
+                    rows=[job.number for job in batch],
+                    caches=caches,
+                    stats=session.stats,
+                    on_text=sink.text,
+                    on_end=sink.ended,
+                )
+
+    def _jobs(self, lm: LoadedModel, new: int) -> list[jobs.Job]:
+        """One job for each text to generate, of up to `new` tokens."""
+        context, vocab_size = lm.model.args.context, lm.model.args.vocab_size
+        encoded = encoded_prompts(lm.tokenizer, vocab_size, self.prompts, self.options)
+        check_prompts([ids for _, ids in encoded], context, vocab_size)
+        return jobs.make_jobs(encoded, self.options.num_samples, new, context)
+
+    def _sink(self, todo: list[jobs.Job], session: Session) -> jobs.ConsoleSink | jobs.JsonlSink:
+        ends = jobs.FinishCounts(session.config.max_new_tokens)
+        if self.output:
+            return jobs.JsonlSink(self.output, todo, ends, lambda: session.stats.new_tokens)
+        with_prompt = not (self.options.chat or self.options.random_tokens)
+        return jobs.ConsoleSink(todo, ends, with_prompt=with_prompt)
+
+
+def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
+    """Read the prompts that the options name, else a pipe. ValueError for an empty one."""
+    if options.prompts:
+        return jobs.read_prompts(options.prompts, options.chat)
+    if options.prompt_file:
+        texts = [jobs.without_line_end(read_text(options.prompt_file))]
+    elif options.prompt:
+        texts = [without_surrogates(text) for text in options.prompt]
+    else:
+        piped = broadcast_from_rank0(jobs.piped_prompt)
+        texts = [DEMO_PROMPT if piped is None else piped]
+    if not all(texts):
+        raise ValueError("the prompt is empty: give it some text")
+    return texts
+
+
+def model_files(weights: Path) -> list[Path]:
+    """All that the texts of a checkpoint depend on: its weights, config and tokenizer."""
+    beside = (weights.parent / name for name in BESIDE_WEIGHTS)
+    return [*shards(weights)[0], *(file for file in beside if file.is_file())]
+
+
+def encoded_prompts(
+    tokenizer: Tokenizer, vocab: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
+) -> list[tuple[jobs.Prompt, list[int]]]:
+    """Each prompt and its ids; with random weights a number stands for so many random tokens."""
+    if options.chat:
+        return [(prompt, chat.prompt_ids(tokenizer, prompt, options.system)) for prompt in prompts]
+    if not options.random_tokens:
+        return [(prompt, tokenizer.encode(prompt)) for prompt in prompts]
+    if wrong := [prompt for prompt in prompts if not prompt.isdecimal()]:
+        raise ValueError(
+            f"random weights have no tokenizer: give a number of tokens as --prompt, not {wrong[0]}"
+        )
+    generator = torch.Generator().manual_seed((options.seed or 0) % 2**63)
+    return [
+        (prompt, torch.randint(vocab, (int(prompt),), generator=generator).tolist())
+        for prompt in prompts
+    ]

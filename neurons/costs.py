@@ -1,0 +1,140 @@
+"""What this machine's disk and products cost in seconds, measured once and kept.
+
+Start at machine_costs. A pack's own file is read in batches of several sizes, and a line is fitted
+to the seconds: of a call, of each of its requests and of each byte.
+
+Shapes: C entries.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from host.measurements import load_measurement, save_measurement
+from host.memory import machine_name, page_aligned
+from neurons.pack import Pack
+from neurons.products import Products, has_kernel
+from neurons.records import NeuronFile
+from tiers.prefetch import CPU
+from tiers.probe import typical
+
+BATCHES = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests, records of each
+BATCH_REPEATS = 15
+STREAM_BYTES = 2**27
+PRODUCT_BYTES = 2**26  # more than a processor's caches hold
+EVICTING_BYTES = 2**24  # of a product before each batch
+STREAM_REPEATS, PRODUCT_REPEATS = 3, 5
+NEURONS = 17  # in the timed product: one is active, the last stands for an empty entry
+SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # where a file is smaller than every batch
+
+
+@dataclass(frozen=True)
+class MachineCosts:
+    """Seconds that reading and computing records take.
+
+    reads: depth -> seconds of a call, of each of its requests and of each byte. stream_byte: of a
+    byte when layers are read in file order. record: of computing a record in memory.
+    computes_all_entries: see Products.computes_all_entries.
+    """
+
+    reads: dict[int, tuple[float, float, float]]
+    stream_byte: float
+    record: float
+    computes_all_entries: bool
+
+    def read_seconds(self, depth: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+        """Seconds of one call for each layer; 0 where a layer makes no request."""
+        call, request, byte = self.reads[depth]
+        return np.where(requests > 0, call + request * requests + byte * nbytes, 0)
+
+
+def machine_costs(
+    pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> MachineCosts:
+    """Return this machine's costs: kept ones, or measured now within seconds and kept."""
+    format, stat = pack.format, pack.neurons_path.stat()
+    kernel = has_kernel(format, device, dtype)
+    key = machine_name(device), stat.st_dev, stat.st_size, format, tuple(depths), dtype, kernel
+    bias = torch.full((NEURONS, len(format.matrices) - 1), -1, device=device, dtype=dtype)
+    bias[0] = 1
+    products = Products(format, bias, None, kernel)
+    costs = load_measurement("flash", key)
+    if costs is None:
+        costs = {
+            "reads": {depth: batch_costs(pack, depth) for depth in depths},
+            "stream_byte": stream_byte_seconds(pack),
+            "record": record_seconds(products, device),
+        }
+        save_measurement("flash", key, costs)
+    reads = {int(depth): tuple(seconds) for depth, seconds in costs["reads"].items()}
+    all_entries = products.computes_all_entries
+    return MachineCosts(reads, costs["stream_byte"], costs["record"], all_entries)
+
+
+def batch_costs(pack: Pack, depth: int) -> list[float]:
+    """Return the seconds of a call, a request and a byte, by least squares of relative errors."""
+    stride = pack.format.stride
+    timer = BatchTimer(pack, depth)
+    batches = [(n, records) for n, records in BATCHES if 2 * n * records <= timer.total]
+    if not batches:
+        return SMALL_FILE_COSTS
+    rows = np.array([(1, n, n * records * stride) for n, records in batches])
+    seconds = np.array([timer.median_seconds(*batch) for batch in batches])
+    fitted, *_ = np.linalg.lstsq(rows / seconds[:, None], np.ones(len(rows)), rcond=None)
+    return fitted.clip(0).tolist()
+
+
+class BatchTimer:
+    """Times batches of reads at random offsets into random places of memory.
+
+    A product comes before each batch, as in a model: it evicts the kernel's code and the memory
+    from the processor's caches, and a read then takes half a millisecond longer.
+    """
+
+    def __init__(self, pack: Pack, depth: int):
+        self.stride = pack.format.stride
+        self.file = NeuronFile(pack.neurons_path, self.stride, depth)
+        self.total = pack.neurons_path.stat().st_size // self.stride  # records
+        self.entries = range(PRODUCT_BYTES // self.stride)
+        self.memory = page_aligned(len(self.entries) * self.stride, CPU).fill_(1)
+        self.matrix = torch.ones(EVICTING_BYTES // 4096, 2048, dtype=torch.bfloat16)
+        self.random = random.Random(0)
+
+    def median_seconds(self, requests: int, records: int) -> float:
+        """Seconds of a batch of `requests`, each of so many contiguous records."""
+        return statistics.median(self._seconds(requests, records) for _ in range(BATCH_REPEATS))
+
+    def _seconds(self, requests: int, records: int) -> float:
+        starts = sorted(self.random.sample(range(self.total // records), requests))
+        ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
+        entries = np.array(self.random.sample(self.entries, len(ids)))
+        addresses = self.memory.data_ptr() + entries * self.stride
+        F.linear(self.matrix[:1], self.matrix)
+        start = time.perf_counter()
+        self.file.read_records(0, ids, addresses, 0)
+        return time.perf_counter() - start
+
+
+def stream_byte_seconds(pack: Pack) -> float:
+    """Return the seconds of a byte when the file is read from its start."""
+    file = NeuronFile(pack.neurons_path, pack.format.stride, 1)
+    nbytes = min(STREAM_BYTES, pack.neurons_path.stat().st_size // 4096 * 4096)
+    memory = page_aligned(nbytes, CPU)
+    return typical(lambda: file.read([(0, memory)]), CPU, STREAM_REPEATS) / nbytes
+
+
+def record_seconds(products: Products, device: torch.device) -> float:
+    """Return the seconds of computing one record for one token, unpacking included."""
+    format, neurons = products.format, len(products.bias) - 1
+    count = PRODUCT_BYTES // format.stride
+    # Filled, because untouched pages would all be the same physical page.
+    records = page_aligned(count * format.stride, device).fill_(1).view(count, -1)  # (C, stride)
+    x = torch.zeros(1, format.dim, device=device, dtype=products.bias.dtype)
+    ids = np.arange(count) % neurons
+    return typical(lambda: products.sums(x, records, ids), device, PRODUCT_REPEATS) / count

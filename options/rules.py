@@ -1,0 +1,135 @@
+"""Which options need or exclude one another: one table, which the commands and load_model read.
+
+Start at broken_rule. A name is that of an option or one of these: `placed` (a model that is
+offloaded, by --offload, --percent or --plan), `self_draft` (a draft in fewer bits of the model
+itself), `ranks` (processes that torchrun has started).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PLACING = "offload", "percent", "plan"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`option` works only together with one of `any_of`."""
+
+    option: str
+    any_of: tuple[str, ...]
+    message: str = ""
+
+    def broken(self, chosen: Mapping[str, Any]) -> bool:
+        known = [name for name in self.any_of if name in chosen]
+        return bool(chosen.get(self.option) and known and not any(chosen[n] for n in known))
+
+    def text(self, chosen: Mapping[str, Any]) -> str:
+        needed = " or ".join(f"--{name}" for name in self.any_of)
+        return self.message or f"--{self.option} needs {needed}"
+
+
+@dataclass(frozen=True)
+class Excludes:
+    """`one` and `other` do not work together. The message may name the value of `other`."""
+
+    one: str
+    other: str
+    message: str = ""
+
+    def broken(self, chosen: Mapping[str, Any]) -> bool:
+        return bool(chosen.get(self.one) and chosen.get(self.other))
+
+    def text(self, chosen: Mapping[str, Any]) -> str:
+        default = f"give --{self.one} or --{self.other}, not both"
+        return self.message.format(chosen[self.other]) or default
+
+
+def needs(options: str, *any_of: str) -> list[Needs]:
+    return [Needs(option, any_of) for option in options.split()]
+
+
+def excludes(options: str, other: str) -> list[Excludes]:
+    return [Excludes(option, other) for option in options.split()]
+
+
+RULES = (
+    # Options of the commands.
+    *needs("json", "bench"),
+    *needs("random_mode", "random_weights"),
+    *needs("revision", "checkpoint_path"),
+    *needs("device_memory host_memory compress_weight compress_cache", *PLACING),
+    *needs("gpu_batch_size cpu_cache_compute", "percent"),
+    *needs("link", "plan"),
+    *needs("read_rate", "link"),
+    *needs("dram_budget flash_window flash_threads flash_dir", "flash"),
+    *excludes("checkpoint_path", "random_weights"),
+    *excludes("prompt", "prompts"),
+    *excludes("prompt", "prompt_file"),
+    *excludes("prompt_file", "prompts"),
+    *excludes("bench", "interactive"),
+    *excludes("prompt_file prompts output chat", "bench"),
+    *excludes("prompt prompt_file prompts output", "interactive"),
+    *excludes("draft", "draft_checkpoint_path"),
+    *excludes("offload", "percent"),
+    *excludes("flash", "random_weights"),
+    *excludes("plan", "flash"),
+    # Options of eval.py.
+    *needs(
+        "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache", "tasks"
+    ),
+    *needs("stride", "perplexity"),
+    *needs("log_samples", "output"),
+    *needs("system", "apply_chat_template"),
+    *needs("task_data", "include_path"),
+    # Features of a loaded model.
+    Excludes(
+        "flash", "placed", "--flash leaves neurons on disk, offloading whole layers: choose one"
+    ),
+    Excludes(
+        "flash",
+        "self_draft",
+        "--draft {} copies a model that is in memory, and with --flash its neurons are not: give "
+        "--draft_checkpoint_path, or --draft ngram",
+    ),
+    Excludes(
+        "placed",
+        "self_draft",
+        "--draft {} copies a model that is in memory, and this one is offloaded: give "
+        "--draft_checkpoint_path, or --draft ngram",
+    ),
+    Needs(
+        "pipeline",
+        ("ranks",),
+        "--pipeline needs ranks: torchrun --nproc_per_node=2 generate.py ...",
+    ),
+    Excludes("ranks", "flash", "--flash is for one process, without torchrun"),
+    Excludes(
+        "ranks",
+        "compress_weight",
+        "--compress_weight is for one process: run quantize.py first",
+    ),
+    Excludes(
+        "pipeline",
+        "draft",
+        "a pipeline does not verify draft tokens: omit the draft, or --pipeline",
+    ),
+    Excludes(
+        "pipeline",
+        "draft_checkpoint_path",
+        "a pipeline does not verify draft tokens: omit the draft, or --pipeline",
+    ),
+    Excludes(
+        "pipeline",
+        "compile",
+        "the stages of a pipeline are not compiled: omit --compile, or --pipeline",
+    ),
+    *needs("compile_prefill", "compile"),
+    *needs("micro_batches", "pipeline"),
+)
+
+
+def broken_rule(chosen: Mapping[str, Any]) -> str | None:
+    """The message of the first rule that the chosen options break. Rules about other names than
+    those of `chosen` are skipped."""
+    return next((rule.text(chosen) for rule in RULES if rule.broken(chosen)), None)
