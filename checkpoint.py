@@ -33,7 +33,6 @@ from weights.formats import (
     staging_buffer,
     write_aligned,
 )
-from weights.int4_layouts import foreign_fields, foreign_scheme, quantization_config
 from weights.weight_files import find_weights, read_json, shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -117,6 +116,8 @@ class Checkpoint:
     def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
         packed = any(name.endswith(".qweight") for name in parts)
         try:
+            from weights.int4_layouts import foreign_scheme, quantization_config
+
             found = quantization_config(self.config, self.directory, packed)
             return found and foreign_scheme(found)
         except ValueError as error:
@@ -415,7 +416,11 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
                     f"{part.file}: {part.name} and {other.name} are one tensor's names"
                 )
     linears = scheme and scheme["linears"]
-    fields = foreign_fields(scheme["mode"], linears["groupsize"]) if scheme else {}
+    fields = {}
+    if scheme:
+        from weights.int4_layouts import foreign_fields
+
+        fields = foreign_fields(scheme["mode"], linears["groupsize"])
     records = {}
     for name, by_index in found.items():
         module, _, kind = name.rpartition(".")

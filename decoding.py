@@ -16,10 +16,10 @@ from torch import Tensor
 from host.memory import check_memory
 from model import KVCache, Transformer, visible_length
 from sampling import Sampler
-from text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from draft_length import DraftLengthController
+    from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
@@ -78,7 +78,7 @@ class LoadedModel:
     model: Transformer
     prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
     decode: Callable[..., Tensor]  # one token per row, or with a draft the few to be verified
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     draft: Draft | None = None
     any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device

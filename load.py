@@ -21,11 +21,9 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, Checkpoint, allocate, final_dtype, read_json, stored_tensors
 from decoding import LoadedModel
-from host.devices import find_device
 from host.files import DEMO
 from host.memory import check_memory
 from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
-from options.rules import broken_rule
 from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
@@ -35,11 +33,11 @@ from quant.linear import (
     quantized_copy,
     round_to_nearest,
 )
-from text.tokenizer import Tokenizer, first_difference, id_tokenizer, load_tokenizer
 from weights.hf import Config, model_args
 
 if TYPE_CHECKING:
     from offload import Fill, Stored, StreamedLayers
+    from text.tokenizer import Tokenizer
     from tiers.policy import Policy
 
 
@@ -60,6 +58,8 @@ def load_model(
     Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
     allocated.
     """
+    from text.tokenizer import load_tokenizer
+
     options = checked(replace(options, **changes))
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -80,6 +80,8 @@ def random_model(
     scheme: how its linears are quantised, see make_scheme in quant/linear.py; None: they are
     dense. changes: fields of LoadOptions by name.
     """
+    from text.tokenizer import id_tokenizer
+
     options = checked(replace(options, **changes))
     weights = RandomWeights(read_json(Path(config_file)), scheme)
     tokenizer = id_tokenizer(weights.args.vocab_size)
@@ -90,6 +92,9 @@ def random_model(
 def checked(options: LoadOptions) -> LoadOptions:
     """The options, with a dtype of torch. ValueError for options that do not go together, and for
     a device, dtype or cache that does not exist."""
+    from host.devices import find_device
+    from options.rules import broken_rule
+
     plain = options.policy is not None and options.policy.plain
     options = replace(options, policy=None) if plain else options
     if message := broken_rule(options.chosen()):
@@ -446,6 +451,8 @@ def check_draft(
     scheme: dict[str, Any] | None,
 ) -> None:
     """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
+    from text.tokenizer import first_difference
+
     if isinstance(draft, LoadedModel):
         theirs = draft.model.args.vocab_size
         if abs(theirs - vocab_size) > MAX_PADDED_IDS:

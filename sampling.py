@@ -16,14 +16,16 @@ that a draft and its model share its noise is from 2408.07978. The noise is Spli
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from text.generation_config import GenerationConfig
-from text.processors import LogitsProcessors
+
+if TYPE_CHECKING:
+    from text.processors import LogitsProcessors
 
 # SplitMix64: its step from one number to the next, and the shifts and factors that mix its bits.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -62,7 +64,7 @@ class Sampler:
         config: GenerationConfig,
         rows: Sequence[int],
         device: torch.device,
-        processors: LogitsProcessors | None = None,
+        processors: "LogitsProcessors | None" = None,
     ):
         self.config, self.processors = config, processors
         # numpy's streams, as torch's CPU generator takes no more than 32 bits of a seed. A shorter

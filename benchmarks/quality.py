@@ -24,7 +24,7 @@ import quantize
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
 from decoding import LoadedModel
-from eval import nats_per_token, windows
+from evaluation.perplexity import nats_per_token, windows
 from load import load_model
 
 CPU = torch.device("cpu")

@@ -1,12 +1,12 @@
-"""A loaded model as EleutherAI's evaluation harness (lm_eval) knows models, and a run of its tasks.
+"""The adapter from a LoadedModel to EleutherAI's evaluation harness, lm_eval, and a run of tasks.
 
-Start at run_tasks. HarnessModel answers the three questions that tasks ask: how likely a text is
-after another, how likely a whole text is, and what follows a text. Only eval.py --tasks imports
-this file, as it needs lm_eval.
+Start at run_tasks. HarnessModel implements lm_eval's three requests: loglikelihood of a
+continuation, loglikelihood_rolling of a whole text, and generate_until. Only eval.py --tasks
+imports this file, because it needs lm_eval.
 
-Ids are those that lm_eval's own Hugging Face backend makes with add_bos_token=True, so that the
-figures can be compared; of a text for loglikelihood_rolling that backend then has BOS twice, and
-this one once.
+Source: lm_eval's Hugging Face backend (lm_eval/models/huggingface.py). The ids are those of that
+backend with add_bos_token=True, so that the figures can be compared, with one exception: for
+loglikelihood_rolling that backend puts BOS twice, and this one once.
 """
 
 import contextlib
@@ -30,19 +30,20 @@ from tqdm import tqdm
 
 from decoding import LoadedModel
 from engine import complete
-from evaluation.scoring import Ids, common, log_likelihoods
+from evaluation.scoring import Ids, SequenceScore, common, log_likelihoods
 from text.completion import Completion
 from text.generation_config import GenerationConfig
 
-GENERATED = 256  # tokens at most, where a task says nothing; as lm_eval's own backends
-ROWS = 16  # of a batch that is generated, where none are asked for
-SETTINGS = {"temperature", "top_k", "top_p", "min_p", "seed"}  # of gen_kwargs, taken as they are
-Request = tuple[Any, list[int], list[int]]  # what was asked, ids before, and ids that are scored
+DEFAULT_MAX_GEN_TOKS = 256  # of a task without max_gen_toks, as in lm_eval's own backends
+DEFAULT_GENERATION_BATCH_SIZE = 16
+SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "seed"}  # of gen_kwargs
+# lm_eval's key for its cache, the ids of the context, the ids of the continuation
+Request = tuple[Any, list[int], list[int]]
 
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """What lm_eval is asked for, in its own words; task_data: a file for each local task."""
+    """The arguments of lm_eval.simple_evaluate, by its names; see there."""
 
     tasks: Sequence[str]
     num_fewshot: int | None = None
@@ -51,16 +52,16 @@ class HarnessOptions:
     system: str | None = None
     gen_kwargs: str | None = None
     include_path: Path | None = None
-    task_data: dict[str, str] | None = None
+    task_data: dict[str, str] | None = None  # the data file of each task of scripts/tasks
     log_samples: bool = False
     use_cache: str | None = None
 
 
 class HarnessModel(TemplateLM):
-    """lm_eval's view of a LoadedModel.
+    """A LoadedModel with the interface of an lm_eval model.
 
-    batch_size: None: as many rows as are fast. max_length: ids that the model may read at once;
-    what is longer loses its beginning. bos: whether every text begins with BOS.
+    batch_size: None: as many rows as are fast. max_length: ids that the model reads at once; longer
+    texts lose their beginning. bos: whether every text begins with BOS.
     """
 
     def __init__(self, lm: LoadedModel, batch_size: int | None, max_length: int, bos: bool):
@@ -68,10 +69,10 @@ class HarnessModel(TemplateLM):
         self.lm, self.rows, self.max_length = lm, batch_size, max_length
         self._device, self._tokenizer = lm.device, lm.tokenizer
         self._bos = [lm.tokenizer.bos_id] if bos else []
-        # lm_eval asks for a question's ids again with each of its answers.
+        # A cache, because lm_eval encodes a question again for each of its answers.
         self._ids = lru_cache(64)(lambda text: lm.tokenizer.encode(text, bos=False, special=True))
-        self.shortened = 0  # sequences that lost their beginning
-        self.fused = 0  # texts that share their ids with those before them
+        self.shortened = 0  # texts that lost their beginning
+        self.fused = 0  # continuations whose ids are all shared with the context, see _encode_pair
 
     @property
     def eot_token_id(self) -> int:
@@ -79,7 +80,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that nothing stands before."""
+        """The id before a text that has no context: BOS, or EOS without a BOS."""
         bos = self._tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
@@ -90,23 +91,24 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids; after BOS, once, unless add_special_tokens is False or the model runs without."""
+        """Return the ids of a text, after one BOS unless add_special_tokens is False or the model
+        runs without BOS."""
         ids = self._ids(string)
         bos = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*bos, *ids]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and of what follows it: those of both together that are beyond the first.
+        """Return the ids of the context, and the ids that context + continuation has beyond them.
 
-        A tokenizer that merges across words may need no more ids for both: then those are scored
-        that what follows changes. lm_eval's own backend stops there.
+        A tokenizer that merges tokens across words may need no more ids for both together. There
+        lm_eval's own backend fails, and this one scores the ids after the common prefix.
         """
-        before, said = super()._encode_pair(context, continuation)
-        if said:
-            return before, said
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if continuation_ids:
+            return context_ids, continuation_ids
         self.fused += 1
         whole = self.tok_encode(context + continuation)
-        same = min(common(whole, before), len(whole) - 1)
+        same = min(common(whole, context_ids), len(whole) - 1)
         return whole[:same] or [self.prefix_token_id], whole[same:]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -118,7 +120,7 @@ class HarnessModel(TemplateLM):
         text = self._tokenizer.chat_text(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
-        # The last message is an answer that the model is to go on with: nothing may close it.
+        # The model continues the last message, so the template's text after it is cut off.
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
@@ -134,102 +136,114 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of max_length, each with one id of the window before."""
-        texts = [request.args[0] for request in requests]
-        pairs: list[tuple[Ids, Ids]] = []
-        owners: list[int] = []
-        for number, text in enumerate(texts):
-            ids = self.tok_encode(text, add_special_tokens=False)
-            for before, said in get_rolling_token_windows(
-                ids, self.prefix_token_id, self.max_length, context_len=1
-            ):
-                pairs.append((before[: len(before) - len(said) + 1], said))
-                owners.append(number)
-        totals, left = [0.0] * len(texts), Counter(owners)
+        """Return the log-likelihood of each whole text, over windows of max_length ids. The context
+        of a window is the last id of the window before."""
+        totals = [0.0] * len(requests)
+        pairs, owners = self.rolling_windows([request.args[0] for request in requests])
+        remaining = Counter(owners)
         for window, nats, _ in self.score(pairs, disable_tqdm):
             owner = owners[window]
             totals[owner] += nats
-            left[owner] -= 1
-            if not left[owner]:
+            remaining[owner] -= 1
+            if not remaining[owner]:
                 args = requests[owner].args
                 self.cache_hook.add_partial("loglikelihood_rolling", args, totals[owner])
         return totals
 
-    def score(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool) -> Iterator[Any]:
-        """Results for ids that follow ids, with a bar.
+    def rolling_windows(self, texts: Sequence[str]) -> tuple[list[tuple[Ids, Ids]], list[int]]:
+        """Return the (context, continuation) ids of all windows, and the text of each window."""
+        pairs: list[tuple[Ids, Ids]] = []
+        owners: list[int] = []
+        for number, text in enumerate(texts):
+            ids = self.tok_encode(text, add_special_tokens=False)
+            for context, scored in get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                pairs.append((context[: len(context) - len(scored) + 1], scored))
+                owners.append(number)
+        return pairs, owners
 
-        What is longer than the model can read loses its first ids, BOS too, as in lm_eval.
+    def score(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool) -> Iterator[SequenceScore]:
+        """Yield the scores of continuations, given pairs (context ids, continuation ids).
+
+        As in lm_eval, a pair that is too long loses its first ids, BOS included. Raises ValueError
+        for a continuation that is empty or longer than max_length. quiet: show no bar.
         """
         sequences = []
-        for before, said in pairs:
-            if not 0 < len(said) <= self.max_length:
+        for context, continuation in pairs:
+            if not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"a text to be scored has {len(said)} tokens: it must have 1 to "
+                    f"a text to be scored has {len(continuation)} tokens: it must have 1 to "
                     f"{self.max_length}, the model's context"
                 )
-            whole = [*before, *said][-(self.max_length + 1) :]
-            self.shortened += len(whole) < len(before) + len(said)
-            sequences.append((whole, len(whole) - len(said)))
-        results = log_likelihoods(self.lm, sequences, self.rows)
-        yield from tqdm(results, "score", len(sequences), disable=quiet, unit="text")
+            whole = [*context, *continuation][-(self.max_length + 1) :]
+            self.shortened += len(whole) < len(context) + len(continuation)
+            sequences.append((whole, len(whole) - len(continuation)))
+        scores = log_likelihoods(self.lm, sequences, self.rows)
+        yield from tqdm(scores, "score", len(sequences), disable=quiet, unit="text")
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each text, up to a stop string, EOS or the number of tokens asked for."""
-        groups: dict[str, list[int]] = {}
+        """Return the continuation of each text, up to a stop string, EOS or max_gen_toks."""
+        groups: dict[str, list[int]] = {}  # requests with the same gen_kwargs
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate", disable=disable_tqdm, unit="text") as bar:
-            for asked, numbers in groups.items():
-                config = generation_config(json.loads(asked), self.max_length)
-                room = self.max_length - config.max_new_tokens
-                prompts = {n: self.tok_encode(requests[n].args[0]) for n in numbers}
-                self.shortened += sum(len(ids) > room for ids in prompts.values())
-                prompts = {n: ids[-room:] for n, ids in prompts.items()}
+            for gen_kwargs, numbers in groups.items():
+                config = generation_config(json.loads(gen_kwargs), self.max_length)
+                prompts = {n: self.prompt_ids(requests[n].args[0], config) for n in numbers}
                 for number, text in self.generated(prompts, config):
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update()
         return texts
 
+    def prompt_ids(self, text: str, config: GenerationConfig) -> list[int]:
+        """Return the ids of a prompt, without its beginning if the answer would not fit."""
+        ids, longest = self.tok_encode(text), self.max_length - config.max_new_tokens
+        self.shortened += len(ids) > longest
+        return ids[-longest:]
+
     def generated(
         self, prompts: dict[int, list[int]], config: GenerationConfig
     ) -> Iterator[tuple[int, str]]:
-        """The text that follows each prompt, the longest prompts first."""
+        """Yield (number, continuation) for prompts by number, the longest prompts first."""
         numbers = sorted(prompts, key=lambda n: -len(prompts[n]))
-        size = min(self.rows or ROWS, len(numbers))
+        size = min(self.rows or DEFAULT_GENERATION_BATCH_SIZE, len(numbers))
         caches = self.lm.make_caches(size, len(prompts[numbers[0]]) + config.max_new_tokens)
         for first in range(0, len(numbers), size):
             rows = numbers[first : first + size]
             given = [prompts[n] for n in rows]
             done = complete(self.lm, given, config, rows=rows, caches=caches)
             for number, completion in zip(rows, done, strict=True):
-                # Of the ids alone, as the harness has it: a first space may be lost.
+                # lm_eval decodes the new ids alone, so a space before the first word may be lost.
                 alone = Completion(self._tokenizer, [], config)
                 text = alone.extend(completion.ids) + alone.close()
                 yield number, postprocess_generated_text(text, list(config.stop), None)
 
 
 def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> GenerationConfig:
-    """ValueError for what a task asks for and this program lacks."""
-    asked = dict(normalize_gen_kwargs(gen_kwargs, GENERATED))
-    count = asked.pop("max_gen_toks")
+    """Return the config of lm_eval's gen_kwargs; ValueError for an unsupported key or value."""
+    kwargs = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
+    count = kwargs.pop("max_gen_toks")
     if not 0 < count < max_length:
         raise ValueError(
             f"a task asks for {count} tokens and the model's context is {max_length}, which must "
             "hold prompt and answer: give --gen_kwargs max_gen_toks=N"
         )
-    stop = tuple(text for text in asked.pop("until") if text)
-    sampled = asked.pop("do_sample", False)
-    if unknown := asked.keys() - SETTINGS:
-        raise ValueError(f"gen_kwargs {', '.join(sorted(unknown))}: known are {sorted(SETTINGS)}")
-    asked = {"top_k": 0, "temperature": 1.0} | asked if sampled else {"temperature": 0.0}
-    return GenerationConfig(max_new_tokens=count, stop=stop, **asked)
+    stop = tuple(text for text in kwargs.pop("until") if text)
+    do_sample = kwargs.pop("do_sample", False)
+    if unknown := kwargs.keys() - SAMPLING_KEYS:
+        raise ValueError(
+            f"gen_kwargs {', '.join(sorted(unknown))}: known are {sorted(SAMPLING_KEYS)}"
+        )
+    sampling = {"top_k": 0, "temperature": 1.0} | kwargs if do_sample else {"temperature": 0.0}
+    return GenerationConfig(max_new_tokens=count, stop=stop, **sampling)
 
 
 def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager) -> dict[str, Any]:
-    """lm_eval's results of the tasks that find_tasks found."""
-    with contextlib.redirect_stdout(sys.stderr):  # lm_eval prints now and then
+    """Return lm_eval's results of the tasks; manager: from find_tasks."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures alone
         return lm_eval.simple_evaluate(
             model,
             tasks=list(options.tasks),
@@ -247,15 +261,15 @@ def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager
 
 
 def find_tasks(options: HarnessOptions) -> TaskManager:
-    """The tasks in include_path, and lm_eval's own where those are not all that is asked for.
+    """Return a manager of the tasks in include_path, and of lm_eval's own if the former lack one.
 
-    To look through lm_eval's 14,000 takes ten seconds. ValueError naming a task that there is not.
+    lm_eval takes ten seconds to find its own 14,000 tasks. Raises ValueError for an unknown task.
     """
     setup_logging(logging.ERROR)
-    given = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
+    files = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
     for defaults in (False, True):
         if defaults or options.include_path:
-            manager = TaskManager(include_defaults=defaults, **given)
+            manager = TaskManager(include_defaults=defaults, **files)
             unknown = [name for name in options.tasks if not manager.match_tasks([name])]
             if not unknown:
                 return manager
@@ -266,6 +280,6 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
 
 
 def table(results: dict[str, Any]) -> str:
-    """As lm_eval prints it."""
+    """Return the results as the table that lm_eval prints."""
     columns = [column for column in ("results", "groups") if results.get(column)]
     return "\n".join(make_table(results, column) for column in columns)

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Install what the tests need, then run them all, a file at a time on each core. Arguments go to
-# pytest: -n 0 for one process.
+# Install what the tests need, check the style, then run all tests, one file at a time on each core.
+# --fast: skip the installation, the style check and the slow test files (FAST in
+# tests/conftest.py). Other arguments go to pytest: -n 0 for one process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+pytest=(.venv/bin/python -m pytest -n auto --dist loadfile)
+if [[ "${1:-}" == --fast ]]; then
+    exec "${pytest[@]}" -m "not slow" "${@:2}"
+fi
 ./scripts/setup.sh requirements-test.lock
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
+exec "${pytest[@]}" "$@"

@@ -1,6 +1,14 @@
-"""What several test files use: the demo models, texts for them, and rotary settings of Llama 3."""
+"""Values and functions that several test files use: the demo models, texts for them, references."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from decoding import LoadedModel
+    from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, OPT, DRAFT = (ROOT / "checkpoints" / name for name in ("demo", "demo-opt", "demo-draft"))
@@ -17,3 +25,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+
+def complete_ids(
+    lm: "LoadedModel", prompts: list[list[int]], config: "GenerationConfig", **options: Any
+) -> list[list[int]]:
+    """Return the new ids of each prompt."""
+    from engine import complete
+
+    return [completion.ids for completion in complete(lm, prompts, config, **options)]
+
+
+def hugging_face_model(path: str | Path) -> Any:
+    """Return the model of transformers in float32; skip the test without transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -18,9 +18,34 @@ if TYPE_CHECKING:
     from hub_server import Hub
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files that `./scripts/test.sh --fast` runs: unit tests that compile nothing, train nothing and
+# start no process that imports torch. All other files are marked slow.
+FAST = {
+    f"test_{name}.py"
+    for name in (
+        "config damaged_weights layout links model_defaults neuron_products plan quantized_cache "
+        "sampling tokenizer_files weight_files"
+    ).split()
+}
 sys.path.insert(0, str(ROOT))
 # A shell lets what it starts in the background ignore Ctrl-C, and so would the programs tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_slow(file: Path) -> bool:
+    return file.name.startswith("test_") and file.name not in FAST
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m "not slow" slow files are not even imported, which would take ten seconds."""
+    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of files outside FAST as slow."""
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

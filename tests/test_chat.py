@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from common import DEMO, ROOT
 
 from engine import complete
 from generate import Completion, GenerationConfig
@@ -20,8 +20,6 @@ from text import chat
 from text.chat import Conversation
 from text.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "checkpoints" / "demo"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 
 import decoding
 from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
@@ -22,7 +23,6 @@ from text.completion import Completion
 from tiers.kv_cache import TieredCaches, tiered_caches
 from tiers.policy import Policy, Share
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (
     "Once upon a time",
     "Lily",

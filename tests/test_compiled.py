@@ -3,10 +3,10 @@
 import dataclasses
 import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 
 from compiled import CompiledGraphCache
 from decoding import LoadedModel
@@ -14,7 +14,6 @@ from engine import complete
 from generate import GenerationConfig
 from load import load_model, make_views
 
-ROOT = Path(__file__).resolve().parent.parent
 GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)
 TEXTS = "Once upon a time", "The big dog", "Tim had a red ball. One day"
 

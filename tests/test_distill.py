@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ROOT
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,6 @@ from model import Linear
 from quant.linear import dequantize_int4, pack_int4, round_int4, unpack_nibbles
 from weights.hf import model_args
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 7
 STEPS, TEXTS = 30, 4  # texts of a step
 OTHER = ROOT / "benchmarks" / "texts" / "lookup.jsonl"  # a file that seldom changes

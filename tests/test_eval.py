@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ROOT, hugging_face_model
 
 import eval as evaluation
 import quantize
-from eval import main, parse_args, windows, write_whole
+from eval import main, parse_args
+from evaluation.perplexity import windows
+from host.files import write_whole
 from load import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO, DEMO_OPT = ROOT / "checkpoints" / "demo", ROOT / "checkpoints" / "demo-opt"
 TEXT = (ROOT / "checkpoints" / "demo" / "training.log").read_text()[:2000] + "Tom ♥ cats.\n" * 20
 
@@ -55,7 +57,7 @@ def independent(path: Path, text: str, length: int, stride: int, bos: bool) -> t
     """Nats per token and tokens scored, by transformers: a sliding window of `length` ids whose
     labels are masked where the window before had them."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = hugging_face_model(path)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
     ids = tokenizer.encode(text, add_special_tokens=False)
     begins = [json.loads((path / "config.json").read_text())["bos_token_id"]] if bos else []

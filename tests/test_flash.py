@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import ROOT
 from torch import Tensor, nn
 
 import flash
@@ -51,7 +52,6 @@ from neurons.records import (
 from neurons.uring import Reads, Threads, Uring, Work, nothing, open_reader, read_pieces
 from quant.linear import Int4Linear, Int8Linear, round_to_nearest
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
 STREAMS = 40  # random streams of requests
 GREEDY = GenerationConfig(max_new_tokens=24, temperature=0, ignore_eos=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from quant.linear import dequantize_int4, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors
 
-ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": False},
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},

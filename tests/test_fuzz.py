@@ -28,6 +28,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from common import ROOT
 from safetensors.torch import save
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -41,7 +42,6 @@ from text.jobs import Provenance, ResultsFile, make_jobs, read_prompts
 from text.tokenizer import load_tokenizer
 from weights.hf import export_tensors, model_args
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("GPT_FLEX_FUZZ_SEED", "0"))
 SECONDS = 5  # of this process's computing, for one input
 MEMORY = 1 << 30  # bytes of address space that an input may take beside what there is

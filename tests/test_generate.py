@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT, hugging_face_model
+from common import complete_ids as ids
 
 import decoding
 from decoding import LoadedModel, launched_ahead
@@ -17,7 +19,6 @@ from load import load_model, random_model
 from model import visible_length
 from text.completion import Completion
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
 TEXTS = (
     "Once upon a time",
@@ -52,14 +53,9 @@ def prompts(lm: LoadedModel) -> list[list[int]]:
     return [lm.tokenizer.encode(text) for text in TEXTS]
 
 
-def ids(lm: LoadedModel, given: list[list[int]], config: GenerationConfig, **options) -> list:
-    return [c.ids for c in complete(lm, given, config, **options)]
-
-
 def test_greedy_text_of_200_tokens_is_that_of_transformers(eager: LoadedModel):
-    transformers = pytest.importorskip("transformers")
     path = ROOT / "checkpoints" / ("demo-opt" if eager.model.args.norm == "layer" else "demo")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = hugging_face_model(path)
     for prompt in prompts(eager):
         given = torch.tensor([prompt])
         # As many as there are: their EOS is suppressed where ours is ignored.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from torch import Tensor
 
 import quantize
@@ -14,7 +15,6 @@ from calibration.gptq import CalibratedBlock, best_of, refine, row_errors
 from checkpoint import Checkpoint
 from quant.linear import choose_int4_grid, dequantize_int4, round_int4, unpack_nibbles
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 5
 
 

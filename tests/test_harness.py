@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # the other backend needs it
@@ -31,7 +32,6 @@ from evaluation.harness import (
 from evaluation.scoring import log_likelihoods
 from load import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = ROOT / "scripts" / "tasks"
 sys.path.insert(0, str(TASKS))
 from local_files import lines, read_hellaswag

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from common import ROOT
 from hub_server import COMMIT, REPO, Hub, environment, etag
 
 from checkpoint import Checkpoint
 from quant.linear import meta_model
 from weights.hub import needed_files, resolve
 
-ROOT = Path(__file__).resolve().parent.parent
 # Prints the path; an error as the commands do, in one line. Neither needs torch.
 PROGRAM = """
 import sys

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEMO, DRAFT, TEXTS
+from common import DEMO, DRAFT, TEXTS, hugging_face_model
+from common import complete_ids as ids
 from torch import Tensor
 
 from decoding import LoadedModel
@@ -36,12 +37,7 @@ def plain() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def theirs():
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-
-
-def ids(lm: LoadedModel, prompts: list, config: GenerationConfig, **options) -> list:
-    return [c.ids for c in complete(lm, prompts, config, **options)]
+    return hugging_face_model(DEMO)
 
 
 def prompts(lm: LoadedModel) -> list[list[int]]:

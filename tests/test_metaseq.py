@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from test_models import load
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from scripts.convert_metaseq_opt175b import main, parse_args
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # max abs, fp32
 HEADS = 4
 SHAPE = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neurons.products import Products, has_kernel, taken
+from neurons.products import Products, gather_records, has_kernel
 from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, Format
 
 CPU = torch.device("cpu")
@@ -108,4 +108,4 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
 
 def test_taken_records():
     records = torch.arange(4 * 512).remainder(251).to(torch.uint8).view(4, 512)
-    assert torch.equal(taken(records, torch.tensor([2, 0])), records[[2, 0]])
+    assert torch.equal(gather_records(records, torch.tensor([2, 0])), records[[2, 0]])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 
 from checkpoint import Checkpoint, save_checkpoint
 from engine import complete
@@ -26,7 +27,6 @@ from tiers.kv_cache import Cell, SparseHostAttention, TieredCaches
 from tiers.policy import TIERS, Policy, Share
 from tiers.prefetch import Buffer
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMOS = ("demo", "demo-opt")
 SEED = 20261122
 POLICIES = 27  # of each family

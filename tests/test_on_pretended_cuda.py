@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from pretended_cuda import CUDA, Race, here, pretended_cuda
 from test_flash import foresee, sparse, texts
 from test_flash import in_memory as demo_in_memory
@@ -26,7 +27,6 @@ from quant.linear import Int4Linear
 from tiers.kv_cache import HostAttention
 from tiers.policy import Policy, Share
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = "Once upon a time there was a little dog. He liked to play in the sun. " * 20
 DEVICE = "cuda:0"
 POLICIES = 4

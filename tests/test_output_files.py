@@ -20,6 +20,7 @@ import generate
 import plan
 from cli.arguments import documents
 from cli.options import parse_args
+from evaluation.perplexity import limited_count
 from generate import main
 from host import files, measurements, memory
 from text import jobs
@@ -248,7 +249,7 @@ def test_a_place_that_takes_no_figures_is_said_before_the_work(tmp_path: Path, m
 @pytest.mark.parametrize(("limit", "left"), [("0.1", 2), ("0.99", 20), ("1", 1), ("7", 7)])
 def test_a_limit_is_a_number_or_a_share(limit: str, left: int):
     """As lm_eval: of 20 documents a share is rounded up."""
-    assert evaluation.first_of(documents(limit), 20) == min(left, 20)
+    assert limited_count(documents(limit), 20) == min(left, 20)
 
 
 @pytest.mark.parametrize("limit", ["0", "1.5", "nan", "-0.1", "inf", "-3"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 
 import plan
 from cli.arguments import nbytes
@@ -22,7 +23,6 @@ from tiers.planner import Planner, Sizes, Workload
 from tiers.policy import Policy, Share
 from tiers.probe import Curve, Machine, sample_args
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 20261122
 MB = 10**6
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 
 from checkpoint import Checkpoint
 from decoding import together
@@ -15,7 +16,6 @@ from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
 from tests.test_tp import on_ranks, random_llama
 
-ROOT = Path(__file__).resolve().parent.parent
 MANY = [*TEXTS, "The sun", "A dragon lived in a cave and", "Mom said", "Ben was"]
 PLAIN = {"pipeline": True}
 # Everything that a stage can be: whole, from files, with caches on other tiers; sampled; compacted.

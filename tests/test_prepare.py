@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from hub_server import CONFIG, REPO, Hub, environment, etag, run
 
 from checkpoint import Checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(hub: Hub, folder: Path, *options: str) -> subprocess.CompletedProcess:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ROOT
 from torch import Tensor, nn
 
 import checkpoint as checkpoint_module
@@ -34,7 +35,6 @@ from quant.linear import (
     unpack_nibbles,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SEED = 11  # of every random tensor below; pytest prints it where a test fails, as a local
 SHAPES = ((64, 172), (100, 64), (17, 40), (48, 256))  # out, in: 172 = 4 * 43, no group divides it
 FOUR, EIGHT = {"bits": 4, "groupsize": 32}, {"bits": 8}

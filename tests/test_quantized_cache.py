@@ -1,9 +1,8 @@
 """A KV cache of fewer bits: what it stores, what it gives back, and the texts that come of it."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from common import ROOT
 
 from engine import complete
 from generate import GenerationConfig
@@ -11,7 +10,6 @@ from load import load_model
 from model import KVCache
 from quant.kv_cache import QuantizedKVCache
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 GREEDY = GenerationConfig(max_new_tokens=40, temperature=0, ignore_eos=True)
 TEXTS = ("Once upon a time", "Lily", "Tim and his dog saw a big red ball. They")

@@ -2,10 +2,10 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT, hugging_face_model
 
 from decoding import LoadedModel
 from evaluation import scoring
@@ -13,7 +13,6 @@ from evaluation.scoring import PrefixNode, SequenceScore, build_prefix_trees, lo
 from host.torch_private import compiled_graphs
 from load import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMOS = {"llama": ROOT / "checkpoints" / "demo", "opt": ROOT / "checkpoints" / "demo-opt"}
 TOLERANCE = 1e-3
 Asked = list[tuple[list[int], int]]
@@ -32,9 +31,8 @@ def lm(family: str) -> LoadedModel:
 @pytest.fixture(scope="module")
 def expected(family: str) -> list[tuple[float, bool]]:
     """By transformers: each sequence alone, all of it."""
-    transformers = pytest.importorskip("transformers")
     path = DEMOS[family]
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = hugging_face_model(path)
     found = []
     with torch.no_grad():
         for ids, start in sequences():

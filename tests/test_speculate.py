@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEMO, DRAFT, OPT, TEXTS
+from common import DEMO, DRAFT, OPT, TEXTS, hugging_face_model
+from common import complete_ids as ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,10 +79,6 @@ def encoded(lm: LoadedModel, texts: tuple[str, ...] = TEXTS) -> list[list[int]]:
     return [lm.tokenizer.encode(text) for text in texts]
 
 
-def ids(lm: LoadedModel, prompts: list[list[int]], config: GenerationConfig, **options) -> list:
-    return [c.ids for c in complete(lm, prompts, config, **options)]
-
-
 def hundred(lm: LoadedModel) -> list[list[int]]:
     names, things = (
         ("Lily", "Tim", "The cat", "A bird", "Mia"),
@@ -105,9 +102,8 @@ def test_greedy_text_of_100_prompts_is_that_of_plain_decoding(
 
 
 def test_greedy_text_is_that_of_transformers(drafted: LoadedModel):
-    transformers = pytest.importorskip("transformers")
     path = OPT if drafted.model.args.norm == "layer" else DEMO
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = hugging_face_model(path)
     for prompt, found in zip(encoded(drafted), ids(drafted, encoded(drafted), GREEDY), strict=True):
         options = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None}
         given = torch.tensor([prompt])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import DEMO, DRAFT, TEXTS
+from common import DEMO, DRAFT, TEXTS, hugging_face_model
 from safetensors.torch import load_file, save_file
 
 from decoding import LoadedModel
@@ -76,7 +76,7 @@ def test_stop_strings_are_found_where_special_tokens_are_spelled_out(lm, spelled
 
 def test_a_special_token_as_stop_string_ends_where_transformers_ends(special: Path, lm):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(special, dtype=torch.float32)
+    theirs = hugging_face_model(special)
     tokenizer = transformers.AutoTokenizer.from_pretrained(special)
     for stop in (".", "ily.", ". "):
         given = torch.tensor([prompt_ids(TEXTS[0])])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import ROOT
 from torch import Tensor
 
 import quantize
@@ -24,7 +25,6 @@ from tests.ranks_worker import TEXTS, answers
 from weights import formats
 from weights.hf import model_args
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "ranks_worker.py"
 CPU = torch.device("cpu")
 SEED = 20261122

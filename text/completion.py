@@ -7,11 +7,13 @@ names.
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sampling import Logprobs
 from text.generation_config import GenerationConfig
-from text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sampling import Logprobs
+    from text.tokenizer import Tokenizer
 
 
 class Completion:
@@ -23,7 +25,7 @@ class Completion:
     the config asks for them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], config: GenerationConfig):
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], config: GenerationConfig):
         self.ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.text = ""

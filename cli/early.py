@@ -1,0 +1,41 @@
+"""Finds a command's files before torch is imported, so that a missing file is answered at once.
+
+Start at find_inputs. Nothing here imports torch.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from cli.command import MISTAKES
+from host.files import DEMO, check_writable
+from host.log import set_quiet
+from weights import hub
+from weights.weight_files import find_weights
+
+
+def find_inputs(script: str, args: argparse.Namespace, *texts: Path | None) -> None:
+    """Resolve args.checkpoint_path to a path, and check that weights, texts and --output exist.
+
+    A mistake ends the process with exit code 2 and one line on stderr, which under torchrun rank 0
+    alone prints; Ctrl-C, during a download, ends it with exit code 130.
+    """
+    set_quiet(args.quiet)
+    first_rank = os.environ.get("RANK", "0") in ("0", "")
+    try:
+        for text in filter(None, texts):
+            text.stat()
+        if args.output and first_rank:
+            check_writable(args.output)
+        args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+        args.revision = None  # the path is that of the revision
+        find_weights(args.checkpoint_path)
+    except MISTAKES as error:
+        if first_rank:
+            line = " ".join(str(error).split()) or type(error).__name__
+            print(f"{script}: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
