@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neurons.products import Products, gather_records, has_kernel
-from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, Format
+from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, RecordFormat
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -20,7 +20,7 @@ NEURONS = 70  # of the layer; slots hold some of them, in no order
 def layer(kind: str, matrices: tuple[str, ...], dim: int) -> tuple[Products, Tensor, np.ndarray]:
     """A layer's products, records in slots, and which neurons these are; every seventh is none."""
     generator = torch.Generator().manual_seed(dim)
-    format = Format(matrices, dim, kind, torch.bfloat16, groupsize=32)
+    format = RecordFormat(matrices, dim, kind, torch.bfloat16, groupsize=32)
     shapes = {m: (dim, NEURONS) if m == "down" else (NEURONS, dim) for m in matrices}
     weights = {m: torch.randn(shape, generator=generator) for m, shape in shapes.items()}
     records, scales = format.pack({m: w.bfloat16().float() for m, w in weights.items()})
@@ -93,9 +93,9 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
     monkeypatch.setattr("neurons.products.layout", lambda: SimpleNamespace(chunk=32))
-    taken = Format(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
-    odd = Format(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
-    other = Format(PLAIN_MATRICES, 64, "dense", torch.float32)
+    taken = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
+    odd = RecordFormat(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
+    other = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.float32)
     assert has_kernel(taken, CPU, torch.bfloat16)
     assert not has_kernel(taken, CPU, torch.float32)
     assert not has_kernel(taken, torch.device("meta"), torch.bfloat16)
