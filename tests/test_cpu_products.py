@@ -69,8 +69,11 @@ def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
+    caplog.set_level("INFO", "gpt_flex")  # as the commands do without --quiet
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     model = torch.nn.ModuleList([filled(64, 32, None, True), filled(64, 32, 32, False)])
     model.append(linear(64, 32, True))
