@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 from host.log import log
 from host.memory import page_aligned
-from kernels.cpu.build import build, unsupported_reason
+from kernels.cpu.build import build, layout, unsupported_reason
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-STRIP, SPAN, LINE = 16, 256, 64  # outputs, inputs, bytes; as in kernels/cpu/products.cpp
-INT8, INT4, INT4_HALF = 80, 41, 42  # its Format: ten times the bits of a weight + bytes of a scale
-INT8_BLOCK = 128  # inputs that share a scale of the activations
 MIN_DENSE_BYTES = 2**24  # of dense weights; compiling the kernels does not pay for a smaller model
 
 
 class PackedLinear(nn.Module):
-    """A quantised linear with weights packed for kernels/cpu/products.cpp. Computes in bfloat16.
+    """A quantised linear with packed weights, see kernels/cpu/layout.h. Computes in bfloat16.
 
     linear: the layer to pack. One on the meta device gives only its shape; load_from then packs
     the weights.
@@ -35,10 +32,10 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.strips = -(-self.out_features // STRIP)
+        self.strips = -(-self.out_features // layout().strip)
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
-        widest = INT8 if isinstance(linear, Int8Linear) else INT4_HALF
+        widest = layout().int8 if isinstance(linear, Int8Linear) else layout().int4_half
         # A narrower format leaves the end of the buffer untouched: the OS gives it no memory.
         nbytes = self.strips * strip_bytes(linear, widest)
         self._buffer = page_aligned(nbytes, torch.device("cpu"))
@@ -56,7 +53,7 @@ class PackedLinear(nn.Module):
         size = strip_bytes(linear, format)
         self.packed = self._buffer[: self.strips * size].view(self.strips, size)
         if linear.bias is not None:
-            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % STRIP))
+            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % layout().strip))
         self._layout = format, inputs_per_scale(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,19 +78,13 @@ class FewRowsLinear(nn.Module):
 
 def inputs_per_scale(linear: QuantizedLinear) -> int:
     """Return the inputs that share a scale: of the weights (int4) or of the activations (int8)."""
-    return linear.groupsize if isinstance(linear, Int4Linear) else INT8_BLOCK
+    return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
-    """Return the bytes of 16 packed outputs: their scales, then spans of 256 inputs.
-
-    A span is a header, with the scales and zero points of its groups, and the tiles of weights.
-    """
-    bits, scale_bytes = divmod(format, 10)
-    groups = SPAN // inputs_per_scale(linear) if format != INT8 else 0  # of a span
-    header = groups * (STRIP * scale_bytes + STRIP // 2)
-    inputs = linear.weight.shape[1] * 8 // bits
-    return LINE + -(-inputs // SPAN) * (-(-header // LINE) * LINE + STRIP * SPAN * bits // 8)
+    """Return the packed bytes of one strip of outputs."""
+    row_bytes = linear.weight.shape[1] * linear.weight.itemsize
+    return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:

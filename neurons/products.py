@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.build import build, unsupported_reason
+from kernels.cpu.build import build, layout, unsupported_reason
 from neurons.records import RecordFormat
 from tiers.prefetch import to_device
 
-WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}  # enum Kind of kernels/cpu/neurons.cpp
-KERNEL_CHUNK_WEIGHTS = 32  # kChunk there: dim and group size must be multiples of it
+WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}
 
 torch.library.define(
     "gpt_flex::neurons",
@@ -29,13 +28,12 @@ torch.library.define(
 
 
 def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels/cpu/neurons.cpp computes such records here. The first call builds it."""
-    chunk = KERNEL_CHUNK_WEIGHTS
-    if device.type != "cpu" or format.dim % chunk or format.groupsize % chunk:
+    """Return whether kernels/cpu/neurons.cpp takes such records. The first call compiles it."""
+    if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
-    if format.kind == "dense" and format.dtype != dtype:
+    if unsupported_reason(dtype) or build():
         return False
-    return not (unsupported_reason(dtype) or build())
+    return format.dim % layout().chunk == 0 and format.groupsize % layout().chunk == 0
 
 
 @dataclass(frozen=True)

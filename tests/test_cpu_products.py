@@ -47,17 +47,17 @@ def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
     folder = tmp_path / "built"
     folder.mkdir()
     (folder / "lock").touch()  # which torch would wait for
-    with cpu_products.alone_in(folder):
+    with build.locked(folder):
         assert not (folder / "lock").exists()
         with (folder / "building").open("w") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with cpu_products.alone_in(folder):
+    with build.locked(folder):
         pass
 
 
 def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
     """Of any machine: a CPU that lacks instructions, another dtype, no compiler; or nothing."""
-    has = dict.fromkeys(cpu_products.NEEDED, True)
+    has = dict.fromkeys(build.NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", has.copy)
     monkeypatch.setenv("CXX", "sh")
     assert build.unsupported_reason(torch.bfloat16) is None
@@ -69,8 +69,11 @@ def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
+    caplog.set_level("INFO", "gpt_flex")  # as the commands do without --quiet
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     model = torch.nn.ModuleList([filled(64, 32, None, True), filled(64, 32, 32, False)])
     model.append(linear(64, 32, True))
@@ -106,7 +109,7 @@ def pack_int8(linear: Int8Linear) -> tuple[Tensor, int]:
     q = (linear.weight ^ -128).view(torch.uint8)  # + 128
     q = pad(pad(q, 256).t(), 16).t()  # (N', K')
     tiles = q.reshape(-1, 16, q.shape[1] // 4, 4).transpose(1, 2)  # (N'/16, K'/4, 16, 4)
-    return with_scales(linear.scales, tiles), cpu_products.INT8
+    return with_scales(linear.scales, tiles), build.layout().int8
 
 
 def pack_int4(linear: Int4Linear) -> tuple[Tensor, int]:
@@ -128,7 +131,7 @@ def pack_int4(linear: Int4Linear) -> tuple[Tensor, int]:
     zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
     header = torch.cat((by_span(scales).view(torch.uint8).flatten(2), zeros.flatten(2)), 2)
     packed = with_scales(units.squeeze(1), torch.cat((pad(header, 64), tiles), 2))
-    return packed, cpu_products.INT4 if short else cpu_products.INT4_HALF
+    return packed, build.layout().int4 if short else build.layout().int4_half
 
 
 def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ def with_scales(scales: Tensor, strips: Tensor) -> Tensor:
 def assert_packed(tiled: PackedLinear, linear: QuantizedLinear) -> None:
     """It holds the bytes that the slow packing makes."""
     packed, format = (pack_int8 if isinstance(linear, Int8Linear) else pack_int4)(linear)
-    block = getattr(linear, "groupsize", cpu_products.INT8_BLOCK)
+    block = getattr(linear, "groupsize", build.layout().int8_block)
     assert tiled._layout == (format, block, linear.out_features)
     assert torch.equal(tiled.packed, packed)
     if linear.bias is None:

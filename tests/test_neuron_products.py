@@ -1,6 +1,7 @@
 """The feed-forward product of records, by kernels/cpu/neurons.cpp and by torch, against float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_which_records_the_kernel_computes(monkeypatch: pytest.MonkeyPatch):
     unsupported_reason = {torch.bfloat16: None, torch.float32: "not in bfloat16"}
     monkeypatch.setattr("neurons.products.unsupported_reason", unsupported_reason.__getitem__)
     monkeypatch.setattr("neurons.products.build", lambda: None)
+    monkeypatch.setattr("neurons.products.layout", lambda: SimpleNamespace(chunk=32))
     supported = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
     odd = RecordFormat(PLAIN_MATRICES, 40, "dense", torch.bfloat16)
     other = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.float32)

@@ -15,7 +15,6 @@ import quantize
 from calibration.texts import calibration_text
 from checkpoint import Checkpoint
 from engine import complete
-from fast_layers import cpu as cpu_products
 from fast_layers.cpu import PackedLinear
 from host.memory import size_text
 from kernels.cpu import build
@@ -185,7 +184,7 @@ def test_tiles_take_scales_that_fit_no_byte(groupsize: int):
     layer.scales += layer.scales * torch.rand(layer.scales.shape) / 2
     long = PackedLinear(layer)
     formats = short._layout[0], long._layout[0]
-    assert formats == (cpu_products.INT4, cpu_products.INT4_HALF)
+    assert formats == (build.layout().int4, build.layout().int4_half)
     weight, bias = layer.dequantize(torch.float64), layer.bias.double()
     for rows in (x[:1], x[:3], x[:60], x):
         wanted = rows.double() @ weight.t() + bias

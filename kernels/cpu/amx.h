@@ -1,3 +1,9 @@
+// AMX: the tile registers of a thread, and the instructions that use them. Where the compiler has
+// no AMX, has_amx returns false.
+//
+// The instructions are written as assembly, because GCC's intrinsics take tile numbers as literals
+// only, not as template parameters.
+
 #pragma once
 
 #ifdef __AMX_INT8__
@@ -10,18 +16,21 @@
 namespace {
 
 #ifdef __AMX_INT8__
-// What AMX's tiles hold: sums of two strips, eight rows, weights of two strips. A tile is renamed:
-// it may be loaded while instructions before still need what was in it. To load zeros is four times
-// as fast as to let tilezero write them.
+
+// The tile registers: sums of two strips, activations of up to 16 rows, weights of two strips. The
+// CPU renames tiles, so a tile may be loaded while earlier instructions still read it. Loading
+// zeros is four times as fast as the instruction tilezero.
 enum Amx { kSums0, kSums1, kRows, kWeights0, kWeights1 };
 
-bool has_amx() {  // Linux lends the tiles to a process that asks
+// Asks Linux for the tile registers, once for each process. Returns whether it grants them.
+bool has_amx() {
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return granted;
 }
 
-struct alignas(kLine) AmxTiles {  // ready for this thread while the object lives
+// The operand of ldtilecfg. It configures this thread's tiles; its destructor releases them.
+struct alignas(kLine) AmxTiles {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine};  // of a row
   uint8_t rows[16] = {kStrip, kStrip, kStrip, kStrip, kStrip};
@@ -41,19 +50,24 @@ template <Amx TILE>
 void amx_store(void* to) {
   asm volatile("tilestored %%tmm%c0, (%1,%2)" ::"i"(TILE), "r"(to), "r"(kLine) : "memory");
 }
+
+// Adds the products of signed activation bytes and unsigned weight bytes.
 template <Amx SUMS, Amx WEIGHTS>
-void amx_dot() {
+void amx_int8_dot() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(kRows), "i"(WEIGHTS));
 }
 
+// Adds the products of bfloat16 weights and activations.
 template <Amx SUMS, Amx WEIGHTS>
-void amx_dense_dot() {
+void amx_bf16_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(WEIGHTS), "i"(kRows));
 }
 
 #else
+
 bool has_amx() { return false; }
 struct AmxTiles {};
+
 #endif
 
 }  // namespace

@@ -1,3 +1,5 @@
+// Integer products by AMX: eight fixed-point rows by two strips of packed weights at a time.
+
 #pragma once
 
 #include "amx.h"
@@ -6,29 +8,31 @@
 namespace {
 
 #ifdef __AMX_INT8__
-// As strips_by_rows, eight rows and two strips, with the same bits: (2, 8, 16). While AMX multiplies
-// by a block, the next is unpacked and the one before is scaled, so that none waits for another.
+
+// Does what multiply_strips does, for eight rows and two strips, with the same bits. Returns in y:
+// (2, 8, 16). While AMX multiplies block b, AVX-512 unpacks block b + 1 and scales block b - 1, so
+// that neither unit waits for the other.
 template <Format F, int64_t BLOCK>
-void two_strips_by_eight_rows(const Weights& w, const int64_t (&n)[2], const Rows& x, int64_t first,
-                              __m512* y) {
-  static constexpr int32_t kZeros[2 * kEight * kStrip] = {};
+void multiply_two_strips(const PackedWeights& w, const int64_t (&n)[2], const FixedPointRows& x,
+                         int64_t first, __m512* y) {
+  static constexpr int32_t kZeros[2 * kAmxRows * kStrip] = {};
   constexpr int64_t kBlocks = kSpan / BLOCK, kHeader = header_bytes<F>(BLOCK);  // of a span
   constexpr int64_t kBytes = kStrip * BLOCK * bits(F) / 8, kSpanBytes = kHeader + kBlocks * kBytes;
   auto header_at = [](int64_t b) { return b / kBlocks * kSpanBytes; };
   auto weights_at = [=](int64_t b) { return header_at(b) + kHeader + b % kBlocks * kBytes; };
-  alignas(kLine) uint8_t unpacked[2][2][kStrip * BLOCK];  // of two blocks, by turns
-  alignas(kLine) int32_t sums[2][kEight][2][kStrip];      // of the bytes hi, and of lo
+  alignas(kLine) uint8_t unpacked[2][2][kStrip * BLOCK];  // (block % 2, strip): two blocks in turn
+  alignas(kLine) int32_t sums[2][kAmxRows][2][kStrip];    // (strip, row): of high and of low bytes
   const uint8_t* spans[2] = {w.spans(n[0]), w.spans(n[1])};
   const int8_t* rows = x.high(first);
   const int64_t blocks = x.blocks, stride = x.stride;
   const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
-  __m512 totals[2][kEight];
+  __m512 totals[2][kAmxRows];
 #pragma GCC unroll 16
-  for (int i = 0; i < 2 * kEight; i++) totals[i / kEight][i % kEight] = _mm512_setzero_ps();
+  for (int i = 0; i < 2 * kAmxRows; i++) totals[i / kAmxRows][i % kAmxRows] = _mm512_setzero_ps();
 
   for (int64_t b = -1; b <= blocks; b++) {
     if (b > 0) amx_store<kSums0>(sums[0]), amx_store<kSums1>(sums[1]);
-    if (b >= 0 && b < blocks) {
+    if (b >= 0 && b < blocks) {  // multiply
       const uint8_t* tiles[2];
       for (int t = 0; t < 2; t++)
         tiles[t] = bits(F) == 4 ? unpacked[b % 2][t] : spans[t] + weights_at(b);
@@ -38,11 +42,11 @@ void two_strips_by_eight_rows(const Weights& w, const int64_t (&n)[2], const Row
         amx_load<kRows>(rows + b * BLOCK + k, stride);
         for (int t = 0; t < 2 && bits(F) == 8; t++)
           prefetch(tiles[t] + kStrip * k + kAhead, kStrip * kChunk);
-        amx_load<kWeights0>(tiles[0] + kStrip * k, kLine), amx_dot<kSums0, kWeights0>();
-        amx_load<kWeights1>(tiles[1] + kStrip * k, kLine), amx_dot<kSums1, kWeights1>();
+        amx_load<kWeights0>(tiles[0] + kStrip * k, kLine), amx_int8_dot<kSums0, kWeights0>();
+        amx_load<kWeights1>(tiles[1] + kStrip * k, kLine), amx_int8_dot<kSums1, kWeights1>();
       }
     }
-    if (const int64_t next = b + 1; bits(F) == 4 && next < blocks) {
+    if (const int64_t next = b + 1; bits(F) == 4 && next < blocks) {  // unpack
 #pragma GCC unroll 2
       for (int t = 0; t < 2; t++) {
         const uint8_t* from = spans[t] + weights_at(next);
@@ -57,46 +61,54 @@ void two_strips_by_eight_rows(const Weights& w, const int64_t (&n)[2], const Row
         }
       }
     }
-    if (const int64_t last = b - 1; last >= 0) {
+    if (const int64_t last = b - 1; last >= 0) {  // scale
 #pragma GCC unroll 2
       for (int t = 0; t < 2; t++) {
         const uint8_t* header = spans[t] + header_at(last);
         const __m512 zero = load_zeros<F>(header, BLOCK, last % kBlocks);
         const __m512 scale = load_scales<F>(header, last % kBlocks);
 #pragma GCC unroll 8
-        for (int m = 0; m < kEight; m++) {
+        for (int m = 0; m < kAmxRows; m++) {
           const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[t][m][0]), 8);
           const __m512i sum = _mm512_add_epi32(high, _mm512_load_si512(sums[t][m][1]));
           totals[t][m] = add_block(totals[t][m], sum, zero, scale, row_sums[m], row_scales[m]);
         }
       }
-      row_sums += kEight, row_scales += kEight;
+      row_sums += kAmxRows, row_scales += kAmxRows;
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < 2 * kEight; i++)
-    y[i] = _mm512_mul_ps(totals[i / kEight][i % kEight], _mm512_loadu_ps(w.scales(n[i / kEight])));
+  for (int i = 0; i < 2 * kAmxRows; i++)
+    y[i] = _mm512_mul_ps(totals[i / kAmxRows][i % kAmxRows],
+                         _mm512_loadu_ps(w.scales(n[i / kAmxRows])));
 }
 
-// Rows in eights as long as more than a few are left; the row after them.
+// Multiplies rows in groups of eight while more than kMaxVnniRows are left, and stores them.
+// Returns the first row that is left; 0 without AMX.
 template <Format F>
-int64_t take_eights(const Weights& w, const int64_t (&n)[2], const Rows& x, const Output& out) {
+int64_t multiply_rows_by_amx(const PackedWeights& w, const int64_t (&n)[2], const FixedPointRows& x,
+                             const Output& out) {
   int64_t m = 0;
-  __m512 y[2 * kEight];
-  for (; has_amx() && out.M - m > kFew; m += kEight) {
-    if (w.block == 32) two_strips_by_eight_rows<F, 32>(w, n, x, m, y);
-    else if (w.block == 64) two_strips_by_eight_rows<F, 64>(w, n, x, m, y);
-    else if (w.block == 128) two_strips_by_eight_rows<F, 128>(w, n, x, m, y);
-    else two_strips_by_eight_rows<F, 256>(w, n, x, m, y);
-    for (int i = 0; i < 2 * kEight; i++)
-      if (m + i % kEight < out.M) out.put(m + i % kEight, n[i / kEight], y[i]);
+  __m512 y[2 * kAmxRows];
+  for (; has_amx() && out.M - m > kMaxVnniRows; m += kAmxRows) {
+    if (w.block == 32) multiply_two_strips<F, 32>(w, n, x, m, y);
+    else if (w.block == 64) multiply_two_strips<F, 64>(w, n, x, m, y);
+    else if (w.block == 128) multiply_two_strips<F, 128>(w, n, x, m, y);
+    else multiply_two_strips<F, 256>(w, n, x, m, y);
+    for (int i = 0; i < 2 * kAmxRows; i++)
+      if (m + i % kAmxRows < out.M) out.store(m + i % kAmxRows, n[i / kAmxRows], y[i]);
   }
   return m;
 }
+
 #else
 
 template <Format F>
-int64_t take_eights(const Weights&, const int64_t (&)[2], const Rows&, const Output&) { return 0; }
+int64_t multiply_rows_by_amx(const PackedWeights&, const int64_t (&)[2], const FixedPointRows&,
+                             const Output&) {
+  return 0;
+}
+
 #endif
 
 }  // namespace

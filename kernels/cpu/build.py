@@ -1,16 +1,18 @@
 """Compiles the C++ of this folder, once for each CPU and version of torch, and registers it.
 
-Start at build. Callers ask unsupported_reason first, and use PyTorch where it gives one.
+Start at build. Callers ask unsupported_reason first, and use PyTorch's layers if it returns one.
 """
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,8 @@ from host.log import log
 from host.measurements import cache_directory
 from host.torch_private import has_cpu_kernel
 
-SOURCES = sorted(Path(__file__).resolve().parent.glob("*.cpp"))
+FOLDER = Path(__file__).resolve().parent
+SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
 NEEDED = "avx512_vnni", "avx512_bf16"
 
 torch.library.define(
@@ -29,8 +32,10 @@ torch.library.register_fake("gpt_flex::quantized_linear")(
     lambda x, *rest: x.new_empty(x.shape[0], rest[-1])
 )
 torch.library.define(
-    "gpt_flex::pack", "(Tensor weight, Tensor scales, Tensor? zeros, Tensor(a!) room) -> int"
+    "gpt_flex::pack", "(Tensor weight, Tensor scales, Tensor? zeros, Tensor(a!) buffer) -> int"
 )
+torch.library.define("gpt_flex::layout", "() -> int[]")
+torch.library.define("gpt_flex::strip_bytes", "(int format, int row_bytes, int block) -> int")
 torch.library.define("gpt_flex::attention", "(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor")
 torch.library.register_fake("gpt_flex::attention")(lambda q, *rest: torch.empty_like(q))
 torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -39,8 +44,25 @@ torch.library.register_fake("gpt_flex::linear")(
 )
 
 
+class Layout(NamedTuple):
+    """Constants of layout.h, in the order in which the operator layout returns them."""
+
+    strip: int  # outputs of a strip
+    chunk: int  # inputs that are unpacked together
+    int8_block: int  # inputs of an int8 product that share an activation scale
+    int8: int  # formats of packed weights: int8,
+    int4: int  # int4 with scales of one byte,
+    int4_half: int  # int4 with float16 scales
+
+
+@functools.cache
+def layout() -> Layout:
+    """Return the constants of the compiled operators. Requires that build succeeded."""
+    return Layout(*torch.ops.gpt_flex.layout())
+
+
 def unsupported_reason(dtype: torch.dtype) -> str | None:
-    """Why the operators cannot be used for such activations, None where they can."""
+    """Return why this CPU or dtype of activations cannot use the operators, or None if it can."""
     has = torch.cpu.get_capabilities()
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"
@@ -52,43 +74,55 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 
 def build() -> str | None:
-    """Load the C++ sources, compiled once for each torch and CPU. None: it worked."""
+    """Load the operators, compiled once for each torch and CPU. Return the reason of a failure."""
     if has_cpu_kernel("gpt_flex::quantized_linear"):
         return None
-    from torch.utils import cpp_extension  # imports setuptools: not before it is needed
-
-    if not shutil.which("ninja"):  # pip puts it beside the Python that runs, in no one's path
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    # -march=native: what one machine compiled may crash another that shares its home directory.
-    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
-    texts = b"".join(source.read_bytes() for source in SOURCES)
     if (cache := cache_directory()) is None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
-    folder = cache / f"cpu_products-{zlib.crc32(repr(kind).encode() + texts):08x}"
+    folder = cache / f"cpu_products-{build_key():08x}"
     if not list(folder.glob("*.so")):
         log("compiling products for this CPU, once: about twenty seconds ...")
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            with alone_in(folder):
-                cpp_extension.load(
-                    "gpt_flex_cpu_products",
-                    [str(source) for source in SOURCES],
-                    build_directory=str(folder),
-                    extra_cflags=["-O3", "-march=native", "-fopenmp"],
-                    extra_ldflags=["-fopenmp"],
-                    is_python_module=False,
-                )
-        except (OSError, RuntimeError, ImportError) as error:
-            return f"the products for this CPU did not compile ({str(error).splitlines()[0]})"
+    if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), locked(folder):
+            load_library(folder)
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"the products for this CPU did not compile ({str(error).splitlines()[0]})"
     return None
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Let one process at a time build there.
+def build_key() -> int:
+    """Return a checksum of all that the compiled library depends on.
 
-    torch's own lock is a file that a build leaves behind when it is killed, and that every later
-    one then waits for. This one ends with its process.
+    -march=native: a library compiled on one machine may crash another that shares its home
+    directory.
+    """
+    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
+    texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
+    return zlib.crc32(repr(kind).encode() + texts)
+
+
+def load_library(folder: Path) -> None:
+    """Compile the sources in a folder, unless it holds a library of them, and load the library."""
+    from torch.utils import cpp_extension  # imports setuptools, which takes time
+
+    cpp_extension.load(
+        "gpt_flex_cpu_products",
+        [str(source) for source in SOURCES],
+        build_directory=str(folder),
+        extra_cflags=["-O3", "-march=native", "-fopenmp"],
+        extra_ldflags=["-fopenmp"],
+        is_python_module=False,
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder.
+
+    A build that is killed leaves torch's lock file behind, and every later build waits for that
+    file. This lock ends with its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as file:

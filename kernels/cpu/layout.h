@@ -1,32 +1,65 @@
+// The layout of packed weights: what `pack` writes and `quantized_linear` reads, byte by byte. This
+// file is plain C++17, so that a test compiles it on any CPU.
+//
+// A packed matrix consists of strips. A strip holds 16 outputs: 16 float scales, then one span for
+// each 256 inputs. A span consists of a header and tiles. An int4 header holds, for each block of
+// inputs, the scales of the 16 outputs, then for each block their zero points, two to a byte; zeros
+// pad it to a cache line. An int8 span has no header. A tile holds 16 outputs by 4 inputs: the four
+// inputs of an output lie side by side, as the instruction vpdpbusd reads them. int8 weights are
+// stored plus 128, one tile to a register. Two int4 tiles share a register: the first one is in the
+// low nibbles, the second one in the high nibbles.
+
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-constexpr int64_t kStrip = 16;    // outputs
-constexpr int64_t kSpan = 256;    // inputs
-constexpr int64_t kChunk = 32;    // inputs that are unpacked together
-constexpr int64_t kLine = 64;     // bytes that memory is read by
+constexpr int64_t kStrip = 16;       // outputs of a strip
+constexpr int64_t kSpan = 256;       // inputs of a span
+constexpr int64_t kChunk = 32;       // inputs that are unpacked together
+constexpr int64_t kLine = 64;        // bytes of a cache line
+constexpr int64_t kInt8Block = 128;  // inputs of an int8 product that share an activation scale
 
-// Bits of a weight, and bytes of a group's scale. One byte is a multiple of the output's own scale;
-// int8 has no groups and no zeros but 128.
+// The first digit is the bits of a weight, the second one the bytes of a block's scale. A scale of
+// one byte is a multiple of the output's float scale; a scale of two bytes is a float16. int8 has
+// no block scales, and its zero point is 128.
 enum Format { kInt8 = 80, kInt4 = 41, kInt4Half = 42 };
 constexpr int64_t bits(Format format) { return format / 10; }
 constexpr int64_t scale_bytes(Format format) { return format % 10; }
 
-// A span's header: per block the scales of 16 outputs, then per block their zeros, two to a byte.
+// The format is a template parameter: as an argument it made GCC 12 compile the kernels to other
+// code.
+
+// Returns the byte of a span's header at which the zero points of block b begin.
 template <Format F>
-constexpr int64_t zeros_at(int64_t block, int64_t b) {
+constexpr int64_t zeros_offset(int64_t block, int64_t b) {
   return kSpan / block * kStrip * scale_bytes(F) + b * kStrip / 2;
 }
 template <Format F>
 constexpr int64_t header_bytes(int64_t block) {
-  return F == kInt8 ? 0 : (zeros_at<F>(block, kSpan / block) + kLine - 1) / kLine * kLine;
+  return F == kInt8 ? 0 : (zeros_offset<F>(block, kSpan / block) + kLine - 1) / kLine * kLine;
 }
 template <Format F>
 constexpr int64_t span_bytes(int64_t block) {
   return header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
+}
+
+// Returns the spans that a row of `row_bytes` bytes in a checkpoint takes.
+template <Format F>
+constexpr int64_t spans_of_row(int64_t row_bytes) {
+  const int64_t span_row = kSpan * bits(F) / 8;
+  return (row_bytes + span_row - 1) / span_row;
+}
+template <Format F>
+constexpr int64_t strip_bytes(int64_t row_bytes, int64_t block) {
+  const int64_t scales = kStrip * static_cast<int64_t>(sizeof(float));
+  return scales + spans_of_row<F>(row_bytes) * span_bytes<F>(block);
+}
+inline int64_t strip_bytes_of(int64_t format, int64_t row_bytes, int64_t block) {
+  return format == kInt8   ? strip_bytes<kInt8>(row_bytes, block)
+         : format == kInt4 ? strip_bytes<kInt4>(row_bytes, block)
+                           : strip_bytes<kInt4Half>(row_bytes, block);
 }
 
 }  // namespace

@@ -1,22 +1,27 @@
+// The operator linear: up to 16 bfloat16 rows by dense bfloat16 weights, as they lie in memory. It
+// uses AMX where the CPU has it, else AVX-512 BF16.
+//
+// Start at linear. Reading the weights takes the time. A row's result has the same bits whatever
+// rows are beside it.
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
 #include <torch/library.h>
 
 #include "amx.h"
+#include "avx512.h"
 
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kFew = 4;       // rows up to which they are faster one by one
-constexpr int64_t kGrain = 1 << 16;  // products that are worth another thread
+constexpr int64_t kGroup = 4;  // rows and outputs of a product by AVX-512
 
 #ifdef __AMX_BF16__
-// Up to 16 rows by dense weights as they lie in memory, (N, K): what takes time is to read them. A
-// tile holds a line, 32 inputs, of each of 16 outputs; the rows are columns of the other factor,
-// with two inputs side by side. A row's result has the same bits whatever rows are beside it.
-void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& out) {
+// Requires K % 32 == 0 and N % 32 == 0. A tile of weights holds a cache line, 32 inputs, of each of
+// 16 outputs. The rows of x become the columns of the other tile, with two inputs side by side.
+void linear_by_amx(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& out) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), row = 2 * K;
   const auto* pairs = reinterpret_cast<const uint32_t*>(x.const_data_ptr<at::BFloat16>());
   const auto* weights = reinterpret_cast<const uint8_t*>(weight.const_data_ptr<at::BFloat16>());
@@ -27,15 +32,15 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
     for (int64_t k = 0; k < K / 2; k++) inputs[k * kStrip + m] = pairs[m * K / 2 + k];
   static constexpr float kZeros[kStrip * kStrip] = {};
   at::parallel_for(0, N / kStrip / 2, 1, [&](int64_t from, int64_t to) {
-    const AmxTiles ready(kLine, kStrip);
-    alignas(kLine) float totals[2 * kStrip][kStrip];  // of outputs, of rows
+    const AmxTiles configured(kLine, kStrip);
+    alignas(kLine) float totals[2 * kStrip][kStrip];  // (output, row)
     for (int64_t n = from * 2 * kStrip; n < to * 2 * kStrip; n += 2 * kStrip) {
       const uint8_t *first = weights + n * row, *second = first + kStrip * row;
       amx_load<kSums0>(kZeros, kLine), amx_load<kSums1>(kZeros, kLine);
       for (int64_t k = 0; k < K; k += kChunk) {
         amx_load<kRows>(inputs + k / 2 * kStrip, kLine);
-        amx_load<kWeights0>(first + 2 * k, row), amx_dense_dot<kSums0, kWeights0>();
-        amx_load<kWeights1>(second + 2 * k, row), amx_dense_dot<kSums1, kWeights1>();
+        amx_load<kWeights0>(first + 2 * k, row), amx_bf16_dot<kSums0, kWeights0>();
+        amx_load<kWeights1>(second + 2 * k, row), amx_bf16_dot<kSums1, kWeights1>();
       }
       amx_store<kSums0>(totals[0]), amx_store<kSums1>(totals[kStrip]);
       for (int64_t m = 0; m < M; m++)
@@ -46,26 +51,26 @@ void dense_product(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
 }
 #endif
 
-// Sums of N outputs by M rows, one after the other over the inputs: the bits of a row's result are
-// those it has alone.
+// Adds the products of inputs k to k + 31 to the sums of N outputs by M rows. `mask` selects the
+// inputs that exist. The order of additions does not depend on N and M.
 template <int N, int M>
-void add_pairs(const at::BFloat16* weights, const at::BFloat16* rows, int64_t K, int64_t k,
-               __mmask32 there, __m512 (&sums)[N][M]) {
+void add_products(const at::BFloat16* weights, const at::BFloat16* rows, int64_t K, int64_t k,
+                  __mmask32 mask, __m512 (&sums)[N][M]) {
   __m512bh inputs[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++)
-    inputs[m] = (__m512bh)_mm512_maskz_loadu_epi16(there, rows + m * K + k);
+    inputs[m] = (__m512bh)_mm512_maskz_loadu_epi16(mask, rows + m * K + k);
 #pragma GCC unroll 4
   for (int n = 0; n < N; n++) {
-    const auto some = (__m512bh)_mm512_maskz_loadu_epi16(there, weights + n * K + k);
+    const auto weight = (__m512bh)_mm512_maskz_loadu_epi16(mask, weights + n * K + k);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++) sums[n][m] = _mm512_dpbf16_ps(sums[n][m], some, inputs[m]);
+    for (int m = 0; m < M; m++) sums[n][m] = _mm512_dpbf16_ps(sums[n][m], weight, inputs[m]);
   }
 }
 
-// N outputs, from output n on, of rows in groups of M; `outputs` there are.
+// Computes outputs n to n + N - 1 of all rows, M rows at a time. y: (rows, outputs).
 template <int N, int M>
-void some_outputs(const at::BFloat16* x, const at::BFloat16* weights, const at::BFloat16* bias,
+void dot_products(const at::BFloat16* x, const at::BFloat16* weights, const at::BFloat16* bias,
                   int64_t rows, int64_t K, int64_t outputs, int64_t n, at::BFloat16* y) {
   for (int64_t m = 0; m < rows; m += M) {
     __m512 sums[N][M];
@@ -73,8 +78,8 @@ void some_outputs(const at::BFloat16* x, const at::BFloat16* weights, const at::
     for (int i = 0; i < N * M; i++) sums[i / M][i % M] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + kChunk <= K; k += kChunk)
-      add_pairs<N, M>(weights + n * K, x + m * K, K, k, ~0u, sums);
-    if (k < K) add_pairs<N, M>(weights + n * K, x + m * K, K, k, _bzhi_u32(~0u, K - k), sums);
+      add_products<N, M>(weights + n * K, x + m * K, K, k, ~0u, sums);
+    if (k < K) add_products<N, M>(weights + n * K, x + m * K, K, k, _bzhi_u32(~0u, K - k), sums);
 #pragma GCC unroll 16
     for (int i = 0; i < N * M; i++)
       y[(m + i % M) * outputs + n + i / M] = _mm512_reduce_add_ps(sums[i / M][i % M]) +
@@ -82,35 +87,36 @@ void some_outputs(const at::BFloat16* x, const at::BFloat16* weights, const at::
   }
 }
 
-// Without AMX, or for shapes that fill no tiles. By one row, weights are read from the first to the
-// last, which is faster than outputs side by side; of several rows, four outputs share each input.
-void dense_product_of_pairs(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
-                            Tensor& out) {
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), fours = M / kFew * kFew;
+// Takes any shape. For one row it reads weights from the first to the last, which is faster than
+// four outputs side by side. For several rows four outputs share each loaded input.
+void linear_by_avx512(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
+                      Tensor& out) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), fours = M / kGroup * kGroup;
   const auto* rows = x.const_data_ptr<at::BFloat16>();
   const auto* weights = weight.const_data_ptr<at::BFloat16>();
   auto* y = out.mutable_data_ptr<at::BFloat16>();
-  at::parallel_for(0, (N + kFew - 1) / kFew, kGrain / kFew / K + 1, [&](int64_t from, int64_t to) {
-    const int64_t end = std::min(to * kFew, N);
-    int64_t n = from * kFew;
-    for (; M > 1 && n + kFew <= end; n += kFew) {
-      some_outputs<4, 4>(rows, weights, bias, fours, K, N, n, y);
-      some_outputs<4, 1>(rows + fours * K, weights, bias, M - fours, K, N, n, y + fours * N);
+  const int64_t groups = (N + kGroup - 1) / kGroup, grain = kGrain / kGroup / K + 1;
+  at::parallel_for(0, groups, grain, [&](int64_t from, int64_t to) {
+    const int64_t end = std::min(to * kGroup, N);
+    int64_t n = from * kGroup;
+    for (; M > 1 && n + kGroup <= end; n += kGroup) {
+      dot_products<4, 4>(rows, weights, bias, fours, K, N, n, y);
+      dot_products<4, 1>(rows + fours * K, weights, bias, M - fours, K, N, n, y + fours * N);
     }
-    for (; n < end; n++) some_outputs<1, 1>(rows, weights, bias, M, K, N, n, y);
+    for (; n < end; n++) dot_products<1, 1>(rows, weights, bias, M, K, N, n, y);
   });
 }
 
-// F.linear, in bfloat16: x, (M, K), by weight, (N, K).
+// Returns F.linear in bfloat16. x: (M, K), weight: (N, K). More than 16 rows go to PyTorch.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (x.size(0) > kStrip || !weight.is_contiguous()) return at::linear(x, weight, bias);
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
   const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
 #ifdef __AMX_BF16__
-  const bool whole = x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
-  if (whole && has_amx()) return dense_product(x.contiguous(), weight, b, out), out;
+  const bool fills_tiles = x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
+  if (fills_tiles && has_amx()) return linear_by_amx(x.contiguous(), weight, b, out), out;
 #endif
-  return dense_product_of_pairs(x.contiguous(), weight, b, out), out;
+  return linear_by_avx512(x.contiguous(), weight, b, out), out;
 }
 
 }  // namespace

@@ -1,44 +1,43 @@
-// What feed-forward neurons behind a ReLU give to a few rows, for CPUs with AVX-512 and BF16.
+// The operator neurons: a feed-forward layer with ReLU, of some of its neurons, for a few rows, for
+// CPUs with AVX-512 and BF16.
 //
-// Start at `neurons`. A neuron's weights lie side by side in a record (neurons.py): its row of the
-// up (and gate) projection, its column of the down projection. Few are active for a token, so that of
-// most records only the first row is read: the time that takes is what decoding takes. Sums are of
-// 32 bits, as are the hidden values between the two products. int4 weights are unpacked as the even
-// ones of 32, then the odd ones; rows and sums are therefore kept in that order, too.
+// Start at neurons. A record (neurons/records.py) holds the weights of one neuron: its row of the
+// up (and gate) projection and its column of the down projection. Few neurons are active for a
+// token, so most records are read no further than their first row, and reading these rows bounds
+// decoding. Sums and hidden values are float32. int4 weights are unpacked as the even ones of 32,
+// then the odd ones; inputs and sums are kept in that order, too.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <immintrin.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "avx512.h"
+
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kChunk = 32;       // weights that are unpacked together
-constexpr int64_t kLine = 64;        // bytes that memory is read by
-constexpr int64_t kFew = 4;          // rows that share an unpacked weight
-constexpr int64_t kGrain = 1 << 16;  // weights that are worth another thread
+constexpr int64_t kSharedRows = 4;  // rows that share an unpacked weight
 
-enum Kind { kDense = 16, kInt8 = 8, kInt4 = 4 };  // bits of a weight
+// BITS of a weight: 16 is bfloat16, 8 is int8, 4 is int4 in groups.
 
-struct Matrix {  // where it begins within a record, in bytes; int8 and dense have no groups
+struct Matrix {  // first bytes within a record; only int4 has scales and zero points in it
   int64_t weights, scales, zeros;
 };
 
 struct Layer {
   const uint8_t* records;  // (C, stride)
-  const int64_t* ids;      // (C,): which neurons they are; `empty`: none
+  const int64_t* ids;      // (C,): the neuron of each record; `empty`: no neuron
   const at::BFloat16* bias;  // (F + 1, inner)
   const float* scales;       // (F + 1, inner) or nullptr
-  int64_t stride, inner, empty, dim, group;
+  int64_t stride, inner, empty, dim, group;  // inner: 1 (up) or 2 (gate and up)
   Matrix matrices[3];
 };
 
-struct Weights {  // one neuron's, of one matrix
+struct Weights {  // of one neuron and one matrix
   const uint8_t* data;
   const at::Half* scales;
   const uint8_t* zeros;
@@ -51,10 +50,10 @@ struct Weights {  // one neuron's, of one matrix
         group(layer.group) {}
 };
 
-// Weights k to k + 31.
-template <Kind K>
+// Loads weights k to k + 31.
+template <int BITS>
 inline void load(const Weights& w, int64_t k, __m512 (&values)[2]) {
-  if constexpr (K == kInt4) {
+  if constexpr (BITS == 4) {
     const auto pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.data + k / 2));
     const __m512i wide = _mm512_cvtepu8_epi32(pairs);
     const int64_t g = k / w.group;
@@ -64,32 +63,31 @@ inline void load(const Weights& w, int64_t k, __m512 (&values)[2]) {
     values[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4));
     for (auto& v : values) v = _mm512_mul_ps(_mm512_sub_ps(v, zero), scale);
   }
-  for (int i = 0; i < 2 && K != kInt4; i++) {
-    const uint8_t* from = w.data + (k + 16 * i) * K / 8;
-    if constexpr (K == kInt8) {
+  for (int i = 0; i < 2 && BITS != 4; i++) {
+    const uint8_t* from = w.data + (k + 16 * i) * BITS / 8;
+    if constexpr (BITS == 8) {
       const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
       values[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     } else {
-      const auto halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-      values[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+      values[i] = load_bf16(reinterpret_cast<const at::BFloat16*>(from));
     }
   }
 }
 
-// Where input k of a row is kept.
-template <Kind K>
+// Returns the index at which input k of a row is kept.
+template <int BITS>
 inline int64_t place(int64_t k) {
-  return K == kInt4 ? k / kChunk * kChunk + k % 2 * 16 + k % kChunk / 2 : k;
+  return BITS == 4 ? k / kChunk * kChunk + k % 2 * 16 + k % kChunk / 2 : k;
 }
 
-// The products of M rows, (M, D), by a row of weights: (M,).
-template <Kind K, int M>
+// Multiplies M rows, (M, D), by a row of weights. Returns in y: (M,).
+template <int BITS, int M>
 void dot(const Weights& w, const float* rows, int64_t dim, float* y) {
   __m512 sums[M][2];
   for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < dim; k += kChunk) {
     __m512 values[2];
-    load<K>(w, k, values);
+    load<BITS>(w, k, values);
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
       for (int i = 0; i < 2; i++)
@@ -99,19 +97,20 @@ void dot(const Weights& w, const float* rows, int64_t dim, float* y) {
   for (int m = 0; m < M; m++) y[m] = _mm512_reduce_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]));
 }
 
-template <Kind K>
+template <int BITS>
 void dots(const Weights& w, const float* rows, int64_t N, int64_t dim, float* y) {
   int64_t m = 0;
-  for (; m + kFew <= N; m += kFew) dot<K, kFew>(w, rows + m * dim, dim, y + m);
-  for (; m < N; m++) dot<K, 1>(w, rows + m * dim, dim, y + m);
+  for (; m + kSharedRows <= N; m += kSharedRows)
+    dot<BITS, kSharedRows>(w, rows + m * dim, dim, y + m);
+  for (; m < N; m++) dot<BITS, 1>(w, rows + m * dim, dim, y + m);
 }
 
-// Adds h times a column of weights to the sums, (N, D), of rows for which h, (N,), is not 0.
-template <Kind K>
+// Adds h, (N,), times a column of weights to the sums, (N, D). It skips rows where h is 0.
+template <int BITS>
 void add(const Weights& w, const float* h, int64_t N, int64_t dim, float* sums) {
   for (int64_t k = 0; k < dim; k += kChunk) {
     __m512 values[2];
-    load<K>(w, k, values);
+    load<BITS>(w, k, values);
     for (int64_t m = 0; m < N; m++) {
       if (h[m] == 0) continue;
       for (int i = 0; i < 2; i++) {
@@ -123,12 +122,13 @@ void add(const Weights& w, const float* h, int64_t N, int64_t dim, float* sums) 
   }
 }
 
-// h, (N,), of one neuron: the ReLU of gate or up, by up where there is a gate. False: all are 0.
-template <Kind K>
+// Computes the hidden values h, (N,), of one neuron: ReLU(up), or ReLU(gate) * up. Returns whether
+// any of them is not 0.
+template <int BITS>
 bool hidden(const Layer& layer, const uint8_t* record, int64_t id, const float* rows, int64_t N,
             float* h, float* up) {
   auto scaled = [&](int64_t matrix, float* y) {
-    dots<K>(Weights(layer, record, matrix), rows, N, layer.dim, y);
+    dots<BITS>(Weights(layer, record, matrix), rows, N, layer.dim, y);
     const int64_t at = id * layer.inner + matrix;
     const float scale = layer.scales ? layer.scales[at] : 1, bias = layer.bias[at];
     for (int64_t m = 0; m < N; m++) y[m] = y[m] * scale + bias;
@@ -143,50 +143,54 @@ bool hidden(const Layer& layer, const uint8_t* record, int64_t id, const float* 
   return active;
 }
 
-// Neurons `from` to `to` of the slots: adds to the sums, (N, D), and returns how many were active.
-template <Kind K>
-int64_t add_neurons(const Layer& layer, const int64_t* slots, int64_t from, int64_t to,
+// Adds the outputs of neurons `from` to `to` of the entries to the sums, (N, D). Returns how many
+// were active for a row.
+template <int BITS>
+int64_t add_neurons(const Layer& layer, const int64_t* entries, int64_t from, int64_t to,
                     const float* rows, int64_t N, float* sums) {
-  std::vector<float> room(2 * N);
-  float *h = room.data(), *up = h + N;
-  const int64_t line = layer.dim * K / 8;
-  auto record_of = [&](int64_t n) { return layer.records + (slots ? slots[n] : n) * layer.stride; };
+  std::vector<float> buffer(2 * N);
+  float *h = buffer.data(), *up = h + N;
+  const int64_t line = layer.dim * BITS / 8;
+  auto record_of = [&](int64_t n) {
+    return layer.records + (entries ? entries[n] : n) * layer.stride;
+  };
   int64_t active = 0;
   for (int64_t n = from; n < to; n++) {
-    // Records are too far apart for the CPU to foresee the next.
+    // Records are too far apart for the CPU's prefetcher.
     const uint8_t* next = record_of(std::min(n + 1, to - 1)) + layer.matrices[0].weights;
     for (int64_t i = 0; i < line; i += kLine) _mm_prefetch(next + i, _MM_HINT_T0);
     const uint8_t* record = record_of(n);
-    const int64_t id = layer.ids[slots ? slots[n] : n];
-    if (id == layer.empty || !hidden<K>(layer, record, id, rows, N, h, up)) continue;
+    const int64_t id = layer.ids[entries ? entries[n] : n];
+    if (id == layer.empty || !hidden<BITS>(layer, record, id, rows, N, h, up)) continue;
     active++;
-    add<K>(Weights(layer, record, layer.inner), h, N, layer.dim, sums);
+    add<BITS>(Weights(layer, record, layer.inner), h, N, layer.dim, sums);
   }
   return active;
 }
 
-template <Kind K>
-int64_t neurons_of(const Layer& layer, const int64_t* slots, int64_t count, const Tensor& x,
+template <int BITS>
+int64_t neurons_of(const Layer& layer, const int64_t* entries, int64_t count, const Tensor& x,
                    Tensor& y) {
   const int64_t N = x.size(0), dim = layer.dim;
   const auto* given = x.const_data_ptr<at::BFloat16>();
   std::vector<float> rows(N * dim);
   for (int64_t m = 0; m < N; m++)
-    for (int64_t k = 0; k < dim; k++) rows[m * dim + place<K>(k)] = given[m * dim + k];
-  // Each thread has sums of its own; how many there are depends on sizes alone, as do the bits.
+    for (int64_t k = 0; k < dim; k++) rows[m * dim + place<BITS>(k)] = given[m * dim + k];
+  // Each part has sums of its own. The number of parts depends on sizes and the number of threads
+  // only, so repeated calls give the same bits.
   const int64_t parts = std::clamp<int64_t>(count * dim / kGrain, 1, at::get_num_threads());
   std::vector<float> sums(parts * N * dim);
   std::vector<int64_t> active(parts);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; p++)
-      active[p] = add_neurons<K>(layer, slots, count * p / parts, count * (p + 1) / parts,
+      active[p] = add_neurons<BITS>(layer, entries, count * p / parts, count * (p + 1) / parts,
                                  rows.data(), N, &sums[p * N * dim]);
   });
   auto* out = y.mutable_data_ptr<float>();
   for (int64_t m = 0; m < N; m++)
     for (int64_t k = 0; k < dim; k++) {
       float sum = 0;
-      for (int64_t p = 0; p < parts; p++) sum += sums[(p * N + m) * dim + place<K>(k)];
+      for (int64_t p = 0; p < parts; p++) sum += sums[(p * N + m) * dim + place<BITS>(k)];
       out[m * dim + k] = sum;
     }
   int64_t total = 0;
@@ -194,12 +198,12 @@ int64_t neurons_of(const Layer& layer, const int64_t* slots, int64_t count, cons
   return total;
 }
 
-// x: (N, D). records: (C, stride) bytes. slots: which of them, none: all. ids: (C,), the neuron that
-// is in each. bias: (F + 1, inner), of which the last stands for no neuron; scales: the same shape.
-// fields: the first bytes of weights, scales and zeros of each matrix. Returns (N, D) in float32,
-// and how many neurons gave something.
+// x: (N, D). records: (C, stride) bytes. entries: the records to use, none: all. ids: (C,), the
+// neuron of each record. bias: (F + 1, inner); its last row belongs to empty records. scales: the
+// same shape. fields: the first bytes of weights, scales and zero points of each matrix in a
+// record. Returns (N, D) in float32, and how many neurons were active for a row.
 std::tuple<Tensor, int64_t> neurons(const Tensor& x, const Tensor& records,
-                                    const std::optional<Tensor>& slots, const Tensor& ids,
+                                    const std::optional<Tensor>& entries, const Tensor& ids,
                                     const Tensor& bias, const std::optional<Tensor>& scales,
                                     at::IntArrayRef fields, int64_t bits, int64_t group) {
   const int64_t dim = x.size(1), inner = bias.size(1);
@@ -213,13 +217,13 @@ std::tuple<Tensor, int64_t> neurons(const Tensor& x, const Tensor& records,
   layer.dim = dim, layer.group = group;
   for (int64_t i = 0; i <= inner; i++)
     layer.matrices[i] = {fields[3 * i], fields[3 * i + 1], fields[3 * i + 2]};
-  const int64_t* some = slots ? slots->const_data_ptr<int64_t>() : nullptr;
-  const int64_t count = slots ? slots->numel() : records.size(0);
+  const int64_t* some = entries ? entries->const_data_ptr<int64_t>() : nullptr;
+  const int64_t count = entries ? entries->numel() : records.size(0);
   Tensor y = at::empty({x.size(0), dim}, x.options().dtype(at::kFloat));
   const Tensor rows = x.contiguous();
-  const int64_t active = bits == kDense  ? neurons_of<kDense>(layer, some, count, rows, y)
-                         : bits == kInt8 ? neurons_of<kInt8>(layer, some, count, rows, y)
-                                         : neurons_of<kInt4>(layer, some, count, rows, y);
+  const int64_t active = bits == 16 ? neurons_of<16>(layer, some, count, rows, y)
+                         : bits == 8  ? neurons_of<8>(layer, some, count, rows, y)
+                                         : neurons_of<4>(layer, some, count, rows, y);
   return {y, active};
 }
 

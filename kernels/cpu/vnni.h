@@ -1,3 +1,5 @@
+// Integer products by AVX-512 VNNI: a few fixed-point rows by strips of packed weights.
+
 #pragma once
 
 #include "fixed_point.h"
@@ -5,21 +7,35 @@
 
 namespace {
 
-constexpr int64_t kSums = 16;     // registers that add up, of the 32 that there are
-constexpr int64_t kFew = 4;       // rows up to which they are faster one by one
+constexpr int64_t kMaxSums = 16;     // sums that stay in registers, of which there are 32
+constexpr int64_t kMaxVnniRows = 4;  // with more rows AMX is faster
 
-// y, (16,), and what a block adds to it: its sums of products, (16,), less the zeros, scaled.
+struct Output {
+  at::BFloat16* y;           // (M, N)
+  const at::BFloat16* bias;  // (N) or nullptr
+  int64_t M, N;
+
+  // Writes the 16 outputs of strip n of row m, plus their bias.
+  void store(int64_t m, int64_t n, __m512 v) const {
+    if (bias) v = _mm512_add_ps(v, load_bf16(bias + n * kStrip));
+    store_bf16(y + m * N + n * kStrip, v);
+  }
+};
+
+// Returns y, (16,), plus scales * (sums of products - zero points * sum of the row's block).
 inline __m512 add_block(__m512 y, __m512i sums, __m512 zeros, __m512 scales, float row_sum,
                         float row_scale) {
   const __m512 dot = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(row_sum), _mm512_cvtepi32_ps(sums));
   return _mm512_fmadd_ps(_mm512_mul_ps(scales, _mm512_set1_ps(row_scale)), dot, y);
 }
 
-// 16 outputs of each of M rows, from row `first` on, by each of STRIPS strips: (STRIPS, M, 16).
+// Multiplies rows `first` to first + M - 1 by the strips n. Returns in y: (STRIPS, M, 16).
+//
+// The inner loops are not a function of their own: GCC 12 then compiles them to other code.
 template <Format F, int M, int STRIPS>
-void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, int64_t first,
-                    __m512* y) {
-  constexpr int kTiles = 8 / bits(F);  // in a register of stored bytes
+void multiply_strips(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
+                     int64_t first, __m512* y) {
+  constexpr int kTiles = 8 / bits(F);  // of a register of packed weights
   const uint8_t *tiles[STRIPS], *headers[STRIPS];
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]);
   const int64_t header = header_bytes<F>(w.block), stride = 2 * x.stride;
@@ -33,8 +49,9 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
       prefetch(tiles[t] + kAhead, header);
       tiles[t] += header;
     }
-    // First by all high bytes, then by all low ones: a sum for both, which a block of 256 and less
-    // cannot overflow. Weights are unpacked twice for it, and one row is no slower.
+    // The loop multiplies all high bytes, shifts the sums, and adds the products of the low bytes:
+    // one register serves both, and a block of 256 inputs cannot overflow it. This unpacks weights
+    // twice, which makes one row no slower.
     __m512i sums[STRIPS * M];
     for (int i = 0; i < STRIPS * M; i++) sums[i] = _mm512_setzero_si512();
     for (int p = 0; p < 2; p++) {
@@ -66,7 +83,7 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
       const __m512 zero = load_zeros<F>(headers[t], w.block, in_span);
       const __m512 scale = load_scales<F>(headers[t], in_span);
       for (int m = 0; m < M; m++) {
-        const int64_t i = t * M + m, at = b * kEight + m;
+        const int64_t i = t * M + m, at = b * kAmxRows + m;
         y[i] = add_block(y[i], sums[i], zero, scale, row_sums[at], row_scales[at]);
       }
     }
@@ -75,25 +92,14 @@ void strips_by_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x,
     y[i] = _mm512_mul_ps(y[i], _mm512_loadu_ps(w.scales(n[i / M])));
 }
 
-struct Output {
-  at::BFloat16* y;  // (M, N)
-  const at::BFloat16* bias;  // (N) or nullptr
-  int64_t M, N;
-
-  void put(int64_t m, int64_t n, __m512 v) const {
-    if (bias) v = _mm512_add_ps(v, load_bf16(bias + n * kStrip));
-    store_bf16(y + m * N + n * kStrip, v);
-  }
-};
-
-// As many rows from m on as come in groups of M; the row after them.
+// Multiplies rows from m on in groups of M, and stores them. Returns the first row that is left.
 template <Format F, int M, int STRIPS>
-int64_t take_rows(const Weights& w, const int64_t (&n)[STRIPS], const Rows& x, int64_t m,
-                  const Output& out) {
+int64_t multiply_rows(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
+                      int64_t m, const Output& out) {
   __m512 y[STRIPS * M];
   for (; m + M <= out.M; m += M) {
-    strips_by_rows<F, M, STRIPS>(w, n, x, m, y);
-    for (int i = 0; i < STRIPS * M; i++) out.put(m + i % M, n[i / M], y[i]);
+    multiply_strips<F, M, STRIPS>(w, n, x, m, y);
+    for (int i = 0; i < STRIPS * M; i++) out.store(m + i % M, n[i / M], y[i]);
   }
   return m;
 }
