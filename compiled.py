@@ -30,7 +30,7 @@ from host.torch_private import (
     own_buffers,
     shallow_copy,
 )
-from kernels.gpu import dependent_launch
+from kernels.gpu.support import dependent_launch
 from model import KVCache, Rotation, Transformer
 from ranks import has_one_shot_all_reduce
 

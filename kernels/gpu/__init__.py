@@ -20,8 +20,6 @@ model.sdpa_attention. This also runs where Triton or a GPU of compute capability
 unsupported_reason returns why.
 """
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -29,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gpu.fixed_point import INT4, INT8
+from kernels.gpu.support import unsupported_reason
 
-MIN_CAPABILITY = 8, 0  # Ampere: the first tensor cores that multiply bfloat16
 MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 
 
@@ -38,25 +36,6 @@ MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 def usable(device_index: int) -> bool:
     """Return whether the kernels run on a CUDA device. Compiled code takes it for a constant."""
     return unsupported_reason(torch.device("cuda", device_index)) is None
-
-
-@functools.cache
-def unsupported_reason(device: torch.device) -> str | None:
-    """Return why the kernels do not run on a device, or None if they do."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "they are for NVIDIA GPUs"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"this GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
-    return None
-
-
-@functools.cache
-def dependent_launch(device: torch.device) -> bool:
-    """Return whether a kernel may start before the previous one has ended (capability 9.0 on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def supports(x: Tensor) -> bool:

@@ -99,8 +99,7 @@ def attention_kernel(
     high_q = tl.load(query + HALVES - 1, there, 0).to(DOT)
     top = tl.full((BR,), -1e38, tl.float32)
     sum = tl.zeros((BR,), tl.float32)
-    low = tl.zeros((BR, WIDTH), tl.float32)
-    high = tl.zeros((BR, WIDTH), tl.float32)
+    low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
     for step in range(STEPS):
         first = (split * STEPS + step) * BS
         if first <= last:
@@ -127,16 +126,25 @@ def attention_kernel(
         finish(low, high, sum, result, there, BITS)
     else:
         part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
-        tl.store(tops + part * 2, top, real)
-        tl.store(tops + part * 2 + 1, sum, real)
-        place = parts + part[:, None] * E + e[None, :] * HALVES
-        tl.store(place, low, there)
-        if BITS == 4:
-            tl.store(place + 1, high, there)
+        store_part(parts, tops, part, low, high, top, sum, e, real, there, E, BITS)
         tl.debug_barrier()  # all of this program has been stored before it counts as arrived
         if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
             tl.store(arrived + tl.program_id(0), 0)
             combine(parts, tops, result, e, row, real, there, R * T, E, BR, WIDTH, BITS, SPLITS)
+
+
+@triton.jit
+def store_part(
+    parts, tops, part, low, high, top, sum, e, real, there, E: tl.constexpr, BITS: tl.constexpr
+):
+    """Store what a program has of a key/value head, for the program that combines the parts."""
+    HALVES: tl.constexpr = 2 if BITS == 4 else 1
+    tl.store(tops + part * 2, top, real)
+    tl.store(tops + part * 2 + 1, sum, real)
+    place = parts + part[:, None] * E + e[None, :] * HALVES
+    tl.store(place, low, there)
+    if BITS == 4:
+        tl.store(place + 1, high, there)
 
 
 @triton.jit

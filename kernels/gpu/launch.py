@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import attention, dependent_launch, few_rows, one_row, unpack
+from kernels.gpu import attention, few_rows, one_row, unpack
 from kernels.gpu.fixed_point import FixedPoint, Order
+from kernels.gpu.support import dependent_launch
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
