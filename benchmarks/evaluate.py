@@ -124,26 +124,9 @@ def measure(folder: Path, tokenizer: Any, asked: list[Any], args: Any) -> dict[s
     best = min(tries, key=tries.__getitem__)
     log(f"lm_eval's backend: {', '.join(f'{n} rows {s:.1f} s' for n, s in tries.items())}")
     models["huggingface"] = theirs.pop(best)
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    answers, others = {}, Others()
-    for n in range(args.rounds):
-        for name, model in models.items():
-            seconds, answers[name] = timed(model, asked)
-            rates[name].append(documents / seconds)
-            log(f"round {n + 1}, {name}: {rates[name][-1]:.2f} documents/s")
-    found: dict[str, Any] = {name: spread(values) for name, values in rates.items()}
-    for name in rates.keys() - {"huggingface"}:
-        pairs = zip(rates[name], rates["huggingface"], strict=True)
-        found[f"{name}, ratio"] = spread([a / b for a, b in pairs])
-        pairs = zip(answers[name], answers["huggingface"], strict=True)
-        found[f"{name}, largest difference"] = max(abs(a - b) for a, b in pairs)
-        read = statistics.median(rates[name]) / documents * counts["ids_read"]
-        found[f"{name}, share of prefill"] = read / ceiling
-        log(
-            f"{name}: {show(found[name])} documents/s, {show(found[f'{name}, ratio'])} of "
-            f"lm_eval's {show(found['huggingface'])}; {read:.0f} ids/s, {read / ceiling:.0%} of "
-            f"prefill; log-likelihoods differ by {found[f'{name}, largest difference']:.1e}"
-        )
+    others = Others()
+    rates, answers = alternate(models, asked, documents, args.rounds)
+    found = compare(rates, answers, counts["ids_read"] / documents, ceiling)
     return (
         found
         | counts
@@ -154,6 +137,44 @@ def measure(folder: Path, tokenizer: Any, asked: list[Any], args: Any) -> dict[s
             "others": others.share(),
         }
     )
+
+
+def alternate(
+    models: dict[str, Any], asked: list[Any], documents: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Time the models in turn. Returns documents per second of each round, and the last answers."""
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    answers = {}
+    for n in range(rounds):
+        for name, model in models.items():
+            seconds, answers[name] = timed(model, asked)
+            rates[name].append(documents / seconds)
+            log(f"round {n + 1}, {name}: {rates[name][-1]:.2f} documents/s")
+    return rates, answers
+
+
+def compare(
+    rates: dict[str, list[float]],
+    answers: dict[str, list[float]],
+    ids_per_document: float,
+    ceiling: float,
+) -> dict[str, Any]:
+    """Our rates and log-likelihoods beside those of lm_eval's backend. ceiling: ids per second of
+    prefill."""
+    found: dict[str, Any] = {name: spread(values) for name, values in rates.items()}
+    for name in rates.keys() - {"huggingface"}:
+        pairs = zip(rates[name], rates["huggingface"], strict=True)
+        found[f"{name}, ratio"] = spread([a / b for a, b in pairs])
+        pairs = zip(answers[name], answers["huggingface"], strict=True)
+        found[f"{name}, largest difference"] = max(abs(a - b) for a, b in pairs)
+        read = statistics.median(rates[name]) * ids_per_document
+        found[f"{name}, share of prefill"] = read / ceiling
+        log(
+            f"{name}: {show(found[name])} documents/s, {show(found[f'{name}, ratio'])} of "
+            f"lm_eval's {show(found['huggingface'])}; {read:.0f} ids/s, {read / ceiling:.0%} of "
+            f"prefill; log-likelihoods differ by {found[f'{name}, largest difference']:.1e}"
+        )
+    return found
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
