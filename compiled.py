@@ -41,12 +41,12 @@ Graph = Callable[..., Sequence[Tensor]]
 def compiled_view(
     model: Transformer, device: torch.device, cuda_graphs: bool = True
 ) -> Callable[..., Tensor]:
-    """Compiled once for every number of visible slots and, beyond one, of new tokens per row and of
-    tokens that are picked.
+    """The model compiled: a function that is called as Transformer.forward is.
 
-    Called as the model is. The model must keep the tensors that it has. cuda_graphs: on a GPU; not
-    for a view whose lengths vary, as such a graph is for one length, nor where the host has a part
-    in the step.
+    One graph serves all lengths of the cache, all numbers of new tokens above one, and all numbers
+    of picked tokens. The model must keep the tensors that it has now. cuda_graphs: record CUDA
+    graphs on a GPU; not for prefill, since a graph is recorded for each length, and not if the host
+    computes or reads within a step.
     """
     # One graph for each batch size and length of the caches; at 8 the compiler would give up.
     allow_recompiles(64)
@@ -58,15 +58,15 @@ def compiled_view(
     compiled = torch.compile(model, fullgraph=True, dynamic=False, **settings)
 
     def view(
-        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+        tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
-        given = [tokens, pos, slots, *at, *(t for c in caches for t in own_buffers(c).values())]
+        given = [tokens, pos, key_pos, *at, *(t for c in caches for t in own_buffers(c).values())]
         if (logits := compiled_graphs.take(given)) is not None:
             return logits
-        vary_inputs(tokens, pos, slots, *at)
+        vary_inputs(tokens, pos, key_pos, *at)
         with compiled_graphs.watching(given):
-            return compiled(tokens, pos, slots, caches, *at)
+            return compiled(tokens, pos, key_pos, caches, *at)
 
     # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
     # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
@@ -83,12 +83,12 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
     run = torch.compile(call_block, **settings)
 
     def step(
-        tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+        tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
-        vary_inputs(tokens, pos, slots, *at)
+        vary_inputs(tokens, pos, key_pos, *at)
         at, lengths = at[:1], at[1:]
-        x, rotation, mask = embed(tokens, pos, slots, *lengths)
+        x, rotation, mask = embed(tokens, pos, key_pos, *lengths)
         for layer, cache in zip(model.layers, caches, strict=True):
             vary_block_inputs(x, rotation, mask, pos)
             x = run(layer, x, rotation, mask, pos, cache)
@@ -106,12 +106,12 @@ def call_block(block: nn.Module, *given: Any) -> Tensor:
 def vary_inputs(
     tokens: Tensor,
     pos: Tensor,
-    slots: Tensor,
+    key_pos: Tensor,
     at: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> None:
     """Tell the compiler which dimensions of a step's inputs vary."""
-    mark_dynamic(slots, 0)
+    mark_dynamic(key_pos, 0)
     if tokens.shape[1] > 1:
         mark_dynamic(tokens, 1)
         mark_dynamic(pos, 1)
@@ -141,7 +141,7 @@ def fresh(tensor: Tensor) -> Tensor:
 def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
     """One graph for all blocks of a model whose layers come and go, called as (block, its inputs).
 
-    Their weights are inputs of it, so that neither another block nor another slot compiles anew.
+    Their weights are inputs of it, so that no other block and no other buffer compiles again.
     """
     if device.type == "cpu":
         settings = {"backend": CompiledGraphCache().inductor(cpu_options(model))}
@@ -164,7 +164,7 @@ class CudaGraphs:
     """A step whose calls are replayed as CUDA graphs: one for each shape of what it is given.
 
     A graph reads and writes at the addresses that it was recorded with. The weights stay where they
-    are. Tokens and positions are copied to tensors that the graph owns; slots are always the same
+    are. Tokens and positions are copied to tensors that the graph owns; key_pos are always the same
     numbers, so that it owns a copy, too. Caches are told apart by their addresses: the graphs of
     the latest KEPT sets of caches are kept, and ReusedCaches gives a new call the addresses of an
     earlier one. The first call of a shape is not recorded, since kernels may have to be compiled;
@@ -180,16 +180,16 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(
-        self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache], *at: Tensor
+        self, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
         graphs = self._graphs_of(caches)
-        key = tokens.shape, slots.shape, *(picked.shape for picked in at)
+        key = tokens.shape, key_pos.shape, *(picked.shape for picked in at)
         if key not in graphs:
             graphs[key] = None
-            return self.step(tokens, pos, slots, caches, *at)
+            return self.step(tokens, pos, key_pos, caches, *at)
         graph = graphs[key]
         if graph is None:
-            graph = graphs[key] = self._record(tokens, pos, slots, caches, *at)
+            graph = graphs[key] = self._record(tokens, pos, key_pos, caches, *at)
         return graph(tokens, pos, *at)
 
     @property
@@ -226,16 +226,18 @@ class RecordedStep:
         pool: Any,
         tokens: Tensor,
         pos: Tensor,
-        slots: Tensor,
+        key_pos: Tensor,
         caches: Sequence[KVCache],
         *at: Tensor,
     ):
         self.inputs = [fresh(t) for t in (tokens, pos, *at)]
-        self.slots = slots.clone()  # always the same numbers, but the graph needs their memory
+        self.key_pos = (
+            key_pos.clone()
+        )  # constant numbers, which the graph reads from its own memory
         self.graph = torch.cuda.CUDAGraph()
         tokens, pos, *at = self.inputs
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits = step(tokens, pos, self.slots, caches, *at)
+            self.logits = step(tokens, pos, self.key_pos, caches, *at)
 
     def __call__(self, *given: Tensor) -> Tensor:
         for mine, new in zip(self.inputs, given, strict=True):

@@ -1,6 +1,6 @@
 """A model that is ready to run, and its steps: prefill, then one token per row after another.
 
-Start at plain_steps, which `generate` (generate.py) consumes; speculate.py has the other way to
+Start at plain_steps, which engine.generate consumes; speculate.py has the other way to
 make steps, several tokens at a time. load.py makes the LoadedModel that both run.
 """
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
-# So many of the rows must have ended for the others to be moved together. That copies three
-# quarters of what attention read in a step and saves it a quarter from then on: six steps pay for
-# it. All the copies of a batch together are less than three times its filled cache.
-ENDED = 1 / 4
+# Share of the rows that must have ended before the others are moved together. The move copies three
+# quarters of the KV cache, and every later step reads a quarter less: it pays for itself in six
+# steps. All moves of a batch together copy less than three times its filled cache.
+MIN_ENDED_SHARE = 1 / 4
 
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
-# A step's rows, and what waits for their ids and reads them.
+# The rows of a launched step, and a function that waits for their new ids and returns them.
 Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
 # Proposes at most k draft tokens for the live rows: their ids, (B, k), and the count of each row.
 Propose = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
@@ -52,8 +52,8 @@ class Draft(Protocol):
     def warm_up_inputs(
         self, caches: list[KVCache]
     ) -> "tuple[LoadedModel, list[KVCache], int] | None":
-        """The model that guesses, the caches that it uses beside those given, and how many tokens
-        of a row it reads at once."""
+        """Return the draft model, its caches and the most tokens of a row that it reads at once;
+        None if no model drafts. caches: those of the model that verifies."""
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one position of the draft's own caches."""
@@ -82,11 +82,10 @@ class LoadedModel:
     draft: Draft | None = None
     any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
     new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
-    prefill_chunk_tokens: int | None = (
-        None  # prompt tokens of all rows in one call, None: PREFILL_TOKENS
-    )
+    # Prompt tokens of all rows together in one call of prefill. None: PREFILL_TOKENS.
+    prefill_chunk_tokens: int | None = None
     sampler: Callable[..., Sampler] = Sampler
-    # Rows that go through the model by themselves, and their caches.
+    # Splits the caches of a batch into micro-batches, which go through the model independently.
     micro_batches: Callable[[Sequence[KVCache]], Sequence[MicroBatch]] = one_micro_batch
 
     @property
@@ -99,7 +98,7 @@ class LoadedModel:
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one slot of the caches of all layers, the draft's included."""
+        """Bytes of one position in the caches of all layers, those of the draft included."""
         drafted = self.draft.kv_bytes_per_token() if self.draft else 0
         return self.model.kv_bytes_per_token() + drafted
 
@@ -107,15 +106,17 @@ class LoadedModel:
 def plain_steps(
     lm: LoadedModel, prompts: Texts, caches: Sequence[KVCache], *given: Any
 ) -> Iterator[list[list[int]]]:
-    """Steps of one new id for each row; given: what launched_steps takes. The host waits for a
-    step's ids alone: where the device works by itself, it has been given the next step by then."""
+    """Yield steps of one new id for each row. given: the other arguments of launched_steps.
+
+    On a GPU the host launches a step before it reads the ids of the step before.
+    """
     micro_batches = [
         launched_steps(lm, prompts, micro_batch, *given) for micro_batch in lm.micro_batches(caches)
     ]
     if lm.micro_batches is not one_micro_batch:
-        steps = together(micro_batches)
+        steps = join_micro_batches(micro_batches)
     else:
-        steps = launched_ahead(micro_batches[0]) if lm.device.type == "cuda" else micro_batches[0]
+        steps = launch_ahead(micro_batches[0]) if lm.device.type == "cuda" else micro_batches[0]
     for rows, read in steps:
         new = dict(zip(rows, read(), strict=True))
         yield [new.get(row, []) for row in range(len(prompts))]
@@ -130,63 +131,66 @@ def launched_steps(
     count: int,
     live: AbstractSet[int],
 ) -> Iterator[Launched]:
-    """At most `count` steps of a micro_batch, each launched when it is asked for: the rows that it
-    computes, and what reads their ids. Once enough rows have ended, caches and sampler are of the
-    others alone.
+    """Launch at most `count` steps of a micro-batch, each when the next item is asked for.
 
-    sampler: of all rows. live: the rows that go on, looked at before every step; the others get
-    nothing, or ids that mean nothing.
+    sampler: of all rows. live: the unfinished rows, read before every step; a finished row gets no
+    ids, or meaningless ones. Once enough rows have finished, the others are moved together.
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length
-    slots = torch.arange(length, device=lm.device)
-    texts, sampler = [prompts[row] for row in rows], sampler.select_rows(slots.new_tensor(rows))
+    key_pos = torch.arange(length, device=lm.device)
+    texts, sampler = [prompts[row] for row in rows], sampler.select_rows(key_pos.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
-    logits = prefill(lm, texts, caches, past, slots)  # (B, 1, V)
+    logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
     for n in range(count):
-        tokens = sampler(logits, slots[n : n + 1].expand(len(rows), 1))  # (B, 1)
+        tokens = sampler(logits, key_pos[n : n + 1].expand(len(rows), 1))  # (B, 1)
         yield rows, sampler.copy_to_host_async(tokens)
         going = [i for i, row in enumerate(rows) if row in live]
         if n + 1 == count or not going:
             return
-        if lm.any_rows and worth_moving(len(rows), len(going), caches[0].row_granularity):
+        if lm.any_rows and pays_to_compact(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.select_rows(at)
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
-        # A row that has ended and is still computed must stay within the cache too.
+        # A finished row that is still computed must stay within the cache, too.
         pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
         visible = visible_length(longest(prompts, rows) + n + 1, length)
-        logits = lm.decode(tokens, pos, slots[:visible], caches)  # (B, 1, V)
+        logits = lm.decode(tokens, pos, key_pos[:visible], caches)  # (B, 1, V)
 
 
-def worth_moving(rows: int, going: int, row_granularity: int) -> bool:
-    """Whether to move the rows that go on together. row_granularity: rows that cost as much as one."""
-    return going <= (1 - ENDED) * rows and -(-going // row_granularity) < -(
-        -rows // row_granularity
-    )
+def pays_to_compact(rows: int, going: int, row_granularity: int) -> bool:
+    """Whether to move the unfinished rows together.
+
+    row_granularity: the rows of a micro-batch of the cache, which cost as much as one row.
+    """
+    groups, needed = -(-rows // row_granularity), -(-going // row_granularity)
+    return going <= (1 - MIN_ENDED_SHARE) * rows and needed < groups
 
 
 def longest(prompts: Texts, rows: Sequence[int]) -> int:
     return max(len(prompts[row]) for row in rows)
 
 
-def together(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
-    """Steps of several micro_batches as steps of all their rows. Of each the next is launched as soon as
-    its ids are known, while the others are under way."""
-    under_way = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
-    while under_way:
+def join_micro_batches(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
+    """Join the steps of several micro-batches into steps of all rows.
+
+    A micro-batch's next step is launched as soon as the ids of its last one are known, while the
+    other micro-batches are computed.
+    """
+    in_flight = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
+    while in_flight:
         rows, ids, going = [], [], []
-        for micro_batch, (some, read) in under_way:
+        for micro_batch, (some, read) in in_flight:
             rows += some
             ids += read()
             if launched := next(micro_batch, None):
                 going.append((micro_batch, launched))
         yield rows, partial(list, ids)
-        under_way = going
+        in_flight = going
 
 
-def launched_ahead(steps: Iterator[T]) -> Iterator[T]:
-    """The same steps, each launched before the one before it is read: the device never waits."""
+def launch_ahead(steps: Iterator[T]) -> Iterator[T]:
+    """Yield the same steps one launch late, so that the device never waits for the host."""
     waiting = next(steps)
     for step in steps:
         yield waiting
@@ -199,9 +203,9 @@ def prefill(
     prompts: Texts,
     caches: list[KVCache],
     past: int,
-    slots: Tensor,
+    key_pos: Tensor,
 ) -> Tensor:
-    """Fill the caches with the prompts after their first `past` tokens.
+    """Fill the caches with the prompts, whose first `past` tokens they hold already, in chunks.
 
     Returns the logits that follow each prompt's last token, (B, 1, V).
     """
@@ -217,10 +221,10 @@ def prefill(
     for start in range(0, width, chunk):
         part = tokens[:, start : start + chunk]  # (B, T)
         end = past + start + part.shape[1]
-        pos = slots[past + start : end].expand_as(part)  # (B, T)
+        pos = key_pos[past + start : end].expand_as(part)  # (B, T)
         last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
         last += torch.arange(0, part.numel(), part.shape[1], device=lm.device)
-        visible = slots[: visible_length(end, len(slots))]
+        visible = key_pos[: visible_length(end, len(key_pos))]
         out = lm.prefill(part, pos, visible, caches, last, whole).unsqueeze(1)  # (B, 1, V)
         # A row that ended in an earlier chunk keeps the logits it had there.
         reached = (lengths > start).view(-1, 1, 1)

@@ -40,23 +40,23 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]
     """Run the model on a text. Returns whether the outputs of the embedding, of each layer and of
     the head are finite."""
     ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
-    slots = torch.arange(caches[0].length, device=lm.device)
+    key_pos = torch.arange(caches[0].length, device=lm.device)
     for cache in caches:
         cache.keep(0)
     finite = []
     for start in range(0, len(text), CHUNK_TOKENS):
         tokens = torch.tensor([text[start : start + CHUNK_TOKENS]], device=lm.device)  # (1, T)
         end = start + tokens.shape[1]
-        pos, visible = slots[start:end], slots[: visible_length(end, len(slots))]
+        pos, visible = key_pos[start:end], key_pos[: visible_length(end, len(key_pos))]
         finite.append(finite_in_chunk(lm.model, tokens, pos.unsqueeze(0), visible, caches))
     return torch.stack(finite).all(0).tolist()  # (chunks, parts) -> (parts,)
 
 
 def finite_in_chunk(
-    model: Transformer, tokens: Tensor, pos: Tensor, slots: Tensor, caches: Sequence[KVCache]
+    model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache]
 ) -> Tensor:
     """Return one boolean for the embedding, each layer and the head: is its output finite?"""
-    x, rotation, mask = model.embed(tokens, pos, slots)
+    x, rotation, mask = model.embed(tokens, pos, key_pos)
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):
         x = layer(x, rotation, mask, pos, cache)

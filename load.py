@@ -538,10 +538,10 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
 
 def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
     """widest: tokens of a row that decoding is given at once, where 2 stand for more."""
-    slots = torch.arange(caches[0].length, device=lm.device)
-    visible = slots[: visible_length(2, len(slots))]
+    key_pos = torch.arange(caches[0].length, device=lm.device)
+    visible = key_pos[: visible_length(2, len(key_pos))]
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
             at = (tokens[:, 0], tokens[:, :1]) if view is lm.prefill else ()
-            view(tokens, slots[:width].expand_as(tokens), visible, caches, *at)
+            view(tokens, key_pos[:width].expand_as(tokens), visible, caches, *at)

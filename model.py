@@ -5,12 +5,12 @@ Attention, the feed-forwards, then the positions and the KV cache. The two famil
 four choices (norm, feed-forward, positions, biases), each a class picked from a table in a
 constructor; no forward asks which family it serves.
 
-Shapes: B rows of a batch, T new tokens per row, S visible cache slots, D dim, H query heads,
+Shapes: B rows of a batch, T new tokens per row, S visible positions, D dim, H query heads,
 G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
 
-A token at position p of its row lives in cache slot p. Rows of different lengths are padded on
-the right: what a pad writes lies in a slot that no query of its row may see yet, and the row's
-own later token overwrites it before any can.
+The token at position p of a row is stored at position p of the KV cache. Rows of different lengths
+are padded on the right: a padding token writes to a position that the mask hides from every query
+of its row, and the row's own later token overwrites it before a query may attend to it.
 
 Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.09864) and grouped
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         pos: Tensor,
-        slots: Tensor,
+        key_pos: Tensor,
         caches: Iterable["KVCache"],
         at: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -103,51 +103,51 @@ class Transformer(nn.Module):
         """Logits after each new token, reading and extending the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
-        slots: (S,) = arange(S), the cache slots that attention reads, S > pos.max(); what lies
-        beyond S costs nothing. caches: one per layer. at: (N,) picks tokens, counted through all
+        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max(); the
+        rest of the caches costs nothing. caches: one per layer. at: (N,) picks tokens, counted through all
         B*T, before the output head, the widest product of all. lengths: (B, 1), tokens of the whole
         prompt of each row; see DynamicRotaryPositions.
         Returns (B, T, V), or (N, V) with `at`.
         """
-        x, rotation, mask = self.embed(tokens, pos, slots, lengths)
+        x, rotation, mask = self.embed(tokens, pos, key_pos, lengths)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, mask, pos, cache)
         return self.unembed(x, at)
 
     def embed(
-        self, tokens: Tensor, pos: Tensor, slots: Tensor, lengths: Tensor | None = None
+        self, tokens: Tensor, pos: Tensor, key_pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation, Tensor]:
-        """What all layers are given: x, (B, T, D), the rotation of its positions, and the mask."""
+        """Returns the inputs of the first layer: x, (B, T, D), its rotation, and the mask."""
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
         x, rotation = self.positions(x, pos, lengths)
-        return x, rotation, self.mask(pos, slots, x.dtype)
+        return x, rotation, self.mask(pos, key_pos, x.dtype)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """The last layer's x -> logits."""
+        """Returns the logits of the last layer's output."""
         if at is not None:
             x = x.flatten(0, 1)[at]  # (N, D)
         return self.output(self.project_out(self.norm(x)))
 
     def bytes_per_step(self) -> int:
-        """Bytes of weights that decoding one token per row reads: all but the looked-up tables."""
+        """Bytes of weights that a decoding step reads: all except the embedding tables."""
         state = {id(t): t for t in self.state_dict(keep_vars=True).values()}  # tied: once
         tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
         table = self.tok_embeddings.weight
         tables += [] if getattr(self.output, "weight", None) is table else [table]
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
-    def mask(self, pos: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a query may see: 0, else -inf. (B, T), (S,) -> (B, 1, R*T, S); see Attention."""
-        hidden = slots > pos.unsqueeze(-1)  # (B, T, S)
+    def mask(self, pos: Tensor, key_pos: Tensor, dtype: torch.dtype) -> Tensor:
+        """The attention mask: 0 where a query may attend to a key, else -inf. (B, T), (S,) -> (B, 1, R*T, S); see Attention."""
+        hidden = key_pos > pos.unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
         mask = mask.masked_fill(hidden, -math.inf)
         return mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1).unsqueeze(1)
 
     def make_caches(self, batch: int, length: int) -> list["KVCache"]:
-        """Empty caches on the model's device, in its dtype: `length` slots for each row.
+        """Empty caches on the model's device, in its dtype: `length` positions for each row.
 
-        One more is never used: where the visible slots are all there are, the compiler would
-        make a second graph for that case alone.
+        One more position is allocated and never used: the compiler would make a second graph for
+        the case that all positions of the cache are visible.
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         return [self.cache_factory(*given) for _ in range(args.n_layers)]
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one slot of the caches of all layers."""
+        """Bytes of one position in the caches of all layers."""
         shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
         one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
         return self.args.n_layers * sum(buffer.nbytes for buffer in one.buffers())
@@ -270,7 +270,7 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
-    inputs_per_column = {"weight": 1}  # of each tensor that has some for every input
+    inputs_per_column = {"weight": 1}  # inputs that a column of each tensor stands for
 
     def forward(self, x: Tensor) -> Tensor:
         # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
@@ -460,7 +460,7 @@ def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Te
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: (B, slots, G, E) each, slot = position.
+    """Keys and values of one layer: (B, positions, G, E) each.
 
     A module only so that the compiler takes k and v for buffers that stay where they are: a CUDA
     graph writes to them in place, and new caches of the same shape need no new compilation.
@@ -486,7 +486,7 @@ class KVCache(nn.Module):
 
     @property
     def length(self) -> int:
-        """Slots that can be used of each row; see Transformer.make_caches."""
+        """Usable positions of each row; see Transformer.make_caches."""
         return self.k.shape[1] - 1
 
     @property
@@ -494,50 +494,50 @@ class KVCache(nn.Module):
         return self.k.device
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """What queries, (B, T, H, E), see of all keys and values once k and v are stored."""
+        """Store k and v, then attend with queries, (B, T, H, E), to all of the cache."""
         self.store(pos, k, v)
         return self.attention(self, q, mask, pos)
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
-        """The part of some rows for a while, in which they write to pos, (B, T)."""
+        """Yield the part of some rows while they compute and write to pos, (B, T)."""
         yield self.part(rows)
 
     def keep(self, filled: int) -> None:
-        """Told that nobody needs what is in slots from `filled` on."""
+        """Declare the positions from `filled` on unused; a cache on the host need not move them."""
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` slots."""
+        """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` positions."""
         self.store(pos, k, v)
         return self.visible(visible)
 
     def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keep k and v, (B, T, G, E), at pos, (B, T)."""
+        """Write k and v, (B, T, G, E), at pos, (B, T)."""
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
         self.k[rows, pos] = k
         self.v[rows, pos] = v
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `count` slots, (B, count, G, E) each."""
+        """Keys and values of the first `count` positions, (B, count, G, E) each."""
         return self.k[:, :count], self.v[:, :count]
 
     def part(self, rows: slice) -> "KVCache":
-        """The same memory, of some rows."""
+        """Return a view of some rows."""
         buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
         return copy_with_buffers(self, buffers)
 
     def first(self, count: int) -> "KVCache":
-        """The same memory, of so many rows."""
+        """Return a view of the first `count` rows."""
         return self.part(slice(0, count))
 
     def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
-        """The same memory, of those rows, which ascend and are moved to its front."""
+        """Move those rows, in ascending order, to the front; return a view of them."""
         front = self.first(len(rows))
         front.take(self, torch.tensor(rows, device=self.device), filled)
         return front
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
-        """Become a copy of those rows of another cache, (B,), up to slot `filled`."""
+        """Copy the first `filled` positions of those rows, (B,), of another cache."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
 
@@ -572,8 +572,8 @@ class CacheFactory:
 def visible_length(filled: int, most: int) -> int:
     """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
 
-    Attention reads so many slots: at most half of them beyond what is filled, and there are
-    only two sizes, hence two CUDA graphs, for each doubling of the length.
+    Attention reads this many positions. At most half of them are not filled, and there are only two
+    sizes, hence two CUDA graphs, for each doubling of the length.
     """
     power = max(64, 1 << (filled - 1).bit_length())
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)

@@ -208,7 +208,7 @@ def sizes(subject: Subject) -> Sizes:
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
     head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
     one = find_cache(subject.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), subject.dtype, META)
-    # A CPU's products want quantised weights packed anew: a slot holds them twice.
+    # The CPU kernels repack quantised weights, so a buffer holds each layer twice.
     packed = layer * bool(subject.scheme) * (subject.device.type == "cpu")
     qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     return Sizes(

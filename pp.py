@@ -113,14 +113,14 @@ def forward_all_positions(
     model: Transformer,
     tokens: Tensor,
     pos: Tensor,
-    slots: Tensor,
+    key_pos: Tensor,
     caches: Any,
     at: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """Transformer.forward for a stage before the last: it computes all positions, because the next
     stage needs them, and selects those of `at` from the result, (B, T, D)."""
-    x = model(tokens, pos, slots, caches, lengths=lengths)
+    x = model(tokens, pos, key_pos, caches, lengths=lengths)
     return x if at is None else x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (len(at), D)
 
 

@@ -48,13 +48,13 @@ def speculative_steps(
     past: prompt tokens that the caches hold already. limits: the most new ids of each row. live:
     the unfinished rows, read before every step; other rows get no ids.
     """
-    slots = torch.arange(caches[0].length, device=lm.device)
-    logits = prefill(lm, prompts, caches, past, slots)  # (B, 1, V)
-    first = sampler(logits, slots[:1].expand(len(prompts), 1))  # (B, 1)
+    key_pos = torch.arange(caches[0].length, device=lm.device)
+    logits = prefill(lm, prompts, caches, past, key_pos)  # (B, 1, V)
+    first = sampler(logits, key_pos[:1].expand(len(prompts), 1))  # (B, 1)
     step = sampler.copy_to_host_async(first)()
     texts = [[*prompt, *ids] for prompt, ids in zip(prompts, step, strict=True)]
     controller = lm.draft.controller.for_batch(len(texts))
-    cycle = Cycle(lm, prompts, texts, caches, sampler, slots)
+    cycle = Cycle(lm, prompts, texts, caches, sampler, key_pos)
     yield step
     while True:
         start = time.perf_counter()
@@ -76,7 +76,7 @@ class Cycle:
     texts: list[list[int]]
     caches: list[KVCache]
     sampler: Sampler
-    slots: Tensor  # (length,) the positions of the caches
+    key_pos: Tensor  # (length,) the positions of the caches
     k: int = 0  # draft tokens of the latest cycle
     propose: Propose = field(init=False)
 
@@ -89,7 +89,9 @@ class Cycle:
         Returns the new ids of each row, and how many draft tokens each row had.
         """
         rows = len(self.texts)
-        draft, drafted = self.propose(k, live) if k else (self.slots.new_empty(rows, 0), [0] * rows)
+        draft, drafted = (
+            self.propose(k, live) if k else (self.key_pos.new_empty(rows, 0), [0] * rows)
+        )
         self.k = draft.shape[1]
         wait = self.sampler.copy_to_host_async(self.verify(draft))
         step: list[list[int]] = [[] for _ in self.texts]
@@ -107,11 +109,11 @@ class Cycle:
         This is one verify pass over k + 1 tokens. It also writes rejected draft tokens to the
         caches; no query sees them before later tokens overwrite them.
         """
-        k, length = draft.shape[1], len(self.slots)
+        k, length = draft.shape[1], len(self.key_pos)
         last, pos, numbers = self._inputs(k)
         visible = visible_length(max(map(len, self.texts)) + k, length)
         tokens = torch.cat((last, draft), dim=1) if k else last  # (B, k + 1)
-        logits = self.lm.decode(tokens, pos, self.slots[:visible], self.caches)  # (B, k + 1, V)
+        logits = self.lm.decode(tokens, pos, self.key_pos[:visible], self.caches)  # (B, k + 1, V)
         if k:
             self.sampler.record_draft(draft, numbers[:, :k])
         return self.sampler(logits, numbers)
@@ -123,9 +125,9 @@ class Cycle:
         for text, prompt in zip(self.texts, self.prompts, strict=True):
             at, number = len(text) - 1, len(text) - len(prompt)
             # Positions beyond the cache are beyond the row's limit: their tokens are not used.
-            pos = (min(at + j, len(self.slots) - 1) for j in range(k + 1))
+            pos = (min(at + j, len(self.key_pos) - 1) for j in range(k + 1))
             inputs.append([text[-1], *pos, *range(number, number + k + 1)])
-        inputs = torch.tensor(inputs, device=self.slots.device)  # (B, 1 + 2 * (k + 1))
+        inputs = torch.tensor(inputs, device=self.key_pos.device)  # (B, 1 + 2 * (k + 1))
         return inputs.split((1, k + 1, k + 1), dim=1)
 
 

@@ -70,8 +70,8 @@ def prefill_rate(model: Any) -> float:
     """Ids per second of the layers alone."""
     lm, (count, *_) = model.lm, CALL_LIMITS["cpu"]
     tokens = torch.arange(count).view(8, -1) % lm.model.args.vocab_size  # (8, T)
-    slots = torch.arange(tokens.shape[1])
-    given = tokens, slots.expand_as(tokens), slots, lm.make_caches(8, len(slots)), slots[:1]
+    key_pos = torch.arange(tokens.shape[1])
+    given = tokens, key_pos.expand_as(tokens), key_pos, lm.make_caches(8, len(key_pos)), key_pos[:1]
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

@@ -44,7 +44,7 @@ VERIFYING = "bf16", "int4"  # what drafts are verified with
 PROFILED = 24  # steps
 
 
-def slots(rows: int) -> int:
+def cache_length(rows: int) -> int:
     """Of the caches for so many rows. One text has room for its longest prompt, and a draft's
     timings (gpu_speculate.py) take the same, as compiled code is for one length."""
     return max(PREFILLS.get(rows, (PROMPT,))) + MOST
@@ -77,7 +77,7 @@ class Timings:
     def of_rows(self, rows: int) -> None:
         """All that is timed with so many rows, on the same caches."""
         attempt, args = self.attempt, self.args
-        caches = self.lm.make_caches(rows, min(slots(rows), self.lm.model.args.context))
+        caches = self.lm.make_caches(rows, min(cache_length(rows), self.lm.model.args.context))
         attempt(f"decode, {rows} rows", lambda: self.decode(rows, caches))
         if rows == 1 and args.mode in VERIFYING:
             attempt("verify", lambda: self.verify(caches))
@@ -152,7 +152,7 @@ class Timings:
 
     def profile(self) -> None:
         """A trace of steps alone, past the ones in which CUDA graphs are recorded."""
-        caches = self.lm.make_caches(1, min(slots(1), self.lm.model.args.context))
+        caches = self.lm.make_caches(1, min(cache_length(1), self.lm.model.args.context))
         config = GenerationConfig(max_new_tokens=2 * PROFILED, temperature=0, ignore_eos=True)
         steps = generate(self.lm, self.prompts(1, PROMPT), config, caches=caches)
         for _ in range(PROFILED):
@@ -170,7 +170,7 @@ class Timings:
 
         torch.compiler.reset()
         lm = make_views(self.lm.model, self.lm.tokenizer, compile=True, compile_prefill=False)
-        caches = lm.make_caches(1, min(slots(1), lm.model.args.context))
+        caches = lm.make_caches(1, min(cache_length(1), lm.model.args.context))
         with fresh_cache():
             self.compiled("cold", lambda: compile_now(lm, caches))
 

@@ -22,7 +22,7 @@ import torch
 from bench import provenance
 from benchmarks.common import ROOT, exit_code
 from benchmarks.gpu_common import Attempts, seconds
-from benchmarks.gpu_decode import slots
+from benchmarks.gpu_decode import cache_length
 from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
 from draft_length import DraftLengthController
@@ -42,7 +42,7 @@ class Loaded(Large):
 
 @torch.inference_mode()
 def warm(small: LoadedModel) -> None:
-    caches = small.make_caches(1, min(slots(1), small.model.args.context))
+    caches = small.make_caches(1, min(cache_length(1), small.model.args.context))
     meet_shapes(*ModelDraft(DraftLengthController(None), small).warm_up_inputs(caches))
 
 
@@ -52,7 +52,7 @@ def time_drafts(
     """The small model first, as its draft; each with its guesses' number fixed, and chosen."""
     options = {"device": args.device, "compile": True, "draft": "self-int4"}
     lm = random_model(args.config, **options)
-    caches = lm.make_caches(1, min(slots(1), lm.model.args.context))
+    caches = lm.make_caches(1, min(cache_length(1), lm.model.args.context))
     drafts = {
         args.draft_config.stem: ModelDraft(DraftLengthController(None), small),
         "self-int4": lm.draft,

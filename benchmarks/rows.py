@@ -32,17 +32,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     scheme = None if args.mode == "dense" else make_scheme(args.mode, 32, args.mode)
     compiled = {"compile": args.compile, "compile_prefill": args.compile}
     lm, others = random_model(args.config, device="cpu", scheme=scheme, **compiled), Others()
-    caches, slots = lm.make_caches(1, 256), torch.arange(192)
+    caches, key_pos = lm.make_caches(1, 256), torch.arange(192)
     seconds: dict[int, list[float]] = {rows: [] for rows in args.rows}
     for _ in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
         for rows, of in seconds.items():
             tokens, pos = (
                 torch.ones(1, rows, dtype=torch.long),
-                slots[PAST_TOKENS : PAST_TOKENS + rows],
+                key_pos[PAST_TOKENS : PAST_TOKENS + rows],
             )
             step = lm.decode if rows == 1 else lm.prefill
             start = time.perf_counter()
-            step(tokens, pos.unsqueeze(0), slots, caches)
+            step(tokens, pos.unsqueeze(0), key_pos, caches)
             of.append(time.perf_counter() - start)
     figures = {}
     for rows, of in seconds.items():

@@ -60,9 +60,9 @@ class ScriptedView:
     script: Tensor
 
     def __call__(
-        self, tokens: Tensor, pos: Tensor, slots: Tensor, caches: list[KVCache], *at: Tensor
+        self, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: list[KVCache], *at: Tensor
     ) -> Tensor:
-        logits = self.view(tokens, pos, slots, caches, *at)  # (B, T, V) or (N, V)
+        logits = self.view(tokens, pos, key_pos, caches, *at)  # (B, T, V) or (N, V)
         if at:
             pos = pos.flatten()[at[0]]  # (N,)
         after = self.script[(pos + 1).clamp_max(len(self.script) - 1)]  # (B, T) or (N,)
@@ -141,10 +141,13 @@ class CycleTimes:
         self, lm: LoadedModel, caches: list[KVCache], width: int, past: int
     ) -> Callable[[], list[list[int]]]:
         """Return a function in which a model reads `width` tokens and draws one after each."""
-        slots = torch.arange(caches[0].length, device=lm.device)
+        key_pos = torch.arange(caches[0].length, device=lm.device)
         tokens = torch.ones(1, width, dtype=torch.long, device=lm.device)
-        pos, visible = slots[None, past : past + width], visible_length(past + width, len(slots))
-        return lambda: self.sampler(lm.decode(tokens, pos, slots[:visible], caches), pos).tolist()
+        pos, visible = (
+            key_pos[None, past : past + width],
+            visible_length(past + width, len(key_pos)),
+        )
+        return lambda: self.sampler(lm.decode(tokens, pos, key_pos[:visible], caches), pos).tolist()
 
     @torch.inference_mode()
     def round(

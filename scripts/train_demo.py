@@ -136,10 +136,10 @@ def token_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
 def loss(model: Transformer, windows: Tensor, device: str) -> Tensor:
     """Returns the mean cross-entropy in nats per token. windows: (B, CONTEXT + 1)."""
     tokens, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
-    slots = torch.arange(CONTEXT, device=device)
+    key_pos = torch.arange(CONTEXT, device=device)
     caches = [NoCache()] * model.args.n_layers
     with torch.autocast(device, dtype=torch.bfloat16):
-        logits = model(tokens, slots.expand_as(tokens), slots, caches)  # (B, T, V)
+        logits = model(tokens, key_pos.expand_as(tokens), key_pos, caches)  # (B, T, V)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 

@@ -236,13 +236,13 @@ SMALL = ModelArgs(
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
     """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
     model.cache_factory = find_cache(kv_dtype)
-    slots, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
+    key_pos, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)
-        pos = slots[:20].expand(rows, 20)
-        found.append(model(tokens[:rows, :20], pos, slots[:64], caches))
-        pos = slots[20 : 20 + rows].expand(rows, rows)
-        found.append(model(tokens[:rows, 20 : 20 + rows], pos, slots[:64], caches))
+        pos = key_pos[:20].expand(rows, 20)
+        found.append(model(tokens[:rows, :20], pos, key_pos[:64], caches))
+        pos = key_pos[20 : 20 + rows].expand(rows, rows)
+        found.append(model(tokens[:rows, 20 : 20 + rows], pos, key_pos[:64], caches))
     return found
 
 

@@ -61,11 +61,11 @@ def answers(
     result["weights"] = sum({t.data_ptr(): t.nbytes for t in reversed(tensors(lm.model))}.values())
     if not options.get("pipeline") and not percent:
         caches = lm.make_caches(len(prompts), 512)  # the shape that is compiled already
-        slots = torch.arange(64)
+        key_pos = torch.arange(64)
         for n in range(2):
             tokens = torch.tensor([prompt[n : n + 1] for prompt in prompts])
             with torch.inference_mode(), counted() as calls:
-                result["logits"] = lm.decode(tokens, slots[n].expand_as(tokens), slots, caches)
+                result["logits"] = lm.decode(tokens, key_pos[n].expand_as(tokens), key_pos, caches)
         result["calls"] = dict(calls)
     return result
 

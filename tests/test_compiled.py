@@ -51,7 +51,7 @@ def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, 
     caches = [lm.make_caches(1, 100) for _ in range(2)]
     wanted = [ids(eager(lm), (text,)) for text in TEXTS]
     assert ids(lm, TEXTS[:1], caches=caches[0]) == wanted[0]
-    # Prefill, then steps of 64, 96 and 100 visible slots, each once.
+    # Prefill, then steps of 64, 96 and 100 visible positions, each once.
     assert 2 <= taken.count(False) <= 4
     assert len(taken) == GREEDY.max_new_tokens
     known = taken.count(False)
@@ -65,12 +65,12 @@ def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, taken
     batch = ids(lm, TEXTS)
     assert batch == ids(eager(lm), TEXTS)
     assert [ids(lm, (text,))[0] for text in TEXTS] == batch
-    caches, slots = lm.make_caches(1, 100), torch.arange(64)
+    caches, key_pos = lm.make_caches(1, 100), torch.arange(64)
     with torch.inference_mode():
         for dtype in (torch.long, torch.int32, torch.long, torch.int32):
             token, pos = torch.tensor([[7]], dtype=dtype), torch.tensor([[0]])
-            logits = lm.decode(token, pos, slots, caches)
-            torch.testing.assert_close(logits, lm.model(token, pos, slots, caches))
+            logits = lm.decode(token, pos, key_pos, caches)
+            torch.testing.assert_close(logits, lm.model(token, pos, key_pos, caches))
     assert taken[-2:] == [True, True]
 
 

@@ -315,7 +315,7 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
 
 
 def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:
-    """Queries, and keys and values as they lie in a cache that has more slots; and what is hidden
+    """Queries, and keys and values as they lie in a cache that has more positions; and what is hidden
     from each query: all that comes after a token of its own."""
     generator = torch.Generator().manual_seed(S)
     q = torch.randn(B, G, Q, E, generator=generator)

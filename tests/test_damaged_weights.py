@@ -385,14 +385,14 @@ def test_a_head_that_differs_gives_the_logits_of_transformers(folder: Path):
     transformers = pytest.importorskip("transformers")
     write_tied(folder, TENSORS[HEAD])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    lm, tokens, slots = (
+    lm, tokens, key_pos = (
         meta_model(Checkpoint(folder).args, None),
         torch.arange(8)[None],
         torch.arange(8),
     )
     Checkpoint(folder).load_into(lm)
     with torch.no_grad():
-        ours = lm(tokens, slots[None], slots, lm.make_caches(1, 8))
+        ours = lm(tokens, key_pos[None], key_pos, lm.make_caches(1, 8))
         torch.testing.assert_close(ours, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 

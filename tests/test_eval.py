@@ -135,12 +135,12 @@ def test_quantised_checkpoints(
     assert found != dense
     assert found == pytest.approx(dense, rel=0.001 if mode == "int8" else 0.1)
     lm = load_model(path, device="cpu", dtype=torch.float32)
-    slots, total, count = torch.arange(63), 0.0, 0
+    key_pos, total, count = torch.arange(63), 0.0, 0
     for ids, _ in windows(lm.tokenizer.encode(TEXT, bos=False), [0], 64, 63):
         given, n = torch.tensor([ids[:-1]]), len(ids) - 1
         with torch.inference_mode():
             caches = lm.make_caches(1, 64)
-            logits = lm.model(given, slots[None, :n], slots[:n], caches)[0]
+            logits = lm.model(given, key_pos[None, :n], key_pos[:n], caches)[0]
         total += float(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
         count += n
     assert found == pytest.approx(total / count, rel=1e-5)

@@ -104,8 +104,8 @@ def test_a_foreign_checkpoint_is_the_dense_model_of_its_numbers(
     theirs = write(tmp_path, name, layout, 64 if layout == "awq" else 32)
     lm, dense = (load_model(p, device="cpu") for p in (theirs, tmp_path / "dense"))
     ids = torch.tensor([lm.tokenizer.encode(TEXTS[2]), dense.tokenizer.encode(TEXTS[2])])
-    slots = torch.arange(ids.shape[1])
-    given = ids, slots.expand_as(ids), slots
+    key_pos = torch.arange(ids.shape[1])
+    given = ids, key_pos.expand_as(ids), key_pos
     got, wanted = (m.model(*given, m.model.make_caches(2, 64)) for m in (lm, dense))
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     greedy = GenerationConfig(max_new_tokens=24, temperature=0)

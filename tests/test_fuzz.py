@@ -494,9 +494,9 @@ def generate_text(folder: Path) -> None:
     lm = load_model(folder, device="cpu")
     for _ in generate(lm, [[1, 2, 3]], GenerationConfig(max_new_tokens=2, temperature=0.0)):
         pass
-    tokens, slots = torch.tensor([[1, 2, 3]]), torch.arange(3)
+    tokens, key_pos = torch.tensor([[1, 2, 3]]), torch.arange(3)
     with torch.no_grad():
-        logits = lm.model(tokens, slots[None], slots, lm.model.make_caches(1, 3))
+        logits = lm.model(tokens, key_pos[None], key_pos, lm.model.make_caches(1, 3))
     if not logits.isfinite().all():
         raise Unnoticed("the logits are not finite")
 

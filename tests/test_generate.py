@@ -112,13 +112,13 @@ def test_a_compiled_step_maps_no_memory_whatever_the_depth_of_its_caller(
     as long. Here the caller's frame is made larger and larger, until it has been everywhere."""
     lm = both[1]
     caches = lm.make_caches(1, 64)
-    token, pos, slots = torch.tensor([[5]]), torch.tensor([[9]]), torch.arange(64)
+    token, pos, key_pos = torch.tensor([[5]]), torch.tensor([[9]]), torch.arange(64)
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         with torch.inference_mode():
             for _ in range(8):
-                lm.decode(token, pos, slots, caches)
+                lm.decode(token, pos, key_pos, caches)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     def called_from_a_frame_of(words: int) -> int:

@@ -107,14 +107,14 @@ def prefill(model: Transformer, tokens: Tensor) -> Tensor:
 def prefill_and_decode(model: Transformer, tokens: Tensor, lengths: Tensor) -> Tensor:
     """All logits, where each row's first `lengths` tokens come at once and the rest singly."""
     B, T = tokens.shape
-    slots, caches, rows = torch.arange(T), model.make_caches(B, T), torch.arange(B)
+    key_pos, caches, rows = torch.arange(T), model.make_caches(B, T), torch.arange(B)
     widest = int(lengths.max())
     logits = torch.zeros(B, T, model.args.vocab_size)
     padded = tokens[:, :widest].masked_fill(torch.arange(widest) >= lengths[:, None], 0)
-    logits[:, :widest] = model(padded, torch.arange(widest).expand(B, -1), slots, caches)
+    logits[:, :widest] = model(padded, torch.arange(widest).expand(B, -1), key_pos, caches)
     for step in range(T - int(lengths.min())):
         pos = (lengths + step).clamp(max=T - 1)  # a finished row repeats its last token
-        new = model(tokens[rows, pos, None], pos[:, None], slots, caches)
+        new = model(tokens[rows, pos, None], pos[:, None], key_pos, caches)
         logits[rows, pos] = new[:, 0]
     return logits
 
@@ -177,10 +177,10 @@ def test_real_model(name: str, data_dir: Path):
 @torch.no_grad()
 def greedy(model: Transformer, count: int) -> list[int]:
     """Ids after BOS, whatever they are: an EOS does not stop."""
-    slots, caches = torch.arange(count), model.make_caches(1, count)
+    key_pos, caches = torch.arange(count), model.make_caches(1, count)
     ids = [1]
     for pos in range(count):
-        logits = model(torch.tensor([ids[-1:]]), torch.tensor([[pos]]), slots, caches)
+        logits = model(torch.tensor([ids[-1:]]), torch.tensor([[pos]]), key_pos, caches)
         ids.append(int(logits[0, -1].argmax()))
     return ids
 

@@ -233,14 +233,14 @@ def test_a_file_runs_by_its_path_alone_whatever_it_is_called(demo: Path, mode: s
     assert isinstance(lm.model.output, Int8Linear)  # in either mode
     prompts = [lm.tokenizer.encode(text) for text in TEXTS]
     dense = load_model(demo, device="cpu", dtype=torch.float32)
-    slots = torch.arange(len(prompts[2]))
+    key_pos = torch.arange(len(prompts[2]))
     given = torch.tensor([prompts[2]])
     for model in (lm.model, dense.model):
         with torch.inference_mode():
-            logits = model(given, slots.unsqueeze(0), slots, model.make_caches(1, len(slots)))
+            logits = model(given, key_pos.unsqueeze(0), key_pos, model.make_caches(1, len(key_pos)))
         model.result = logits.log_softmax(-1)
     loss = F.kl_div(lm.model.result, dense.model.result, log_target=True, reduction="batchmean")
-    assert loss / len(slots) < (0.001 if mode == "int8" else 0.1)  # of the dense one's nats
+    assert loss / len(key_pos) < (0.001 if mode == "int8" else 0.1)  # of the dense one's nats
 
 
 @tiles

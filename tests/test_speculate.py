@@ -211,8 +211,8 @@ def exact(lm: LoadedModel, prompt: list[int], config: GenerationConfig) -> dict[
     pairs = list(itertools.product(range(V), range(V)))
     texts = torch.tensor([[*prompt, a, b] for a, b in pairs])
     B, T = texts.shape
-    slots = torch.arange(T)
-    logits = lm.model(texts, slots.expand(B, T), slots, lm.model.make_caches(B, T))
+    key_pos = torch.arange(T)
+    logits = lm.model(texts, key_pos.expand(B, T), key_pos, lm.model.make_caches(B, T))
     known = torch.zeros(B, 3, V)
     places = candidates(logits[:, -3:], config)[:2]
     known.scatter_(-1, *places)
