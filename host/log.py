@@ -4,6 +4,7 @@ import logging
 import sys
 
 LOGGER = logging.getLogger("gpt_flex")
+LOGGER.setLevel(logging.INFO)
 
 
 def log(line: str) -> None:

@@ -16,7 +16,6 @@ import torch
 
 import bench
 import eval as evaluation
-import generate
 import plan
 from cli.arguments import documents
 from cli.options import parse_args
@@ -24,7 +23,6 @@ from evaluation.perplexity import limited_count
 from generate import main
 from host import files, measurements, memory
 from text import jobs
-from text.generation_config import GenerationConfig
 from tiers.direct_io import ScratchFile, nearest_directory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,11 +188,9 @@ def test_line_ends_of_windows_are_no_text(tmp_path: Path):
 
 def test_what_takes_no_results_is_said_before_a_model_is_loaded(prompts: Path, tmp_path: Path):
     for output in (tmp_path, tmp_path / "none" / "out.jsonl", prompts / "out.jsonl"):
-        words = "--prompts", prompts, "--output", output
-        args = parse_args([str(word) for word in words])
-        args.checkpoint_path = files.DEMO
+        origin = jobs.Provenance("demo", "", {})
         with pytest.raises(OSError, match=f"--output {output} cannot be written"):
-            generate.open_output(args, GenerationConfig(), ["Once"])
+            jobs.ResultsFile(output, ["Once"], 1, origin)
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_later(
