@@ -25,7 +25,7 @@ from tqdm import tqdm
 from decoding import LoadedModel
 from host.bandwidth import measured_bandwidth
 from host.memory import cache_bytes, machine_name, size_text
-from model import KVCache
+from model import Cache
 from text.generation_config import GenerationConfig
 
 WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, then is recorded
@@ -107,7 +107,7 @@ class Stats:
 def measure(
     lm: LoadedModel,
     complete: Callable[..., Any],
-    caches: list[KVCache],
+    caches: Sequence[Cache],
     config: GenerationConfig,
     prompt_length: int,
     repeats: int,

@@ -231,9 +231,8 @@ class RecordedStep:
         *at: Tensor,
     ):
         self.inputs = [fresh(t) for t in (tokens, pos, *at)]
-        self.key_pos = (
-            key_pos.clone()
-        )  # constant numbers, which the graph reads from its own memory
+        # Constant numbers, which the graph reads from its own memory.
+        self.key_pos = key_pos.clone()
         self.graph = torch.cuda.CUDAGraph()
         tokens, pos, *at = self.inputs
         with torch.cuda.graph(self.graph, pool=pool):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from host.memory import check_memory
-from model import KVCache, Transformer, visible_length
+from model import Cache, Transformer, visible_length
 from sampling import Sampler
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
 # Proposes at most k draft tokens for the live rows: their ids, (B, k), and the count of each row.
 Propose = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
 
-MicroBatch = tuple[Sequence[int], Sequence[KVCache]]  # rows of a batch, and the caches of those
+MicroBatch = tuple[Sequence[int], Sequence[Cache]]  # rows of a batch, and the caches of those
 
 
 class Draft(Protocol):
@@ -43,15 +43,13 @@ class Draft(Protocol):
     controller: "DraftLengthController"
     lm: "LoadedModel | None"  # the draft model; None for NgramDraft
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+    def start(self, texts: Texts, caches: list[Cache], sampler: Sampler) -> Propose:
         """Return a function that proposes draft tokens for these texts as they grow.
 
         caches, sampler: those of the model that verifies.
         """
 
-    def warm_up_inputs(
-        self, caches: list[KVCache]
-    ) -> "tuple[LoadedModel, list[KVCache], int] | None":
+    def warm_up_inputs(self, caches: list[Cache]) -> "tuple[LoadedModel, list[Cache], int] | None":
         """Return the draft model, its caches and the most tokens of a row that it reads at once;
         None if no model drafts. caches: those of the model that verifies."""
 
@@ -59,11 +57,11 @@ class Draft(Protocol):
         """Bytes of one position of the draft's own caches."""
 
 
-def one_micro_batch(caches: Sequence[KVCache]) -> list[MicroBatch]:
+def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
     return [(range(caches[0].rows), caches)]
 
 
-def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[KVCache]:
+def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
     needed = batch * length * lm.kv_bytes_per_token()
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
@@ -81,19 +79,19 @@ class LoadedModel:
     tokenizer: "Tokenizer"
     draft: Draft | None = None
     any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
-    new_caches: Callable[["LoadedModel", int, int], Sequence[KVCache]] = caches_on_device
+    new_caches: Callable[["LoadedModel", int, int], Sequence[Cache]] = caches_on_device
     # Prompt tokens of all rows together in one call of prefill. None: PREFILL_TOKENS.
     prefill_chunk_tokens: int | None = None
     sampler: Callable[..., Sampler] = Sampler
     # Splits the caches of a batch into micro-batches, which go through the model independently.
-    micro_batches: Callable[[Sequence[KVCache]], Sequence[MicroBatch]] = one_micro_batch
+    micro_batches: Callable[[Sequence[Cache]], Sequence[MicroBatch]] = one_micro_batch
 
     @property
     def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
     @torch.inference_mode()
-    def make_caches(self, batch: int, length: int) -> Sequence[KVCache]:
+    def make_caches(self, batch: int, length: int) -> Sequence[Cache]:
         """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
@@ -104,7 +102,7 @@ class LoadedModel:
 
 
 def plain_steps(
-    lm: LoadedModel, prompts: Texts, caches: Sequence[KVCache], *given: Any
+    lm: LoadedModel, prompts: Texts, caches: Sequence[Cache], *given: Any
 ) -> Iterator[list[list[int]]]:
     """Yield steps of one new id for each row. given: the other arguments of launched_steps.
 
@@ -201,7 +199,7 @@ def launch_ahead(steps: Iterator[T]) -> Iterator[T]:
 def prefill(
     lm: LoadedModel,
     prompts: Texts,
-    caches: list[KVCache],
+    caches: list[Cache],
     past: int,
     key_pos: Tensor,
 ) -> Tensor:

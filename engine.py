@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from decoding import LoadedModel, plain_steps
-from model import KVCache
+from model import Cache
 from sampling import NOT_FINITE, Sampler
 from text.completion import Completion
 from text.generation_config import GenerationConfig
@@ -35,7 +35,7 @@ def generate(
     config: GenerationConfig = GenerationConfig(),
     *,
     rows: Sequence[int] | None = None,
-    caches: list[KVCache] | None = None,
+    caches: Sequence[Cache] | None = None,
     past: int = 0,
     live: set[int] | None = None,
     logits_processors: "Sequence[LogitsProcessor]" = (),
@@ -91,7 +91,7 @@ def make_steps(
     return speculative_steps(lm, *given, counts, live)
 
 
-def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: list[KVCache]) -> ValueError:
+def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
     from finite import explain_not_finite
 
     return ValueError(explain_not_finite(lm, text, caches))

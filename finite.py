@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from model import KVCache, Transformer, visible_length
+from model import Cache, Transformer, visible_length
 from ranks import all_gather_object
 
 CHUNK_TOKENS = 512  # tokens of one forward pass
 
 
 @torch.inference_mode()
-def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> str:
+def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> str:
     """Return an error line that names the first part of the model whose output is not finite.
 
     caches: at least as long as the text; the first row is overwritten.
@@ -36,7 +36,7 @@ def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[KV
     )
 
 
-def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]) -> list[bool]:
+def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> list[bool]:
     """Run the model on a text. Returns whether the outputs of the embedding, of each layer and of
     the head are finite."""
     ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
@@ -53,7 +53,7 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[KVCache]
 
 
 def finite_in_chunk(
-    model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache]
+    model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[Cache]
 ) -> Tensor:
     """Return one boolean for the embedding, each layer and the head: is its output finite?"""
     x, rotation, mask = model.embed(tokens, pos, key_pos)

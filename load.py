@@ -23,7 +23,7 @@ from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from host.files import DEMO
 from host.memory import check_memory
-from model import CacheFactory, KVCache, ModelArgs, Transformer, visible_length
+from model import Cache, CacheFactory, ModelArgs, Transformer, visible_length
 from options.settings import FlashOptions, LoadOptions
 from quant.linear import (
     QuantizedLinear,
@@ -431,7 +431,7 @@ def nowhere(name: str, dtype: torch.dtype) -> None:
     """No file has a tensor as it is run."""
 
 
-def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[KVCache]:
+def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[Cache]:
     from tiers.kv_cache import tiered_caches
 
     waited = lm.model.layers.wait_times["cache"]
@@ -525,7 +525,7 @@ def count_weights(args: ModelArgs) -> int:
 
 
 @torch.inference_mode()
-def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
+def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
     """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
     meet_shapes(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (drafting := lm.draft.warm_up_inputs(caches)):
@@ -536,7 +536,7 @@ def compile_now(lm: LoadedModel, caches: list[KVCache]) -> None:
         source.reset_stats()
 
 
-def meet_shapes(lm: LoadedModel, caches: list[KVCache], widest: int) -> None:
+def meet_shapes(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
     """widest: tokens of a row that decoding is given at once, where 2 stand for more."""
     key_pos = torch.arange(caches[0].length, device=lm.device)
     visible = key_pos[: visible_length(2, len(key_pos))]

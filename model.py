@@ -20,6 +20,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +97,17 @@ class Transformer(nn.Module):
         tokens: Tensor,
         pos: Tensor,
         key_pos: Tensor,
-        caches: Iterable["KVCache"],
+        caches: Iterable["AttentionCache"],
         at: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Logits after each new token, reading and extending the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
-        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max(); the
-        rest of the caches costs nothing. caches: one per layer. at: (N,) picks tokens, counted through all
-        B*T, before the output head, the widest product of all. lengths: (B, 1), tokens of the whole
-        prompt of each row; see DynamicRotaryPositions.
+        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max();
+        the rest of the caches costs nothing. caches: one per layer. at: (N,) indices of the tokens,
+        counted through all B*T, that get logits: the output head is the widest product of all.
+        lengths: (B, 1), tokens of each row's whole prompt; see DynamicRotaryPositions.
         Returns (B, T, V), or (N, V) with `at`.
         """
         x, rotation, mask = self.embed(tokens, pos, key_pos, lengths)
@@ -137,7 +138,10 @@ class Transformer(nn.Module):
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
     def mask(self, pos: Tensor, key_pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """The attention mask: 0 where a query may attend to a key, else -inf. (B, T), (S,) -> (B, 1, R*T, S); see Attention."""
+        """The mask of attention: 0 where a query may attend to a key, else -inf.
+
+        (B, T), (S,) -> (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head.
+        """
         hidden = key_pos > pos.unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
         mask = mask.masked_fill(hidden, -math.inf)
@@ -172,7 +176,7 @@ class PreNormBlock(nn.Module):
     # One compiled body serves every layer, so compile time does not grow with depth.
     @torch.compiler.nested_compile_region
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, mask, pos, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
@@ -181,7 +185,7 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(PreNormBlock):
     @torch.compiler.nested_compile_region
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
         x = self.attention_norm(x + self.attention(x, rotation, mask, pos, cache))
         return self.ffn_norm(x + self.feed_forward(x))  # (B, T, D)
@@ -197,7 +201,7 @@ class Attention(nn.Module):
         self.rotate = POSITIONS[args.positions].rotate
 
     def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "KVCache"
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
@@ -542,7 +546,39 @@ class KVCache(nn.Module):
             mine[:, :filled] = theirs[rows, :filled]
 
 
-# Returns attention, (B, T, H, E), over what a cache stores. Called with the cache, queries of that
+class Cache(Protocol):
+    """The cache of one layer as the decoding loop uses it: a KVCache, or one on several tiers."""
+
+    rows: int
+    length: int  # usable positions of each row
+    device: torch.device
+    row_granularity: int  # rows of a micro-batch, which cost as much as one row
+
+    def opened(
+        self, rows: slice, pos: Tensor
+    ) -> "contextlib.AbstractContextManager[AttentionCache]":
+        """Yield the cache of some rows while they compute and write to pos, (B, T)."""
+
+    def first(self, count: int) -> "Cache":
+        """Return a view of the first `count` rows."""
+
+    def compacted(self, rows: Sequence[int], filled: int) -> "Cache":
+        """Move the first `filled` positions of those rows, in ascending order, to the front; return
+        a view of them."""
+
+    def keep(self, filled: int) -> None:
+        """Declare the positions from `filled` on unused."""
+
+
+class AttentionCache(Protocol):
+    """The cache of one layer as a block uses it: on its device, or on the host."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        """Store k and v, (B, T, G, E), at pos, (B, T); return the attention of queries,
+        (B, T, H, E), to all of the cache. mask: see Transformer.mask."""
+
+
+# Returns the attention, (B, T, H, E), of queries to a cache. Called with the cache, queries of that
 # shape, the mask of Transformer.mask, and pos, (B, T), the queries' positions.
 CacheAttention = Callable[[KVCache, Tensor, Tensor, Tensor], Tensor]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from decoding import LoadedModel, Propose, Texts, prefill
 from draft_length import DraftLengthController
-from model import KVCache, visible_length
+from model import Cache, visible_length
 from sampling import Sampler
 
 NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts better
@@ -37,7 +37,7 @@ NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts b
 def speculative_steps(
     lm: LoadedModel,
     prompts: Texts,
-    caches: list[KVCache],
+    caches: Sequence[Cache],
     past: int,
     sampler: Sampler,
     limits: Sequence[int],
@@ -74,7 +74,7 @@ class Cycle:
     lm: LoadedModel
     prompts: Texts
     texts: list[list[int]]
-    caches: list[KVCache]
+    caches: Sequence[Cache]
     sampler: Sampler
     key_pos: Tensor  # (length,) the positions of the caches
     k: int = 0  # draft tokens of the latest cycle
@@ -152,10 +152,10 @@ class NgramDraft:
     def kv_bytes_per_token(self) -> int:
         return 0
 
-    def warm_up_inputs(self, caches: list[KVCache]) -> None:
+    def warm_up_inputs(self, caches: Sequence[Cache]) -> None:
         return None
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
         indexed = [0] * len(texts)
         device = caches[0].device
@@ -199,10 +199,10 @@ class ModelDraft:
     def kv_bytes_per_token(self) -> int:
         return self.lm.model.kv_bytes_per_token()
 
-    def warm_up_inputs(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
+    def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
         return self.lm, self._caches_like(caches), OwnCacheProposer.tail
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
         filled, old = [0] * len(texts), self._latest
         caches = self._caches_like(caches)
         if old and old.caches is caches:  # they hold the beginning of the same conversation
@@ -211,7 +211,7 @@ class ModelDraft:
         self._latest = OwnCacheProposer(self.lm, texts, caches, sampler, filled)
         return self._latest
 
-    def _caches_like(self, caches: list[KVCache]) -> list[KVCache]:
+    def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
         """Return the draft's caches for as many rows and positions, at most its context. The
         latest caches are used again if they have that shape."""
         rows, length = caches[0].rows, min(caches[0].length, self.lm.model.args.context)
@@ -254,10 +254,10 @@ class SelfDraft:
     def kv_bytes_per_token(self) -> int:
         return 0
 
-    def warm_up_inputs(self, caches: list[KVCache]) -> tuple[LoadedModel, list[KVCache], int]:
+    def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
         return self.lm, caches, ModelProposer.tail
 
-    def start(self, texts: Texts, caches: list[KVCache], sampler: Sampler) -> Propose:
+    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
         return ModelProposer(self.lm, texts, caches, sampler)
 
 
@@ -269,7 +269,7 @@ class ModelProposer:
 
     tail = 1  # last tokens of each text that the first draft step reads
 
-    def __init__(self, lm: LoadedModel, texts: Texts, caches: list[KVCache], sampler: Sampler):
+    def __init__(self, lm: LoadedModel, texts: Texts, caches: Sequence[Cache], sampler: Sampler):
         self.lm, self.texts, self.caches = lm, texts, caches
         self._sampler = sampler
         self._starts = [len(text) - 1 for text in texts]  # the lengths of the prompts
@@ -315,7 +315,7 @@ class OwnCacheProposer(ModelProposer):
         self,
         lm: LoadedModel,
         texts: Texts,
-        caches: list[KVCache],
+        caches: Sequence[Cache],
         sampler: Sampler,
         filled: list[int],
     ):

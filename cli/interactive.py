@@ -7,7 +7,7 @@ from cli.session import Session
 from decoding import LoadedModel
 from engine import complete
 from host.memory import available_memory
-from model import KVCache, ModelArgs
+from model import Cache, ModelArgs
 from options.settings import ModelChoice
 from ranks import broadcast_from_rank0
 from text import chat
@@ -43,7 +43,7 @@ def fitting(lm: LoadedModel) -> int:
 
 
 def answerer(
-    session: Session, conversation: chat.Conversation, caches: list[KVCache]
+    session: Session, conversation: chat.Conversation, caches: Sequence[Cache]
 ) -> Callable[..., Completion]:
     """The function that answers, given the ids of the conversation, how many of them the caches
     hold, and what shows pieces of text."""

@@ -8,7 +8,7 @@ from bench import Stats
 from decoding import LoadedModel
 from host.log import log
 from load import compile_now
-from model import KVCache, ModelArgs
+from model import Cache, ModelArgs
 from options.settings import ModelChoice
 from text.generation_config import GenerationConfig
 from text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ class Session:
     config: GenerationConfig
     stats: Stats
 
-    def compile(self, caches: list[KVCache]) -> None:
+    def compile(self, caches: Sequence[Cache]) -> None:
         """Compile for the shape of the caches, if the model is compiled, and time it."""
         if self.lm.any_rows:
             return

@@ -13,7 +13,7 @@ import torch
 from common import ROOT
 
 import decoding
-from decoding import LoadedModel, launched_ahead, launched_steps, worth_moving
+from decoding import LoadedModel, launch_ahead, launched_steps, pays_to_compact
 from engine import complete, generate
 from load import load_model
 from model import KVCache
@@ -129,7 +129,7 @@ def test_rows_that_end_leave_and_the_others_get_what_they_get_alone(
     assert len(lengths) > 4 and {20, LIMIT} <= lengths and min(lengths) < 10
     with Widths(early.lm) as moved:
         assert told(complete(early.lm, early.given, early.config)) == early.wanted
-    monkeypatch.setattr(decoding, "ENDED", 2.0)
+    monkeypatch.setattr(decoding, "MIN_ENDED_SHARE", 2.0)
     with Widths(early.lm) as never:
         assert told(complete(early.lm, early.given, early.config)) == early.wanted
     assert set(never) == {len(TEXTS)} and len(moved) == len(never)
@@ -216,7 +216,7 @@ def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
         sampler = Sampler(config, rows, early.lm.device)
         micro_batch = rows, caches
         steps = launched_steps(early.lm, early.given, micro_batch, 0, sampler, LIMIT, live)
-        for computed, read in launched_ahead(steps):
+        for computed, read in launch_ahead(steps):
             widths.append(len(computed))
             for row, ids in zip(computed, read(), strict=True):
                 found[row] += ids
@@ -227,12 +227,16 @@ def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
 
 
 def test_rows_are_moved_when_it_pays():
-    assert [worth_moving(8, going, 1) for going in (8, 7, 6, 1)] == [False, False, True, True]
-    assert worth_moving(2, 1, 1) and not worth_moving(1, 1, 1)
+    assert [pays_to_compact(8, going, 1) for going in (8, 7, 6, 1)] == [False, False, True, True]
+    assert pays_to_compact(2, 1, 1) and not pays_to_compact(1, 1, 1)
     # In micro-batches of 4, what remains of one costs as much as all of it.
-    assert [worth_moving(8, going, 4) for going in (6, 5, 4, 1)] == [False, False, True, True]
-    assert not worth_moving(12, 10, 4) and worth_moving(12, 8, 4) and not worth_moving(4, 1, 4)
-    assert [worth_moving(100, going, 10) for going in (90, 76, 75)] == [False, False, True]
+    assert [pays_to_compact(8, going, 4) for going in (6, 5, 4, 1)] == [False, False, True, True]
+    assert (
+        not pays_to_compact(12, 10, 4)
+        and pays_to_compact(12, 8, 4)
+        and not pays_to_compact(4, 1, 4)
+    )
+    assert [pays_to_compact(100, going, 10) for going in (90, 76, 75)] == [False, False, True]
 
 
 def filled(caches: Sequence[KVCache], pos: torch.Tensor, draw: random.Random) -> list[torch.Tensor]:

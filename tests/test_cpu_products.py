@@ -315,8 +315,8 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
 
 
 def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:
-    """Queries, and keys and values as they lie in a cache that has more positions; and what is hidden
-    from each query: all that comes after a token of its own."""
+    """Queries, keys and values that are views of a longer cache, and a mask that hides from each
+    query what follows a token of its own."""
     generator = torch.Generator().manual_seed(S)
     q = torch.randn(B, G, Q, E, generator=generator)
     k, v = torch.randn(2, B, S + 3, G, E, generator=generator).bfloat16()

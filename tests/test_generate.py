@@ -11,7 +11,7 @@ from common import ROOT, hugging_face_model
 from common import complete_ids as ids
 
 import decoding
-from decoding import LoadedModel, launched_ahead
+from decoding import LoadedModel, launch_ahead
 from engine import complete, generate
 from host.torch_private import compiled_graphs
 from load import load_model, random_model
@@ -242,7 +242,7 @@ def test_a_step_is_launched_before_the_one_before_it_is_read():
             order.append(f"launch {n}")
             yield n
 
-    for n in launched_ahead(steps()):
+    for n in launch_ahead(steps()):
         order.append(f"read {n}")
     launches = ["launch 0", "launch 1", "read 0", "launch 2", "read 1", "read 2"]
     assert order == launches
