@@ -1,6 +1,6 @@
 """generate.py --interactive: a chat in the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.session import Session

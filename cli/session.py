@@ -1,6 +1,7 @@
 """What the modes of generate.py share: a loaded model, how it continues texts, and its times."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
