@@ -31,13 +31,12 @@ from cli.arguments import (
     window,
 )
 from options.rules import PLACING, broken_rule
-from options.settings import SELF_DRAFTS
+from options.settings import DRAFTS, SELF_DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
-DRAFTS = "ngram", *SELF_DRAFTS
 MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
