@@ -61,7 +61,11 @@ def run(args: argparse.Namespace) -> None:
         log(line)
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
-        mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
+        mode.run(
+            Session(lm, config, stats),
+            batch_size,
+            plan and plan.workload.prompt + plan.workload.new,
+        )
     for line in report(lm, stats, plan, args.flash):
         log(line)
     leave_process_group()
@@ -162,13 +166,13 @@ def print_plan(
     plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
 ) -> None:
     """Print what would run where on stdout: the result of --plan."""
-    from plan import find_subject, lines, on_devices
+    from plan import find_model_spec, lines, on_devices
 
     for line in lines(plan):
         print(line, flush=True)
     if args.link:
-        subject, _ = find_subject(model, options, args.compress_weight)
-        for line in on_devices(subject, args.link, args.read_rate):
+        spec, _ = find_model_spec(model, options, args.compress_weight)
+        for line in on_devices(spec, args.link, args.read_rate):
             print(line, flush=True)
     leave_process_group()
 
