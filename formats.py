@@ -232,7 +232,7 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
                 "could run code: use safetensors, or save a dict of nothing but tensors"
             ) from error
         if "meta tensor" in str(error) and options.get("map_location") == "meta":
-            # torch 2.15 validates sparse tensors and fails on meta; the caller refuses them by name.
+            # torch 2.15 validates sparse tensors and fails on meta; pickle_part names them.
             return load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         raise ValueError(
             f"{file} cannot be read: it is truncated or corrupt, or holds more than tensors, "
