@@ -193,6 +193,7 @@ def test_two_names_of_one_tensor_are_refused(folder: Path):
 
 WRONG = {
     "sparse": (lambda t: t.to_sparse(), "is no dense tensor"),
+    "sparse rows": (lambda t: t[None].to_sparse_csr(), "is no dense tensor"),
     "without values": (lambda t: t.to("meta"), "without its values"),
     "complex": (lambda t: t.to(torch.complex64), "norm.weight is complex64"),
     "int64": (lambda t: t.long(), "norm.weight is int64"),

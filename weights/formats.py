@@ -241,6 +241,9 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
                 f"{file} holds {unsafe[1]} where only tensors may be, which is refused because it "
                 "could run code: use safetensors, or save a dict of nothing but tensors"
             ) from error
+        if "meta tensor" in str(error) and options.get("map_location") == "meta":
+            # torch 2.15 validates sparse tensors and fails on meta; pickle_part names them.
+            return load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         raise ValueError(
             f"{file} cannot be read: it is truncated or corrupt, or holds more than tensors, "
             "which is refused because it could run code; download it again, as safetensors "
