@@ -237,7 +237,7 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     """Returns the bytes that a run may take of each tier: those of the options, or the free ones
     less a reserve.
 
-    weights: bytes of the layers, which take space of the disk and not of the free one.
+    weights: bytes of the layers, which are stored on the disk and add to its free bytes.
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
@@ -310,7 +310,7 @@ def lines(plan: Plan) -> Iterator[str]:
         for (tier, n), name in zip(found.memory.items(), tiers.values(), strict=True)
     )
     for name, seconds in found.step.items():
-        mark = ", which it waits for" if name == found.binding else ""
+        mark = ", the slowest" if name == found.binding else ""
         prompts = duration_text(found.prefill[name])
         yield f"  {name:11} {prompts} of prompts, {duration_text(seconds)} of a step{mark}"
     if found.step:
