@@ -124,7 +124,7 @@ def assemble(
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy, device)
-        stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
+        stored = weights.stored(strategy) if scheme == weights.scheme else no_location
         fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
         return strategy.wrap(make_ready(model, tokenizer, options))
@@ -203,7 +203,7 @@ class RandomWeights:
         return random_filler(device)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
-        return nowhere
+        return no_location
 
     def start(self, model: Transformer) -> None: ...
 
@@ -401,16 +401,16 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
     """Returns a function that fills tensors of quantised linears from a dense checkpoint's weights,
     and other tensors by `fill`."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    latest: dict[str, dict[str, Tensor]] = {}
+    rounded: dict[str, dict[str, Tensor]] = {}
 
     def rounding(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         if module not in linears or leaf == "bias":
             return fill(name, tensor)
-        if module not in latest:
-            latest.clear()  # one linear is enough: its tensors are filled one after the other
-            latest[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
-        tensor.copy_(latest[module][leaf])
+        if module not in rounded:
+            rounded.clear()  # one linear is enough: its tensors are filled one after the other
+            rounded[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
+        tensor.copy_(rounded[module][leaf])
 
     return rounding
 
@@ -425,7 +425,7 @@ def counted(fill: Fill, progress: Callable[[int], Any]) -> Fill:
     return filling
 
 
-def nowhere(name: str, dtype: torch.dtype) -> None:
+def no_location(name: str, dtype: torch.dtype) -> None:
     """Returns None: no file stores the model's tensors byte for byte."""
 
 

@@ -29,8 +29,8 @@ class ChatMode:
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
         lm, config = session.lm, session.config
-        length = cache_length or positions_that_fit(lm)
-        caches = lm.make_caches(1, min(lm.model.args.context, length))
+        most = cache_length or positions_that_fit(lm)
+        caches = lm.make_caches(1, min(lm.model.args.context, most))
         session.compile(caches)
         length = caches[0].length
         conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
