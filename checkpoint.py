@@ -115,7 +115,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of most bytes; of the embedding in a quantised checkpoint."""
+        """The floating-point dtype of most bytes; if quantised, the dtype of the embedding."""
         if self.scheme:
             return self.tensors["tok_embeddings.weight"].dtype
         sizes = Counter()

@@ -198,7 +198,7 @@ class CudaGraphs:
 
     @property
     def kept(self) -> int:
-        """The number of graphs that can be replayed."""
+        """Returns the number of graphs that can be replayed."""
         return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
 
     def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":

@@ -229,7 +229,7 @@ def fill_model(
 
 
 class ParallelStrategy(Protocol):
-    """How a model is divided among processes, in the order in which load_model calls the methods.
+    """Divides a model among processes. load_model calls the methods in the order given here.
 
     SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
@@ -262,7 +262,7 @@ class ParallelStrategy(Protocol):
 
 
 class SingleProcess:
-    """The strategy without ranks: this process has the whole model."""
+    """The ParallelStrategy without ranks: this process has the whole model."""
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args

@@ -34,7 +34,7 @@ Rotation = tuple[Tensor, Tensor] | None
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies change for a context longer than the trained one."""
+    """The scaling of rotary frequencies for a context longer than the trained one."""
 
     kind: str  # a key of ROPE_SCALINGS
     factor: float

@@ -31,7 +31,7 @@ class FromArguments:
 
 @dataclass(frozen=True)
 class FlashOptions:
-    """How a model's feed-forward neurons are read from disk.
+    """Settings of --flash, which reads a model's feed-forward neurons from disk.
 
     memory: for all weights of the model: up to 1 a share of their bytes, above it bytes. window:
     the number of last tokens whose neurons stay in memory. depth: reads in flight at a time. If
@@ -47,7 +47,7 @@ class FlashOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded and run."""
+    """Settings of load_model: how a model is loaded and run."""
 
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the first of these that exists
     dtype: "torch.dtype | str | None" = None  # of the weights; None: as stored
@@ -94,7 +94,7 @@ class ModelChoice(FromArguments):
 
 @dataclass(frozen=True)
 class PlanOptions(FromArguments):
-    """How to choose the policy that divides a model among device, host and disk."""
+    """Settings that choose the policy, which divides a model among device, host and disk."""
 
     batch_size: int | None = None  # rows of all micro-batches together
     device_memory: float | None = None  # bytes; None: the free ones
@@ -143,7 +143,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """How flash.py trains the predictors of active neurons."""
+    """Settings of the training of flash.py's predictors of active neurons."""
 
     rank: int | None = None  # None: by the model's width
     recall: float = 0.97  # share of active neurons to predict
