@@ -245,10 +245,9 @@ class SparseFeedForward(nn.Module):
 
 
 def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
-    """Replace the feed-forward layers of a model by sparse ones, before its weights are loaded.
+    """Replace the feed-forward layers of a model by sparse ones, before its weights are allocated.
 
-    The model must be on the meta device, and the new layers are created there: the caller sets it
-    as the default device.
+    The parameters of the new layers are uninitialised (see fill_from_pack).
     """
     for layer, figures in zip(model.layers, pack.layers, strict=True):
         layer.feed_forward = SparseFeedForward(model.args, pack.format, figures["rank"])
