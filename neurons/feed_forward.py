@@ -101,7 +101,8 @@ class SparseFeedForward(nn.Module):
         """Connect the layer to its neurons on disk, and allocate a cache of so many entries.
 
         Called once the parameters are loaded. layer: its index in the model. source: the neuron
-        file, which all layers share.
+        file, which all layers share. `number` is this layer's key in LAYERS, as a tensor for
+        compiled code.
         """
         self.layer, self.source, self.stats = layer, source, source.stats
         LAYERS[id(self)] = self
@@ -165,9 +166,10 @@ class SparseFeedForward(nn.Module):
     def _fetch(self, ids: np.ndarray, overlap: Callback) -> tuple[np.ndarray, np.ndarray]:
         """Read those of the neurons `ids`, ascending, that are not in memory.
 
-        overlap: called once while they are read; entries that are being filled are then empty and
-        add nothing. Returns the entries that were filled, and the ids that must wait for a further
-        call because all entries were taken. Counts neurons and seconds in the stats.
+        overlap: called once, while they are read if any is missing; entries that are being filled
+        are then empty and add nothing to the layer's sums. Returns the entries that were filled,
+        and the ids that need a further call because no entry was left for them. Counts neurons and
+        seconds in the stats.
         """
         stats = self.stats
         with stats.timed("manage_seconds"):
@@ -177,10 +179,10 @@ class SparseFeedForward(nn.Module):
             return entries, waiting
         stats.missed += len(new)
         stats.reads += 1
-        before = stats.compute_seconds
+        computed_before = stats.compute_seconds
         with stats.timed("read_seconds"):
             self.source.fetch(self.layer, new, entries, self.cache.records, overlap)
-        stats.overlapped_seconds += stats.compute_seconds - before
+        stats.overlapped_seconds += stats.compute_seconds - computed_before
         with stats.timed("manage_seconds"):
             self.cache.commit(new, entries)
         return entries, waiting
@@ -201,7 +203,7 @@ class SparseFeedForward(nn.Module):
         """Sum the outputs of all neurons, in chunks: (B, T, D) -> (B, T, D) float32.
 
         predicted: (n, F) bool, neurons that may be active, for the last tokens of each row. Those
-        of the last CACHED_TOKENS go into the cache, for the tokens that follow.
+        of the last CACHED_TOKENS go into the cache, as many as fit, for the tokens that follow.
         """
         predicted = predicted.unflatten(0, (len(x), -1))  # (B, t, F)
         predicted = predicted[:, -CACHED_TOKENS:].flatten(0, 1)  # (n, F)
@@ -247,14 +249,17 @@ class SparseFeedForward(nn.Module):
 def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
     """Replace the feed-forward layers of a model by sparse ones, before its weights are allocated.
 
-    The parameters of the new layers are uninitialised (see fill_from_pack).
+    The parameters of the new layers are uninitialised; fill_from_pack fills them. Each predictor
+    has the rank that the pack's manifest gives for its layer.
     """
     for layer, figures in zip(model.layers, pack.layers, strict=True):
         layer.feed_forward = SparseFeedForward(model.args, pack.format, figures["rank"])
 
 
 def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
-    """Return a fill function that copies the pack's tensors, and calls `fill` for all others."""
+    """Return a fill function for loading the model's weights: tensors whose names the pack has are
+    copied from the pack (predictors, biases, scales), all others are filled by `fill`.
+    """
     resident = pack.resident()
 
     def fill_tensor(name: str, tensor: Tensor) -> None:
