@@ -65,6 +65,7 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(self, lm: LoadedModel, batch_size: int | None, max_length: int, bos: bool):
+        """Keep the arguments, and count shortened and fused texts from 0."""
         super().__init__()
         self.lm, self.rows, self.max_length = lm, batch_size, max_length
         self._device, self._tokenizer = lm.device, lm.tokenizer

@@ -162,6 +162,7 @@ class TreeBuilder:
     """
 
     def __init__(self, sequences: Sequence[tuple[Ids, int]], min_shared: float):
+        """Sort the sequences (ids, first scored position), and measure their common prefixes."""
         order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
         self.ends = [(n, sequences[n][1]) for n in order]
         self.texts = [tuple(sequences[n][0]) for n in order]
@@ -229,6 +230,9 @@ class TreeScorer:
     """
 
     def __init__(self, lm: LoadedModel, roots: Sequence[PrefixNode], batch_size: int | None):
+        """Choose the sizes of calls and pools for the trees of these roots; no memory is allocated
+        yet. A quarter of the free memory is for all pools, one per level. batch_size: rows of a
+        call; None: chosen here."""
         self.lm, self.batch_size = lm, batch_size
         self.max_ids, max_positions, overhead = CALL_LIMITS[lm.device.type]
         # If a call would contain more padding ids than this, two calls are faster.

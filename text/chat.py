@@ -38,6 +38,7 @@ class Conversation:
     def __init__(
         self, tokenizer: Tokenizer, max_length: int, max_new_tokens: int, system: str | None = None
     ):
+        """Begin a conversation without messages but the system message; the KV cache is empty."""
         self.tokenizer = tokenizer
         self.max_prompt = max_length - min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []

@@ -255,6 +255,8 @@ class ConsoleSink:
             print(completion.text, flush=True)
 
     def _print_heading(self, job: Job) -> None:
+        """Print what comes before a job's text: its number if there are several jobs, and its
+        prompt."""
         if len(self.todo) > 1:
             print(f"--- {job.number + 1} of {len(self.todo)}")
         if self._with_prompt:
@@ -272,6 +274,8 @@ class ResultsFile:
     def __init__(
         self, path: Path, prompts: Sequence[Prompt], num_samples: int, provenance: Provenance
     ):
+        """Open the file, read its results, and check that this run would produce them, too:
+        num_samples texts for each of `prompts`, with the model and settings of `provenance`."""
         self._path, self._provenance = path, provenance
         self._file = open_for_results(path)
         self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)
@@ -374,6 +378,7 @@ class JsonlSink:
         counts: FinishCounts,
         generated: Callable[[], int],
     ):
+        """jobs: all jobs, also those that have a result. counts: gets each text that ends."""
         self.todo = output.missing(jobs)
         self._output, self._counts, self._generated = output, counts, generated
         self._batch: Sequence[Job] = ()
@@ -382,6 +387,7 @@ class JsonlSink:
         self._open_limit = sum(job.limit for job in self.todo)  # token limits of the other texts
 
     def __enter__(self) -> "JsonlSink":
+        """Show the progress bar; __exit__ ends it."""
         # smoothing=0: texts end in bursts, so only the mean rate predicts the remaining time.
         self._bar = tqdm(total=self._open_limit, unit="token", smoothing=0)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts")

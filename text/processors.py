@@ -41,6 +41,7 @@ class LogitsProcessors:
         functions: Sequence[LogitsProcessor],
         device: torch.device,
     ):
+        """prompts: the ids of each row. Reserves config.max_new_tokens new ids for each row."""
         self.config, self.functions = config, functions
         L = max(map(len, prompts)) + config.max_new_tokens
         padded = [[*prompt, *[0] * (L - len(prompt))] for prompt in prompts]

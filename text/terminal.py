@@ -23,6 +23,7 @@ class Messages:
     """
 
     def __init__(self, under_torchrun: bool = False):
+        """Check stdin. polls_ctrl_c: whether Ctrl-C arrives as a byte, which must be polled."""
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
         if hasattr(sys.stdin, "reconfigure"):

@@ -40,6 +40,7 @@ class TextStream:
     """
 
     def __init__(self, backend: Backend, prompt_ids: Iterable[int] = ()):
+        """prompt_ids: ids that come before the ids to decode; () at the beginning of a text."""
         self._backend = backend
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = backend.strips_space

@@ -202,6 +202,8 @@ class SentencePieceBackend:
     adds_bos = True
 
     def __init__(self, path: Path, config: TokenizerConfig):
+        """Read the sentencepiece model `path`. With "legacy": false in the config, a second
+        processor encodes the text after an added token; it puts no space before the text."""
         model = path.read_bytes()
         self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._sp_after_token = sp  # encodes the text after an added token
@@ -229,6 +231,8 @@ class SentencePieceBackend:
         return ids
 
     def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id adds to a text; b"" for special tokens, <unk> and ids that
+        the vocabulary does not have."""
         if added := self._added.get(token):
             return b"" if added.special else added.content.encode()
         if not self._is_piece(token) or self._sp.is_unknown(token):
