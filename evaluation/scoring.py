@@ -135,9 +135,9 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
 
 
 def min_shared_ids(args: ModelArgs, longest: int) -> float:
-    """Return the least length of a prefix that sequences share.
+    """Return how many ids a common prefix must have to be shared by sequences.
 
-    It is infinite, so that nothing is shared, if the rotary angles depend on the length of the
+    The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
     whole sequence (model.DynamicRotaryPositions). longest: ids of the longest sequence.
     """
     by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
@@ -242,7 +242,7 @@ class TreeScorer:
             lambda: available_memory(lm.device) // 4 // bytes_per_position
         )
         self.max_positions = min(max_positions, positions_in_memory)
-        self.longest = max(node.end for node in roots)
+        self.longest_sequence = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
         # Compiled prefill has one graph for each number of rows and of positions. So all calls have
         # fixed_rows rows (0: any number), and all pools have positions for the longest sequence.
@@ -267,7 +267,7 @@ class TreeScorer:
                 yield from node.results()
         todo = sorted((n for n in nodes if n[0].read_length), key=lambda n: -n[0].end)
         while todo:
-            positions = self.longest if self.fixed_rows else todo[0][0].end
+            positions = self.longest_sequence if self.fixed_rows else todo[0][0].end
             pools = -(-len(todo) // self.pool_rows(positions))
             size = -(-len(todo) // pools)  # the pools get about equal numbers of nodes
             pooled, todo = sorted(todo[:size], key=lambda n: -n[0].read_length), todo[size:]
@@ -309,7 +309,10 @@ class TreeScorer:
         fixed_rows rows.
         """
         if self.fixed_rows:
-            positions, rows = self.longest, self.pool_rows(self.longest) + self.fixed_rows
+            positions, rows = (
+                self.longest_sequence,
+                self.pool_rows(self.longest_sequence) + self.fixed_rows,
+            )
         pool = self.pools.get(level)
         if not pool or pool[0].rows < rows or pool[0].length < positions:
             self.pools.pop(level, None)  # frees its memory before the allocation of a larger one

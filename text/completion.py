@@ -95,7 +95,8 @@ class Completion:
         move those that are final to the text.
 
         If the pending characters contain a stop string, the text ends before it ("stop"). Otherwise
-        all are final but the longest end that is the beginning of a stop string.
+        the longest end of them that is the beginning of a stop string stays pending, and all other
+        characters are final.
         """
         self._pending += text + special_name
         self._is_text += [True] * len(text) + [False] * len(special_name)

@@ -64,14 +64,14 @@ class GenerationConfig:
         return any(penalties) or bool(self.logit_bias)
 
 
-def integer(least: int, most: float = math.inf) -> Callable[[Any], int]:
-    """Return a validator for integers from `least` to `most`: it returns the value as an int, and
+def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
+    """Return a validator for integers from minimum to maximum: it returns the value as an int, and
     raises TypeError or ValueError for others. A bool is not an integer here."""
 
     def convert(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError
-        if not least <= value <= most:
+        if not minimum <= value <= maximum:
             raise ValueError
         return int(value)
 

@@ -1,4 +1,4 @@
-"""The JSON files beside a vocabulary: special tokens, added tokens and the chat template.
+"""The JSON files next to a vocabulary: special tokens, added tokens and the chat template.
 
 Start at TokenizerConfig, which checks the type of each value that it returns. tokenizer.py decides
 between these files and the vocabulary; vocabulary.py adds the added tokens to the vocabulary. As in
@@ -26,7 +26,7 @@ Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets
 
 
 class TokenizerConfig:
-    """The values of the JSON files beside a vocabulary.
+    """The values of the JSON files next to a vocabulary.
 
     Each method and property raises ValueError, naming the file and the key, if a value has the
     wrong type.

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, with the checkpoint's BOS, EOS and chat template.
 
 Start at load_tokenizer. A Backend (vocabulary.py) encodes text and gives the bytes of each id.
-Decoding joins those bytes and reads them as UTF-8. TextStream is the only decoder, so text that is
+Decoding joins the bytes and reads them as UTF-8. TextStream is the only decoder, so text that is
 printed token by token equals the text that decode returns.
 
 The files of a checkpoint often contradict one another. The first valid answer counts:
