@@ -76,11 +76,11 @@ def round_blocks(
 ) -> Tensor:
     """Return W, (N, K), rounded to integers 0 to 15, block by block of COLUMN_BLOCK columns.
 
-    After each block, its errors are compensated in the columns after it: W changes in place. U: from
-    inverse_factor. group: the group of each column, K numbers. grid: scales and zero points, (N, P)
-    each. regrid: None, or the group size. Then a group's scale and zero point are chosen again, in
-    place, when its first column is reached, because earlier errors have changed its weights. This
-    requires columns in the order of their groups.
+    After each block, its errors are compensated in the columns after it: W changes in place.
+    U: from inverse_factor. group: the group of each column, K numbers. grid: scales and zero
+    points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale and
+    zero point are chosen again, in place, when its first column is reached, because earlier errors
+    have changed its weights. This requires columns in the order of their groups.
     """
     (scales, zeros), K = grid, W.shape[1]
     units, q = scale_units(scales), torch.empty_like(W)
@@ -121,9 +121,9 @@ def refine_columns(
 ) -> tuple[Tensor, Tensor]:
     """Choose the integers that minimise the output error, for one column after another.
 
-    All other columns are fixed while a column changes (coordinate descent). slope: (N, C), half the gradient of
-    the output error with respect to the weights. hessian: (C, C). q, scales, zeros: (N, C). Returns
-    the new integers and the change of each weight, (N, C) each.
+    All other columns are fixed while a column changes (coordinate descent). slope: (N, C), half the
+    gradient of the output error with respect to the weights. hessian: (C, C). q, scales, zeros:
+    (N, C). Returns the new integers and the change of each weight, (N, C) each.
     """
     slope, q, steps = slope.clone(), q.clone(), torch.zeros_like(slope)
     for n in range(slope.shape[1]):
@@ -139,7 +139,7 @@ def refine_columns(
 def column_function(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return this file's function of that name, or its GPU kernel if the weight is on a GPU.
 
-    name: "round_columns" or "refine_columns". The kernels of kernels/gpu/columns.py return the same.
+    name: "round_columns" or "refine_columns". kernels/gpu/columns.py has the kernels.
     """
     if not gpu.supports(weight):
         return {"round_columns": round_columns, "refine_columns": refine_columns}[name]
