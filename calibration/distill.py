@@ -46,10 +46,10 @@ def distill(
     """Train the integers of all int4 linears together, after GPTQ.
 
     Returns the buffers, and the divergence from the dense model before and after, in nats per
-    token. If the divergence does not fall, returns `blocks` unchanged. tokens: (B, T) ids. Every eighth
-    text, or about HELD_OUT_TEXTS of many, is not trained on but measures the divergence. blocks:
-    the int4 buffers of each linear, by its name. work: an existing directory for the state, from
-    which an interrupted run continues. Needs training_bytes of memory on the device.
+    token. If the divergence does not fall, returns `blocks` unchanged. tokens: (B, T) ids. Every
+    eighth text, or about HELD_OUT_TEXTS of many, is not trained on but measures the divergence.
+    blocks: the int4 buffers of each linear, by its name. work: an existing directory for the state,
+    from which an interrupted run continues. Needs training_bytes of memory on the device.
     """
     teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)

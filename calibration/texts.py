@@ -80,9 +80,7 @@ def check_calibration_memory(
     block for all texts in CPU memory. steps: of training; 0 for none. device: of training.
     """
     activations = 2 * tokens.numel() * checkpoint.args.dim * 4
-    check_memory(
-        activations, "cpu", "the activations between blocks", "lower --calibration_samples"
-    )
+    check_memory(activations, "cpu", "activations between blocks", "lower --calibration_samples")
     if steps:
         needed = training_bytes(checkpoint.args)
         check_memory(needed, device, "training", "--train_steps 0 leaves it out")
