@@ -2,9 +2,9 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by FewRowsLinear.
-use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps its layers,
-which are slower and are the reference in tests, if the CPU, the compiler or the dtype does not
-support the kernels.
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
+its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
+does not support the kernels.
 """
 
 from dataclasses import replace
