@@ -65,7 +65,7 @@ def check_checkpoint_writable(path: Path) -> None:
 
 
 def log_replaced(path: Path) -> None:
-    """Log the size and date of the file at `path`, if it exists. Call it before replacing the file."""
+    """Log the size and date of an existing file. Call it before the file is replaced."""
     if path.exists():
         stat = path.stat()
         modified = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))

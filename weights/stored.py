@@ -61,7 +61,7 @@ class StoredTensor:
         return sum(part.nbytes for part in self.parts)
 
     def read_into(self, out: Tensor, stage: Tensor) -> None:
-        """Read the whole tensor into `out`: contiguous, of this shape, on any device, of any dtype."""
+        """Read the whole tensor into `out`: contiguous, of this shape, of any device and dtype."""
         pieces = out.detach().view(-1).split([piece.numel() for piece in self.pieces])
         for part, piece in zip(self.parts, pieces, strict=True):
             if self.convert is None:
@@ -73,17 +73,14 @@ class StoredTensor:
         """Read rows of the tensor into `out`, the ranges one after the other.
 
         rows: ranges of row numbers of the whole tensor; a range may span several parts. out:
-        contiguous, with as many rows as all ranges together. Tensor parallelism calls this for the rows
-        of a rank.
+        contiguous, with as many rows as all ranges together. Tensor parallelism calls this for the
+        rows of a rank.
         """
         rows_read = 0
         for asked in rows:
             begin = 0  # number of the part's first row in the whole tensor
             for part, piece in zip(self.parts, self.pieces, strict=True):
-                start, stop = (
-                    max(asked.start, begin),
-                    min(asked.stop, begin + len(piece)),
-                )
+                start, stop = max(asked.start, begin), min(asked.stop, begin + len(piece))
                 if start < stop:
                     part_rows = range(start - begin, stop - begin)
                     self._read_rows(part, part_rows, out[rows_read:][: len(part_rows)], stage)
@@ -121,7 +118,7 @@ class StoredTensor:
         return self.converted(part, stored)
 
     def differences(self, name: str, tensor: Tensor) -> Iterator[str]:
-        """Yield a sentence for each difference of shape or dtype from `tensor`, which is to be filled.
+        """Yield a sentence for each difference of shape or dtype from `tensor`, the model's own.
 
         The stored dtype must be the same; for a parameter any floating-point dtype will do.
         """

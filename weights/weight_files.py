@@ -96,7 +96,7 @@ def find_unnamed(folder: Path) -> Path | None:
     """
     for suffix in (".safetensors", ".bin"):
         models: dict[Any, Path] = {}
-        # Its file name, or the groups of NUMBERED in the names of its shards -> first file of a model.
+        # The first file of each model. Shards of one model have equal groups in NUMBERED.
         for file in sorted(folder.glob(f"*{suffix}")):
             shard = NUMBERED.fullmatch(file.name)
             hidden = file.name.startswith(".") or not file.is_file()  # macOS leaves ._model files
@@ -159,9 +159,9 @@ def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
         names = [f"{stem}-{n:05}-of-{total}{suffix}" for n in range(1, int(total) + 1)]
     files = [path.parent / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
-        others = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise FileNotFoundError(
-            f"{path.parent} lacks {', '.join(missing[:5])}{others}, which {path.name} belongs with: "
+            f"{path.parent} lacks {', '.join(missing[:5])}{more}, which {path.name} belongs with: "
             "run scripts/download.py again, it fetches what is missing"
         )
     for file in files:
