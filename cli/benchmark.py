@@ -1,4 +1,4 @@
-"""generate.py --bench: the speed of prefill and of decoding."""
+"""generate.py --bench: measures the speed of prefill and of decoding. Start at BenchMode.run."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""generate.py --interactive: a chat in the terminal."""
+"""generate.py --interactive: a chat in the terminal. Start at ChatMode.run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,6 +60,7 @@ def answerer(
     """
 
     def answer(ids: list[int], cached: int, show: Callable[[int, str], None]) -> Completion:
+        """Generate an answer; Ctrl-C ends it early, without an error."""
         (completion,) = complete(
             session.lm,
             [ids],

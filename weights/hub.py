@@ -109,6 +109,7 @@ def refuse_offline(repo_id: str) -> None:
 
 
 def repository_folder(repo_id: str) -> Path:
+    """Returns the folder of a repository in the cache of huggingface_hub; it may not exist."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).absolute() / f"models--{repo_id.replace('/', '--')}"

@@ -129,11 +129,13 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
     is_gptq, stores_minus_one = kind != "awq", kind == "gptq"
 
     def weight(words: Tensor) -> Tensor:  # (K/8, N) or (K, N/8) -> (N, P*S/2)
+        """Convert qweight; inputs beyond K, up to whole groups, are zeros."""
         check_matrix(words, words.dtype == torch.int32, "int32")
         q = nibbles(words.t()) if is_gptq else in_order(nibbles(words)).t()  # (N, K)
         return pack_nibbles(F.pad(q, (0, -q.shape[1] % groupsize)))
 
     def zeros(words: Tensor) -> Tensor:  # (P, N/8) -> (N, ceil(P/2))
+        """Convert qzeros, the zero points of the groups."""
         check_matrix(words, words.dtype == torch.int32, "int32")
         z = nibbles(words) if is_gptq else in_order(nibbles(words))  # (P, N)
         if words.is_meta:  # only the shape is needed
@@ -147,6 +149,7 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
         return pack_nibbles((z + stores_minus_one).t())
 
     def scales(theirs: Tensor) -> Tensor:  # (P, N) -> (N, P)
+        """Convert the scales of the groups to float16."""
         check_matrix(theirs, theirs.is_floating_point(), "floating-point")
         return theirs.t().half()
 

@@ -77,15 +77,16 @@ class StoredTensor:
         rows of a rank.
         """
         rows_read = 0
-        for asked in rows:
-            begin = 0  # number of the part's first row in the whole tensor
+        for row_range in rows:
+            part_start = 0  # number of the part's first row in the whole tensor
             for part, piece in zip(self.parts, self.pieces, strict=True):
-                start, stop = max(asked.start, begin), min(asked.stop, begin + len(piece))
+                start = max(row_range.start, part_start)
+                stop = min(row_range.stop, part_start + len(piece))
                 if start < stop:
-                    part_rows = range(start - begin, stop - begin)
+                    part_rows = range(start - part_start, stop - part_start)
                     self._read_rows(part, part_rows, out[rows_read:][: len(part_rows)], stage)
                     rows_read += len(part_rows)
-                begin += len(piece)
+                part_start += len(piece)
 
     def _read_rows(self, part: Part, rows: range, out: Tensor, stage: Tensor) -> None:
         """Read a range of one part's rows, counted within the part, into `out`.
