@@ -1,7 +1,6 @@
-"""The command generate.py, from its options to its last line: find and load a model, run, report.
+"""Runs the command generate.py: finds and loads a model, runs a mode, and reports.
 
-Start at run. It hands the loaded model to one of the modes: prompts.py, interactive.py,
-benchmark.py.
+Start at run. The modes are in prompts.py, interactive.py and benchmark.py.
 """
 
 import argparse
@@ -59,14 +58,15 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(args, options, model, config, mode)
     if args.plan:
         return print_plan(plan, args, model, options)
-    mode.open(model, asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS})
+    mode.open(model, asdict(config) | {name: getattr(args, name) for name in TEXT_OPTIONS})
     check_directory("--profile", args.profile)
     lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
-        mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
+        cache_length = plan and plan.workload.prompt + plan.workload.new
+        mode.run(Session(lm, config, stats), batch_size, cache_length)
     for line in report(lm, stats, plan, args.flash):
         log(line)
     leave_process_group()
@@ -192,8 +192,8 @@ def print_plan(
     for line in lines(plan):
         print(line, flush=True)
     if args.link:
-        subject, _ = find_subject(model, options, args.compress_weight)
-        for line in on_devices(subject, args.link, args.read_rate):
+        spec, _ = find_model_spec(model, options, args.compress_weight)
+        for line in on_devices(spec, args.link, args.read_rate):
             print(line, flush=True)
     leave_process_group()
 

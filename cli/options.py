@@ -31,18 +31,17 @@ from cli.arguments import (
     window,
 )
 from options.rules import PLACING, broken_rule
-from options.settings import SELF_DRAFTS
+from options.settings import DRAFTS, SELF_DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
-DRAFTS = "ngram", *SELF_DRAFTS
 MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
 NEURONS = "dense", "int8", "int4"
-TIERED = "weights", "cache", "activations"  # what --percent places
+TIERED = "weights", "cache", "activations"  # each has two numbers of --percent
 
 Add = Callable[..., Any]  # the add_argument of a parser or of a group of its options
 
@@ -180,8 +179,8 @@ def draft_options(add: Add) -> None:
     """Add options of speculative decoding."""
     help = "a small model that guesses tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
-    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
-    help = "tokens to guess, or auto: as many as pay (default: auto)"
+    add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
+    help = "draft tokens of a step, or auto: as many as pay (default: auto)"
     add("--speculate_k", type=count_or_auto, default="auto", help=help)
 
 
@@ -296,7 +295,7 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         ),
         (
             args.logprobs is not None and not args.output,
-            "--logprobs needs --output, which holds them",
+            "--logprobs needs --output, to which they are written",
         ),
     ):
         if broken:

@@ -69,7 +69,7 @@ class PromptMode:
         sink = self._sink(todo, session)
         sink.todo = broadcast_from_rank0(lambda: sink.todo)
         if not sink.todo:
-            return log(f"{options.output} holds all {len(todo)} results: nothing was to be done")
+            return log(f"{options.output} has all {len(todo)} results already")
         size = min(batch_size or MAX_BATCH, len(sink.todo))
         caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
         session.compile(caches)

@@ -1,4 +1,4 @@
-"""Which options need or exclude one another: one table, which the commands and load_model read.
+"""The table of options that need or exclude one another, for the commands and load_model.
 
 Start at broken_rule. Rules contain names of options, and of three features: `placed` (the model is
 offloaded, by --offload, --percent or --plan), `self_draft` (the draft is the model itself in fewer

@@ -1,6 +1,6 @@
-"""The choices of a user as frozen dataclasses: the only place of their defaults.
+"""The choices of a user, as frozen dataclasses with all defaults.
 
-The commands fill them from their options (cli/options.py); a program passes the fields of
+The commands make them from their options (cli/options.py). A program passes the fields of
 LoadOptions to load_model by name.
 """
 
@@ -50,7 +50,7 @@ class FlashOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded and run."""
+    """Settings of load_model: how a model is loaded and run."""
 
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the first of these that exists
     dtype: "torch.dtype | str | None" = None  # dtype of the weights; None: as stored
@@ -61,7 +61,7 @@ class LoadOptions:
     draft: "str | Path | LoadedModel | None" = None
     speculate_k: int | None = None  # draft tokens in a step; None: the fastest number
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
-    flash: FlashOptions | None = None  # feed-forward neurons are read from disk (neurons/)
+    flash: FlashOptions | None = None  # read feed-forward neurons from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)
     pipeline: bool = False  # each rank has some layers (pp.py), not a share of each (tp.py)
     micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
@@ -97,13 +97,14 @@ class ModelChoice(FromArguments):
 
 @dataclass(frozen=True)
 class PlanOptions(FromArguments):
-    """How offloading divides a model among device, host and disk; see tiers/policy.py."""
+    """Settings that choose the policy, which divides a model among device, host and disk."""
 
     batch_size: int | None = None  # rows of all micro-batches together
-    device_memory: float | None = None  # bytes; None: what is free
-    host_memory: float | None = None  # bytes
+    device_memory: float | None = None  # bytes; None: the free ones
+    host_memory: float | None = None  # bytes; None: the free ones
     offload_dir: Path = Path("offload")
-    # By hand: percent of weights, KV cache and activations, each on the device and on the host.
+    # Percent of weights, KV cache and activations, each on the device and on the host. None: the
+    # planner chooses them.
     percent: tuple[float, ...] | None = None
     gpu_batch_size: int | None = None  # rows of a micro-batch
     num_gpu_batches: int = 1  # micro-batches computed with a layer before its weights are dropped
@@ -115,7 +116,7 @@ class PlanOptions(FromArguments):
     micro_batches: int | None = None  # in a pipeline of ranks
     plan: bool = False  # print the plan and do no more
     any_dtype: bool = False  # a plan may propose another dtype than the stored one
-    downloaded: bool = True  # False: the weights are to be written to the disk that is measured
+    downloaded: bool = True  # False: the weights are not yet on the disk, and must fit it
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class PromptOptions(FromArguments):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Which texts GPTQ, training and the predictors of active neurons learn from."""
+    """The texts from which GPTQ, distillation and the predictors of active neurons learn."""
 
     file: Path | None = None  # a text file
     tasks: tuple[str, ...] = ()  # of lm_eval: their documents are the text
@@ -145,7 +146,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """How flash.py trains the predictors of active neurons."""
+    """Settings of the training of flash.py's predictors of active neurons."""
 
     rank: int | None = None  # None: by the model's width
     recall: float = 0.97  # share of active neurons to predict
