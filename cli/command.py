@@ -1,6 +1,7 @@
-"""Begins and ends a command: parses options before torch is imported, reports an error in one line.
+"""How the commands begin, before torch is imported, and how they end: an error is one line.
 
-Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both.
+Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing here
+imports torch at the beginning, because its import takes seconds.
 """
 
 import argparse
@@ -13,16 +14,18 @@ from typing import Any
 
 from host.log import LOGGER
 
-MISTAKES = OSError, ValueError, MemoryError, ImportError  # caused by the user or the machine
+# Errors that the user or the machine causes: reported in one line, without a traceback.
+MISTAKES = OSError, ValueError, MemoryError, ImportError
 # Parts of the messages of torch's RuntimeErrors that the user or the machine causes.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
 LOGGER.setLevel(logging.INFO)
 
 
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
-    """Open the standard streams, and parse the options of a command.
+    """Prepare the process for a command, and return its options.
 
-    Ctrl-C then ends the imports that follow without a traceback.
+    Opens closed standard streams, and lets Ctrl-C during the imports that follow end the process
+    without a traceback. parse_args: parses the arguments of the process.
     """
     open_streams()
     sys.excepthook = end_of_imports
@@ -33,21 +36,22 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 
 
 def open_streams() -> None:
-    """Open /dev/null for each standard stream that is closed.
+    """Open /dev/null as standard stream for each of the three that is closed.
 
-    A file that is opened later would get the stream's number, and libraries would print into it.
+    Otherwise a file that is opened later would get the number of the stream, and messages of
+    libraries would be written into the file.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            os.set_inheritable(number, True)  # child processes, such as a compiler, need it, too
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `number`
+            os.set_inheritable(number, True)  # child processes, such as a compiler, need the stream
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 -- for good
 
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Handle an uncaught exception (sys.excepthook): Ctrl-C prints one line."""
+    """Print "stopped" for Ctrl-C, and a traceback for other errors. Used as sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     else:
@@ -55,10 +59,12 @@ def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) 
 
 
 def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") -> int:
-    """Run a command and return its exit code; a failure is one line on stderr.
+    """Run a command and return its exit code; an error of the user is one line on stderr.
 
-    0: success. 2: a mistake (is_mistake). 3: another rank has ended. 130: Ctrl-C. 141: the reader
-    of the output has closed it. Other exceptions are errors of the program, and are raised again.
+    0: success. 2: an error of the user or the machine (is_mistake). 3: another rank has ended. 130:
+    Ctrl-C. 141: stdout was closed, as by `| head`. Other exceptions are faults of this program, and
+    are raised again. script: the command's name, which begins the line. work: runs the command.
+    stopped: the line for Ctrl-C.
     """
     try:
         work()
@@ -67,13 +73,13 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         print(f"\n{stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python would flush the closed stdout again when it exits.
+        # The reader has closed stdout. Python must not flush it again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(BrokenPipeError):  # stderr may be the same pipe
             print(f"{script}: stopped, as the output was closed", file=sys.stderr)
         return 141
     except Exception as error:
-        import ranks  # here, as it imports torch
+        import ranks  # imported here, because it imports torch
 
         if is_mistake(error):
             ranks.log_failure(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
@@ -87,6 +93,8 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 
 def is_mistake(error: Exception) -> bool:
-    """Returns whether the user or the machine, and not the program, has caused an error."""
-    known = isinstance(error, RuntimeError) and any(t in str(error) for t in TORCH_MISTAKES)
-    return known or isinstance(error, MISTAKES)
+    """Returns whether the user or the machine caused the error, not a fault of this program."""
+    from_torch = isinstance(error, RuntimeError) and any(
+        part in str(error) for part in TORCH_MISTAKES
+    )
+    return from_torch or isinstance(error, MISTAKES)

@@ -37,14 +37,19 @@ from weights.allocation import stored_tensors
 if TYPE_CHECKING:
     from plan import Plan
 
-# The options that change texts, beside those of GenerationConfig.
-TEXT_OPTIONS = (
+# Options that change the generated texts, in addition to those of GenerationConfig. The file of
+# --output records them, so that a rerun does not mix texts of different options.
+CHANGE_TEXTS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
 )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command that the options describe."""
+    """Run generate.py: load the model that the options name, run a mode, log a report.
+
+    With --plan, print the plan and load nothing. The order matters: whatever can fail quickly
+    (prompts, plan, output files) comes before the model is loaded.
+    """
     set_threads(args.threads)
     options = load_options(args)
     model = model_choice(args)
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         return print_plan(plan, args, model, options)
     mode.open(model, asdict(config) | {name: getattr(args, name) for name in TEXT_OPTIONS})
     check_directory("--profile", args.profile)
-    lm, stats = load(model, placed(options, plan))
+    lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
@@ -68,7 +73,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """Returns how to load the model. Joins the process group, which chooses the device."""
+    """Returns how to load the model: the options, this process's device and its ranks.
+
+    Joins the process group of torchrun. Resolves the draft model, which may download it.
+    """
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     micro_batches = args.micro_batches
@@ -93,32 +101,42 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def flash_options(args: argparse.Namespace) -> FlashOptions:
+    """Returns the options of --flash as dataclass; without --dram_budget, half of the weights."""
     return FlashOptions(
         args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
     )
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
-    """Returns the model that the options name. Downloads a repository."""
+    """Returns the model that the options name, by default the demo model of this repository.
+
+    A Hugging Face repository is downloaded. Raises the errors of hub.resolve.
+    """
     path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
     return ModelChoice(path, args.random_weights, args.random_mode)
 
 
 def generation_config(args: argparse.Namespace, model: ModelChoice) -> GenerationConfig:
-    """Returns the settings: from the options, else from the model's generation_config.json, else
-    the defaults."""
-    given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
+    """Returns the sampling settings: those of the options, else those of the model, else defaults.
+
+    The model's are in its generation_config.json; they are logged. An option that the user did not
+    give is None in `args`.
+    """
+    chosen = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     path = model.checkpoint_path
     directory = path if path.is_dir() else path.parent
     defaults = {} if model.random_weights else model_defaults(directory)
-    if defaults := {name: value for name, value in defaults.items() if name not in given}:
+    if defaults := {name: value for name, value in defaults.items() if name not in chosen}:
         log(defaults_line(defaults, directory))
-    return GenerationConfig(**(defaults | given))
+    return GenerationConfig(**(defaults | chosen))
 
 
 def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
-    """Make the mode that the options name. Reads the prompts."""
+    """Returns the mode that the options ask for: chat, benchmark or prompts.
+
+    PromptMode reads the prompts here, so that an error in them comes before the model is loaded.
+    """
     if args.interactive:
         from cli.interactive import ChatMode
 
@@ -142,7 +160,10 @@ def make_plan(
     config: GenerationConfig,
     mode: Mode,
 ) -> "Plan | None":
-    """Make the plan of an offloaded model, the same on all ranks; None without offloading."""
+    """Returns the plan of an offloaded model, the same on all ranks; None without offloading.
+
+    Rank 0 computes it and sends it to the other ranks. mode: knows the lengths of the prompts.
+    """
     if not is_placed(args):
         return None
     import plan
@@ -162,8 +183,11 @@ def make_plan(
 def print_plan(
     plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
 ) -> None:
-    """Print the plan to stdout: the result of --plan."""
-    from plan import find_model_spec, lines, on_devices
+    """Print on stdout where each part of the model would be, and how fast it would run (--plan).
+
+    With --link, also print the same for 1 to 64 devices that are joined by such links.
+    """
+    from plan import find_subject, lines, on_devices
 
     for line in lines(plan):
         print(line, flush=True)
@@ -175,13 +199,13 @@ def print_plan(
 
 
 def check_directory(option: str, file: Path | None) -> None:
-    """Raises FileNotFoundError if a file is to be written to a directory that does not exist."""
+    """Raises FileNotFoundError, which names the option, if the file's directory does not exist."""
     if file and not file.parent.is_dir():
         raise FileNotFoundError(f"{option} {file}: there is no directory {file.parent}")
 
 
-def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
-    """Returns the options with the plan's policy. Logs the plan."""
+def with_policy(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
+    """Returns the options with the plan's policy, and logs the plan; unchanged for None."""
     if plan is None:
         return options
     from plan import lines
@@ -192,7 +216,10 @@ def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
 
 
 def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
-    """Load the model. Returns it, and statistics that have the time of loading."""
+    """Load the model, or make one with random weights; returns it with new statistics of the run.
+
+    The statistics already contain the seconds that loading took.
+    """
     start = time.perf_counter()
     if model.random_weights:
         scheme = make_scheme(model.random_mode) if model.random_mode else None
@@ -205,7 +232,7 @@ def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
 
 
 def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
-    """Yield lines of the log about the loaded model and its draft."""
+    """Yield lines for the log about the loaded model: weights, dtype, device, and draft model."""
     weight = lm.model.tok_embeddings.weight
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
     yield (
@@ -218,14 +245,17 @@ def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
 
 
 def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line of the log if a chat model is given a plain prompt."""
+    """Yield a line of advice if a chat model gets a plain prompt, without --chat."""
     hint = chat.template_hint(lm.tokenizer)
     if hint and not (args.chat or args.interactive or args.bench):
         yield hint
 
 
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
-    """Yield lines of the log: times and rates of the run, then a report of each feature in use."""
+    """Yield lines for the log after the run: times and rates, and what each feature in use did.
+
+    plan: None if nothing is offloaded. flash: whether neurons are read from disk (--flash).
+    """
     if stats.prefill_seconds:
         yield from stats.report(saved_bandwidth(lm.device))
     if not lm.any_rows:
@@ -246,9 +276,9 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Profile the body, and write a trace for chrome://tracing or ui.perfetto.dev, to a file.
+    """Profile the block with torch.profiler, and write the trace to a file; None: do nothing.
 
-    file: None: do not profile.
+    chrome://tracing and ui.perfetto.dev show the trace. The file's directory must exist.
     """
     if file is None:
         yield

@@ -1,4 +1,7 @@
-"""The Session that each mode of generate.py runs with, and the protocol of the modes."""
+"""What the modes of generate.py share: a loaded model, sampling settings and statistics.
+
+The modes are PromptMode, ChatMode and BenchMode; generation.py chooses one and calls it.
+"""
 
 import time
 from collections.abc import Sequence
@@ -17,14 +20,17 @@ from text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model, how it continues texts, and the times of the run."""
+    """A loaded model, the settings of sampling, and the statistics of this run."""
 
     lm: LoadedModel
     config: GenerationConfig
     stats: Stats
 
     def compile(self, caches: Sequence[Cache]) -> None:
-        """Compile and time it, for the shape of the caches, if the model is to be compiled."""
+        """Compile decoding for the shape of these caches, and record the seconds.
+
+        Does nothing if the model is not compiled: then it takes any number of rows.
+        """
         if self.lm.any_rows:
             return
         log("compiling ...")
@@ -34,15 +40,21 @@ class Session:
 
 
 class Mode(Protocol):
-    """A mode of generate.py: it continues prompts, chats, or measures the speed of a model."""
+    """One of three uses of a model by generate.py: continue prompts, chat, or measure the speed.
+
+    generation.py calls prompt_lengths (if it plans offloading), then open, then loads the model,
+    then calls run.
+    """
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the number of prompt tokens of each text, for a plan. new: tokens that follow."""
+        """Returns the tokens of each text's prompt, for the plan. new: tokens added to each."""
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open output files. Called before the model is loaded. settings: options that change
-        texts."""
+        """Open output files before the model is loaded. settings: options that texts depend on."""
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
-        """Run the mode. batch_size: rows at a time; None: the mode's default. cache_length: the
-        positions of the KV cache for which a plan has memory; None: no plan."""
+        """Use the loaded model.
+
+        batch_size: rows at a time; None: the mode chooses. cache_length: positions of the KV cache
+        that an offloading plan has memory for; None: no limit.
+        """

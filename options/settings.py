@@ -15,27 +15,30 @@ if TYPE_CHECKING:  # these import torch
     from ranks import Ranks
     from tiers.policy import Policy
 
-SELF_DRAFTS = "self-int8", "self-int4"
-DRAFTS = "ngram", *SELF_DRAFTS  # or a draft model
+SELF_DRAFTS = "self-int8", "self-int4"  # drafts made from the model itself, in fewer bits
 
 
 class FromArguments:
-    """A dataclass whose fields have the names of options."""
+    """A base of dataclasses that can be made from parsed options."""
 
     @classmethod
-    def from_arguments(cls, args: Any, **others: Any) -> Self:
-        """Make it from parsed arguments. others: fields that are no options, or override one."""
-        named = {field.name for field in fields(cls)} & vars(args).keys()
-        return cls(**({name: getattr(args, name) for name in named} | others))
+    def from_arguments(cls, args: Any, **overrides: Any) -> Self:
+        """Returns the dataclass with the values of the options that have the names of its fields.
+
+        args: an argparse.Namespace. overrides: values of fields, which replace those of options. A
+        field that is in neither keeps its default.
+        """
+        names = {field.name for field in fields(cls)} & vars(args).keys()
+        return cls(**({name: getattr(args, name) for name in names} | overrides))
 
 
 @dataclass(frozen=True)
 class FlashOptions:
-    """Settings of --flash, which reads a model's feed-forward neurons from disk.
+    """How --flash leaves a model's feed-forward neurons on disk.
 
-    memory: for all weights of the model: up to 1 a share of their bytes, above it bytes. window:
-    the number of last tokens whose neurons stay in memory. depth: reads in flight at a time. If
-    window or depth is None, neurons/ chooses the fastest. directory: of the pack; None: beside the
+    memory: the memory for all weights: a share of their bytes if at most 1, else bytes. window: the
+    number of last tokens whose neurons stay in memory. depth: the number of reads in flight. Both
+    are chosen by cost if None. directory: where flash.py wrote the neurons; None: beside the
     checkpoint.
     """
 
@@ -50,21 +53,21 @@ class LoadOptions:
     """Settings of load_model: how a model is loaded and run."""
 
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the first of these that exists
-    dtype: "torch.dtype | str | None" = None  # of the weights; None: as stored
-    kv_dtype: str | None = None  # of the KV cache: int8 or int4; None: the dtype of the model
+    dtype: "torch.dtype | str | None" = None  # dtype of the weights; None: as stored
+    kv_dtype: str | None = None  # dtype of the KV cache: int8 or int4; None: as the model
     compile: bool = False  # compile decoding with torch.compile
     compile_prefill: bool = False  # compile prefill, too
-    # Proposes draft tokens: one of DRAFTS, or a model or its path.
+    # The source of draft tokens: "ngram", one of SELF_DRAFTS, or a model or its path.
     draft: "str | Path | LoadedModel | None" = None
-    speculate_k: int | None = None  # draft tokens of a step; None: as many as are fastest
+    speculate_k: int | None = None  # draft tokens in a step; None: the fastest number
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
     flash: FlashOptions | None = None  # read feed-forward neurons from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)
-    pipeline: bool = False  # each rank has some layers (pp.py); False: a share of each (tp.py)
-    micro_batches: int | None = None  # of a pipeline; None: as many as keep all stages busy
+    pipeline: bool = False  # each rank has some layers (pp.py), not a share of each (tp.py)
+    micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
 
     def chosen(self) -> dict[str, Any]:
-        """Returns the features in use, by their names in options/rules.py."""
+        """Returns the features in use, under their names in options/rules.py, for broken_rule."""
         return {
             "compile": self.compile,
             "compile_prefill": self.compile_prefill,
@@ -104,13 +107,13 @@ class PlanOptions(FromArguments):
     # planner chooses them.
     percent: tuple[float, ...] | None = None
     gpu_batch_size: int | None = None  # rows of a micro-batch
-    num_gpu_batches: int = 1  # micro-batches that pass through a layer while its weights are there
+    num_gpu_batches: int = 1  # micro-batches computed with a layer before its weights are dropped
     compress_weight: bool = False
     cpu_cache_compute: bool = False
     attn_sparsity: float = 1.0
     pin_weight: bool = True
     overlap: bool = True
-    micro_batches: int | None = None  # of a pipeline
+    micro_batches: int | None = None  # in a pipeline of ranks
     plan: bool = False  # print the plan and do no more
     any_dtype: bool = False  # a plan may propose another dtype than the stored one
     downloaded: bool = True  # False: the weights are not yet on the disk, and must fit it
