@@ -21,8 +21,8 @@ from statistics import median
 
 from ranks import broadcast_from_rank0
 
-# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes the time of one row: on a Xeon, in
-# bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
+# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
+# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
 MAX_DRAFT_TOKENS = 15
 TIMES_PER_MEDIAN = 9  # the median is that of so many latest cycles with the same k
 GRAPH_CYCLES = 2  # the first cycles with each k warm up and record CUDA graphs: not timed
@@ -85,7 +85,8 @@ class DraftLengthController:
         self._budget = INITIAL_BUDGET_STEPS
         self._trial_cycles_left, self._past_trials = TRIAL_CYCLES, 0
         self._next_pause_steps, self._pause_steps_left = MIN_PAUSE_STEPS, 0
-        self._is_plain = self._is_after_plain = False  # is_after_plain: drafts after a plain step
+        self._is_plain = False  # the latest chosen k is 0
+        self._is_after_plain = False  # the latest chosen k is above 0, and the one before was 0
 
     def choose(self, max_k: int) -> int:
         """Return k for the next cycle, at most max_k. Call it once before each cycle.
@@ -226,7 +227,7 @@ class DraftStats:
     def __init__(self):
         self.cycles = self.tokens = self.plain_steps = 0
         # For each position n from 0: the rows of cycles that proposed, and that accepted, an n-th
-        # draft token. Rejected tokens before it are no reason to leave a proposal out.
+        # draft token. A proposal after a rejected one counts, too.
         self.drafted: list[int] = []
         self.accepted: list[int] = []
         self.seconds = 0.0  # of all cycles
