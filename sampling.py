@@ -45,7 +45,7 @@ class Logprobs(NamedTuple):
 
 
 class ScoredId(int):
-    """A drawn token's id with its Logprobs as an attribute. Code that handles ids as ints keeps it."""
+    """A drawn token's id with its Logprobs. Code that only moves ids passes both on."""
 
     logprobs: Logprobs
 
