@@ -283,6 +283,7 @@ class BroadcastSampler(Sampler):
         receiving, drawn = self._receiving, (tokens, self.max_logits, *self.logprobs)
 
         def wait() -> list[list[int]]:
+            """Wait until all tensors of this draw are received, and return the ids."""
             for work in receiving:
                 work.wait()
             ids = to_host(*drawn)

@@ -2,7 +2,7 @@
 
 Start at join_process_group. Every rank runs the same program on the same input and computes the
 same results. Rank 0 decides what can differ between processes (a clock, free memory, what the user
-types) and broadcasts it, see broadcast_from_rank0. Rank 0 alone prints and writes files; another
+types) and broadcasts it, see broadcast_from_rank0. Only rank 0 prints and writes files; another
 rank prints only the error that ends it. tp.py and pp.py divide a model among the ranks.
 """
 

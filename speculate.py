@@ -263,6 +263,8 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
         return draft
 
     def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function like `view` (prefill or decode) for `vocab_size` ids."""
+
         def call(tokens: Tensor, *other: Any) -> Tensor:
             logits = view(tokens.clamp_max(own_size - 1), *other)  # (..., own_size)
             # A negative padding removes ids.
@@ -341,7 +343,7 @@ class ModelProposer:
 
 
 class OwnCacheProposer(ModelProposer):
-    """A ModelProposer whose caches belong to the draft model alone, so that it fills them itself.
+    """A ModelProposer for a draft model with its own caches, which this class fills.
 
     filled: positions of each row's cache that hold the text; the positions after them may hold
     rejected draft tokens.
