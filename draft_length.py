@@ -127,8 +127,11 @@ class DraftLengthController:
         return self._try_or_pause(affordable)
 
     def _try_or_pause(self, affordable: list[int]) -> int:
-        """Return the k of the current trial; if the trial is over or the budget does not cover it,
-        begin a pause and return 0. affordable: the k that the budget covers."""
+        """Return the k of the current trial, or 1 if the budget covers only that. If the trial is
+        over, or the budget covers neither, begin a pause and return 0.
+
+        affordable: the k that the budget covers.
+        """
         trial_k = TRIAL_DRAFT_TOKENS[self._past_trials % len(TRIAL_DRAFT_TOKENS)]
         k = next((k for k in (trial_k, TRIAL_DRAFT_TOKENS[0]) if k in affordable), 0)
         if self._trial_cycles_left and k:
