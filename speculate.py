@@ -25,13 +25,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from decoding import LoadedModel, Propose, Texts, prefill
 from draft_length import DraftLengthController
-from model import Cache, visible_length
+from host.memory import check_memory
+from model import Cache, Transformer, visible_length
+from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
+from text.tokenizer import Tokenizer, first_difference
 
 NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts better
+SELF_BITS = {"self-int8": 8, "self-int4": 4}  # per weight of a SelfDraft
+# Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
+MAX_PADDED_IDS = 128
 
 
 def speculative_steps(
@@ -273,6 +280,38 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
         return call
 
     return replace(draft, prefill=resized(draft.prefill), decode=resized(draft.decode))
+
+
+def check_draft(
+    draft: "str | LoadedModel", vocab_size: int, tokenizer: Tokenizer, scheme: dict[str, Any] | None
+) -> None:
+    """Raises ValueError for a draft model with another tokenizer than the model's, and for a
+    quantised copy with no fewer bits than the model. The other arguments describe the model."""
+    if isinstance(draft, LoadedModel):
+        draft_size = draft.model.args.vocab_size
+        if abs(draft_size - vocab_size) > MAX_PADDED_IDS:
+            why = f"the draft knows {draft_size} ids and the model {vocab_size}"
+        elif not (why := first_difference(draft.tokenizer, tokenizer)):
+            return
+        raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
+    bits = scheme["linears"].get("bits", 16) if scheme else 16
+    if SELF_BITS.get(draft, 0) >= bits:
+        raise ValueError(
+            f"--draft {draft}: the model has {bits} bits per weight already; use --draft ngram or "
+            "--draft_checkpoint_path"
+        )
+
+
+def self_copy(model: Transformer, draft: str) -> Transformer:
+    """Return a quantised copy of a model. draft: its name, a key of SELF_BITS. Raises MemoryError
+    before allocating."""
+    scheme = make_scheme(draft.removeprefix("self-"))
+    nbytes = quantized_bytes(meta_model(model.args, scheme))
+    what = f"the model's copy for --draft {draft}"
+    hint = "use --draft ngram, which takes none"
+    check_memory(nbytes, model.tok_embeddings.weight.device, what, hint)
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=draft, delay=1) as bar:
+        return quantized_copy(model, scheme, bar.update)
 
 
 class SelfDraft:

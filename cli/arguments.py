@@ -1,6 +1,6 @@
 """Command-line arguments: a parser whose errors are one line, and the types of arguments.
 
-Start at Parser. Nothing here imports torch: a wrong option is answered before that takes seconds.
+Start at Parser. Nothing here imports torch, which takes seconds: a wrong option is reported first.
 """
 
 import argparse
@@ -16,7 +16,10 @@ from text.generation_config import MAX_LOGIT_BIAS
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line, "did you mean", and hyphens for underscores."""
+    """An ArgumentParser with errors of one line, which suggest an option for an unknown one.
+
+    Options may be written with hyphens in place of underscores.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -36,14 +39,14 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([self._underscored(arg) for arg in given], namespace)
 
     def error(self, message: str) -> None:
-        """One line on stderr and exit code 2; under torchrun rank 0 alone prints it."""
+        """Print one line to stderr, under torchrun on rank 0 only, and exit with code 2."""
         quiet = os.environ.get("RANK", "0") not in ("0", "")
         message = " ".join(message.split())
         self.exit(2, None if quiet else f"{self.prog}: {message} (--help lists the options)\n")
 
     def _underscored(self, arg: str) -> str:
         """--max-new-tokens -> --max_new_tokens. A text that begins with -- and has blanks is a
-        value, as argparse sees it, and stays as it is."""
+        value, as in argparse, and is not changed."""
         name, equals, value = arg.partition("=")
         if not re.fullmatch(r"--[\w-]+", name) or name in self._option_string_actions:
             return arg
@@ -58,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int, why: str = "") -> Callable[[str], int]:
-    """A type of whole numbers from `least` on; why: words for the message of a smaller one."""
+    """Returns an argument type for whole numbers from `least` on. why: ends its error message."""
 
     def whole_number(text: str) -> int:  # argparse names this function: "invalid whole_number"
         value = int(text)
@@ -80,7 +83,7 @@ def count_or_auto(text: str) -> int | str:
 
 
 def rows_or_auto(text: str) -> int | None:
-    """None: as many as are fast."""
+    """auto -> None: as many rows as are fast."""
     return None if text == "auto" else positive(text)
 
 
@@ -99,7 +102,7 @@ def percentage(text: str) -> float:
 
 
 def documents(text: str) -> int | float:
-    """A number of documents, or a share of them below 1, as lm_eval counts them."""
+    """A number of documents, or below 1 a share of them, as in lm_eval."""
     value = float(text)
     if not (0 < value < 1 or (value >= 1 and value.is_integer())):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of documents nor 0 to 1")
@@ -132,7 +135,7 @@ def window(text: str) -> float:
 
 
 def pair(text: str) -> str:
-    """TASK=PATH, as it is."""
+    """Returns a text of the form TASK=PATH unchanged."""
     if not all(text.partition("=")):
         raise argparse.ArgumentTypeError(f"{text} is not TASK=PATH")
     return text

@@ -17,8 +17,8 @@ class BenchMode:
     """Times the prefill of random prompts and the decoding after them.
 
     prompt_tokens: of each prompt; None: PROMPT_TOKENS, or half of a shorter context. rows: of the
-    batch. repeats: runs that are timed. about: what the line of JSON says of the run; None: it is
-    not printed.
+    batch. repeats: the number of timed runs. about: fields that the line of JSON adds to the
+    figures; None: no line is printed.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
-"""How the commands begin, before torch is imported, and how they end: a mistake is one line.
+"""Begins and ends a command: parses options before torch is imported, reports an error in one line.
 
-Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing
-here imports torch before it is needed.
+Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both.
 """
 
 import argparse
@@ -14,16 +13,16 @@ from typing import Any
 
 from host.log import LOGGER
 
-MISTAKES = OSError, ValueError, MemoryError, ImportError  # of the user's, or of the machine
-# RuntimeErrors of torch that a user can cause, by what they say.
+MISTAKES = OSError, ValueError, MemoryError, ImportError  # caused by the user or the machine
+# Parts of the messages of torch's RuntimeErrors that the user or the machine causes.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
 LOGGER.setLevel(logging.INFO)
 
 
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
-    """The options of a command, with standard streams that can be used and a quiet Ctrl-C.
+    """Open the standard streams, and parse the options of a command.
 
-    Ctrl-C ends the imports that follow without a traceback.
+    Ctrl-C then ends the imports that follow without a traceback.
     """
     open_streams()
     sys.excepthook = end_of_imports
@@ -34,21 +33,21 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 
 
 def open_streams() -> None:
-    """Put /dev/null where a standard stream is closed.
+    """Open /dev/null for each standard stream that is closed.
 
-    A file that is opened later would take its number, and libraries' messages would go into it.
+    A file that is opened later would get the stream's number, and libraries would print into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            os.set_inheritable(number, True)  # a compiler that is started needs it, too
+            os.set_inheritable(number, True)  # child processes, such as a compiler, need it, too
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 -- for good
 
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What Python calls for an error that nothing has caught."""
+    """Handle an uncaught exception (sys.excepthook): Ctrl-C prints one line."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     else:
@@ -58,8 +57,8 @@ def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) 
 def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") -> int:
     """Run a command and return its exit code; a failure is one line on stderr.
 
-    0: done. 2: a mistake (is_mistake). 3: another rank has ended. 130: Ctrl-C. 141: nobody reads
-    the output any more. Other errors are the program's own, and are raised again.
+    0: success. 2: a mistake (is_mistake). 3: another rank has ended. 130: Ctrl-C. 141: the reader
+    of the output has closed it. Other exceptions are errors of the program, and are raised again.
     """
     try:
         work()
@@ -68,7 +67,7 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         print(f"\n{stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Nobody reads stdout any more; Python must not try to flush it again on its way out.
+        # Python would flush the closed stdout again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(BrokenPipeError):  # stderr may be the same pipe
             print(f"{script}: stopped, as the output was closed", file=sys.stderr)
@@ -88,6 +87,6 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error is the user's or the machine's, and not the program's."""
+    """Returns whether the user or the machine, and not the program, has caused an error."""
     known = isinstance(error, RuntimeError) and any(t in str(error) for t in TORCH_MISTAKES)
     return known or isinstance(error, MISTAKES)

@@ -1,7 +1,6 @@
-"""The command generate.py, from its options to its last line: find and load a model, run, report.
+"""Runs the command generate.py: finds and loads a model, runs a mode, and reports.
 
-Start at run. It hands the loaded model to one of the modes: prompts.py, interactive.py,
-benchmark.py.
+Start at run. The modes are in prompts.py, interactive.py and benchmark.py.
 """
 
 import argparse
@@ -38,8 +37,8 @@ from weights.allocation import stored_tensors
 if TYPE_CHECKING:
     from plan import Plan
 
-# The options, beside those of GenerationConfig, that a text depends on.
-CHANGE_TEXTS = (
+# The options that change texts, beside those of GenerationConfig.
+TEXT_OPTIONS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
 )
 
@@ -54,21 +53,22 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(args, options, model, config, mode)
     if args.plan:
         return print_plan(plan, args, model, options)
-    mode.open(model, asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS})
+    mode.open(model, asdict(config) | {name: getattr(args, name) for name in TEXT_OPTIONS})
     check_directory("--profile", args.profile)
     lm, stats = load(model, placed(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
-        mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
+        cache_length = plan and plan.workload.prompt + plan.workload.new
+        mode.run(Session(lm, config, stats), batch_size, cache_length)
     for line in report(lm, stats, plan, args.flash):
         log(line)
     leave_process_group()
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """How the model is loaded, on this process's device and with the other processes."""
+    """Returns how to load the model. Joins the process group, which chooses the device."""
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     micro_batches = args.micro_batches
@@ -99,13 +99,14 @@ def flash_options(args: argparse.Namespace) -> FlashOptions:
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
-    """The model that the options name; a repository is downloaded."""
+    """Returns the model that the options name. Downloads a repository."""
     path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
     return ModelChoice(path, args.random_weights, args.random_mode)
 
 
 def generation_config(args: argparse.Namespace, model: ModelChoice) -> GenerationConfig:
-    """The settings of the options, else of the model's generation_config.json, else defaults."""
+    """Returns the settings: from the options, else from the model's generation_config.json, else
+    the defaults."""
     given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
     given = {name: value for name, value in given.items() if value is not None}
     path = model.checkpoint_path
@@ -117,7 +118,7 @@ def generation_config(args: argparse.Namespace, model: ModelChoice) -> Generatio
 
 
 def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
-    """The mode that the options ask for. Prompts are read here."""
+    """Make the mode that the options name. Reads the prompts."""
     if args.interactive:
         from cli.interactive import ChatMode
 
@@ -141,7 +142,7 @@ def make_plan(
     config: GenerationConfig,
     mode: Mode,
 ) -> "Plan | None":
-    """The plan of an offloaded model, the same on all ranks; None where nothing is offloaded."""
+    """Make the plan of an offloaded model, the same on all ranks; None without offloading."""
     if not is_placed(args):
         return None
     import plan
@@ -161,25 +162,26 @@ def make_plan(
 def print_plan(
     plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
 ) -> None:
-    """Print what would run where on stdout: the result of --plan."""
-    from plan import find_subject, lines, on_devices
+    """Print the plan to stdout: the result of --plan."""
+    from plan import find_model_spec, lines, on_devices
 
     for line in lines(plan):
         print(line, flush=True)
     if args.link:
-        subject, _ = find_subject(model, options, args.compress_weight)
-        for line in on_devices(subject, args.link, args.read_rate):
+        spec, _ = find_model_spec(model, options, args.compress_weight)
+        for line in on_devices(spec, args.link, args.read_rate):
             print(line, flush=True)
     leave_process_group()
 
 
 def check_directory(option: str, file: Path | None) -> None:
+    """Raises FileNotFoundError if a file is to be written to a directory that does not exist."""
     if file and not file.parent.is_dir():
         raise FileNotFoundError(f"{option} {file}: there is no directory {file.parent}")
 
 
 def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
-    """The options with the plan's policy. Logs the plan."""
+    """Returns the options with the plan's policy. Logs the plan."""
     if plan is None:
         return options
     from plan import lines
@@ -190,7 +192,7 @@ def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
 
 
 def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
-    """The model, and statistics that begin with the time that loading took."""
+    """Load the model. Returns it, and statistics that have the time of loading."""
     start = time.perf_counter()
     if model.random_weights:
         scheme = make_scheme(model.random_mode) if model.random_mode else None
@@ -203,7 +205,7 @@ def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
 
 
 def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
-    """Lines of the log about the model that was loaded."""
+    """Yield lines of the log about the loaded model and its draft."""
     weight = lm.model.tok_embeddings.weight
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
     yield (
@@ -216,14 +218,14 @@ def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
 
 
 def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
-    """A line for a chat model that is given a plain prompt."""
+    """Yield a line of the log if a chat model is given a plain prompt."""
     hint = chat.template_hint(lm.tokenizer)
     if hint and not (args.chat or args.interactive or args.bench):
         yield hint
 
 
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
-    """Times and rates of the run, then a report of each feature in use."""
+    """Yield lines of the log: times and rates of the run, then a report of each feature in use."""
     if stats.prefill_seconds:
         yield from stats.report(saved_bandwidth(lm.device))
     if not lm.any_rows:
@@ -244,7 +246,10 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Write a trace for chrome://tracing or ui.perfetto.dev, where a file is named."""
+    """Profile the body, and write a trace for chrome://tracing or ui.perfetto.dev, to a file.
+
+    file: None: do not profile.
+    """
     if file is None:
         yield
         return

@@ -1,8 +1,8 @@
-"""The options of generate.py, eval.py, quantize.py and flash.py, and which of them go together.
+"""The options of generate.py, eval.py, quantize.py and flash.py.
 
-Start at parse_args, which is generate.py's. Nothing here imports torch: --help and a wrong option
-are answered at once. The choices that modules with torch define are repeated here as names;
-tests/test_options.py holds them against the originals.
+Start at parse_args, which parses those of generate.py. Nothing here imports torch, so that --help
+and a wrong option are answered at once. Choices that modules with torch define are repeated here;
+tests/test_options.py compares them with the originals.
 """
 
 import argparse
@@ -31,24 +31,23 @@ from cli.arguments import (
     window,
 )
 from options.rules import PLACING, broken_rule
-from options.settings import SELF_DRAFTS
+from options.settings import DRAFTS, SELF_DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
-DRAFTS = "ngram", *SELF_DRAFTS
 MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
 NEURONS = "dense", "int8", "int4"
-TIERED = "weights", "cache", "activations"  # what --percent places
+TIERED = "weights", "cache", "activations"  # each has two numbers of --percent
 
 Add = Callable[..., Any]  # ArgumentParser.add_argument, or that of a group
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """generate.py's options. An option of GenerationConfig that is not given is None."""
+    """Parse generate.py's options. An option of GenerationConfig that is not given is None."""
     parser = new_parser("generate.py", "Generate text with an open language model.")
     for title, add_options in GROUPS.items():
         add_options(parser.add_argument_group(title).add_argument)
@@ -72,7 +71,7 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 class Version(argparse.Action):
-    """Print versions and exit; they are looked up only when they are asked for."""
+    """Print the versions and exit. Looks them up only for --version, since that runs git."""
 
     def __init__(self, **options: Any):
         super().__init__(nargs=0, **options)
@@ -113,7 +112,7 @@ def text_options(add: Add) -> None:
 
 
 def sampling_options(add: Add) -> None:
-    """One option for each field of GenerationConfig."""
+    """Add an option for each field of GenerationConfig."""
     for field in fields(GenerationConfig):
         name, help = f"--{field.name}", GENERATION_HELP[field.name]
         if field.name in SPECIAL_OPTIONS:
@@ -162,10 +161,10 @@ def device_options(add: Add) -> None:
 
 
 def draft_options(add: Add) -> None:
-    help = "a small model that guesses tokens, same tokenizer: a path or a repository"
+    help = "a small model that drafts tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
-    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
-    help = "tokens to guess, or auto: as many as pay (default: auto)"
+    add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
+    help = "draft tokens of a step, or auto: as many as pay (default: auto)"
     add("--speculate_k", type=count_or_auto, default="auto", help=help)
 
 
@@ -232,7 +231,7 @@ GROUPS = {
 
 
 def derived(args: argparse.Namespace) -> dict[str, Any]:
-    """Names that the rules use beside those of options."""
+    """Returns the values of the names in options/rules.py that are no options."""
     return {
         "placed": is_placed(args),
         "self_draft": args.draft in SELF_DRAFTS and args.draft,
@@ -241,17 +240,18 @@ def derived(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_placed(args: argparse.Namespace) -> bool:
-    """Whether the options of generate.py divide the model among device, host and disk."""
+    """Returns whether the options divide the model among device, host and disk."""
     return any(getattr(args, name) for name in PLACING)
 
 
 def check_rules(parser: argparse.ArgumentParser, chosen: Mapping[str, Any]) -> None:
+    """End the program if the options break a rule of options/rules.py."""
     if message := broken_rule(chosen):
         parser.error(message)
 
 
 def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Rules about the values of options."""
+    """End the program if options that depend on the values of others break a rule."""
     for wrong, message in (
         (
             args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path),
@@ -267,7 +267,7 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         ),
         (
             args.logprobs is not None and not args.output,
-            "--logprobs needs --output, which holds them",
+            "--logprobs needs --output, to which they are written",
         ),
     ):
         if wrong:
@@ -279,12 +279,12 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def is_count(text: str) -> bool:
-    """Whether a prompt is a number of tokens, in ASCII digits."""
+    """Returns whether a prompt is a number of tokens: ASCII digits, above 0."""
     return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """eval.py's options."""
+    """Parse eval.py's options."""
     parser = new_parser("eval.py", "How good a model is: perplexity of a text, or lm_eval's tasks.")
     add = parser.add_argument
     help = "a path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
@@ -324,7 +324,7 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """quantize.py's options."""
+    """Parse quantize.py's options."""
     parser = new_parser("quantize.py", "Write a checkpoint with int8 or int4 weights beside it.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
@@ -354,7 +354,7 @@ def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """flash.py's options."""
+    """Parse flash.py's options."""
     parser = new_parser("flash.py", "Write a ReLU model's neurons for --flash to read.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")

@@ -1,4 +1,4 @@
-"""generate.py over prompts: which ones, and their texts to stdout or, as each ends, to --output."""
+"""generate.py over prompts: reads them, and writes the texts to stdout or to --output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from text.tokenizer import Tokenizer
 from weights.weight_files import find_weights, shards
 
 DEMO_PROMPT = "Once upon a time"
-MAX_BATCH = 16  # rows, where --batch_size is not given
+MAX_BATCH = 16  # rows, without --batch_size
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
     "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
@@ -35,14 +35,14 @@ class PromptMode:
         self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """The tokens of each text's prompt."""
+        """Returns the number of prompt tokens of each text."""
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open the file of results before a model is loaded, so that its errors come first.
+        """Open the file of results. It fails before the model is loaded, which takes longer.
 
-        settings: all that the texts depend on beside the model.
+        settings: the options that change texts.
         """
         if not (self.options.output and is_rank0()):
             return
@@ -58,7 +58,7 @@ class PromptMode:
         sink = self._sink(todo, session)
         sink.todo = broadcast_from_rank0(lambda: sink.todo)
         if not sink.todo:
-            return log(f"{options.output} holds all {len(todo)} results: nothing was to be done")
+            return log(f"{options.output} has all {len(todo)} results already")
         size = min(batch_size or MAX_BATCH, len(sink.todo))
         caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
         session.compile(caches)
@@ -77,7 +77,7 @@ class PromptMode:
                 )
 
     def _jobs(self, lm: LoadedModel, new: int) -> list[jobs.Job]:
-        """One job for each text to generate, of up to `new` tokens."""
+        """Make a job for each text to generate, of up to `new` tokens."""
         context, vocab_size = lm.model.args.context, lm.model.args.vocab_size
         encoded = encoded_prompts(lm.tokenizer, vocab_size, self.prompts, self.options)
         check_prompts([ids for _, ids in encoded], context, vocab_size)
@@ -92,7 +92,10 @@ class PromptMode:
 
 
 def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
-    """Read the prompts that the options name, else a pipe. ValueError for an empty one."""
+    """Read the prompts that the options name, else the piped one, else return the demo prompt.
+
+    Raises ValueError for an empty prompt.
+    """
     if options.prompts:
         return jobs.read_prompts(options.prompts, options.chat)
     if options.prompt_file:
@@ -108,7 +111,7 @@ def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
 
 
 def model_files(weights: Path) -> list[Path]:
-    """All that the texts of a checkpoint depend on: its weights, config and tokenizer."""
+    """Returns the files that the texts of a checkpoint depend on: weights, config, tokenizer."""
     beside = (weights.parent / name for name in BESIDE_WEIGHTS)
     return [*shards(weights)[0], *(file for file in beside if file.is_file())]
 
@@ -116,7 +119,7 @@ def model_files(weights: Path) -> list[Path]:
 def encoded_prompts(
     tokenizer: Tokenizer, vocab: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
 ) -> list[tuple[jobs.Prompt, list[int]]]:
-    """Each prompt and its ids; with random weights a number stands for so many random tokens."""
+    """Returns each prompt with its ids. With random weights a prompt is a number of random ids."""
     if options.chat:
         return [(prompt, chat.prompt_ids(tokenizer, prompt, options.system)) for prompt in prompts]
     if not options.random_tokens:

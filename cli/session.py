@@ -1,4 +1,4 @@
-"""What the modes of generate.py share: a loaded model, how it continues texts, and its times."""
+"""The Session that each mode of generate.py runs with, and the protocol of the modes."""
 
 import time
 from collections.abc import Sequence
@@ -17,12 +17,14 @@ from text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Session:
+    """A loaded model, how it continues texts, and the times of the run."""
+
     lm: LoadedModel
     config: GenerationConfig
     stats: Stats
 
     def compile(self, caches: Sequence[Cache]) -> None:
-        """Compile for the shape of the caches, if the model is compiled, and time it."""
+        """Compile and time it, for the shape of the caches, if the model is to be compiled."""
         if self.lm.any_rows:
             return
         log("compiling ...")
@@ -32,14 +34,15 @@ class Session:
 
 
 class Mode(Protocol):
-    """What generate.py does with a model: continue prompts, chat, or measure its speed."""
+    """A mode of generate.py: it continues prompts, chats, or measures the speed of a model."""
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Tokens of the prompt of each text, for a plan. new: tokens that follow each."""
+        """Returns the number of prompt tokens of each text, for a plan. new: tokens that follow."""
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open files that are written to, before the model is loaded."""
+        """Open output files. Called before the model is loaded. settings: options that change
+        texts."""
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
-        """batch_size: rows at a time; cache_length: positions of the KV cache that a plan has
-        memory for. None: not limited."""
+        """Run the mode. batch_size: rows at a time; None: the mode's default. cache_length: the
+        positions of the KV cache for which a plan has memory; None: no plan."""

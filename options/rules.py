@@ -1,8 +1,8 @@
-"""Which options need or exclude one another: one table, which the commands and load_model read.
+"""The table of options that need or exclude one another, for the commands and load_model.
 
-Start at broken_rule. A name is that of an option or one of these: `placed` (a model that is
-offloaded, by --offload, --percent or --plan), `self_draft` (a draft in fewer bits of the model
-itself), `ranks` (processes that torchrun has started).
+Start at broken_rule. The names are those of options, and three more: `placed` (the model is
+offloaded, by --offload, --percent or --plan), `self_draft` (the name of a draft that is a quantised
+copy of the model), `ranks` (torchrun has started several processes).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ PLACING = "offload", "percent", "plan"
 
 @dataclass(frozen=True)
 class Needs:
-    """`option` works only together with one of `any_of`."""
+    """`option` needs one of the options `any_of`."""
 
     option: str
     any_of: tuple[str, ...]
@@ -130,6 +130,9 @@ RULES = (
 
 
 def broken_rule(chosen: Mapping[str, Any]) -> str | None:
-    """The message of the first rule that the chosen options break. Rules about other names than
-    those of `chosen` are skipped."""
+    """Returns the message of the first rule that the options break, or None.
+
+    chosen: the values of options and other names, by name. A rule with a name that is missing is
+    not broken.
+    """
     return next((rule.text(chosen) for rule in RULES if rule.broken(chosen)), None)
