@@ -49,8 +49,8 @@ from tiers.prefetch import (
 def tiered_caches(
     model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
 ) -> Sequence[KVCache]:
-    """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the tiers
-    that the policy gives them. If the device holds all of them, they are ordinary KVCaches.
+    """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the
+    policy's tiers. If the device holds all of them, they are ordinary KVCaches.
 
     wait_time: the seconds that computation waits for cells are added to it. Raises ValueError if
     the disk is too full.
@@ -151,8 +151,8 @@ class CellAllocator:
         return cache if device == self.device else HostAttention(cache)
 
     def pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the pieces that Store.read and Store.write take for positions `first` to `end` (one
-        past the last) of a cell: for each tensor, the offset in the store and the bytes in `parts`.
+        """Return the pieces that Store.read and Store.write take for positions first to end - 1 of a
+        cell: for each tensor, the offset in the store and the bytes in `parts`.
 
         A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
         neighbouring positions: their bytes in `parts` must equal the bytes in the store, except
@@ -204,8 +204,8 @@ class TieredCaches(Sequence["TieredCache"]):
 
     @contextlib.contextmanager
     def acquire(self, cell: Cell, k: int, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
-        """Yield the cell of micro-batch k as a cache; on exit, start to write its new positions back
-        to the store. The write has ended on exit only if the policy does not overlap.
+        """Yield the cell of micro-batch k as a cache; on exit, start to write its new positions to
+        the store. The write has ended on exit only if the policy does not overlap.
 
         pos: (B, T), the positions at which each row of the batch writes.
         """
@@ -262,7 +262,7 @@ class TieredCaches(Sequence["TieredCache"]):
 
     @contextlib.contextmanager
     def _read(self, cell: Cell) -> Iterator["KVCache | HostAttention"]:
-        """Yield a cell as a cache, for `compact`. A cell that is not resident is read into the first
+        """Yield a cell as a cache, for `compact`. If it is not resident, it is read into the first
         buffer, outside the ring: the ring must be empty (`_ring_over(0)`)."""
         if cell.cache is not None:
             yield cell.cache
@@ -363,8 +363,8 @@ class TieredCache:
         return view
 
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
-        """Move rows, whose numbers must ascend, to the front; return a view of them. Only their first
-        `filled` positions are copied. The contents of other rows are lost."""
+        """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
+        first `filled` positions are copied. The contents of other rows are lost."""
         self._caches.compact(self.cells, rows, filled)
         return self.first(len(rows))
 
