@@ -151,8 +151,8 @@ class CellAllocator:
         return cache if device == self.device else HostAttention(cache)
 
     def pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the pieces that Store.read and Store.write take for positions first to end - 1 of a
-        cell: for each tensor, the offset in the store and the bytes in `parts`.
+        """Return the pieces that Store.read and Store.write take for positions first to end - 1 of
+        a cell: for each tensor, the offset in the store and the bytes in `parts`.
 
         A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
         neighbouring positions: their bytes in `parts` must equal the bytes in the store, except

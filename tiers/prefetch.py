@@ -6,8 +6,8 @@ bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned h
 TransferWorker is the thread that copies the bytes, on a GPU in a CUDA stream of its own. No call
 synchronizes the whole device, and no memory is allocated after a ring is made.
 
-FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, but waits
-for all transfers after every step. Here a wait concerns one buffer (Buffer.last_use).
+FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, but
+waits for all transfers after every step. Here a wait concerns one buffer (Buffer.last_use).
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class Layout:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        """tensors: by name, in the order of their offsets. Only their shapes and dtypes are used, so
-        they may be on the meta device."""
+        """tensors: by name, in the order of their offsets. Only their shapes and dtypes are used,
+        so they may be on the meta device."""
         self.tensors = {
             n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()
         }
@@ -57,7 +57,8 @@ class Layout:
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
     def split(self, memory: Tensor) -> Parts:
-        """Cut memory, `nbytes` bytes as uint8, into the bytes of each tensor; the parts are views."""
+        """Cut memory, `nbytes` bytes as uint8, into the bytes of each tensor; the parts are
+        views."""
         ends = (
             at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
         )
@@ -70,8 +71,8 @@ class Layout:
 
 
 class Store(Protocol):
-    """Bytes on another tier. A piece is a pair: an offset in the store, and a uint8 tensor, which is
-    filled from the store or written to it. A file may require that pieces are whole blocks."""
+    """Bytes on another tier. A piece is a pair: an offset in the store, and a uint8 tensor, which
+    is filled from the store or written to it. A file may require that pieces are whole blocks."""
 
     def read(self, pieces: Pieces) -> None: ...
 
@@ -79,8 +80,8 @@ class Store(Protocol):
 
 
 class HostMemory:
-    """A store in memory, usually of the host: a uint8 tensor. To or from a GPU, copies may still run
-    on the current CUDA stream when a call returns."""
+    """A store in memory, usually of the host: a uint8 tensor. To or from a GPU, copies may still
+    run on the current CUDA stream when a call returns."""
 
     def __init__(self, memory: Tensor):
         self.memory = memory
@@ -127,7 +128,7 @@ class BounceBuffer:
     @contextlib.contextmanager
     def _with_host_memory(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
         """Yield a triple for each piece: its offset in the file, the piece, and host memory of the
-        same length. All are in one buffer, which must not be longer than a call's pieces allow.
+        same length, cut from one buffer. The pieces together must fit into it.
 
         On exit, wait for the copies of the current CUDA stream, then free the buffer for other
         calls.
@@ -145,8 +146,8 @@ class BounceBuffer:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of a tensor on a device, or the tensor if it is there. To a GPU, the copy is queued
-    on the current CUDA stream, and the call does not wait for it.
+    """Return a copy of a tensor on a device, or the tensor if it is there. To a GPU, the copy is
+    queued on the current CUDA stream, and the call does not wait for it.
 
     A pinned tensor must not change until the copy ends. Any other tensor is first copied to pinned
     memory, because a copy from other memory would wait for the stream.
@@ -157,8 +158,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def record_event(device: torch.device) -> Event:
-    """Return an event that marks the end of the work now queued on the device's current stream; None
-    on a CPU, where a call returns when its work has ended."""
+    """Return an event that marks the end of the work now queued on the device's current stream;
+    None on a CPU, where a call returns when its work has ended."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -192,15 +193,16 @@ class TransferWorker:
 
 
 class ComputeWorkers:
-    """Threads that launch computations on a device, so that several micro-batches are computed at the
-    same time (offload.py). On a GPU each uses the current stream of the thread that submits it."""
+    """Threads that launch computations on a device, so that several micro-batches are computed at
+    the same time (offload.py). On a GPU each uses the current stream of the thread that submits
+    it."""
 
     def __init__(self, device: torch.device, name: str, threads: int):
         self._device, self._threads = device, ThreadPoolExecutor(threads, name)
 
     def submit(self, launch: Callable[[], Any]) -> Future:
-        """Call `launch` in a thread; return a future of its result. The future is done when `launch`
-        has returned: a GPU may still compute."""
+        """Call `launch` in a thread; return a future of its result. The future is done when
+        `launch` has returned: a GPU may still compute."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
         return self._threads.submit(self._run, launch, stream)
@@ -244,8 +246,8 @@ class Ring(Generic[Item]):
         wait_time: WaitTime,
         prefetch: bool = True,
     ):
-        """order: the items in the order of use. fetch: starts to read an item into a buffer; returns
-        a future of the read. It must wait until the device has finished with the buffer.
+        """order: the items in the order of use. fetch: starts to read an item into a buffer;
+        returns a future of the read. It must wait until the device has finished with the buffer.
         wait_time: the seconds that `acquire` waits are added to it. prefetch: False fetches an item
         only when it is acquired."""
         self._order, self._fetch = order, fetch
@@ -275,8 +277,9 @@ class Ring(Generic[Item]):
             self._fetch_next(self._prefetch)
 
     def _restart_at(self, item: Item) -> None:
-        """Drop the fetched items and start to fetch `item` and those after it, into all buffers; only
-        `item` if prefetch is False. Called at the first use and if the order was interrupted."""
+        """Drop the fetched items and start to fetch `item` and those after it, into all buffers;
+        only `item` if prefetch is False. Called at the first use and if the order was
+        interrupted."""
         for _, buffer, arrival in self._fetched:
             arrival.exception()  # waits, because the buffer is being written to
             self._free.append(buffer)
