@@ -225,8 +225,10 @@ class BlockTimer:
         between a long and a short cache, divided by the 16 rows and the difference in positions."""
         long = min(CACHE_POSITIONS, self.model.args.context)
         short = long // 16
-        seconds_short, seconds_long = (self.seconds(16, 1, positions) for positions in (short,
-        long)) return max(seconds_long - seconds_short, 0) / (16 * (long - short))
+        short_seconds, long_seconds = (
+            self.seconds(16, 1, positions) for positions in (short, long)
+        )
+        return max(long_seconds - short_seconds, 0) / (16 * (long - short))
 
     def per_pair(self, products: Curve) -> float:
         """Return the seconds of attention of a prompt token to one other: those of the layer for a
