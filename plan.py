@@ -159,7 +159,7 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
     # A micro-batch has a cache of its own.
-    whole = replace(whole, position=whole.position * (options.micro_batches or 1))
+    whole = replace(whole, position=whole.cache_position * (options.micro_batches or 1))
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -178,7 +178,10 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
             raise ValueError(short)
     else:
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
-    needed, free = layers + whole.fixed - process_memory(subject.device), limits["disk"] - layers
+    needed, free = (
+        layers + whole.always_on_device - process_memory(subject.device),
+        limits["disk"] - layers,
+    )
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     if options.downloaded:  # the weights are on the disk already
         return Plan(subject, found, limits)
@@ -214,13 +217,13 @@ def sizes(subject: Subject) -> Sizes:
     return Sizes(
         layers=args.n_layers,
         layer=layer,
-        kept=layer,
-        ring=layer + packed,
-        fixed=rest + process_memory(subject.device),
+        layer_on_device=layer,
+        layer_in_buffer=layer + packed,
+        always_on_device=rest + process_memory(subject.device),
         head=head or args.vocab_size * args.embed_dim * item,
-        position=sum(buffer.nbytes for buffer in one.buffers()),
-        hidden=3 * args.dim * item,
-        within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
+        cache_position=sum(buffer.nbytes for buffer in one.buffers()),
+        activations_between_layers=3 * args.dim * item,
+        activations_in_layer=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
     )
 
