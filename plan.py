@@ -159,7 +159,7 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
     measured = machine(subject, options.offload_dir, not options.percent or options.plan)
     whole = sizes(subject)
     # A micro-batch has a cache of its own.
-    whole = replace(whole, position=whole.cache_position * (options.micro_batches or 1))
+    whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
     planner = Planner(whole, measured, subject.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, subject.device, layers)
@@ -178,10 +178,8 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
             raise ValueError(short)
     else:
         found = planner.choose(work, limits, start, options.batch_size or work.texts)
-    needed, free = (
-        layers + whole.always_on_device - process_memory(subject.device),
-        limits["disk"] - layers,
-    )
+    needed = layers + whole.always_on_device - process_memory(subject.device)
+    free = limits["disk"] - layers
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     if options.downloaded:  # the weights are on the disk already
         return Plan(subject, found, limits)

@@ -73,10 +73,8 @@ def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu:
     planner = Planner(some_sizes(draw), some_machine(draw), device_is_cpu)
     work = Workload(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
     whole = planner.sizes.layers * planner.sizes.layer
-    budgets = {
-        "device": planner.sizes.always_on_device + draw.uniform(0.9, 1.3) * whole,
-        "disk": 1e12,
-    }
+    device = planner.sizes.always_on_device + draw.uniform(0.9, 1.3) * whole
+    budgets = {"device": device, "disk": 1e12}
     if not device_is_cpu:
         host = {"host": draw.uniform(0.5, 1.2) * whole}
         budgets = {"device": budgets["device"], **host, "disk": 1e12}

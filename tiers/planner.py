@@ -12,7 +12,8 @@ measured (probe.py), and several kinds of transfer may share a resource.
 Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block (texts that are
 generated together). A cell is the KV cache of one layer for one micro-batch. A split is the number
 of layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each
-row."""
+row.
+"""
 
 import itertools
 import math
@@ -257,7 +258,8 @@ class Planner:
 
     def groupings(self, start: Policy, max_rows: int) -> Iterator[Policy]:
         """Yield the policies among which `choose` searches: every combination of a micro-batch
-        size, a number of micro-batches, a size of prefill chunks, and (on a GPU) attention on the host.
+        size, a number of micro-batches, a size of prefill chunks and, on a GPU, attention on the
+        host or not.
 
         The rows of a block exceed max_rows by less than one micro-batch. Other fields are those of
         `start`; the shares of the tiers are found by `best_split`.
@@ -275,7 +277,7 @@ class Planner:
     def plans(
         self, policy: Policy, work: Workload, budgets: dict[str, float]
     ) -> Iterator[Prediction]:
-        """Yield predictions of policies that fit into the budgets and have the grouping of `policy`.
+        """Yield predictions of policies that fit into the budgets and group rows as `policy` does.
 
         Their shares: everything on the device, and the whole numbers of layers and cells near the
         optimal split. This split is computed three times: weights and cache may both be on other
@@ -310,6 +312,7 @@ class Planner:
         slopes = [self._requirements(policy, work, unit) - base for unit in np.eye(6)]
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
+        # A ring that is not needed leaves its memory on the device to layers and cells.
         limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
         # No resource may take longer than the phase in which it is used.
         phases = np.zeros((len(base), 2))
