@@ -17,8 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 LARGE_REQUEST_BYTES = 4 * 2**20  # larger requests are no faster
-SMALL_REQUEST_BYTES = 2**20  # used if the disk also has the KV cache, whose reads must not wait
-long REQUESTS_IN_FLIGHT = 8
+SMALL_REQUEST_BYTES = 2**20  # if the disk also has the KV cache, so that its reads wait less long
+REQUESTS_IN_FLIGHT = 8
 # The error numbers of open() on a file system without O_DIRECT.
 ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP
 
@@ -58,7 +58,8 @@ class DirectFile:
         the file. Where a piece extends past the end of the file, its bytes do not change.
 
         If O_DIRECT is used, offsets, lengths and addresses must be multiples of BLOCK_BYTES. Raises
-        OSError, and ValueError if the file became shorter after it was opened. """
+        OSError, and ValueError if the file became shorter after it was opened.
+        """
         self._transfer(os.preadv, pieces)
 
     def write(self, pieces: Pieces) -> None:

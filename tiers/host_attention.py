@@ -95,7 +95,7 @@ class SparseHostAttention(HostAttention):
 
         For each row and key/value head, only values of the tokens with the highest weights, summed
         over the head's queries, are read. Weights are not scaled up for the tokens that are left
-        out. mask: added to the scores, (B, G, R, S).
+        out. mask: see Transformer.mask.
         """
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
@@ -103,9 +103,12 @@ class SparseHostAttention(HostAttention):
         weights = scores.softmax(-1)
         count = math.ceil(self._share * (int(pos.max()) + 1))
         top_tokens = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
-        top_weights = weights.gather(-1, top_tokens.expand(-1, -1, q.shape[2], -1))  # (B, G, R,
-        count) index = top_tokens.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G,
-        count, E) y = top_weights @ v.transpose(1, 2).gather(2, index)  # (B, G, R, E)
+        top_weights = weights.gather(-1, top_tokens.expand(-1, -1, q.shape[2], -1))
+        # top_weights: (B, G, R, count)
+        index = top_tokens.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])
+        y = top_weights @ v.transpose(1, 2).gather(
+            2, index
+        )  # (B, G, R, E); index: (B, G, count, E)
         return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
 
     def part(self, rows: slice) -> "SparseHostAttention":
