@@ -102,13 +102,10 @@ class SparseHostAttention(HostAttention):
         scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
         weights = scores.softmax(-1)
         count = math.ceil(self._share * (int(pos.max()) + 1))
-        top_tokens = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
-        top_weights = weights.gather(-1, top_tokens.expand(-1, -1, q.shape[2], -1))
-        # top_weights: (B, G, R, count)
-        index = top_tokens.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])
-        y = top_weights @ v.transpose(1, 2).gather(
-            2, index
-        )  # (B, G, R, E); index: (B, G, count, E)
+        top = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
+        top_weights = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
+        index = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)
+        y = top_weights @ v.transpose(1, 2).gather(2, index)  # (B, G, R, E)
         return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
 
     def part(self, rows: slice) -> "SparseHostAttention":
