@@ -78,7 +78,8 @@ def tensor_parallel_seconds(step: Step, rate: float, link: Link, count: int) -> 
 
 def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[float, float]:
     """Return two times of a pipeline with `count` stages: the seconds in which one micro-batch
-    passes through all stages, and the seconds between the ends of two micro-batches if all stages are busy.
+    passes through all stages, and, if all stages are busy, the seconds between the ends of two
+    micro-batches.
 
     The second is the time of the slowest stage or, if longer, of a transfer. The slowest stage has
     the number of layers per stage, rounded up. step.rows: tokens of one micro-batch. rate: bytes of
