@@ -1,13 +1,15 @@
 """Offloading: a model's layers lie on several tiers and are brought to the device when needed.
 
 Start at StreamedLayers. Transformer.forward iterates over it and gets one layer after the other, on
-the device, while the next layer is read into another buffer of a ring: that loop is the schedule.
-`zigzag` computes all rows of a layer, one micro-batch after the other, so that the weights are
-loaded once for all of them. The KV cache moves in the same way: see tiers/kv_cache.py.
+the device, while the next layer is read into another buffer. The two buffers are used in turn and
+are called a ring (tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one
+micro-batch after the other, so that the weights are loaded once for all of them. The KV cache is
+cut into cells, one for each layer and micro-batch, which move in the same way: see
+tiers/kv_cache.py. Which tier holds what is stated by a Policy (tiers/policy.py).
 
 Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
 
-Shapes: B rows, g rows of a micro-batch, T new tokens of a row, D dim.
+Shapes: B rows (texts of a batch), g rows of a micro-batch, T new tokens of a row, D dim.
 """
 
 import contextlib
@@ -46,29 +48,35 @@ from tiers.prefetch import (
 )
 from weights.allocation import allocate_tensor, final_dtype, set_tensor, stored_tensors
 
-# With attention on the host, the device computes other micro-batches meanwhile: one is computed by
-# the device, one by the host, and one is between them. The ring must have as many cache buffers.
-MICRO_BATCHES_IN_FLIGHT = 3
-Fill = Callable[[str, Tensor], Any]  # writes the checkpoint's values to the tensor of that name
-# Returns the file and offset of a tensor that is stored in the dtype in which it is run, else None.
+# While the host computes the attention of one micro-batch, the device computes another, and a third
+# waits between the two. The ring of the KV cache must have as many buffers.
+CONCURRENT_MICRO_BATCHES = 3
+# Called with the name of a tensor in the checkpoint and a tensor, into which it writes the values.
+Fill = Callable[[str, Tensor], Any]
+# Called with the name of a tensor and the dtype used for computation. Returns the file and the
+# offset of the tensor if it is stored in that dtype, else None.
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]
-Location = tuple[Store, dict[str, int]]  # of a layer: its store, and each tensor's offset there
+Location = tuple[Store, dict[str, int]]  # the store of a layer, and each tensor's offset in it
 
 
 class StreamedBlock(NamedTuple):
-    """A block in a buffer. packed: its linears whose weights a CPU repacks, each with the linear
-    whose tensors are read."""
+    """A block (the module of one layer) whose tensors are in a buffer.
+
+    packed: for each linear that a CPU computes with repacked weights, that linear and the
+    QuantizedLinear that receives the bytes from the store.
+    """
 
     block: nn.Module
     packed: list[tuple[PackedLinear, QuantizedLinear]]
 
 
 class StreamedLayers(nn.ModuleList):
-    """Replaces Transformer.layers while they are on the meta device.
+    """Takes the place of Transformer.layers. Made before loading, when they are on the meta device.
 
-    `destination` allocates each tensor on its tier. When all are filled, `start` makes the ring.
-    make_run: makes the function that computes a block; it is called when that is first needed,
-    because the compiler looks at the finished model.
+    The loader asks `destination` for the memory of each tensor, fills it, and then calls `start`,
+    which makes the ring. Iteration yields the layers.
+    dtype: of the weights in computation. make_run: makes the function that computes a block; it is
+    called at the first use of `run`, because compilation needs the loaded model.
     """
 
     def __init__(
@@ -88,45 +96,58 @@ class StreamedLayers(nn.ModuleList):
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
         self._meta_block = (copy.deepcopy(layers[0]),)  # in a tuple, so that it is no submodule
         self.layout = block_layout(layers[0], dtype)
-        self._slabs = {
+        # One page-aligned block of bytes for each layer in host memory.
+        self._host_layers = {
             j: page_aligned(self.layout.nbytes, CPU, policy.pins(device))
             for j in self._moving
             if self.tiers[j] == "host"
         }
         self.locations: dict[int, Location] = {
-            j: (HostMemory(slab), self.layout.offsets) for j, slab in self._slabs.items()
+            j: (HostMemory(memory), self.layout.offsets) for j, memory in self._host_layers.items()
         }
 
     @functools.cached_property
     def run(self) -> Callable[..., Tensor]:
-        """The function that computes a block from its inputs: `eager`, or a compiled one."""
+        """The function that computes a block: `eager`, or a compiled one. It is called with the
+        block and the block's inputs."""
         return self._make_run()
 
     def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Allocate memory for a tensor of the model; None if it stays on disk."""
-        place = name.split(".", 2)
-        j = int(place[1]) if place[0] == "layers" else None
-        if j in self._slabs:
-            return self.layout.view(self.layout.split(self._slabs[j]))[place[2]]
+        """Return the memory into which the loader writes a tensor of the model.
+
+        It is new memory on the device, or a view of the layer's host memory; None if the layer
+        stays on disk. name: as in the state dict, such as layers.3.attention.wo.weight.
+        """
+        path = name.split(".", 2)
+        j = int(path[1]) if path[0] == "layers" else None
+        if j in self._host_layers:
+            return self.layout.view(self.layout.split(self._host_layers[j]))[path[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
         return None if on_disk else allocate_tensor(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
-        """Make the ring. Layers on disk are read from the checkpoint if one of its files stores
-        them as they are run; `fill` writes the others to a scratch file first."""
+        """Make the ring. The loader calls this once, after it has filled all tensors in memory.
+
+        A layer on disk is read from the checkpoint if one file of it stores the layer in the dtypes
+        used for computation. Other layers are first written to a scratch file.
+        fill(name, tensor): writes the checkpoint's values to a tensor. stored(name, dtype): returns
+        the file and offset of a tensor that is stored in that dtype, else None.
+        Raises ValueError or OSError if the scratch file cannot be written.
+        """
         on_disk = [j for j in self._moving if j not in self.locations]
-        in_place = {j: at for j in on_disk if (at := self._checkpoint_location(j, stored))}
-        self.locations |= in_place
-        self._write_scratch([j for j in on_disk if j not in in_place], fill)
+        in_checkpoint = {j: at for j in on_disk if (at := self._checkpoint_location(j, stored))}
+        self.locations |= in_checkpoint
+        self._write_scratch([j for j in on_disk if j not in in_checkpoint], fill)
         self.buffers = [self._buffer() for _ in self._moving[:WEIGHT_BUFFERS]]
-        # Two layers at a time, so that the disk has requests of the next when one layer ends.
+        # Two layers are read at a time, so that the disk is never without requests between layers.
         self._reader = TransferWorker(self.device, "weights", WEIGHT_BUFFERS)
         self._packer = TransferWorker(self.device, "pack")
-        self._workers = ComputeWorkers(self.device, "micro-batches", MICRO_BATCHES_IN_FLIGHT)
+        self._workers = ComputeWorkers(self.device, "micro-batches", CONCURRENT_MICRO_BATCHES)
         self._ring = self._new_ring()
 
     def set_policy(self, policy: Policy) -> None:
-        """Change to a policy that has the weights on the same tiers."""
+        """Change the policy, for example its micro-batches. The share of the weights on each tier
+        must be the same, because no layer is moved."""
         self.policy = policy
         self._ring = self._new_ring()
 
@@ -135,7 +156,8 @@ class StreamedLayers(nn.ModuleList):
         return Ring(self._moving, self.buffers, self._fetch, self.wait_times["layers"], overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        """Yield the layers. Each is on the device until the next one is requested."""
+        """Yield for each layer, in order, the function that computes it: `_forward` with its index
+        and block. The layer is on the device only until the next one is requested."""
         for j, layer in enumerate(super().__iter__()):
             if self.tiers[j] == "device":
                 yield partial(self._forward, j, layer)
@@ -143,42 +165,60 @@ class StreamedLayers(nn.ModuleList):
                 with self._ring.acquire(j) as buffer:
                     try:
                         yield partial(self._forward, j, buffer.contents.block)
-                    finally:  # even after an error the device may still compute with it
+                    finally:  # even after an error the device may still use the buffer
                         buffer.last_use = record_event(self.device)
 
     def _forward(self, j: int, block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
-        """Compute layer j for x, (B, T, D), which the policy may offload between layers."""
+        """Compute layer j for x, (B, T, D), in place, and return it.
+
+        If the policy offloads activations, layer 0 puts x into OffloadedActivations, the last layer
+        returns a tensor again, and the layers between get and return OffloadedActivations.
+        inputs: rotation, mask, pos and cache; see zigzag.
+        """
         if j == 0 and self.policy.activations.device < 100:
             x = OffloadedActivations(x, self.policy)
-        workers = self._workers if self._host_attends_beside_device() else None
+        workers = self._workers if self._several_at_once() else None
         B, T, _ = x.shape
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
+        # Several calls use the same weights: dequantise them once. Compiled code is specialised to
+        # the quantised linears, and the CPU's kernels need no dequantised weights.
         unpack = several_calls and self.device.type == "cuda" and self.run is eager
         weights = unpacked(block, self._dtype) if unpack else contextlib.nullcontext()
         with weights:
             zigzag(partial(self.run, block), self.policy, x, *inputs, workers)
         return x.whole() if isinstance(x, OffloadedActivations) and j == len(self) - 1 else x
 
-    def _host_attends_beside_device(self) -> bool:
-        """Whether the device computes other micro-batches while the host attends. Compiled blocks
-        do not: they run on one thread."""
+    def _several_at_once(self) -> bool:
+        """Return whether threads compute several micro-batches at once: the device computes one
+        while the host computes the attention of another. Never for compiled blocks, which must run
+        on one thread."""
         policy = self.policy
         attends = policy.cpu_attention and policy.cache.device < 100 and self.device.type != "cpu"
         return attends and policy.overlap and self.run is eager
 
     def _checkpoint_location(self, j: int, stored: Stored) -> Location | None:
-        """Return where one file stores the whole layer as it is run, or None."""
+        """Return the file of the checkpoint that can be read in place of a scratch file, and the
+        offsets of layer j's tensors in it.
+
+        None: a tensor is stored in another dtype than `layout` has, or two files share the layer.
+        stored: see `start`.
+        """
         tensors = self.layout.tensors.items()
-        places = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
-        paths = {path for path, _ in places.values()}
+        found = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
+        paths = {path for path, _ in found.values()}
         if None in paths or len(paths) > 1:
             return None
         path = paths.pop()
         if path not in self._files:
             self._files[path] = self._file_store(DirectFile(path))
-        return self._files[path], {name: offset for name, (_, offset) in places.items()}
+        return self._files[path], {name: offset for name, (_, offset) in found.items()}
 
     def _write_scratch(self, layers: Sequence[int], fill: Fill) -> None:
+        """Write layers one after the other to a new scratch file, and set their `locations`.
+
+        fill(name, tensor): writes the checkpoint's values to a tensor in memory. Raises ValueError
+        if the disk is too full, and OSError if the file cannot be made.
+        """
         if not layers:
             return
         nbytes, parts = self.layout.nbytes, self.layout.allocate(CPU)
@@ -192,48 +232,59 @@ class StreamedLayers(nn.ModuleList):
             self.locations[j] = store, offsets
 
     def _file_store(self, file: DirectFile) -> Store:
+        """Return the store from which layers in this file are read. A GPU cannot read a file
+        directly: there the bytes go through host memory, one piece of it for each buffer."""
         file.threads = layer_threads
-        if not self.policy.cache.disk:  # no cell of the cache waits behind these requests
+        # Large requests would delay reads of the KV cache from the same disk.
+        if not self.policy.cache.disk:
             file.request_bytes = LARGE_REQUEST_BYTES
         if self.device.type == "cpu":
             return file
         nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
-        hosts = [page_aligned(nbytes, CPU, pin) for _ in self._moving[:WEIGHT_BUFFERS]]
-        return BounceBuffer(file, hosts)
+        host_buffers = [page_aligned(nbytes, CPU, pin) for _ in self._moving[:WEIGHT_BUFFERS]]
+        return BounceBuffer(file, host_buffers)
 
     def _buffer(self) -> Buffer:
-        """Allocate a buffer of the ring, with a block in its memory."""
+        """Allocate a buffer of the ring: memory for one layer on the device, and a block whose
+        tensors share this memory.
+
+        On a CPU the block's linears are replaced by faster ones. Those for quantised weights hold
+        a repacked copy, so `_fetch` repacks it after each read.
+        """
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta_block[0])
         for name, tensor in self.layout.view(parts).items():
             set_tensor(block, name, tensor)
-        stored = dict(block.named_modules())
+        original = dict(block.named_modules())
         if self.device.type == "cpu":
             use_fast_linears(
                 block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
             )
         packed = [
-            (module, stored[name])
+            (module, original[name])
             for name, module in block.named_modules()
             if isinstance(module, PackedLinear)
         ]
         return Buffer(parts, StreamedBlock(block, packed), record_event(self.device))
 
     def _fetch(self, j: int, buffer: Buffer) -> Future:
+        """Start to read layer j into a buffer of the ring. Return a future that is done when the
+        layer can be computed. The read waits until the device has finished with the buffer."""
         store, offsets = self.locations[j]
         pieces = [(offsets[name], part) for name, part in buffer.parts.items()]
         read = self._reader.submit(lambda: store.read(pieces), buffer.last_use)
 
         def pack() -> None:
             read.result()
-            for module, stored in buffer.contents.packed:
-                module.load_from(stored)
+            for module, original in buffer.contents.packed:
+                module.load_from(original)
 
-        # Another thread packs, so that the next read need not wait for it.
+        # Another thread packs, so that the next read does not wait for the packing.
         return self._packer.submit(pack) if buffer.contents.packed else read
 
 
 def block_layout(block: nn.Module, dtype: torch.dtype) -> Layout:
-    """Return the layout of a block's tensors in the dtypes in which they are run."""
+    """Return the layout of a block's tensors in the dtypes used for computation: `dtype` for
+    floating-point parameters, and their own for others. All layers of a model have this layout."""
     stored = {name: tensor for name, (tensor, _) in stored_tensors(block).items()}
     return Layout(
         {
@@ -249,11 +300,11 @@ def eager(block: nn.Module, *inputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Replace quantised linears by dense ones, so that they are unpacked once for all
-    micro-batches; put them back on exit."""
-    packed = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
+    """Replace a block's quantised linears by dense ones of this dtype; put them back on exit. Used
+    where several calls need the same weights, which are then dequantised once, on a GPU."""
+    quantized = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
     try:
-        for name, linear in packed.items():
+        for name, linear in quantized.items():
             with META:
                 dense = Linear(linear.in_features, linear.out_features, bias=False)
             dense.weight = nn.Parameter(linear.dequantize_by_kernel(dtype), requires_grad=False)
@@ -261,7 +312,7 @@ def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             block.set_submodule(name, dense)
         yield
     finally:
-        for name, linear in packed.items():
+        for name, linear in quantized.items():
             block.set_submodule(name, linear)
 
 
@@ -275,20 +326,23 @@ def zigzag(
     cache: KVCache,
     workers: ComputeWorkers | None = None,
 ) -> None:
-    """Compute a block for all rows of x, (B, T, D), in place: one micro-batch after the other, each
-    in groups of rows that together have at most policy.tokens_at_once tokens.
+    """Compute a block for all rows of x, (B, T, D), in place, one micro-batch after the other.
 
+    To limit the memory of activations, a call of the block gets only as many rows as have
+    policy.tokens_at_once tokens together, at least one row.
+    block: called with x, rotation, mask, pos and cache of some rows; returns the new x of these.
+    rotation: None, or two tensors; these, mask and pos, (B, T), have B rows.
     workers: threads that compute several micro-batches at the same time; None: one at a time.
     """
     (B, T, _), g = x.shape, policy.micro_batch
-    step = max(1, min(g, policy.tokens_at_once // T))
+    rows_per_call = max(1, min(g, policy.tokens_at_once // T))
 
     def compute(cell: KVCache, first: int, end: int) -> None:
-        for start in range(first, end, step):
-            rows = slice(start, min(start + step, end))
+        for start in range(first, end, rows_per_call):
+            rows = slice(start, min(start + rows_per_call, end))
             row_rotation = rotation and tuple(t[rows] for t in rotation)
-            part = cell.part(slice(start - first, rows.stop - first))
-            x[rows] = block(x[rows], row_rotation, mask[rows], pos[rows], part)
+            cell_rows = cell.part(slice(start - first, rows.stop - first))
+            x[rows] = block(x[rows], row_rotation, mask[rows], pos[rows], cell_rows)
 
     micro_batches = [(first, min(first + g, B)) for first in range(0, B, g)]
     if workers and len(micro_batches) > 1:
@@ -305,38 +359,45 @@ def compute_in_threads(
     cache: KVCache,
     pos: Tensor,
 ) -> None:
-    """Compute micro-batches, MICRO_BATCHES_IN_FLIGHT at a time. The calling thread opens and closes
-    their cells, in order. None is in flight when this returns or raises."""
-    in_flight: deque[tuple[contextlib.ExitStack, Future]] = deque()
+    """Compute micro-batches in threads, at most CONCURRENT_MICRO_BATCHES at a time, so that the
+    device computes one while the host computes the attention of another.
 
-    def finish() -> None:
-        opened, computed = in_flight.popleft()
-        with opened:
+    compute: called with a micro-batch's cell of the KV cache, its first row, and one past its last.
+    micro_batches: these two row numbers of each. The calling thread opens and closes the cells, in
+    order. When this returns or raises, no micro-batch is running.
+    """
+    running: deque[tuple[contextlib.ExitStack, Future]] = deque()
+
+    def finish_oldest() -> None:
+        cell_context, computed = running.popleft()
+        with cell_context:
             computed.result()
 
     try:
         for span in micro_batches:
-            if len(in_flight) == MICRO_BATCHES_IN_FLIGHT:
-                finish()
-            opened = contextlib.ExitStack()
-            cell = opened.enter_context(cache.opened(slice(*span), pos))
-            in_flight.append((opened, workers.submit(partial(compute, cell, *span))))
-        while in_flight:
-            finish()
+            if len(running) == CONCURRENT_MICRO_BATCHES:
+                finish_oldest()
+            cell_context = contextlib.ExitStack()
+            cell = cell_context.enter_context(cache.opened(slice(*span), pos))
+            running.append((cell_context, workers.submit(partial(compute, cell, *span))))
+        while running:
+            finish_oldest()
     finally:
-        while in_flight:  # one has failed
+        while running:  # an exception was raised: wait for the others
             with contextlib.suppress(Exception):
-                finish()
+                finish_oldest()
 
 
 class OffloadedActivations:
     """Activations, (B, T, D), that are stored between two layers, each micro-batch on its tier.
 
-    Slices of rows are read and assigned as with a tensor. A row begins at a multiple of
-    BLOCK_BYTES.
+    Slices of rows are read and assigned as with a tensor. A slice must lie within one micro-batch.
+    A row begins at a multiple of BLOCK_BYTES, because files are read with O_DIRECT.
     """
 
     def __init__(self, x: Tensor, policy: Policy):
+        """Allocate a store for each micro-batch of x, (B, T, D), on the tier that the policy gives
+        it, and store x. Raises ValueError if the disk is too full."""
         self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
         self._row_bytes = round_up_to_block(x[0].nbytes)
         nbytes, pin = self._g * self._row_bytes, policy.pins(x.device)
@@ -348,20 +409,22 @@ class OffloadedActivations:
         tiers = policy.activations.tiers(-(-len(x) // self._g))
         self._stores = [make[tier]() for tier in tiers]
         host = page_aligned(nbytes, CPU, pin)
-        # What stays on a GPU does not pass through host memory.
+        # Activations that stay on a GPU are not copied through host memory.
         device = page_aligned(nbytes, x.device) if x.device.type != "cpu" else host
         self._buffers = [device if tier == "device" else host for tier in tiers]
-        self._lock = threading.Lock()  # one thread at a time uses a buffer
+        self._lock = threading.Lock()  # one thread at a time uses the buffers
         for start in range(0, len(x), self._g):
             self[start : start + self._g] = x[start : start + self._g]
 
     def __getitem__(self, rows: slice) -> Tensor:
+        """Return a copy, (rows, T, D), on the device. The rows must belong to one micro-batch."""
         with self._lock:
             pieces, values = self._pieces(rows)
             self._stores[rows.start // self._g].read(pieces)
             return values.to(self._like.device, copy=True)
 
     def __setitem__(self, rows: slice, x: Tensor) -> None:
+        """Store x, (rows, T, D). The rows must belong to one micro-batch."""
         with self._lock:
             pieces, values = self._pieces(rows)
             values.copy_(x)
@@ -373,8 +436,11 @@ class OffloadedActivations:
         return torch.cat([self[n : min(n + self._g, B)] for n in range(0, B, self._g)])
 
     def _pieces(self, rows: slice) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """Return the offset of rows in their store and their bytes in the buffer, and these bytes
-        as a tensor, (rows, T, D)."""
+        """Return the pieces that Store.read and Store.write take for these rows, and their values.
+
+        pieces: one pair of the offset in the micro-batch's store and the bytes in the buffer.
+        values: a view, (rows, T, D), of these bytes. The rows must belong to one micro-batch.
+        """
         count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g
         memory = self._buffers[rows.start // self._g][: count * self._row_bytes]
         values = memory.view(self._like.dtype).view(count, -1)  # (rows, T * D and padding)

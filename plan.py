@@ -166,7 +166,7 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
     measured = machine(spec, options.offload_dir, not options.percent or options.plan)
     whole = sizes(spec)
     # Each micro-batch of a pipeline has its own cache.
-    whole = replace(whole, position=whole.position * (options.micro_batches or 1))
+    whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
     planner = Planner(whole, measured, spec.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
     limits = budgets(options, spec.device, layers)
@@ -185,7 +185,10 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
             raise ValueError(short)
     else:
         found = planner.choose(workload, limits, start, options.batch_size or workload.texts)
-    needed, free = layers + whole.fixed - process_memory(spec.device), limits["disk"] - layers
+    needed, free = (
+        layers + whole.always_on_device - process_memory(spec.device),
+        limits["disk"] - layers,
+    )
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     if options.downloaded:
         return Plan(spec, found, limits)
@@ -222,13 +225,13 @@ def sizes(spec: ModelSpec) -> Sizes:
     return Sizes(
         layers=args.n_layers,
         layer=layer,
-        kept=layer,
-        ring=layer + packed,
-        fixed=rest + process_memory(spec.device),
+        layer_on_device=layer,
+        layer_in_buffer=layer + packed,
+        always_on_device=rest + process_memory(spec.device),
         head=head or args.vocab_size * args.embed_dim * item,
-        position=sum(buffer.nbytes for buffer in one.buffers()),
-        hidden=3 * args.dim * item,
-        within=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
+        cache_position=sum(buffer.nbytes for buffer in one.buffers()),
+        activations_between_layers=3 * args.dim * item,
+        activations_in_layer=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
     )
 

@@ -189,7 +189,7 @@ def test_the_host_attends_while_the_device_computes(
 ):
     """Queries of a micro-batch come before those of the one before it have been answered."""
     wanted = ids(demo("demo"))
-    waiting, most, really = [], [], HostAttention._received
+    waiting, most, really = [], [], HostAttention._to_host
     second = threading.Condition()
 
     def received(self: HostAttention, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -203,7 +203,7 @@ def test_the_host_attends_while_the_device_computes(
             waiting.pop()
         return there
 
-    monkeypatch.setattr(HostAttention, "_received", received)
+    monkeypatch.setattr(HostAttention, "_to_host", received)
     policy = dataclasses.replace(AWAY, cache=cache, directory=tmp_path)
     with pretended_cuda():
         assert ids(away(policy)) == wanted
@@ -239,7 +239,7 @@ def test_sparse_attention_is_the_host_s(tmp_path: Path):
 def test_a_micro_batch_that_fails_leaves_nothing_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    wanted, really, calls = ids(demo("demo")), HostAttention._received, []
+    wanted, really, calls = ids(demo("demo")), HostAttention._to_host, []
 
     def failing(self: HostAttention, *tensors: torch.Tensor) -> list[torch.Tensor]:
         calls.append(1)
@@ -250,7 +250,7 @@ def test_a_micro_batch_that_fails_leaves_nothing_under_way(
     with pretended_cuda():
         lm = away(dataclasses.replace(AWAY, cache=Share(0, 50), directory=tmp_path))
         with monkeypatch.context() as patch:
-            patch.setattr(HostAttention, "_received", failing)
+            patch.setattr(HostAttention, "_to_host", failing)
             with pytest.raises(ValueError, match="it failed"):
                 ids(lm)
         assert ids(lm) == wanted

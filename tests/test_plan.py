@@ -54,13 +54,13 @@ def some_sizes(draw: random.Random) -> Sizes:
     return Sizes(
         layers=draw.randint(2, 6),
         layer=layer,
-        kept=layer,
-        ring=layer,
-        fixed=draw.randint(50, 200) * MB,
+        layer_on_device=layer,
+        layer_in_buffer=layer,
+        always_on_device=draw.randint(50, 200) * MB,
         head=draw.randint(10, 50) * MB,
-        position=draw.choice((1000, 20_000)),
-        hidden=10_000,
-        within=50_000,
+        cache_position=draw.choice((1000, 20_000)),
+        activations_between_layers=10_000,
+        activations_in_layer=50_000,
         logits=100_000,
     )
 
@@ -73,7 +73,8 @@ def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu:
     planner = Planner(some_sizes(draw), some_machine(draw), device_is_cpu)
     work = Workload(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
     whole = planner.sizes.layers * planner.sizes.layer
-    budgets = {"device": planner.sizes.fixed + draw.uniform(0.9, 1.3) * whole, "disk": 1e12}
+    device = planner.sizes.always_on_device + draw.uniform(0.9, 1.3) * whole
+    budgets = {"device": device, "disk": 1e12}
     if not device_is_cpu:
         host = {"host": draw.uniform(0.5, 1.2) * whole}
         budgets = {"device": budgets["device"], **host, "disk": 1e12}

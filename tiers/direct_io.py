@@ -1,9 +1,10 @@
 """Files that are read and written with O_DIRECT, in several requests at a time.
 
-Start at DirectFile. The page cache would keep the layers that were read last, although those read
-longest ago are needed next. O_DIRECT bypasses it, so that memory holds only what the program puts
-there, and the disk works at its full rate. Offsets, lengths and addresses must then be multiples of
-BLOCK_BYTES. On a file system without O_DIRECT the same calls go through the page cache.
+Start at DirectFile. Layers are read in an order that repeats. The system's page cache would keep
+the layers that were read last, but those that were read longest ago are needed next. O_DIRECT
+bypasses the page cache, so memory is not filled with file contents, and the disk works at its full
+rate. With O_DIRECT, offsets, lengths and addresses must be multiples of BLOCK_BYTES. On a file
+system without O_DIRECT the same calls go through the page cache.
 """
 
 import errno
@@ -16,22 +17,25 @@ from pathlib import Path
 from torch import Tensor
 
 LARGE_REQUEST_BYTES = 4 * 2**20  # larger requests are no faster
-SMALL_REQUEST_BYTES = 2**20  # for a disk that also serves the KV cache, which must not wait long
+SMALL_REQUEST_BYTES = 2**20  # if the disk also has the KV cache, so that its reads wait less long
 REQUESTS_IN_FLIGHT = 8
-ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP  # from a file system that lacks O_DIRECT
+# The error numbers of open() on a file system without O_DIRECT.
+ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP
 
 Pieces = Iterable[tuple[int, Tensor]]  # (offset in the file, bytes in memory)
-# These threads wait for the disk and use almost no CPU time. The cache has threads of its own,
-# because one layer is many requests, and a cell of the cache must not queue behind them.
+# These threads wait for the disk and use almost no CPU time. The KV cache has its own threads,
+# because one layer is many requests, and a read of the cache must not queue behind them.
 layer_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "layers")
 cache_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "cells")
 
 
 class DirectFile:
-    """An open file. direct: whether O_DIRECT is used; request_bytes: the size of one request;
-    threads: the pool that makes the requests."""
+    """An open file. direct: whether O_DIRECT is used; request_bytes: the largest size of one
+    request; threads: the pool whose threads make the requests."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
+        """Open the file with O_DIRECT, or without it if the file system lacks it. flags: as for
+        os.open. Raises OSError."""
         self.path, self.request_bytes, self.threads = path, SMALL_REQUEST_BYTES, cache_threads
         try:
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
@@ -50,9 +54,11 @@ class DirectFile:
         return self._file
 
     def read(self, pieces: Pieces) -> None:
-        """Fill each piece from the file. Bytes past the end of the file are left unchanged.
+        """Fill each piece, a pair of an offset in the file and a uint8 tensor in host memory, from
+        the file. Where a piece extends past the end of the file, its bytes do not change.
 
-        Raises OSError, and ValueError if the file became shorter after it was opened.
+        If O_DIRECT is used, offsets, lengths and addresses must be multiples of BLOCK_BYTES. Raises
+        OSError, and ValueError if the file became shorter after it was opened.
         """
         self._transfer(os.preadv, pieces)
 
@@ -61,23 +67,33 @@ class DirectFile:
         self._transfer(os.pwritev, pieces)
 
     def _transfer(self, call: Callable[..., int], pieces: Pieces) -> None:
+        """Read or write pieces, in several requests at a time; return when all have ended.
+
+        call: os.preadv or os.pwritev. Raises the error of the first request that failed.
+        """
         requests = [request for piece in pieces for request in self._requests(*piece)]
         futures = [self.threads.submit(self._complete, call, *request) for request in requests]
-        # Wait for all before raising: the other requests still write to memory that will be reused.
+        # Wait for all before an error is raised: the caller may reuse the memory of the others.
         wait(futures)
         for future in futures:
             future.result()
 
     def _requests(self, offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """Cut a piece into requests."""
+        """Yield the requests for a piece: the offset in the file, and at most `request_bytes` bytes
+        of the piece's memory."""
         memory = memoryview(piece.numpy())
         for start in range(0, len(memory), self.request_bytes):
             yield offset + start, memory[start : start + self.request_bytes]
 
     def _complete(self, call: Callable[..., int], offset: int, memory: memoryview) -> None:
-        """Repeat a system call, which may transfer a part only, until the request is complete."""
-        done, wanted = 0, min(len(memory), self._size - offset)
-        while done < wanted:
+        """Make one request: repeat the system call, which may transfer fewer bytes than it is asked
+        to, until all bytes up to the end of the file are transferred.
+
+        call: os.preadv or os.pwritev. Raises OSError, and ValueError if the file has become shorter
+        than it was when it was opened.
+        """
+        done, needed = 0, min(len(memory), self._size - offset)
+        while done < needed:
             transferred = call(self._file, [memory[done:]], offset + done)
             if transferred == 0:
                 raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut short")
@@ -88,7 +104,11 @@ class ScratchFile(DirectFile):
     """A file without a name: the system deletes it when the process ends, even if it is killed."""
 
     def __init__(self, directory: Path, nbytes: int):
-        """Raises ValueError if the disk is too full, and OSError if no file can be written."""
+        """Make a file of `nbytes` bytes on the disk of a directory, which need not exist.
+
+        Raises ValueError if the disk is too full, OSError if the file cannot be made, and
+        NotADirectoryError if `directory` is a file.
+        """
         parent = nearest_directory(directory)
         free = shutil.disk_usage(parent).free
         if nbytes > free:
@@ -108,9 +128,10 @@ class ScratchFile(DirectFile):
 
 
 def nearest_directory(directory: Path) -> Path:
-    """Return the directory, or its nearest parent that exists, which is on the same disk.
+    """Return the directory if it exists, else its nearest parent that exists. A directory made
+    later would be on the same disk, and a file without a name can be made in the parent as well.
 
-    A file without a name can be made in either. Raises NotADirectoryError if that is a file.
+    Raises NotADirectoryError if the path that exists is a file.
     """
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not nearest.is_dir():

@@ -1,7 +1,8 @@
 """Attention on the host over a cache that is in host memory, for a model on a GPU.
 
 Start at HostAttention: queries, new keys and new values are copied to the host, and the attention's
-output is copied back, which is less than the cache that would otherwise be copied to the device.
+output is copied back. These are fewer bytes than the cache, which would otherwise be copied to the
+device.
 Based on FlexGen (arXiv 2303.06865, sections 4.2 and 5).
 
 Shapes: B rows, T new tokens, H query heads, G key/value heads, R = H/G, S positions, E head_dim.
@@ -19,39 +20,46 @@ from tiers.prefetch import record_event, to_device
 
 
 class HostAttention:
-    """A cache in host memory that a block on the device attends to.
+    """A cache in host memory whose attention the host computes for a block on the device.
 
-    The calling thread waits for the host. Meanwhile the device computes what other threads give it
-    (offload.compute_in_threads).
+    It takes the place of a KVCache. The calling thread waits for the host; the device can compute
+    other micro-batches that other threads launch (offload.compute_in_threads).
     """
 
-    turn = threading.Lock()  # one micro-batch at a time attends, with all cores of the host
+    # One micro-batch at a time attends, and its attention uses all cores of the host.
+    attention_lock = threading.Lock()
 
     def __init__(self, cache: KVCache):
         self._cache = cache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """Store k and v, (B, T, G, E), and return what q, (B, T, H, E), attends to, like q."""
-        if torch.compiler.is_compiling():  # the compiler supports neither events nor locks
+        """Store k and v, (B, T, G, E), at pos, (B, T), in the cache; return the attention of
+        queries q, (B, T, H, E), to the cache, in that shape. All tensors are on the device.
+
+        mask: see Transformer.mask.
+        """
+        if torch.compiler.is_compiling():  # torch.compile supports neither events nor locks
             host = self._cache.device
             return self._cache.attend(*(t.to(host) for t in (q, k, v, mask, pos))).to(q.device)
-        received = self._received(q, k, v, mask, pos)
-        with self.turn:
-            y = self._cache.attend(*received)
+        host_tensors = self._to_host(q, k, v, mask, pos)
+        with self.attention_lock:
+            y = self._cache.attend(*host_tensors)
         return to_device(y, q.device)
 
-    def _received(self, *tensors: Tensor) -> list[Tensor]:
-        """Copy tensors to the host. Wait for the copies, not for later work."""
+    def _to_host(self, *tensors: Tensor) -> list[Tensor]:
+        """Return copies of tensors in host memory. Waits for these copies, and not for work that
+        other threads give to the same CUDA stream later."""
         copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
         if copied := record_event(tensors[0].device):
             copied.synchronize()
         return copies
 
     def part(self, rows: slice) -> "HostAttention":
-        """Return the same memory, restricted to some rows."""
+        """Return a view of some rows: a HostAttention over the same memory."""
         return HostAttention(self._cache.part(rows))
 
     def take(self, source: "KVCache | HostAttention", rows: Tensor, filled: int) -> None:
+        """Copy the first `filled` positions of these rows of another cache, as KVCache.take."""
         self._cache.take(source, rows, filled)
 
     def buffers(self) -> Iterator[Tensor]:
@@ -59,9 +67,10 @@ class HostAttention:
 
 
 class SparseHostAttention(HostAttention):
-    """Attention that reads only a share of the values: of the tokens with the highest weights.
+    """Attention that reads all keys, but values only of the tokens with the highest weights.
 
-    An approximation, for rows with one new token; prompts are exact (FlexGen, section 5).
+    It is an approximation, for rows with one new token; the attention of prompts is exact (FlexGen,
+    section 5). share: of the tokens whose values are read, in (0, 1).
     """
 
     def __init__(self, cache: KVCache, share: float):
@@ -69,26 +78,34 @@ class SparseHostAttention(HostAttention):
         self._share = share
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        """Attend as HostAttention.attend does; if each row has one new token, read only values of
+        the tokens with the highest weights."""
         if q.shape[1] > 1:
             return super().attend(q, k, v, mask, pos)
-        received = self._received(q, k, v, mask, pos)
-        with self.turn:
-            y = self._attend_sparsely(*received)
+        host_tensors = self._to_host(q, k, v, mask, pos)
+        with self.attention_lock:
+            y = self._attend_sparsely(*host_tensors)
         return to_device(y, q.device)
 
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
     ) -> Tensor:
-        """Return (B, 1, H, E), on the host."""
+        """Store k and v, (B, 1, G, E), at pos, (B, 1); return the approximate attention of q,
+        (B, 1, H, E), in that shape. All tensors are on the host.
+
+        For each row and key/value head, only values of the tokens with the highest weights, summed
+        over the head's queries, are read. Weights are not scaled up for the tokens that are left
+        out. mask: see Transformer.mask.
+        """
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
         scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
         weights = scores.softmax(-1)
         count = math.ceil(self._share * (int(pos.max()) + 1))
         top = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
-        kept = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
+        top_weights = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
         index = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)
-        y = kept @ v.transpose(1, 2).gather(2, index)  # (B, G, R, E)
+        y = top_weights @ v.transpose(1, 2).gather(2, index)  # (B, G, R, E)
         return y.flatten(1, 2).unsqueeze(1)  # (B, 1, H, E)
 
     def part(self, rows: slice) -> "SparseHostAttention":

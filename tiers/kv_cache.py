@@ -1,14 +1,16 @@
 """KV caches whose parts lie on the device, in host memory or on disk.
 
-Start at TieredCaches, which takes the place of a list with one KVCache for each layer. It is cut
-into cells, one for each layer and micro-batch, each on one tier. A cell that is not on the device
-is fetched into a buffer of a ring while earlier cells are computed with, and is used there as a
-KVCache; then its new positions are written back. With attention on the host, the cells in host
-memory stay there (host_attention.py).
+Start at TieredCaches, which takes the place of a list with one KVCache for each layer. The caches
+are cut into cells, one for each layer and micro-batch, each on one tier. A resident cell is used
+where it is. Any other cell moves: its bytes are in a store (host memory or a file). They are read
+into a buffer while the device computes with earlier cells, and are used there as a KVCache; then
+the new positions are written back to the store. The buffers are used in turn and are called a ring
+(prefetch.py). With attention on the host (host_attention.py), cells in host memory are resident,
+and cells on disk are read into host memory.
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
-Shapes: B rows, g rows of a micro-batch, T new tokens, S positions of a row.
+Shapes: B rows, K micro-batches, g rows of a micro-batch, T new tokens, S positions of a row.
 """
 
 import contextlib
@@ -47,13 +49,15 @@ from tiers.prefetch import (
 def tiered_caches(
     model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
 ) -> Sequence[KVCache]:
-    """Make the caches of all layers, of `length` positions for each row, as the policy places them.
+    """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the
+    policy's tiers. If the device holds all of them, they are ordinary KVCaches.
 
-    wait_time: counts the seconds that computation waits for cells.
+    wait_time: the seconds that computation waits for cells are added to it. Raises ValueError if
+    the disk is too full.
     """
     if policy.cache.device == 100:
         return model.make_caches(rows, length)
-    gc.collect()  # earlier caches are in reference cycles, and would still hold memory and disk
+    gc.collect()  # frees memory and disk of earlier caches, which are in reference cycles
     return TieredCaches(model, policy, rows, length, wait_time)
 
 
@@ -61,32 +65,33 @@ def tiered_caches(
 class Cell:
     """Keys and values of one layer for one micro-batch: a resident cache, or bytes in a store."""
 
-    cache: "KVCache | HostAttention | None" = None
+    cache: "KVCache | HostAttention | None" = None  # None: the bytes are in the store
     store: Store | None = None
-    offset: int = 0  # in the store, bytes
-    filled: int = 0  # positions that have contents, in every row
-    stored: Future | None = None  # the pending write of new positions
+    offset: int = 0  # the cell's first byte in the store
+    filled: int = 0  # the number of positions that have contents, the same for all rows
+    stored: Future | None = None  # the pending write of new positions to the store
 
 
 class CellAllocator:
     """Allocates cells on their tiers, and the buffers into which cells are fetched.
 
-    The memory of a cell is ordered by position, then by row: so the filled positions are one range
-    of bytes, and the new positions of a step, in rows of similar length, a short one.
+    The memory of a cell is ordered by position, then by row. So the filled positions are one range
+    of bytes; the new positions of a step are a short range if the rows have similar lengths.
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int):
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        factory, given = model.cache_factory, (shape, weight.dtype, META)
-        self._template, self._host_template = factory(*given), factory.portable()(*given)
+        factory, arguments = model.cache_factory, (shape, weight.dtype, META)
+        self._template, self._host_template = factory(*arguments), factory.portable()(*arguments)
         by_position = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, .)
         self.layout = Layout(by_position)
         self._position_bytes = {name: tensor[0].nbytes for name, tensor in by_position.items()}
 
     def cells(self, tiers: Sequence[str]) -> list[Cell]:
-        """Allocate one cell on each of these tiers. Raises ValueError if the disk is too full."""
+        """Allocate one cell for each entry of `tiers`; cells on disk share one scratch file. Raises
+        ValueError if the disk is too full."""
         nbytes, on_disk = self.layout.nbytes, tiers.count("disk")
         file = self._scratch_store(on_disk * nbytes) if on_disk else None
         offsets = iter(range(0, on_disk * nbytes, nbytes))
@@ -98,12 +103,17 @@ class CellAllocator:
         return [make[tier]() for tier in tiers]
 
     def _host_cell(self) -> Cell:
+        """Allocate a cell in host memory: resident if the host computes the attention, else bytes
+        that are copied to the device before each use."""
         if self.policy.cpu_attention:
             return Cell(self._resident(CPU))
         pin = self.policy.pins(self.device)
         return Cell(store=HostMemory(page_aligned(self.layout.nbytes, CPU, pin)))
 
     def _scratch_store(self, nbytes: int) -> Store:
+        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly:
+        there the bytes go through host memory as large as one cell. Raises ValueError if the disk
+        is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
         if self._buffers_on_host():
             return scratch
@@ -111,20 +121,28 @@ class CellAllocator:
         return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
 
     def buffer(self) -> Buffer:
-        """Allocate a buffer of the ring, with a cache in its memory."""
+        """Allocate a buffer of the ring: memory of one cell, and a cache whose tensors share this
+        memory. It is on the device, or on the host if the host computes the attention."""
         device = CPU if self._buffers_on_host() else self.device
         parts = self.layout.allocate(device)
         return Buffer(parts, self._cache(parts, device), record_event(self.device))
 
     def _buffers_on_host(self) -> bool:
-        """Whether fetched cells are used in host memory, which files can be read into."""
+        """Return whether the ring's buffers are in host memory, into which files are read
+        directly: the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
     def _resident(self, device: torch.device) -> "KVCache | HostAttention":
+        """Allocate a cache that stays in this device's memory."""
         return self._cache(self.layout.allocate(device), device)
 
     def _cache(self, parts: Parts, device: torch.device) -> "KVCache | HostAttention":
-        """Build a cache on the memory of these parts."""
+        """Return a cache of one micro-batch whose tensors share the memory of `parts`.
+
+        device: where the parts are. If this is the host and the model is on a GPU, the cache is a
+        HostAttention, which a block on the GPU can use; with policy.attention_share below 1, a
+        SparseHostAttention.
+        """
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
         template = self._template if device == self.device else self._host_template
         cache = copy_with_buffers(template, tensors)
@@ -133,10 +151,12 @@ class CellAllocator:
         return cache if device == self.device else HostAttention(cache)
 
     def pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the offset in the store, and the bytes, of positions first to end of each tensor.
+        """Return the pieces that Store.read and Store.write take for positions first to end - 1 of
+        a cell: for each tensor, the offset in the store and the bytes in `parts`.
 
-        They are rounded to whole blocks. The bytes around them in `parts` equal the bytes of the
-        store, or belong to positions that have no contents yet.
+        A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
+        neighbouring positions: their bytes in `parts` must equal the bytes in the store, except
+        for positions that have no contents yet.
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
@@ -147,7 +167,11 @@ class CellAllocator:
 
 
 class TieredCaches(Sequence["TieredCache"]):
-    """The caches of all layers, with the ring and the threads that move their cells."""
+    """The caches of all layers, with the ring and the threads that move their cells.
+
+    The ring's order is the order of use: for each layer, its cells that are not resident, one for
+    each micro-batch in use. The same order repeats at each step.
+    """
 
     def __init__(
         self,
@@ -169,8 +193,8 @@ class TieredCaches(Sequence["TieredCache"]):
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
-        self._ring, self._in_ring = Ring((), (), self._fetch, self._wait_time), 0
-        self._pos, self._spans = None, []
+        self._ring, self._ring_micro_batches = Ring((), (), self._fetch, self._wait_time), 0
+        self._spans_pos, self._spans = None, []  # the spans of `_written_span` for that pos
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -180,9 +204,10 @@ class TieredCaches(Sequence["TieredCache"]):
 
     @contextlib.contextmanager
     def acquire(self, cell: Cell, k: int, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
-        """Yield the cell of micro-batch k as a cache; on exit, write its new positions back.
+        """Yield the cell of micro-batch k as a cache; on exit, start to write its new positions to
+        the store. The write has ended on exit only if the policy does not overlap.
 
-        pos: (B, T), the positions that all rows write to.
+        pos: (B, T), the positions at which each row of the batch writes.
         """
         if cell.cache is not None:
             yield cell.cache
@@ -190,22 +215,24 @@ class TieredCaches(Sequence["TieredCache"]):
         with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as buffer:
             try:
                 yield buffer.contents
-            finally:  # even after an error the device may still compute with it
+            finally:  # even after an error the device may still use the buffer
                 buffer.last_use = record_event(self.device)
-            first, cell.filled = self._written(k, pos)
+            first, cell.filled = self._written_span(k, pos)
             self._store(cell, buffer, first)
             if not self.policy.overlap:
                 cell.stored.result()
 
     def compact(self, cells: Sequence[Cell], rows: Sequence[int], filled: int) -> None:
-        """Move these rows of a layer, in ascending order, to the front; `filled` positions of each.
+        """Move rows of one layer to the front, because the other rows have ended.
 
-        The old cells are read in order, and new ones are built from them one at a time. No row
-        moves to a higher place, so a cell has been read before it is overwritten.
+        cells: the layer's cells. rows: the old numbers of the rows, ascending; row rows[i] becomes
+        row i. filled: the number of positions that are copied for each row.
+        The old cells are read in order, and the new ones are built from them one at a time. No row
+        gets a higher number, so a cell is read before it is overwritten.
         """
         g = self.policy.micro_batch
-        self._ring_over(0)  # drops prefetched cells, which have the old order
-        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows of unchanged cells
+        self._ring_over(0)  # drops prefetched cells, whose rows have the old numbers
+        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows in unchanged cells
         for k, moves in groupby(enumerate(rows[unmoved:], unmoved), lambda move: move[1] // g):
             with self._read(cells[k]) as source:
                 for m, group in groupby(moves, lambda move: move[0] // g):
@@ -222,15 +249,21 @@ class TieredCaches(Sequence["TieredCache"]):
         old: Sequence[int],
         filled: int,
     ) -> None:
-        """Copy rows `old` of one cell to the consecutive rows `new` of another."""
+        """Copy the first `filled` positions of rows `old` of the source to rows `new` of a cell, or
+        to the last buffer if the cell moves; `_write` then stores that buffer.
+
+        old, new: row numbers in the batch; those of `old` are in one cell, and so are those of
+        `new`, which are consecutive. source: the cache of the old cell.
+        """
         g = self.policy.micro_batch
         target = cell.cache or self._buffers[-1].contents
-        part = target.part(slice(new[0] % g, new[-1] % g + 1))
-        part.take(source, torch.tensor(old) % g, filled)
+        target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
+        target_rows.take(source, torch.tensor(old) % g, filled)
 
     @contextlib.contextmanager
     def _read(self, cell: Cell) -> Iterator["KVCache | HostAttention"]:
-        """Yield a cell as a cache; one that moves is read into the first buffer."""
+        """Yield a cell as a cache, for `compact`. If it is not resident, it is read into the first
+        buffer, outside the ring: the ring must be empty (`_ring_over(0)`)."""
         if cell.cache is not None:
             yield cell.cache
             return
@@ -240,8 +273,8 @@ class TieredCaches(Sequence["TieredCache"]):
         buffer.last_use = record_event(self.device)
 
     def _write(self, cell: Cell, filled: int) -> None:
-        """Write the last buffer to a cell that moves. If only one cell moves, the last buffer is
-        also the first."""
+        """Declare `filled` positions of a cell filled, for `compact`. If the cell is not resident,
+        write the last buffer to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
             buffer = self._buffers[-1]
@@ -250,29 +283,45 @@ class TieredCaches(Sequence["TieredCache"]):
             cell.stored.result()
 
     def _ring_over(self, K: int) -> Ring[Cell]:
-        """Return the ring over the cells of the first K micro-batches."""
-        if self._in_ring != K:
+        """Return the ring over the cells of the first K micro-batches of all layers.
+
+        A new ring is made if K has changed, because fewer rows are in use, and after `compact`. It
+        drops the cells that the old ring has prefetched.
+        """
+        if self._ring_micro_batches != K:
+            # A worker has one thread, so all earlier transfers end before this result.
             for worker in (self._reader, self._writer):
-                worker.submit(lambda: None).result()  # one thread: all earlier transfers have ended
+                worker.submit(lambda: None).result()
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
             buffers = self._buffers[: len(moving)]
             self._ring = Ring(moving, buffers, self._fetch, self._wait_time, self.policy.overlap)
-            self._in_ring = K
+            self._ring_micro_batches = K
         return self._ring
 
-    def _written(self, k: int, pos: Tensor) -> tuple[int, int]:
-        """Return the first position that micro-batch k writes to, and the end of the last."""
-        if pos is not self._pos:  # once for all layers, because tolist waits for the device
-            bounds = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # of each row
+    def _written_span(self, k: int, pos: Tensor) -> tuple[int, int]:
+        """Return the first position that micro-batch k writes, and one past the last.
+
+        pos: (B, T), the positions that each row writes. The result is computed once for all layers,
+        which are called with the same tensor, because tolist waits for the device.
+        """
+        if pos is not self._spans_pos:
+            row_spans = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # (B, 2)
             g = self.policy.micro_batch
-            groups = (bounds[start : start + g] for start in range(0, len(bounds), g))
+            groups = (row_spans[start : start + g] for start in range(0, len(row_spans), g))
             self._spans = [(min(a for a, _ in rows), max(b for _, b in rows)) for rows in groups]
-            self._pos = pos
+            self._spans_pos = pos
         return self._spans[k]
 
     def _fetch(self, cell: Cell, buffer: Buffer) -> Future:
+        """Start to read a cell's filled positions into a buffer; return a future of the read.
+
+        The cell must not be resident. The read begins when the device has finished with the
+        buffer, and pending writes have ended: the last write from the buffer, which the read would
+        overwrite, and the last write to the cell, which the read needs.
+        """
+
         def read() -> None:
-            for pending in (buffer.stored, cell.stored):  # writes from this buffer; to this cell
+            for pending in (buffer.stored, cell.stored):
                 if pending:
                     pending.result()
             cell.store.read(self._allocator.pieces(cell, buffer.parts, 0, cell.filled))
@@ -280,13 +329,16 @@ class TieredCaches(Sequence["TieredCache"]):
         return self._reader.submit(read, buffer.last_use)
 
     def _store(self, cell: Cell, buffer: Buffer, first: int) -> None:
+        """Start to write a cell's positions from `first` to cell.filled from a buffer to the cell's
+        store. The write begins when the device has finished with the buffer; `cell.stored` and
+        `buffer.stored` are its future."""
         pieces = self._allocator.pieces(cell, buffer.parts, first, cell.filled)
         written = self._writer.submit(lambda: cell.store.write(pieces), buffer.last_use)
         cell.stored = buffer.stored = written
 
 
 class TieredCache:
-    """The cells of one layer, used one micro-batch at a time by `opened`."""
+    """The cache of one layer: cells, one for each micro-batch. It implements model.Cache."""
 
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
@@ -294,23 +346,29 @@ class TieredCache:
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
-        """Yield the cache of the rows of one micro-batch. pos: (B, T), where all rows write."""
+        """Yield the cache of one micro-batch for a block to use; on exit, start to write its new
+        positions back.
+
+        rows: the rows of the micro-batch, whose first is a multiple of policy.micro_batch. pos:
+        (B, T), the positions at which each row of the batch writes.
+        """
         k = rows.start // self.row_granularity
         with self._caches.acquire(self.cells[k], k, pos) as cache:
             yield cache.part(slice(0, rows.stop - rows.start))
 
     def first(self, count: int) -> "TieredCache":
-        """Return the same memory, restricted to the first `count` rows."""
-        first = copy.copy(self)
-        first.rows = count
-        return first
+        """Return a view of the first `count` rows: a cache with the same cells."""
+        view = copy.copy(self)
+        view.rows = count
+        return view
 
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
-        """Move these rows, in ascending order, to the front and return them as a cache."""
+        """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
+        first `filled` positions are copied. The contents of other rows are lost."""
         self._caches.compact(self.cells, rows, filled)
         return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
-        """Discard the positions from `filled` on, so that they are not fetched any more."""
+        """Discard the positions from `filled` on, so that later reads of the cells are shorter."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)

@@ -1,11 +1,12 @@
 """Predicted tokens per second of a model on several devices: tensor parallelism and pipelines.
 
-Start at `table`. In tensor parallelism a device reads its share of the weights, and waits for two
-all-reduces in each layer, which are so small that they take the link's latency. A stage of a
-pipeline reads as many bytes, and its micro-batches hide the time of the transfers; a single text
-passes through the stages one after the other. The figures combine published times of links with the
-read rate of one device; they are not measured. They agree with gpt-fast's published rates on A100s
-to within 15 % (tests/test_links.py).
+Start at `table`. In tensor parallelism every device reads its share of each layer's weights, and
+waits for two all-reduces in each layer, which are so small that their time is the link's latency.
+In a pipeline every device is a stage: it has its share of the layers, and micro-batches are in
+different stages at the same time, which hides the time of the transfers. A single text passes
+through the stages one after the other. The figures combine published times of links with the read
+rate of one device; they are not measured. They agree with gpt-fast's published rates on A100s to
+within 15 % (tests/test_links.py).
 """
 
 import math
@@ -17,8 +18,11 @@ DEVICE_COUNTS = 1, 2, 4, 8, 16, 32, 64
 
 @dataclass(frozen=True)
 class Link:
-    """latency: seconds of an all-reduce of few bytes between two devices; doubling: seconds that
-    each doubling of the number of devices adds; rate: bytes per second that a device sends."""
+    """A link between devices.
+
+    latency: seconds of an all-reduce of few bytes between two devices. doubling: seconds that each
+    doubling of the number of devices adds to it. rate: bytes per second that one device sends.
+    """
 
     latency: float
     doubling: float
@@ -38,10 +42,11 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Step:
-    """The bytes of one decoding step, for all devices together.
+    """A decoding step of a model: its number of layers and its bytes, for all devices together.
 
-    shared: bytes of weights that the devices divide among them; whole: bytes of weights that every
-    device reads; hidden: bytes that one token passes from layer to layer; rows: tokens of a step.
+    shared: bytes of weights that the devices divide among them. whole: bytes of weights that every
+    device reads. hidden: bytes of one token's activations between two layers. rows: tokens that
+    one step computes, one of each text.
     """
 
     layers: int
@@ -52,7 +57,8 @@ class Step:
 
 
 def all_reduce_seconds(link: Link, nbytes: float, count: int) -> float:
-    """Return the latency plus the transfer time, in which a device sends nearly 2 nbytes."""
+    """Return the seconds of an all-reduce of `nbytes` bytes over `count` devices: the latency, plus
+    the transfer, in which each device sends nearly 2 * nbytes. 0 for one device."""
     if count == 1:
         return 0.0
     transfer = 2 * nbytes * (1 - 1 / count) / link.rate
@@ -60,23 +66,37 @@ def all_reduce_seconds(link: Link, nbytes: float, count: int) -> float:
 
 
 def tensor_parallel_seconds(step: Step, rate: float, link: Link, count: int) -> float:
-    """Return the seconds of a step. rate: bytes of weights per second that one device reads."""
+    """Return the seconds of a decoding step with tensor parallelism over `count` devices: reading
+    the weights, plus two all-reduces in each layer.
+
+    rate: bytes of weights per second that one device reads.
+    """
     reading = (step.shared / count + step.whole) / rate
     all_reduce = all_reduce_seconds(link, step.hidden * step.rows, count)
     return reading + 2 * step.layers * all_reduce
 
 
 def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[float, float]:
-    """Return the seconds of one micro-batch's step through all stages, and the seconds between the
-    steps of two micro-batches when all stages are busy. A stage has whole layers."""
+    """Return two times of a pipeline with `count` stages: the seconds in which one micro-batch
+    passes through all stages, and, if all stages are busy, the seconds between the ends of two
+    micro-batches.
+
+    The second is the time of the slowest stage or, if longer, of a transfer. The slowest stage has
+    the number of layers per stage, rounded up. step.rows: tokens of one micro-batch. rate: bytes of
+    weights per second that one device reads.
+    """
     slowest = -(-step.layers // count) / step.layers * step.shared / rate + step.whole / rate
     transfer = (link.latency + step.hidden * step.rows / link.rate) * (count > 1)
     return step.shared / rate + step.whole / rate + count * transfer, max(slowest, transfer)
 
 
 def table(step: Step, rate: float, link: Link) -> Iterator[tuple[int, float, float | None]]:
-    """Yield the number of devices, and the tokens per second with tensor parallelism and with a
-    pipeline; None where a pipeline would have more stages than the model has layers."""
+    """Yield, for each of DEVICE_COUNTS, that number, the tokens per second with tensor parallelism,
+    and the tokens per second with a pipeline whose stages are all busy; None for a pipeline with
+    more stages than the model has layers.
+
+    rate: bytes of weights per second that one device reads.
+    """
     for count in DEVICE_COUNTS:
         parallel = step.rows / tensor_parallel_seconds(step, rate, link, count)
         pipelined = step.rows / pipeline_seconds(step, rate, link, count)[1]

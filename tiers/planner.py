@@ -1,14 +1,18 @@
 """Finds the policy that generates the most tokens per second on a machine, and predicts its rate.
 
-Start at Planner. `predict` returns the memory that a policy takes, and how long each resource of
-the machine is busy with it. `choose` searches for the best policy: for each grouping of rows, a
-linear program finds the shares, which are rounded to whole layers and cells and predicted again.
+Start at Planner. `predict` returns the bytes of memory that a policy needs, and the seconds for
+which each resource of the machine is busy: the disk, the copies to the device and to the host, the
+device's computation, and attention on the host. `choose` searches for the best policy: for each
+grouping of rows into micro-batches, a linear program finds the shares of weights and cache on each
+tier; these are rounded to whole layers and cells, and predicted again.
 
 Based on FlexGen's cost model and search (arXiv 2303.06865, section 4.3). Here the times are
-measured (probe.py), and several kinds of work may share a resource.
+measured (probe.py), and several kinds of transfer may share a resource.
 
-Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block. A cell is the KV cache
-of one layer for one micro-batch.
+Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block (texts that are
+generated together). A cell is the KV cache of one layer for one micro-batch. A split is the number
+of layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each
+row.
 """
 
 import itertools
@@ -24,27 +28,27 @@ from tiers.direct_io import REQUESTS_IN_FLIGHT, SMALL_REQUEST_BYTES
 from tiers.policy import CACHE_BUFFERS, TIERS, WEIGHT_BUFFERS, Policy, Share
 from tiers.probe import Machine
 
-HANDOVER_SECONDS = 1e-3  # that computation loses for each fetched cell, between threads
-MAX_POSITIONS = 2**20
-# Values that are tried, of Policy.prefill_chunk_tokens and of Policy.micro_batches.
+HANDOVER_SECONDS = 1e-3  # delay of computation for each fetched cell, by the change of threads
+MAX_POSITIONS = 2**20  # longest KV cache of a row
+# The values of Policy.prefill_chunk_tokens and Policy.micro_batches that the search tries.
 PREFILL_CHUNK_TOKENS = 1024, 4096, 16384
 MICRO_BATCH_COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts, as they are run."""
+    """Bytes of a model's parts in the dtypes used for computation."""
 
     layers: int  # the number of layers
-    layer: int  # one layer's weights, as they are read
-    kept: int  # one layer's weights, as they stay on the device
-    ring: int  # one layer's weights in a buffer of the ring
-    fixed: int  # what always stays on the device: embeddings, head, and the process itself
-    head: int  # what every step reads of those
-    position: int  # one position of a row in one layer's cache
-    hidden: int  # a token's activations between two layers
-    within: int  # a token's activations within a layer, at most
-    logits: int  # a row's logits, with the memory to sample from them
+    layer: int  # one layer's weights, in host memory or on disk
+    layer_on_device: int  # one layer's weights that stay on the device
+    layer_in_buffer: int  # one layer's weights in a buffer of the ring
+    always_on_device: int  # embeddings, head, and the process itself
+    head: int  # the part of the embeddings and the head that every step reads
+    cache_position: int  # one position of one row in one layer's KV cache
+    activations_between_layers: int  # one token's activations
+    activations_in_layer: int  # the largest size of one token's activations in a layer
+    logits: int  # one row's logits, and the memory to sample from them
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,15 @@ class Split:
 class Prediction:
     """A policy's bytes by tier, and its seconds by resource: for a block's prompts, and for a step.
 
-    The seconds are empty if the machine was not measured.
+    The dicts of seconds are empty if the machine was not measured.
     """
 
     policy: Policy
     workload: Workload
     split: Split  # the policy's shares in whole layers and cells
-    memory: dict[str, float]
-    prefill: dict[str, float]
-    step: dict[str, float]
+    memory: dict[str, float]  # bytes by tier
+    prefill: dict[str, float]  # seconds by resource, for all prompts of a block
+    step: dict[str, float]  # seconds by resource, for one new token of each row
 
     @property
     def device_is_cpu(self) -> bool:
@@ -84,12 +88,13 @@ class Prediction:
 
     @property
     def latency(self) -> float:
-        """Seconds for a block of rows."""
+        """Seconds to generate a block of rows: the busiest resource counts in each phase."""
         return max(self.prefill.values()) + max(self.step.values()) * (self.workload.new - 1)
 
     @property
     def rate(self) -> float:
-        """New tokens per second, over all blocks of the workload."""
+        """New tokens per second: those of all texts, divided by the seconds of all blocks. A last
+        block with fewer rows counts as a whole one."""
         blocks = math.ceil(self.workload.texts / self.policy.rows)
         return self.workload.texts * self.workload.new / (blocks * self.latency)
 
@@ -101,15 +106,20 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Planner:
-    """Predicts and chooses policies for a model on a machine."""
+    """Predicts and chooses policies for a model on a machine.
+
+    Parameters of the methods: work: the texts to generate. split: layers, and cells of the cache,
+    on each of TIERS; it may differ from the shares of the policy, and may have fractions.
+    """
 
     sizes: Sizes
-    machine: Machine | None  # None: not measured, so that only memory is predicted
-    device_is_cpu: bool  # then host memory is the device's memory
+    machine: Machine | None  # None: not measured, and only memory is predicted
+    device_is_cpu: bool  # if true, host memory is the device's memory
 
     def predict(self, policy: Policy, work: Workload) -> Prediction:
-        """Predict memory and times. The resources work at the same time, so the busiest one
-        determines how long a phase takes."""
+        """Predict a policy's bytes by tier and, if the machine was measured, its seconds by
+        resource. The resources work at the same time, so the busiest one determines the time of a
+        phase."""
         layers = self.sizes.layers
         split = Split(
             policy.weights.counts(layers), policy.cache.counts(layers * policy.micro_batches)
@@ -121,125 +131,159 @@ class Planner:
     def times(
         self, policy: Policy, split: Split, work: Workload
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the seconds by resource, for all prompts of a block and for one step."""
-        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # of a row
+        """Return two dicts of the seconds by resource: for all prompts of a block, which are read
+        in chunks, and for one step. A token attends to half of the prompt on average in the first,
+        and to the prompt and half of the new tokens in the second. Needs a measured machine."""
+        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # tokens a row
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
         return {name: chunks * seconds for name, seconds in prefill.items()}, step
 
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
-        """Return the seconds by resource of one pass of `tokens` tokens of each row through all
-        layers, each of which attends to `positions` positions.
+        """Return the seconds for which each resource is busy, in one pass through all layers.
 
-        They are linear in the split, except that any layer on disk delays the cells there;
-        `best_split` relies on that. "cells" is the time in which cells wait for the disk.
+        tokens: new tokens of each row. positions: the number to which each of them attends.
+        "disk" is the time in which the disk transfers, and "cells" the time in which reads of cells
+        wait for the disk and are done. The seconds are linear in the split, on which `best_split`
+        relies, with one exception: the first layer on disk delays all cells there.
         """
         sizes, machine, g = self.sizes, self.machine, policy.micro_batch
         _, host_layers, disk_layers = split.weights
         _, host_cells, disk_cells = split.cache
-        filled, new = g * positions * sizes.position, g * tokens * sizes.position  # bytes of a cell
-        # The disk has this many requests for weights before one for a cell.
+        cell_read = g * positions * sizes.cache_position  # bytes that are read of a cell
+        cell_written = g * tokens * sizes.cache_position
+        # A read of a cell waits for the requests for weights that the disk already has.
         queue = REQUESTS_IN_FLIGHT * SMALL_REQUEST_BYTES / machine.stream * (disk_layers > 0)
-        fetched = host_cells * (not policy.cpu_attention)
-        on_host = (host_cells + disk_cells) * policy.cpu_attention
+        copied_cells = host_cells * (not policy.cpu_attention)
+        cells_on_host = (host_cells + disk_cells) * policy.cpu_attention
         seconds = {
             "disk": disk_layers * sizes.layer / machine.stream
-            + disk_cells * (machine.read(filled) + machine.write(new)),
-            "cells": disk_cells * (machine.read(filled) + queue),
+            + disk_cells * (machine.read(cell_read) + machine.write(cell_written)),
+            "cells": disk_cells * (machine.read(cell_read) + queue),
             "to device": host_layers * machine.to_device(sizes.layer)
-            + fetched * machine.to_device(filled),
-            "to host": fetched * machine.to_host(new),
+            + copied_cells * machine.to_device(cell_read),
+            "to host": copied_cells * machine.to_host(cell_written),
             "compute": self.compute_seconds(policy, split, tokens, positions),
-            "host attention": on_host * g * tokens * positions * machine.host_per_position,
+            "host attention": cells_on_host * g * tokens * positions * machine.host_per_position,
         }
         if self.device_is_cpu:  # the computing threads also copy
             copies = "to device", "to host", "host attention"
             seconds["compute"] += sum(seconds.pop(name) for name in copies)
             return seconds
-        if policy.micro_batches == 1 or not policy.overlap:  # the device waits for the host
+        # With one micro-batch the device has nothing to compute while the host attends.
+        if policy.micro_batches == 1 or not policy.overlap:
             seconds["compute"] += seconds["host attention"]
-        bounced = disk_cells * (not policy.cpu_attention)
+        # Layers and cells on disk pass through host memory.
+        copied_disk_cells = disk_cells * (not policy.cpu_attention)
         seconds["to device"] += disk_layers * machine.to_device(sizes.layer)
-        seconds["to device"] += bounced * machine.to_device(filled)
+        seconds["to device"] += copied_disk_cells * machine.to_device(cell_read)
         return seconds
 
     def compute_seconds(self, policy: Policy, split: Split, tokens: int, positions: float) -> float:
-        """Return the device's seconds: products, the head, handovers and its part of attention."""
+        """Return the seconds for which the device computes, in one pass through all layers: matrix
+        products, the head, delays by fetched cells, and attention that the host does not compute.
+
+        tokens: new tokens of each row. positions: the number to which each of them attends.
+        """
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         device_cells, host_cells, disk_cells = split.cache
-        calls = math.ceil(g * tokens / policy.tokens_at_once)  # for a micro-batch
+        calls = math.ceil(g * tokens / policy.tokens_at_once)  # of a layer, for a micro-batch
         products = sizes.layers * K * calls * machine.products(g * tokens / calls)
         head = machine.products(g * K) * sizes.head / sizes.layer
-        moved = host_cells * (not policy.cpu_attention) + disk_cells
-        attended = device_cells + (host_cells + disk_cells) * (not policy.cpu_attention)
+        fetched_cells = host_cells * (not policy.cpu_attention) + disk_cells
+        cells_on_device = device_cells + (host_cells + disk_cells) * (not policy.cpu_attention)
         per_pair = machine.per_position if tokens == 1 else machine.per_pair
-        attention = attended * g * tokens * positions * per_pair
-        return products + head + moved * HANDOVER_SECONDS + attention
+        attention = cells_on_device * g * tokens * positions * per_pair
+        return products + head + fetched_cells * HANDOVER_SECONDS + attention
 
     def memory(self, policy: Policy, split: Split, work: Workload) -> dict[str, float]:
-        """Return the most bytes by tier, linear in the split as long as anything moves."""
+        """Return the largest number of bytes in use on each tier. On a CPU there is no tier "host".
+
+        The bytes are linear in the split, on which `best_split` relies, with one exception: the
+        ring of layers, or of cells, is not needed if all of them are on the device.
+        """
         sizes, K = self.sizes, policy.micro_batches
         cell = self.cell_bytes(policy, work)
-        moving = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-        rings = sum(itertools.compress(self.ring_bytes(policy, work), moving))
+        needs_ring = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
+        rings = sum(itertools.compress(self.ring_bytes(policy, work), needs_ring))
         totals = {
             tier: layers * sizes.layer + cells * cell
             for tier, layers, cells in zip(TIERS, split.weights, split.cache, strict=True)
         }
-        totals["device"] += split.weights[0] * (sizes.kept - sizes.layer)
-        totals["device"] += sizes.fixed + rings + self.activation_bytes(policy, work)
+        totals["device"] += split.weights[0] * (sizes.layer_on_device - sizes.layer)
+        totals["device"] += sizes.always_on_device + rings + self.activation_bytes(policy, work)
         if self.device_is_cpu:
             totals["device"] += totals.pop("host")
-        else:  # reads from disk pass through host memory
+        else:  # host memory through which a layer and a cell are read from disk
             totals["host"] += sizes.layer + cell
         return totals
 
     def activation_bytes(self, policy: Policy, work: Workload) -> int:
-        """Return the most bytes of activations and logits."""
+        """Return the largest number of bytes of activations and logits: those between two layers,
+        for all rows; those in a layer, for the tokens that are computed at once; and the logits."""
         sizes, rows = self.sizes, policy.rows
         chunk = max(min(policy.prefill_chunk_tokens, rows * work.prompt), rows)
         at_once = max(min(policy.tokens_at_once, chunk), policy.micro_batch)
-        return chunk * sizes.hidden + at_once * sizes.within + rows * sizes.logits
+        between, inside = sizes.activations_between_layers, sizes.activations_in_layer
+        return chunk * between + at_once * inside + rows * sizes.logits
 
     def cell_bytes(self, policy: Policy, work: Workload) -> int:
+        """Return the bytes of one cell, long enough for a prompt and its new tokens."""
         positions = visible_length(work.prompt + work.new, MAX_POSITIONS) + 1
-        return policy.micro_batch * positions * self.sizes.position
+        return policy.micro_batch * positions * self.sizes.cache_position
 
     def ring_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
-        """Return the bytes of the ring of layers, and of the ring of cells."""
-        return WEIGHT_BUFFERS * self.sizes.ring, CACHE_BUFFERS * self.cell_bytes(policy, work)
+        """Return the bytes of all buffers of the ring of layers, and of the ring of cells."""
+        layers = WEIGHT_BUFFERS * self.sizes.layer_in_buffer
+        return layers, CACHE_BUFFERS * self.cell_bytes(policy, work)
 
     def choose(
         self, work: Workload, budgets: dict[str, float], start: Policy, max_rows: int
     ) -> Prediction:
-        """Return the policy that generates the most tokens per second within the budgets.
+        """Return the prediction of the policy that generates the most tokens per second and fits
+        into the budgets. Needs a measured machine.
 
-        budgets: bytes by tier. start: gives the fields that are not searched. max_rows: of a block.
-        Raises ValueError, with the bytes that are lacking, if even the smallest does not fit.
+        budgets: bytes that may be used on each tier. start: the policy whose other fields the
+        result has: those that are not searched. max_rows: the largest number of rows of a block.
+        Raises ValueError, which states the missing bytes, if no policy fits. The numbers are for
+        the first grouping with all weights and cells on disk.
         """
         candidates = list(self.groupings(start, max_rows))
         plans = [plan for policy in candidates for plan in self.plans(policy, work, budgets)]
         if not plans:
-            least = replace(candidates[0], weights=Share(0, 0), cache=Share(0, 0))
-            raise ValueError(self.shortage(self.predict(least, work), budgets))
+            smallest = replace(candidates[0], weights=Share(0, 0), cache=Share(0, 0))
+            raise ValueError(self.shortage(self.predict(smallest, work), budgets))
         return max(plans, key=lambda plan: plan.rate)
 
     def groupings(self, start: Policy, max_rows: int) -> Iterator[Policy]:
-        """Yield policies with every grouping of at most max_rows rows, or slightly more."""
-        sizes = sorted({min(1 << n, max_rows) for n in range(max_rows.bit_length() + 1)})
-        attention = {False, not self.device_is_cpu}
-        for g, K in itertools.product(sizes, MICRO_BATCH_COUNTS):
+        """Yield the policies among which `choose` searches: every combination of a micro-batch
+        size, a number of micro-batches, a size of prefill chunks and, on a GPU, attention on the
+        host or not.
+
+        The rows of a block exceed max_rows by less than one micro-batch. Other fields are those of
+        `start`; the shares of the tiers are found by `best_split`.
+        """
+        micro_batch_sizes = sorted(
+            {min(1 << n, max_rows) for n in range(max_rows.bit_length() + 1)}
+        )
+        cpu_attention = {False, not self.device_is_cpu}
+        for g, K in itertools.product(micro_batch_sizes, MICRO_BATCH_COUNTS):
             if g * (K - 1) < max_rows:
                 grouped = replace(start, micro_batch=g, micro_batches=K)
-                for chunk, on_host in itertools.product(PREFILL_CHUNK_TOKENS, attention):
+                for chunk, on_host in itertools.product(PREFILL_CHUNK_TOKENS, cpu_attention):
                     yield replace(grouped, prefill_chunk_tokens=chunk, cpu_attention=on_host)
 
     def plans(
         self, policy: Policy, work: Workload, budgets: dict[str, float]
     ) -> Iterator[Prediction]:
-        """Yield the splits of a grouping that fit: everything on the device, and near the optima
-        where weights, or the cache, or both of them move."""
+        """Yield predictions of policies that fit into the budgets and group rows as `policy` does.
+
+        Their shares: everything on the device, and the whole numbers of layers and cells near the
+        optimal split. This split is computed three times: weights and cache may both be on other
+        tiers; only the cache may; only the weights may.
+        budgets: bytes that may be used on each tier.
+        """
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
         shares = [(Share(), Share())]
         for resident in ((False, False), (True, False), (False, True)):
@@ -254,11 +298,13 @@ class Planner:
     def best_split(
         self, policy: Policy, work: Workload, budgets: dict[str, float], resident: tuple[bool, bool]
     ) -> Split | None:
-        """Return the fastest split within the budgets, in fractions of layers and cells, or None.
+        """Return the fastest split that fits into the budgets, with fractions of layers and cells;
+        None if no split fits. The policy's own shares are not used.
 
-        resident: whether all weights, and whether all of the cache, stay on the device and need no
-        ring. The variables of the linear program are the layers on each tier, the cells on each
-        tier, the seconds of a block's prompts, and those of a step.
+        budgets: bytes by tier, in the order of TIERS. resident: whether all weights, and whether
+        all cells, stay on the device and so need no ring. The variables of the linear program are
+        the layers on each tier, the cells on each tier, the seconds of a block's prompts, and the
+        seconds of a step; it minimises the seconds of the block.
         """
         from scipy.optimize import linprog  # importing it takes 0.3 s
 
@@ -266,6 +312,7 @@ class Planner:
         slopes = [self._requirements(policy, work, unit) - base for unit in np.eye(6)]
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
+        # A ring that is not needed leaves its memory on the device to layers and cells.
         limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
         # No resource may take longer than the phase in which it is used.
         phases = np.zeros((len(base), 2))
@@ -281,9 +328,9 @@ class Planner:
         return Split(tuple(solved.x[:3]), tuple(solved.x[3:6])) if solved.success else None
 
     def _requirements(self, policy: Policy, work: Workload, units: Sequence[float]) -> np.ndarray:
-        """Return the seconds of prompts, then of a step, by resource, and the bytes by tier.
-
-        units: layers, then cells, on each of TIERS.
+        """Return the coefficients of a split for `best_split`, as one vector: the seconds of the
+        prompts for each resource, the seconds of a step for each resource, and the bytes on each
+        tier. units: the split, as the layers on each of TIERS, then the cells on each.
         """
         split = Split(tuple(units[:3]), tuple(units[3:]))
         prompts, step = self.times(policy, split, work)
@@ -291,16 +338,22 @@ class Planner:
         return np.array([*prompts.values(), *step.values(), *memory.values()])
 
     def _bounds(self, resident: tuple[bool, bool]) -> list[tuple[int, int | None]]:
-        """Return the bounds of the linear program's variables: none is on a tier of no use."""
-        by_kind = []
-        for stays in resident:
-            on_host = (0, 0) if stays or self.device_is_cpu else (0, None)
-            by_kind += [(0, None), on_host, (0, 0) if stays else (0, None)]
-        return [*by_kind, (0, None), (0, None)]
+        """Return the lower and upper bound of each variable of `best_split`; None: no upper bound.
+
+        Layers or cells that must stay on the device are 0 on the other tiers. On a CPU, host memory
+        is the device's memory, so nothing is on the tier "host".
+        resident: whether all weights, and whether all cells, stay on the device.
+        """
+        counts = []
+        for all_on_device in resident:
+            on_host = (0, 0) if all_on_device or self.device_is_cpu else (0, None)
+            counts += [(0, None), on_host, (0, 0) if all_on_device else (0, None)]
+        return [*counts, (0, None), (0, None)]
 
     @staticmethod
     def shortage(plan: Prediction, budgets: dict[str, float]) -> str | None:
-        """Return a message that says why a plan does not fit, or None if it fits."""
+        """Return a message that names each tier on which the plan needs more bytes than the budget
+        allows, or None if it fits. budgets: bytes that may be used on each tier."""
         names = {
             "device": "memory" if plan.device_is_cpu else "device memory",
             "host": "host memory",
@@ -315,8 +368,13 @@ class Planner:
         return f"does not fit: it needs {'; and '.join(short)}: {remedy}" if short else None
 
     def shares_near(self, counts: tuple[float, ...], total: int) -> list[Share]:
-        """Return shares of whole items: rounded down, and with one more on the device or host."""
-        device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)
+        """Return the shares that are near a result of the linear program but are whole items.
+
+        counts: layers, or cells, on each of TIERS, with fractions. total: their sum. The numbers on
+        the device and in host memory are rounded down, and also tried with one more; other items
+        are on disk.
+        """
+        device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)  # 1e-6: the solver's error
         hosts = (host,) if self.device_is_cpu else (host, host + 1)
         whole = itertools.product((device, device + 1), hosts)
         return [Share(100 * d / total, 100 * h / total) for d, h in whole if d + h <= total]

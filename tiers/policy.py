@@ -1,7 +1,7 @@
 """The policy: where weights, KV cache and activations live, and how rows are grouped.
 
-Start at Policy. offload.py and kv_cache.py run exactly what it states; planner.py searches for the
-best one for a machine.
+Start at Policy. offload.py and kv_cache.py run exactly what a policy states; planner.py searches
+for the best policy for a machine.
 
 The terms are FlexGen's (arXiv 2303.06865, section 3). A block of rows is cut into micro-batches,
 which pass through a layer one after the other, so that its weights are loaded once for all of them.
@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
-WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3  # in the rings of offload.py and kv_cache.py
+# Buffers on the device, used in turn: for layers (offload.py), and for cells (kv_cache.py).
+WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3
 
 
 @dataclass(frozen=True)
 class Share:
-    """Percentages on the device and in host memory; the rest is on disk."""
+    """Percentages of the weights, the cache or the activations on the device and in host memory;
+    the others are on disk. Raises ValueError if one is negative or their sum exceeds 100."""
 
     device: float = 100.0
     host: float = 0.0
@@ -37,16 +39,17 @@ class Share:
         return max(0.0, 100.0 - self.device - self.host)
 
     def tiers(self, count: int) -> tuple[str, ...]:
-        """Return the tier of each of `count` items, interleaved: among the first n items, the
-        number on each tier differs from its share of n by at most one."""
+        """Return the tier of each of `count` items, such as layers. The tiers are interleaved, so
+        that transfers are spread evenly over a pass: among the first n items, the number on each
+        tier differs from its share of n by at most one."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
-        assigned, chosen = dict.fromkeys(TIERS, 0), []
+        assigned, result = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
             missing = {tier: share * n / 100 - assigned[tier] for tier, share in shares.items()}
             tier = max(missing, key=missing.get)
             assigned[tier] += 1
-            chosen.append(tier)
-        return tuple(chosen)
+            result.append(tier)
+        return tuple(result)
 
     def counts(self, count: int) -> tuple[int, int, int]:
         """Return how many of `count` items are on each of TIERS."""
@@ -84,16 +87,17 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """Rows of a block."""
+        """The number of rows of a block."""
         return self.micro_batch * self.micro_batches
 
     @property
     def plain(self) -> bool:
-        """Whether a model without any policy would do the same."""
+        """Whether the model can run without offloading: all is on the device, a block is one
+        micro-batch, and weights are not compressed."""
         shares = self.weights, self.cache, self.activations
         grouped = self.micro_batches > 1 or self.compress_weight
         return not grouped and all(share.device == 100 for share in shares)
 
     def pins(self, device: torch.device) -> bool:
-        """Whether host memory for this device is pinned."""
+        """Whether host memory whose bytes are copied to this device is pinned."""
         return self.pin and device.type == "cuda"

@@ -1,13 +1,13 @@
 """Prefetch: a ring of buffers on a device, the stores that fill it, and the threads that copy.
 
-Start at Ring: items are used in an order that repeats, and while one is computed with, the next
-ones are fetched into the other buffers. A Store holds the bytes: host memory, or a file
-(direct_io.py), which a GPU reads through pinned memory. A TransferWorker is the thread that copies
-them, with a CUDA stream of its own on a GPU. No call synchronizes the whole device, and nothing is
-allocated after a ring is made.
+Start at Ring: items (layers, or cells of the KV cache) are used in an order that repeats. While the
+device computes with one item, the next ones are fetched into the other buffers. A Store holds the
+bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host memory. A
+TransferWorker is the thread that copies the bytes, on a GPU in a CUDA stream of its own. No call
+synchronizes the whole device, and no memory is allocated after a ring is made.
 
-FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, with a
-barrier after every step. Here each buffer has an event of its own.
+FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, but
+waits for all transfers after every step. Here a wait concerns one buffer (Buffer.last_use).
 """
 
 import contextlib
@@ -26,17 +26,21 @@ from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-COPY_PIECE_BYTES = 2**25  # half a millisecond on the link to a GPU
+COPY_PIECE_BYTES = 2**25  # copied to a GPU by PCIe in about 0.5 ms
 Item = TypeVar("Item", bound=Hashable)
-Parts = dict[str, Tensor]  # the bytes of each tensor by its name
-Event = torch.cuda.Event | None  # recorded after work was given to a GPU; None: on a CPU
+Parts = dict[str, Tensor]  # for each tensor, by its name: its bytes, in whole blocks
+Event = torch.cuda.Event | None  # marks the end of work on a CUDA stream; None on a CPU
 
 
 class Layout:
-    """Offsets of tensors in memory or in a file, which are multiples of BLOCK_BYTES."""
+    """The offsets of tensors that lie one after the other in memory or in a file.
+
+    Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. nbytes: the length of all.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        """tensors: examples of the shapes and dtypes, on any device."""
+        """tensors: by name, in the order of their offsets. Only their shapes and dtypes are used,
+        so they may be on the meta device."""
         self.tensors = {
             n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()
         }
@@ -47,25 +51,28 @@ class Layout:
             self.nbytes += round_up_to_block(tensor.nbytes)
 
     def allocate(self, device: torch.device) -> Parts:
-        """Allocate each tensor separately: a compiler must not see one base for all of them."""
+        """Return zeroed memory for each tensor. Each is allocated separately, because torch.compile
+        treats views of one base as aliases."""
         sizes = {name: round_up_to_block(tensor.nbytes) for name, tensor in self.tensors.items()}
         return {name: page_aligned(size, device) for name, size in sizes.items()}
 
-    def split(self, slab: Tensor) -> Parts:
-        """Cut one piece of `nbytes` bytes into parts."""
+    def split(self, memory: Tensor) -> Parts:
+        """Cut memory, `nbytes` bytes as uint8, into the bytes of each tensor; the parts are
+        views."""
         ends = (
             at + round_up_to_block(self.tensors[name].nbytes) for name, at in self.offsets.items()
         )
-        return {n: slab[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
+        return {n: memory[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def view(self, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors that share the memory of these parts."""
+        """Return the tensors, in their shapes and dtypes, as views of the parts' memory."""
         pairs = self.tensors.items()
         return {n: parts[n][: t.nbytes].view(t.dtype).view(t.shape) for n, t in pairs}
 
 
 class Store(Protocol):
-    """Bytes on another tier. A file may require that pieces are whole blocks."""
+    """Bytes on another tier. A piece is a pair: an offset in the store, and a uint8 tensor, which
+    is filled from the store or written to it. A file may require that pieces are whole blocks."""
 
     def read(self, pieces: Pieces) -> None: ...
 
@@ -73,57 +80,65 @@ class Store(Protocol):
 
 
 class HostMemory:
-    """A store in host memory. On a CUDA stream, copies may still run when a call returns.
+    """A store in memory, usually of the host: a uint8 tensor. To or from a GPU, copies may still
+    run on the current CUDA stream when a call returns."""
 
-    A copy to a GPU is cut into pieces, so that copies of other threads do not wait for a layer.
-    """
-
-    def __init__(self, slab: Tensor):
-        self.slab = slab
+    def __init__(self, memory: Tensor):
+        self.memory = memory
 
     def read(self, pieces: Pieces) -> None:
+        """Fill each piece from the offset with which it is paired. A copy to a GPU is cut into
+        COPY_PIECE_BYTES, so that other threads' copies need not wait for a whole layer."""
         for offset, piece in pieces:
-            source = self.slab[offset : offset + len(piece)]
+            source = self.memory[offset : offset + len(piece)]
             size = COPY_PIECE_BYTES if piece.is_cuda else max(1, len(piece))
-            for to, part in zip(piece.split(size), source.split(size), strict=True):
-                to.copy_(part, non_blocking=True)
+            for target_cut, source_cut in zip(piece.split(size), source.split(size), strict=True):
+                target_cut.copy_(source_cut, non_blocking=True)
 
     def write(self, pieces: Pieces) -> None:
         for offset, piece in pieces:
-            self.slab[offset : offset + len(piece)].copy_(piece, non_blocking=True)
+            self.memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
 
 
 class BounceBuffer:
-    """A file used by a device that files cannot be read into: bytes pass through host memory."""
+    """A store in a file, for pieces on a GPU: files cannot be read into its memory directly, so the
+    bytes are copied through buffers in host memory."""
 
     def __init__(self, file: Store, buffers: Sequence[Tensor]):
-        """buffers: host memory, each as long as the longest transfer; one per concurrent call."""
+        """buffers: host memory, each as long as the longest transfer (all pieces of a call). A call
+        waits for a free buffer, so as many calls can run at once as there are buffers."""
         self.file, self._buffers = file, SimpleQueue()
         for buffer in buffers:
             self._buffers.put(buffer)
 
     def read(self, pieces: Pieces) -> None:
-        with self._bounced(pieces) as bounced:
-            self.file.read([(offset, host) for offset, _, host in bounced])
-            for _, piece, host in bounced:
+        """Fill each piece from the file; return when the bytes are on the GPU."""
+        with self._with_host_memory(pieces) as triples:
+            self.file.read([(offset, host) for offset, _, host in triples])
+            for _, piece, host in triples:
                 piece.copy_(host, non_blocking=True)
 
     def write(self, pieces: Pieces) -> None:
-        with self._bounced(pieces) as bounced:
-            for _, piece, host in bounced:
+        """Write each piece to the file; return when the bytes are written."""
+        with self._with_host_memory(pieces) as triples:
+            for _, piece, host in triples:
                 host.copy_(piece)
-            self.file.write([(offset, host) for offset, _, host in bounced])
+            self.file.write([(offset, host) for offset, _, host in triples])
 
     @contextlib.contextmanager
-    def _bounced(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-        """Yield (offset, piece, host memory) for each piece. The host memory can be reused when
-        the copies have ended, so this waits for them."""
-        buffer, bounced, at = self._buffers.get(), [], 0
+    def _with_host_memory(self, pieces: Pieces) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+        """Yield a triple for each piece: its offset in the file, the piece, and host memory of the
+        same length, cut from one buffer. The pieces together must fit into it.
+
+        On exit, wait for the copies of the current CUDA stream, then free the buffer for other
+        calls.
+        """
+        buffer, triples, at = self._buffers.get(), [], 0
         for offset, piece in pieces:
-            bounced.append((offset, piece, buffer[at : at + len(piece)]))
+            triples.append((offset, piece, buffer[at : at + len(piece)]))
             at += len(piece)
         try:
-            yield bounced
+            yield triples
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
         finally:
@@ -131,9 +146,11 @@ class BounceBuffer:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device in the order of its current stream, without waiting for the copy.
+    """Return a copy of a tensor on a device, or the tensor if it is there. To a GPU, the copy is
+    queued on the current CUDA stream, and the call does not wait for it.
 
-    A pinned tensor must not change until the copy ends. Other tensors are pinned by a copy first.
+    A pinned tensor must not change until the copy ends. Any other tensor is first copied to pinned
+    memory, because a copy from other memory would wait for the stream.
     """
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
@@ -141,23 +158,31 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def record_event(device: torch.device) -> Event:
-    """Record an event in the device's current stream; None on a CPU, whose work is done."""
+    """Return an event that marks the end of the work now queued on the device's current stream;
+    None on a CPU, where a call returns when its work has ended."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class TransferWorker:
-    """One thread, or several, with a CUDA stream that transfers bytes while the model computes."""
+    """One or more threads that share one CUDA stream, on which they copy bytes while the model
+    computes on another stream. On a CPU, threads only."""
 
     def __init__(self, device: torch.device, name: str, threads: int = 1):
         self._thread = ThreadPoolExecutor(threads, name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, transfer: Callable[[], Any], after: Event = None) -> Future:
-        """Return a future that is done when the bytes have arrived. after: wait for this event
-        first, because earlier work still uses the memory."""
+        """Call `transfer` in a thread of this worker; return a future that is done when the bytes
+        have arrived.
+
+        after: the worker's stream waits for this event first, because earlier work on the GPU
+        still uses the memory. It does not delay the transfer's own reads of files.
+        """
         return self._thread.submit(self._run, transfer, after)
 
     def _run(self, transfer: Callable[[], Any], after: Event) -> None:
+        """Run a transfer in a thread of this worker, and wait until its copies have ended. `after`
+        delays the work on the CUDA stream, not the transfer's own reads of files."""
         stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
         with torch.inference_mode(), stream:
             if after:
@@ -168,18 +193,22 @@ class TransferWorker:
 
 
 class ComputeWorkers:
-    """Threads that launch work on a device, each in the stream of the thread that submits it."""
+    """Threads that launch computations on a device, so that several micro-batches are computed at
+    the same time (offload.py). On a GPU each uses the current stream of the thread that submits
+    it."""
 
     def __init__(self, device: torch.device, name: str, threads: int):
         self._device, self._threads = device, ThreadPoolExecutor(threads, name)
 
     def submit(self, launch: Callable[[], Any]) -> Future:
-        """Return a future that is done when all work is launched. The device may still compute."""
+        """Call `launch` in a thread; return a future of its result. The future is done when
+        `launch` has returned: a GPU may still compute."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
         return self._threads.submit(self._run, launch, stream)
 
     def _run(self, launch: Callable[[], Any], stream: "torch.cuda.Stream | None") -> Any:
+        """Call `launch` in this thread with `stream` as the current CUDA stream; None on a CPU."""
         in_stream = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
         with torch.inference_mode(), in_stream:
             return launch()
@@ -191,19 +220,23 @@ class Buffer:
 
     parts: Parts
     contents: Any
-    last_use: Event = None  # recorded after the last computation with it
+    last_use: Event = None  # marks the end of the last computation that uses the buffer
     stored: Future | None = None  # the pending write of its contents to their store
 
 
 @dataclass
 class WaitTime:
-    """Seconds that the computing thread waited for items that had not arrived."""
+    """The seconds that the computing thread has waited for items that had not arrived."""
 
     seconds: float = 0.0
 
 
 class Ring(Generic[Item]):
-    """Buffers that are filled, ahead of time, with the items of an order that repeats."""
+    """Buffers that are filled with items before they are needed.
+
+    The items are used in an order that repeats. Each buffer holds one item. An item is a layer, or
+    a cell of the KV cache.
+    """
 
     def __init__(
         self,
@@ -213,7 +246,10 @@ class Ring(Generic[Item]):
         wait_time: WaitTime,
         prefetch: bool = True,
     ):
-        """prefetch: False fetches an item only when it is acquired."""
+        """order: the items in the order of use. fetch: starts to read an item into a buffer;
+        returns a future of the read. It must wait until the device has finished with the buffer.
+        wait_time: the seconds that `acquire` waits are added to it. prefetch: False fetches an item
+        only when it is acquired."""
         self._order, self._fetch = order, fetch
         self._index = {item: n for n, item in enumerate(order)}
         self._free, self._fetched = deque(buffers), deque()
@@ -222,7 +258,12 @@ class Ring(Generic[Item]):
 
     @contextlib.contextmanager
     def acquire(self, item: Item) -> Iterator[Buffer]:
-        """Wait for the buffer with this item; on exit, fetch the next item into it."""
+        """Yield the buffer that holds this item, when its fetch has ended. On exit, start to fetch
+        into it the next item in order, unless prefetch is False.
+
+        If the item is not the next one in order, for example after an error, drop the fetched items
+        and fetch this one. Before the exit, the caller must set buffer.last_use.
+        """
         if not self._fetched or self._fetched[0][0] != item:
             self._restart_at(item)
         _, buffer, arrival = self._fetched.popleft()
@@ -236,7 +277,9 @@ class Ring(Generic[Item]):
             self._fetch_next(self._prefetch)
 
     def _restart_at(self, item: Item) -> None:
-        """Drop what was prefetched, at the start or after an interruption, and begin at an item."""
+        """Drop the fetched items and start to fetch `item` and those after it, into all buffers;
+        only `item` if prefetch is False. Called at the first use and if the order was
+        interrupted."""
         for _, buffer, arrival in self._fetched:
             arrival.exception()  # waits, because the buffer is being written to
             self._free.append(buffer)
@@ -245,6 +288,7 @@ class Ring(Generic[Item]):
         self._fetch_next(len(self._free) if self._prefetch else 1)
 
     def _fetch_next(self, count: int) -> None:
+        """Start to fetch the next `count` items in order; so many buffers must be free."""
         for _ in range(count):
             item, buffer = self._order[self._next], self._free.popleft()
             self._fetched.append((item, buffer, self._fetch(item, buffer)))

@@ -2,8 +2,9 @@
 
 Start at probe. It times the operations of offload.py as they are run there: reads and writes of
 several sizes with O_DIRECT, copies between host and device, and one block of the model's shape on
-several numbers of tokens. Each gives a Curve of seconds over sizes, from which planner.py takes its
-costs. It takes about 20 seconds for each machine, disk and shape, and plan.py keeps the results.
+several numbers of tokens. The result is a Machine, from which planner.py computes the costs of a
+policy. To measure takes about 20 seconds for each machine, disk and shape, and plan.py keeps the
+results.
 """
 
 import dataclasses
@@ -24,50 +25,55 @@ from model import ModelArgs, Transformer
 from tiers.direct_io import ScratchFile
 from tiers.prefetch import CPU
 
-TRANSFER_BYTES = 2**16, 2**20, 2**23, 2**26  # of one read or write
-TRANSFERS = 8  # of each size
+TRANSFER_BYTES = 2**16, 2**20, 2**23, 2**26  # sizes of one read or write that are timed
+TRANSFERS = 8  # reads or writes that are timed for each size
 TOKEN_COUNTS = 1, 2, 4, 8, 16, 32, 64, 128, 256, 512  # computed by a block at once
-CACHE_POSITIONS = 1024  # that a decoded token attends to
-PROMPT_TOKENS = 512
-MAX_LAYER_BYTES = 2**29  # larger layers are timed on a narrower one
+CACHE_POSITIONS = 1024  # length of the cache with which decoding is timed
+PROMPT_TOKENS = 512  # length of the prompt whose attention is timed
+MAX_LAYER_BYTES = 2**29  # a larger layer is timed as a narrower one, and the time is scaled
 MAX_SECONDS = 1.0  # after a longer product, no larger one is timed
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds over sizes, interpolated linearly, and extrapolated beyond the last point."""
+    """Seconds as a function of a size, given by measured points with ascending sizes."""
 
     sizes: tuple[float, ...]
     seconds: tuple[float, ...]
 
     def __call__(self, size: float) -> float:
+        """Return the seconds for a size: linear between two points, and beyond the last point on
+        the line through the last two. Below the first point: the seconds of the first. A curve of
+        one point is proportional to the size above that point."""
         if size <= self.sizes[0] or len(self.sizes) == 1:
             return self.seconds[0] * max(size / self.sizes[0], 1.0)
         n = min(bisect_left(self.sizes, size), len(self.sizes) - 1)
-        a, b = self.sizes[n - 1], self.sizes[n]
-        share = (size - a) / (b - a)
-        return self.seconds[n - 1] + share * (self.seconds[n] - self.seconds[n - 1])
+        left, right = self.sizes[n - 1], self.sizes[n]
+        fraction = (size - left) / (right - left)
+        return self.seconds[n - 1] + fraction * (self.seconds[n] - self.seconds[n - 1])
 
 
 @dataclass(frozen=True)
 class Machine:
     """The measured times of a machine, in seconds unless noted."""
 
-    stream: float  # bytes per second that layers are read from disk
-    read: Curve  # one read from disk, over bytes
-    write: Curve  # one write to disk, over bytes
-    to_device: Curve  # a copy from host memory, over bytes; on a CPU a copy within memory
-    to_host: Curve  # a copy from the device, over bytes
-    products: Curve  # one layer without attention, over tokens
-    per_position: float  # attention of a decoded token to one position, in one layer
-    per_pair: float  # attention of a prompt's token to one other, in one layer
-    host_per_position: float  # as per_position, computed on the host
+    stream: float  # rate of reading layers from disk, bytes per second
+    read: Curve  # one read from disk, as a function of its bytes
+    write: Curve  # one write to disk, as a function of its bytes
+    to_device: Curve  # copy of so many bytes from host memory; on a CPU a copy within memory
+    to_host: Curve  # copy of so many bytes from the device to host memory
+    products: Curve  # one layer without attention, as a function of the number of tokens
+    per_position: float  # attention of one decoded token to one position, in one layer
+    per_pair: float  # attention of one prompt token to one other, in one layer
+    host_per_position: float  # the same as per_position, computed on the host
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Machine":
+        """Return the machine of which `to_json` returned these fields, after a pass through
+        JSON."""
         curves = {
             name: Curve(tuple(value["sizes"]), tuple(value["seconds"]))
             for name, value in fields.items()
@@ -77,8 +83,13 @@ class Machine:
 
 
 def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
-    """Measure this machine. model: one layer of the shape sample_args, on its device; args: of the
-    real model, which may be wider; directory: on the disk that will be used."""
+    """Measure this machine: the disk, the copies, and one layer of a model.
+
+    model: has one layer and the args that `sample_args` returns; it is on the device to measure and
+    is moved to the CPU by this call. args: those of the real model, which may be wider; times of
+    computation are scaled to its width. directory: a folder on the disk to measure.
+    Raises ValueError or OSError if the disk takes no scratch file.
+    """
     narrowing = args.dim / model.args.dim
     device = model.tok_embeddings.weight.device
     stream, read, write = disk_curves(directory)
@@ -103,7 +114,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
 
 
 def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Return the median seconds of some runs after a first one, or those of a first slow one."""
+    """Return the seconds of a call of `work`: the median of `repeats` calls after a warm-up, or the
+    seconds of the warm-up if it takes more than MAX_SECONDS. Waits for the device after each."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -117,8 +129,12 @@ def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> 
 
 
 def disk_curves(directory: Path) -> tuple[float, Curve, Curve]:
-    """Return the bytes per second of overlapping reads, as for layers, and the seconds of single
-    reads and writes, as for cells of the cache."""
+    """Measure the disk of a directory with a scratch file of TRANSFERS times 64 MiB.
+
+    Returns the bytes per second of two reads at a time, as layers are read, and the seconds of
+    single reads and of single writes, as for cells of the KV cache. Raises ValueError or OSError if
+    the disk takes no such file.
+    """
     size = max(TRANSFER_BYTES)
     file = ScratchFile(directory, TRANSFERS * size)
     memory = [page_aligned(size, CPU) for _ in range(2)]
@@ -131,7 +147,8 @@ def disk_curves(directory: Path) -> tuple[float, Curve, Curve]:
 
 
 def stream_rate(file: ScratchFile, memory: list[torch.Tensor]) -> float:
-    """Return the bytes per second of reads of the whole file, two at a time."""
+    """Return the bytes per second of reading the file in TRANSFERS pieces by two threads, as
+    offload.py reads layers. memory: two buffers, each as long as a piece."""
     size = len(memory[0])
 
     def stream() -> None:
@@ -145,7 +162,11 @@ def stream_rate(file: ScratchFile, memory: list[torch.Tensor]) -> float:
 
 
 def transfer_curve(transfer: Callable[..., None], memory: torch.Tensor) -> Curve:
-    """Return the seconds of one transfer over its bytes, without overlap between transfers."""
+    """Return the seconds of one read or write as a function of its bytes, one transfer at a time.
+
+    transfer: ScratchFile.read or ScratchFile.write. memory: as long as the longest transfer; the
+    file is TRANSFERS times as long.
+    """
 
     def transfers(nbytes: int) -> None:
         for n in range(TRANSFERS):
@@ -156,7 +177,8 @@ def transfer_curve(transfer: Callable[..., None], memory: torch.Tensor) -> Curve
 
 
 def copy_curves(device: torch.device) -> tuple[Curve, Curve]:
-    """Return the seconds of copies from host to device, and back."""
+    """Return the seconds, as a function of the bytes, of a copy from host memory to the device, and
+    of a copy back. One size is measured, and longer copies take proportionally longer."""
     size = max(TRANSFER_BYTES)
     on_device = page_aligned(size, device)
     on_host = page_aligned(size, CPU, device.type == "cuda")
@@ -166,15 +188,17 @@ def copy_curves(device: torch.device) -> tuple[Curve, Curve]:
 
 
 class BlockTimer:
-    """Times the only layer of a model."""
+    """Times the layer of a model that has only one."""
 
     def __init__(self, model: Transformer):
         self.model, self.device = model, model.tok_embeddings.weight.device
 
     @torch.inference_mode()
     def seconds(self, rows: int, tokens: int, positions: int) -> float:
-        """Return the seconds of the layer for `tokens` tokens of each row, the last `tokens` of
-        `positions` positions of the cache."""
+        """Return the seconds of one call of the layer with `rows` rows of `tokens` new tokens each.
+
+        positions: length of the KV cache; the new tokens are at its end and attend to all of it.
+        """
         model = self.model
         (cache,) = model.make_caches(rows, positions)
         pos = torch.arange(positions - tokens, positions, device=self.device).expand(rows, tokens)
@@ -184,7 +208,11 @@ class BlockTimer:
         return typical(lambda: model.layers[0](x, rotation, mask, pos, cache), self.device)
 
     def products(self) -> Curve:
-        """Return the seconds over rows of one token each, whose attention is negligible."""
+        """Return the seconds of the layer's matrix products as a function of the number of tokens.
+
+        Each row has one token and a cache of 8 positions, so that attention is negligible. After a
+        call that takes more than MAX_SECONDS, no larger number is timed.
+        """
         measured = []
         for rows in TOKEN_COUNTS:
             measured.append(self.seconds(rows, 1, 8))
@@ -193,19 +221,31 @@ class BlockTimer:
         return Curve(TOKEN_COUNTS[: len(measured)], tuple(measured))
 
     def per_position(self) -> float:
-        """Return the seconds that each further position adds for one decoded token."""
-        longest = min(CACHE_POSITIONS, self.model.args.context)
-        few, many = (self.seconds(16, 1, positions) for positions in (longest // 16, longest))
-        return max(many - few, 0) / (16 * (longest - longest // 16))
+        """Return the seconds of attention of one decoded token to one position: the difference
+        between a long and a short cache, divided by the 16 rows and the difference in positions."""
+        long = min(CACHE_POSITIONS, self.model.args.context)
+        short = long // 16
+        short_seconds, long_seconds = (
+            self.seconds(16, 1, positions) for positions in (short, long)
+        )
+        return max(long_seconds - short_seconds, 0) / (16 * (long - short))
 
     def per_pair(self, products: Curve) -> float:
-        """Return the seconds of attention for each pair of tokens in a prompt."""
+        """Return the seconds of attention of a prompt token to one other: those of the layer for a
+        prompt, less those of its products, divided by the square of the prompt's tokens.
+
+        products: the result of `products`.
+        """
         tokens = min(PROMPT_TOKENS, self.model.args.context)
         return max(self.seconds(1, tokens, tokens) - products(tokens), 0) / tokens**2
 
 
 def sample_args(args: ModelArgs, layer_bytes: int) -> ModelArgs:
-    """Return the args of a model of one such layer, made narrower if it exceeds MAX_LAYER_BYTES."""
+    """Return args of a model with one layer and a small vocabulary, for `probe`.
+
+    args: those of the real model. layer_bytes: size of one of its layers; above MAX_LAYER_BYTES all
+    widths are halved, repeatedly, as long as the key/value heads can be divided.
+    """
     factor = 1
     while layer_bytes / factor**2 > MAX_LAYER_BYTES and args.n_kv_heads % (2 * factor) == 0:
         factor *= 2
