@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # these import torch
     from tiers.policy import Policy
 
 SELF_DRAFTS = "self-int8", "self-int4"  # drafts made from the model itself, in fewer bits
+DRAFTS = "ngram", *SELF_DRAFTS  # or a draft model
 
 
 class FromArguments:
