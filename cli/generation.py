@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Options that change the generated texts, in addition to those of GenerationConfig. The file of
 # --output records them, so that a rerun does not mix texts of different options.
-CHANGE_TEXTS = (
+TEXT_OPTIONS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
 )
 
@@ -187,7 +187,7 @@ def print_plan(
 
     With --link, also print the same for 1 to 64 devices that are joined by such links.
     """
-    from plan import find_subject, lines, on_devices
+    from plan import find_model_spec, lines, on_devices
 
     for line in lines(plan):
         print(line, flush=True)

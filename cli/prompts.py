@@ -22,7 +22,7 @@ from text.tokenizer import Tokenizer
 from weights.weight_files import find_weights, shards
 
 DEMO_PROMPT = "Once upon a time"
-MAX_BATCH = 16  # rows, where --batch_size is not given
+MAX_BATCH = 16  # rows of a batch without --batch_size
 # Files beside the weights that change the generated texts.
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
