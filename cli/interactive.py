@@ -66,9 +66,8 @@ def answerer(
             session.lm,
             [ids],
             session.config,
-            rows=[
-                len(conversation.messages)
-            ],  # the number of the random stream: each answer has its own
+            # The number of the random stream: each answer has its own.
+            rows=[len(conversation.messages)],
             caches=caches,
             past=cached,
             stats=session.stats,

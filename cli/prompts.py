@@ -39,7 +39,7 @@ class PromptMode:
         self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the tokens of the prompt of each text that is to be generated."""
+        """Returns the number of prompt tokens of each text that is to be generated."""
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
 
