@@ -94,7 +94,6 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 def is_mistake(error: Exception) -> bool:
     """Returns whether the user or the machine caused the error, not a fault of this program."""
-    from_torch = isinstance(error, RuntimeError) and any(
-        part in str(error) for part in TORCH_MISTAKES
-    )
-    return from_torch or isinstance(error, MISTAKES)
+    from_torch = isinstance(error, RuntimeError)
+    matches = from_torch and any(part in str(error) for part in TORCH_MISTAKES)
+    return matches or isinstance(error, MISTAKES)

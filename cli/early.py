@@ -33,7 +33,7 @@ def find_inputs(
             check_writable(output)
         revision = getattr(args, "revision", None)
         args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, revision)
-        args.revision = None  # the path contains the revision
+        args.revision = None  # the path is already that of the revision
         find_weights(args.checkpoint_path)
         if getattr(args, "draft_checkpoint_path", None):
             args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)

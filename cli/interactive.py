@@ -37,14 +37,15 @@ class ChatMode:
         Never more than the model's context. batch_size: not used, as there is one conversation.
         """
         lm, config = session.lm, session.config
-        caches = lm.make_caches(1, min(lm.model.args.context, cache_length or max_cache_length(lm)))
+        positions = min(lm.model.args.context, cache_length or positions_that_fit(lm))
+        caches = lm.make_caches(1, positions)
         session.compile(caches)
         length = caches[0].length
         conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
         chat.chat(conversation, answerer(session, conversation, caches))
 
 
-def max_cache_length(lm: LoadedModel) -> int:
+def positions_that_fit(lm: LoadedModel) -> int:
     """Returns how many positions of a KV cache, of one row, fit into half of the free memory."""
     half_free = broadcast_from_rank0(lambda: available_memory(lm.device) // 2)
     return half_free // lm.kv_bytes_per_token()
@@ -65,9 +66,8 @@ def answerer(
             session.lm,
             [ids],
             session.config,
-            rows=[
-                len(conversation.messages)
-            ],  # the number of the random stream: each answer has its own
+            # The number of the random stream: each answer has its own.
+            rows=[len(conversation.messages)],
             caches=caches,
             past=cached,
             stats=session.stats,

@@ -78,7 +78,7 @@ def new_parser(prog: str, description: str) -> Parser:
 class Version(argparse.Action):
     """Prints the versions of this program, torch and tokenizers, and exits.
 
-    An action of its own, because the versions are looked up only for --version: it takes time.
+    Looks the versions up only for --version, because that starts git.
     """
 
     def __init__(self, **options: Any):
@@ -177,7 +177,7 @@ def device_options(add: Add) -> None:
 
 def draft_options(add: Add) -> None:
     """Add options of speculative decoding."""
-    help = "a small model that guesses tokens, same tokenizer: a path or a repository"
+    help = "a small model that drafts tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
     help = "draft tokens of a step, or auto: as many as pay (default: auto)"

@@ -22,7 +22,7 @@ from text.tokenizer import Tokenizer
 from weights.weight_files import find_weights, shards
 
 DEMO_PROMPT = "Once upon a time"
-MAX_BATCH = 16  # rows, where --batch_size is not given
+MAX_BATCH = 16  # rows of a batch without --batch_size
 # Files beside the weights that change the generated texts.
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
@@ -39,7 +39,7 @@ class PromptMode:
         self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the tokens of the prompt of each text that is to be generated."""
+        """Returns the number of prompt tokens of each text that is to be generated."""
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
 

@@ -47,7 +47,7 @@ class Mode(Protocol):
     """
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the tokens of each text's prompt, for the plan. new: tokens added to each."""
+        """Returns the prompt tokens of each text, for a plan. new: tokens added to each."""
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
         """Open output files before the model is loaded. settings: options that texts depend on."""

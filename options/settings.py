@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # these import torch
     from tiers.policy import Policy
 
 SELF_DRAFTS = "self-int8", "self-int4"  # drafts made from the model itself, in fewer bits
-DRAFTS = "ngram", *SELF_DRAFTS  # or a draft model
+DRAFTS = "ngram", *SELF_DRAFTS  # names of drafts that need no draft model
 
 
 class FromArguments:
@@ -58,13 +58,13 @@ class LoadOptions:
     kv_dtype: str | None = None  # dtype of the KV cache: int8 or int4; None: as the model
     compile: bool = False  # compile decoding with torch.compile
     compile_prefill: bool = False  # compile prefill, too
-    # The source of draft tokens: "ngram", one of SELF_DRAFTS, or a model or its path.
+    # The source of draft tokens: one of DRAFTS, or a model or its path.
     draft: "str | Path | LoadedModel | None" = None
     speculate_k: int | None = None  # draft tokens in a step; None: the fastest number
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
     flash: FlashOptions | None = None  # read feed-forward neurons from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)
-    pipeline: bool = False  # each rank has some layers (pp.py), not a share of each (tp.py)
+    pipeline: bool = False  # each rank has some layers (pp.py); False: a share of each (tp.py)
     micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
 
     def chosen(self) -> dict[str, Any]:

@@ -125,11 +125,11 @@ class StoredTensor:
         """
         if self.shape != tuple(tensor.shape):
             yield f"{name} has shape {list(self.shape)} and should have {list(tensor.shape)}"
-        is_parameter = isinstance(tensor, nn.Parameter)
+        floating = isinstance(tensor, nn.Parameter)  # quantised weights are buffers
         for dtype in {piece.dtype for piece in self.pieces}:
-            if not (dtype.is_floating_point if is_parameter else dtype == tensor.dtype):
+            if not (dtype.is_floating_point if floating else dtype == tensor.dtype):
                 expected = (
-                    "floating-point" if is_parameter else str(tensor.dtype).removeprefix("torch.")
+                    "floating-point" if floating else str(tensor.dtype).removeprefix("torch.")
                 )
                 yield f"{name} is {str(dtype).removeprefix('torch.')} and should be {expected}"
 

@@ -91,8 +91,8 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
 def find_unnamed(folder: Path) -> Path | None:
     """Find weights in a folder that has no index and no file with a standard name.
 
-    Returns the first file of numbered shards, or the only safetensors file; None if there is
-    neither. Raises ValueError if the folder holds several models.
+    Returns the first of numbered shards (of *.bin files only pytorch_model-*), or the only
+    safetensors file, or None. Raises ValueError if the folder holds several models.
     """
     for suffix in (".safetensors", ".bin"):
         models: dict[Any, Path] = {}
