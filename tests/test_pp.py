@@ -8,7 +8,7 @@ import torch
 from common import ROOT
 
 from checkpoint import Checkpoint
-from decoding import together
+from decoding import join_micro_batches
 from model import ModelArgs
 from pp import MicroBatchCache, PendingSends, split_micro_batches, stage_layers
 from quant.linear import meta_model
@@ -151,7 +151,9 @@ def test_micro_batches_that_end_early_leave_the_others():
 
     steps = [
         (rows, read())
-        for rows, read in together([micro_batch("a", [0, 1], 3), micro_batch("b", [2], 1)])
+        for rows, read in join_micro_batches(
+            [micro_batch("a", [0, 1], 3), micro_batch("b", [2], 1)]
+        )
     ]
     assert steps == [
         ([0, 1, 2], [[0], [10], [20]]),
