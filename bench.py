@@ -4,8 +4,8 @@ Start at Stats, which times the steps of `generate` and counts the bytes that de
 `measure` is `generate.py --bench`, after llama.cpp's llama-bench: pp is prompt processing, that is
 prefill, and tg is text generation, that is decoding.
 
-Plain decoding reads every weight and the filled part of the KV cache once per step. So bytes per
-second over the read bandwidth (host/bandwidth.py) tells how close it is to the limit, unless the
+Plain decoding reads every weight and the filled part of the KV cache once per step. So its bytes
+per second over the read bandwidth (host/bandwidth.py) tell how close it is to the limit, unless the
 model fits into the processor's caches. Measuring the bandwidth takes seconds and 1 GB of memory:
 only --bench does it, and keeps the result.
 """
@@ -32,15 +32,19 @@ WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, th
 
 
 class Stats:
-    """Seconds, tokens and bytes of one run, or of several runs added up."""
+    """Seconds, tokens and bytes of one run, or the sums over several runs.
+
+    lm: the model of all runs. load_seconds and compile_seconds are set by the caller.
+    """
 
     def __init__(self, lm: LoadedModel):
         self.load_seconds = self.compile_seconds = 0.0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
         self.new_tokens = 0  # decoded tokens, and the first token of each text
-        # Decoding is compared with memory's bandwidth only for weights of twice the processor's
-        # caches: smaller models read most weights from the caches. A draft's reads are not counted.
+        # Decoding is compared with the memory bandwidth only if the weights have twice the size of
+        # the processor's caches: smaller models read most weights from the caches. Runs with a
+        # draft are not compared, because a draft's reads are not counted.
         in_caches = lm.model.bytes_per_step() < 2 * cache_bytes(lm.device)
         self.reads_memory = lm.draft is None and not in_caches
         self._weight_bytes = lm.model.bytes_per_step()
@@ -49,9 +53,11 @@ class Stats:
     def timed(
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
     ) -> Iterator[list[list[int]]]:
-        """Yield the steps and time them. The first step is prefill, up to the first token.
+        """Yield the steps unchanged, and add their seconds, tokens and bytes to this object.
 
-        past: leading tokens of each prompt that the caches hold already.
+        steps: lists of each row's new ids. The first step is prefill, with each row's first token.
+        past: leading tokens of each prompt that the caches hold already. Time that the consumer
+        spends between two steps is not counted.
         """
         start, filled = time.perf_counter(), list(map(len, prompts))
         for n, step in enumerate(steps):
@@ -64,8 +70,8 @@ class Stats:
                 self.decode_seconds += seconds
                 self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
-                read = sum(n for n, ids in zip(filled, step, strict=True) if ids)
-                self.decoded_bytes += self._weight_bytes + self._kv_bytes_per_token * read
+                kv_read = sum(n for n, ids in zip(filled, step, strict=True) if ids)  # positions
+                self.decoded_bytes += self._weight_bytes + self._kv_bytes_per_token * kv_read
             filled = [n + len(ids) for n, ids in zip(filled, step, strict=True)]
             start = time.perf_counter()
             yield step
@@ -84,7 +90,10 @@ class Stats:
         return self.decoded_bytes / max(self.decode_seconds, 1e-9)
 
     def report(self, ceiling: float | None) -> Iterator[str]:
-        """Yield lines for the user. ceiling: the read bandwidth in bytes per second, if known."""
+        """Yield the lines printed after a run: loading, prefill, and decode if there were steps.
+
+        ceiling: the memory's read bandwidth in bytes per second; None if it was not measured.
+        """
         compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         yield f"loaded in {self.load_seconds:.1f} s{compiled}"
         yield (
@@ -114,7 +123,10 @@ def measure(
 ) -> dict[str, Any]:
     """Run prefill and decode `repeats` times after warm-up, and print a table on stderr.
 
-    complete: engine.complete. Returns the settings and the tokens per second of each run.
+    complete: engine.complete, as a parameter because engine.py imports this file. The prompts are
+    random ids, one for each row of the caches, of prompt_length; every text gets
+    config.max_new_tokens tokens. Returns the settings, the tokens per second of each run, and
+    provenance().
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (caches[0].rows, prompt_length)
@@ -153,7 +165,7 @@ def print_table(tests: dict[str, list[float]], batch: int) -> None:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Return commit, machine, torch version, command and date, to record beside figures."""
+    """Return commit, machine, torch version, command and date, to store with measured figures."""
     root = Path(__file__).parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -24,18 +24,18 @@ from weights.stored import StoredTensor, read_index, translate
 from weights.weight_files import find_weights, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What to say beside "NAME is missing".
+# Words that follow "NAME is missing" in an error.
 HINTS = {"output.weight": ", unless lm_head is the embedding: tie_word_embeddings is true then"}
-COMPARED_BYTES = 2**22  # of each of two matrices that are compared, read at a time
+COMPARED_BYTES = 2**22  # read at a time of each of two matrices that are compared
 MAX_LISTED = 5  # faults in an error message
 
 
 class Checkpoint:
-    """The config, args, scheme (None: not quantised) and tensors, by our names, of a path.
+    """The config, args, scheme (None: not quantised) and tensors, by our names, of a checkpoint.
 
     path: a directory (its model.pth, else its Hugging Face weights), or one of those files.
-    Raises FileNotFoundError, which lists what is there instead, and ValueError for a file that is
-    truncated, corrupt, unsafe or of an unsupported kind.
+    Raises FileNotFoundError, which lists the files that exist instead, and ValueError for a file
+    that is truncated, corrupt, unsafe or of an unsupported kind.
     """
 
     def __init__(self, path: str | Path):
@@ -58,12 +58,14 @@ class Checkpoint:
         self.args = hf.with_stored_biases(self.args, self.tensors, self.path)
 
     def own_scheme(self, found: Any) -> dict[str, Any] | None:
+        """Returns the scheme of a model.pth. ValueError for one that this version does not read."""
         try:
             return checked_scheme(found)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; convert or quantise it again") from error
 
     def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
+        """Returns the scheme of a Hugging Face checkpoint. parts: the names of its tensors."""
         packed = any(name.endswith(".qweight") for name in parts)
         try:
             from weights.int4_layouts import foreign_scheme, quantization_config
@@ -91,7 +93,7 @@ class Checkpoint:
         )
 
     def equal(self, one: str, other: str) -> bool:
-        """Compare two matrices; stops reading at the first difference."""
+        """Compare two matrices, up to the first difference."""
         a, b = self.tensors[one], self.tensors[other]
         if a is b or a.shape != b.shape or len(a.shape) != 2:
             return a is b
@@ -113,7 +115,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of most bytes; of the embedding in a quantised checkpoint."""
+        """The floating-point dtype of most bytes; if quantised, the dtype of the embedding."""
         if self.scheme:
             return self.tensors["tok_embeddings.weight"].dtype
         sizes = Counter()
@@ -177,7 +179,7 @@ class Checkpoint:
     def fill_function(
         self, device: torch.device, progress: Callable[[int], Any] | None = None
     ) -> Callable[[str, Tensor], None]:
-        """Returns a function that reads the tensor of a name into memory on `device` or the CPU."""
+        """Returns a function that reads a tensor by its name into memory on `device` or the CPU."""
         stage = staging_buffer(device)
 
         def fill(name: str, tensor: Tensor) -> None:
@@ -188,7 +190,7 @@ class Checkpoint:
         return fill
 
     def location(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
-        """Returns the file and the byte at which O_DIRECT can read a tensor of that dtype.
+        """Returns the file and the offset at which O_DIRECT can read a tensor as a given dtype.
 
         None: it is stored in parts, in another layout or dtype, or not at a multiple of a block.
         """
@@ -238,5 +240,5 @@ class Checkpoint:
 
 @cache
 def log_once(line: str) -> None:
-    """Log a line once in a process, however often the file is opened."""
+    """Log a line once per process, although a file may be opened several times."""
     log(line)

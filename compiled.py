@@ -1,11 +1,11 @@
-"""A model's step under torch.compile: how it is compiled, and how it is called.
+"""Compiles a model's step with torch.compile, and calls the compiled code.
 
-Start at compiled_view. As in gpt-fast a step is compiled over a KV cache that does not move. On a
-CPU the whole step is one graph. On a GPU the embedding, one block and the head are a graph each,
-and the block's serves all layers, whose weights are its inputs: that compiles a model of any depth
-in the time of one layer. The launches of the whole step are then recorded as a CUDA graph
-(CudaGraphs), by ourselves and not by the mode "reduce-overhead": that would check the address of
-every weight at each step, record again for new caches, and warn of each size of the visible cache.
+Start at compiled_view. As in gpt-fast, a step is compiled over a KV cache that does not move. On a
+CPU the whole step is one graph. On a GPU the embedding, one block and the head are a graph each;
+the weights of the block are inputs of its graph, which therefore serves all layers, so that compile
+time does not grow with depth. CudaGraphs then records the launches of a whole step as a CUDA graph.
+It replaces the compiler's mode "reduce-overhead", which checks the address of every weight at each
+step, records again for new caches, and warns of each size of the visible cache.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ from kernels.gpu.support import dependent_launch
 from model import KVCache, Rotation, Transformer
 from ranks import has_one_shot_all_reduce
 
-FRAME = 2**13  # words of Python's stack, 64 kB
+FRAME_WORDS = 2**13  # of Python's stack: 64 kB
 Graph = Callable[..., Sequence[Tensor]]
 
 
 def compiled_view(
     model: Transformer, device: torch.device, cuda_graphs: bool = True
 ) -> Callable[..., Tensor]:
-    """The model compiled: a function that is called as Transformer.forward is.
+    """Returns a function that computes Transformer.forward, with the same arguments, compiled.
 
-    One graph serves all lengths of the cache, all numbers of new tokens above one, and all numbers
-    of picked tokens. The model must keep the tensors that it has now. cuda_graphs: record CUDA
-    graphs on a GPU; not for prefill, since a graph is recorded for each length, and not if the host
+    One graph serves all visible lengths, all numbers of new tokens above one, and all lengths of
+    `at` above one. The model must keep the tensors that it has now. cuda_graphs: record CUDA graphs
+    on a GPU; False for prefill, since a graph is recorded for each length, and False if the host
     computes or reads within a step.
     """
-    # One graph for each batch size and length of the caches; at 8 the compiler would give up.
+    # Each batch size and length of the caches has a graph; by default the compiler stops at 8.
     allow_recompiles(64)
     if device.type != "cpu":
         step = compiled_parts(model, {"options": gpu_options(device)})
@@ -62,21 +62,24 @@ def compiled_view(
     ) -> Tensor:
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         given = [tokens, pos, key_pos, *at, *(t for c in caches for t in own_buffers(c).values())]
-        if (logits := compiled_graphs.take(given)) is not None:
+        if (logits := compiled_graphs.run(given)) is not None:
             return logits
         vary_inputs(tokens, pos, key_pos, *at)
-        with compiled_graphs.watching(given):
+        with compiled_graphs.recording(given):
             return compiled(tokens, pos, key_pos, caches, *at)
 
-    # Python keeps its frames in chunks of 16 kB. Where one ends within a step, every call beyond
-    # maps memory and unmaps it again: 10 ms a step, or nothing, as chance would have it. A frame
-    # this large begins a chunk of its own, which has room for all that it calls.
-    view.__code__ = view.__code__.replace(co_stacksize=FRAME)
+    # Python allocates frames in chunks of 16 kB. If a chunk ends within a step, every call beyond
+    # it maps and unmaps memory, which takes 10 ms a step. A frame of this size begins a chunk of
+    # its own, which is large enough for the frames of all calls within the step.
+    view.__code__ = view.__code__.replace(co_stacksize=FRAME_WORDS)
     return view
 
 
 def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[..., Tensor]:
-    """A model's forward of which the embedding, a block and the head are compiled."""
+    """Returns a function like compiled_view's, with the embedding, a block and the head compiled.
+
+    settings: arguments of torch.compile.
+    """
     settings = settings | {"fullgraph": True, "dynamic": False}
     embed = torch.compile(model.embed, **settings)
     unembed = torch.compile(model.unembed, **settings)
@@ -100,6 +103,7 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
 
 
 def call_block(block: nn.Module, *given: Any) -> Tensor:
+    """Call a block. Compiled as a function, the block is an argument and its weights are inputs."""
     return block(*given)
 
 
@@ -133,15 +137,15 @@ def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) 
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """A contiguous copy: compiled code holds for certain strides only, even those of dimensions of
+    """Returns a contiguous copy: compiled code is specific to strides, even those of dimensions of
     size 1."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Tensor]:
-    """One graph for all blocks of a model whose layers come and go, called as (block, its inputs).
+    """Returns a function of a block and its inputs: one graph for all blocks of an offloaded model.
 
-    Their weights are inputs of it, so that no other block and no other buffer compiles again.
+    The weights are inputs of the graph, so that a block in another buffer compiles nothing.
     """
     if device.type == "cpu":
         settings = {"backend": CompiledGraphCache().inductor(cpu_options(model))}
@@ -161,22 +165,22 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
 
 
 class CudaGraphs:
-    """A step whose calls are replayed as CUDA graphs: one for each shape of what it is given.
+    """Replays a step as CUDA graphs: one for each set of caches and each shape of the inputs.
 
-    A graph reads and writes at the addresses that it was recorded with. The weights stay where they
-    are. Tokens and positions are copied to tensors that the graph owns; key_pos are always the same
-    numbers, so that it owns a copy, too. Caches are told apart by their addresses: the graphs of
-    the latest KEPT sets of caches are kept, and ReusedCaches gives a new call the addresses of an
-    earlier one. The first call of a shape is not recorded, since kernels may have to be compiled;
-    the second one is. What is returned is the caller's own.
+    A graph reads and writes at the addresses that it was recorded with. The weights do not move.
+    Tokens and positions are copied to tensors that the graph owns; key_pos is arange, so the graph
+    reads its own copy. A set of caches is identified by its addresses. The graphs of the latest
+    MAX_CACHE_SETS sets are kept, and ReusedCaches gives new caches the addresses of earlier ones.
+    The first call with a shape is not recorded, since it may compile kernels; the second one is.
+    The caller owns the logits that a call returns.
     """
 
-    KEPT = 4  # sets of caches, the latest
+    MAX_CACHE_SETS = 4
 
     def __init__(self, step: Callable[..., Tensor], device: torch.device):
         self.step, self.device = step, device
         self.sets: dict[Any, dict[Any, RecordedStep | None]] = {}
-        self.recorded = self.nbytes = 0  # graphs so far, and the memory that recording them took
+        self.recorded = self.nbytes = 0  # all graphs so far, and the memory that they allocated
         self._pool: Any = None
 
     def __call__(
@@ -193,22 +197,22 @@ class CudaGraphs:
         return graph(tokens, pos, *at)
 
     @property
-    def held(self) -> int:
-        """Graphs that can be replayed."""
+    def kept(self) -> int:
+        """Returns the number of graphs that can be replayed."""
         return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
 
     def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":
         tensors = [t for c in caches for t in own_buffers(c).values()]
-        # A longer cache may begin where a shorter one began.
+        # The shape, too: a longer cache may have the address of an earlier, shorter one.
         key = tensors[0].shape, *(t.data_ptr() for t in tensors)
         graphs = self.sets.pop(key, {})
-        while len(self.sets) >= self.KEPT:
+        while len(self.sets) >= self.MAX_CACHE_SETS:
             self.sets.pop(next(iter(self.sets)))
-        self.sets[key] = graphs  # the latest stands last
+        self.sets[key] = graphs  # the latest is last
         return graphs
 
     def _record(self, *given: Any) -> "RecordedStep":
-        if not self.held:  # PyTorch forgets a pool whose last graph is gone
+        if not self.kept:  # PyTorch frees a pool with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         free = torch.cuda.mem_get_info(self.device)[0]
         graph = RecordedStep(self.step, self._pool, *given)
@@ -218,7 +222,7 @@ class CudaGraphs:
 
 
 class RecordedStep:
-    """A step as a CUDA graph, with the inputs that it reads and the logits that it writes."""
+    """A CUDA graph of a step, with the inputs that it reads and the logits that it writes."""
 
     def __init__(
         self,
@@ -231,8 +235,7 @@ class RecordedStep:
         *at: Tensor,
     ):
         self.inputs = [fresh(t) for t in (tokens, pos, *at)]
-        # Constant numbers, which the graph reads from its own memory.
-        self.key_pos = key_pos.clone()
+        self.key_pos = key_pos.clone()  # the caller's tensor may be freed
         self.graph = torch.cuda.CUDAGraph()
         tokens, pos, *at = self.inputs
         with torch.cuda.graph(self.graph, pool=pool):
@@ -242,32 +245,35 @@ class RecordedStep:
         for mine, new in zip(self.inputs, given, strict=True):
             mine.copy_(new)
         self.graph.replay()
-        return self.logits.clone()  # all graphs share memory: another one writes there
+        return self.logits.clone()  # the graphs share memory: another one may overwrite the logits
 
 
 class ReusedCaches:
-    """Makes the caches of one model, in the memory of the latest ones once nobody holds these: see
-    CudaGraphs. They may be longer than was asked for. make: called as LoadedModel.new_caches is.
+    """Makes the caches of one model, in the memory of the latest ones if these are no longer used.
+
+    Graphs that were recorded for the latest caches then serve the new ones; see CudaGraphs. The new
+    caches may be longer than requested. make: called as LoadedModel.new_caches is.
     """
 
     def __init__(self, make: Callable[..., Sequence[KVCache]]):
         self.make = make
-        # Of each layer, a cache of the same memory, and whether the one handed out is still used.
+        # Of each layer: a cache of the same memory, and a reference to the returned cache, which is
+        # dead once the caller no longer uses it.
         self.latest: list[tuple[KVCache, weakref.ref[KVCache]]] = []
-        self.shape = 0, 0  # rows and length of those
+        self.shape = 0, 0  # rows and length of the latest caches
 
     def __call__(self, lm: Any, batch: int, length: int) -> Sequence[KVCache]:
         rows, longest = self.shape
-        gone = all(alive() is None for _, alive in self.latest)
-        if not gone or rows != batch or longest < length:
-            if gone:
-                self.latest, self.shape = [], (0, 0)  # memory that new ones may take
+        unused = all(returned() is None for _, returned in self.latest)
+        if not unused or rows != batch or longest < length:
+            if unused:
+                self.latest, self.shape = [], (0, 0)  # free their memory before allocating
             caches = self.make(lm, batch, length)
             self.shape = batch, length
         else:
             caches = [shallow_copy(cache) for cache, _ in self.latest]
             for tensor in (t for cache in caches for t in cache.buffers()):
-                tensor.zero_()  # as new ones are
+                tensor.zero_()  # like new ones
         self.latest = [(shallow_copy(cache), weakref.ref(cache)) for cache in caches]
         return caches
 
@@ -277,59 +283,64 @@ def has_graphs(view: Callable[..., Tensor]) -> bool:
 
 
 def graphs_report(view: Callable[..., Tensor]) -> Iterator[str]:
-    """A line about a view's CUDA graphs, if it has any."""
+    """Yield a line of the log about the CUDA graphs of a compiled_view, if it has any."""
     if isinstance(view, CudaGraphs) and view.recorded:
         size = f"{view.nbytes / 2**20:.0f} MiB"
-        yield f"CUDA graphs: {view.recorded} recorded, {view.held} held, {size} of memory"
+        yield f"CUDA graphs: {view.recorded} recorded, {view.kept} kept, {size} of memory"
 
 
 class CompiledGraphCache:
-    """Ways to a compiled graph that do not lead through Dynamo.
+    """Calls compiled graphs directly, without Dynamo.
 
-    Dynamo, at every call, checks and collects what a graph takes, each weight by its path from the
-    model: of a step of TinyLlama in int4 on a CPU 1.5 ms, 7 %. But weights stay, and the rest is
-    what the caller gives. Where that has been given once in these shapes, it takes the same places
-    among the graph's inputs again.
+    At every call Dynamo looks up and checks each input of a graph, every weight by its path from
+    the model: for TinyLlama in int4 on a CPU this takes 1.5 ms, 7 % of a step. But the weights are
+    the same at each call, and the other inputs are the caller's tensors. Therefore the first call
+    with tensors of some shapes records the graph's inputs, and which of them the caller gave; later
+    calls with these shapes put their tensors in the same places.
     """
 
     def __init__(self):
-        self.known: dict[Any, tuple[Graph, list[Any], list[tuple[int, int]]]] = {}
-        self.seen: tuple[Graph, Sequence[Any]] | None = None  # the graph that ran, and its inputs
+        # The graph; its inputs, with None for the caller's tensors; and for each of these its index
+        # among the inputs and among the caller's tensors.
+        self.graphs_by_shape: dict[Any, tuple[Graph, list[Any], list[tuple[int, int]]]] = {}
+        self.last_call: tuple[Graph, Sequence[Any]] | None = None  # the graph that ran, its inputs
 
     def inductor(self, options: dict[str, Any]) -> Callable[[Any, Any], Graph]:
-        """A backend for torch.compile: Inductor, and each call of what it compiles is seen."""
+        """Returns a backend for torch.compile: Inductor, with each call of a graph noted."""
 
         def compile(traced: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
             graph = compile_with_inductor(traced, examples, options)
 
-            def watched(*inputs: Any) -> Sequence[Tensor]:
-                self.seen = graph, inputs
+            def noted(*inputs: Any) -> Sequence[Tensor]:
+                self.last_call = graph, inputs
                 return graph(*inputs)
 
-            return watched
+            return noted
 
         return compile
 
     @contextlib.contextmanager
-    def watching(self, given: list[Tensor]) -> Iterator[None]:
-        """Remember where what a call is given is among the inputs of what it runs."""
+    def recording(self, given: list[Tensor]) -> Iterator[None]:
+        """Record the graph that runs in the body of the with statement; see record."""
         try:
             yield
-            self.remember(given)
-        finally:  # after Ctrl-C too: it holds the caller's caches, and is of that call alone
-            self.seen = None
+            self.record(given)
+        finally:  # after Ctrl-C too: last_call refers to the caller's caches
+            self.last_call = None
 
-    def remember(self, given: list[Tensor]) -> None:
-        if self.seen:
-            graph, inputs = self.seen
-            at = {id(tensor): n for n, tensor in enumerate(given)}
-            places = [(i, at[id(x)]) for i, x in enumerate(inputs) if id(x) in at]
-            inputs = [None if id(x) in at else x for x in inputs]  # caches may come and go
-            self.known[shapes(given)] = graph, inputs, places
+    def record(self, given: list[Tensor]) -> None:
+        """Record the graph of the last call for tensors of the shapes of these, the caller's."""
+        if self.last_call:
+            graph, inputs = self.last_call
+            index_of = {id(tensor): n for n, tensor in enumerate(given)}
+            places = [(i, index_of[id(x)]) for i, x in enumerate(inputs) if id(x) in index_of]
+            inputs = [None if id(x) in index_of else x for x in inputs]  # keep no cache alive
+            self.graphs_by_shape[shapes(given)] = graph, inputs, places
 
-    def take(self, given: list[Tensor]) -> Tensor | None:
-        """The logits, where the way is known."""
-        if not (found := self.known and self.known.get(shapes(given))):
+    def run(self, given: list[Tensor]) -> Tensor | None:
+        """Run the graph for tensors of these shapes. Returns the logits, or None without one."""
+        found = self.graphs_by_shape and self.graphs_by_shape.get(shapes(given))
+        if not found:
             return None
         graph, inputs, places = found
         inputs = inputs.copy()
@@ -345,21 +356,22 @@ def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 def cpu_options(model: Transformer) -> dict[str, Any]:
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
-    # The products and the attention are library calls. Beside dense weights the code between them
-    # takes no measurable time; beside packed ones 4 % of a step are worth 2 s more of compiling.
+    # The products and the attention are library calls. With dense weights the code between them
+    # takes no measurable time. With packed ones, vectorising it saves 4 % of a step and takes 2 s
+    # more to compile.
     packed = any(isinstance(module, PackedLinear) for module in model.modules())
     return {
         "cpp.simdlen": None if packed else 1,  # vectorised, or scalar
         "cpp.vec_isa_ok": True,
-        # A vectorised loop over one row is over before a second thread has begun.
+        # A vectorised loop over one row ends before a second thread has started.
         "cpp.min_chunk_size": 16384 if packed else 512,
-        # Pays from some twenty kernels on; a model has four.
+        # Saves time from some twenty kernels on; a model has four.
         "cpp_cache_precompile_headers": False,
-        # The two residual sums of a block are then one kernel, not two.
+        # Off, the two residual sums of a block are one kernel, not two.
         "inplace_buffers": False,
-        # Rounding where eager code rounds: compiled text is eager text, bit for bit.
+        # Round where eager code rounds: compiled text is eager text, bit for bit.
         "emulate_precision_casts": True,
-        # 400 tensors of a step, each looked at anew: 0.5 ms, and never once wrong.
+        # Checking the shapes of a step's 400 tensors takes 0.5 ms.
         "size_asserts": False,
     }
 
@@ -369,20 +381,20 @@ def gpu_options(device: torch.device) -> dict[str, Any]:
     if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True
     if dependent_launch(device) and has_triton_option("enable_pdl"):
-        # A kernel may begin while the one before it ends, as ours in kernels/gpu do.
+        # A kernel may start before the previous one has ended, as those in kernels/gpu do.
         options["triton.enable_pdl"] = True
     return options
 
 
 @contextlib.contextmanager
 def compiler_imported(wanted: bool) -> Iterator[None]:
-    """Import the compiler in a thread, while the weights are read: it takes a second or two."""
+    """Import the compiler in a thread, which takes 1 to 2 s, while the body reads the weights."""
     if not wanted:
         yield
         return
-    import_dynamo()  # here, as two threads importing it would collide
-    # Importing only: a compilation in this thread makes the next one crash where torch was built
-    # for CUDA and there is no GPU (torch 2.11).
+    import_dynamo()  # not in the thread: two threads that import it at a time collide
+    # The thread imports and does not compile: after a compilation in it, the next one crashes where
+    # torch was built for CUDA and there is no GPU (torch 2.11).
     thread = threading.Thread(target=import_inductor)
     thread.start()
     yield

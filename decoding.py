@@ -1,7 +1,7 @@
-"""A model that is ready to run, and its steps: prefill, then one token per row after another.
+"""A model that is ready to run, and its steps: prefill, then one new token per row and step.
 
-Start at plain_steps, which engine.generate consumes; speculate.py has the other way to
-make steps, several tokens at a time. load.py makes the LoadedModel that both run.
+Start at plain_steps, which engine.generate consumes. speculate.py makes steps of several tokens.
+load.py makes the LoadedModel that both run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-PREFILL_TOKENS = 4096  # of all rows together in one call: bounds the mask and the activations
-# Share of the rows that must have ended before the others are moved together. The move copies three
-# quarters of the KV cache, and every later step reads a quarter less: it pays for itself in six
-# steps. All moves of a batch together copy less than three times its filled cache.
+# Prompt tokens of all rows together in one call: bounds the size of the mask and activations.
+PREFILL_TOKENS = 4096
+# Share of the rows that must have ended before the other rows are moved together. At a quarter, the
+# move copies three quarters of the KV cache, and every later step reads a quarter less, so that six
+# steps make up for it. All moves of a batch together copy less than three times its filled cache.
 MIN_ENDED_SHARE = 1 / 4
 
 Texts = Sequence[Sequence[int]]  # of each row, prompt and answer so far
@@ -34,7 +35,7 @@ Launched = tuple[Sequence[int], Callable[[], list[list[int]]]]
 # Proposes at most k draft tokens for the live rows: their ids, (B, k), and the count of each row.
 Propose = Callable[[int, AbstractSet[int]], tuple[Tensor, list[int]]]
 
-MicroBatch = tuple[Sequence[int], Sequence[Cache]]  # rows of a batch, and the caches of those
+MicroBatch = tuple[Sequence[int], Sequence[Cache]]  # rows of a batch, and their caches
 
 
 class Draft(Protocol):
@@ -58,10 +59,12 @@ class Draft(Protocol):
 
 
 def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
+    """Returns a single micro-batch of all rows."""
     return [(range(caches[0].rows), caches)]
 
 
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
+    """Make caches on the model's device. MemoryError before allocating."""
     needed = batch * length * lm.kv_bytes_per_token()
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
@@ -75,10 +78,10 @@ class LoadedModel:
 
     model: Transformer
     prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
-    decode: Callable[..., Tensor]  # one token per row, or with a draft the few to be verified
+    decode: Callable[..., Tensor]  # one token per row, or with a draft the few that it verifies
     tokenizer: "Tokenizer"
     draft: Draft | None = None
-    any_rows: bool = True  # a step may have any number of rows; a compiled one is compiled for each
+    any_rows: bool = True  # False: a step is compiled for a number of rows
     new_caches: Callable[["LoadedModel", int, int], Sequence[Cache]] = caches_on_device
     # Prompt tokens of all rows together in one call of prefill. None: PREFILL_TOKENS.
     prefill_chunk_tokens: int | None = None
@@ -92,11 +95,11 @@ class LoadedModel:
 
     @torch.inference_mode()
     def make_caches(self, batch: int, length: int) -> Sequence[Cache]:
-        """Caches for `batch` rows of up to `length` tokens; MemoryError before allocating."""
+        """Make caches for `batch` rows of up to `length` tokens. MemoryError before allocating."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one position in the caches of all layers, those of the draft included."""
+        """Returns the bytes of one position in the caches of all layers, the draft's included."""
         drafted = self.draft.kv_bytes_per_token() if self.draft else 0
         return self.model.kv_bytes_per_token() + drafted
 
@@ -104,7 +107,7 @@ class LoadedModel:
 def plain_steps(
     lm: LoadedModel, prompts: Texts, caches: Sequence[Cache], *given: Any
 ) -> Iterator[list[list[int]]]:
-    """Yield steps of one new id for each row. given: the other arguments of launched_steps.
+    """Yield, for each step, one new id for each row. given: other arguments of launched_steps.
 
     On a GPU the host launches a step before it reads the ids of the step before.
     """
@@ -131,11 +134,11 @@ def launched_steps(
 ) -> Iterator[Launched]:
     """Launch at most `count` steps of a micro-batch, each when the next item is asked for.
 
-    sampler: of all rows. live: the unfinished rows, read before every step; a finished row gets no
-    ids, or meaningless ones. Once enough rows have finished, the others are moved together.
+    sampler: for all rows. live: the unfinished rows, read before every step; a finished row gets no
+    ids, or meaningless ones. Once enough rows have finished, the other rows are moved together.
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length
-    key_pos = torch.arange(length, device=lm.device)
+    key_pos = torch.arange(length, device=lm.device)  # (length,)
     texts, sampler = [prompts[row] for row in rows], sampler.select_rows(key_pos.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
@@ -150,30 +153,31 @@ def launched_steps(
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.select_rows(at)
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
-        # A finished row that is still computed must stay within the cache, too.
+        # Clamped for finished rows that are still computed: they must stay within the cache.
         pos = (lengths + n).clamp_max(length - 1)  # (B, 1)
         visible = visible_length(longest(prompts, rows) + n + 1, length)
         logits = lm.decode(tokens, pos, key_pos[:visible], caches)  # (B, 1, V)
 
 
 def pays_to_compact(rows: int, going: int, row_granularity: int) -> bool:
-    """Whether to move the unfinished rows together.
+    """Returns whether to move the `going` unfinished ones of `rows` rows together.
 
-    row_granularity: the rows of a micro-batch of the cache, which cost as much as one row.
+    row_granularity: see Cache.
     """
     groups, needed = -(-rows // row_granularity), -(-going // row_granularity)
     return going <= (1 - MIN_ENDED_SHARE) * rows and needed < groups
 
 
 def longest(prompts: Texts, rows: Sequence[int]) -> int:
+    """Returns the number of tokens of the longest prompt of some rows."""
     return max(len(prompts[row]) for row in rows)
 
 
 def join_micro_batches(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
     """Join the steps of several micro-batches into steps of all rows.
 
-    A micro-batch's next step is launched as soon as the ids of its last one are known, while the
-    other micro-batches are computed.
+    A micro-batch's next step is launched as soon as the ids of its previous step are known, while
+    the other micro-batches are computed.
     """
     in_flight = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
     while in_flight:
@@ -203,7 +207,7 @@ def prefill(
     past: int,
     key_pos: Tensor,
 ) -> Tensor:
-    """Fill the caches with the prompts, whose first `past` tokens they hold already, in chunks.
+    """Fill the caches with the prompts, in chunks. past: leading tokens that the caches have.
 
     Returns the logits that follow each prompt's last token, (B, 1, V).
     """
@@ -220,11 +224,12 @@ def prefill(
         part = tokens[:, start : start + chunk]  # (B, T)
         end = past + start + part.shape[1]
         pos = key_pos[past + start : end].expand_as(part)  # (B, T)
+        # The index of each row's last token in the chunk, then among the chunk's B*T tokens.
         last = (lengths - 1 - start).clamp(0, part.shape[1] - 1)  # (B,)
         last += torch.arange(0, part.numel(), part.shape[1], device=lm.device)
         visible = key_pos[: visible_length(end, len(key_pos))]
         out = lm.prefill(part, pos, visible, caches, last, whole).unsqueeze(1)  # (B, 1, V)
-        # A row that ended in an earlier chunk keeps the logits it had there.
-        reached = (lengths > start).view(-1, 1, 1)
+        # A row whose prompt ended in an earlier chunk keeps the logits of that chunk.
+        reached = (lengths > start).view(-1, 1, 1)  # (B, 1, 1)
         logits = out if logits is None else torch.where(reached, out, logits)
     return logits

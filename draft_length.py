@@ -5,11 +5,12 @@ cycle. A cycle with k draft tokens is k draft steps and one verify pass over k +
 the accepted draft tokens and one token more. The best k yields the most tokens per second. k does
 not change the text, so measured times may decide it. DraftStats counts the results for the user.
 
-Trying a draft costs time, which a short text may not win back. So cycles with draft tokens have a
-budget, counted in plain steps. It begins with INITIAL_BUDGET_STEPS, grows by BUDGET_SHARE of all
-steps, and changes by what each cycle gains or loses against plain decoding. A k is allowed only if
-the budget covers a cycle in which all k draft tokens are rejected. A draft that never pays costs
-two steps and 1 % of the time.
+A plain step is a cycle with k = 0. Trying a draft costs time, which may exceed the gain in a short
+text. So cycles with draft tokens have a budget, counted in plain steps. It begins with
+INITIAL_BUDGET_STEPS, grows by BUDGET_SHARE of all steps, and changes by the steps that each cycle
+gains or loses against plain decoding. A k is allowed only if the budget covers a cycle in which all
+k draft tokens are rejected. So a draft that never helps costs INITIAL_BUDGET_STEPS steps and
+BUDGET_SHARE of the time.
 """
 
 from collections import defaultdict, deque
@@ -20,150 +21,188 @@ from statistics import median
 
 from ranks import broadcast_from_rank0
 
-# A verify pass over MAX_DRAFT_TOKENS + 1 = 16 tokens takes about as long as a step of one token.
+# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
+# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
 MAX_DRAFT_TOKENS = 15
-TIMES_PER_MEDIAN = 9  # latest times of cycles with the same k
+TIMES_PER_MEDIAN = 9  # the median is that of so many latest cycles with the same k
 GRAPH_CYCLES = 2  # the first cycles with each k warm up and record CUDA graphs: not timed
 PLAIN_EVERY_CYCLES = 64  # a plain step among so many cycles times plain decoding
-STALE_CYCLES = 4 * PLAIN_EVERY_CYCLES  # older times are dropped
+STALE_CYCLES = 4 * PLAIN_EVERY_CYCLES  # times are ignored after this many cycles
 INITIAL_BUDGET_STEPS, BUDGET_SHARE = 2.0, 0.01
 TRIAL_CYCLES = 6  # cycles with draft tokens before a draft is judged
-# The k of trials, in turn. One token costs little; a verify pass of five tokens may take hardly
-# longer than one of two, where one of two takes far longer than a plain step.
+# Successive trials alternate between these k. k = 1 costs least. But without AMX a second token can
+# cost more than each later one: PyTorch's float32 products on a CPU with AVX2 took 2.1, 3.5 and 4.6
+# times one row's time for 2, 5 and 16 rows. There k = 4 can pay where k = 1 does not.
 TRIAL_DRAFT_TOKENS = 1, 4
+ASSUMED_DRAFT_COST = 0.2  # plain steps per draft token, before a cycle with draft tokens is timed
 MIN_PAUSE_STEPS, MAX_PAUSE_STEPS = 16, 512  # plain steps between trials
-DECAY = 0.97  # factor of older counts, per cycle
-PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2  # acceptance rate before anything is counted
+DECAY = 0.97  # counts are multiplied by this at each cycle with draft tokens
+# Acceptance rate before any token is counted, and the number of draft tokens that it counts as.
+PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2
 
 
 class DraftLengthController:
     """Chooses k, the number of draft tokens of the next cycle.
 
-    k: the same number in every cycle, except in the plain steps that time plain decoding. None:
-    the number with the most expected tokens per second within the budget. Where no number pays,
+    k: a number fixes k, except in the plain steps that time plain decoding. None chooses the k with
+    the most expected tokens per second within the budget. If no k is faster than plain decoding,
     drafting pauses; each further pause is twice as long, up to MAX_PAUSE_STEPS. graphs: the first
-    cycles with each k record CUDA graphs. catches_up: after a pause, the draft model first reads
-    the tokens generated during the pause.
+    cycles with each k record CUDA graphs. draft_reads_after_plain: in the first cycle after plain
+    steps, a draft model also reads the tokens of those steps, so that this cycle is not timed.
     """
 
-    def __init__(self, k: int | None, graphs: bool = False, catches_up: bool = False):
-        self.k, self._catches_up = k, catches_up
-        self._untimed = GRAPH_CYCLES if graphs else 0
+    def __init__(self, k: int | None, graphs: bool = False, draft_reads_after_plain: bool = False):
+        self.k, self._draft_reads_after_plain = k, draft_reads_after_plain
+        self._untimed_cycles = GRAPH_CYCLES if graphs else 0  # the first cycles with each k
         self.stats = DraftStats()
         self._rows = 0
         self._reset()
 
     def for_batch(self, rows: int) -> "DraftLengthController":
-        """Return self, reset if the number of rows differs from the last call's: times and rates
-        of another batch size do not apply."""
+        """Return this controller. Call it at the start of each batch, with its number of rows.
+
+        If the number differs from the last batch's, times and rates are forgotten: they depend on
+        it. `stats` goes on counting.
+        """
         if rows != self._rows:
             self._rows = rows
             self._reset()
         return self
 
     def _reset(self) -> None:
-        self._cycle = 0
-        self._cycles_of: dict[int, int] = defaultdict(int)  # by k
+        """Forget all times, rates, pauses and the budget."""
+        self._cycle = 0  # the number of the cycle, from 1
+        self._cycles_of: dict[int, int] = defaultdict(int)  # cycles with each k
         self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMES_PER_MEDIAN))
         self._median: dict[int, float] = {}  # seconds of a cycle, by k
-        self._timed_at: dict[int, int] = defaultdict(int)  # the latest timed cycle, by k
-        # Rows in which the first n draft tokens were accepted and an n-th was proposed (counted
-        # from 0); and rows in which the n-th was accepted, too. Decayed, as the next two are.
+        self._timed_at: dict[int, int] = defaultdict(int)  # number of the latest timed cycle, by k
+        # For each position n from 0: rows that proposed a draft token n and accepted all before it,
+        # and rows that accepted draft token n, too. Counts decay, as do the next two.
         self._drafted = [0.0] * MAX_DRAFT_TOKENS
         self._accepted = [0.0] * MAX_DRAFT_TOKENS
-        # Live rows of cycles with draft tokens, and those of them that had a proposal.
+        # Live rows in cycles with draft tokens, and the rows among them that had a draft token.
         self._rows_live, self._rows_drafted = 1e-9, 1e-9
         self._budget = INITIAL_BUDGET_STEPS
-        self._trial_left, self._trials = TRIAL_CYCLES, 0
-        self._next_pause, self._pause_left = MIN_PAUSE_STEPS, 0
-        self._paused = self._resumed = False
+        self._trial_cycles_left, self._past_trials = TRIAL_CYCLES, 0
+        self._next_pause_steps, self._pause_steps_left = MIN_PAUSE_STEPS, 0
+        self._is_plain = False  # the latest chosen k is 0
+        self._is_after_plain = False  # the latest chosen k is above 0, and the one before was 0
 
-    def choose(self, most: int) -> int:
-        """Return k for the next cycle, at most `most`. Rank 0 decides, because clocks differ."""
+    def choose(self, max_k: int) -> int:
+        """Return k for the next cycle, at most max_k. Call it once before each cycle.
+
+        With several ranks, rank 0 chooses for all: times differ between ranks, but all must use the
+        same k.
+        """
         self._cycle += 1
-        # A plain step is timed if fewer than two were, or the latest is old.
+        # Time a plain step if fewer than two are timed, or PLAIN_EVERY_CYCLES after the latest.
         age = self._cycle - self._timed_at[0]
-        due = len(self._times[0]) < 2 or age >= PLAIN_EVERY_CYCLES
-        k = broadcast_from_rank0(lambda: 0 if due else self._best() if self.k is None else self.k)
-        self._resumed, self._paused = self._paused and k > 0, k == 0
-        return max(0, min(k, most))
+        time_plain = len(self._times[0]) < 2 or age >= PLAIN_EVERY_CYCLES
+        k = broadcast_from_rank0(
+            lambda: 0 if time_plain else self._best_k() if self.k is None else self.k
+        )
+        self._is_after_plain, self._is_plain = self._is_plain and k > 0, k == 0
+        return max(0, min(k, max_k))
 
-    def _best(self) -> int:
-        """Return the best k within the budget, a trial's k, or 0 during a pause."""
-        if self._pause_left:  # no estimates: they take 1 % of a small model's step
-            self._pause_left -= 1
-            if not self._pause_left:
-                self._trial_left, self._trials = TRIAL_CYCLES, self._trials + 1
+    def _best_k(self) -> int:
+        """Return the k with the most expected tokens per second that the budget covers.
+
+        If that is 0, or no cycle with draft tokens was timed recently, return the k of a trial or
+        begin a pause; during a pause, return 0. A plain step must have been timed before.
+        """
+        if self._pause_steps_left:  # skip the estimates, which take 1 % of a small model's step
+            self._pause_steps_left -= 1
+            if not self._pause_steps_left:
+                self._trial_cycles_left, self._past_trials = TRIAL_CYCLES, self._past_trials + 1
             return 0
         times, tokens = self._expected_times(), self._expected_tokens()
         tried = any(k for k in self._median if self._is_recent(k))
-        # Plain steps lost if all k draft tokens are rejected.
+        # Plain steps lost if all k draft tokens are rejected; before a trial, one per draft token.
         losses = ((times[k] / times[0] - 1 if tried else k) for k in range(MAX_DRAFT_TOKENS + 1))
         affordable = [k for k, loss in enumerate(losses) if loss <= self._budget]
         best = max(affordable, key=lambda k: tokens[k] / times[k], default=0)
         if best and tried:
-            self._next_pause = MIN_PAUSE_STEPS
+            self._next_pause_steps = MIN_PAUSE_STEPS
             return best
         return self._try_or_pause(affordable)
 
     def _try_or_pause(self, affordable: list[int]) -> int:
-        """Return the k of a trial if one is left and affordable; else begin a pause."""
-        wanted = TRIAL_DRAFT_TOKENS[self._trials % len(TRIAL_DRAFT_TOKENS)], TRIAL_DRAFT_TOKENS[0]
-        k = next((k for k in wanted if k in affordable), 0)
-        if self._trial_left and k:
+        """Return the k of the current trial, or 1 if the budget covers only that. If the trial is
+        over, or the budget covers neither, begin a pause and return 0.
+
+        affordable: the k that the budget covers.
+        """
+        trial_k = TRIAL_DRAFT_TOKENS[self._past_trials % len(TRIAL_DRAFT_TOKENS)]
+        k = next((k for k in (trial_k, TRIAL_DRAFT_TOKENS[0]) if k in affordable), 0)
+        if self._trial_cycles_left and k:
             return k
-        self._pause_left = self._next_pause
-        self._next_pause = min(2 * self._next_pause, MAX_PAUSE_STEPS)
-        self._trial_left = 0
+        self._pause_steps_left = self._next_pause_steps
+        self._next_pause_steps = min(2 * self._next_pause_steps, MAX_PAUSE_STEPS)
+        self._trial_cycles_left = 0
         return 0
 
     def _expected_tokens(self) -> list[float]:
-        """Return the expected tokens of a row in a cycle of k = 0, 1, 2, ... draft tokens."""
+        """Return the expected new tokens of a row in cycles with k = 0, 1, ..., MAX_DRAFT_TOKENS.
+
+        One token is certain. Draft token n counts if the row has draft tokens and all up to n are
+        accepted: the product of the acceptance rates of positions 0 to n.
+        """
         # A position with few counts takes the rate of all positions, which starts at PRIOR_RATE.
         accepted = sum(self._accepted) + PRIOR_WEIGHT * PRIOR_RATE
         overall = accepted / (sum(self._drafted) + PRIOR_WEIGHT)
         counts = zip(self._drafted, self._accepted, strict=True)
         rates = ((a + PRIOR_WEIGHT * overall) / (d + PRIOR_WEIGHT) for d, a in counts)
-        drafted = self._rows_drafted / self._rows_live
-        return list(accumulate((drafted * rate for rate in accumulate(rates, mul)), initial=1.0))
+        share = self._rows_drafted / self._rows_live  # of rows that have draft tokens
+        return list(accumulate((share * rate for rate in accumulate(rates, mul)), initial=1.0))
 
     def _is_recent(self, k: int) -> bool:
         """Whether a cycle with k draft tokens was timed recently; always true for plain steps."""
         return k == 0 or self._cycle - self._timed_at[k] < STALE_CYCLES
 
     def _expected_times(self) -> list[float]:
-        """Return the seconds of a cycle of k = 0, 1, 2, ... draft tokens: the median of recent
-        cycles, or the value on the least-squares line through the medians."""
-        known = {k: seconds for k, seconds in self._median.items() if self._is_recent(k)}
-        mean_k, mean_time = (sum(values) / len(known) for values in (known, known.values()))
-        spread = sum((k - mean_k) ** 2 for k in known)
-        slope = sum((k - mean_k) * known[k] for k in known) / spread if spread else known[0] / 5
-        base, floor = mean_time - slope * mean_k, min(known.values())
-        return [known.get(k, max(base + slope * k, floor)) for k in range(MAX_DRAFT_TOKENS + 1)]
+        """Return the seconds of cycles with k = 0, 1, ..., MAX_DRAFT_TOKENS.
+
+        A k with recent times has their median. Others have the value on the least-squares line
+        through these medians, and at least the shortest median. If only plain steps are timed, a
+        draft token is estimated at ASSUMED_DRAFT_COST plain steps. A plain step must be timed.
+        """
+        timed = {k: seconds for k, seconds in self._median.items() if self._is_recent(k)}
+        mean_k, mean_time = (sum(values) / len(timed) for values in (timed, timed.values()))
+        variance = sum((k - mean_k) ** 2 for k in timed)
+        if variance:
+            slope = sum((k - mean_k) * timed[k] for k in timed) / variance  # seconds per token
+        else:
+            slope = timed[0] * ASSUMED_DRAFT_COST
+        base, shortest = mean_time - slope * mean_k, min(timed.values())
+        return [timed.get(k, max(base + slope * k, shortest)) for k in range(MAX_DRAFT_TOKENS + 1)]
 
     def update(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
-        """Take in a cycle of k draft tokens. rows: the drafted and accepted tokens of each live
-        row."""
+        """Record a cycle, after it has ended. k: the draft tokens of its longest row, which may be
+        fewer than chosen. rows: the numbers of draft and of accepted tokens of each live row.
+        seconds: the duration of the whole cycle."""
         self._cycles_of[k] += 1
-        caught_up = self._catches_up and self._resumed and k > 0
-        timed = self._cycles_of[k] > self._untimed and not caught_up
+        draft_read_more = self._draft_reads_after_plain and self._is_after_plain and k > 0
+        timed = self._cycles_of[k] > self._untimed_cycles and not draft_read_more
         if timed:
             self._add_time(k, seconds)
         self.stats.add(k, rows, seconds, self._median.get(0, seconds))
         self._update_budget(k, rows, self._median[k] if timed else seconds)
         if k:
-            self._trial_left = max(0, self._trial_left - 1)
-            self._count(k, rows)
+            self._trial_cycles_left = max(0, self._trial_cycles_left - 1)
+            self._count_tokens(k, rows)
 
     def _add_time(self, k: int, seconds: float) -> None:
+        """Add the duration of a cycle with k draft tokens, and update their median. If the latest
+        was STALE_CYCLES ago, drop all earlier durations."""
         if self._cycle - self._timed_at[k] >= STALE_CYCLES:
             self._times[k].clear()
         self._times[k].append(seconds)
         self._timed_at[k] = self._cycle
         self._median[k] = median(self._times[k])
 
-    def _count(self, k: int, rows: list[tuple[int, int]]) -> None:
-        """Count drafted and accepted tokens by position, and let older counts decay."""
+    def _count_tokens(self, k: int, rows: list[tuple[int, int]]) -> None:
+        """Count draft tokens and accepted tokens by position, after multiplying older counts by
+        DECAY. k: the draft tokens of the longest row. rows: see update."""
         self._rows_live = DECAY * self._rows_live + len(rows)
         self._rows_drafted = DECAY * self._rows_drafted + sum(drafted > 0 for drafted, _ in rows)
         for n in range(min(k, MAX_DRAFT_TOKENS)):
@@ -172,11 +211,14 @@ class DraftLengthController:
             self._accepted[n] = DECAY * self._accepted[n] + sum(a > n for a in reached)
 
     def _update_budget(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
-        """Add BUDGET_SHARE of the cycle's time in plain steps; for k > 0 also add the tokens that
-        it yielded for each row, and subtract its time."""
+        """Change the budget, which is in plain steps, after a cycle that took `seconds`.
+
+        Every cycle adds BUDGET_SHARE of its time. A cycle with draft tokens also adds its gain
+        over plain decoding: its new tokens per row, minus its time. rows: see update.
+        """
         steps = seconds / self._median.get(0, seconds)
-        if self._cycles_of[k] <= self._untimed:
-            steps = min(steps, 1 + k)  # recording a CUDA graph happens once: no cost of drafting
+        if self._cycles_of[k] <= self._untimed_cycles:
+            steps = min(steps, 1 + k)  # do not charge the one-time recording of a CUDA graph
         self._budget += BUDGET_SHARE * steps
         if k:
             self._budget += 1 + sum(accepted for _, accepted in rows) / len(rows) - steps
@@ -187,20 +229,26 @@ class DraftStats:
 
     def __init__(self):
         self.cycles = self.tokens = self.plain_steps = 0
-        self.drafted: list[int] = []  # by position: how often an n-th draft token was proposed
-        self.accepted: list[int] = []  # by position: how often it was accepted
-        # Measured; and estimated for the same tokens by plain decoding.
-        self.seconds = self.plain_seconds = 0.0
+        # For each position n from 0: the rows of cycles that proposed, and that accepted, an n-th
+        # draft token. A proposal after a rejected one counts, too.
+        self.drafted: list[int] = []
+        self.accepted: list[int] = []
+        self.seconds = 0.0  # of all cycles
+        self.plain_seconds = 0.0  # estimate: plain decoding of the same tokens
 
     def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
-        """Add a cycle. rows: as in DraftLengthController.update; plain: seconds of a plain step."""
+        """Add a cycle of k draft tokens (0: a plain step) to the counts.
+
+        rows: the numbers of draft and of accepted tokens of each live row. seconds: of this cycle.
+        plain: seconds of a plain step.
+        """
         self.seconds += seconds
         self.plain_seconds += plain * (1 + sum(accepted for _, accepted in rows) / len(rows))
         self.plain_steps += k == 0
         self.cycles += k > 0
-        more = k - len(self.drafted)
-        self.drafted += [0] * more
-        self.accepted += [0] * more
+        new_positions = k - len(self.drafted)  # if negative, the lists do not grow
+        self.drafted += [0] * new_positions
+        self.accepted += [0] * new_positions
         for drafted, accepted in rows:
             self.tokens += (1 + accepted) * (k > 0)
             for n in range(drafted):
@@ -209,11 +257,11 @@ class DraftStats:
 
     @property
     def speed_up(self) -> float:
-        """The factor over plain decoding, whose time is that of plain steps in the same run."""
+        """Return the speed over that of plain decoding, estimated from plain steps of this run."""
         return self.plain_seconds / max(self.seconds, 1e-9)
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines for the user."""
+        """Yield the lines that are printed for the user at the end of a run."""
         if not self.cycles:
             yield f"speculation: no draft tokens in {self.plain_steps} steps"
             return

@@ -3,8 +3,8 @@
 Start at `generate`, which yields new ids step by step. `complete` and `stream` turn the ids into
 texts. decoding.py makes the steps or, with a draft, speculate.py; load.py makes the model.
 
-Based on gpt-fast (prefill and decode as two views of one model) and mlx-lm (generation as a
-generator that launches a step before it reads the one before).
+Based on gpt-fast (prefill and decode as two views of one model) and mlx-lm (a generator that
+launches a step before it reads the ids of the previous one).
 """
 
 import reprlib
@@ -44,19 +44,19 @@ def generate(
 
     prompts: B texts, or lists of token ids, of any lengths.
     rows: the number of the random stream that each row draws from, default 0 to B - 1.
-    caches: from lm.make_caches, for B rows or more, to use again with what was compiled for their
-    shape. past: how many leading tokens of every prompt they hold already (only after a call with
+    caches: from lm.make_caches, for B rows or more; a compiled step serves later calls with them.
+    past: how many leading tokens of every prompt the caches have already (only after a call with
     one prompt: a batch moves its rows).
-    live: a set that is updated to the unfinished rows after each step; a row that the caller
-    removes from it ends there.
+    live: a set that is updated to the unfinished rows after each step; a row ends when the caller
+    removes it.
     logits_processors: functions that change logits before tokens are drawn, see LogitsProcessor in
     text/processors.py.
 
-    Yields, for each step, B lists of new ids: one id for an unfinished row, with a draft often
-    several, none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens or with
-    the model's context.
-    Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and
-    where logits are not finite numbers.
+    Yields, for each step, B lists of new ids: one id, or with a draft one or more, for an
+    unfinished row; none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens
+    or with the model's context.
+    Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and for
+    logits that are not finite numbers.
     """
     texts = encoded(lm, prompts)
     config = fitted(config, lm.model.args.vocab_size)
@@ -65,7 +65,7 @@ def generate(
         caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
     batch = Batch(texts, counts, () if config.ignore_eos else lm.tokenizer.eos_ids, live)
-    if lm.any_rows and not lm.draft:  # a draft has caches of its own, of the same rows
+    if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
@@ -83,7 +83,7 @@ def generate(
 def make_steps(
     lm: LoadedModel, counts: Sequence[int], *given: Any, live: set[int]
 ) -> Iterator[list[list[int]]]:
-    """Steps of up to `counts` new tokens of each row. given: prompts, caches, past, sampler."""
+    """Yield steps until each row has `counts` new tokens. given: prompts, caches, past, sampler."""
     if not lm.draft:
         return plain_steps(lm, *given, max(counts), live)
     from speculate import speculative_steps
@@ -92,6 +92,7 @@ def make_steps(
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
+    """Returns the error to raise for a text whose logits are not finite; see finite.py."""
     from finite import explain_not_finite
 
     return ValueError(explain_not_finite(lm, text, caches))
@@ -119,8 +120,10 @@ class Batch:
     def add(
         self, step: list[list[int]], error: Callable[[list[int]], Exception]
     ) -> list[list[int]]:
-        """Append the ids of a step; returns those that count, of each row. error: makes what is
-        raised for a text whose logits are not finite."""
+        """Append the ids of a step, and return those of each row up to its end.
+
+        error: makes the exception to raise for a text whose logits are not finite.
+        """
         new: list[list[int]] = [[]] * len(self.texts)
         for row in tuple(self.live):
             text = self.texts[row]
@@ -134,7 +137,7 @@ class Batch:
 
 
 def new_token_limits(texts: Sequence[Sequence[int]], most: int, length: int) -> list[int]:
-    """How many tokens may follow each prompt in caches of that length: `most` or fewer.
+    """Returns how many tokens may follow each prompt in caches of `length` positions: up to `most`.
 
     Raises ValueError if a prompt leaves no free position.
     """
@@ -151,7 +154,10 @@ def make_sampler(
     streams: Sequence[int],
     functions: "Sequence[LogitsProcessor]",
 ) -> Sampler:
-    """A sampler of the tokens after those prompts. streams: of the random numbers of each row."""
+    """Make a sampler for the prompts' rows. streams: the random stream of each row.
+
+    functions: logits processors of the caller.
+    """
     processors = None
     if config.changes_logits or functions:
         from text.processors import LogitsProcessors
@@ -161,7 +167,7 @@ def make_sampler(
 
 
 def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
-    """The ids of each prompt. ValueError for what is no prompt, or none that the model can read."""
+    """Returns the ids of each prompt. ValueError for prompts that the model cannot read."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = [lm.tokenizer.encode(p) if isinstance(p, str) else token_ids(p) for p in prompts]
     check_prompts(texts, lm.model.args.context, lm.model.args.vocab_size)
@@ -169,6 +175,7 @@ def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
+    """Returns a prompt's ids as a list. ValueError for anything but a sequence of integers."""
     try:
         return [index(token) for token in prompt]
     except TypeError as error:
@@ -179,7 +186,7 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """ValueError for a bias of an id that the model lacks; no more logprobs than it has ids."""
+    """Limit logprobs to the vocabulary. ValueError for a bias of an id that the model lacks."""
     for token, _ in config.logit_bias:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
@@ -187,13 +194,13 @@ def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
 
 
 def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
-    """The first `most` ids, and of those none after the first that ends a text."""
+    """Returns the first `most` ids, cut after the first one that is in `ends`."""
     end = next((n for n, token in enumerate(ids[:most], 1) if token in ends), most)
     return ids[:end]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
-    """ValueError for prompts, as ids, that a model of that context and vocabulary cannot read."""
+    """ValueError for prompts, as ids, that exceed a model's context or have ids that it lacks."""
     if not prompts:
         raise ValueError("no prompt was given")
     for n, prompt in enumerate(prompts, 1):
@@ -223,12 +230,12 @@ def complete(
     interruptible: bool = False,
     **options: Any,
 ) -> list[Completion]:
-    """Continue B prompts, texts or lists of token ids, to their ends: B completions.
+    """Continue B prompts, texts or lists of token ids, to their ends. Returns B completions.
 
-    on_text is called with a row and a piece of its text as soon as that is certain, on_end with
-    the rows that end in a step and all completions as they are then; stats, where given, is added
-    to; interruptible: Ctrl-C ends the texts instead of the program. The other options, and what is
-    raised, are those of `generate`.
+    on_text: called with a row and a piece of its text, as soon as no later id can change the piece.
+    on_end: called with the rows that end in a step, and all completions. stats: adds the times of
+    this call. interruptible: Ctrl-C ends the texts instead of the program. options: of `generate`,
+    as the exceptions are.
     """
     given = encoded(lm, prompts)
     completions = [Completion(lm.tokenizer, ids, config) for ids in given]
@@ -265,9 +272,9 @@ def stream(
     config: GenerationConfig = GenerationConfig(),
     **options: Any,
 ) -> Iterator[str]:
-    """The pieces of the text that continues one prompt, each as soon as it is certain.
+    """Yield pieces of the text that continues one prompt, as soon as no later id can change them.
 
-    Options, and what is raised, are those of `generate`.
+    options: of `generate`, as the exceptions are.
     """
     (ids,) = encoded(lm, [prompt])
     completion, live = Completion(lm.tokenizer, ids, config), set()

@@ -20,7 +20,7 @@ from cli import command
 from cli.early import find_inputs
 from cli.options import parse_eval_args as parse_args
 
-if __name__ == "__main__":  # before torch is imported: a mistake is answered at once
+if __name__ == "__main__":  # before torch is imported, so that a wrong option is reported at once
     ARGS = command.begin(parse_args)
     find_inputs("eval.py", ARGS, ARGS.perplexity, output=ARGS.output)
 
@@ -36,32 +36,38 @@ from load import load_model
 from ranks import is_rank0, join_process_group, leave_process_group, local_device
 from weights import hub
 
-# Keys of lm_eval's results that --output contains and stdout omits.
+# Keys of lm_eval's results that are written to --output but not to stdout.
 DETAILS = {"configs", "pretty_env_info", "group_subtasks", "higher_is_better"}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures, with how they were measured. Raises what load_model and scoring raise."""
+    """Evaluate the model; return the figures and the settings that they depend on (`conditions`).
+
+    The text or the tasks are read before the model is loaded, so that a missing one is reported at
+    once. Raises what load_model and the evaluation raise.
+    """
     args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
-    # A missing text or task raises before a model is loaded.
     source = read_text(args.perplexity) if args.perplexity else find_tasks(args)
     lm = load(args)
-    how = conditions(lm, args)
+    settings = conditions(lm, args)
     log(
-        f"{args.checkpoint_path}: {how['dtype']} on {lm.model.tok_embeddings.weight.device}, "
-        f"BOS: {how['bos']}"
+        f"{args.checkpoint_path}: {settings['dtype']} on {lm.model.tok_embeddings.weight.device}, "
+        f"BOS: {settings['bos']}"
     )
     evaluate = evaluate_text if args.perplexity else evaluate_tasks
     figures = evaluate(lm, args, source)
     if args.limit:
-        how["note"] = f"--limit {args.limit}: a part of the data, not a score"
-        log(how["note"])
+        settings["note"] = f"--limit {args.limit}: a part of the data, not a score"
+        log(settings["note"])
     leave_process_group()
-    return how | figures
+    return settings | figures
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
-    """Load the model, on this rank's device."""
+    """Load the model on this rank's device; under torchrun, join the process group before.
+
+    Raises ValueError for --use_cache under torchrun: lm_eval's cache is for one process.
+    """
     set_threads(args.threads)
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
@@ -80,7 +86,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 
 def conditions(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the entries of the output that tell how the figures were measured."""
+    """Return the settings that the figures depend on, as entries of the output: model, dtype,
+    kv_dtype, bos, chat_template and limit."""
     bos = adds_bos(lm, args)
     return {
         "model": str(args.checkpoint_path),
@@ -93,15 +100,21 @@ def conditions(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate_text(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str, Any]:
-    """Return the perplexity of a text and what belongs to it."""
+    """Return the figures of a text: those that evaluation.perplexity.perplexity returns.
+
+    Windows have --max_seq_length tokens, by default DEFAULT_WINDOW or, if shorter, the context.
+    """
     length, bos = max_length(lm, args, DEFAULT_WINDOW), adds_bos(lm, args)
     options = PerplexityOptions(length, args.stride, args.limit, args.batch_size, bos)
     return perplexity(lm, text, str(args.perplexity), options)
 
 
 def find_tasks(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the HarnessOptions of the arguments and lm_eval's TaskManager. Raises ImportError
-    without lm_eval, and ValueError for an unknown task."""
+    """Return the HarnessOptions of the arguments, and the TaskManager that knows their tasks.
+
+    Called before the model is loaded. Raises ImportError without lm_eval, and ValueError for an
+    unknown task.
+    """
     try:
         from evaluation import harness  # here: lm_eval takes seconds to import
     except ImportError as error:
@@ -117,14 +130,19 @@ def find_tasks(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def evaluate_tasks(
-    lm: LoadedModel, args: argparse.Namespace, found: tuple[Any, Any]
+    lm: LoadedModel, args: argparse.Namespace, options_and_manager: tuple[Any, Any]
 ) -> dict[str, Any]:
-    """Return lm_eval's results; with --log_samples also each document and the model's answer."""
+    """Run lm_eval's tasks, log the table of results, and return the results.
+
+    options_and_manager: as returned by find_tasks. The results also count the texts that lost their
+    beginning ("shortened"), and continuations that add no token to their context ("fused"). With
+    --log_samples they contain each document and the model's answer ("samples").
+    """
     from evaluation import harness
 
     length = max_length(lm, args, lm.model.args.context)
     model = harness.HarnessModel(lm, args.batch_size, length, adds_bos(lm, args))
-    results = harness.run_tasks(model, *found)
+    results = harness.run_tasks(model, *options_and_manager)
     for line in harness.table(results).splitlines():
         log(line)
     if model.shortened:
@@ -136,7 +154,8 @@ def evaluate_tasks(
 
 
 def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
-    """Return the tokens that the model reads at once; ValueError beyond its context."""
+    """Return the length of a window in tokens: --max_seq_length, else `default`, or the model's
+    context if it is shorter. Raises ValueError for a length out of 2 to the context."""
     context = lm.model.args.context
     length = args.max_seq_length or min(default, context)
     if not 2 <= length <= context:
@@ -145,23 +164,27 @@ def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
 
 
 def adds_bos(lm: LoadedModel, args: argparse.Namespace) -> bool:
-    """Return whether every text begins with BOS."""
+    """Return whether every text begins with BOS: if the tokenizer has one, without --no_bos."""
     return lm.tokenizer.bos_id is not None and not args.no_bos
 
 
 def cache_key(args: argparse.Namespace) -> int:
-    """Return a hash of the model and the settings that an answer depends on. It is part of the
-    name of lm_eval's cache, so that no cache serves two models."""
+    """Return a hash of the model's path and time, and of the settings that an answer depends on.
+
+    It is part of the name of lm_eval's cache (--use_cache), because lm_eval finds a stored answer
+    by its request only: another model or dtype must have another cache.
+    """
     file = Checkpoint(args.checkpoint_path).path.resolve()
-    known = str(file), file.stat().st_mtime_ns, args.dtype, args.kv_dtype, args.no_bos
-    return zlib.crc32(repr((*known, args.max_seq_length)).encode())
+    model = str(file), file.stat().st_mtime_ns
+    settings = args.dtype, args.kv_dtype, args.no_bos, args.max_seq_length
+    return zlib.crc32(repr((*model, *settings)).encode())
 
 
 def write(figures: dict[str, Any], output: Path | None) -> None:
-    """Write the figures to stdout and to files, each of them completely or not at all.
+    """Write the figures to stdout and to files: see destinations.
 
-    An error of one destination does not keep the others from being written; the first error is
-    raised at the end.
+    If one of them cannot be written, the others are still written, and then the first OSError is
+    raised. A file is written completely or not at all.
     """
     errors = []
     for write_one in destinations(figures, output):
@@ -176,7 +199,11 @@ def write(figures: dict[str, Any], output: Path | None) -> None:
 
 
 def destinations(figures: dict[str, Any], output: Path | None) -> Iterator[Callable[[], Any]]:
-    """Yield functions that write stdout, --output, and a file of each task's documents."""
+    """Yield one function for each destination, which writes it: stdout, the file --output and, with
+    --log_samples, a JSON Lines file for each task's documents.
+
+    Removes "samples" from `figures`: documents are written to their own files only.
+    """
     samples = figures.pop("samples", {})
     shown = {key: figures[key] for key in figures if key not in DETAILS}
     yield partial(print, to_json(shown, ensure_ascii=True), flush=True)
@@ -189,7 +216,8 @@ def destinations(figures: dict[str, Any], output: Path | None) -> Iterator[Calla
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Return JSON of lm_eval's results, which contain numpy numbers, sets and functions."""
+    """Return a value of lm_eval's results as JSON. They contain values that JSON lacks: a set
+    becomes a sorted list, a numpy number a number, and a function or other object its str."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, set):
@@ -200,11 +228,12 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code."""
+    """Run the command; return its exit code: see exit_code in cli/command.py. Under torchrun only
+    rank 0 writes the figures."""
     set_quiet(args.quiet)
 
     def work() -> None:
-        if args.output and is_rank0():  # before hours of work
+        if args.output and is_rank0():  # raise before hours of work, not after them
             check_writable(args.output)
         figures = run(args)
         if is_rank0():

@@ -55,7 +55,7 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) 
 def finite_in_chunk(
     model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[Cache]
 ) -> Tensor:
-    """Return one boolean for the embedding, each layer and the head: is its output finite?"""
+    """Return, for the embedding, each layer and the head, whether its output is finite."""
     x, rotation, mask = model.embed(tokens, pos, key_pos)
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):

@@ -3,10 +3,11 @@
     python flash.py --checkpoint_path checkpoints/demo-opt --calibration_file stories.txt
     python generate.py --checkpoint_path checkpoints/demo-opt --flash --dram_budget 60%
 
-Start at run. learned_layers trains a predictor of active neurons for each layer
-(calibration/predictor.py) and keeps it beside the checkpoint: an interrupted run goes on after the
-last finished layer, and another --neurons needs no training. write_pack then writes the records,
-the most active neurons first; neurons/pack.py describes the files.
+Start at run. A record holds the weights of one neuron. learned_layers trains a predictor of active
+neurons for each layer (calibration/predictor.py) and saves it next to the checkpoint, in the
+directory `work`: an interrupted run continues after the last finished layer, and another record
+format (--neurons) needs no training. write_pack then writes the pack: the directory of records, a
+layer's most active neurons first, and of predictors; neurons/pack.py describes its files.
 
 Based on "LLM in a flash" (arXiv 2312.11514).
 """
@@ -74,7 +75,10 @@ CPU = torch.device("cpu")
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Write the pack and return its directory. Raises OSError, ValueError and MemoryError."""
+    """Train missing predictors, write the pack, and return its directory: the whole command.
+
+    Raises OSError, ValueError and MemoryError, for one-line messages to the user.
+    """
     set_threads(args.threads)
     checkpoint = Checkpoint(args.checkpoint_path)
     check_relu(checkpoint.args)
@@ -93,13 +97,17 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int) -> RecordFormat:
-    shape = checkpoint.args
-    matrices = GATED_MATRICES if shape.feed_forward == "gated" else PLAIN_MATRICES
-    return RecordFormat(matrices, shape.dim, kind, checkpoint.dtype, groupsize, sector)
+    """Return the format of this model's records; the arguments are RecordFormat's fields."""
+    args = checkpoint.args
+    matrices = GATED_MATRICES if args.feed_forward == "gated" else PLAIN_MATRICES
+    return RecordFormat(matrices, args.dim, kind, checkpoint.dtype, groupsize, sector)
 
 
 def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) -> None:
-    """Log the pack's size; raise ValueError if the disk has too little space."""
+    """Log the size of the records; raise ValueError if the disk lacks space for them.
+
+    directory: of the pack. Called before hours of training.
+    """
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
     total = layers * round_up_to_block(neurons * format.stride)
     log(
@@ -119,7 +127,11 @@ def learned_layers(
     training: PredictorOptions,
     device: str,
 ) -> list[LearnedLayer]:
-    """Return the predictor and figures of each layer; only missing ones are trained."""
+    """Return the predictor and figures of each layer, training those that `work` does not have.
+
+    work: directory of the layers that were trained by earlier runs. Raises ValueError if layers are
+    missing and there is no calibration file.
+    """
     tokens = training_tokens(checkpoint, work, calibration, training)
     files = [work / f"layer{n}.pt" for n in range(checkpoint.args.n_layers)]
     if not all(file.is_file() for file in files):
@@ -136,10 +148,11 @@ def training_tokens(
     calibration: CalibrationOptions,
     training: PredictorOptions,
 ) -> Tensor | None:
-    """Return the calibration texts' ids, (B, T), or None to use an earlier run's layers.
+    """Return the calibration texts' ids, (B, T), or None if there is no file.
 
-    Layers in `work` that were trained from other weights, texts or options are deleted. Raises
-    ValueError where there is neither a calibration file nor an earlier run for these weights.
+    Without a file, the layers in `work` are used as they are; raises ValueError if they were not
+    trained from these weights. With a file, `work` is emptied if its layers were trained from other
+    weights, texts or options.
     """
     identity = work / "identity.json"
     if calibration.file:
@@ -161,7 +174,12 @@ def learn_layers(
     training: PredictorOptions,
     device: str,
 ) -> None:
-    """Train the predictor of each layer whose file is missing, and write the file."""
+    """Train the predictor of each layer whose file is missing, and write the file.
+
+    tokens: (B, T) ids of the texts. files: one for each layer. A file appears only when it is
+    complete, so that an interrupted run can continue. Raises MemoryError if the activations of all
+    texts do not fit into memory.
+    """
     dim = checkpoint.args.dim
     activations = 2 * tokens.numel() * dim * 4  # bytes: a block's inputs and outputs
     check_memory(activations, "cpu", "what flows between blocks", "lower --calibration_samples")
@@ -179,6 +197,7 @@ def learn_layers(
 
 
 def report_layer(name: str, learned: LearnedLayer, seconds: float) -> None:
+    """Log the figures of a layer's predictor and the seconds of its training."""
     figures = learned.figures
     log_above_bars(
         f"{name}: {figures['active']:.1%} of the neurons active, {figures['predicted']:.1%} "
@@ -192,7 +211,11 @@ def write_pack(
     learned: Sequence[LearnedLayer],
     directory: Path,
 ) -> None:
-    """Write the records and the resident tensors, then the manifest that makes them a pack."""
+    """Write the records and the tensors that stay in memory, then the manifest.
+
+    The old manifest is removed first and the new one is written last: an interrupted run leaves a
+    directory without a manifest, which open_pack refuses.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
     temporary = {name: directory / f"{name}.tmp" for name in HASHED_FILES}
@@ -211,7 +234,12 @@ def write_pack(
 def write_records(
     checkpoint: Checkpoint, format: RecordFormat, learned: Sequence[LearnedLayer], path: Path
 ) -> dict[str, Tensor]:
-    """Write the records of all layers; return the tensors that stay in memory, by name."""
+    """Write the records of all layers to a file, and return the tensors that stay in memory.
+
+    The tensors are in the checkpoint's dtype, scales in float32, by their names in the model. Each
+    layer is padded to whole blocks, because O_DIRECT reads need that. One layer's weights are in
+    memory at a time.
+    """
     model = meta_model(checkpoint.args, checkpoint.scheme)
     resident: dict[str, Tensor] = {}
     with path.open("wb") as file:
@@ -221,8 +249,8 @@ def write_records(
             records, tensors = layer_records(model.layers[n].feed_forward, format, layer)
             model.layers[n].feed_forward.to("meta")
             for name, tensor in tensors.items():
-                scales = "scales" in name  # these stay in float32
-                resident[f"{prefix}.{name}"] = tensor if scales else tensor.to(checkpoint.dtype)
+                is_scale = "scales" in name
+                resident[f"{prefix}.{name}"] = tensor if is_scale else tensor.to(checkpoint.dtype)
             file.write(records.numpy())
             file.write(bytes(round_up_to_block(records.nbytes) - records.nbytes))
         file.flush()
@@ -236,6 +264,10 @@ def make_manifest(
     learned: Sequence[LearnedLayer],
     directory: Path,
 ) -> dict[str, object]:
+    """Return the contents of manifest.json for the pack in a directory, whose files are complete.
+
+    "windows" and "gaps" are those of the figures of each layer.
+    """
     return {
         "version": VERSION,
         "model": fingerprint(checkpoint),
@@ -250,9 +282,11 @@ def make_manifest(
 def layer_records(
     feed_forward: nn.Module, format: RecordFormat, learned: LearnedLayer
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a layer's records, (F, stride) bytes in the learned order, and its resident tensors.
+    """Return a layer's records, (F, stride) bytes, and its tensors that stay in memory.
 
-    The latter have the names and shapes of SparseFeedForward's parameters and buffers.
+    Neurons are in the order of `learned`. The tensors are those of SparseFeedForward: names and
+    shapes of its parameters and buffers, with an additional neuron that stands for an empty cache
+    entry; its bias of -inf makes it inactive.
     """
     order, w2, inner = learned.order, feed_forward.w2, format.matrices[:-1]
     first = feed_forward.w13 if len(inner) == 2 else feed_forward.w1
@@ -261,8 +295,8 @@ def layer_records(
     records, scales = format.pack(weights | {"down": dense_weight(w2)[:, order]})
     biases = torch.zeros(len(inner), len(order)) if first.bias is None else first.bias
     bias = biases.view(len(inner), -1)[:, order].T  # (F, 1 or 2)
-    empty = torch.zeros(1, len(inner))  # of an empty entry
-    empty[0, 0] = -math.inf  # which ReLU makes zero
+    empty = torch.zeros(1, len(inner))  # biases of the additional neuron
+    empty[0, 0] = -math.inf
     tensors = {
         "predictor.down.weight": learned.down,
         "predictor.up.weight": learned.up,
@@ -278,6 +312,7 @@ def layer_records(
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run the command, print the pack's directory, and return the exit code."""
     set_quiet(args.quiet)
     stopped = "stopped; no pack was written; the same command goes on from here"
     return exit_code("flash.py", lambda: print(run(args)), stopped)

@@ -1,9 +1,10 @@
-"""From a path to a model that is ready to run, eager or compiled, on its device.
+"""Loads a model from a path: ready to run, eager or compiled, on its device.
 
-Start at load_model, the one place where a model's features meet, in this order: the checkpoint's
-args -> Transformer on the meta device -> every tensor read once, straight to where it stays ->
-prefill and decode as two views of the model, compiled or not -> what proposes draft tokens for it.
-A feature is imported where it is asked for: a plain model loads in half the time of all of them.
+Start at load_model, which puts together all features of a model, in this order: the checkpoint's
+args -> Transformer on the meta device -> every tensor read once, into its final memory -> prefill
+and decode as two views of the model, compiled or not -> the draft that proposes tokens for it.
+The module of a feature is imported only if the feature is used: without them a model loads in half
+the time.
 """
 
 from __future__ import annotations
@@ -22,17 +23,9 @@ from tqdm import tqdm
 from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from host.files import DEMO
-from host.memory import check_memory
 from model import Cache, CacheFactory, ModelArgs, Transformer, visible_length
-from options.settings import FlashOptions, LoadOptions
-from quant.linear import (
-    QuantizedLinear,
-    make_scheme,
-    meta_model,
-    quantized_bytes,
-    quantized_copy,
-    round_to_nearest,
-)
+from options.settings import DRAFTS, SELF_DRAFTS, FlashOptions, LoadOptions
+from quant.linear import QuantizedLinear, make_scheme, meta_model, round_to_nearest
 from weights.allocation import allocate, final_dtype, stored_tensors
 from weights.hf import Config, model_args
 from weights.weight_files import read_json
@@ -43,22 +36,18 @@ if TYPE_CHECKING:
     from tiers.policy import Policy
 
 
-CACHE_BITS = {"int8": 8, "int4": 4}  # of a quantised KV cache
-SELF_BITS = {"self-int8": 8, "self-int4": 4}
-DRAFTS = "ngram", *SELF_BITS  # or else a model
-# Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
-MAX_PADDED_IDS = 128
+CACHE_BITS = {"int8": 8, "int4": 4}  # per number of a quantised KV cache
 
 
 def load_model(
     path: str | Path = DEMO, options: LoadOptions = LoadOptions(), **changes: Any
 ) -> LoadedModel:
-    """A model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
+    """Load a model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
     changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
     model compiles at its first calls; see compile_now.
-    Raises FileNotFoundError, ValueError and MemoryError, in one line each, before anything large is
-    allocated.
+    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line, before it
+    allocates the weights.
     """
     from text.tokenizer import load_tokenizer
 
@@ -66,7 +55,6 @@ def load_model(
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     options = with_draft_model(options)
-    check_draft(options.draft, checkpoint.args.vocab_size, tokenizer, checkpoint.scheme)
     return assemble(CheckpointWeights(checkpoint, options.flash), tokenizer, options)
 
 
@@ -77,7 +65,7 @@ def random_model(
     scheme: dict[str, Any] | None = None,
     **changes: Any,
 ) -> LoadedModel:
-    """A model of the shape that a config.json gives, with random weights: for benchmarks.
+    """Make a model of the shape in a config.json, with random weights: for benchmarks.
 
     scheme: how its linears are quantised, see make_scheme in quant/linear.py; None: they are
     dense. changes: fields of LoadOptions by name.
@@ -87,13 +75,12 @@ def random_model(
     options = checked(replace(options, **changes))
     weights = RandomWeights(read_json(Path(config_file)), scheme)
     tokenizer = id_tokenizer(weights.args.vocab_size)
-    check_draft(options.draft, weights.args.vocab_size, tokenizer, scheme)
     return assemble(weights, tokenizer, options)
 
 
 def checked(options: LoadOptions) -> LoadOptions:
-    """The options, with a dtype of torch. ValueError for options that do not go together, and for
-    a device, dtype or cache that does not exist."""
+    """Returns the options, with device and dtype as torch's. ValueError for options that exclude
+    one another, and for a device, dtype or cache that does not exist."""
     from host.devices import find_device
     from options.rules import broken_rule
 
@@ -108,11 +95,11 @@ def checked(options: LoadOptions) -> LoadOptions:
 
 
 def with_draft_model(options: LoadOptions) -> LoadOptions:
-    """The options, with a draft model that is given by its path loaded."""
+    """Returns the options, with the draft model loaded if they name its path."""
     draft = options.draft
     if draft is None or isinstance(draft, LoadedModel) or draft in DRAFTS:
         return options
-    shared = ("device", "dtype", "kv_dtype", "compile", "compile_prefill")
+    shared = "device", "dtype", "kv_dtype", "compile", "compile_prefill"
     given = {name: getattr(options, name) for name in shared}
     given["device"] = str(options.device)
     return replace(options, draft=load_model(draft, **given))
@@ -122,6 +109,10 @@ def assemble(
     weights: CheckpointWeights | RandomWeights, tokenizer: Tokenizer, options: LoadOptions
 ) -> LoadedModel:
     """Build the model that the options describe, fill it with weights, and make it ready to run."""
+    if options.draft is not None:
+        from speculate import check_draft
+
+        check_draft(options.draft, weights.args.vocab_size, tokenizer, weights.scheme)
     policy, device = options.policy, options.device
     with importing_compiler(options.compile):
         weights.check()
@@ -133,15 +124,15 @@ def assemble(
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy, device)
-        stored = weights.stored(strategy) if scheme == weights.scheme else nowhere
+        stored = weights.stored(strategy) if scheme == weights.scheme else no_location
         fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
         return strategy.wrap(make_ready(model, tokenizer, options))
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk, or
-    None."""
+    """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk; None:
+    they are in memory."""
 
     def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None):
         self.args, self.scheme, self.dtype = checkpoint.args, checkpoint.scheme, checkpoint.dtype
@@ -156,7 +147,8 @@ class CheckpointWeights:
         self.checkpoint.check(meta_model(self.args, self.scheme))
 
     def prepare(self, model: Transformer) -> None:
-        """Leave the neurons of a model on the meta device on disk, with --flash."""
+        """With --flash, replace the feed-forwards of a model on the meta device: their neurons stay
+        on disk."""
         if self.pack:
             from neurons.feed_forward import swap_feed_forwards
 
@@ -169,7 +161,7 @@ class CheckpointWeights:
         strategy: ParallelStrategy,
         device: torch.device,
     ) -> Fill:
-        """Returns the function that reads a tensor of the model, or makes it of what is stored."""
+        """Returns a function that reads a tensor of the model, or computes it from stored ones."""
         fill = self.checkpoint.fill_function(device)
         if scheme != self.scheme:
             fill = rounded_filler(model, self.checkpoint, fill)
@@ -180,10 +172,11 @@ class CheckpointWeights:
         return strategy.fill_function(self.checkpoint, model, device, fill)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
+        """Returns a function from a tensor's name to its place on disk; see location_function."""
         return strategy.location_function(self.checkpoint)
 
     def start(self, model: Transformer) -> None:
-        """Begin to serve neurons from disk, with --flash."""
+        """With --flash, start to read neurons from disk."""
         if self.pack:
             from neurons.feed_forward import attach_neurons
 
@@ -191,7 +184,7 @@ class CheckpointWeights:
 
 
 class RandomWeights:
-    """Random weights for the shape of a config.json; the methods are those of CheckpointWeights."""
+    """Random weights for the shape of a config.json, with the methods of CheckpointWeights."""
 
     def __init__(self, config: dict[str, Any], scheme: dict[str, Any] | None):
         self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
@@ -210,7 +203,7 @@ class RandomWeights:
         return random_filler(device)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
-        return nowhere
+        return no_location
 
     def start(self, model: Transformer) -> None: ...
 
@@ -224,7 +217,7 @@ def fill_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Give a model on the meta device its tensors, with a bar."""
+    """Allocate and fill the tensors of a model on the meta device, with a progress bar."""
     own = stored_tensors(model).values()
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
@@ -236,7 +229,7 @@ def fill_model(
 
 
 class ParallelStrategy(Protocol):
-    """How a model is divided among processes, in the order in which load_model calls the methods.
+    """Divides a model among processes. load_model calls the methods in the order given here.
 
     SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
@@ -262,14 +255,14 @@ class ParallelStrategy(Protocol):
         """
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """Replace what only the loading of the weights needed."""
+        """Replace the modules that only the loading of the weights needs."""
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
         """Return the LoadedModel with the views, caches and sampler that the processes need."""
 
 
 class SingleProcess:
-    """The strategy without ranks: this process has the whole model."""
+    """The ParallelStrategy without ranks: this process has the whole model."""
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         return args
@@ -292,7 +285,7 @@ class SingleProcess:
 
 
 def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
-    """The strategy that the ranks and the option --pipeline ask for."""
+    """Returns the strategy for the ranks and the option --pipeline."""
     if options.ranks is None:
         return SingleProcess()
     if options.pipeline:
@@ -306,7 +299,7 @@ def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
 
 
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
-    """What weights would be stored in: bfloat16 where the config does not say it, or says auto.
+    """Returns the dtype of the weights in a config.json: bfloat16 if there is none, or for "auto".
 
     Raises ValueError for a dtype that models do not run in.
     """
@@ -318,14 +311,14 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
-    """What fills tensors with noise of the size that weights have."""
+    """Returns a function that fills tensors with noise of about the size of weights."""
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
 
     def fill(name: str, tensor: Tensor) -> None:
         integers = not tensor.is_floating_point()
         for piece in tensor.detach().view(-1).split(len(noise)):
             if name.endswith(".scales"):
-                piece.fill_(3 / 1024)  # int4 weights are of the size of the noise
+                piece.fill_(3 / 1024)  # dequantised int4 weights have the size of the noise
             else:
                 piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
 
@@ -333,11 +326,15 @@ def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
 
 
 def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
-    """A model that has its weights: with its fast layers, its two views and its draft."""
+    """Install the fast layers, the two views and the draft of a model that has its weights."""
     from fast_layers.install import use_fast_layers
 
-    # Fast layers keep weights in an order that cannot be rounded any more
-    copy = self_copy(model, options.draft) if options.draft in SELF_BITS else None
+    copy = None
+    if options.draft in SELF_DRAFTS:
+        from speculate import self_copy
+
+        # Before the fast layers pack the weights: packed weights cannot be quantised.
+        copy = self_copy(model, options.draft)
     use_fast_layers(model, model.tok_embeddings.weight.dtype, options.flash is not None or None)
     if options.policy:
         lm = offloaded(model, tokenizer, options)
@@ -347,7 +344,7 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
-    """A model whose layers come to the device one after the other."""
+    """Returns a model whose layers are moved to the device one after the other."""
     caches = partial(place_caches, options.policy)
     prefill = options.policy.prefill_chunk_tokens
     return LoadedModel(
@@ -356,8 +353,7 @@ def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) ->
 
 
 def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) -> LoadedModel:
-    """The model, with what proposes draft tokens for it. copy: the model in fewer bits, if that
-    is the draft."""
+    """Returns the model with its draft. copy: the quantised copy that is the draft, or None."""
     from compiled import has_graphs
     from draft_length import DraftLengthController
     from fast_layers.install import use_fast_layers
@@ -379,7 +375,7 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
 def stream_layers(
     model: Transformer, options: LoadOptions, dtype: torch.dtype
 ) -> StreamedLayers | None:
-    """Replace the layers of a model on the meta device by layers that a policy places."""
+    """Replace the layers of a model on the meta device by StreamedLayers, if there is a policy."""
     if options.policy is None:
         return None
     from offload import StreamedLayers, eager
@@ -396,29 +392,31 @@ def stream_layers(
 
 
 def compressed_scheme(compress: bool, scheme: dict[str, Any] | None) -> dict[str, Any] | None:
-    """How weights are quantised as they run: as stored or, if dense, to FlexGen's 4 bits."""
+    """Returns how the weights are quantised in memory: as stored or, if they are dense and are to
+    be compressed, to 4 bits in groups of 64, as in FlexGen."""
     return make_scheme("int4", 64, head="dense") if compress and not scheme else scheme
 
 
 def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fill:
-    """What rounds weights of a dense checkpoint for a model's quantised linears."""
+    """Returns a function that fills tensors of quantised linears from a dense checkpoint's weights,
+    and other tensors by `fill`."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    latest: dict[str, dict[str, Tensor]] = {}
+    rounded: dict[str, dict[str, Tensor]] = {}
 
     def rounding(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         if module not in linears or leaf == "bias":
             return fill(name, tensor)
-        if module not in latest:
-            latest.clear()  # the tensors of a linear follow one another
-            latest[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
-        tensor.copy_(latest[module][leaf])
+        if module not in rounded:
+            rounded.clear()  # one linear is enough: its tensors are filled one after the other
+            rounded[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
+        tensor.copy_(rounded[module][leaf])
 
     return rounding
 
 
 def counted(fill: Fill, progress: Callable[[int], Any]) -> Fill:
-    """The same, and progress is told of the bytes."""
+    """Returns a function like `fill` that calls progress with the bytes of each tensor."""
 
     def filling(name: str, tensor: Tensor) -> None:
         fill(name, tensor)
@@ -427,50 +425,16 @@ def counted(fill: Fill, progress: Callable[[int], Any]) -> Fill:
     return filling
 
 
-def nowhere(name: str, dtype: torch.dtype) -> None:
-    """No file has a tensor as it is run."""
+def no_location(name: str, dtype: torch.dtype) -> None:
+    """Returns None: no file stores the model's tensors byte for byte."""
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[Cache]:
+    """Make the caches of an offloaded model, on the tiers that the policy names."""
     from tiers.kv_cache import tiered_caches
 
     waited = lm.model.layers.wait_times["cache"]
     return tiered_caches(lm.model, policy, batch, length, waited)
-
-
-def self_copy(model: Transformer, draft: str) -> Transformer:
-    """The model in the fewer bits that the draft's name says."""
-    scheme = make_scheme(draft.removeprefix("self-"))
-    nbytes = quantized_bytes(meta_model(model.args, scheme))
-    device = model.tok_embeddings.weight.device
-    what = f"the model's copy for --draft {draft}"
-    check_memory(nbytes, device, what, "use --draft ngram, which takes none")
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=draft, delay=1) as bar:
-        return quantized_copy(model, scheme, bar.update)
-
-
-def check_draft(
-    draft: str | LoadedModel | None,
-    vocab_size: int,
-    tokenizer: Tokenizer,
-    scheme: dict[str, Any] | None,
-) -> None:
-    """ValueError for a draft that cannot guess for a model of that vocabulary and scheme."""
-    from text.tokenizer import first_difference
-
-    if isinstance(draft, LoadedModel):
-        theirs = draft.model.args.vocab_size
-        if abs(theirs - vocab_size) > MAX_PADDED_IDS:
-            why = f"the draft knows {theirs} ids and the model {vocab_size}"
-        elif not (why := first_difference(draft.tokenizer, tokenizer)):
-            return
-        raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
-    bits = scheme["linears"].get("bits", 16) if scheme else 16
-    if SELF_BITS.get(draft, 0) >= bits:
-        raise ValueError(
-            f"--draft {draft}: the model has {bits} bits per weight already; use --draft ngram or "
-            "--draft_checkpoint_path"
-        )
 
 
 def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -485,14 +449,14 @@ def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
 def make_views(
     model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
 ) -> LoadedModel:
-    """Prefill and decode as two views of one model, each compiled or not."""
+    """Returns a model with prefill and decode as two views, each compiled or not."""
     if not compile:
         return LoadedModel(model, model, model, tokenizer)
     from compiled import ReusedCaches, compiled_view, has_graphs
     from neurons.feed_forward import neuron_source
 
     device = model.tok_embeddings.weight.device
-    on_device_only = neuron_source(model) is None  # else the host reads neurons within a step
+    on_device_only = neuron_source(model) is None  # False: the host reads neurons within a step
     prefill = compiled_view(model, device, False) if compile_prefill else model
     decode = compiled_view(model, device, on_device_only)
     lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=False)
@@ -500,7 +464,7 @@ def make_views(
 
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype of weights by its name. ValueError listing the known ones."""
+    """Returns a dtype by its name. ValueError, with the known ones, for another name."""
     if not isinstance(dtype, str):
         return dtype
     if dtype.removeprefix("torch.") not in DTYPES:
@@ -509,7 +473,7 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find_cache(kv_dtype: str | None) -> CacheFactory:
-    """Return what makes the caches. ValueError listing the known kinds."""
+    """Returns the factory of the KV caches. ValueError, with the known names, for another name."""
     if kv_dtype is None:
         return CacheFactory()
     if kv_dtype not in CACHE_BITS:
@@ -520,24 +484,28 @@ def find_cache(kv_dtype: str | None) -> CacheFactory:
 
 
 def count_weights(args: ModelArgs) -> int:
-    """Of the dense model."""
+    """Returns the number of weights of a dense model, by its shape alone."""
     return sum(parameter.numel() for parameter in meta_model(args, None).parameters())
 
 
 @torch.inference_mode()
 def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
-    """Let each compiled view meet the shapes that it will serve; what it writes is overwritten."""
-    meet_shapes(lm, caches, 2 if lm.draft else 1)
-    if lm.draft and (drafting := lm.draft.warm_up_inputs(caches)):
-        meet_shapes(*drafting)
+    """Compile the views of a model and of its draft for the shapes of steps with these caches.
+
+    The calls write to the caches; later steps overwrite these positions.
+    """
+    compile_views(lm, caches, 2 if lm.draft else 1)
+    if lm.draft and (inputs := lm.draft.warm_up_inputs(caches)):
+        compile_views(*inputs)
     from neurons.feed_forward import neuron_source
 
     if (source := neuron_source(lm.model)) and not lm.any_rows:
         source.reset_stats()
 
 
-def meet_shapes(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
-    """widest: tokens of a row that decoding is given at once, where 2 stand for more."""
+def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
+    """Call each compiled view with the shapes of its steps. widest: the most tokens of a row in a
+    decoding step; 2 stands for any number above 1."""
     key_pos = torch.arange(caches[0].length, device=lm.device)
     visible = key_pos[: visible_length(2, len(key_pos))]
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):

@@ -1,9 +1,9 @@
 """Llama and OPT as one Transformer.
 
-Read from the top: ModelArgs (what a checkpoint's config.json says), Transformer, Block,
-Attention, the feed-forwards, then the positions and the KV cache. The two families differ in
-four choices (norm, feed-forward, positions, biases), each a class picked from a table in a
-constructor; no forward asks which family it serves.
+Read from the top: ModelArgs (the shape that a checkpoint's config.json gives), Transformer,
+PreNormBlock, Attention, the feed-forwards, then the positions and the KV cache. The two families
+differ in norm, feed-forward, positions and biases. Constructors choose the classes from tables; no
+forward depends on the family.
 
 Shapes: B rows of a batch, T new tokens per row, S visible positions, D dim, H query heads,
 G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from host.torch_private import copy_with_buffers, own_buffers
 
-Rotation = tuple[Tensor, Tensor] | None  # cosine and sine, (B, T, 1, E/2) each; None: learned
+# Cosine and sine, (B, T, 1, E/2) each. None: the model has learned positions.
+Rotation = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the context they were trained on."""
+    """The scaling of rotary frequencies for a context longer than the trained one."""
 
     kind: str  # a key of ROPE_SCALINGS
     factor: float
@@ -44,7 +45,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a model. `hf.model_args` reads it from a Hugging Face config."""
+    """The shape of a model. weights/hf.py reads it from a Hugging Face config."""
 
     dim: int
     n_layers: int
@@ -58,7 +59,7 @@ class ModelArgs:
     norm: str = "rms"  # a key of NORMS
     norm_eps: float = 1e-5
     norm_affine: bool = True
-    norm_first: bool = True  # False: normalise after each residual sum (OPT-350m)
+    norm_first: bool = True  # False: norms follow the residual sums (OPT-350m)
     final_norm: bool = True
     feed_forward: str = "gated"  # a key of FEED_FORWARDS
     activation: str = "silu"  # a key of ACTIVATIONS
@@ -68,11 +69,11 @@ class ModelArgs:
     attention_bias: bool = False  # of wqkv
     wo_bias: bool = False
     mlp_bias: bool = False  # w1, w2, w3
-    tied: bool = False  # output head shares the embedding table
+    tied: bool = False  # the output head is the embedding table
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits out; all state that outlives a call is in the caches passed in."""
+    """Computes logits from token ids. All state that outlives a call is in the caches."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -101,14 +102,13 @@ class Transformer(nn.Module):
         at: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Logits after each new token, reading and extending the caches.
+        """Returns the logits after each new token, (B, T, V); extends the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
-        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max();
-        the rest of the caches costs nothing. caches: one per layer. at: (N,) indices of the tokens,
-        counted through all B*T, that get logits: the output head is the widest product of all.
-        lengths: (B, 1), tokens of each row's whole prompt; see DynamicRotaryPositions.
-        Returns (B, T, V), or (N, V) with `at`.
+        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max().
+        caches: one per layer. at: (N,) indices into the B*T tokens; only these get logits, (N, V),
+        since the output head is the widest product. lengths: (B, 1), tokens of each row's whole
+        prompt; see DynamicRotaryPositions.
         """
         x, rotation, mask = self.embed(tokens, pos, key_pos, lengths)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -118,19 +118,19 @@ class Transformer(nn.Module):
     def embed(
         self, tokens: Tensor, pos: Tensor, key_pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation, Tensor]:
-        """Returns the inputs of the first layer: x, (B, T, D), its rotation, and the mask."""
+        """Returns the inputs of the first layer: x, (B, T, D), the rotation and the mask."""
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
         x, rotation = self.positions(x, pos, lengths)
         return x, rotation, self.mask(pos, key_pos, x.dtype)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """Returns the logits of the last layer's output."""
+        """Returns the logits, (B, T, V) or (N, V), of the last layer's output, (B, T, D)."""
         if at is not None:
             x = x.flatten(0, 1)[at]  # (N, D)
         return self.output(self.project_out(self.norm(x)))
 
     def bytes_per_step(self) -> int:
-        """Bytes of weights that a decoding step reads: all except the embedding tables."""
+        """Returns the bytes of weights that a decoding step reads: all but embedding tables."""
         state = {id(t): t for t in self.state_dict(keep_vars=True).values()}  # tied: once
         tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
         table = self.tok_embeddings.weight
@@ -138,20 +138,21 @@ class Transformer(nn.Module):
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
     def mask(self, pos: Tensor, key_pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mask of attention: 0 where a query may attend to a key, else -inf.
+        """Returns the mask of attention: 0 where a query may attend to a key, else -inf.
 
         (B, T), (S,) -> (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head.
         """
         hidden = key_pos > pos.unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
         mask = mask.masked_fill(hidden, -math.inf)
-        return mask.repeat(1, self.args.n_heads // self.args.n_kv_heads, 1).unsqueeze(1)
+        R = self.args.n_heads // self.args.n_kv_heads
+        return mask.repeat(1, R, 1).unsqueeze(1)  # (B, 1, R*T, S)
 
     def make_caches(self, batch: int, length: int) -> list["KVCache"]:
-        """Empty caches on the model's device, in its dtype: `length` positions for each row.
+        """Returns empty caches on the model's device, in its dtype: `length` positions per row.
 
         One more position is allocated and never used: the compiler would make a second graph for
-        the case that all positions of the cache are visible.
+        steps in which all positions of the cache are visible.
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -159,13 +160,15 @@ class Transformer(nn.Module):
         return [self.cache_factory(*given) for _ in range(args.n_layers)]
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one position in the caches of all layers."""
+        """Returns the bytes of one position in the caches of all layers."""
         shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
         one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
         return self.args.n_layers * sum(buffer.nbytes for buffer in one.buffers())
 
 
 class PreNormBlock(nn.Module):
+    """A layer: attention, then the feed-forward, each applied to a norm of its input and added."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
@@ -173,7 +176,7 @@ class PreNormBlock(nn.Module):
         self.attention_norm = make_norm(args)
         self.ffn_norm = make_norm(args)
 
-    # One compiled body serves every layer, so compile time does not grow with depth.
+    # The compiler compiles this once for all layers, so compile time does not grow with depth.
     @torch.compiler.nested_compile_region
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
@@ -183,6 +186,8 @@ class PreNormBlock(nn.Module):
 
 
 class PostNormBlock(PreNormBlock):
+    """A layer whose norms follow the residual sums (OPT-350m)."""
+
     @torch.compiler.nested_compile_region
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
@@ -192,6 +197,8 @@ class PostNormBlock(PreNormBlock):
 
 
 class Attention(nn.Module):
+    """Self-attention over the KV cache, with one product for q, k and v."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
@@ -208,11 +215,11 @@ class Attention(nn.Module):
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
         q, k = self.rotate(q, rotation), self.rotate(k, rotation)
         y = cache.attend(q, k, v, mask, pos)  # (B, T, H, E)
-        return self.wo(y.flatten(2))
+        return self.wo(y.flatten(2))  # (B, T, H*E) -> (B, T, D)
 
 
 class GatedFeedForward(nn.Module):
-    """Llama's: w2(act(w1 x) * w3 x), where w1 and w3 are one product, as q, k and v are."""
+    """The feed-forward of Llama: w2(act(w1 x) * w3 x), with one product for w1 and w3."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -226,7 +233,7 @@ class GatedFeedForward(nn.Module):
 
 
 class PlainFeedForward(nn.Module):
-    """OPT's: w2(act(w1 x))."""
+    """The feed-forward of OPT: w2(act(w1 x))."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -239,15 +246,18 @@ class PlainFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """exact: compiled code returns the same bits as eager code."""
+    """RMS norm. exact: compiled code returns the same bits as eager code."""
 
     def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
         super().__init__(dim, eps, affine)
         self.exact = exact
 
     def allow_fusion(self) -> None:
-        """Let the compiler fuse this norm with its neighbours: a decoding step of quantised weights
-        is 7 % faster, and the last bits of its result may differ from eager code's."""
+        """Let the compiler fuse this norm with the code around it.
+
+        A decoding step with quantised weights is 7 % faster; the last bits of its result may differ
+        from those of eager code.
+        """
         self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,6 +267,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
+    """Layer norm; compiled code returns the same bits as eager code."""
+
     def forward(self, x: Tensor) -> Tensor:
         if takes_kernel(x):
             affine = self.weight, self.bias
@@ -265,8 +277,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embedding(nn.Embedding):
+    """An embedding table that is quick to make on the meta device."""
+
     def reset_parameters(self) -> None:
-        # On the meta device there is nothing to fill, and trying to imports the compiler: 0.7 s.
+        # On the meta device this would fill nothing, and import the compiler, which takes 0.7 s.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -277,19 +291,19 @@ class Linear(nn.Linear):
     inputs_per_column = {"weight": 1}  # inputs that a column of each tensor stands for
 
     def forward(self, x: Tensor) -> Tensor:
-        # As a matrix: with more dimensions and a bias, the compiler takes dynamic ones for
-        # constants (torch 2.13).
+        # A matrix, since for inputs of more dimensions and a bias the compiler takes dynamic sizes
+        # for constants (torch 2.13).
         rows = x.flatten(0, -2)  # (N, in_features)
         y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
 
 
 class RotaryPositions(nn.Module):
-    """Adds nothing to the embeddings; turns each pair of query and key channels by an angle."""
+    """Rotates each pair of query and key channels by an angle proportional to the position."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        # Real even when the model is built on the meta device: no checkpoint stores them.
+        # On the CPU even if the model is built on the meta device: no checkpoint stores them.
         channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
         freqs = 1.0 / args.rope_theta ** (channels / args.head_dim)  # (E/2,)
         if args.rope_scaling is not None:
@@ -299,28 +313,28 @@ class RotaryPositions(nn.Module):
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation]:
-        # Of the new positions alone: a table of all that a context of 4M has would be 2 GB.
+        # For the new positions only: a table for a context of 4M positions would take 2 GB.
         angles = pos[..., None, None] * self.frequencies(pos, lengths)  # (B, T, 1, E/2)
         if takes_kernel(angles):
             return x, torch.ops.gpt_flex.cos_sin(angles)
         return x, (angles.cos(), angles.sin())
 
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
-        """Rotary frequencies for the tokens at pos, (B, T): (E/2,), the same for all, or
-        (B, T, 1, E/2), one set for each."""
+        """Returns rotary frequencies for the tokens at pos, (B, T): (E/2,), the same for all, or
+        (B, T, 1, E/2), a set for each."""
         return self.freqs
 
     @staticmethod
     def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-        """(B, T, heads, E) -> same. Channel i pairs with i + E/2, as in Hugging Face files."""
+        """Rotate (B, T, heads, E). Channel i pairs with i + E/2, as in Hugging Face files."""
         cos, sin = rotation
-        a, b = x.float().chunk(2, dim=-1)
+        a, b = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class DynamicRotaryPositions(RotaryPositions):
-    """Frequencies that depend on the length of the text, once it exceeds the trained context: the
-    NTK scaling that transformers calls "dynamic".
+    """Rotary positions whose frequencies depend on the length of a text that exceeds the trained
+    context: the NTK scaling that transformers calls "dynamic".
 
     The tokens of a prompt use the frequencies for the length of the whole prompt; a generated token
     uses those for its position + 1. Keys in the caches keep the rotation they were stored with.
@@ -334,14 +348,14 @@ class DynamicRotaryPositions(RotaryPositions):
         self.register_buffer("exponents", channels / args.head_dim, persistent=False)  # (E/2,)
 
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
-        seen = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)  # (B, T)
-        stretch = torch.ops.gpt_flex.ntk_freqs if takes_kernel(seen) else ntk_freqs
-        longer = seen[..., None, None] > self.settings[-1]  # (B, T, 1, 1)
-        return torch.where(longer, stretch(seen, self.exponents, *self.settings), self.freqs)
+        length = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)  # (B, T)
+        stretch = torch.ops.gpt_flex.ntk_freqs if takes_kernel(length) else ntk_freqs
+        longer = length[..., None, None] > self.settings[-1]  # (B, T, 1, 1)
+        return torch.where(longer, stretch(length, self.exponents, *self.settings), self.freqs)
 
 
 class LearnedPositions(Embedding):
-    """A table added to the embeddings; queries and keys are left alone."""
+    """Adds a learned vector for the position to each embedding; rotates nothing."""
 
     OFFSET = 2  # OPT's tables begin with two rows that no position uses
 
@@ -359,13 +373,13 @@ class LearnedPositions(Embedding):
 
 
 def takes_kernel(x: Tensor) -> bool:
-    """Whether x goes through the operators below: they are for compiled code on CPUs, and have no
-    gradient."""
+    """Returns whether to call the operators below for x: in compiled code on CPUs. The operators
+    have no gradient."""
     return torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
 
 
 def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """An operator that the compiler calls as it is, instead of writing code of its own for it."""
+    """Define an operator that compiled code calls, instead of code that the compiler generates."""
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "cpu")(on_cpu)
@@ -376,18 +390,20 @@ def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def ntk_freqs(seen: Tensor, exponents: Tensor, theta: float, factor: float, context: int) -> Tensor:
-    """Frequencies, (B, T, 1, E/2), where the text has the length `seen`, (B, T).
+def ntk_freqs(
+    length: Tensor, exponents: Tensor, theta: float, factor: float, context: int
+) -> Tensor:
+    """Returns the frequencies, (B, T, 1, E/2), for texts of the lengths `length`, (B, T).
 
     The base grows so that the slowest channel turns as far as it did over the trained context.
     """
-    n = 2 * len(exponents)  # E
-    base = theta * (factor * seen / context - (factor - 1)) ** (n / (n - 2))  # (B, T)
-    return 1.0 / base[..., None, None] ** exponents
+    E = 2 * len(exponents)
+    base = theta * (factor * length / context - (factor - 1)) ** (E / (E - 2))  # (B, T)
+    return 1.0 / base[..., None, None] ** exponents  # (B, T, 1, E/2)
 
 
 # On a CPU, Inductor's own norms sum in another order, and its cosines and powers differ in the last
-# bit: in bfloat16 compiled text would not be eager text.
+# bit; in bfloat16, compiled text would differ from eager text.
 kernel(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
@@ -404,20 +420,20 @@ kernel(
     lambda angles: (torch.empty_like(angles), torch.empty_like(angles)),
 )
 kernel(
-    "ntk_freqs(Tensor seen, Tensor exponents, float theta, float factor, int context) -> Tensor",
+    "ntk_freqs(Tensor length, Tensor exponents, float theta, float factor, int context) -> Tensor",
     ntk_freqs,
-    lambda seen, exponents, *_: exponents.new_empty(*seen.shape, 1, len(exponents)),
+    lambda length, exponents, *_: exponents.new_empty(*length.shape, 1, len(exponents)),
 )
 
 
 def scale_linear(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Positions squeezed by `factor` (arXiv 2306.15595)."""
+    """Divide all frequencies by `factor`: linear interpolation (arXiv 2306.15595)."""
     return freqs / scaling.factor
 
 
 def scale_llama3(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: slow channels squeezed by `factor`, fast ones kept, a ramp between."""
-    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns over the old context
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between (Llama 3.1)."""
+    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns in the trained context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * (kept + (1 - kept) / scaling.factor)
@@ -437,7 +453,7 @@ POSITIONS = {
 ROPE_SCALINGS = {
     "linear": scale_linear,
     "llama3": scale_llama3,
-    "dynamic": lambda freqs, scaling: freqs,  # up to the trained context
+    "dynamic": lambda freqs, scaling: freqs,  # see DynamicRotaryPositions
 }
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
@@ -445,20 +461,20 @@ ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 def grouped_attention(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 ) -> Tensor:
-    """What queries, (B, T, H, E), see of keys and values, (B, S, G, E) each: (B, T, H, E).
+    """Attend with queries, (B, T, H, E), to keys and values, (B, S, G, E) each -> (B, T, H, E).
 
     attention: called as F.scaled_dot_product_attention is. mask: see Transformer.mask.
     """
     T = q.shape[1]
     # The R query heads that share a key/value head become rows of one query, so that keys
-    # and values are read once and never expanded.
+    # and values are read once and not expanded.
     q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
-    y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, G, R*T, E)
     return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)
 
 
 def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Attend by PyTorch's kernel: the default CacheAttention, which runs on every device."""
+    """Attend with PyTorch's kernel: the default CacheAttention, which runs on every device."""
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
 
@@ -466,11 +482,11 @@ def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Te
 class KVCache(nn.Module):
     """Keys and values of one layer: (B, positions, G, E) each.
 
-    A module only so that the compiler takes k and v for buffers that stay where they are: a CUDA
-    graph writes to them in place, and new caches of the same shape need no new compilation.
+    It is a module so that the compiler takes k and v for buffers with fixed addresses: a CUDA graph
+    writes to them in place, and new caches of the same shape need no new compilation.
     """
 
-    row_granularity = 1  # rows that cost as much as one of them
+    row_granularity = 1  # see Cache
 
     def __init__(
         self,
@@ -490,7 +506,7 @@ class KVCache(nn.Module):
 
     @property
     def length(self) -> int:
-        """Usable positions of each row; see Transformer.make_caches."""
+        """Usable positions of each row; the last allocated one is not: see make_caches."""
         return self.k.shape[1] - 1
 
     @property
@@ -498,7 +514,7 @@ class KVCache(nn.Module):
         return self.k.device
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """Store k and v, then attend with queries, (B, T, H, E), to all of the cache."""
+        """Store k and v at pos, then attend with q to the visible positions; see AttentionCache."""
         self.store(pos, k, v)
         return self.attention(self, q, mask, pos)
 
@@ -508,7 +524,8 @@ class KVCache(nn.Module):
         yield self.part(rows)
 
     def keep(self, filled: int) -> None:
-        """Declare the positions from `filled` on unused; a cache on the host need not move them."""
+        """Declare the positions from `filled` on unused. A cache on several tiers then does not
+        move them."""
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` positions."""
@@ -522,37 +539,37 @@ class KVCache(nn.Module):
         self.v[rows, pos] = v
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `count` positions, (B, count, G, E) each."""
+        """Returns keys and values of the first `count` positions, (B, count, G, E) each."""
         return self.k[:, :count], self.v[:, :count]
 
     def part(self, rows: slice) -> "KVCache":
-        """Return a view of some rows."""
+        """Returns a view of some rows."""
         buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
         return copy_with_buffers(self, buffers)
 
     def first(self, count: int) -> "KVCache":
-        """Return a view of the first `count` rows."""
+        """Returns a view of the first `count` rows."""
         return self.part(slice(0, count))
 
     def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
-        """Move those rows, in ascending order, to the front; return a view of them."""
+        """Move the given rows, in ascending order, to the front; return a view of them."""
         front = self.first(len(rows))
         front.take(self, torch.tensor(rows, device=self.device), filled)
         return front
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
-        """Copy the first `filled` positions of those rows, (B,), of another cache."""
+        """Copy the first `filled` positions of the given rows, (B,), of another cache."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
 
 
 class Cache(Protocol):
-    """The cache of one layer as the decoding loop uses it: a KVCache, or one on several tiers."""
+    """The cache of a layer as the decoding loop uses it: a KVCache, or one on several tiers."""
 
     rows: int
     length: int  # usable positions of each row
     device: torch.device
-    row_granularity: int  # rows of a micro-batch, which cost as much as one row
+    row_granularity: int  # rows of a micro-batch: they take as long as one row of it
 
     def opened(
         self, rows: slice, pos: Tensor
@@ -563,19 +580,19 @@ class Cache(Protocol):
         """Return a view of the first `count` rows."""
 
     def compacted(self, rows: Sequence[int], filled: int) -> "Cache":
-        """Move the first `filled` positions of those rows, in ascending order, to the front; return
-        a view of them."""
+        """Move the first `filled` positions of the given rows, in ascending order, to the front;
+        return a view of these rows."""
 
     def keep(self, filled: int) -> None:
-        """Declare the positions from `filled` on unused."""
+        """Declare the positions from `filled` on unused, so that the cache need not move them."""
 
 
 class AttentionCache(Protocol):
-    """The cache of one layer as a block uses it: on its device, or on the host."""
+    """The cache of a layer as a block uses it: on the block's device, or on the host."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """Store k and v, (B, T, G, E), at pos, (B, T); return the attention of queries,
-        (B, T, H, E), to all of the cache. mask: see Transformer.mask."""
+        """Store k and v, (B, T, G, E), at pos, (B, T); return the attention, (B, T, H, E), of q,
+        (B, T, H, E), to the positions that the mask covers. mask: see Transformer.mask."""
 
 
 # Returns the attention, (B, T, H, E), of queries to a cache. Called with the cache, queries of that
@@ -606,10 +623,10 @@ class CacheFactory:
 
 
 def visible_length(filled: int, most: int) -> int:
-    """`filled` rounded up to 64, 96, 128, 192, 256, 384, ... and at most `most`.
+    """Round `filled` up to 64, 96, 128, 192, 256, 384, ..., but at most to `most`.
 
-    Attention reads this many positions. At most half of them are not filled, and there are only two
-    sizes, hence two CUDA graphs, for each doubling of the length.
+    Attention reads this many positions. Beyond 64, less than a third of them is not filled. Each
+    doubling of the length has two sizes, hence two CUDA graphs.
     """
     power = max(64, 1 << (filled - 1).bit_length())
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)

@@ -1,8 +1,8 @@
-"""From the command's options to a Policy, set by hand or found by a plan, and what to say of it.
+"""Makes the Policy of an offloaded model, by hand or by a search, and the lines that explain it.
 
-Start at make_plan. What a model takes is read off its shape alone, so that `--plan` says what a
-machine would do with a model before it is downloaded. The search is in planner.py, the machine's
-measurements in probe.py.
+Start at make_plan. It needs only the shape of a model, so that `--plan` predicts how a model runs
+on this machine before it is downloaded. tiers/planner.py searches for the policy; tiers/probe.py
+measures the machine.
 """
 
 import os
@@ -47,13 +47,13 @@ from weights.allocation import allocate, final_dtype, stored_tensors
 from weights.hf import model_args
 from weights.weight_files import read_json
 
-RESERVE = 0.1  # of the memory that is free: for all else that runs
-# What a CPU must have to multiply these faster than float32.
-FAST = {
+RESERVED_SHARE = 0.1  # of the free memory, for other processes
+# CPU features, each of which makes products in these dtypes faster than in float32.
+FAST_DTYPE_FEATURES = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
-BOUND_BY = {
+RESOURCE_NAMES = {
     "disk": "the disk",
     "cells": "the disk",
     "to device": "copies to the device",
@@ -65,8 +65,8 @@ UNITS = (1e-3, "ms"), (1, "s"), (60, "min"), (3600, "hours"), (86400, "days")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model's shape and kind, and the device that it is for."""
+class ModelSpec:
+    """The shape, quantisation and dtypes of a model, and the device that it runs on."""
 
     args: ModelArgs
     scheme: dict[str, Any] | None
@@ -75,11 +75,14 @@ class Subject:
     device: torch.device
 
 
-def find_subject(
+def find_model_spec(
     model: ModelChoice, load: LoadOptions, compress_weight: bool
-) -> tuple[Subject, Tokenizer]:
-    """The shape of the model that was chosen, and its tokenizer. The config.json of a model that
-    has not been downloaded is enough, as --random_weights, with numbers for prompts."""
+) -> tuple[ModelSpec, Tokenizer]:
+    """Returns the spec of the chosen model, and its tokenizer.
+
+    For a model that is not downloaded, its config.json is enough: as --random_weights, with numbers
+    of tokens as prompts.
+    """
     dtype, device = find_dtype(load.dtype), find_device(load.device)
     if model.random_weights:
         config = read_json(model.random_weights)
@@ -92,28 +95,28 @@ def find_subject(
         tokenizer = load_tokenizer(checkpoint.directory)
     scheme = compressed_scheme(compress_weight, scheme)
     args = parallel_strategy(load).shard_args(args, scheme)
-    return Subject(args, scheme, dtype or stored, load.kv_dtype, device), tokenizer
+    return ModelSpec(args, scheme, dtype or stored, load.kv_dtype, device), tokenizer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy, what is expected of it, and the bytes that there are by tier.
+    """A policy, the prediction for it, and the free bytes of each tier.
 
-    short: why the disk cannot hold a model that is still to be downloaded, if it cannot.
+    short: why a model that is not downloaded does not fit the disk; "": it fits.
     """
 
-    subject: Subject
+    spec: ModelSpec
     prediction: Prediction
     budgets: dict[str, float]
     short: str = ""
-    faster: bool = False  # in this dtype than in the stored one
+    faster: bool = False  # this dtype is predicted to be faster than the stored one
 
     @property
     def policy(self) -> Policy:
         return self.prediction.policy
 
     @property
-    def work(self) -> Workload:
+    def workload(self) -> Workload:
         return self.prediction.workload
 
 
@@ -124,25 +127,28 @@ def plan_texts(
     prompt_lengths: Callable[[Tokenizer, ModelArgs], list[int]],
     new: int,
 ) -> Plan:
-    """The plan for a model that continues texts. prompt_lengths: makes the tokens of each prompt.
-    new: tokens that follow each."""
-    subject, tokenizer = find_subject(model, load, options.compress_weight)
-    lengths, context = prompt_lengths(tokenizer, subject.args), subject.args.context
+    """Make the plan for a model that continues texts.
+
+    prompt_lengths: returns the number of tokens of each prompt. new: tokens that follow each.
+    """
+    spec, tokenizer = find_model_spec(model, load, options.compress_weight)
+    lengths, context = prompt_lengths(tokenizer, spec.args), spec.args.context
     longest = min(max(lengths), context - 1)
     texts = -(-len(lengths) // (options.micro_batches or 1))
-    return make_plan(subject, Workload(texts, longest, min(new, context - longest)), options)
+    return make_plan(spec, Workload(texts, longest, min(new, context - longest)), options)
 
 
-def make_plan(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
-    """The policy that the options ask for, or for --plan the better one of the dtypes that a run
-    could have. Raises ValueError if it does not fit into memory, saying how much would do.
+def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan:
+    """Make the plan for the options; for --plan without --dtype, in the faster one of two dtypes.
+
+    Raises ValueError, with the memory that is needed, if the model does not fit.
     """
-    plan = plan_in(subject, work, options)
-    slow = subject.device.type == "cpu" and not multiplies_fast(subject.dtype)
+    plan = plan_for_dtype(spec, workload, options)
+    slow = spec.device.type == "cpu" and not multiplies_fast(spec.dtype)
     if not (options.plan and options.any_dtype and slow):
         return plan
     try:
-        other = plan_in(replace(subject, dtype=torch.float32), work, options)
+        other = plan_for_dtype(replace(spec, dtype=torch.float32), workload, options)
     except ValueError:  # float32 does not fit
         return plan
     faster = other.prediction.rate > plan.prediction.rate and not other.short
@@ -150,19 +156,20 @@ def make_plan(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
 
 
 def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions that multiply the dtype faster than float32."""
-    has = torch.cpu.get_capabilities()
-    return dtype not in FAST or any(has.get(name) for name in FAST[dtype])
+    """Returns whether this CPU multiplies in a dtype at least as fast as in float32."""
+    has, features = torch.cpu.get_capabilities(), FAST_DTYPE_FEATURES.get(dtype)
+    return features is None or any(has.get(name) for name in features)
 
 
-def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
-    measured = machine(subject, options.offload_dir, not options.percent or options.plan)
-    whole = sizes(subject)
-    # A micro-batch has a cache of its own.
+def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan:
+    """Make the plan for the dtype of the spec. Raises ValueError if it does not fit."""
+    measured = machine(spec, options.offload_dir, not options.percent or options.plan)
+    whole = sizes(spec)
+    # Each micro-batch of a pipeline has its own cache.
     whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
-    planner = Planner(whole, measured, subject.device.type == "cpu")
+    planner = Planner(whole, measured, spec.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer
-    limits = budgets(options, subject.device, layers)
+    limits = budgets(options, spec.device, layers)
     start = Policy(
         compress_weight=options.compress_weight,
         pin=bool(options.pin_weight),
@@ -170,54 +177,55 @@ def plan_in(subject: Subject, work: Workload, options: PlanOptions) -> Plan:
         cpu_attention=options.cpu_cache_compute,
         attention_share=options.attn_sparsity,
         directory=options.offload_dir,
-        tokens_at_once=512 if subject.device.type == "cpu" else 4096,
+        tokens_at_once=512 if spec.device.type == "cpu" else 4096,
     )
     if options.percent:
-        found = planner.predict(by_hand(start, work, options), work)
+        found = planner.predict(policy_by_hand(start, workload, options), workload)
         if short := planner.shortage(found, limits):
             raise ValueError(short)
     else:
-        found = planner.choose(work, limits, start, options.batch_size or work.texts)
-    needed = layers + whole.always_on_device - process_memory(subject.device)
+        found = planner.choose(workload, limits, start, options.batch_size or workload.texts)
+    needed = layers + whole.always_on_device - process_memory(spec.device)
     free = limits["disk"] - layers
     short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
-    if options.downloaded:  # the weights are on the disk already
-        return Plan(subject, found, limits)
-    return Plan(subject, found, limits | {"disk": free}, short if needed > free else "")
+    if options.downloaded:
+        return Plan(spec, found, limits)
+    return Plan(spec, found, limits | {"disk": free}, short if needed > free else "")
 
 
-def by_hand(start: Policy, work: Workload, options: PlanOptions) -> Policy:
+def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> Policy:
+    """Returns the policy with the shares of --percent and the micro-batches of the options."""
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     return replace(
         start,
         weights=weights,
         cache=cache,
         activations=activations,
-        micro_batch=options.gpu_batch_size or min(options.batch_size or 16, work.texts),
+        micro_batch=options.gpu_batch_size or min(options.batch_size or 16, workload.texts),
         micro_batches=options.num_gpu_batches,
     )
 
 
-def sizes(subject: Subject) -> Sizes:
-    """Bytes of a model, from its shape alone."""
-    args, item = subject.args, subject.dtype.itemsize
+def sizes(spec: ModelSpec) -> Sizes:
+    """Returns the bytes of a model's parts, computed from its shape alone."""
+    args, item = spec.args, spec.dtype.itemsize
     stored = {
-        name: torch.empty(t.shape, dtype=final_dtype(t, subject.dtype), device=META)
-        for name, (t, _) in stored_tensors(meta_model(args, subject.scheme)).items()
+        name: torch.empty(t.shape, dtype=final_dtype(t, spec.dtype), device=META)
+        for name, (t, _) in stored_tensors(meta_model(args, spec.scheme)).items()
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
     head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
-    one = find_cache(subject.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), subject.dtype, META)
+    one = find_cache(spec.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), spec.dtype, META)
     # The CPU kernels repack quantised weights, so a buffer holds each layer twice.
-    packed = layer * bool(subject.scheme) * (subject.device.type == "cpu")
+    packed = layer * bool(spec.scheme) * (spec.device.type == "cpu")
     qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     return Sizes(
         layers=args.n_layers,
         layer=layer,
         layer_on_device=layer,
         layer_in_buffer=layer + packed,
-        always_on_device=rest + process_memory(subject.device),
+        always_on_device=rest + process_memory(spec.device),
         head=head or args.vocab_size * args.embed_dim * item,
         cache_position=sum(buffer.nbytes for buffer in one.buffers()),
         activations_between_layers=3 * args.dim * item,
@@ -227,9 +235,10 @@ def sizes(subject: Subject) -> Sizes:
 
 
 def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[str, float]:
-    """Bytes that may be taken of each tier: as given, or what is free less a reserve.
+    """Returns the bytes that a run may take of each tier: those of the options, or the free ones
+    less a reserve.
 
-    weights: bytes of the layers, which are on the disk already, or will be once they are there.
+    weights: bytes of the layers, which are stored on the disk and add to its free bytes.
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
@@ -237,61 +246,64 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     if device.type != "cpu":
         free["device"] = available_memory(device)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    limits = {tier: given[tier] or (1 - RESERVE) * free[tier] / sharing for tier in free}
+    limits = {tier: given[tier] or (1 - RESERVED_SHARE) * free[tier] / sharing for tier in free}
     if device.type == "cpu":
         limits = {"device": given["device"] or limits["host"]}
     stat = os.statvfs(nearest_directory(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 
 
-def machine(subject: Subject, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
-    """This machine's measurements for a model of that shape: kept ones, or made if needed."""
+def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
+    """Returns the machine's measurements for a model: saved ones, or if needed new ones.
+
+    needed: without saved ones, measure; else return None. anew: ignore saved ones.
+    """
     disk = nearest_directory(directory).stat().st_dev
-    key = machine_name(subject.device), torch.__version__, disk, subject
-    if (kept := load_measurement("machine", key)) and not anew:
-        return Machine.from_json(kept)
+    key = machine_name(spec.device), torch.__version__, disk, spec
+    if (saved := load_measurement("machine", key)) and not anew:
+        return Machine.from_json(saved)
     if not needed:
         return None
-    small = sample_args(subject.args, sizes(subject).layer)
-    model = meta_model(small, subject.scheme)
-    allocate(model, subject.device, subject.dtype, random_filler(subject.device))
-    model.cache_factory = find_cache(subject.kv_dtype)
-    use_fast_layers(model, subject.dtype)
+    small = sample_args(spec.args, sizes(spec).layer)
+    model = meta_model(small, spec.scheme)
+    allocate(model, spec.device, spec.dtype, random_filler(spec.device))
+    model.cache_factory = find_cache(spec.kv_dtype)
+    use_fast_layers(model, spec.dtype)
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
-    found = probe(model, subject.args, directory)
+    found = probe(model, spec.args, directory)
     save_measurement("machine", key, found.to_json())
     return found
 
 
 def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
-    """What came, resource by resource, beside what was expected of the same blocks and steps."""
+    """Yield lines of the log: the time of computing and of waiting, and the predicted times."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
-    waited = {what: by.seconds for what, by in lm.model.layers.wait_times.items()}
+    waited = {what: wait.seconds for what, wait in lm.model.layers.wait_times.items()}
     took = stats.prefill_seconds + stats.decode_seconds
-    came = f"took {took:.2f} s: {took - sum(waited.values()):.2f} s of computing"
-    yield came + "".join(
+    computing = f"took {took:.2f} s: {took - sum(waited.values()):.2f} s of computing"
+    yield computing + "".join(
         f", {seconds:.2f} s of waiting for {what}" for what, seconds in waited.items()
     )
     step, prefill = plan.prediction.step, plan.prediction.prefill
     if step:
-        blocks = stats.prompt_tokens / (plan.policy.rows * plan.work.prompt)
+        blocks = stats.prompt_tokens / (plan.policy.rows * plan.workload.prompt)
         expected = {n: blocks * s + stats.steps * step[n] for n, s in prefill.items()}
         listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in expected.items())
         yield f"expected {max(expected.values()):.2f} s, all at once: {listed}"
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """What a plan says, for a person: the verdict first."""
-    found, policy, work = plan.prediction, plan.policy, plan.work
+    """Yield the plan as lines of text, the verdict first."""
+    found, policy, workload = plan.prediction, plan.policy, plan.workload
     tiers = {t: "memory" if t == "device" and found.device_is_cpu else t for t in found.memory}
     yield f"plan: {verdict(plan)}"
     yield f"  dtype       {dtype_text(plan)}"
     yield (
         f"  rows        {policy.micro_batches} micro-batches of {policy.micro_batch}, prompts of "
-        f"up to {work.prompt} tokens, {work.new} new ones"
+        f"up to {workload.prompt} tokens, {workload.new} new ones"
     )
-    for what, counts in realised(plan).items():
+    for what, counts in item_counts(plan).items():
         shares = (f"{100 * counts[t] / sum(counts.values()):.1f} % {tiers[t]}" for t in tiers)
         yield f"  {what:11} " + ", ".join(shares)
     yield "  takes       " + ", ".join(
@@ -299,7 +311,7 @@ def lines(plan: Plan) -> Iterator[str]:
         for (tier, n), name in zip(found.memory.items(), tiers.values(), strict=True)
     )
     for name, seconds in found.step.items():
-        mark = ", which it waits for" if name == found.binding else ""
+        mark = ", the slowest" if name == found.binding else ""
         prompts = duration_text(found.prefill[name])
         yield f"  {name:11} {prompts} of prompts, {duration_text(seconds)} of a step{mark}"
     if found.step:
@@ -311,25 +323,26 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether the model fits, about how fast it is, and what it waits for most."""
+    """Returns whether the model fits, its predicted rate, and the resource that bounds it."""
     found = plan.prediction
     moving = "this disk" if found.memory["disk"] else "memory"
     fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {moving}"
     if not found.step:
         return fits
-    phases = found.prefill, {name: n * (plan.work.new - 1) for name, n in found.step.items()}
+    phases = found.prefill, {name: n * (plan.workload.new - 1) for name, n in found.step.items()}
     longest = max(phases, key=lambda phase: max(phase.values()))
-    bound = BOUND_BY[max(longest, key=longest.get)]
+    bound = RESOURCE_NAMES[max(longest, key=longest.get)]
     return f"{fits}; about {found.rate:.2g} tokens/s; bound by {bound}"
 
 
 def dtype_text(plan: Plan) -> str:
-    name = str(plan.subject.dtype).removeprefix("torch.")
+    """Returns the dtype's name, and a hint if it is not the stored one."""
+    name = str(plan.spec.dtype).removeprefix("torch.")
     return f"{name}, faster here than the stored one: give --dtype {name}" if plan.faster else name
 
 
-def realised(plan: Plan) -> dict[str, dict[str, float]]:
-    """How many layers, cells and micro-batches are on each tier that there is."""
+def item_counts(plan: Plan) -> dict[str, dict[str, float]]:
+    """Returns the number of layers, cells and micro-batches on each tier of this machine."""
     found, policy = plan.prediction, plan.policy
     counts = {
         "weights": found.split.weights,
@@ -349,25 +362,26 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / size:.3g} {unit}"
 
 
-def step_of(subject: Subject) -> Step:
-    """What a step for one text reads, its head with the layers, and passes on."""
-    found = sizes(subject)
+def decoding_step(spec: ModelSpec) -> Step:
+    """Returns the bytes of a decoding step for one text; the head counts as part of the layers."""
+    found = sizes(spec)
     shared = found.layers * found.layer + found.head
-    return Step(found.layers, shared, 0, subject.args.dim * subject.dtype.itemsize)
+    return Step(found.layers, shared, 0, spec.args.dim * spec.dtype.itemsize)
 
 
-def on_devices(subject: Subject, link: str, read_rate: float | None) -> Iterator[str]:
-    """What 1 to 64 devices would do, for a person."""
-    rate = read_rate or saved_bandwidth(subject.device)
-    rate = rate or measured_bandwidth(subject.device)
+def on_devices(spec: ModelSpec, link: str, read_rate: float | None) -> Iterator[str]:
+    """Yield lines of text with the modelled rates of 1 to 64 devices.
+
+    link: a key of LINKS. read_rate: bytes per second of each device; None: of this one.
+    """
+    rate = read_rate or saved_bandwidth(spec.device)
+    rate = rate or measured_bandwidth(spec.device)
     yield (
         f"on several devices, each reading {size_text(int(rate))} a second, links: {link} "
-        "(a model of them, and no measurement)"
+        "(modelled, not measured)"
     )
-    for count, sharded, staged in table(step_of(subject), rate, LINKS[link]):
-        unfit = indivisible_reason(subject.args, subject.scheme, count)
+    for count, sharded, staged in table(decoding_step(spec), rate, LINKS[link]):
+        unfit = indivisible_reason(spec.args, spec.scheme, count)
         alone = f"{sharded:.4g} tokens/s for one text" if not unfit else f"one text: no, {unfit}"
-        micro_batches = (
-            f"; {staged:.4g} for {count} texts in a pipeline" if staged and count > 1 else ""
-        )
-        yield f"  {count:2} devices  {alone}{micro_batches}"
+        pipeline = f"; {staged:.4g} for {count} texts in a pipeline" if staged else ""
+        yield f"  {count:2} devices  {alone}{pipeline if count > 1 else ''}"

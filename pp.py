@@ -1,11 +1,12 @@
 """Pipeline parallelism: consecutive layers on consecutive ranks, micro-batches in flight.
 
 Start at PipelineParallel. A rank's stage is a Transformer with some of the layers. In place of the
-embedding it receives activations from the rank before; in place of the head it sends them to the
-rank after. Only the last rank has logits: it draws the tokens and sends them to the other ranks.
+embedding it receives activations from the previous rank; in place of the output head it sends them
+to the next rank. Only the last rank has logits: it draws the tokens and sends them to the others.
 
 The rows of a batch are split into micro-batches, so that all stages work at the same time, each on
-another micro-batch. A rank launches a micro-batch's next step as soon as it knows its last tokens.
+another micro-batch. A rank launches the next step of a micro-batch as soon as the tokens of the
+last step have arrived.
 
 Based on GPipe (arXiv 1811.06965), with decoding steps in place of training's micro-batches, and
 FlexGen's multi-GPU mode (2303.06865, section 4.3).
@@ -33,8 +34,8 @@ from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, to_host
 
-# Prompt tokens of a micro-batch in one call. The next stage waits for the first chunk, and smaller
-# chunks take more time to read the weights than to compute with them.
+# Prompt tokens of a micro-batch in one call of prefill, by device type. Large chunks make the next
+# stage wait for the first chunk; in small chunks reading the weights takes longer than computing.
 PREFILL_CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 
 
@@ -42,17 +43,23 @@ PREFILL_CHUNK_TOKENS = {"cpu": 128, "cuda": 1024}
 class PipelineParallel:
     """Divides a model by layers; the first rank has the embedding and the last rank the head.
 
-    It implements load.ParallelStrategy. micro_batches: the number of micro-batches in flight.
+    It implements load.ParallelStrategy. micro_batches: the number of micro-batches of a batch.
     """
 
     ranks: Ranks
     micro_batches: int
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
-        """Raises ValueError if there are more ranks than layers."""
+        """Return the args of this rank's stage. Raises ValueError if there are more ranks than
+        layers."""
         return replace(args, n_layers=len(stage_layers(args, self.ranks)))
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Build this rank's stage on the meta device, before the weights are read. args, scheme: of
+        the whole model.
+
+        A last rank whose head is tied to the embedding keeps the embedding's table for the head.
+        """
         model = meta_model(self.shard_args(args, scheme), scheme)
         if self.ranks.rank > 0:
             tied = self._is_last and model.output.weight is model.tok_embeddings.weight
@@ -69,28 +76,37 @@ class PipelineParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
+        """Return a function that fills a tensor by its name in the stage. fill: fills a tensor by
+        its name in the checkpoint."""
         return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
+        """Return a function from a tensor's name in the stage to its file and byte offset, or to
+        None if no file stores it in that dtype. Offload reads layers from there."""
+
         def location(name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
             return checkpoint.location(self._checkpoint_name(checkpoint, name), dtype)
 
         return location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
+        """After loading: replace the empty weight of ReceiveActivations, which is on the meta
+        device, by one with the dtype and device of the received activations."""
         embedding = model.tok_embeddings
         if isinstance(embedding, ReceiveActivations) and embedding.weight.is_meta:
             embedding.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
+        """Return the LoadedModel with micro-batches and with a sampler that sends tokens to all
+        ranks. All ranks must call it together, because it makes a process group."""
         # A process group of its own: in one group NCCL runs the transfers of two ranks in order,
         # so that a micro-batch's activations would wait for another's tokens.
         group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
-        view = partial(forward_all_positions, lm.model)
+        forward = partial(forward_all_positions, lm.model)
         return replace(
             lm,
-            prefill=lm.prefill if self._is_last else view,
-            decode=lm.decode if self._is_last else view,
+            prefill=lm.prefill if self._is_last else forward,
+            decode=lm.decode if self._is_last else forward,
             sampler=partial(BroadcastSampler, self.ranks, group),
             new_caches=partial(make_micro_batch_caches, self.micro_batches, lm.new_caches),
             micro_batches=split_micro_batches,
@@ -102,11 +118,12 @@ class PipelineParallel:
         return self.ranks.rank == self.ranks.world_size - 1
 
     def _checkpoint_name(self, checkpoint: Checkpoint, name: str) -> str:
-        """Convert the name of a stage's tensor to the checkpoint's, which counts all layers."""
+        """Convert a tensor's name in the stage, whose layers count from 0, to its name in the
+        checkpoint, which numbers the layers of the whole model."""
         if not name.startswith("layers."):
             return name
-        layers, n, rest = name.split(".", 2)
-        return f"{layers}.{stage_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
+        prefix, n, rest = name.split(".", 2)
+        return f"{prefix}.{stage_layers(checkpoint.args, self.ranks)[int(n)]}.{rest}"
 
 
 def forward_all_positions(
@@ -118,30 +135,36 @@ def forward_all_positions(
     at: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Transformer.forward for a stage before the last: it computes all positions, because the next
-    stage needs them, and selects those of `at` from the result, (B, T, D)."""
+    """Transformer.forward for a stage before the last. It computes and sends all positions, because
+    the next stage's layers need them all. (The last stage computes the head for `at` only.)
+
+    Returns activations, (B, T, D), or with `at`, indices of 0 to B * T - 1, (len(at), D): callers
+    need the shape of logits, not the values. The other arguments: see Transformer.forward.
+    """
     x = model(tokens, pos, key_pos, caches, lengths=lengths)
     return x if at is None else x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (len(at), D)
 
 
 def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
-    """Return the layers of this rank, such that all ranks do as many multiplications; the head
-    counts as layers of the last rank.
+    """Return the layers of this rank: at least one, and so many that all ranks have about the same
+    number of multiplications, those of the output head on the last rank included.
 
-    Raises ValueError if there are more ranks than layers.
+    args: of the whole model. Raises ValueError if there are more ranks than layers.
     """
     if ranks.world_size > args.n_layers:
         raise ValueError(
             f"{ranks.world_size} ranks cannot share {args.n_layers} layers in a pipeline"
         )
-    inner = args.hidden_dim * (3 if args.feed_forward == "gated" else 2)
-    heads = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim
-    head = args.vocab_size * args.embed_dim / (args.dim * (inner + heads))  # in layers
-    share = (args.n_layers + head) / ranks.world_size
-    bounds = [0]
+    # Multiplications of a layer for one token, divided by dim.
+    feed_forward = args.hidden_dim * (3 if args.feed_forward == "gated" else 2)
+    attention = 2 * (args.n_heads + args.n_kv_heads) * args.head_dim
+    layer = args.dim * (feed_forward + attention)
+    head_layers = args.vocab_size * args.embed_dim / layer
+    layers_per_rank = (args.n_layers + head_layers) / ranks.world_size
+    bounds = [0]  # the first layer of each rank
     for rank in range(1, ranks.world_size):
-        least, most = bounds[-1] + 1, args.n_layers - (ranks.world_size - rank)
-        bounds.append(min(max(round(rank * share), least), most))
+        lowest, highest = bounds[-1] + 1, args.n_layers - (ranks.world_size - rank)
+        bounds.append(min(max(round(rank * layers_per_rank), lowest), highest))
     bounds.append(args.n_layers)
     return range(bounds[ranks.rank], bounds[ranks.rank + 1])
 
@@ -159,21 +182,23 @@ class PendingSends:
         return len(self._sends)
 
     def add(self, work: dist.Work, tensor: Tensor) -> None:
-        """Keep the tensor of a transfer, and release those of finished transfers."""
+        """Keep a tensor until its transfer has finished, and release the tensors of transfers that
+        have finished before. work: the result of isend or irecv for this tensor."""
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
         self._sends.append((work, tensor))
 
 
-# Global, because a batch's or a model's last tensors may arrive after that batch or model is gone.
+# Global: the last tensors of a batch or a model may arrive after that batch or model is freed.
 pending_sends = PendingSends()
 
 
 class ReceiveActivations(nn.Module):
-    """Replaces the embedding: (B, T) ids -> (B, T, D), the output of the rank before.
+    """Replaces the embedding: waits for the output of the previous rank, (B, T, D).
 
-    weight: the embedding's table if this rank's head is tied to it; else an empty tensor, which
-    tells dtype and device.
+    Only the shape of its input, (B, T) ids, matters. source: the previous rank. table: the
+    embedding's, if this rank's head is tied to it; else `weight` is an empty tensor with the dtype
+    and device of the activations.
     """
 
     def __init__(self, dim: int, source: int, table: Tensor | None):
@@ -188,7 +213,8 @@ class ReceiveActivations(nn.Module):
 
 
 class SendActivations(nn.Module):
-    """Replaces the head: sends its input, (B, T, D), to the rank after, and returns it."""
+    """Replaces the output head: starts to send its input, (B, T, D), to the rank `target`, and
+    returns the input."""
 
     def __init__(self, target: int):
         super().__init__()
@@ -208,27 +234,36 @@ class NoPositions(nn.Module):
 
 
 class BroadcastSampler(Sampler):
-    """A Sampler that draws on the last rank alone and sends the tokens to the other ranks.
+    """A Sampler that draws on the last rank only and sends the tokens to the other ranks.
 
-    The other ranks wait for the tokens in the function that copy_to_host_async returns.
+    The other ranks wait for the tokens in the function that copy_to_host_async returns. group: a
+    process group for these transfers only. sampler_args: of Sampler.
     """
 
-    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *given: Any):
-        super().__init__(*given)
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *sampler_args: Any):
+        super().__init__(*sampler_args)
         self._rank, self._last, self._group = ranks.rank, ranks.world_size - 1, group
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """Return one token for each position, (B, T). logits: (B, T, V) on the last rank; other
+        ranks use only their device. numbers: (B, T), see Sampler.
+
+        The last rank draws, and starts to send the log-probabilities and the tokens, with
+        NOT_FINITE in place of those whose logits are not finite. Other ranks return a tensor that
+        is being received.
+        """
         if self._rank < self._last:
             return self._receive(logits.device, numbers.shape)
         tokens = super().__call__(logits, numbers)
         marked = torch.where(self.max_logits.isfinite(), tokens, NOT_FINITE)
-        for other in range(self._last):
+        for rank in range(self._last):
             for tensor in (marked, *self.logprobs):
-                pending_sends.add(dist.isend(tensor, other, self._group), tensor)
+                pending_sends.add(dist.isend(tensor, rank, self._group), tensor)
         return tokens
 
     def _receive(self, device: torch.device, shape: torch.Size) -> Tensor:
-        """Start to receive the tokens, and the log-probabilities if config asks for them."""
+        """Start to receive tokens of this shape, (B, T), and with config.logprobs also the three
+        tensors of token_logprobs. Returns the tensor of tokens, which is filled later."""
         tokens, count = torch.empty(shape, dtype=torch.long, device=device), self.config.logprobs
         self.max_logits = torch.zeros(shape, device=device)  # tokens carry NOT_FINITE already
         if count is not None:
@@ -241,30 +276,37 @@ class BroadcastSampler(Sampler):
         return tokens
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
+        """Return a function that waits for the tokens of the latest draw, (B, T), and returns them
+        as to_host does."""
         if self._rank == self._last:
             return super().copy_to_host_async(tokens)
         receiving, drawn = self._receiving, (tokens, self.max_logits, *self.logprobs)
 
         def wait() -> list[list[int]]:
+            """Wait until all tensors of this draw are received, and return the ids."""
             for work in receiving:
                 work.wait()
             ids = to_host(*drawn)
             if any(NOT_FINITE in row for row in ids):
-                tokens.clamp_(min=0)  # the next step, launched before the error, embeds them
+                # A next step may be launched before the error ends the run: its embedding needs
+                # ids from 0.
+                tokens.clamp_(min=0)
             return ids
 
         return wait
 
 
 class MicroBatchCache:
-    """One layer's cache of all rows; each micro-batch has a KVCache of its own in `parts`."""
+    """One layer's cache of all rows. parts: the KVCache of each micro-batch, whose rows follow one
+    another."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
         self.rows = sum(part.rows for part in parts)
 
     def first(self, count: int) -> "MicroBatchCache":
-        """Return a view of the first `count` rows, on the same memory."""
+        """Return a cache of the first `count` rows, with the same memory. `parts` stays unchanged;
+        split_micro_batches leaves its other rows out."""
         first = copy.copy(self)
         first.rows = count
         return first
@@ -277,9 +319,10 @@ def make_micro_batch_caches(
     batch: int,
     length: int,
 ) -> list[MicroBatchCache]:
-    """Make the caches of each micro-batch, of batch / micro_batches rows, rounded up, or fewer.
+    """Return a cache of `batch` rows for each layer, which holds a KVCache for each micro-batch.
 
-    make, lm, batch, length: see LoadedModel.new_caches.
+    A micro-batch has batch / micro_batches rows, rounded up; the last one may have fewer. make:
+    returns the KVCaches of all layers for (lm, rows, length). length: positions of each cache.
     """
     size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
@@ -287,17 +330,18 @@ def make_micro_batch_caches(
 
 
 def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[KVCache]]]:
-    """Return the rows of each micro-batch, and its caches of all layers."""
-    found, start = [], 0
+    """Return for each micro-batch the indices of its rows in the batch, and its KVCaches of all
+    layers. caches: of all layers. Micro-batches without rows are left out."""
+    micro_batches, start = [], 0
     for n, part in enumerate(caches[0].parts):
         rows = range(start, min(start + part.rows, caches[0].rows))
         start = rows.stop
         if rows:
-            found.append((rows, [cache.parts[n].first(len(rows)) for cache in caches]))
-    return found
+            micro_batches.append((rows, [cache.parts[n].first(len(rows)) for cache in caches]))
+    return micro_batches
 
 
 def default_micro_batches(ranks: Ranks) -> int:
-    """Return one micro-batch for each stage: enough to keep all stages busy. More would read the
-    weights more often."""
+    """Return the number of stages: one micro-batch for each keeps all stages busy. With more
+    micro-batches the weights would be read more often."""
     return ranks.world_size

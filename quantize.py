@@ -1,4 +1,4 @@
-"""Write a checkpoint with int8 or int4 weights beside the one that it is made from.
+"""Write a checkpoint with int8 or int4 weights into the folder of the dense checkpoint.
 
     python quantize.py --checkpoint_path checkpoints/demo --mode int4 --groupsize 32
 
@@ -8,8 +8,8 @@ quant/linear.py rounds a layer; calibration/ chooses integers by GPTQ. The file 
 description (the scheme), so that generate.py needs only its path.
 
 Embeddings, norms and biases keep their dtype: a step reads one row of the embedding. The output
-head is int8 by default (--head): a step reads all of it, and its errors change the likeliest token
-directly. A head that is tied to the embedding is stored as a tensor of its own.
+head is int8 by default (--head): a step reads all of it, and its rounding errors change the
+likeliest token directly. A head that is tied to the embedding is stored as a tensor of its own.
 """
 
 import argparse
@@ -54,20 +54,22 @@ from weights.allocation import stored_tensors
 from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint
 
 Values = Iterator[tuple[str, Tensor]]  # name and tensor
-MAX_MEASURED_WIDTH = 2048  # outputs and inputs of the product that is timed
+MAX_MEASURED_WIDTH = 2048  # limit on the outputs and inputs of the product that slowdown times
 
 
 def file_name(mode: str, groupsize: int) -> str:
+    """Return the name of the output file; int8 has no group size."""
     return f"model_{mode}.pth" if mode == "int8" else f"model_{mode}.g{groupsize}.pth"
 
 
 def quantize(
     checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, blocks: Iterable[Any] = ()
 ) -> None:
-    """Write the quantised file, completely or not at all.
+    """Write the quantised file `target`, completely or not at all.
 
-    blocks: (name, buffers) of linears that are not to be rounded to nearest. Raises ValueError for
-    a weight that is not finite, naming it, and if the disk is too small.
+    scheme: see make_scheme. blocks: (name, buffers) of linears that GPTQ has quantised; other
+    linears are rounded to nearest. Raises ValueError, with the name, for a weight with NaN or
+    infinity, and if the disk is too small.
     """
     model = planned(checkpoint, scheme)
     tensors = planned_tensors(model)
@@ -76,7 +78,10 @@ def quantize(
 
 
 def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transformer:
-    """Build the model of a file on the meta device, in the dtypes of the file."""
+    """Return the model of a checkpoint on the meta device: names, shapes and dtypes, no memory.
+
+    scheme: quantises the linears; None for the dense model.
+    """
     model = meta_model(checkpoint.args, scheme)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(checkpoint.dtype)
@@ -84,21 +89,26 @@ def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transforme
 
 
 def planned_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Return the tensors of a file by name, on the meta device."""
+    """Return the tensors that the file of a model holds, by name; the model is on meta."""
     return {name: tensor.detach() for name, (tensor, _) in stored_tensors(model).items()}
 
 
 def quantized_values(
     checkpoint: Checkpoint, model: Transformer, scheme: dict[str, Any], blocks: Iterable[Any]
 ) -> Values:
-    """Yield the tensors of the file: linears of `blocks`, other linears, then dense tensors."""
-    done = set()
+    """Yield all tensors of the output file with their names.
+
+    First the linears in `blocks`, (name, buffers) from GPTQ; then other quantised linears, rounded
+    to nearest; then dense tensors. model: from planned(checkpoint, scheme). Raises ValueError for a
+    weight with NaN or infinity.
+    """
+    from_blocks = set()
     for name, buffers in blocks:
-        done.add(name)
+        from_blocks.add(name)
         yield from prefixed(name, buffers)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name in linears:
-        if name not in done:
+        if name not in from_blocks:
             weight = finite(checkpoint, source_name(checkpoint, f"{name}.weight"))
             yield from prefixed(name, round_to_nearest(weight, linears[name]))
     for name in stored_tensors(model):
@@ -108,12 +118,15 @@ def quantized_values(
 
 
 def prefixed(module: str, buffers: dict[str, Tensor]) -> Values:
-    """Put a module's name before those of its buffers."""
+    """Yield a module's buffers with their names in the state dict: module.buffer."""
     return ((f"{module}.{leaf}", tensor) for leaf, tensor in buffers.items())
 
 
 def with_bar(values: Values, tensors: dict[str, Tensor]) -> Values:
-    """Yield the values with a bar. It starts at the first, which may take hours to calibrate."""
+    """Yield the values with a progress bar over the bytes of all `tensors`.
+
+    The bar appears after the first value: GPTQ may take hours before it, with bars of its own.
+    """
     values = itertools.chain([next(values)], values)
     total = sum(t.nbytes for t in tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="write") as bar:
@@ -123,12 +136,15 @@ def with_bar(values: Values, tensors: dict[str, Tensor]) -> Values:
 
 
 def source_name(checkpoint: Checkpoint, name: str) -> str:
-    """Return the tensor of the checkpoint to read: the embedding for a tied output head."""
+    """Return the name under which the checkpoint stores a weight.
+
+    A tied output head is not stored: it is the embedding.
+    """
     return name if name in checkpoint.tensors else "tok_embeddings.weight"
 
 
 def finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a weight in float32. Raises ValueError if it is not finite."""
+    """Read a tensor in float32. Raises ValueError if it holds NaN or infinity."""
     weight = checkpoint.read(name, torch.float32)
     if not weight.isfinite().all():
         raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: download it again")
@@ -136,7 +152,11 @@ def finite(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
-    """Log the size of the output and the speed-up that it can give."""
+    """Log the sizes of the checkpoint and the output, and the speed-up of decoding.
+
+    The speed-up is an upper bound, the ratio of the bytes that a step reads. Where quantised
+    products are slower than dense ones, the line of slowdown replaces it.
+    """
     dense, model = planned(checkpoint, None), planned(checkpoint, scheme)
     total = sum(t.nbytes for t in planned_tensors(model).values())
     weights = sum(p.numel() for p in dense.parameters())
@@ -148,7 +168,11 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
 
 
 def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
-    """Return a warning if this machine multiplies by quantised weights more slowly."""
+    """Return a warning if quantised products are slower than dense ones here, else None.
+
+    Only a CPU without the kernels of kernels/cpu can be slower. There a product of the size of wo
+    of layer 0, at most MAX_MEASURED_WIDTH wide, is timed.
+    """
     reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
         return None  # kernels/ is faster than dense layers
@@ -167,7 +191,10 @@ def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
 
 @torch.inference_mode()
 def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, float]:
-    """Time the product of one row with dense bfloat16 weights, (N, K), and with quantised ones."""
+    """Return the seconds of a one-row product with dense bfloat16 weights, and with quantised ones.
+
+    N outputs and K inputs. scheme: only its entry "linears" is used.
+    """
     dense = Linear(K, N, bias=False).bfloat16()
     dense.weight.normal_(std=0.02)
     quantised = quantized_linear(dense, scheme["linears"])
@@ -179,7 +206,7 @@ def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, floa
 
 
 def best_seconds(layer: torch.nn.Module, x: Tensor) -> float:
-    """Return the least time of five calls, which other processes have disturbed least."""
+    """Return the shortest time of five calls: other processes have disturbed that call least."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -189,7 +216,12 @@ def best_seconds(layer: torch.nn.Module, x: Tensor) -> float:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Write the file and return its path. Raises what quantize and calibrated_blocks raise."""
+    """Check the input, write the quantised file and return its path.
+
+    args: the options of cli/options.py. Raises ValueError for a checkpoint that is quantised
+    already, for malformed weights and for unsuitable calibration text, OSError for a folder that
+    is not writable, and MemoryError.
+    """
     set_threads(args.threads)
     scheme = make_scheme(args.mode, args.groupsize, args.head)
     checkpoint = Checkpoint(args.checkpoint_path)
@@ -213,9 +245,13 @@ def run(args: argparse.Namespace) -> Path:
 def quantize_by_gptq(
     checkpoint: Checkpoint, scheme: dict[str, Any], target: Path, args: argparse.Namespace
 ) -> None:
-    """Write the file with blocks from GPTQ; finished blocks survive an interruption."""
+    """Write the quantised file `target` with linears from GPTQ, for --mode int4-gptq.
+
+    Finished blocks are stored in the folder `target`.partial, from which the same command continues
+    after an interruption. The folder is removed at the end.
+    """
     for name in tqdm(checkpoint.tensors, desc="check", leave=False, disable=None):
-        finite(checkpoint, name)  # before GPTQ, which may take hours
+        finite(checkpoint, name)  # report NaN now, not after hours of GPTQ
     tasks = tuple(args.calibration_tasks or ())
     lengths = args.calibration_seq_length, args.calibration_samples
     calibration = CalibrationOptions(args.calibration_file, tasks, *lengths)
@@ -226,6 +262,7 @@ def quantize_by_gptq(
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run the command, print the path of the file and return the exit code; see exit_code."""
     set_quiet(args.quiet)
     resumable = "; the same command goes on from here" if "gptq" in args.mode else ""
     stopped = f"stopped; no file was written{resumable}"

@@ -2,7 +2,7 @@
 
 Start at join_process_group. Every rank runs the same program on the same input and computes the
 same results. Rank 0 decides what can differ between processes (a clock, free memory, what the user
-types) and broadcasts it, see broadcast_from_rank0. Rank 0 alone prints and writes files; another
+types) and broadcasts it, see broadcast_from_rank0. Only rank 0 prints and writes files; another
 rank prints only the error that ends it. tp.py and pp.py divide a model among the ranks.
 """
 
@@ -36,14 +36,15 @@ class Ranks:
     world_size: int
 
     def shard_range(self, whole: int) -> range:
-        """Return this rank's part of range(whole): ceil(whole / world_size) numbers, the last ranks
-        fewer or none."""
-        most = -(-whole // self.world_size)
-        return range(min(self.rank * most, whole), min((self.rank + 1) * most, whole))
+        """Return this rank's part of range(whole): ceil(whole / world_size) numbers; the last ranks
+        may have fewer or none."""
+        size = -(-whole // self.world_size)
+        return range(min(self.rank * size, whole), min((self.rank + 1) * size, whole))
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the GPU of this machine that belongs to this process; other devices unchanged."""
+    """Return this process's GPU, by torchrun's LOCAL_RANK; other devices, and a device of a single
+    process, unchanged."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
 
@@ -51,7 +52,8 @@ def local_device(device: torch.device) -> torch.device:
 def join_process_group(device: torch.device) -> Ranks | None:
     """Connect to the other processes that torchrun started. Returns None for a single process.
 
-    On ranks other than 0, redirects stdout and stderr to /dev/null.
+    device: this process's own, see local_device. On ranks other than 0, redirects Python's stdout
+    and stderr to /dev/null until the process ends.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
@@ -66,9 +68,11 @@ def join_process_group(device: torch.device) -> Ranks | None:
 
 @functools.cache
 def has_one_shot_all_reduce(device: torch.device) -> bool:
-    """Whether all GPUs can run the one-shot all-reduce, which reads the other GPUs' memory.
+    """Return whether all GPUs can run the one-shot all-reduce, which reads the other GPUs' memory.
+    For a small tensor NCCL takes two to four times as long.
 
-    All ranks try it together, once. For a small tensor NCCL takes two to four times as long.
+    All ranks must call this function at the same point, because they try it together. A second call
+    returns the result of the first.
     """
     if not dist.is_initialized() or device.type != "cuda":
         return False
@@ -80,7 +84,8 @@ def has_one_shot_all_reduce(device: torch.device) -> bool:
 
 
 def one_shot_all_reduce_works(device: torch.device) -> bool:
-    """Run one one-shot all-reduce. Returns False where the GPUs cannot read each other's memory."""
+    """Try one one-shot all-reduce and return whether its result is right; False if the GPUs cannot
+    read each other's memory. All ranks must call it together."""
     group = dist.group.WORLD.group_name
     try:
         y = one_shot_all_reduce(torch.ones(1024, device=device), group)
@@ -102,7 +107,11 @@ def is_rank0() -> bool:
 
 
 def broadcast_from_rank0(compute: Callable[[], T]) -> T:
-    """Call `compute` on rank 0 alone, and return its result on all ranks."""
+    """Call `compute` on rank 0 only, and return its result on all ranks.
+
+    All ranks must call this function. The result must be picklable. A single process just calls
+    `compute`.
+    """
     if not dist.is_initialized():
         return compute()
     result = [compute() if dist.get_rank() == 0 else None]
@@ -111,19 +120,22 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
 
 
 def all_gather_object(own: T) -> list[T]:
-    """Return every rank's object, in the order of the ranks."""
+    """Return the objects of all ranks, in the order of the ranks. own: this rank's object.
+
+    All ranks must call this function. The objects must be picklable.
+    """
     if not dist.is_initialized():
         return [own]
-    found: list[T] = [own] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+    objects: list[T] = [own] * dist.get_world_size()
+    dist.all_gather_object(objects, own)
+    return objects
 
 
 def wait_if_peer_failed(error: Exception) -> bool:
-    """Whether the error means that the connection to another rank is lost.
+    """Return whether the error means that the connection to another rank is lost.
 
-    If so, waits ERROR_REPORT_SECONDS first, so that the rank that failed reports its error before
-    this one does; torchrun usually ends this process meanwhile.
+    If so, first wait ERROR_REPORT_SECONDS: the rank that failed reports its error before this one,
+    and torchrun usually ends this process during the wait.
     """
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
     lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
@@ -133,11 +145,13 @@ def wait_if_peer_failed(error: Exception) -> bool:
 
 
 def log_failure(line: str) -> None:
-    """Print the error that ends this process on stderr, on any rank. If several ranks fail with the
-    same line, only the first of them prints it."""
+    """Print the line of the error that ends this process on stderr, on any rank.
+
+    If several ranks fail with the same line, only the first of them prints it.
+    """
     rank = int(os.environ.get("RANK", "0"))
     restore_stderr()
-    if dist.is_initialized() and add_in_store(line, 1) > 1:
+    if dist.is_initialized() and add_in_store(line, 1) > 1:  # another rank has counted the line
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 

@@ -9,7 +9,9 @@ text does not depend on the rows in its batch, on the batch size, on compilation
 
 Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order of the filters is that
 of transformers. `draw` is the Gumbel-max trick; a draft and its model share noise as in 2408.07978.
-The noise is SplitMix64's.
+The noise is a hash by SplitMix64's mixing function.
+
+Shapes: B rows, T positions drawn at once, V vocab, K candidates of a position.
 """
 
 import copy
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 # SplitMix64's increment, and the shifts and factors of its mixing function.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-NOT_FINITE = -1  # replaces an id on the host whose highest logit was NaN or infinite
+NOT_FINITE = -1  # stands for an id whose highest logit is NaN or infinite, so that callers raise
 
 
 class Logprobs(NamedTuple):
@@ -43,7 +45,7 @@ class Logprobs(NamedTuple):
 
 
 class ScoredId(int):
-    """A drawn token's id that carries its Logprobs through code that passes ids on."""
+    """A drawn token's id with its Logprobs. Code that only moves ids passes both on."""
 
     logprobs: Logprobs
 
@@ -57,7 +59,7 @@ class Sampler:
     """Draws tokens for the rows of one batch.
 
     rows: the number of each row's random stream. processors: change the logits before the draw.
-    The constructor draws the noise keys of all tokens, so that no step waits for the host.
+    The constructor makes the noise keys of all tokens, so that no step waits for the host.
     """
 
     def __init__(
@@ -73,19 +75,21 @@ class Sampler:
         streams = [np.random.default_rng((config.seed, row)) for row in rows]
         keys = [stream.integers(-(2**63), 2**63, config.max_new_tokens) for stream in streams]
         self.noise_keys = torch.from_numpy(np.stack(keys)).to(device)  # (B, max_new_tokens)
-        # The latest draw's highest logits, (B, T), and, with config.logprobs, token_logprobs.
+        # The latest draw's highest logits, (B, T), and, with config.logprobs, the result of
+        # token_logprobs.
         self.max_logits = torch.empty(0)
         self.logprobs: tuple[Tensor, ...] = ()
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Draw one token from each position's logits: (B, T, V), (B, T) -> (B, T).
 
-        numbers: each token's number in its row, 0 for the first new one. Numbers from
-        max_new_tokens on use the last noise key; their tokens are not used.
+        numbers: each token's number in its row, 0 for the first new token. Numbers from
+        max_new_tokens on use the last noise key; callers discard these tokens. Also stores the
+        highest logits and log-probabilities, which copy_to_host_async reads.
         """
         changed = self.processors(logits, numbers) if self.processors else logits
         if self.config.greedy:
-            self.max_logits, tokens = changed.max(-1)  # in bfloat16 four times as fast as argmax
+            self.max_logits, tokens = changed.max(-1)  # max: in bfloat16 4 times as fast as argmax
         else:
             last = self.noise_keys.shape[1] - 1
             keys = self.noise_keys.gather(1, numbers.clamp_max(last))  # (B, T)
@@ -98,15 +102,19 @@ class Sampler:
         return tokens
 
     def record_draft(self, draft: Tensor, numbers: Tensor) -> None:
-        """Let processors treat draft tokens, (B, T), as drawn when they process later numbers."""
+        """Give draft tokens to the processors, which count them as text for later numbers.
+
+        Call it before the verify pass is drawn. draft, numbers: (B, T), numbers as in __call__.
+        """
         if self.processors:
             self.processors.write(draft, numbers)
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
-        """Start to copy the ids of the latest draw, (B, T), to the host.
+        """Start to copy `tokens`, the ids of the latest draw, (B, T), to the host.
 
-        Returns a function that waits for this copy, not for later work on the device, and returns
-        the ids as to_host does.
+        Returns a function that waits for this copy and returns the ids as to_host does. It does not
+        wait for later work on the device. Call copy_to_host_async before the next draw, which
+        replaces max_logits and logprobs.
         """
         drawn = tokens, self.max_logits, *self.logprobs
         if tokens.device.type != "cuda":
@@ -122,25 +130,28 @@ class Sampler:
         return wait
 
     def select_rows(self, rows: Tensor) -> "Sampler":
-        """Return a Sampler that draws the same tokens for some of the rows, (B,)."""
-        part = copy.copy(self)
-        part.noise_keys = self.noise_keys[rows]
-        part.processors = self.processors and self.processors.part(rows)
-        return part
+        """Return a Sampler for some of the rows, which draws the tokens that this one would.
+
+        rows: their indices, 1-D, on the device.
+        """
+        selected = copy.copy(self)
+        selected.noise_keys = self.noise_keys[rows]
+        selected.processors = self.processors and self.processors.part(rows)
+        return selected
 
 
 def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[int]]:
-    """Convert drawn ids, (B, T), to lists.
+    """Return drawn ids, (B, T), as a list for each row.
 
-    NOT_FINITE replaces an id whose highest logit is not finite. logprobs: as token_logprobs returns
-    them; with them, ids are ScoredIds.
+    max_logits: (B, T); NOT_FINITE replaces an id whose highest logit is not finite. logprobs: none,
+    or the three tensors of token_logprobs; then the ids are ScoredIds.
     """
     ids = tokens.tolist()
     if logprobs:
         add_logprobs(ids, *logprobs)
-    for row, heights in zip(ids, max_logits.tolist(), strict=True):
-        for t, height in enumerate(heights):
-            if not math.isfinite(height):
+    for row, row_max_logits in zip(ids, max_logits.tolist(), strict=True):
+        for t, max_logit in enumerate(row_max_logits):
+            if not math.isfinite(max_logit):
                 row[t] = NOT_FINITE
     return ids
 
@@ -148,7 +159,7 @@ def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[
 def add_logprobs(
     ids: list[list[int]], logprobs: Tensor, top_logprobs: Tensor, top_ids: Tensor
 ) -> None:
-    """Replace ids by ScoredIds, in place."""
+    """Replace ids, B lists of T, by ScoredIds, in place. The tensors: see token_logprobs."""
     logprobs, top_logprobs, top_ids = logprobs.tolist(), top_logprobs.tolist(), top_ids.tolist()
     for b, row in enumerate(ids):
         for t, token in enumerate(row):
@@ -157,8 +168,9 @@ def add_logprobs(
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probabilities of tokens, (B, T), and those and the ids of the `count`
-    likeliest tokens: (B, T, V) -> (B, T), (B, T, count), (B, T, count)."""
+    """Return three tensors for GenerationConfig.logprobs: the log-probabilities of the drawn
+    tokens, (B, T); those of the `count` likeliest tokens, (B, T, count), the likeliest first; and
+    the ids of the likeliest tokens, (B, T, count). logits: (B, T, V). tokens: (B, T)."""
     logprobs = logits.float().log_softmax(-1)  # (B, T, V)
     top = logprobs.topk(count)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), top.values, top.indices
@@ -167,8 +179,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, 
 def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Apply temperature, top-k, top-p and min-p to logits, (..., V).
 
-    Returns K ids and their probabilities, float32, 0 if filtered out, (..., K) each; and the
-    highest logits, (...). The likeliest token always remains; at temperature 0 it alone does.
+    Returns the candidates' ids, (..., K); their probabilities, (..., K), float32, 0 for ids that
+    top-p or min-p removes; and the highest logits, (...). K is config.top_k; without top-k it is V,
+    and at temperature 0 it is 1. The likeliest token always has a probability above 0.
     """
     V, logits = logits.shape[-1], logits.float()
     K = 1 if config.greedy else min(config.top_k or V, V)
@@ -182,30 +195,33 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         logits = (logits - max_logits) / config.temperature  # at most 0: cannot overflow
     probabilities = logits.softmax(-1)  # (..., K)
     if config.top_p < 1:
-        mass_before = probabilities.cumsum(-1) - probabilities  # of likelier tokens; first: 0
+        mass_before = (
+            probabilities.cumsum(-1) - probabilities
+        )  # of the likelier tokens; 0 for the first
         probabilities = probabilities.masked_fill(mass_before >= config.top_p, 0.0)
     if config.min_p > 0:
-        least = config.min_p * probabilities.amax(-1, keepdim=True)  # (..., 1)
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        threshold = config.min_p * probabilities.amax(-1, keepdim=True)  # (..., 1)
+        probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
     return ids, probabilities / probabilities.sum(-1, keepdim=True), max_logits.squeeze(-1)
 
 
 def draw(ids: Tensor, probabilities: Tensor, keys: Tensor) -> Tensor:
     """Draw one id in proportion to the probabilities: (..., K), (..., K), (...) -> (...).
 
-    Each id gets an exponential variable divided by its probability; the smallest wins. If two
-    models draw with the same key, they draw the same id nearly as often as any coupling of their
-    distributions can.
+    keys: the noise keys, int64. Each id has an exponential variable, divided by its probability;
+    the id with the smallest quotient is drawn. A draft and its model that draw with the same key
+    draw the same id nearly as often as any coupling of their distributions can.
     """
-    arrivals = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
-    return ids.gather(-1, arrivals.argmin(-1, keepdim=True)).squeeze(-1)
+    scaled = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
+    return ids.gather(-1, scaled.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
-    """Return an exponential variable, float32 and above 0, for each pair of a key and an id."""
+    """Return an exponential variable, float32 and above 0, for each id, from a hash of its key and
+    the id. ids: int64, any shape; keys: int64, broadcast to that shape."""
     x = (ids + 1).mul_(GOLDEN).add_(keys)  # int64, which wraps around
     for shift, factor in MIXING:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
-    # 63 bits. -log1p(-u) of a small u keeps its digits; 1 - u near 0 would be rounded to few.
+    # u is uniform in (0, 1). -log1p(-u) is accurate for small u; -log(1 - u) would lose digits.
     u = x.bitwise_and_(2**63 - 1).float().mul_(2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
     return u.neg_().log1p_().neg_()

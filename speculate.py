@@ -25,13 +25,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from decoding import LoadedModel, Propose, Texts, prefill
 from draft_length import DraftLengthController
-from model import Cache, visible_length
+from host.memory import check_memory
+from model import Cache, Transformer, visible_length
+from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
+from text.tokenizer import Tokenizer, first_difference
 
 NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts better
+SELF_BITS = {"self-int8": 8, "self-int4": 4}  # per weight of a SelfDraft
+# Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
+MAX_PADDED_IDS = 128
 
 
 def speculative_steps(
@@ -43,10 +50,12 @@ def speculative_steps(
     limits: Sequence[int],
     live: AbstractSet[int],
 ) -> Iterator[list[list[int]]]:
-    """Yield each row's new ids: one after prefill, then the accepted draft tokens and one more.
+    """Yield lists of each row's new ids: first one id after prefill; then, after every cycle, the
+    accepted draft tokens and the token after them. Does not end by itself.
 
-    past: prompt tokens that the caches hold already. limits: the most new ids of each row. live:
-    the unfinished rows, read before every step; other rows get no ids.
+    past: prompt tokens that the caches hold already. limits: new ids of each row at most; a row
+    may get more, and the caller discards them. live: the unfinished rows; other rows get no ids.
+    The caller removes rows that end, and must stop before `live` is empty.
     """
     key_pos = torch.arange(caches[0].length, device=lm.device)
     logits = prefill(lm, prompts, caches, past, key_pos)  # (B, 1, V)
@@ -58,8 +67,8 @@ def speculative_steps(
     yield step
     while True:
         start = time.perf_counter()
-        wanted = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        step, drafted = cycle.run(controller.choose(wanted - 1), live)
+        remaining = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
+        step, drafted = cycle.run(controller.choose(remaining - 1), live)
         seconds = time.perf_counter() - start
         rows = [(drafted[row], len(step[row]) - 1) for row in live]
         controller.update(cycle.k, rows, seconds)
@@ -68,25 +77,29 @@ def speculative_steps(
 
 @dataclass
 class Cycle:
-    """A batch under speculation. Each cycle proposes draft tokens, verifies them, and appends the
-    accepted ones and one token more to `texts`."""
+    """A batch that is generated with draft tokens. Each call of `run` is one cycle: it proposes
+    draft tokens, verifies them, and appends the accepted ones and the token after them to `texts`.
+
+    The caches hold all tokens of a text but the last one.
+    """
 
     lm: LoadedModel
     prompts: Texts
-    texts: list[list[int]]
+    texts: list[list[int]]  # of each row: the prompt and all new ids
     caches: Sequence[Cache]
     sampler: Sampler
     key_pos: Tensor  # (length,) the positions of the caches
-    k: int = 0  # draft tokens of the latest cycle
+    k: int = 0  # draft tokens of the longest row in the latest cycle
     propose: Propose = field(init=False)
 
     def __post_init__(self):
         self.propose = self.lm.draft.start(self.texts, self.caches, self.sampler)
 
     def run(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
-        """Propose at most k draft tokens and verify them.
+        """Propose at most k draft tokens for each row, and verify them; k = 0 is a plain step.
 
-        Returns the new ids of each row, and how many draft tokens each row had.
+        live: the unfinished rows. Returns each row's new ids, none for other rows, and each row's
+        number of draft tokens.
         """
         rows = len(self.texts)
         draft, drafted = (
@@ -103,14 +116,14 @@ class Cycle:
         return step, drafted
 
     def verify(self, draft: Tensor) -> Tensor:
-        """Return the tokens that the model draws after each text and after each draft token:
-        (B, k) -> (B, k + 1).
+        """Run one verify pass: the model reads the last token of each text and its k draft tokens.
 
-        This is one verify pass over k + 1 tokens. It also writes rejected draft tokens to the
-        caches; no query sees them before later tokens overwrite them.
+        draft: (B, k). Returns the tokens that the model draws after each token read, (B, k + 1).
+        The caches also get rejected draft tokens; later tokens overwrite these positions before
+        any query reads them.
         """
         k, length = draft.shape[1], len(self.key_pos)
-        last, pos, numbers = self._inputs(k)
+        last, pos, numbers = self._verify_inputs(k)
         visible = visible_length(max(map(len, self.texts)) + k, length)
         tokens = torch.cat((last, draft), dim=1) if k else last  # (B, k + 1)
         logits = self.lm.decode(tokens, pos, self.key_pos[:visible], self.caches)  # (B, k + 1, V)
@@ -118,21 +131,26 @@ class Cycle:
             self.sampler.record_draft(draft, numbers[:, :k])
         return self.sampler(logits, numbers)
 
-    def _inputs(self, k: int) -> Sequence[Tensor]:
-        """Return each row's last id, (B, 1), the positions that the verify pass reads, and the
-        numbers of the tokens that it draws, (B, k + 1) each, by one copy to the device."""
+    def _verify_inputs(self, k: int) -> Sequence[Tensor]:
+        """Return inputs of a verify pass: each row's last id, (B, 1); the positions of the k + 1
+        tokens that it reads, (B, k + 1); and the numbers of the k + 1 tokens that it draws, which
+        count a row's new tokens from 0, (B, k + 1). One copy brings all to the device."""
         inputs = []
         for text, prompt in zip(self.texts, self.prompts, strict=True):
-            at, number = len(text) - 1, len(text) - len(prompt)
-            # Positions beyond the cache are beyond the row's limit: their tokens are not used.
-            pos = (min(at + j, len(self.key_pos) - 1) for j in range(k + 1))
+            last, number = len(text) - 1, len(text) - len(prompt)
+            # Only tokens beyond the row's limit, which the caller discards, need a lower position
+            # than their own to stay within the cache.
+            pos = (min(last + j, len(self.key_pos) - 1) for j in range(k + 1))
             inputs.append([text[-1], *pos, *range(number, number + k + 1)])
         inputs = torch.tensor(inputs, device=self.key_pos.device)  # (B, 1 + 2 * (k + 1))
         return inputs.split((1, k + 1, k + 1), dim=1)
 
 
 def count_accepted(drawn: Sequence[int], proposed: Sequence[int]) -> int:
-    """Return the number of draft tokens before the first that differs from the drawn token."""
+    """Return how many draft tokens precede the first one that differs from the model's token.
+
+    drawn: the model's tokens, at least as many. proposed: the draft tokens.
+    """
     pairs = enumerate(zip(drawn, proposed, strict=False))
     return next((n for n, (a, b) in pairs if a != b), len(proposed))
 
@@ -140,8 +158,9 @@ def count_accepted(drawn: Sequence[int], proposed: Sequence[int]) -> int:
 class NgramDraft:
     """Proposes the tokens that followed an earlier occurrence of the text's last tokens.
 
-    It takes the latest occurrence of the longest of NGRAM_LENGTHS that occurs. Where the tokens
-    after it run into the end of the text, they are repeated. It needs no model and no memory.
+    It looks up the last 8 tokens, then fewer (NGRAM_LENGTHS), until they occur earlier in the text,
+    and takes their latest occurrence. If fewer than k tokens follow it, they are repeated. It needs
+    no model and no device memory.
     """
 
     lm = None
@@ -156,11 +175,16 @@ class NgramDraft:
         return None
 
     def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
+        """Return a function that proposes draft tokens for these texts, which grow between calls.
+
+        It returns ids, (B, width of the longest row), padded with 0, and each row's number of ids.
+        """
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
-        indexed = [0] * len(texts)
+        indexed = [0] * len(texts)  # tokens of each text that its table covers
         device = caches[0].device
 
         def propose(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
+            """A decoding.Propose: look up the last tokens of each live row; others have no ids."""
             rows: list[list[int]] = [[] for _ in texts]
             for row in live if k else ():
                 index_ngrams(texts[row], tables[row], indexed[row])
@@ -174,19 +198,24 @@ class NgramDraft:
 
 
 def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
-    """Map each n-gram that ends before the text's end to the position after it. start: the length
-    of the text at the last call."""
+    """Add the n-grams of a text to `table`, which maps each to the position after it. A later
+    occurrence replaces an earlier one. The n-gram at the end of the text is left out, because no
+    token follows it. start: the text's length at the last call for this table, 0 at first."""
     for end in range(max(start, 1), len(text)):
         for n in NGRAM_LENGTHS:
             table[tuple(text[max(0, end - n) : end])] = end
 
 
 def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -> list[int]:
-    """Return the k tokens after the latest earlier occurrence of the text's last n-gram; [] if
-    there is none."""
-    places = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
-    at = next((place for place in places if place), None)
-    return [] if at is None else [text[at + i % (len(text) - at)] for i in range(k)]
+    """Return k tokens that followed an earlier occurrence of the text's last n-gram, or [] if it
+    does not occur earlier. Tries the n-grams of NGRAM_LENGTHS, the longest first.
+
+    table: the result of index_ngrams for the whole text. If fewer than k tokens follow, they are
+    repeated.
+    """
+    positions = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
+    start = next((position for position in positions if position), None)
+    return [] if start is None else [text[start + i % (len(text) - start)] for i in range(k)]
 
 
 class ModelDraft:
@@ -203,17 +232,24 @@ class ModelDraft:
         return self.lm, self._caches_like(caches), OwnCacheProposer.tail
 
     def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
-        filled, old = [0] * len(texts), self._latest
+        """Return a function that proposes draft tokens for these texts, after the draft model has
+        read them. caches: of the model that verifies; the draft's caches have their size.
+
+        In a chat the new text begins with the last one: tokens that the draft's caches hold from
+        the last call are not read again.
+        """
+        filled, last = [0] * len(texts), self._latest
         caches = self._caches_like(caches)
-        if old and old.caches is caches:  # they hold the beginning of the same conversation
-            pairs = zip(old.texts, texts, old.filled, strict=True)
-            filled = [min(len(os.path.commonprefix([a, b])), most) for a, b, most in pairs]
+        if last and last.caches is caches:
+            pairs = zip(last.texts, texts, last.filled, strict=True)
+            filled = [min(len(os.path.commonprefix([a, b])), valid) for a, b, valid in pairs]
         self._latest = OwnCacheProposer(self.lm, texts, caches, sampler, filled)
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
-        """Return the draft's caches for as many rows and positions, at most its context. The
-        latest caches are used again if they have that shape."""
+        """Return caches for the draft model with the rows and length of `caches`, the verifying
+        model's; at most the draft's context. If the last call's have this size, returns the same
+        objects, with their contents."""
         rows, length = caches[0].rows, min(caches[0].length, self.lm.model.args.context)
         own = self._latest.caches if self._latest else []
         if own and (own[0].rows, own[0].length) == (rows, length):
@@ -222,18 +258,23 @@ class ModelDraft:
 
 
 def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
-    """Return the draft with logits of `vocab_size` ids, and inputs of as many.
+    """Return the draft model with views that take and return `vocab_size` ids, as the verifying
+    model does.
 
-    Models with the same tokenizer may pad their tables to different sizes. Ids that the draft
-    lacks get -inf, so that it never proposes them; surplus ids of padding are dropped.
+    Precondition: the same tokenizer; only the padding of the embedding tables differs. Ids that the
+    draft lacks get the logit -inf, so that it never proposes them; as inputs they are read as its
+    last id. Logits of the draft's surplus ids are dropped.
     """
     own_size = draft.model.args.vocab_size
     if own_size == vocab_size:
         return draft
 
     def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(tokens: Tensor, *given: Any) -> Tensor:
-            logits = view(tokens.clamp_max(own_size - 1), *given)  # (..., own_size)
+        """Return a function like `view` (prefill or decode) for `vocab_size` ids."""
+
+        def call(tokens: Tensor, *other: Any) -> Tensor:
+            logits = view(tokens.clamp_max(own_size - 1), *other)  # (..., own_size)
+            # A negative padding removes ids.
             return F.pad(logits, (0, vocab_size - own_size), value=-math.inf)  # (..., vocab_size)
 
         return call
@@ -241,11 +282,43 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
     return replace(draft, prefill=resized(draft.prefill), decode=resized(draft.decode))
 
 
+def check_draft(
+    draft: "str | LoadedModel", vocab_size: int, tokenizer: Tokenizer, scheme: dict[str, Any] | None
+) -> None:
+    """Raises ValueError for a draft model with another tokenizer than the model's, and for a
+    quantised copy with no fewer bits than the model. The other arguments describe the model."""
+    if isinstance(draft, LoadedModel):
+        draft_size = draft.model.args.vocab_size
+        if abs(draft_size - vocab_size) > MAX_PADDED_IDS:
+            why = f"the draft knows {draft_size} ids and the model {vocab_size}"
+        elif not (why := first_difference(draft.tokenizer, tokenizer)):
+            return
+        raise ValueError(f"{why}: the draft must be a model with the same tokenizer")
+    bits = scheme["linears"].get("bits", 16) if scheme else 16
+    if SELF_BITS.get(draft, 0) >= bits:
+        raise ValueError(
+            f"--draft {draft}: the model has {bits} bits per weight already; use --draft ngram or "
+            "--draft_checkpoint_path"
+        )
+
+
+def self_copy(model: Transformer, draft: str) -> Transformer:
+    """Return a quantised copy of a model. draft: its name, a key of SELF_BITS. Raises MemoryError
+    before allocating."""
+    scheme = make_scheme(draft.removeprefix("self-"))
+    nbytes = quantized_bytes(meta_model(model.args, scheme))
+    what = f"the model's copy for --draft {draft}"
+    hint = "use --draft ngram, which takes none"
+    check_memory(nbytes, model.tok_embeddings.weight.device, what, hint)
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=draft, delay=1) as bar:
+        return quantized_copy(model, scheme, bar.update)
+
+
 class SelfDraft:
     """Proposes the tokens that the model's own quantised copy draws, on the model's own caches.
 
-    The copy reads exact keys and values of the text. Those that it writes for draft tokens, the
-    verify pass overwrites.
+    The copy reads the model's own keys and values of the text. The copy's keys and values of draft
+    tokens are overwritten by the verify pass.
     """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
@@ -262,53 +335,61 @@ class SelfDraft:
 
 
 class ModelProposer:
-    """Draws draft tokens with a model whose caches hold all but the last token of each text.
+    """Draws draft tokens with a model. It is a decoding.Propose, which the verify pass follows.
 
-    It is a decoding.Propose. The texts, which have one generated id at first, grow between calls.
+    texts: prompts with one generated id; they grow between calls. caches: they hold all tokens of
+    each text but the last `tail` ones.
     """
 
-    tail = 1  # last tokens of each text that the first draft step reads
+    tail = 1  # the number of last tokens of each text that the first draft step reads
 
     def __init__(self, lm: LoadedModel, texts: Texts, caches: Sequence[Cache], sampler: Sampler):
         self.lm, self.texts, self.caches = lm, texts, caches
         self._sampler = sampler
-        self._starts = [len(text) - 1 for text in texts]  # the lengths of the prompts
-        self._slots = torch.arange(caches[0].length, device=lm.device)
+        self._prompt_lengths = [len(text) - 1 for text in texts]
+        self._key_pos = torch.arange(caches[0].length, device=lm.device)
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
-        rows, length = len(self.texts), len(self._slots)
+        """Draw k draft tokens for each row by k steps of the draft model.
+
+        Fewer if the caches have no position for k more in the longest live row. live: the
+        unfinished rows. Returns ids, (B, k), and k for each row, finished rows included.
+        """
+        rows, length = len(self.texts), len(self._key_pos)
         k = min(k, length - max(len(self.texts[row]) for row in live))
         if k <= 0:
-            return self._slots.new_empty(rows, 0), [0] * rows
-        tokens, ends, numbers = self._inputs()
-        # Ended rows are computed, too, and must stay within the cache.
-        pos = (ends - self.tail + self._slots[: self.tail]).clamp_max(length - 1)  # (B, tail)
+            return self._key_pos.new_empty(rows, 0), [0] * rows
+        tokens, ends, numbers = self._draft_inputs()
+        # Finished rows are computed, too; clamp_max keeps their positions within the cache.
+        pos = (ends - self.tail + self._key_pos[: self.tail]).clamp_max(length - 1)  # (B, tail)
         visible = visible_length(min(length, max(map(len, self.texts)) + k), length)
         draft = []
         for n in range(k):
-            logits = self.lm.decode(tokens, pos, self._slots[:visible], self.caches)
+            logits = self.lm.decode(tokens, pos, self._key_pos[:visible], self.caches)
             tokens = self._sampler(logits[:, -1:], numbers + n)  # (B, 1)
             pos = (ends + n).clamp_max(length - 1)  # (B, 1)
             draft.append(tokens)
         return torch.cat(draft, dim=1), [k] * rows
 
-    def _inputs(self) -> Sequence[Tensor]:
-        """Return the last ids of each text, (B, tail), its length, (B, 1), and the number of the
-        next generated token, (B, 1), by one copy to the device."""
-        pairs = zip(self.texts, self._starts, strict=True)
+    def _draft_inputs(self) -> Sequence[Tensor]:
+        """Return inputs of the first draft step: the last ids of each text, (B, tail); the texts'
+        lengths, (B, 1); and the number of each row's next token, which counts new tokens from 0,
+        (B, 1). One copy brings all to the device."""
+        pairs = zip(self.texts, self._prompt_lengths, strict=True)
         inputs = [(*text[-self.tail :], len(text), len(text) - start) for text, start in pairs]
-        inputs = torch.tensor(inputs, device=self._slots.device)  # (B, tail + 2)
+        inputs = torch.tensor(inputs, device=self._key_pos.device)  # (B, tail + 2)
         return inputs.split((self.tail, 1, 1), dim=1)
 
 
 class OwnCacheProposer(ModelProposer):
-    """A ModelProposer whose caches belong to the draft model, so that it must fill them itself.
+    """A ModelProposer for a draft model with its own caches, which this class fills.
 
-    filled: how many positions of each row's cache hold the text; positions after them may hold
+    filled: positions of each row's cache that hold the text; the positions after them may hold
     rejected draft tokens.
     """
 
-    # If all draft tokens were accepted, the draft model has not yet read the last of them.
+    # If all draft tokens are accepted, the draft model has read neither the last of them nor the
+    # model's token after it.
     tail = 2
 
     def __init__(
@@ -321,22 +402,27 @@ class OwnCacheProposer(ModelProposer):
     ):
         super().__init__(lm, texts, caches, sampler)
         self.filled = filled
-        self._catch_up()
+        self._prefill_missing()
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
+        """As ModelProposer; the draft model first reads the tokens of plain steps since the last
+        call, if any."""
         if k > 0:
-            self._catch_up()
+            self._prefill_missing()
         draft, drafted = super().__call__(k, live)
-        if made := draft.shape[1]:
-            self.filled = [len(text) + made - 1 for text in self.texts]
+        if steps := draft.shape[1]:  # the last draft token is drawn, but not read
+            self.filled = [len(text) + steps - 1 for text in self.texts]
         return draft, drafted
 
-    def _catch_up(self) -> None:
-        """Prefill the tokens that the texts have gained since the last call, if a row lacks more
-        than the one that the next draft step reads anyway."""
-        wanted = [min(len(text) - 1, len(self._slots)) for text in self.texts]
-        self.filled = list(map(min, self.filled, wanted))
-        if any(n - f > 1 for n, f in zip(wanted, self.filled, strict=True)):
-            texts = [text[:n] for text, n in zip(self.texts, wanted, strict=True)]
-            prefill(self.lm, texts, self.caches, min(self.filled), self._slots)
-            self.filled = wanted
+    def _prefill_missing(self) -> None:
+        """Prefill the tokens that the caches lack, up to the last token of each text.
+
+        Skipped if no row lacks more than one of them: the first draft step reads two tokens.
+        """
+        targets = [min(len(text) - 1, len(self._key_pos)) for text in self.texts]
+        # Positions from the text's last token on may hold rejected draft tokens.
+        self.filled = list(map(min, self.filled, targets))
+        if any(n - f > 1 for n, f in zip(targets, self.filled, strict=True)):
+            texts = [text[:n] for text, n in zip(self.texts, targets, strict=True)]
+            prefill(self.lm, texts, self.caches, min(self.filled), self._key_pos)
+            self.filled = targets

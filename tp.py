@@ -1,9 +1,10 @@
 """Tensor parallelism: each rank has a shard of every layer; two all-reduces per layer join them.
 
 Start at TensorParallel. A rank has some heads of each attention, some neurons of each feed-forward
-layer, and the head's rows of some of the vocabulary. Its shard is a Transformer with smaller
-numbers in its args. RowParallel adds up the ranks' outputs of wo and w2; ColumnParallel joins the
-ranks' logits. So every rank has all logits, bit for bit the same, and draws the same token.
+layer, and the output head's rows for a part of the vocabulary. Its shard is a Transformer with
+smaller numbers in its args. RowParallel adds up the ranks' outputs of wo and w2; ColumnParallel
+joins the ranks' logits. So every rank has all logits, bit for bit the same, and draws the same
+token.
 
 Based on Megatron-LM (arXiv 1909.08053, section 3). torch.distributed under torchrun communicates:
 NCCL between GPUs, Gloo between CPUs.
@@ -37,9 +38,10 @@ MAX_SUGGESTED_RANKS = 64  # an error message suggests numbers of ranks up to thi
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The part of a stored tensor that a rank keeps. None: all.
+    """The part of a linear's weights that a rank has.
 
-    rows: ranges that are concatenated. columns: a range of the linear's inputs.
+    rows: ranges of outputs, which are concatenated; None: all outputs. columns: a range of inputs;
+    None: all inputs.
     """
 
     rows: tuple[range, ...] | None = None
@@ -47,9 +49,9 @@ class ShardSlice:
 
 
 def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
-    """Return the args of a rank's shard.
+    """Return the args of a rank's shard. args, scheme: of the whole model.
 
-    Raises ValueError, which suggests other numbers of ranks, if the model does not divide.
+    Raises ValueError, which suggests other numbers of ranks, if the model cannot be divided.
     """
     n = ranks.world_size
     if reason := indivisible_reason(args, scheme, n):
@@ -65,7 +67,11 @@ def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> 
 
 
 def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
-    """Return why `count` ranks cannot share a model; None if they can."""
+    """Return why `count` ranks cannot share a model; None if they can.
+
+    Each rank needs as many heads and neurons as the others, and in a model quantised in groups of
+    inputs, whole groups. scheme: the quantisation, None for a dense model.
+    """
     heads, kv_heads = args.n_heads, args.n_kv_heads
     group = (scheme or {}).get("linears", {}).get("groupsize", 1)
     if heads % count:
@@ -83,17 +89,20 @@ def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: in
 
 
 def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlice]]:
-    """Yield the linears that are divided, by the ends of their names, and this rank's slices.
+    """Yield pairs of a linear's name, without "layers.3.", and this rank's slice of it. Tensors of
+    other names are not divided.
 
-    args: of the whole model. Ranks that outnumber the key/value heads share heads.
+    args: of the whole model. If there are more ranks than key/value heads, several ranks have the
+    same key/value head.
     """
     E, H, G, F_ = args.head_dim, args.n_heads, args.n_kv_heads, args.hidden_dim
     heads, neurons = ranks.shard_range(H), ranks.shard_range(F_)
-    first = ranks.rank * G // ranks.world_size
-    kv = range(first, first + max(1, G // ranks.world_size))
+    first_kv = ranks.rank * G // ranks.world_size
+    kv_heads = range(first_kv, first_kv + max(1, G // ranks.world_size))
+    # wqkv's rows are those of wq, wk and wv; start: the first row of each.
     q, k, v = (
         range(start + part.start * E, start + part.stop * E)
-        for start, part in ((0, heads), (H * E, kv), ((H + G) * E, kv))
+        for start, part in ((0, heads), (H * E, kv_heads), ((H + G) * E, kv_heads))
     )
     w3_rows = range(F_ + neurons.start, F_ + neurons.stop)
     yield "attention.wqkv", ShardSlice(rows=(q, k, v))
@@ -105,7 +114,8 @@ def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlic
 
 
 class RowParallel(nn.Module):
-    """A linear of which each rank has some inputs. It adds up the ranks' outputs, then the bias."""
+    """A linear of which each rank has a part of the inputs. Returns the sum of the ranks' outputs,
+    plus the bias, on all ranks."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -118,10 +128,11 @@ class RowParallel(nn.Module):
 
 
 class ColumnParallel(nn.Module):
-    """A linear of which each rank has some outputs. It concatenates the ranks' outputs.
+    """A linear of which each rank has a part of the outputs. Returns all outputs on all ranks.
 
-    The last ranks may have fewer outputs than the others; all_gather needs equal shapes, so theirs
-    are padded.
+    linear: this rank's part. outputs: the number of all outputs. count: the number of ranks. The
+    last ranks may have fewer outputs than the others; all_gather needs equal shapes, so their
+    outputs are padded.
     """
 
     def __init__(self, linear: nn.Module, outputs: int, count: int):
@@ -157,15 +168,20 @@ class TensorParallel:
         return shard_args(args, scheme, self.ranks)
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+        """Build this rank's shard on the meta device, before the weights are read. args, scheme: of
+        the whole model.
+
+        A head that is tied to the embedding has the whole table until `finish`.
+        """
         ranks = self.ranks
         with torch.device("meta"):
             model = Transformer(self.shard_args(args, scheme))
-            words = len(ranks.shard_range(args.vocab_size))
-            model.output = Linear(args.embed_dim, words, bias=False)
+            vocab_rows = len(ranks.shard_range(args.vocab_size))
+            model.output = Linear(args.embed_dim, vocab_rows, bias=False)
             if scheme:
                 swap_linears(model, scheme)
         if args.tied and isinstance(model.output, Linear):
-            model.output.weight = model.tok_embeddings.weight  # the whole table, until `finish`
+            model.output.weight = model.tok_embeddings.weight
         for layer in model.layers:
             layer.attention.wo = RowParallel(layer.attention.wo)
             layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
@@ -175,59 +191,79 @@ class TensorParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """Return a function that fills one tensor and reads only this rank's slice of the file."""
+        """Return a function of a name and a tensor of this rank's shard, which fills the tensor.
+
+        It reads only this rank's slice of the file. fill: fills an undivided tensor by its name in
+        the checkpoint.
+        """
         slices = dict(shard_slices(checkpoint.args, self.ranks))
         stage = staging_buffer(device)
 
         def fill_shard(name: str, tensor: Tensor) -> None:
+            """Fill a tensor with this rank's rows, columns, or all of the stored tensor."""
             stored = checkpoint_name(name)
             part = slices.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
             # The name decides, not the shape: a slice may have the whole tensor's shape. Example:
             # the zero points of two groups, one byte, on each of two ranks.
             if part and part.rows:
                 checkpoint.read_rows_into(stored, part.rows, tensor, stage)
-            elif part and (per := inputs_per_column(model, name)):
-                read_input_columns(checkpoint, stored, part.columns, per, tensor, stage)
+            elif part and (column_inputs := inputs_per_column(model, name)):
+                read_input_columns(checkpoint, stored, part.columns, column_inputs, tensor, stage)
             else:
                 fill(stored, tensor)
 
         return fill_shard
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        return lambda name, dtype: None  # a shard is not contiguous in the file
+        """Return a function that returns None for every tensor: offload must not read a tensor's
+        bytes from the checkpoint, because a shard is not contiguous in the file."""
+        return lambda name, dtype: None
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """Reduce a tied head to this rank's rows of the embedding's table, in the same memory."""
+        """After loading: let a head that is tied to the embedding use only this rank's rows of the
+        table, as a view of the same memory."""
         head, table = model.output.shard, model.tok_embeddings.weight
         if getattr(head, "weight", None) is table:
-            part = self.ranks.shard_range(len(table))
-            head.weight = nn.Parameter(table[part.start : part.stop], requires_grad=False)
+            rows = self.ranks.shard_range(len(table))
+            head.weight = nn.Parameter(table[rows.start : rows.stop], requires_grad=False)
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
         return lm
 
 
 def read_input_columns(
-    checkpoint: Checkpoint, name: str, inputs: range, per: int, tensor: Tensor, stage: Tensor
+    checkpoint: Checkpoint,
+    name: str,
+    inputs: range,
+    column_inputs: int,
+    tensor: Tensor,
+    stage: Tensor,
 ) -> None:
-    """Fill a tensor with stored columns of some inputs of its linear. per: inputs per column."""
-    columns = range(inputs.start // per, -(-inputs.stop // per))
-    if inputs.start % per == inputs.stop % per == 0:
+    """Fill `tensor` with the stored columns that belong to a range of its linear's inputs.
+
+    name: in the checkpoint. column_inputs: the number of inputs that share a column. stage: see
+    staging_buffer. Only zero points may begin or end within a column.
+    """
+    columns = range(inputs.start // column_inputs, -(-inputs.stop // column_inputs))
+    if inputs.start % column_inputs == inputs.stop % column_inputs == 0:
         return checkpoint.read_columns_into(name, columns, tensor, stage)
     # Zero points, two to a byte: this rank's inputs begin or end in the middle of a byte.
     covering = torch.empty(len(tensor), len(columns), dtype=tensor.dtype)
     checkpoint.read_columns_into(name, columns, covering, stage)
-    first, count = (2 * n // per for n in (inputs.start % per, len(inputs)))
+    first, count = (2 * n // column_inputs for n in (inputs.start % column_inputs, len(inputs)))
     tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, first : first + count]))
 
 
 def inputs_per_column(model: Transformer, name: str) -> int | None:
-    """Return how many of a linear's inputs share a column of one of its tensors; None for a tensor
-    without columns of inputs: a bias, or scales of outputs."""
+    """Return how many inputs of a linear share a column of the tensor `name`, such as 2 for int4
+    weights; None for a tensor whose columns are not inputs: a bias, or one scale per output.
+
+    model: the shard, whose tensors have this name.
+    """
     module, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(module), "inputs_per_column", {}).get(leaf)
 
 
 def checkpoint_name(name: str) -> str:
-    """Convert the name of a rank's tensor to the checkpoint's."""
+    """Convert a tensor's name in a rank's shard to its name in the checkpoint."""
     return name.replace(".shard.", ".")

@@ -87,7 +87,7 @@ def counted(model: Any, asked: list[Any]) -> dict[str, int]:
     sequences = [(ids, len(ids) - len(said)) for ids, (_, said) in zip(whole, pairs, strict=True)]
 
     def fed(nodes: list[Any]) -> int:
-        return sum(node.fed + fed(node.children) for node in nodes)
+        return sum(node.read_length + fed(node.children) for node in nodes)
 
     return {
         "ids": sum(len(ids) - 1 for ids in whole),

@@ -31,7 +31,7 @@ from decoding import LoadedModel
 from engine import complete, generate
 from host.bandwidth import read_bandwidth
 from host.devices import find_device
-from load import compile_now, make_views, meet_shapes, random_model
+from load import compile_now, compile_views, make_views, random_model
 from model import KVCache
 from quant.linear import make_scheme
 from text.generation_config import GenerationConfig
@@ -133,7 +133,7 @@ class Timings:
     @torch.inference_mode()
     def verify(self, caches: list[KVCache]) -> None:
         """A pass of some tokens over a step of one, in turns."""
-        self.compiled("verify", lambda: meet_shapes(self.lm, caches, 2))
+        self.compiled("verify", lambda: compile_views(self.lm, caches, 2))
         parts = CycleTimes(self.lm, 0, GenerationConfig(temperature=0))
         step, sweep = (parts.step(self.lm, caches, n, PROMPT) for n in (1, VERIFIED))
         for call in WARM_UP_RUNS[self.device.type] * (step, sweep):

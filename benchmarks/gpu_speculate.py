@@ -27,7 +27,7 @@ from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
 from draft_length import DraftLengthController
 from host.devices import find_device
-from load import compile_now, meet_shapes, random_model
+from load import compile_now, compile_views, random_model
 from model import KVCache
 from speculate import ModelDraft
 
@@ -43,7 +43,7 @@ class Loaded(Large):
 @torch.inference_mode()
 def warm(small: LoadedModel) -> None:
     caches = small.make_caches(1, min(cache_length(1), small.model.args.context))
-    meet_shapes(*ModelDraft(DraftLengthController(None), small).warm_up_inputs(caches))
+    compile_views(*ModelDraft(DraftLengthController(None), small).warm_up_inputs(caches))
 
 
 def time_drafts(

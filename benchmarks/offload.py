@@ -49,7 +49,7 @@ from benchmarks.offload_peers import (
 from engine import complete, generate
 from host.memory import page_aligned
 from load import DEMO, LoadedModel, config_dtype, load_model, place_caches, random_model
-from plan import Planner, Subject, Workload, machine, sizes
+from plan import ModelSpec, Planner, Workload, machine, sizes
 from text.generation_config import GenerationConfig
 from tiers.policy import Policy, Share
 from weights.hf import model_args
@@ -134,12 +134,12 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
 def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Random policies, to which nothing was fitted: predicted and measured tokens/s."""
     config = read_json(args.config)
-    subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
+    spec = ModelSpec(model_args(config), None, config_dtype(config), None, CPU)
     draw, off, results = random.Random(args.seed), [], []
     for n in tqdm(range(args.policies), disable=None):
         if n % POLICIES_PER_PROBE == 0:
-            measured = machine(subject, args.directory, needed=True, anew=True)
-            planner = Planner(sizes(subject), measured, True)
+            measured = machine(spec, args.directory, needed=True, anew=True)
+            planner = Planner(sizes(spec), measured, True)
         policy = some_policy(draw, args.directory)
         work = Workload(policy.rows, args.prompt, args.new)
         plan = planner.predict(policy, work)
@@ -170,9 +170,9 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 def grid(args: argparse.Namespace) -> dict[str, Any]:
     """The planner's policy beside a grid of others that fit into the same memory."""
     config = read_json(args.config)
-    subject = Subject(model_args(config), None, config_dtype(config), None, CPU)
-    measured = machine(subject, args.directory, needed=True, anew=True)
-    planner = Planner(sizes(subject), measured, True)
+    spec = ModelSpec(model_args(config), None, config_dtype(config), None, CPU)
+    measured = machine(spec, args.directory, needed=True, anew=True)
+    planner = Planner(sizes(spec), measured, True)
     work, budgets = Workload(48, args.prompt, args.new), {"device": 1.3e9, "disk": 1e12}
     chosen = planner.choose(work, budgets, Policy(directory=args.directory), work.texts).policy
     others = [fullest(planner, work, budgets, chosen, *way) for way in GRID]

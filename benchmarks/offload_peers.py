@@ -184,12 +184,12 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     from engine import generate
     from generate import GenerationConfig
     from load import load_model
-    from plan import Planner, Subject, Workload, machine, sizes
+    from plan import ModelSpec, Planner, Workload, machine, sizes
     from tiers.policy import Policy
 
     checkpoint, cpu = Checkpoint(args.folder), torch.device("cpu")
-    subject = Subject(checkpoint.args, None, checkpoint.dtype, None, cpu)
-    planner = Planner(sizes(subject), machine(subject, args.directory, needed=True), True)
+    spec = ModelSpec(checkpoint.args, None, checkpoint.dtype, None, cpu)
+    planner = Planner(sizes(spec), machine(spec, args.directory, needed=True), True)
     work = Workload(args.batch, args.prompt_length, (args.answer or args.new_tokens) + 1)
     budgets = {"device": args.memory, "disk": 1e13}
     plan = planner.choose(work, budgets, Policy(directory=args.directory), args.batch)

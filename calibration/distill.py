@@ -27,12 +27,12 @@ from load import count_weights, meta_model
 from model import Linear, ModelArgs, Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
-TOKENS_PER_STEP = 2048  # or one text, if that is longer
-LEARNING_RATE = 0.005  # Adam's first step, in integers; falls to 0 along half a cosine
-BETAS = 0.3, 0.99  # Adam's; with 0.9 many latents overshoot together and short runs do harm
-MAX_START_OFFSET = 0.45  # of a latent from its integer before training
-HELD_OUT_TEXTS = 16  # about, if there are many; see distill
-STEPS_PER_SAVE = 25
+TOKENS_PER_STEP = 2048  # tokens of a training step; a longer text is a step of its own
+LEARNING_RATE = 0.005  # Adam's first step, in units of the integers; falls to 0 along half a cosine
+BETAS = 0.3, 0.99  # Adam's decay rates; with 0.9, many latents overshoot and short runs do harm
+MAX_START_OFFSET = 0.45  # largest distance of a latent from its integer before training
+HELD_OUT_TEXTS = 16  # about this many of many texts are held out; see distill
+STEPS_PER_SAVE = 25  # training steps between two saved states
 
 
 def distill(
@@ -43,12 +43,13 @@ def distill(
     work: Path,
     device: torch.device,
 ) -> tuple[dict[str, Buffers], float, float]:
-    """Train the integers of blocks. Returns the blocks and the divergence before and after.
+    """Train the integers of all int4 linears together, after GPTQ.
 
-    tokens: (B, T) ids; every eighth text, or about HELD_OUT_TEXTS of many, is held out to measure
-    the divergence, in nats per token. blocks: the int4 buffers of each linear. work: a directory
-    from which an interrupted run continues. If the divergence does not fall, returns the blocks as
-    given. Takes training_bytes of memory.
+    Returns the buffers, and the divergence from the dense model before and after, in nats per
+    token. If the divergence does not fall, returns `blocks` unchanged. tokens: (B, T) ids. Every
+    eighth text, or about HELD_OUT_TEXTS of many, is not trained on but measures the divergence.
+    blocks: the int4 buffers of each linear, by its name. work: an existing directory for the state,
+    from which an interrupted run continues. Needs training_bytes of memory on the device.
     """
     teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)
@@ -65,14 +66,22 @@ def distill(
 
 
 def training_bytes(args: ModelArgs) -> int:
-    """Return the least memory: weights, latents, integers, gradients and two averages of Adam."""
+    """Return the bytes of memory that distill needs at least: six float32 numbers per weight.
+
+    They are the weight, its latent, its integer, its gradient and Adam's two averages.
+    """
     return 6 * 4 * count_weights(args)
 
 
 def train(
     teacher: Transformer, student: Transformer, tokens: Tensor, steps: int, state: Path
 ) -> None:
-    """Train the student's latents. state: a file to continue from, written every STEPS_PER_SAVE."""
+    """Train the student's latents in place to the outputs of the teacher, for `steps` steps.
+
+    teacher: the dense model. student: from latent_copy. tokens: (B, T) ids. state: a file that is
+    written every STEPS_PER_SAVE steps; if it exists, training continues from it. Each step draws
+    its texts from a generator seeded by the step's number, so a continued run draws the same.
+    """
     latents = [p for p in student.parameters() if p.requires_grad]
     optimizer, done = torch.optim.Adam(latents, betas=BETAS), 0
     if state.exists():
@@ -82,79 +91,94 @@ def train(
             latent.data.copy_(value)
     for step in tqdm(range(done, steps), initial=done, total=steps, desc="train", unit="step"):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
-        generator = torch.Generator().manual_seed(step)  # a continued run draws the same
-        drawn = torch.randperm(len(tokens), generator=generator)[: texts_per_step(tokens)]
+        generator = torch.Generator().manual_seed(step)
+        texts = torch.randperm(len(tokens), generator=generator)[: texts_per_step(tokens)]
         optimizer.zero_grad()
-        divergence(teacher, student, tokens[drawn.to(tokens.device)]).backward()
+        divergence(teacher, student, tokens[texts.to(tokens.device)]).backward()
         optimizer.step()
         if (step + 1) % STEPS_PER_SAVE == 0:
             values = [latent.detach() for latent in latents]
             torch.save((step + 1, values, optimizer.state_dict()), state.with_suffix(".next"))
-            state.with_suffix(".next").replace(state)
+            state.with_suffix(".next").replace(state)  # atomic
 
 
 @torch.no_grad()
 def mean_divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
-    """Return the divergence over texts, (B, T), computed texts_per_step at a time."""
+    """Return `divergence` over texts, (B, T) ids, in batches of texts_per_step texts."""
     parts = tokens.split(texts_per_step(tokens))
     return sum(len(p) * divergence(teacher, student, p).item() for p in parts) / len(tokens)
 
 
 def divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> Tensor:
-    """Return KL(teacher || student) of the next token: nats per token of (B, T) ids."""
+    """Return KL(teacher || student), in nats per token, for texts, (B, T) ids.
+
+    Compares the two models' distributions over the next token at each position. The gradient flows
+    to the student only. The log-probabilities of both models, (B, T, V), are in memory at once.
+    """
     with torch.no_grad():
         target = log_probabilities(teacher, tokens)
-    found = log_probabilities(student, tokens)  # (B, T, V)
-    return F.kl_div(found, target, reduction="sum", log_target=True) / tokens.numel()
+    predicted = log_probabilities(student, tokens)  # (B, T, V)
+    return F.kl_div(predicted, target, reduction="sum", log_target=True) / tokens.numel()
 
 
 def texts_per_step(tokens: Tensor) -> int:
-    """Return the texts of a training step, for (B, T) ids."""
+    """Return how many texts a training step uses, for texts of shape (B, T): at least one."""
     return max(1, TOKENS_PER_STEP // tokens.shape[1])
 
 
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """Return the log-probabilities of the next token, (B, T) ids -> (B, T, V)."""
+    """Return the log-probabilities of each next token, (B, T) ids -> (B, T, V)."""
     pos = torch.arange(tokens.shape[1], device=tokens.device)
     caches = model.make_caches(*tokens.shape)
     return model(tokens, pos.expand_as(tokens), pos, caches).log_softmax(-1)
 
 
 class LatentInt4(nn.Module):
-    """An Int4Linear whose integers are rounded from latent floats, (N, P, S), at each call."""
+    """An Int4Linear whose integers are rounded from trainable latent floats at each call.
 
-    def __init__(self, linear: Linear, given: Buffers):
+    latent: (N, P, S), a float near each integer: the parameter that training changes.
+    """
+
+    def __init__(self, linear: Linear, buffers: Buffers):
+        """Start at the integers of `buffers`, an Int4Linear's, moved towards the dense weights.
+
+        linear: the dense linear. A latent is its weight in units of the scale, but at most
+        MAX_START_OFFSET from the integer, so that no integer changes before training.
+        """
         super().__init__()
         device, (_, K) = linear.weight.device, linear.weight.shape
-        P = given["scales"].shape[1]
-        self.given, self.in_features, self.bias = given, K, linear.bias
-        self.scales = given["scales"].to(device).float().unsqueeze(2)  # (N, P, 1)
-        self.zeros = unpack_nibbles(given["zeros"].to(device))[:, :P].float().unsqueeze(2)
-        q = unpack_nibbles(given["weight"].to(device)).float().unflatten(1, (P, -1))  # (N, P, S)
+        P = buffers["scales"].shape[1]
+        self.stored, self.in_features, self.bias = buffers, K, linear.bias
+        self.scales = buffers["scales"].to(device).float().unsqueeze(2)  # (N, P, 1)
+        self.zeros = unpack_nibbles(buffers["zeros"].to(device))[:, :P].float().unsqueeze(2)
+        q = unpack_nibbles(buffers["weight"].to(device)).float()
+        q = q.unflatten(1, (P, -1))  # (N, P, S)
         weight = F.pad(linear.weight, (0, q[0].numel() - K)).view_as(q)
         unrounded = weight / self.scales + self.zeros
         self.latent = nn.Parameter(q + (unrounded - q).clamp(-MAX_START_OFFSET, MAX_START_OFFSET))
 
     def integers(self) -> Tensor:
-        """Return the rounded latents."""
+        """Return the rounded latents, 0 to 15, without a gradient."""
         return self.latent.detach().round().clamp(0, 15)  # (N, P, S)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.integers() + (self.latent - self.latent.detach())  # the latents get its gradient
+        # The difference is 0. It passes the gradient of the integers to the latents.
+        q = self.integers() + (self.latent - self.latent.detach())
         weight = ((q - self.zeros) * self.scales).flatten(1)[:, : self.in_features]
         return F.linear(x, weight, self.bias)
 
     def as_stored(self) -> Buffers:
-        """Return the buffers of the Int4Linear on the CPU."""
-        return self.given | {"weight": pack_nibbles(self.integers().flatten(1)).cpu()}
+        """Return the buffers of an Int4Linear with the trained integers, on the CPU."""
+        return self.stored | {"weight": pack_nibbles(self.integers().flatten(1)).cpu()}
 
 
 def latent_copy(
     model: Transformer, blocks: dict[str, Buffers]
 ) -> tuple[Transformer, dict[str, LatentInt4]]:
-    """Return a copy with LatentInt4 in place of the named linears, and those by name.
+    """Return a copy of the model with a LatentInt4 for each linear in `blocks`.
 
-    The copy shares all other tensors with the model.
+    blocks: the int4 buffers of each linear, by its name. Also returns the LatentInt4 by name. The
+    copy shares all other tensors with the model.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)

@@ -41,22 +41,23 @@ from quant.linear import (
 )
 from weights.allocation import allocate
 
-TEXTS_PER_BATCH = 8  # through a block
+TEXTS_PER_BATCH = 8  # texts that run through a block at once
 COLUMN_BLOCK = 128  # columns whose errors are added to the rest of the matrix at once
-DAMPING = 0.01  # of the mean diagonal of H, added to the diagonal
+DAMPING = 0.01  # share of H's mean diagonal that is added to its diagonal
 REFINE_PASSES = 3
-DRIFT_SHARE = 0.5  # of the drift that weights compensate: all of it overfits the texts
-Buffers = dict[str, Tensor]  # of an Int4Linear, by name
-Report = Callable[
-    [str, float, float, float], Any
-]  # linear, error, error of rounding to nearest, seconds
+DRIFT_SHARE = 0.5  # share of the drift that is compensated; 1.0 overfits the calibration texts
+Buffers = dict[str, Tensor]  # the buffers of an Int4Linear, by name
+# Arguments: name of the linear, its relative output error, that of rounding to nearest, seconds.
+Report = Callable[[str, float, float, float], Any]
 
 
 def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True) -> Buffers:
-    """Quantise a weight, (N, K), column by column, to nearly the same outputs as int4.
+    """Quantise a weight, (N, K), to int4 so that the outputs change little. Returns the buffers.
 
-    hessian: (K, K) float32, Y'Y over the inputs Y. act_order: take the columns by descending
-    diagonal of the Hessian. Raises ValueError for a Hessian that cannot be inverted.
+    Rounds column by column; later columns compensate the errors of earlier ones. hessian: (K, K)
+    float32, Y'Y over the inputs Y. act_order: round the columns in the order of descending diagonal
+    of the Hessian, with scales chosen beforehand. Raises ValueError for a Hessian that cannot be
+    inverted.
     """
     W, H = weight.float().clone(), hessian.clone()
     diagonal = H.diagonal()
@@ -73,11 +74,13 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
 def round_blocks(
     W: Tensor, U: Tensor, group: list[int], grid: tuple[Tensor, Tensor], regrid: int | None
 ) -> Tensor:
-    """Round the columns of W, (N, K), in their order; add each block's errors to the rest of W.
+    """Return W, (N, K), rounded to integers 0 to 15, block by block of COLUMN_BLOCK columns.
 
-    U: of inverse_factor. group: of each column. grid: scales and zero points, (N, P) each. regrid:
-    the group size, to choose a group's grid anew when its first column is reached, after the errors
-    of earlier columns have changed it; for columns in the order of their groups.
+    After each block, its errors are compensated in the columns after it: W changes in place.
+    U: from inverse_factor. group: the group of each column, K numbers. grid: scales and zero
+    points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale and
+    zero point are chosen again, in place, when its first column is reached, because earlier errors
+    have changed its weights. This requires columns in the order of their groups.
     """
     (scales, zeros), K = grid, W.shape[1]
     units, q = scale_units(scales), torch.empty_like(W)
@@ -85,10 +88,10 @@ def round_blocks(
     for start in range(0, K, width):
         end, g = min(start + width, K), group[start]
         if regrid and start % regrid == 0:
-            chosen = choose_int4_grid(W[:, start : start + regrid], regrid, units)
-            scales[:, g], zeros[:, g] = (t[:, 0] for t in chosen)
+            new_grid = choose_int4_grid(W[:, start : start + regrid], regrid, units)
+            scales[:, g], zeros[:, g] = (t[:, 0] for t in new_grid)
         per_column = (t[:, group[start:end]] for t in (scales, zeros))  # (N, columns) each
-        q[:, start:end], errors = fastest(W, "round_columns")(
+        q[:, start:end], errors = column_function(W, "round_columns")(
             W[:, start:end], U[start:end, start:end], *per_column
         )
         W[:, end:] -= errors @ U[start:end, end:]
@@ -100,8 +103,9 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """Round one column after another and spread its error over the columns after it.
 
-    weight, scales, zeros: (N, C). factor: (C, C), of inverse_factor. Returns the integers and the
-    errors divided by the factor's diagonal, (N, C) each.
+    weight, scales, zeros: (N, C), one scale and zero point for each weight. factor: (C, C), a block
+    on the diagonal of inverse_factor's U. Returns the integers and, for compensation in the columns
+    outside the block, the errors divided by the factor's diagonal, (N, C) each.
     """
     weight, q, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
     for n in range(weight.shape[1]):
@@ -115,24 +119,28 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Choose the best integer for one column after another while all other weights are fixed.
+    """Choose the integers that minimise the output error, for one column after another.
 
-    All are (N, C), hessian is (C, C). slope: half the gradient of the output error. Returns the new
-    integers and the change of each weight.
+    All other columns are fixed while a column changes (coordinate descent). slope: (N, C), half the
+    gradient of the output error with respect to the weights. hessian: (C, C). q, scales, zeros:
+    (N, C). Returns the new integers and the change of each weight, (N, C) each.
     """
     slope, q, steps = slope.clone(), q.clone(), torch.zeros_like(slope)
     for n in range(slope.shape[1]):
         scale, zero = scales[:, n], zeros[:, n]
-        now = (q[:, n] - zero) * scale
-        best = nearest_int4(now - slope[:, n] / hessian[n, n].clamp_min(1e-30), scale, zero)
+        value = (q[:, n] - zero) * scale
+        best = nearest_int4(value - slope[:, n] / hessian[n, n].clamp_min(1e-30), scale, zero)
         steps[:, n] = (best - q[:, n]) * scale
         q[:, n] = best
         slope[:, n:] += torch.outer(steps[:, n], hessian[n, n:])
     return q, steps
 
 
-def fastest(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return round_columns or refine_columns by name: on a GPU, the kernel of kernels/gpu."""
+def column_function(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return this file's function of that name, or its GPU kernel if the weight is on a GPU.
+
+    name: "round_columns" or "refine_columns". kernels/gpu/columns.py has the kernels.
+    """
     if not gpu.supports(weight):
         return {"round_columns": round_columns, "refine_columns": refine_columns}[name]
     from kernels.gpu import columns  # imports Triton
@@ -141,10 +149,12 @@ def fastest(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
-    """Reduce the output error by REFINE_PASSES passes of coordinate descent.
+    """Reduce the output error of a quantised weight by REFINE_PASSES passes of coordinate descent.
 
+    buffers: the quantised weight. weight: (N, K), the weight that it approximates. hessian: (K, K).
     A pass chooses the best scale of each group, then the best integer of each weight while all
-    others are fixed. The error can grow only by the rounding of scales.
+    other weights are fixed. Returns new buffers. The rounding of scales can increase the error: the
+    caller compares with best_of.
     """
     W, K = weight.float(), weight.shape[1]
     scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
@@ -165,9 +175,10 @@ def refit_scales(
     units: Tensor,
     groupsize: int,
 ) -> Tensor:
-    """Change the scales, (N, P), of grid in place to the best ones for the integers q, (N, K).
+    """Change the scales in place to those with the least output error for the integers q, (N, K).
 
-    Returns the errors of the weights, (N, K).
+    W: (N, K), the weights to approximate. H: (K, K). grid: scales and zero points, (N, P) each.
+    units: (N, 1), see scale_units. Returns the errors of the quantised weights, (N, K).
     """
     (scales, zeros), K = grid, W.shape[1]
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
@@ -186,28 +197,36 @@ def refit_scales(
 def refine_integers(
     slope: Tensor, H: Tensor, q: Tensor, grid: tuple[Tensor, Tensor], group: Tensor
 ) -> None:
-    """Change the integers q, (N, K), in place, one column after another.
+    """Change the integers q, (N, K), in place to reduce the output error, column by column.
 
-    slope: (N, K), half the gradient of the output error; changed, too. group: (K,), of each column.
+    slope: (N, K), half the gradient of the output error; overwritten. H: (K, K). grid: scales and
+    zero points, (N, P) each. group: (K,), the group of each column.
     """
     for start in range(0, q.shape[1], COLUMN_BLOCK):
         block = slice(start, min(start + COLUMN_BLOCK, q.shape[1]))
         per_column = (t[:, group[block]] for t in grid)  # (N, columns) each
-        q[:, block], steps = fastest(slope, "refine_columns")(
+        q[:, block], steps = column_function(slope, "refine_columns")(
             slope[:, block], H[block, block], q[:, block].contiguous(), *per_column
         )
         slope[:, block.stop :] += steps @ H[block, block.stop :]
 
 
 def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:
-    """Take each output channel from the candidate with the least output error there."""
+    """Return the buffers in which each row comes from the candidate with its least output error.
+
+    candidates: quantised versions of a weight, (N, K). hessian: (K, K).
+    """
     errors = torch.stack([row_errors(c, weight, hessian) for c in candidates])  # (n, N)
     best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
     return {name: torch.stack([c[name] for c in candidates])[best, rows] for name in candidates[0]}
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """Return the upper triangular U with U'U = (H + damping)^-1; damps more if that fails."""
+    """Return the upper triangular U with U'U = (H + damping)^-1, for H of shape (K, K).
+
+    Starts with DAMPING and multiplies it by 10 while the inversion fails. Raises ValueError after
+    six failures.
+    """
     damping = DAMPING * H.diagonal().mean()
     for _ in range(6):
         L, failed = torch.linalg.cholesky_ex(H + damping * torch.eye(len(H), device=H.device))
@@ -220,7 +239,10 @@ def inverse_factor(H: Tensor) -> Tensor:
 
 
 def row_errors(buffers: Buffers, weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return the squared output error per channel, (N,): e H e' for the errors e of its weights."""
+    """Return the squared output error of each output channel, (N,).
+
+    It is e H e', with the errors e of the channel's quantised weights. weight: (N, K).
+    """
     e = dequantize_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
     return ((e @ hessian) * e).sum(1)
 
@@ -235,11 +257,11 @@ def quantize_blocks(
     act_order: bool = True,
     device: torch.device = torch.device("cpu"),
 ) -> Iterator[tuple[str, Buffers]]:
-    """Yield name and buffers of every linear of every block, in the model's order.
+    """Quantise all linears of all blocks by GPTQ. Yields the name and buffers of each.
 
-    tokens: (B, T) ids. work: a directory for finished blocks, which a later run with the same
-    arguments does not compute again. report: called after each linear. Raises ValueError for a
-    Hessian that cannot be inverted.
+    tokens: (B, T), ids of the calibration texts. work: an existing directory for finished blocks.
+    An interrupted run continues from it; its arguments must be the same, which the caller checks.
+    report: called after each linear. Raises ValueError for a Hessian that cannot be inverted.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
@@ -256,10 +278,10 @@ def quantize_blocks(
         if n >= done:
             fill_module(checkpoint, model, f"layers.{n}", device)
             block = CalibratedBlock(model, n, dense, quantized)
-            found = dict(quantize_block(block, f"layers.{n}.", groupsize, report, act_order))
+            buffers = dict(quantize_block(block, f"layers.{n}.", groupsize, report, act_order))
             dense, quantized = block.outputs()
             model.layers[n].to("meta")
-            torch.save(found, file)
+            torch.save(buffers, file)
             torch.save((n + 1, dense, quantized), state.with_suffix(".next"))
             state.with_suffix(".next").replace(state)  # atomic
         yield from torch.load(file, weights_only=True).items()
@@ -270,8 +292,8 @@ def quantize_block(
 ) -> Iterator[tuple[str, Buffers]]:
     """Quantise the linears of a block in the order in which they run.
 
-    Yields each linear's name and buffers, and writes the dequantised weight into the block, so that
-    the next linear gets its inputs from it.
+    Yields the name, after `prefix`, and the buffers (on the CPU) of each linear. Writes the
+    dequantised weight into the block, so that the next linear's inputs come from quantised weights.
     """
     for name in block.linears():
         start = time.perf_counter()
@@ -280,9 +302,9 @@ def quantize_block(
         weight = linear.weight.clone()
         target = without_drift(weight, hessian, drift)
         rounded = round_int4(weight, groupsize)
-        chosen = gptq(target, hessian, groupsize, act_order)
-        refined = refine(chosen, target, hessian, groupsize)
-        buffers = best_of([rounded, chosen, refined], target, hessian)
+        by_gptq = gptq(target, hessian, groupsize, act_order)
+        refined = refine(by_gptq, target, hessian, groupsize)
+        buffers = best_of([rounded, by_gptq, refined], target, hessian)
         linear.weight.copy_(dequantize_int4(**buffers)[:, : weight.shape[1]])
         size = ((target @ hessian) * target).sum().clamp_min(1e-30)
         errors = [row_errors(b, target, hessian).sum() / size for b in (buffers, rounded)]
@@ -291,17 +313,22 @@ def quantize_block(
 
 
 def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
-    """Return weights, (N, K), that compute from inputs Y nearly what `weight` computes from X.
+    """Return weights, (N, K), that compensate the drift of a linear's inputs.
 
-    hessian: Y'Y, drift: (X - Y)'Y, both (K, K). The least squares solution is W X'Y (Y'Y)^-1; only
-    DRIFT_SHARE of the change to it is made.
+    X: the inputs in the dense block. Y: the inputs in the quantised block, which differ because
+    earlier linears are quantised. hessian: Y'Y, drift: (X - Y)'Y, both (K, K). Of all weights,
+    W X'Y (Y'Y)^-1 gives outputs from Y closest to those of W from X (least squares). This returns W
+    plus DRIFT_SHARE times the step to it.
     """
     U = inverse_factor(hessian)
     return weight + DRIFT_SHARE * (weight @ drift) @ U.t() @ U
 
 
 class CalibratedBlock:
-    """A dense block and its copy that is being quantised, with the inputs of each, (B, T, D)."""
+    """A dense block and its copy that is being quantised, with the inputs of each, (B, T, D).
+
+    model: layer `layer` must hold its dense weights; it becomes the copy that is quantised.
+    """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
         self.model = model
@@ -309,28 +336,31 @@ class CalibratedBlock:
         self.quantized, self.inputs = model.layers[layer], quantized
 
     def linears(self) -> list[str]:
-        """Return the names of the linears in the order in which they run."""
+        """Return the names of the block's linears in the order in which they run.
+
+        Runs one text through the block to find the order.
+        """
         names = [name for name, m in self.quantized.named_modules() if isinstance(m, Linear)]
-        seen: list[tuple[str, Tensor]] = []
+        calls: list[tuple[str, Tensor]] = []
         with contextlib.ExitStack() as hooks:
             for name in names:
-                hooks.enter_context(input_hook(self.quantized, name, partial(record, seen, name)))
+                hooks.enter_context(input_hook(self.quantized, name, partial(record, calls, name)))
             self.run(self.quantized, self.inputs[:1])
-        return [name for name, _ in seen]
+        return [name for name, _ in calls]
 
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return Y'Y and (X - Y)'Y, (K, K) float32 each, over a linear's inputs.
+        """Return Y'Y and (X - Y)'Y, (K, K) float32 each, over a linear's inputs for all texts.
 
-        X: in the dense block, Y: in the quantised one. Subtracts before the product, which would
-        otherwise round the small difference away.
+        X: its inputs in the dense block. Y: its inputs in the quantised block. X - Y is computed
+        before the product: the difference of two products would lose it to rounding.
         """
         weight = self.quantized.get_submodule(name).weight
         hessian, drift = weight.new_zeros(2, weight.shape[1], weight.shape[1])
         x: list[tuple[str, Tensor]] = []
         with (
             tf32_matmul(weight.device),
-            input_hook(self.dense, name, partial(record, x, "dense", last=True)),
-            input_hook(self.quantized, name, partial(record, x, "quantized", last=True)),
+            input_hook(self.dense, name, partial(record, x, "dense", stop=True)),
+            input_hook(self.quantized, name, partial(record, x, "quantized", stop=True)),
         ):
             splits = (t.split(TEXTS_PER_BATCH) for t in (self.dense_inputs, self.inputs))
             for parts in zip(*splits, strict=True):
@@ -344,7 +374,11 @@ class CalibratedBlock:
         return hessian, drift
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """Run both blocks over all texts. Returns (B, T, D) each, in the memory of the inputs."""
+        """Return the outputs of the dense and the quantised block for all texts, (B, T, D) each.
+
+        They are the inputs of the next block. They overwrite the inputs of this block, so call this
+        after the last call of statistics.
+        """
         both = (self.dense, self.dense_inputs), (self.quantized, self.inputs)
         with tf32_matmul(next(self.dense.parameters()).device):
             for block, inputs in both:
@@ -353,7 +387,10 @@ class CalibratedBlock:
         return self.dense_inputs, self.inputs
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run a block, (texts, T, D) -> (texts, T, D), in float32 on the block's device."""
+        """Run a block over whole texts, (texts, T, D) -> (texts, T, D).
+
+        Computes in float32 on the block's device. Each call has a new KV cache.
+        """
         args, device = self.model.args, next(block.parameters()).device
         x = x.to(device, torch.float32)
         key_pos = torch.arange(x.shape[1], device=device)  # (T,)
@@ -365,9 +402,10 @@ class CalibratedBlock:
 
 @contextlib.contextmanager
 def tf32_matmul(device: torch.device) -> Iterator[None]:
-    """Let a GPU multiply float32 in TensorFloat-32, with 11 significant bits.
+    """Within the context, let a GPU multiply float32 in TensorFloat-32, with 11 significant bits.
 
-    An H100 is eight times as fast with it, and sums over thousands of tokens need no more bits.
+    An H100 is eight times as fast with it, and sums over thousands of tokens need no more bits. No
+    effect for a CPU.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
@@ -380,7 +418,10 @@ def tf32_matmul(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def input_hook(block: nn.Module, name: str, hook: Callable[..., None]) -> Iterator[None]:
-    """Call hook with the inputs of a module of the block."""
+    """Within the context, call hook(module, args) before each call of a module of the block.
+
+    name: of the module within the block.
+    """
     handle = block.get_submodule(name).register_forward_pre_hook(hook)
     try:
         yield
@@ -389,24 +430,30 @@ def input_hook(block: nn.Module, name: str, hook: Callable[..., None]) -> Iterat
 
 
 class StopForward(Exception):
-    """Ends a block's forward when the inputs of the last module of interest are recorded."""
+    """Ends a block's forward after a hook has recorded a linear's input: the rest is not needed."""
 
 
 def record(
-    into: list[tuple[str, Tensor]],
+    calls: list[tuple[str, Tensor]],
     name: str,
     module: nn.Module,
     args: tuple[Tensor],
-    last: bool = False,
+    stop: bool = False,
 ) -> None:
-    """Append a module's name and its input, as a hook; last: raise StopForward."""
-    into.append((name, args[0]))
-    if last:
+    """Append (name, input of the module) to `calls`. A forward hook, see input_hook.
+
+    stop: then raise StopForward, which ends the forward of the block.
+    """
+    calls.append((name, args[0]))
+    if stop:
         raise StopForward
 
 
 def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
-    """Return the inputs of the first block, (B, T, D)."""
+    """Return the inputs of the first block, (B, T, D), for ids of shape (B, T).
+
+    model: on the meta device, except `positions`. The embedding is loaded only during this call.
+    """
     tables = "tok_embeddings", "project_in"
     for name in tables:
         fill_module(checkpoint, model, name, torch.device("cpu"))
@@ -418,7 +465,10 @@ def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def fill_module(checkpoint: Checkpoint, model: nn.Module, name: str, device: torch.device) -> None:
-    """Load one module of a model on the meta device from the checkpoint, in float32."""
+    """Load the weights of one module from the checkpoint, in float32, to the device.
+
+    model: on the meta device. name: of the module, such as layers.3.
+    """
 
     def read(leaf: str, out: Tensor) -> None:
         checkpoint.read_into(f"{name}.{leaf}", out)

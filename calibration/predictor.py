@@ -1,10 +1,11 @@
 """Train the predictors of --flash: which feed-forward neurons are active for a token.
 
 Start at feed_forward_inputs, then learn_layer. Texts run through the dense model block after block,
-with one block in memory. The inputs of each feed-forward layer, and the neurons active there, train
-its predictor: two low-rank matrices, initialised by an SVD weighted with the inputs' covariance and
-trained with a class-balanced loss, because few neurons are active. Held-out texts then set the
-threshold that reaches the wanted recall, and tell how many neurons successive tokens share.
+with one block in memory. The inputs of each feed-forward layer, and its neurons that are active for
+them, train the layer's predictor: two low-rank matrices, initialised by an SVD weighted with the
+inputs' covariance and trained with a class-balanced loss, because few neurons are active. Held-out
+texts, which are not trained on, then set the threshold that reaches the required recall (share of
+active neurons that are predicted), and measure how many neurons successive tokens share.
 
 Based on "LLM in a flash" (arXiv 2312.11514, section 3.1) and Deja Vu (2310.17157); the
 initialisation is ASVD's (2312.05821).
@@ -30,41 +31,42 @@ from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
 from tiers.prefetch import CPU
 
-BLOCK_TEXTS = 8  # that run through a block at a time
-STEP_TOKENS = 512  # of a training step
-LEARNING_RATE = 2e-3  # Adam's; a cosine schedule takes it to 0
+BLOCK_TEXTS = 8  # texts that run through a block at a time
+STEP_TOKENS = 512  # tokens in a training step
+LEARNING_RATE = 2e-3  # Adam's first learning rate; a cosine schedule lowers it to 0
 INITIAL_LOGIT_SCALE = 3.0  # standard deviation of a neuron's logits before training
-COVARIANCE_DAMPING = 1e-3  # times the mean of the covariance's diagonal
-MIN_INACTIVE_WEIGHT = 0.02  # added to the share of active neurons: weights inactive ones' loss
-HELD_OUT_EVERY = 8  # one text of so many is held out
-WINDOWS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128)  # tokens
-GAPS = 0, 1, 2, 4, 8  # unwanted records that a request reads across
+COVARIANCE_DAMPING = 1e-3  # times the mean of the covariance's diagonal, is added to the diagonal
+MIN_INACTIVE_WEIGHT = 0.02  # an inactive neuron's loss weighs this + the share of active neurons
+HELD_OUT_EVERY = 8  # one text of so many is held out of training
+WINDOWS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128)  # numbers of successive tokens
+GAPS = 0, 1, 2, 4, 8  # unneeded records between two needed ones that one request still reads
 Factors = tuple[Tensor, Tensor, Tensor]  # a predictor: down (r, D), up (F, r), bias (F,)
 
 
 @dataclass(frozen=True)
 class LearnedLayer:
-    """A layer's predictor and figures, neurons in the order of the pack.
+    """A layer's predictor and figures, with neurons in the order of the neuron file.
 
-    figures: active, predicted (shares of neurons), recall; usage (neurons predicted within a
-    window, for each of WINDOWS); records, requests (of a token's reads with that many neurons in
-    memory; WINDOWS x GAPS). The fields are also keys of the files that flash.py keeps.
+    figures: those of `accuracy` and `locality`. The fields are also keys of the files in which
+    flash.py saves each layer.
     """
 
-    order: Tensor  # (F,): the pack's neuron n is the model's neuron order[n]
+    order: Tensor  # (F,): neuron n of the neuron file is the model's neuron order[n]
     down: Tensor  # (r, D)
     up: Tensor  # (F, r)
-    bias: Tensor  # (F,), minus the threshold
+    bias: Tensor  # (F,); the threshold is subtracted
     figures: dict[str, Any]
 
 
 def learn_layer(
     x: Tensor, feed_forward: nn.Module, rank: int, recall: float, epochs: int
 ) -> LearnedLayer:
-    """Train and evaluate one layer's predictor.
+    """Train one layer's predictor, and evaluate it on the held-out texts.
 
-    x: (B, T, D) float32, the layer's inputs. recall: the share of active neurons to predict, on
-    held-out texts.
+    x: (B, T, D) float32, the inputs of this ReLU layer. rank: of the predictor's matrices. recall:
+    the share of active neurons that must be predicted. epochs: passes over the training texts.
+    The neuron file gets the layer's neurons in the order of how often they are predicted, the most
+    frequent first, because neighbours in the file are read by one request.
     """
     weight, bias = gate_weights(feed_forward)  # (F, D), (F,)
     train, held_out = (part.flatten(0, 1) for part in split_texts(x))  # (N, D) each
@@ -82,7 +84,10 @@ def learn_layer(
 
 
 def split_texts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the texts of x, (B, T, D), into training and held-out ones; a single text is both."""
+    """Return the training texts and the held-out texts of x, (B, T, D).
+
+    Every HELD_OUT_EVERY-th text is held out; of fewer texts, the last one. A single text is both.
+    """
     B = len(x)
     numbers = torch.arange(B)
     held_out = numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -92,7 +97,10 @@ def split_texts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(active: Tensor, predicted: Tensor) -> dict[str, float]:
-    """Return the shares of active and of predicted neurons, and the recall; (N, F) bool each."""
+    """Return the figures `active` and `predicted`, shares of all neurons, and `recall`.
+
+    recall: the share of active neurons that are predicted. active, predicted: (N, F) bool.
+    """
     return {
         "active": active.float().mean().item(),
         "predicted": predicted.float().mean().item(),
@@ -104,7 +112,12 @@ def accuracy(active: Tensor, predicted: Tensor) -> dict[str, float]:
 def feed_forward_inputs(
     checkpoint: Checkpoint, tokens: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, nn.Module]]:
-    """Yield each feed-forward layer's inputs, (B, T, D) float32, and the layer in float32."""
+    """Run texts through the model, and yield the inputs and the module of each feed-forward layer.
+
+    tokens: (B, T) ids. Yields in the model's order: the inputs, (B, T, D) float32 on the device,
+    and the feed-forward module with float32 weights, which are freed when the next one is
+    requested: one block's weights are in memory at a time.
+    """
     model = meta_model(checkpoint.args, checkpoint.scheme)
     fill_module(checkpoint, model, "positions", CPU)
     x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
@@ -115,7 +128,7 @@ def feed_forward_inputs(
         recorder = InputRecorder(block.feed_forward)
         block.feed_forward = recorder
         x = torch.cat([run_block(model, block, part, pos) for part in x.split(BLOCK_TEXTS)])
-        # Clones made outside inference mode: autograd refuses inference tensors.
+        # Cloned outside inference mode, because autograd refuses inference tensors.
         with torch.inference_mode(False):
             inputs = torch.cat([part.clone() for part in recorder.inputs])
         yield inputs, recorder.inner
@@ -123,7 +136,10 @@ def feed_forward_inputs(
 
 
 def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> Tensor:
-    """Run one block: (B, T, D) -> (B, T, D). pos: (T,), the tokens' positions."""
+    """Run one block over whole texts: (B, T, D) -> (B, T, D). pos: (T,), positions from 0.
+
+    The block gets an empty KV cache. The model's positions module and the block must be loaded.
+    """
     row_pos = pos.expand(x.shape[:2])  # (B, T)
     _, rotation = model.positions(torch.zeros_like(x), row_pos)
     shape = (len(x), len(pos) + 1, model.args.n_kv_heads, model.args.head_dim)
@@ -132,7 +148,7 @@ def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> T
 
 
 class InputRecorder(nn.Module):
-    """Wraps a feed-forward layer and keeps its inputs."""
+    """Wraps a feed-forward layer, and appends the inputs of each call to `inputs`."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -144,14 +160,18 @@ class InputRecorder(nn.Module):
 
 
 def dense_weight(linear: Linear | QuantizedLinear) -> Tensor:
-    """Return a linear's weights in float32, (out, in)."""
+    """Return a linear's weights, (out, in), dequantised to float32 if it is quantised."""
     return (
         linear.dequantize(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
     )
 
 
 def gate_weights(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the weights (F, D) and biases (F,) whose ReLU decides whether neurons are active."""
+    """Return copies of the weights (F, D) and biases (F,) that decide which neurons are active.
+
+    A neuron is active for x if weight @ x + bias > 0. They are those of the gate projection, or of
+    the up projection in a layer without a gate. Zeros if the layer has no biases.
+    """
     first = getattr(feed_forward, "w13", None) or feed_forward.w1
     neurons = feed_forward.w2.in_features
     weight = dense_weight(first)[:neurons].clone()
@@ -161,9 +181,11 @@ def gate_weights(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def initial_factors(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> Factors:
-    """Return the low-rank factors whose outputs for x, (N, D), are nearest to the layer's.
+    """Return the low-rank factors with which training starts.
 
-    Each neuron's outputs are then scaled to a standard deviation of INITIAL_LOGIT_SCALE.
+    Of all factors of this rank, their outputs for the inputs x, (N, D), have the least squared
+    error against weight @ x + bias. Each neuron's outputs are then scaled to a standard deviation
+    of INITIAL_LOGIT_SCALE, because they serve as logits. weight: (F, D); bias: (F,).
     """
     mean = x.mean(0)
     root = covariance_root(x - mean)  # (D, D)
@@ -178,7 +200,11 @@ def initial_factors(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> Facto
 
 
 def covariance_root(centred: Tensor) -> Tensor:
-    """Return a lower triangle (D, D) with root @ root.T = the damped covariance of (N, D)."""
+    """Return a lower triangular matrix (D, D), root, with root @ root.T = the inputs' covariance.
+
+    centred: (N, D), inputs minus their mean. The covariance's diagonal is damped, so that it is
+    positive definite for fewer inputs than dimensions, too.
+    """
     covariance = centred.T @ centred / len(centred)
     diagonal = covariance.diagonal()
     diagonal += COVARIANCE_DAMPING * diagonal.mean().clamp_min(1e-12)
@@ -186,7 +212,11 @@ def covariance_root(centred: Tensor) -> Tensor:
 
 
 def train_factors(factors: Factors, x: Tensor, active: Tensor, epochs: int) -> Factors:
-    """Train factors to predict the active neurons, (N, F) bool, from inputs x, (N, D)."""
+    """Return factors that are trained to predict the active neurons from a layer's inputs.
+
+    factors: the initial values, which are not changed. x: (N, D). active: (N, F) bool.
+    The order of the batches is seeded.
+    """
     down, up, shift = parameters = [nn.Parameter(t.clone()) for t in factors]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     steps = max(1, epochs * -(-len(x) // STEP_TOKENS))
@@ -204,13 +234,20 @@ def train_factors(factors: Factors, x: Tensor, active: Tensor, epochs: int) -> F
 
 
 def balanced_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in which inactive neurons weigh about as much as the few active ones."""
+    """Return the mean cross-entropy, in which an inactive neuron has a smaller weight.
+
+    scores, targets: (n, F); a target is 1 for an active neuron, else 0. The weight is about the
+    share of active neurons, so that all inactive neurons weigh about as much as the active ones.
+    """
     weights = torch.where(targets > 0, 1.0, targets.mean() + MIN_INACTIVE_WEIGHT)
     return F.binary_cross_entropy_with_logits(scores, targets, weights)
 
 
 def score_threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
-    """Return the threshold above which that share of the active neurons' scores lies."""
+    """Return the highest threshold above which a share `recall` of active neurons' scores lies.
+
+    scores: (N, F); active: (N, F) bool. Returns a tensor (), 0 if no neuron is active.
+    """
     active_scores = scores[active]
     if not len(active_scores):
         return scores.new_zeros(())
@@ -220,9 +257,13 @@ def score_threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
 
 
 def locality(predicted: np.ndarray) -> dict[str, Any]:
-    """Return usage, records and requests (see LearnedLayer). predicted: (B, T, F) bool.
+    """Simulate the neuron cache, for the choice of its size (neurons/budget.py).
 
-    Windows as long as the texts, or longer, have no figures.
+    predicted: (B, T, F) bool. The neurons must be in the order of the neuron file, because
+    neighbours are read by one request. Returns three lists, with an item for each of WINDOWS that
+    is shorter than a text (T): `usage`, the mean number of different neurons in a window of tokens;
+    and with a cache of so many entries, `records` and `requests`, the means that a token reads,
+    each a list for GAPS.
     """
     texts = [[np.flatnonzero(row) for row in text] for text in predicted]
     (T, neurons), figures = predicted.shape[1:], {"usage": [], "records": [], "requests": []}
@@ -237,7 +278,10 @@ def locality(predicted: np.ndarray) -> dict[str, Any]:
 
 
 def window_usage(text: list[np.ndarray], window: int, neurons: int) -> float:
-    """Return the mean count of neurons that `window` successive tokens use together."""
+    """Return the mean number of different neurons in `window` successive tokens of a text.
+
+    text: the ids of each token's neurons, for more than `window` tokens. neurons: number of all.
+    """
     last_use, counts = np.full(neurons, -(10**9)), []
     for t, ids in enumerate(text):
         last_use[ids] = t
@@ -247,16 +291,20 @@ def window_usage(text: list[np.ndarray], window: int, neurons: int) -> float:
 
 
 def mean_reads(text: list[np.ndarray], window: int, entries: int, neurons: int) -> np.ndarray:
-    """Return (gaps, 2): mean records and requests of a token with so many entries of cache.
+    """Return (gaps, 2): mean records and requests that a token reads, for each of GAPS.
 
-    The first `window` tokens fill the cache and are not counted.
+    They are simulated for a cache with so many entries. text: the ascending ids of each token's
+    neurons, for more than `window` tokens. The first `window` tokens fill the cache and are not
+    counted. neurons: number of all. Neighbours that differ by at most gap + 1 share a request,
+    which also reads the records between them.
     """
     cache, counts = NeuronCache(neurons, max(1, entries), 0, CPU), []
     for t, ids in enumerate(text):
-        new, places, rest = cache.admit(ids)
-        cache.commit(new, places)
+        new, filled, waiting = cache.admit(ids)
+        cache.commit(new, filled)
         if t >= window:
-            steps, missing = np.diff(np.append(new, rest)), len(new) + len(rest)
+            missing = np.append(new, waiting)  # ascending
+            steps = np.diff(missing)
             joined = [steps[steps <= gap + 1] for gap in GAPS]
-            counts.append([(missing + (n - 1).sum(), missing - len(n)) for n in joined])
+            counts.append([(len(missing) + (n - 1).sum(), len(missing) - len(n)) for n in joined])
     return np.mean(counts, 0)

@@ -30,14 +30,14 @@ from model import Linear
 from options.settings import CalibrationOptions
 from text.tokenizer import load_tokenizer
 
-TRAIN_STEPS = 250  # default of small models
-MAX_TRAINED_WEIGHTS = 10_000_000  # training takes minutes on two cores, and gains most, up to here
+TRAIN_STEPS = 250  # default for models of at most MAX_TRAINED_WEIGHTS weights
+MAX_TRAINED_WEIGHTS = 10_000_000  # up to this size, training gains most and takes minutes
 Blocks = Iterator[tuple[str, Buffers]]  # a linear's name and its int4 buffers
 
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """How the integers are chosen."""
+    """How GPTQ and training choose the integers, and on which device."""
 
     groupsize: int  # inputs that share a scale
     act_order: bool = True  # quantise columns by descending diagonal of the Hessian
@@ -48,11 +48,11 @@ class GptqOptions:
 def calibrated_blocks(
     checkpoint: Checkpoint, work: Path, calibration: CalibrationOptions, options: GptqOptions
 ) -> Blocks:
-    """Yield the linears of all blocks as int4.
+    """Quantise the linears of all blocks to int4. Yields the name and buffers of each.
 
-    work: a directory for finished blocks; an interrupted run with the same arguments continues from
-    it. Raises ValueError for too little text, or text with which a layer cannot be calibrated, and
-    MemoryError.
+    work: a directory for finished blocks, created if missing; an interrupted run with the same
+    arguments continues from it. Raises ValueError for too little text, or for text that gives a
+    Hessian that cannot be inverted; MemoryError if the memory is too small.
     """
     text = calibration_text(calibration)
     tokens = calibration_tokens(checkpoint, text, calibration.seq_length, calibration.samples)
@@ -64,9 +64,9 @@ def calibrated_blocks(
     log_above_bars(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
     blocks = gptq_blocks(checkpoint, tokens, work, options)
     if steps == 0:
-        yield from blocks  # one at a time is in memory
+        yield from blocks  # only one block at a time is in memory
         return
-    samples = steps * texts_per_step(tokens)  # no text is seen twice if there are so many
+    samples = steps * texts_per_step(tokens)  # a long calibration text is not trained on twice
     tokens = calibration_tokens(checkpoint, text, calibration.seq_length, samples)
     yield from trained_blocks(checkpoint, tokens, dict(blocks), steps, work, device).items()
 
@@ -74,9 +74,13 @@ def calibrated_blocks(
 def check_calibration_memory(
     checkpoint: Checkpoint, tokens: Tensor, steps: int, device: torch.device
 ) -> None:
-    """Raise MemoryError if GPTQ or training does not fit: before GPTQ, which may take hours."""
+    """Raise MemoryError if the memory is too small for GPTQ or training.
+
+    Called before GPTQ, which may take hours. GPTQ keeps the inputs of a dense and of a quantised
+    block for all texts in CPU memory. steps: of training; 0 for none. device: of training.
+    """
     activations = 2 * tokens.numel() * checkpoint.args.dim * 4
-    check_memory(activations, "cpu", "what flows between blocks", "lower --calibration_samples")
+    check_memory(activations, "cpu", "activations between blocks", "lower --calibration_samples")
     if steps:
         needed = training_bytes(checkpoint.args)
         check_memory(needed, device, "training", "--train_steps 0 leaves it out")
@@ -85,7 +89,11 @@ def check_calibration_memory(
 def run_identity(
     checkpoint: Checkpoint, text: str, tokens: Tensor, options: GptqOptions
 ) -> list[Any]:
-    """Return what a run's result depends on; a run continues only from one with the same."""
+    """Return values that identify the result of a run: the checkpoint, the texts, the options.
+
+    resume_or_clear compares them: a run continues only from an interrupted run with equal values.
+    The number of training steps and the device are not among them: GPTQ's blocks stay valid.
+    """
     return [
         str(checkpoint.path.resolve()),
         checkpoint.path.stat().st_mtime_ns,
@@ -104,30 +112,39 @@ def trained_blocks(
     work: Path,
     device: torch.device,
 ) -> dict[str, Buffers]:
-    """Return the blocks after training, with a log line of what it gained; see distill."""
+    """Train the integers of GPTQ's blocks by distillation; log the gain; return the new blocks.
+
+    tokens: (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: a
+    directory from which interrupted training continues.
+    """
     log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
     trained, before, after = distill(checkpoint, tokens, blocks, steps, work, device)
-    kept = "" if after < before else "; GPTQ's integers are kept"
+    outcome = "" if after < before else "; GPTQ's integers are kept"
     log_above_bars(
-        f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{kept}"
+        f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{outcome}"
     )
     return trained
 
 
 def default_train_steps(checkpoint: Checkpoint) -> int:
-    """Return TRAIN_STEPS for a small model, else 0."""
+    """Return TRAIN_STEPS for a model of at most MAX_TRAINED_WEIGHTS weights, else 0."""
     return TRAIN_STEPS if count_weights(checkpoint.args) <= MAX_TRAINED_WEIGHTS else 0
 
 
 def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: GptqOptions) -> Blocks:
-    """Yield from quantize_blocks, with a bar, a log line for each linear and the total time."""
+    """Quantise all blocks by GPTQ, with a progress bar. Yields the name and buffers of each linear.
+
+    Logs a line for each linear and, at the end, the total time. Blocks that an earlier run has
+    finished are read from `work` and not logged. tokens: (B, T) ids.
+    """
     weights, seconds = 0, 0.0
 
-    def report(name: str, error: float, rounding: float, took: float) -> None:
+    def report(name: str, error: float, rounding: float, linear_seconds: float) -> None:
         nonlocal weights, seconds
         weights += math.prod(checkpoint.tensors[f"{name}.weight"].shape)
-        seconds += took
-        log_above_bars(f"{name}: error {error:.2e}, of rounding {rounding:.2e}, {took:.1f} s")
+        seconds += linear_seconds
+        errors = f"error {error:.2e}, of rounding {rounding:.2e}"
+        log_above_bars(f"{name}: {errors}, {linear_seconds:.1f} s")
 
     layers = meta_model(checkpoint.args, None).layers
     linears = sum(isinstance(module, Linear) for module in layers.modules())
@@ -140,10 +157,14 @@ def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: Gpt
 
 
 def resume_or_clear(work: Path, identity: list[Any]) -> None:
-    """Keep the directory of an interrupted run with the same identity; empty any other."""
+    """Prepare the directory `work` of a run.
+
+    If an interrupted run with the same identity has left it, its files stay, and the new run
+    continues from them. Otherwise the directory is emptied or created. identity: of run_identity.
+    """
     file = work / "identity.json"
     if file.exists() and file.read_bytes() == json.dumps(identity).encode():
-        log_above_bars(f"going on with what an interrupted run left in {work}")
+        log_above_bars(f"continuing the interrupted run in {work}")
     else:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -151,10 +172,11 @@ def resume_or_clear(work: Path, identity: list[Any]) -> None:
 
 
 def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, samples: int) -> Tensor:
-    """Return ids, (at most `samples`, seq_length): evenly spaced pieces of the text.
+    """Cut evenly spaced pieces out of the text. Returns ids, (at most `samples`, T).
 
-    Each piece begins with BOS and is no longer than the model's context. Raises ValueError if the
-    text is too short for one.
+    T is seq_length, or the model's context if that is shorter. Each piece begins with BOS, if the
+    tokenizer has it. There are no more pieces than fit into the text without overlap. Raises
+    ValueError if the text is shorter than one piece.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -171,7 +193,11 @@ def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, sampl
 
 
 def calibration_text(calibration: CalibrationOptions) -> str:
-    """Return the text of the file, or the training documents of the lm_eval tasks."""
+    """Return the text of the calibration file, or of the lm_eval tasks if no file is named.
+
+    A task gives its training documents, prompt and answer; without training documents, its
+    evaluation documents.
+    """
     if calibration.file:
         return read_text(calibration.file)
     from lm_eval.tasks import TaskManager  # slow to import

@@ -1,6 +1,8 @@
-"""Command-line arguments: a parser whose errors are one line, and the types of arguments.
+"""Command-line arguments: a parser whose errors are one line, and converters of arguments.
 
-Start at Parser. Nothing here imports torch: a wrong option is answered before that takes seconds.
+Start at Parser. The functions convert the text of an argument to its value; they are passed to
+argparse as type=, and raise ArgumentTypeError or ValueError for a wrong text. Nothing here imports
+torch, which takes seconds: a wrong option is reported without delay.
 """
 
 import argparse
@@ -16,7 +18,10 @@ from text.generation_config import MAX_LOGIT_BIAS
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line, "did you mean", and hyphens for underscores."""
+    """An ArgumentParser with errors of one line, which propose a similar option for an unknown one.
+
+    Options may be written with hyphens in place of underscores.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -24,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
+        """Parse arguments; None: those of the process. An unknown one ends the process (error)."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown[0]))
@@ -32,38 +38,54 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([self._underscored(arg) for arg in given], namespace)
+        """Replace hyphens in the names of options by underscores, then parse as argparse does.
+
+        Returns the known options and a list of the unknown arguments.
+        """
+        arguments = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([self._underscored(arg) for arg in arguments], namespace)
 
     def error(self, message: str) -> None:
-        """One line on stderr and exit code 2; under torchrun rank 0 alone prints it."""
-        quiet = os.environ.get("RANK", "0") not in ("0", "")
+        """Print the message in one line on stderr, and end the process with exit code 2.
+
+        Under torchrun only rank 0 prints it.
+        """
+        is_other_rank = os.environ.get("RANK", "0") not in ("0", "")
         message = " ".join(message.split())
-        self.exit(2, None if quiet else f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(
+            2, None if is_other_rank else f"{self.prog}: {message} (--help lists the options)\n"
+        )
 
     def _underscored(self, arg: str) -> str:
-        """--max-new-tokens -> --max_new_tokens. A text that begins with -- and has blanks is a
-        value, as argparse sees it, and stays as it is."""
+        """Replace hyphens in an option's name: --max-new-tokens=5 -> --max_new_tokens=5.
+
+        Other arguments are returned unchanged, such as a text with blanks that begins with --:
+        argparse takes it as a value, too.
+        """
         name, equals, value = arg.partition("=")
         if not re.fullmatch(r"--[\w-]+", name) or name in self._option_string_actions:
             return arg
         return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
     def _unknown(self, arg: str) -> str:
+        """Returns the error message for an unknown argument, with the most similar option."""
         if not arg.startswith("-"):
             return f"unrecognized argument '{arg}': a text with blanks needs quotes"
         name = arg.partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
-        return f"unrecognized option {name}" + (f", did you mean {near[0]}?" if near else "")
+        similar = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
+        return f"unrecognized option {name}" + (f", did you mean {similar[0]}?" if similar else "")
 
 
-def whole(least: int, why: str = "") -> Callable[[str], int]:
-    """A type of whole numbers from `least` on; why: words for the message of a smaller one."""
+def whole(minimum: int, why: str = "") -> Callable[[str], int]:
+    """Returns a converter of whole numbers that are `minimum` or more.
+
+    why: a text that the error message for a smaller number ends with.
+    """
 
     def whole_number(text: str) -> int:  # argparse names this function: "invalid whole_number"
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {least}{why}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}{why}")
         return value
 
     return whole_number
@@ -74,17 +96,19 @@ text_length = whole(2, ": BOS and a token")
 
 
 def count_or_auto(text: str) -> int | str:
+    """Convert "auto", which stays a text, or a number of 1 or more."""
     if text != "auto" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
     return text if text == "auto" else positive(text)
 
 
 def rows_or_auto(text: str) -> int | None:
-    """None: as many as are fast."""
+    """Convert a number of rows, 1 or more, or "auto": None, as many rows as are fast."""
     return None if text == "auto" else positive(text)
 
 
 def share(text: str) -> float:
+    """Convert a share: above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:  # NaN, too
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
@@ -92,6 +116,7 @@ def share(text: str) -> float:
 
 
 def percentage(text: str) -> float:
+    """Convert a number from 0 to 100."""
     value = float(text)
     if not 0 <= value <= 100:  # NaN, too
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
@@ -99,7 +124,7 @@ def percentage(text: str) -> float:
 
 
 def documents(text: str) -> int | float:
-    """A number of documents, or a share of them below 1, as lm_eval counts them."""
+    """Convert a number of documents, or a share of them between 0 and 1, as lm_eval's --limit."""
     value = float(text)
     if not (0 < value < 1 or (value >= 1 and value.is_integer())):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of documents nor 0 to 1")
@@ -107,24 +132,25 @@ def documents(text: str) -> int | float:
 
 
 def nbytes(text: str) -> int:
-    """6GB -> 6000000000; 6GiB -> 6442450944."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
+    """Convert an amount of memory to bytes: 6GB -> 6000000000; 6GiB -> 6442450944."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def amount(text: str) -> float:
-    """50% -> 0.5; 4GB -> 4e9."""
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
-        if not 0 < float(found[1]) <= 100:
+    """Convert a percentage to a share, or an amount of memory to bytes: 50% -> 0.5; 4GB -> 4e9."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
+        if not 0 < float(match[1]) <= 100:
             raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")
-        return float(found[1]) / 100
+        return float(match[1]) / 100
     return nbytes(text)
 
 
 def window(text: str) -> float:
+    """Convert a finite number of tokens, 1 or more, which may have decimals."""
     value = float(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -132,15 +158,18 @@ def window(text: str) -> float:
 
 
 def pair(text: str) -> str:
-    """TASK=PATH, as it is."""
+    """Check that a text has the form TASK=PATH; returns it unchanged."""
     if not all(text.partition("=")):
         raise argparse.ArgumentTypeError(f"{text} is not TASK=PATH")
     return text
 
 
 def token_bias(text: str) -> tuple[int, float]:
-    """29=-1.5 -> (29, -1.5): a token id, and what is added to its logit."""
-    found = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
-    if not found:
+    """Convert a token id and the number that is added to its logit: 29=-1.5 -> (29, -1.5).
+
+    The number is limited to +-MAX_LOGIT_BIAS, also for inf.
+    """
+    match = re.fullmatch(r"(\d+)=([-+]?(?:inf|\d+(?:\.\d*)?|\.\d+))", text.strip())
+    if not match:
         raise argparse.ArgumentTypeError(f"{text} is not ID=BIAS, such as 29=-1.5 or 29=-inf")
-    return int(found[1]), max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(found[2])))
+    return int(match[1]), max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(match[2])))

@@ -1,4 +1,4 @@
-"""generate.py --bench: the speed of prefill and of decoding."""
+"""generate.py --bench: measures the speed of prefill and of decoding. Start at BenchMode.run."""
 
 import json
 from typing import Any
@@ -14,11 +14,11 @@ PROMPT_TOKENS = 512
 
 
 class BenchMode:
-    """Times the prefill of random prompts and the decoding after them.
+    """A Mode (session.py) that times the prefill of random prompts and the decoding after them.
 
-    prompt_tokens: of each prompt; None: PROMPT_TOKENS, or half of a shorter context. rows: of the
-    batch. repeats: runs that are timed. about: what the line of JSON says of the run; None: it is
-    not printed.
+    prompt_tokens: the length of each prompt; None: PROMPT_TOKENS, or half of a shorter context.
+    rows: prompts in a batch. repeats: timed runs. about: entries for the line of JSON that is
+    printed; None: no such line.
     """
 
     def __init__(
@@ -28,11 +28,17 @@ class BenchMode:
         self.about = about
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
+        """Returns the length of each prompt, for the planner of offloading."""
         return [self._length(args.context - 1)] * self.rows
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None: ...
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
+        """Time the model, and print the figures as JSON if `about` is not None.
+
+        batch_size: rows; None: self.rows. cache_length: not used. Raises ValueError if the prompt
+        and the new tokens exceed the context.
+        """
         lm, config, stats = session.lm, session.config, session.stats
         context, rows = lm.model.args.context, batch_size or self.rows
         length = self._length(context)
@@ -50,4 +56,5 @@ class BenchMode:
             print(json.dumps(figures | self.about | {"dtype": dtype} | times))
 
     def _length(self, context: int) -> int:
+        """Returns the length of a prompt for a model with this context."""
         return self.prompt_tokens or min(PROMPT_TOKENS, context // 2)

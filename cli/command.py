@@ -1,7 +1,7 @@
-"""How the commands begin, before torch is imported, and how they end: a mistake is one line.
+"""How the commands begin, before torch is imported, and how they end: an error is one line.
 
-Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing
-here imports torch before it is needed.
+Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing here
+imports torch at the beginning, because its import takes seconds.
 """
 
 import argparse
@@ -14,16 +14,18 @@ from typing import Any
 
 from host.log import LOGGER
 
-MISTAKES = OSError, ValueError, MemoryError, ImportError  # of the user's, or of the machine
-# RuntimeErrors of torch that a user can cause, by what they say.
+# Errors that the user or the machine causes: reported in one line, without a traceback.
+MISTAKES = OSError, ValueError, MemoryError, ImportError
+# Parts of the messages of torch's RuntimeErrors that the user or the machine causes.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
 LOGGER.setLevel(logging.INFO)
 
 
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
-    """The options of a command, with standard streams that can be used and a quiet Ctrl-C.
+    """Prepare the process for a command, and return its options.
 
-    Ctrl-C ends the imports that follow without a traceback.
+    Opens closed standard streams, and lets Ctrl-C during the imports that follow end the process
+    without a traceback. parse_args: parses the arguments of the process.
     """
     open_streams()
     sys.excepthook = end_of_imports
@@ -34,21 +36,22 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 
 
 def open_streams() -> None:
-    """Put /dev/null where a standard stream is closed.
+    """Open /dev/null as standard stream for each of the three that is closed.
 
-    A file that is opened later would take its number, and libraries' messages would go into it.
+    Otherwise a file that is opened later would get the number of the stream, and messages of
+    libraries would be written into the file.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            os.set_inheritable(number, True)  # a compiler that is started needs it, too
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `number`
+            os.set_inheritable(number, True)  # child processes, such as a compiler, need the stream
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 -- for good
 
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What Python calls for an error that nothing has caught."""
+    """Print "stopped" for Ctrl-C, and a traceback for other errors. Used as sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     else:
@@ -56,10 +59,12 @@ def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) 
 
 
 def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") -> int:
-    """Run a command and return its exit code; a failure is one line on stderr.
+    """Run a command and return its exit code; an error of the user is one line on stderr.
 
-    0: done. 2: a mistake (is_mistake). 3: another rank has ended. 130: Ctrl-C. 141: nobody reads
-    the output any more. Other errors are the program's own, and are raised again.
+    0: success. 2: an error of the user or the machine (is_mistake). 3: another rank has ended. 130:
+    Ctrl-C. 141: stdout was closed, as by `| head`. Other exceptions are faults of this program, and
+    are raised again. script: the command's name, which begins the line. work: runs the command.
+    stopped: the line for Ctrl-C.
     """
     try:
         work()
@@ -68,13 +73,13 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         print(f"\n{stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Nobody reads stdout any more; Python must not try to flush it again on its way out.
+        # The reader has closed stdout. Python must not flush it again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(BrokenPipeError):  # stderr may be the same pipe
             print(f"{script}: stopped, as the output was closed", file=sys.stderr)
         return 141
     except Exception as error:
-        import ranks  # here, as it imports torch
+        import ranks  # imported here, because it imports torch
 
         if is_mistake(error):
             ranks.log_failure(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
@@ -88,6 +93,8 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error is the user's or the machine's, and not the program's."""
-    known = isinstance(error, RuntimeError) and any(t in str(error) for t in TORCH_MISTAKES)
-    return known or isinstance(error, MISTAKES)
+    """Returns whether the user or the machine caused the error, not a fault of this program."""
+    from_torch = isinstance(error, RuntimeError) and any(
+        part in str(error) for part in TORCH_MISTAKES
+    )
+    return from_torch or isinstance(error, MISTAKES)

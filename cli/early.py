@@ -1,4 +1,4 @@
-"""Finds a command's files before torch is imported, so that a missing file is answered at once.
+"""Finds a command's files before torch is imported, so that a missing file is reported at once.
 
 Start at find_inputs. Nothing here imports torch.
 """
@@ -18,11 +18,11 @@ from weights.weight_files import find_weights
 def find_inputs(
     script: str, args: argparse.Namespace, *texts: Path | None, output: Path | None = None
 ) -> None:
-    """Resolve the names of models to paths; check that weights and texts exist, and that the
-    output can be written.
+    """Replace model names in `args` by paths, downloading repositories; check a command's files.
 
-    A mistake ends the process with exit code 2 and one line on stderr, which under torchrun rank 0
-    alone prints; Ctrl-C, during a download, ends it with exit code 130.
+    texts: files that must exist. output: a file that must be writable. The weights must exist, too.
+    An error ends the process with exit code 2 and one line on stderr, which only rank 0 prints.
+    Ctrl-C ends it with exit code 130. script: the command's name, which begins the line.
     """
     set_quiet(args.quiet)
     first_rank = os.environ.get("RANK", "0") in ("0", "")
@@ -33,7 +33,7 @@ def find_inputs(
             check_writable(output)
         revision = getattr(args, "revision", None)
         args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, revision)
-        args.revision = None  # the path is that of the revision
+        args.revision = None  # the path contains the revision
         find_weights(args.checkpoint_path)
         if getattr(args, "draft_checkpoint_path", None):
             args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)

@@ -1,7 +1,6 @@
-"""The command generate.py, from its options to its last line: find and load a model, run, report.
+"""Runs the command generate.py: finds and loads a model, runs a mode, and reports.
 
-Start at run. It hands the loaded model to one of the modes: prompts.py, interactive.py,
-benchmark.py.
+Start at run. The modes are in prompts.py, interactive.py and benchmark.py.
 """
 
 import argparse
@@ -38,14 +37,19 @@ from weights.allocation import stored_tensors
 if TYPE_CHECKING:
     from plan import Plan
 
-# The options, beside those of GenerationConfig, that a text depends on.
+# Options that change the generated texts, in addition to those of GenerationConfig. The file of
+# --output records them, so that a rerun does not mix texts of different options.
 CHANGE_TEXTS = (
     "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
 )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command that the options describe."""
+    """Run generate.py: load the model that the options name, run a mode, log a report.
+
+    With --plan, print the plan and load nothing. The order matters: whatever can fail quickly
+    (prompts, plan, output files) comes before the model is loaded.
+    """
     set_threads(args.threads)
     options = load_options(args)
     model = model_choice(args)
@@ -54,21 +58,25 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(args, options, model, config, mode)
     if args.plan:
         return print_plan(plan, args, model, options)
-    mode.open(model, asdict(config) | {name: getattr(args, name) for name in CHANGE_TEXTS})
+    mode.open(model, asdict(config) | {name: getattr(args, name) for name in TEXT_OPTIONS})
     check_directory("--profile", args.profile)
-    lm, stats = load(model, placed(options, plan))
+    lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
-        mode.run(Session(lm, config, stats), batch_size, plan and plan.work.prompt + plan.work.new)
+        cache_length = plan and plan.workload.prompt + plan.workload.new
+        mode.run(Session(lm, config, stats), batch_size, cache_length)
     for line in report(lm, stats, plan, args.flash):
         log(line)
     leave_process_group()
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """How the model is loaded, on this process's device and with the other processes."""
+    """Returns how to load the model: the options, this process's device and its ranks.
+
+    Joins the process group of torchrun. Resolves the draft model, which may download it.
+    """
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     micro_batches = args.micro_batches
@@ -93,31 +101,42 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def flash_options(args: argparse.Namespace) -> FlashOptions:
+    """Returns the options of --flash as dataclass; without --dram_budget, half of the weights."""
     return FlashOptions(
         args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
     )
 
 
 def model_choice(args: argparse.Namespace) -> ModelChoice:
-    """The model that the options name; a repository is downloaded."""
+    """Returns the model that the options name, by default the demo model of this repository.
+
+    A Hugging Face repository is downloaded. Raises the errors of hub.resolve.
+    """
     path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
     return ModelChoice(path, args.random_weights, args.random_mode)
 
 
 def generation_config(args: argparse.Namespace, model: ModelChoice) -> GenerationConfig:
-    """The settings of the options, else of the model's generation_config.json, else defaults."""
-    given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
+    """Returns the sampling settings: those of the options, else those of the model, else defaults.
+
+    The model's are in its generation_config.json; they are logged. An option that the user did not
+    give is None in `args`.
+    """
+    chosen = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     path = model.checkpoint_path
     directory = path if path.is_dir() else path.parent
     defaults = {} if model.random_weights else model_defaults(directory)
-    if defaults := {name: value for name, value in defaults.items() if name not in given}:
+    if defaults := {name: value for name, value in defaults.items() if name not in chosen}:
         log(defaults_line(defaults, directory))
-    return GenerationConfig(**(defaults | given))
+    return GenerationConfig(**(defaults | chosen))
 
 
 def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
-    """The mode that the options ask for. Prompts are read here."""
+    """Returns the mode that the options ask for: chat, benchmark or prompts.
+
+    PromptMode reads the prompts here, so that an error in them comes before the model is loaded.
+    """
     if args.interactive:
         from cli.interactive import ChatMode
 
@@ -141,7 +160,10 @@ def make_plan(
     config: GenerationConfig,
     mode: Mode,
 ) -> "Plan | None":
-    """The plan of an offloaded model, the same on all ranks; None where nothing is offloaded."""
+    """Returns the plan of an offloaded model, the same on all ranks; None without offloading.
+
+    Rank 0 computes it and sends it to the other ranks. mode: knows the lengths of the prompts.
+    """
     if not is_placed(args):
         return None
     import plan
@@ -161,25 +183,29 @@ def make_plan(
 def print_plan(
     plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
 ) -> None:
-    """Print what would run where on stdout: the result of --plan."""
+    """Print on stdout where each part of the model would be, and how fast it would run (--plan).
+
+    With --link, also print the same for 1 to 64 devices that are joined by such links.
+    """
     from plan import find_subject, lines, on_devices
 
     for line in lines(plan):
         print(line, flush=True)
     if args.link:
-        subject, _ = find_subject(model, options, args.compress_weight)
-        for line in on_devices(subject, args.link, args.read_rate):
+        spec, _ = find_model_spec(model, options, args.compress_weight)
+        for line in on_devices(spec, args.link, args.read_rate):
             print(line, flush=True)
     leave_process_group()
 
 
 def check_directory(option: str, file: Path | None) -> None:
+    """Raises FileNotFoundError, which names the option, if the file's directory does not exist."""
     if file and not file.parent.is_dir():
         raise FileNotFoundError(f"{option} {file}: there is no directory {file.parent}")
 
 
-def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
-    """The options with the plan's policy. Logs the plan."""
+def with_policy(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
+    """Returns the options with the plan's policy, and logs the plan; unchanged for None."""
     if plan is None:
         return options
     from plan import lines
@@ -190,7 +216,10 @@ def placed(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
 
 
 def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
-    """The model, and statistics that begin with the time that loading took."""
+    """Load the model, or make one with random weights; returns it with new statistics of the run.
+
+    The statistics already contain the seconds that loading took.
+    """
     start = time.perf_counter()
     if model.random_weights:
         scheme = make_scheme(model.random_mode) if model.random_mode else None
@@ -203,7 +232,7 @@ def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
 
 
 def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
-    """Lines of the log about the model that was loaded."""
+    """Yield lines for the log about the loaded model: weights, dtype, device, and draft model."""
     weight = lm.model.tok_embeddings.weight
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
     yield (
@@ -216,14 +245,17 @@ def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
 
 
 def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
-    """A line for a chat model that is given a plain prompt."""
+    """Yield a line of advice if a chat model gets a plain prompt, without --chat."""
     hint = chat.template_hint(lm.tokenizer)
     if hint and not (args.chat or args.interactive or args.bench):
         yield hint
 
 
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
-    """Times and rates of the run, then a report of each feature in use."""
+    """Yield lines for the log after the run: times and rates, and what each feature in use did.
+
+    plan: None if nothing is offloaded. flash: whether neurons are read from disk (--flash).
+    """
     if stats.prefill_seconds:
         yield from stats.report(saved_bandwidth(lm.device))
     if not lm.any_rows:
@@ -244,7 +276,10 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Write a trace for chrome://tracing or ui.perfetto.dev, where a file is named."""
+    """Profile the block with torch.profiler, and write the trace to a file; None: do nothing.
+
+    chrome://tracing and ui.perfetto.dev show the trace. The file's directory must exist.
+    """
     if file is None:
         yield
         return

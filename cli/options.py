@@ -1,8 +1,8 @@
-"""The options of generate.py, eval.py, quantize.py and flash.py, and which of them go together.
+"""The options of generate.py, eval.py, quantize.py and flash.py, and the checks of combinations.
 
-Start at parse_args, which is generate.py's. Nothing here imports torch: --help and a wrong option
-are answered at once. The choices that modules with torch define are repeated here as names;
-tests/test_options.py holds them against the originals.
+Start at parse_args, which parses those of generate.py. Nothing here imports torch, so that --help
+and a wrong option are answered at once. Choices that modules with torch define are therefore
+repeated here as names; tests/test_options.py compares them with the originals.
 """
 
 import argparse
@@ -31,24 +31,27 @@ from cli.arguments import (
     window,
 )
 from options.rules import PLACING, broken_rule
-from options.settings import SELF_DRAFTS
+from options.settings import DRAFTS, SELF_DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
-DRAFTS = "ngram", *SELF_DRAFTS
 MODES = "int8", "int4", "int4-gptq"
 HEADS = "int8", "int4", "dense"
 GROUP_SIZES = 32, 64, 128, 256
 NEURONS = "dense", "int8", "int4"
-TIERED = "weights", "cache", "activations"  # what --percent places
+TIERED = "weights", "cache", "activations"  # each has two numbers of --percent
 
-Add = Callable[..., Any]  # ArgumentParser.add_argument, or that of a group
+Add = Callable[..., Any]  # the add_argument of a parser or of a group of its options
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """generate.py's options. An option of GenerationConfig that is not given is None."""
+    """Parse the options of generate.py. argv: None: those of the process.
+
+    A sampling option that the user did not give is None, so that the model's generation_config.json
+    can provide it. Ends the process if options are wrong or do not go together.
+    """
     parser = new_parser("generate.py", "Generate text with an open language model.")
     for title, add_options in GROUPS.items():
         add_options(parser.add_argument_group(title).add_argument)
@@ -64,6 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def new_parser(prog: str, description: str) -> Parser:
+    """Returns a parser with the options that all commands have: --version and --quiet."""
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=description)
     parser.add_argument("--version", action=Version, help="versions of this program and its parts")
     help = "only the text, the result and what went wrong: no log lines, no progress bars"
@@ -72,12 +76,16 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 class Version(argparse.Action):
-    """Print versions and exit; they are looked up only when they are asked for."""
+    """Prints the versions of this program, torch and tokenizers, and exits.
+
+    An action of its own, because the versions are looked up only for --version: it takes time.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print the versions; the program's is the commit of its git repository."""
         git = [
             "git",
             "-C",
@@ -96,6 +104,7 @@ class Version(argparse.Action):
 
 
 def text_options(add: Add) -> None:
+    """Add options that choose the model, the prompts and the output."""
     help = "a local path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
     add("--model", "--checkpoint_path", dest="checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--revision", help="branch, tag or commit of a repository (default: main)")
@@ -113,7 +122,10 @@ def text_options(add: Add) -> None:
 
 
 def sampling_options(add: Add) -> None:
-    """One option for each field of GenerationConfig."""
+    """Add one option for each field of GenerationConfig, in its order and with its type.
+
+    Fields of type bool become flags; SPECIAL_OPTIONS has the options of other types.
+    """
     for field in fields(GenerationConfig):
         name, help = f"--{field.name}", GENERATION_HELP[field.name]
         if field.name in SPECIAL_OPTIONS:
@@ -125,6 +137,7 @@ def sampling_options(add: Add) -> None:
             add(name, type=type(field.default), help=f"{help}{default}")
 
 
+# Field of GenerationConfig -> arguments of add_argument, for fields of special types.
 SPECIAL_OPTIONS: dict[str, dict[str, Any]] = {
     "stop": {"action": "append", "default": [], "metavar": "TEXT"},
     "logit_bias": {
@@ -153,6 +166,7 @@ GENERATION_HELP = {
 
 
 def device_options(add: Add) -> None:
+    """Add options of the device, the dtypes and compilation."""
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
@@ -162,20 +176,23 @@ def device_options(add: Add) -> None:
 
 
 def draft_options(add: Add) -> None:
+    """Add options of speculative decoding."""
     help = "a small model that guesses tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
-    add("--draft", choices=DRAFTS, help="guess from the text itself, or by the model in fewer bits")
-    help = "tokens to guess, or auto: as many as pay (default: auto)"
+    add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
+    help = "draft tokens of a step, or auto: as many as pay (default: auto)"
     add("--speculate_k", type=count_or_auto, default="auto", help=help)
 
 
 def rank_options(add: Add) -> None:
+    """Add options of pipeline parallelism."""
     help = "layers on ranks, one after the other, in place of a share of each"
     add("--pipeline", action="store_true", help=help)
     add("--micro_batches", type=positive, help="batches that are under way in a pipeline")
 
 
 def offload_options(add: Add) -> None:
+    """Add options of offloading; the names of those for --percent are FlexGen's."""
     add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
     add("--plan", action="store_true", help="say where and how fast, and do no more")
     add("--link", choices=LINKS, help="with --plan: and on 1 to 64 devices that are joined by it")
@@ -199,6 +216,7 @@ def offload_options(add: Add) -> None:
 
 
 def flash_options(add: Add) -> None:
+    """Add options of --flash, which reads the neurons of a ReLU model from disk."""
     add("--flash", action="store_true", help="read the neurons that a token needs; see flash.py")
     help = "weights in memory: 50%% of them, or 4GB (default: 50%%)"
     add("--dram_budget", type=amount, help=help)
@@ -209,6 +227,7 @@ def flash_options(add: Add) -> None:
 
 
 def bench_options(add: Add) -> None:
+    """Add options of measurements."""
     add("--bench", action="store_true", help="time prefill of --prompt N (default: 512) and decode")
     add("--repeats", type=positive, default=5, help="of --bench (default: 5)")
     add("--json", action="store_true", help="print --bench's figures as a line of JSON")
@@ -217,6 +236,7 @@ def bench_options(add: Add) -> None:
     add("--random_mode", choices=["int8", "int4"], help="quantise what --random_weights makes")
 
 
+# Title in --help -> function that adds the options of this group to generate.py.
 GROUPS = {
     "model and prompts": text_options,
     "how to continue a text (defaults of a model's generation_config.json come first)": (
@@ -232,7 +252,11 @@ GROUPS = {
 
 
 def derived(args: argparse.Namespace) -> dict[str, Any]:
-    """Names that the rules use beside those of options."""
+    """Returns values that the rules (options/rules.py) use in addition to the options.
+
+    placed: whether the model is offloaded. self_draft: the --draft that is the model itself in
+    fewer bits, or False. ranks: whether torchrun has started several processes.
+    """
     return {
         "placed": is_placed(args),
         "self_draft": args.draft in SELF_DRAFTS and args.draft,
@@ -241,18 +265,22 @@ def derived(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_placed(args: argparse.Namespace) -> bool:
-    """Whether the options of generate.py divide the model among device, host and disk."""
+    """Returns whether options of generate.py offload the model: see PLACING."""
     return any(getattr(args, name) for name in PLACING)
 
 
 def check_rules(parser: argparse.ArgumentParser, chosen: Mapping[str, Any]) -> None:
+    """Ends the process with an error if the chosen options break a rule of options/rules.py."""
     if message := broken_rule(chosen):
         parser.error(message)
 
 
 def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Rules about the values of options."""
-    for wrong, message in (
+    """Ends the process with an error if values of generate.py's options do not go together.
+
+    Rules that only ask whether an option is given are in options/rules.py.
+    """
+    for broken, message in (
         (
             args.speculate_k != "auto" and not (args.draft or args.draft_checkpoint_path),
             "--speculate_k needs --draft or --draft_checkpoint_path",
@@ -267,10 +295,10 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         ),
         (
             args.logprobs is not None and not args.output,
-            "--logprobs needs --output, which holds them",
+            "--logprobs needs --output, to which they are written",
         ),
     ):
-        if wrong:
+        if broken:
             parser.error(message)
     percent = args.percent or [0] * 6
     for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
@@ -279,12 +307,15 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def is_count(text: str) -> bool:
-    """Whether a prompt is a number of tokens, in ASCII digits."""
+    """Returns whether a prompt is a number above 0 in ASCII digits."""
     return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """eval.py's options."""
+    """Parse the options of eval.py. argv: None: those of the process.
+
+    Ends the process if options are wrong or do not go together.
+    """
     parser = new_parser("eval.py", "How good a model is: perplexity of a text, or lm_eval's tasks.")
     add = parser.add_argument
     help = "a path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
@@ -324,7 +355,10 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """quantize.py's options."""
+    """Parse the options of quantize.py. argv: None: those of the process.
+
+    Ends the process if options are wrong or do not go together. groupsize is 32 by default.
+    """
     parser = new_parser("quantize.py", "Write a checkpoint with int8 or int4 weights beside it.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
@@ -354,7 +388,10 @@ def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """flash.py's options."""
+    """Parse the options of flash.py. argv: None: those of the process.
+
+    calibration_tasks is None: unlike quantize.py, flash.py learns from a text file only.
+    """
     parser = new_parser("flash.py", "Write a ReLU model's neurons for --flash to read.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")

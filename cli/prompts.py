@@ -1,4 +1,7 @@
-"""generate.py over prompts: which ones, and their texts to stdout or, as each ends, to --output."""
+"""generate.py for prompts: reads them, continues them in batches, and prints or saves the texts.
+
+Start at PromptMode.run. Texts go to stdout or, each when it is complete, to the file of --output.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from weights.weight_files import find_weights, shards
 
 DEMO_PROMPT = "Once upon a time"
 MAX_BATCH = 16  # rows, where --batch_size is not given
+# Files beside the weights that change the generated texts.
 BESIDE_WEIGHTS = (
     "config.json tokenizer.json tokenizer.model vocab.json merges.txt tokenizer_config.json "
     "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
@@ -28,21 +32,23 @@ BESIDE_WEIGHTS = (
 
 
 class PromptMode:
-    """Continues every prompt num_samples times, in batches."""
+    """A Mode (session.py) that continues every prompt num_samples times, in batches."""
 
     def __init__(self, options: PromptOptions):
         self.options, self.prompts = options, read_prompts(options)
         self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """The tokens of each text's prompt."""
+        """Returns the tokens of the prompt of each text that is to be generated."""
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open the file of results before a model is loaded, so that its errors come first.
+        """Open the file of --output before the model is loaded, so that its errors come early.
 
-        settings: all that the texts depend on beside the model.
+        settings: all options that the texts depend on, except the model. The file records them and
+        a hash of the model's files, so that a rerun with others is refused. Only rank 0 writes the
+        file.
         """
         if not (self.options.output and is_rank0()):
             return
@@ -53,12 +59,17 @@ class PromptMode:
         self.output = jobs.ResultsFile(self.options.output, self.prompts, samples, origin)
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
+        """Generate the texts that the output does not contain yet, in batches.
+
+        batch_size: rows of a batch; None: at most MAX_BATCH. cache_length: not used, because the
+        caches get the length of the longest text. All ranks must call this.
+        """
         lm, options = session.lm, self.options
         todo = self._jobs(lm, session.config.max_new_tokens)
         sink = self._sink(todo, session)
         sink.todo = broadcast_from_rank0(lambda: sink.todo)
         if not sink.todo:
-            return log(f"{options.output} holds all {len(todo)} results: nothing was to be done")
+            return log(f"{options.output} has all {len(todo)} results already")
         size = min(batch_size or MAX_BATCH, len(sink.todo))
         caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
         session.compile(caches)
@@ -77,13 +88,20 @@ class PromptMode:
                 )
 
     def _jobs(self, lm: LoadedModel, new: int) -> list[jobs.Job]:
-        """One job for each text to generate, of up to `new` tokens."""
+        """Returns one job for each text to generate, of up to `new` tokens.
+
+        Raises ValueError for a prompt that does not fit into the model's context.
+        """
         context, vocab_size = lm.model.args.context, lm.model.args.vocab_size
         encoded = encoded_prompts(lm.tokenizer, vocab_size, self.prompts, self.options)
         check_prompts([ids for _, ids in encoded], context, vocab_size)
         return jobs.make_jobs(encoded, self.options.num_samples, new, context)
 
     def _sink(self, todo: list[jobs.Job], session: Session) -> jobs.ConsoleSink | jobs.JsonlSink:
+        """Returns the object that writes the texts: to the file of --output, or to stdout.
+
+        todo: the jobs of all texts. A chat's prompt, or one of random tokens, is not printed.
+        """
         ends = jobs.FinishCounts(session.config.max_new_tokens)
         if self.output:
             return jobs.JsonlSink(self.output, todo, ends, lambda: session.stats.new_tokens)
@@ -92,7 +110,10 @@ class PromptMode:
 
 
 def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
-    """Read the prompts that the options name, else a pipe. ValueError for an empty one."""
+    """Returns the prompts of --prompts, --prompt_file or --prompt, else of a pipe, else a demo one.
+
+    Raises ValueError for an empty prompt.
+    """
     if options.prompts:
         return jobs.read_prompts(options.prompts, options.chat)
     if options.prompt_file:
@@ -108,25 +129,33 @@ def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
 
 
 def model_files(weights: Path) -> list[Path]:
-    """All that the texts of a checkpoint depend on: its weights, config and tokenizer."""
+    """Returns the files of a checkpoint that its texts depend on: weights, config, tokenizer.
+
+    weights: the path that find_weights returned.
+    """
     beside = (weights.parent / name for name in BESIDE_WEIGHTS)
     return [*shards(weights)[0], *(file for file in beside if file.is_file())]
 
 
 def encoded_prompts(
-    tokenizer: Tokenizer, vocab: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
+    tokenizer: Tokenizer, vocab_size: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
 ) -> list[tuple[jobs.Prompt, list[int]]]:
-    """Each prompt and its ids; with random weights a number stands for so many random tokens."""
+    """Returns each prompt with its token ids.
+
+    With --random_weights, which has no tokenizer, a prompt is a number: so many random tokens below
+    vocab_size. Raises ValueError if it is no number.
+    """
     if options.chat:
         return [(prompt, chat.prompt_ids(tokenizer, prompt, options.system)) for prompt in prompts]
     if not options.random_tokens:
         return [(prompt, tokenizer.encode(prompt)) for prompt in prompts]
-    if wrong := [prompt for prompt in prompts if not prompt.isdecimal()]:
+    if not_numbers := [prompt for prompt in prompts if not prompt.isdecimal()]:
         raise ValueError(
-            f"random weights have no tokenizer: give a number of tokens as --prompt, not {wrong[0]}"
+            "random weights have no tokenizer: give a number of tokens as --prompt, not "
+            f"{not_numbers[0]}"
         )
     generator = torch.Generator().manual_seed((options.seed or 0) % 2**63)
     return [
-        (prompt, torch.randint(vocab, (int(prompt),), generator=generator).tolist())
+        (prompt, torch.randint(vocab_size, (int(prompt),), generator=generator).tolist())
         for prompt in prompts
     ]

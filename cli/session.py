@@ -1,4 +1,7 @@
-"""What the modes of generate.py share: a loaded model, how it continues texts, and its times."""
+"""What the modes of generate.py share: a loaded model, sampling settings and statistics.
+
+The modes are PromptMode, ChatMode and BenchMode; generation.py chooses one and calls it.
+"""
 
 import time
 from collections.abc import Sequence
@@ -17,12 +20,17 @@ from text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Session:
+    """A loaded model, the settings of sampling, and the statistics of this run."""
+
     lm: LoadedModel
     config: GenerationConfig
     stats: Stats
 
     def compile(self, caches: Sequence[Cache]) -> None:
-        """Compile for the shape of the caches, if the model is compiled, and time it."""
+        """Compile decoding for the shape of these caches, and record the seconds.
+
+        Does nothing if the model is not compiled: then it takes any number of rows.
+        """
         if self.lm.any_rows:
             return
         log("compiling ...")
@@ -32,14 +40,21 @@ class Session:
 
 
 class Mode(Protocol):
-    """What generate.py does with a model: continue prompts, chat, or measure its speed."""
+    """One of three uses of a model by generate.py: continue prompts, chat, or measure the speed.
+
+    generation.py calls prompt_lengths (if it plans offloading), then open, then loads the model,
+    then calls run.
+    """
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Tokens of the prompt of each text, for a plan. new: tokens that follow each."""
+        """Returns the tokens of each text's prompt, for the plan. new: tokens added to each."""
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open files that are written to, before the model is loaded."""
+        """Open output files before the model is loaded. settings: options that texts depend on."""
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
-        """batch_size: rows at a time; cache_length: positions of the KV cache that a plan has
-        memory for. None: not limited."""
+        """Use the loaded model.
+
+        batch_size: rows at a time; None: the mode chooses. cache_length: positions of the KV cache
+        that an offloading plan has memory for; None: no limit.
+        """

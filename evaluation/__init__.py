@@ -1,9 +1,9 @@
-"""Measures how good a model is: log-likelihoods of given texts, and lm_eval's tasks.
+"""Measures how good a model is: log-likelihoods of texts, and lm_eval's tasks.
 
 scoring.py computes log-likelihoods. A caller gives sequences of ids, each with the position from
 which its ids are scored. Sequences with a common prefix, such as a question with each of its
-answers, become a prefix tree, and the model reads each prefix once. The results are exact: those of
-scoring each sequence alone, up to rounding.
+answers, become a prefix tree, and the model reads each prefix once. Up to rounding, the results
+equal those of scoring each sequence separately.
 
 harness.py is the adapter to EleutherAI's lm_eval (a TemplateLM): tasks ask for log-likelihoods,
 which scoring.py answers, or for generated text, which engine.complete answers. Only `eval.py

@@ -34,10 +34,10 @@ from evaluation.scoring import Ids, SequenceScore, common, log_likelihoods
 from text.completion import Completion
 from text.generation_config import GenerationConfig
 
-DEFAULT_MAX_GEN_TOKS = 256  # of a task without max_gen_toks, as in lm_eval's own backends
+DEFAULT_MAX_GEN_TOKS = 256  # for tasks without max_gen_toks, as in lm_eval's own backends
 DEFAULT_GENERATION_BATCH_SIZE = 16
-SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "seed"}  # of gen_kwargs
-# lm_eval's key for its cache, the ids of the context, the ids of the continuation
+SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "seed"}  # keys of a task's gen_kwargs
+# (lm_eval's key for its cache, the ids of the context, the ids of the continuation)
 Request = tuple[Any, list[int], list[int]]
 
 
@@ -60,19 +60,20 @@ class HarnessOptions:
 class HarnessModel(TemplateLM):
     """A LoadedModel with the interface of an lm_eval model.
 
-    batch_size: None: as many rows as are fast. max_length: ids that the model reads at once; longer
-    texts lose their beginning. bos: whether every text begins with BOS.
+    batch_size: rows of one call of the model; None: chosen by the scorer. max_length: tokens of a
+    sequence; longer texts lose their beginning. bos: whether every text begins with BOS.
     """
 
     def __init__(self, lm: LoadedModel, batch_size: int | None, max_length: int, bos: bool):
+        """Keep the arguments, and count shortened and fused texts from 0."""
         super().__init__()
         self.lm, self.rows, self.max_length = lm, batch_size, max_length
         self._device, self._tokenizer = lm.device, lm.tokenizer
         self._bos = [lm.tokenizer.bos_id] if bos else []
         # A cache, because lm_eval encodes a question again for each of its answers.
         self._ids = lru_cache(64)(lambda text: lm.tokenizer.encode(text, bos=False, special=True))
-        self.shortened = 0  # texts that lost their beginning
-        self.fused = 0  # continuations whose ids are all shared with the context, see _encode_pair
+        self.shortened = 0  # number of texts that lost their beginning
+        self.fused = 0  # number of continuations that add no id to the context: see _encode_pair
 
     @property
     def eot_token_id(self) -> int:
@@ -80,7 +81,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before a text that has no context: BOS, or EOS without a BOS."""
+        """The id that lm_eval puts before a text without context: BOS, or EOS if there is no
+        BOS."""
         bos = self._tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
@@ -91,17 +93,21 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Return the ids of a text, after one BOS unless add_special_tokens is False or the model
-        runs without BOS."""
+        """Return the ids of a text.
+
+        BOS is put before them, unless the text begins with it, add_special_tokens is False, or this
+        HarnessModel was made with bos=False.
+        """
         ids = self._ids(string)
         bos = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*bos, *ids]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of the context, and the ids that context + continuation has beyond them.
+        """Return the ids of the context, and the further ids of context + continuation.
 
-        A tokenizer that merges tokens across words may need no more ids for both together. There
-        lm_eval's own backend fails, and this one scores the ids after the common prefix.
+        There may be no further ids if the tokenizer merges tokens across words. lm_eval's own
+        backend then fails. This one scores the ids of context + continuation after its common
+        prefix with the context, at least one id, and counts the case in `fused`.
         """
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if continuation_ids:
@@ -117,16 +123,25 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """Return the text of a conversation in the checkpoint's chat template.
+
+        add_generation_prompt=False: the model continues the last message, so the text that the
+        template writes after this message is cut off.
+        """
         text = self._tokenizer.chat_text(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
-        # The model continues the last message, so the template's text after it is cut off.
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        """Return (log-likelihood in nats, whether greedy decoding gives it) of each continuation.
+
+        Called by TemplateLM.loglikelihood. Each result also goes to lm_eval's cache at once, so
+        that an interrupted run keeps it.
+        """
         answers: list[Any] = [None] * len(requests)
         for number, nats, greedy in self.score([r[1:] for r in requests], disable_tqdm):
             answers[number] = nats, greedy
@@ -136,8 +151,11 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-likelihood of each whole text, over windows of max_length ids. The context
-        of a window is the last id of the window before."""
+        """Return the log-likelihood of each whole text in nats, summed over windows of max_length
+        ids. The context of a window is the last id of the previous window.
+
+        The result of a text goes to lm_eval's cache when all its windows are scored.
+        """
         totals = [0.0] * len(requests)
         pairs, owners = self.rolling_windows([request.args[0] for request in requests])
         remaining = Counter(owners)
@@ -151,7 +169,8 @@ class HarnessModel(TemplateLM):
         return totals
 
     def rolling_windows(self, texts: Sequence[str]) -> tuple[list[tuple[Ids, Ids]], list[int]]:
-        """Return the (context, continuation) ids of all windows, and the text of each window."""
+        """Divide texts into windows for loglikelihood_rolling. Return two lists with an entry for
+        each window: its (context ids, scored ids), and the index of its text."""
         pairs: list[tuple[Ids, Ids]] = []
         owners: list[int] = []
         for number, text in enumerate(texts):
@@ -164,10 +183,11 @@ class HarnessModel(TemplateLM):
         return pairs, owners
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool) -> Iterator[SequenceScore]:
-        """Yield the scores of continuations, given pairs (context ids, continuation ids).
+        """Yield the score of each continuation, given pairs (context ids, continuation ids), in
+        another order than the pairs: see SequenceScore.number.
 
         As in lm_eval, a pair that is too long loses its first ids, BOS included. Raises ValueError
-        for a continuation that is empty or longer than max_length. quiet: show no bar.
+        for a continuation that is empty or longer than max_length. quiet: show no progress bar.
         """
         sequences = []
         for context, continuation in pairs:
@@ -183,8 +203,12 @@ class HarnessModel(TemplateLM):
         yield from tqdm(scores, "score", len(sequences), disable=quiet, unit="text")
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each text, up to a stop string, EOS or max_gen_toks."""
-        groups: dict[str, list[int]] = {}  # requests with the same gen_kwargs
+        """Return the continuation of each text, up to a stop string, EOS or max_gen_toks.
+
+        Requests with equal gen_kwargs are generated together. Each continuation also goes to
+        lm_eval's cache at once, so that an interrupted run keeps it.
+        """
+        groups: dict[str, list[int]] = {}  # gen_kwargs as JSON -> indices of its requests
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
@@ -199,31 +223,38 @@ class HarnessModel(TemplateLM):
         return texts
 
     def prompt_ids(self, text: str, config: GenerationConfig) -> list[int]:
-        """Return the ids of a prompt, without its beginning if the answer would not fit."""
-        ids, longest = self.tok_encode(text), self.max_length - config.max_new_tokens
-        self.shortened += len(ids) > longest
-        return ids[-longest:]
+        """Return the last ids of a prompt, as many as leave capacity for max_new_tokens. A prompt
+        that loses its first ids is counted in `shortened`."""
+        ids, max_prompt = self.tok_encode(text), self.max_length - config.max_new_tokens
+        self.shortened += len(ids) > max_prompt
+        return ids[-max_prompt:]
 
     def generated(
         self, prompts: dict[int, list[int]], config: GenerationConfig
     ) -> Iterator[tuple[int, str]]:
-        """Yield (number, continuation) for prompts by number, the longest prompts first."""
+        """Yield (number, continuation) for each prompt. prompts: number -> ids.
+
+        Batches begin with the longest prompts, so that a lack of memory shows at once and prompts
+        of a batch have similar lengths. All batches use the same KV caches.
+        """
         numbers = sorted(prompts, key=lambda n: -len(prompts[n]))
         size = min(self.rows or DEFAULT_GENERATION_BATCH_SIZE, len(numbers))
         caches = self.lm.make_caches(size, len(prompts[numbers[0]]) + config.max_new_tokens)
         for first in range(0, len(numbers), size):
             rows = numbers[first : first + size]
-            given = [prompts[n] for n in rows]
-            done = complete(self.lm, given, config, rows=rows, caches=caches)
-            for number, completion in zip(rows, done, strict=True):
-                # lm_eval decodes the new ids alone, so a space before the first word may be lost.
-                alone = Completion(self._tokenizer, [], config)
-                text = alone.extend(completion.ids) + alone.close()
+            batch = [prompts[n] for n in rows]
+            completions = complete(self.lm, batch, config, rows=rows, caches=caches)
+            for number, completion in zip(rows, completions, strict=True):
+                # As lm_eval: the new ids are decoded without the prompt, which may lose a space
+                # before the first word.
+                without_prompt = Completion(self._tokenizer, [], config)
+                text = without_prompt.extend(completion.ids) + without_prompt.close()
                 yield number, postprocess_generated_text(text, list(config.stop), None)
 
 
 def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> GenerationConfig:
-    """Return the config of lm_eval's gen_kwargs; ValueError for an unsupported key or value."""
+    """Return the GenerationConfig for a task's gen_kwargs, by lm_eval's defaults: greedy, unless
+    do_sample is true. Raises ValueError for an unsupported key or value."""
     kwargs = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
     count = kwargs.pop("max_gen_toks")
     if not 0 < count < max_length:
@@ -242,8 +273,9 @@ def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> Generation
 
 
 def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager) -> dict[str, Any]:
-    """Return lm_eval's results of the tasks; manager: from find_tasks."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures alone
+    """Run the tasks; return the dict of results of lm_eval.simple_evaluate. manager: as returned by
+    find_tasks. lm_eval's own output goes to stderr, because stdout carries only the figures."""
+    with contextlib.redirect_stdout(sys.stderr):
         return lm_eval.simple_evaluate(
             model,
             tasks=list(options.tasks),
@@ -261,9 +293,10 @@ def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager
 
 
 def find_tasks(options: HarnessOptions) -> TaskManager:
-    """Return a manager of the tasks in include_path, and of lm_eval's own if the former lack one.
+    """Return lm_eval's TaskManager, which knows all tasks of the options.
 
-    lm_eval takes ten seconds to find its own 14,000 tasks. Raises ValueError for an unknown task.
+    The directory include_path is searched first. lm_eval's own 14,000 tasks, which take ten seconds
+    to list, are added only if a task is not there. Raises ValueError for an unknown task.
     """
     setup_logging(logging.ERROR)
     files = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
@@ -280,6 +313,7 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as the table that lm_eval prints."""
+    """Return the table of results that lm_eval's command prints, and that of groups of tasks, if
+    any. results: as run_tasks returns them."""
     columns = [column for column in ("results", "groups") if results.get(column)]
     return "\n".join(make_table(results, column) for column in columns)

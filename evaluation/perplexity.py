@@ -19,7 +19,7 @@ from evaluation.scoring import Ids, log_likelihoods
 from host.log import log
 from host.memory import size_text
 
-DEFAULT_WINDOW = 2048  # ids of a window, or fewer if the model's context is shorter
+DEFAULT_WINDOW = 2048  # ids of a window; the model's context if it is shorter
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,18 @@ class PerplexityOptions:
     """How a text is divided into windows and scored."""
 
     max_seq_length: int  # ids of a window, BOS included
-    stride: int | None = None  # ids from one window's begin to the next; None: no overlap
-    limit: float | None = None  # the first windows: a number or, below 1, a share of all
-    batch_size: int | None = None  # windows of one call; None: as many as are fast
+    stride: int | None = None  # ids between the begins of two windows; None: no overlap
+    limit: float | None = None  # windows that are scored: a number or, below 1, a share of all
+    batch_size: int | None = None  # windows of one call of the model; None: chosen by the scorer
     bos: bool = True  # whether every window begins with BOS
 
 
 def perplexity(lm: LoadedModel, text: str, name: str, options: PerplexityOptions) -> dict[str, Any]:
-    """Return nats per token, perplexity, bits per byte and tokens/s of a text called `name`.
+    """Score a text; return its perplexity, nats per token, bits per byte, tokens/s and settings.
 
-    Raises ValueError for a stride longer than a window, and for a text without an id to score.
+    name: what the output and the log call the text. Bits per byte extend the mean over the scored
+    tokens to all tokens of the text. Raises ValueError for a stride longer than a window, and for a
+    text without an id to score.
     """
     ids, nbytes = lm.tokenizer.encode(text, bos=False, special=True), len(text.encode())
     prefix = [lm.tokenizer.bos_id] if options.bos else []
@@ -66,7 +68,10 @@ def perplexity(lm: LoadedModel, text: str, name: str, options: PerplexityOptions
 
 
 def checked_stride(stride: int | None, text_ids: int) -> int:
-    """Return the stride of windows with so many ids of text; ValueError if it is out of range."""
+    """Return the stride; None or 0 becomes text_ids, so that windows do not overlap.
+
+    text_ids: the ids of a window without BOS. Raises ValueError for a stride out of 1 to text_ids.
+    """
     stride = stride or text_ids
     if not 0 < stride <= text_ids:
         raise ValueError(f"--stride {stride} is not between 1 and {text_ids}, a window's tokens")
@@ -76,23 +81,25 @@ def checked_stride(stride: int | None, text_ids: int) -> int:
 def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[Ids, int]]:
     """Yield windows (ids, start) that together score each id once: a window scores ids[start:].
 
-    A window has at most `length` ids, the prefix included, and begins `stride` ids after the one
-    before. Without a prefix the very first id, which nothing precedes, is not scored, nor is the
-    first id of any window if windows do not overlap.
+    A window is the prefix (BOS, or no id) and ids of the text, together at most `length`. Windows
+    begin `stride` ids apart. Without a prefix some ids are not scored, because no id precedes them:
+    the first id of the text and, if windows do not overlap, the first id of every window.
     """
-    text_ids, done = length - len(prefix), 0
+    text_ids = length - len(prefix)
+    scored = 0  # ids of the text that earlier windows score
     for begin in range(0, len(ids), stride):
         end = min(begin + text_ids, len(ids))
-        start = max(len(prefix) + done - begin, 1)
+        start = max(len(prefix) + scored - begin, 1)
         if start < len(prefix) + end - begin:
             yield [*prefix, *ids[begin:end]], start
-        done = end
+        scored = end
         if end == len(ids):
             return
 
 
 def limited_count(limit: float | None, count: int) -> int:
-    """Return how many of `count` remain: `limit` or, if it is below 1, that share (as lm_eval)."""
+    """Return how many of `count` windows to score. limit: their number or, if it is below 1, a
+    share of `count`, rounded up, as in lm_eval; None: all."""
     if limit is None:
         return count
     return math.ceil(count * limit) if limit < 1 else limit
@@ -101,7 +108,8 @@ def limited_count(limit: float | None, count: int) -> int:
 def nats_per_token(
     lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
 ) -> float:
-    """Return the mean negative log-likelihood of the scored ids of (ids, start), with a bar."""
+    """Return the mean negative log-likelihood, in nats, of the ids from `start` on of all sequences
+    (ids, start), and show a progress bar. batch_size: see log_likelihoods."""
     nats, total = 0.0, sum(len(ids) - start for ids, start in sequences)
     with tqdm(total=total, desc="perplexity", unit="token", unit_scale=True) as bar:
         for score in log_likelihoods(lm, sequences, batch_size):

@@ -1,9 +1,12 @@
 """Log-likelihoods of the ends of many sequences of ids.
 
 Start at log_likelihoods. Sequences with a common prefix, such as a question with each of its
-answers, become a tree (build_prefix_trees), and the model reads each node once: TreeScorer feeds a
-batch of nodes to the model, and their children continue from copies of the KV cache. The output
+answers, become a tree (build_prefix_trees), and the model reads each node once: TreeScorer lets the
+model read a batch of nodes, and their children continue from copies of the KV cache. The output
 head computes logits only at positions whose next id is scored.
+
+Words: a node is a run of ids that several sequences share; a target is an id whose log-probability
+is computed; a pool is the KV caches, one for each layer, of one level of the trees.
 
 Source: prefix sharing as in SGLang's RadixAttention (arXiv 2312.07104).
 """
@@ -24,21 +27,21 @@ from model import KVCache, ModelArgs, visible_length
 from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
-# A common prefix is read once if it has at least MIN_SHARED_IDS ids and a quarter of the ids that
-# the longer sequence has left; a shorter one is read again with each sequence.
+# A common prefix is read once if it has at least MIN_SHARED_IDS ids and a quarter of the longer
+# sequence's ids after the parent node. A shorter prefix is read again with each sequence.
 MIN_SHARED_IDS = 8
-MAX_LOGITS = 2**27  # of one call: 512 MB in float32
-MAX_POOL_ROWS = 128  # rows of the KV caches of one level
+MAX_LOGITS = 2**27  # logits of one call: 512 MB in float32
+MAX_POOL_ROWS = 128
 # A call reads all weights once; reading them takes as long as computing this many ids.
 IDS_PER_WEIGHT_PASS = 16
 
 
 class CallLimits(NamedTuple):
-    """How much one call of the model gets on a device."""
+    """Sizes of one call of the model on a device."""
 
-    ids: int  # enough to keep the device busy
-    cache_positions: int  # rows times positions of the KV caches of one level, at most
-    overhead: int  # products of an id and a weight that the device computes while a call starts
+    ids: int  # ids of a call, enough to keep the device busy
+    cache_positions: int  # limit on rows x positions of the KV caches of one level
+    overhead: int  # multiplications (ids x weights) that fit into the launch time of a call
 
 
 CALL_LIMITS = {
@@ -51,23 +54,25 @@ CALL_LIMITS = {
 class SequenceScore(NamedTuple):
     """The log-likelihood of one sequence."""
 
-    number: int  # of the sequence
-    nats: float  # natural logarithm of the probability of its scored ids, each given all before it
-    greedy: bool  # whether each scored id is the most likely one
+    number: int  # index of the sequence in the argument of log_likelihoods
+    nats: float  # sum of ln p(id | all ids before it) over the scored ids
+    greedy: bool  # whether each scored id is the most likely id at its position
 
 
 @dataclass(eq=False)
 class PrefixNode:
-    """Ids that all sequences of a subtree have in common, after those of the parent."""
+    """Ids that all sequences of a subtree have in common, after the ids of the parent."""
 
     ids: Ids
-    begin: int  # position of ids[0]
+    begin: int  # position of ids[0] in the sequences
     parent: "PrefixNode | None"
-    start: int = 0  # first scored position of the subtree
+    start: int = 0  # first position of the subtree that is scored
     end: int = 0  # KV cache positions that the subtree needs
     children: list["PrefixNode"] = field(default_factory=list)
-    ends: list[tuple[int, int]] = field(default_factory=list)  # sequences that end: number, start
-    scores: list[tuple[float, bool]] = field(default_factory=list)  # of the ids from `scored` on
+    # (number, first scored position) of each sequence that ends with this node
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    # (log-probability, whether it is the most likely id) of each id from position `scored` on
+    scores: list[tuple[float, bool]] = field(default_factory=list)
 
     @property
     def scored(self) -> int:
@@ -75,13 +80,17 @@ class PrefixNode:
         return max(self.start, self.begin)
 
     @property
-    def fed(self) -> int:
-        """The number of ids that the model reads: nothing follows the last id of a leaf."""
+    def read_length(self) -> int:
+        """How many ids the model reads: all, but not the last id of a leaf, which predicts no
+        id."""
         return len(self.ids) - (not self.children)
 
     def results(self) -> Iterator[SequenceScore]:
-        """Yield the scores of the sequences that end here. This node and its ancestors must be
-        scored."""
+        """Yield the scores of the sequences that end with this node.
+
+        The scores of a sequence are those of this node and of its ancestors, back to the
+        sequence's first scored position. All of them must be computed already.
+        """
         for number, start in self.ends:
             scores, node = [], self
             while node is not None and node.begin + len(node.ids) > start:
@@ -96,8 +105,9 @@ def log_likelihoods(
     """Yield the score of ids[start:] for each sequence (ids, start), 1 <= start < len(ids).
 
     batch_size: the rows of one call; None: chosen by CALL_LIMITS and the free memory. Scores are
-    computed in float32 and come in another order than the sequences. Raises ValueError for a
-    sequence that is longer than the model's context plus one, and MemoryError.
+    computed in float32. They come in another order than the sequences: see SequenceScore.number.
+    Raises ValueError for a sequence that is longer than the model's context plus one, and
+    MemoryError.
     """
     if not sequences:
         return
@@ -108,7 +118,8 @@ def log_likelihoods(
 
 
 def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -> None:
-    """Raise ValueError for a sequence without scored ids, one that is too long, or a wrong id."""
+    """Raise ValueError for a sequence that has no ids to score, that is longer than context + 1, or
+    that has an id outside the vocabulary. The last id of a sequence is scored but never read."""
     for number, (ids, start) in enumerate(sequences):
         if not 1 <= start < len(ids):
             raise ValueError(f"sequence {number}: no ids after position {start} of {len(ids)}")
@@ -124,8 +135,11 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
 
 
 def min_shared_ids(args: ModelArgs, longest: int) -> float:
-    """Return the least length of a shared prefix. Infinity where the rotary angles depend on the
-    length of the whole sequence (model.DynamicRotaryPositions): then no prefix can be shared."""
+    """Return how many ids a common prefix must have to be shared by sequences.
+
+    The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
+    whole sequence (model.DynamicRotaryPositions). longest: ids of the longest sequence.
+    """
     by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
     return math.inf if by_length else MIN_SHARED_IDS
 
@@ -133,16 +147,22 @@ def min_shared_ids(args: ModelArgs, longest: int) -> float:
 def build_prefix_trees(
     sequences: Sequence[tuple[Ids, int]], min_shared: float = MIN_SHARED_IDS
 ) -> list[PrefixNode]:
-    """Return the roots of prefix trees that contain all sequences. min_shared: the least length of
-    a common prefix."""
+    """Return the roots of prefix trees that contain all sequences (ids, first scored position).
+
+    min_shared: a common prefix of fewer ids is not shared.
+    """
     return TreeBuilder(sequences, min_shared).nodes(0, len(sequences), 0, None)
 
 
 class TreeBuilder:
-    """Builds prefix trees over the sequences in lexicographic order, where common prefixes are
-    neighbours."""
+    """Builds prefix trees over the sorted sequences: all sequences with a common prefix are
+    neighbours in lexicographic order.
+
+    texts: the ids of the sorted sequences. ends: their (number, first scored position).
+    """
 
     def __init__(self, sequences: Sequence[tuple[Ids, int]], min_shared: float):
+        """Sort the sequences (ids, first scored position), and measure their common prefixes."""
         order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n][0]))
         self.ends = [(n, sequences[n][1]) for n in order]
         self.texts = [tuple(sequences[n][0]) for n in order]
@@ -153,16 +173,24 @@ class TreeBuilder:
     def nodes(
         self, first: int, stop: int, begin: int, parent: PrefixNode | None
     ) -> list[PrefixNode]:
-        """Return the nodes of texts[first:stop], whose first `begin` ids are equal."""
-        cuts = [first]
+        """Return the nodes, with their subtrees, of texts[first:stop] from position `begin` on.
+
+        The first `begin` ids of these texts are equal: they are the ids of `parent` and its
+        ancestors. Neighbours belong to one node if they share enough ids; see MIN_SHARED_IDS.
+        """
+        node_starts = [first]
         for n in range(first + 1, stop):
             longer = max(len(self.texts[n - 1]), len(self.texts[n]))
             if self.shared[n] - begin < max(self.min_shared, (longer - begin) // 4):
-                cuts.append(n)
-        return [self.node(a, b, begin, parent) for a, b in pairwise([*cuts, stop])]
+                node_starts.append(n)
+        return [self.node(a, b, begin, parent) for a, b in pairwise([*node_starts, stop])]
 
     def node(self, first: int, stop: int, begin: int, parent: PrefixNode | None) -> PrefixNode:
-        """Return the node of the common prefix of texts[first:stop], with its subtree."""
+        """Return the node for texts[first:stop], with its subtree.
+
+        Its ids are those that all these texts have in common, from position `begin` on; texts that
+        end there are its `ends`, and the longer texts become its children.
+        """
         end = min(self.shared[first + 1 : stop], default=len(self.texts[first]))
         node = PrefixNode(self.texts[first][begin:end], begin, parent)
         while first < stop and len(self.texts[first]) == end:  # a prefix sorts before longer texts
@@ -170,7 +198,7 @@ class TreeBuilder:
             first += 1
         node.children = self.nodes(first, stop, end, node) if first < stop else []
         node.start = min([start for _, start in node.ends] + [n.start for n in node.children])
-        node.end = max([begin + node.fed] + [n.end for n in node.children])
+        node.end = max([begin + node.read_length] + [n.end for n in node.children])
         return node
 
 
@@ -189,50 +217,60 @@ def depth(nodes: Sequence[PrefixNode]) -> int:
 class Target(NamedTuple):
     """An id whose log-probability a call computes."""
 
-    index: int  # of the id before it among all ids of the call, B * T
+    index: int  # index of the id before it among the B * T ids of the call
     token: int
-    node: PrefixNode  # that the target belongs to
+    node: PrefixNode  # the node that contains the id
 
 
 class TreeScorer:
-    """Feeds trees to the model, level by level.
+    """Lets the model read trees of sequences, level by level, and computes the scores.
 
-    Each level has a pool of KV caches with more rows than a call. From many nodes those of similar
-    length can be read in one call, so that little is padded.
+    Each level has a pool: the KV caches of all layers, with rows for several calls and one node in
+    each row. Each call reads nodes of similar length, so that little is padded.
     """
 
     def __init__(self, lm: LoadedModel, roots: Sequence[PrefixNode], batch_size: int | None):
+        """Choose the sizes of calls and pools for the trees of these roots; no memory is allocated
+        yet. A quarter of the free memory is for all pools, one per level. batch_size: rows of a
+        call; None: chosen here."""
         self.lm, self.batch_size = lm, batch_size
         self.max_ids, max_positions, overhead = CALL_LIMITS[lm.device.type]
-        # Ids of padding in a call; with more, two calls take less time than one.
+        # If a call would contain more padding ids than this, two calls are faster.
         self.max_padding = IDS_PER_WEIGHT_PASS + overhead // count_weights(lm.model.args)
         bytes_per_position = lm.kv_bytes_per_token() * depth(roots)
-        fitting = broadcast_from_rank0(
+        positions_in_memory = broadcast_from_rank0(
             lambda: available_memory(lm.device) // 4 // bytes_per_position
         )
-        self.max_positions = min(max_positions, fitting)
-        self.longest = max(node.end for node in roots)
+        self.max_positions = min(max_positions, positions_in_memory)
+        self.longest_sequence = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
-        # A compiled model has one graph for each number of rows and of positions: both are fixed.
+        # Compiled prefill has one graph for each number of rows and of positions. So all calls have
+        # fixed_rows rows (0: any number), and all pools have positions for the longest sequence.
         self.fixed_rows = 0
         if lm.prefill is not lm.model:
-            average = sum(node.fed for node in roots) // len(roots)
+            average = sum(node.read_length for node in roots) // len(roots)
             self.fixed_rows = batch_size or max(1, self.max_ids // average)
 
     @torch.inference_mode()
     def score(
         self, nodes: Sequence[tuple[PrefixNode, int]], level: int = 0
     ) -> Iterator[SequenceScore]:
-        """Score subtrees of one level: pairs of a node and its parent's row in the pool above."""
+        """Yield the scores of all sequences in the subtrees of these nodes.
+
+        nodes: pairs of a node of this level and the row of its parent in the previous level's pool,
+        which must still hold the parent's keys and values. At level 0 the row is not used. Nodes
+        that fit into the level's pool together are scored, with their subtrees, before the others,
+        because the next nodes overwrite the pool.
+        """
         for node, _ in nodes:
-            if not node.fed:  # a leaf of one id, which the call of its parent has scored
+            if not node.read_length:  # a leaf of one id: the call for its parent has scored it
                 yield from node.results()
-        todo = sorted((n for n in nodes if n[0].fed), key=lambda n: -n[0].end)
+        todo = sorted((n for n in nodes if n[0].read_length), key=lambda n: -n[0].end)
         while todo:
-            positions = self.longest if self.fixed_rows else todo[0][0].end
+            positions = self.longest_sequence if self.fixed_rows else todo[0][0].end
             pools = -(-len(todo) // self.pool_rows(positions))
-            size = -(-len(todo) // pools)  # fills the last pool as much as the others
-            pooled, todo = sorted(todo[:size], key=lambda n: -n[0].fed), todo[size:]
+            size = -(-len(todo) // pools)  # the pools get about equal numbers of nodes
+            pooled, todo = sorted(todo[:size], key=lambda n: -n[0].read_length), todo[size:]
             yield from self.score_pool(pooled, level)
             children = [(n, row) for row, (node, _) in enumerate(pooled) for n in node.children]
             if children:
@@ -241,26 +279,40 @@ class TreeScorer:
     def score_pool(
         self, pooled: Sequence[tuple[PrefixNode, int]], level: int
     ) -> Iterator[SequenceScore]:
-        """Score the nodes that are in the level's pool at once, the longest first."""
-        pool, first = self.pool(level, len(pooled), max(node.end for node, _ in pooled)), 0
+        """Let the model read nodes that together fit into the level's pool, in several calls; yield
+        the scores of the sequences that end with them.
+
+        pooled: pairs of a node and its parent's row in the previous level's pool, sorted by
+        descending read_length. The n-th node is read into row n of the pool.
+        """
+        pool = self.pool(level, len(pooled), max(node.end for node, _ in pooled))
+        first_row = 0
         for batch, parent_rows in self.batches(pooled):
-            rows = slice(first, first + max(len(batch), self.fixed_rows))
+            rows = slice(first_row, first_row + max(len(batch), self.fixed_rows))
             caches = [cache.part(rows) for cache in pool]
             if level:
                 self.copy_prefix(batch, parent_rows, caches, self.pools[level - 1])
-            self.feed(batch, caches)
+            self.read_nodes(batch, caches)
             for node in batch:
                 yield from node.results()
-            first += len(batch)
+            first_row += len(batch)
 
     def pool_rows(self, positions: int) -> int:
-        """Return the number of rows of a pool whose rows have so many positions."""
+        """Return how many rows a pool may have if each row has this many positions."""
         return max(1, min(MAX_POOL_ROWS, self.max_positions // positions), self.batch_size or 0)
 
     def pool(self, level: int, rows: int, positions: int) -> list[KVCache]:
-        """Return the level's caches, which have at least so many rows and positions."""
+        """Return the level's KV caches, with at least this many rows and positions.
+
+        Caches that are too small are replaced by new ones, and their contents are lost. Compiled
+        prefill: always the largest size, plus fixed_rows, because the last call is padded to
+        fixed_rows rows.
+        """
         if self.fixed_rows:
-            positions, rows = self.longest, self.pool_rows(self.longest) + self.fixed_rows
+            positions, rows = (
+                self.longest_sequence,
+                self.pool_rows(self.longest_sequence) + self.fixed_rows,
+            )
         pool = self.pools.get(level)
         if not pool or pool[0].rows < rows or pool[0].length < positions:
             self.pools.pop(level, None)  # frees its memory before the allocation of a larger one
@@ -270,17 +322,22 @@ class TreeScorer:
     def batches(
         self, todo: Sequence[tuple[PrefixNode, int]]
     ) -> Iterator[tuple[Sequence[PrefixNode], Sequence[int]]]:
-        """Yield the nodes of each call, with the rows of their parents; the longest nodes first."""
+        """Divide pairs (node, its parent's row), sorted by descending read_length, into calls of
+        the model. Yield (nodes, parents' rows) of each call."""
         while todo:
-            size = self.fixed_rows or self.rows_of_call([node.fed for node, _ in todo])
+            size = self.fixed_rows or self.rows_of_call([node.read_length for node, _ in todo])
             yield tuple(zip(*todo[:size], strict=True))
             todo = todo[size:]
 
     def rows_of_call(self, lengths: Sequence[int]) -> int:
-        """Return how many nodes of these lengths, in falling order, the next call reads."""
-        most = self.batch_size or max(1, self.max_ids // lengths[0])
+        """Return how many nodes the next call reads: the first ones, as many as batch_size or
+        max_ids allow and need no more than max_padding padding ids.
+
+        lengths: the read_length of each unread node, sorted in descending order.
+        """
+        max_rows = self.batch_size or max(1, self.max_ids // lengths[0])
         padding = accumulate(lengths[0] - length for length in lengths)
-        return sum(padded <= self.max_padding for padded in islice(padding, most))
+        return sum(padded <= self.max_padding for padded in islice(padding, max_rows))
 
     def copy_prefix(
         self,
@@ -289,24 +346,31 @@ class TreeScorer:
         caches: list[KVCache],
         sources: list[KVCache],
     ) -> None:
-        """Copy the keys and values of the nodes' parents from `sources` to the rows of `caches`."""
+        """Copy the keys and values of the nodes' parents from `sources`, the previous level's pool,
+        to `caches`: row n gets row parent_rows[n], and padding rows the last of them."""
         padding = [parent_rows[-1]] * (caches[0].rows - len(parent_rows))
         (rows,) = self.to_device([*parent_rows, *padding])
         filled = max(node.begin for node in nodes)
         for cache, source in zip(caches, sources, strict=True):
             cache.take(source, rows, filled)
 
-    def feed(self, nodes: Sequence[PrefixNode], caches: list[KVCache]) -> None:
-        """Let the model read one node in each row, in chunks; append the scores of their ids and of
-        the first id of each child."""
+    def read_nodes(self, nodes: Sequence[PrefixNode], caches: list[KVCache]) -> None:
+        """Let the model read one node in each row, in chunks of ids; append the scores of the
+        targets to their nodes.
+
+        Targets are the ids of these nodes, and the first id of each of their children, if they are
+        scored. The nodes' parents must have been read before. At most caches[0].rows nodes; the
+        other rows repeat the last node.
+        """
         rows = [*nodes, *nodes[-1:] * (caches[0].rows - len(nodes))]
-        width = max(node.fed for node in nodes)
-        most = min(PREFILL_TOKENS, MAX_LOGITS // self.lm.model.args.vocab_size)
-        step = max(1, most // len(rows))
-        for first in range(0, width, step):
-            chunk = range(first, min(first + step, width))
-            wanted = targets(nodes, chunk)
-            for target, score in zip(wanted, self.run(rows, chunk, caches, wanted), strict=True):
+        width = max(node.read_length for node in nodes)
+        max_ids = min(PREFILL_TOKENS, MAX_LOGITS // self.lm.model.args.vocab_size)
+        ids_per_row = max(1, max_ids // len(rows))
+        for begin in range(0, width, ids_per_row):
+            chunk = range(begin, min(begin + ids_per_row, width))
+            to_score = find_targets(nodes, chunk)
+            scores = self.run(rows, chunk, caches, to_score)
+            for target, score in zip(to_score, scores, strict=True):
                 target.node.scores.append(score)
 
     def run(
@@ -314,11 +378,12 @@ class TreeScorer:
         rows: Sequence[PrefixNode],
         chunk: range,
         caches: list[KVCache],
-        wanted: Sequence[Target],
+        to_score: Sequence[Target],
     ) -> Iterator[tuple[float, bool]]:
-        """Call the model with the ids of a chunk, (B, T), and return the scores of the targets."""
-        # A row that has ended repeats its last id: the same key and value at the same position.
-        indices = [[min(n, node.fed - 1) for n in chunk] for node in rows]
+        """Let the model read the ids of `rows` at the indices `chunk`, (B, T); return the scores of
+        the targets, as `scores` does. The nodes' ids before the chunk must be in the caches."""
+        # A row shorter than the chunk repeats its last id, which rewrites the same cache entry.
+        indices = [[min(n, node.read_length - 1) for n in chunk] for node in rows]
         tokens = [[node.ids[n] for n in row] for node, row in zip(rows, indices, strict=True)]
         pos = [[node.begin + n for n in row] for node, row in zip(rows, indices, strict=True)]
         visible = max(map(max, pos)) + 1
@@ -326,48 +391,59 @@ class TreeScorer:
             visible = visible_length(visible, caches[0].length)
         key_pos = torch.arange(visible, device=self.lm.device)
         tokens, pos, lengths = self.to_device(tokens, pos, [[node.end] for node in rows])
-        return self.scores((tokens, pos, key_pos, caches), lengths, wanted)
+        return self.scores((tokens, pos, key_pos, caches), lengths, to_score)
 
     def scores(
         self,
         inputs: tuple[Tensor, Tensor, Tensor, list[KVCache]],
         lengths: Tensor,
-        wanted: Sequence[Target],
+        to_score: Sequence[Target],
     ) -> Iterator[tuple[float, bool]]:
-        """Call the model; return each target's log-probability, and whether it is the most likely.
+        """Call the model; return (log-probability, whether it is the most likely id) per target.
 
-        inputs: tokens (B, T), positions (B, T), key positions (L,) and caches. lengths: (B, 1).
+        inputs: tokens (B, T), positions (B, T), key positions (L,) and caches. lengths: (B, 1), the
+        tokens of each row's whole sequence. Without targets the call only fills the caches.
         """
-        places = {index: n for n, index in enumerate(dict.fromkeys(t.index for t in wanted))}
-        (at,) = self.to_device(list(places) or [0])
+        # The children of a node begin after the same index: its logits are computed once.
+        logit_row = {index: n for n, index in enumerate(dict.fromkeys(t.index for t in to_score))}
+        (at,) = self.to_device(list(logit_row) or [0])
         logits = self.lm.prefill(*inputs, at, lengths)  # (N, V)
-        if not wanted:
+        if not to_score:
             return iter(())
-        which, tokens = self.to_device([places[t.index] for t in wanted], [t.token for t in wanted])
+        target_rows, tokens = self.to_device(
+            [logit_row[t.index] for t in to_score], [t.token for t in to_score]
+        )
         log_probs = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
-        found = log_probs[which, tokens]  # (W,)
-        best = found == log_probs.amax(-1)[which]  # (W,)
-        # Of equal maxima argmax takes the first, which decides; argmax takes ten times as long as
-        # amax, so it runs only where the target has the maximum.
-        best[best.clone()] = log_probs[which[best]].argmax(-1) == tokens[best]
-        return zip(found.tolist(), best.tolist(), strict=True)
+        target_log_probs = log_probs[target_rows, tokens]  # (W,)
+        best = target_log_probs == log_probs.amax(-1)[target_rows]  # (W,)
+        # Ties count for the first id, as in argmax. argmax takes ten times as long as amax, so it
+        # runs only for targets that have the maximum.
+        best[best.clone()] = log_probs[target_rows[best]].argmax(-1) == tokens[best]
+        return zip(target_log_probs.tolist(), best.tolist(), strict=True)
 
     def to_device(self, *lists: list) -> list[Tensor]:
         return [torch.tensor(values).to(self.lm.device) for values in lists]
 
 
-def targets(nodes: Sequence[PrefixNode], chunk: range) -> list[Target]:
-    """Return the targets of a call whose row b reads the ids of nodes[b] at the indices `chunk`."""
+def find_targets(nodes: Sequence[PrefixNode], chunk: range) -> list[Target]:
+    """Return the targets of a call whose row b reads the ids of nodes[b] at the indices `chunk`.
+
+    An id predicts its successor, so the chunk's targets are the ids at chunk + 1, from the first
+    scored position on, and after a node's last id the first ids of its children.
+    """
     return [
-        Target(row * len(chunk) + n - chunk.start, token, scored)
+        Target(row * len(chunk) + n - chunk.start, token, owner)
         for row, node in enumerate(nodes)
-        for n in range(max(chunk.start, node.scored - node.begin - 1), min(chunk.stop, node.fed))
-        for token, scored in following(node, n)
+        for n in range(
+            max(chunk.start, node.scored - node.begin - 1), min(chunk.stop, node.read_length)
+        )
+        for token, owner in scored_successors(node, n)
     ]
 
 
-def following(node: PrefixNode, n: int) -> Iterator[tuple[int, PrefixNode]]:
-    """Yield each scored id that follows the node's n-th id, with the node that it belongs to."""
+def scored_successors(node: PrefixNode, n: int) -> Iterator[tuple[int, PrefixNode]]:
+    """Yield each scored id that follows node.ids[n] in a sequence, with the node that contains it:
+    the next id of this node or, after its last id, the first id of each child."""
     if n + 1 < len(node.ids):
         yield node.ids[n + 1], node
     else:

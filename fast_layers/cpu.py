@@ -2,9 +2,9 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by FewRowsLinear.
-use_fast_attention lets the KV caches attend by kernels/cpu/attention.cpp. A model keeps its layers,
-which are slower and are the reference in tests, if the CPU, the compiler or the dtype does not
-support the kernels.
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
+its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
+does not support the kernels.
 """
 
 from dataclasses import replace
@@ -19,24 +19,28 @@ from kernels.cpu.build import build, layout, unsupported_reason
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-MIN_DENSE_BYTES = 2**24  # of dense weights; compiling the kernels does not pay for a smaller model
+MIN_DENSE_BYTES = 2**24  # compiling the kernels does not pay for a model with fewer dense bytes
 
 
 class PackedLinear(nn.Module):
-    """A quantised linear with packed weights, see kernels/cpu/layout.h. Computes in bfloat16.
+    """A quantised linear with its weights in the kernels' order, see kernels/cpu/layout.h.
 
-    linear: the layer to pack. One on the meta device gives only its shape; load_from then packs
-    the weights.
+    Computes in bfloat16. Needs the operators: `build` must have succeeded.
     """
 
     def __init__(self, linear: QuantizedLinear):
+        """Pack a linear, or only allocate memory for its shape if it is on the meta device.
+
+        In the latter case call load_from before forward, as offload.py does for streamed layers.
+        """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.strips = -(-self.out_features // layout().strip)
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
         widest = layout().int8 if isinstance(linear, Int8Linear) else layout().int4_half
-        # A narrower format leaves the end of the buffer untouched: the OS gives it no memory.
+        # If the scales fit a narrower format, the end of the buffer is never written, and the OS
+        # assigns no memory to it.
         nbytes = self.strips * strip_bytes(linear, widest)
         self._buffer = page_aligned(nbytes, torch.device("cpu"))
         if not linear.weight.is_meta:
@@ -44,9 +48,10 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def load_from(self, linear: QuantizedLinear) -> None:
-        """Pack the weights of a linear of the same kind and shape, which may be freed afterwards.
+        """Pack the weights of `linear` into this layer, in place of its earlier weights.
 
-        Runs on the calling thread alone and releases the interpreter's lock.
+        linear: of the same kind and shape as at construction; it may be freed afterwards. Uses only
+        the calling thread and releases the interpreter's lock, so that other threads can compute.
         """
         zeros = getattr(linear, "zeros", None)
         format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
@@ -63,8 +68,11 @@ class PackedLinear(nn.Module):
 
 
 class FewRowsLinear(nn.Module):
-    """A dense linear with the same weights. With AMX, a product of up to 16 rows takes the time of
-    one row; more rows are multiplied by PyTorch."""
+    """A dense bfloat16 linear on the operator gpt_flex::linear; shares the weights of `linear`.
+
+    With AMX, a product of up to 16 rows takes the time of one row. The operator passes more rows to
+    PyTorch.
+    """
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -77,21 +85,26 @@ class FewRowsLinear(nn.Module):
 
 
 def inputs_per_scale(linear: QuantizedLinear) -> int:
-    """Return the inputs that share a scale: of the weights (int4) or of the activations (int8)."""
+    """Return how many inputs share a scale: weights (int4) or activations (int8)."""
     return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
-    """Return the packed bytes of one strip of outputs."""
+    """Return the packed bytes of one strip, which holds all weights of layout().strip outputs.
+
+    format: layout().int8, int4 or int4_half.
+    """
     row_bytes = linear.weight.shape[1] * linear.weight.itemsize
     return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
 
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Replace the linears of a model on the CPU, where the kernels support it.
+    """Replace the linears of a model on the CPU by fast ones, in place.
 
-    dtype: the dtype of the model's activations. large: replace dense linears, too; None: if they
-    have MIN_DENSE_BYTES. Skips linears on the meta device, which have no weights to pack.
+    Quantised linears become PackedLinear, and dense bfloat16 linears FewRowsLinear, if the CPU, the
+    compiler and dtype allow it. dtype: of the model's activations. large: whether to replace dense
+    linears; None: if they have MIN_DENSE_BYTES. Skips linears on the meta device, which have no
+    weights to pack.
     """
     linears = {
         name: module
@@ -108,7 +121,11 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
 
 
 def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
-    """Replace the quantised ones of `linears` by PackedLinear, or log why they stay slow."""
+    """Replace the quantised linears among `linears` by PackedLinear, or log why they stay.
+
+    linears: modules of the model by name. Also lets the compiler fuse the RMS norms, which then may
+    differ in the last bits from eager code.
+    """
     quantized = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
     if not quantized:
         return
@@ -116,17 +133,18 @@ def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch
         log(f"quantised layers run slowly here: {reason}")
         return
     for name, linear in quantized.items():
-        model.set_submodule(name, PackedLinear(linear))  # holds one layer twice at a time
+        model.set_submodule(name, PackedLinear(linear))  # only one layer is in memory twice
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.allow_fusion()
 
 
 def use_fast_attention(model: Transformer) -> None:
-    """Let the KV caches attend by kernels/cpu/attention.cpp, if the model has fast linears.
+    """Let the KV caches compute attention by kernels/cpu/attention.cpp.
 
-    Models with grouped query heads keep PyTorch's attention, which is as fast for them. Prefill and
-    decoding must use the same kernel: with a draft, the text must be the same to the bit.
+    Only for a model with fast linears: the kernels are then compiled. Models with grouped query
+    heads keep PyTorch's attention, which is as fast for them. The kernel serves prefill and
+    decoding alike: with a draft, the text must be the same to the bit.
     """
     grouped = model.args.n_heads != model.args.n_kv_heads
     fast = any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules())
@@ -135,6 +153,9 @@ def use_fast_attention(model: Transformer) -> None:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Attend by kernels/cpu/attention.cpp: a model.CacheAttention."""
+    """Compute attention over a cache by kernels/cpu/attention.cpp (type model.CacheAttention).
+
+    q: (B, T, H, E). mask: its last size is the number of visible positions. pos: not used.
+    """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     return grouped_attention(torch.ops.gpt_flex.attention, q, k, v, mask)

@@ -1,9 +1,9 @@
 """Layers that run on the Triton kernels of kernels/gpu.
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
-This file replaces dense linears by one with a faster product of one row, fuses the norm or the gate
-before a quantised linear with it, and lets the KV caches attend by a kernel that reads them as they
-are stored.
+This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
+before a quantised linear with the linear, and sets KVCache.attention to kernel_attention. A
+gpu.Prologue is a norm or gate that the kernel of a linear applies to its input.
 """
 
 import functools
@@ -27,7 +27,7 @@ from model import (
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
-# New tokens times query heads per key/value head; PyTorch's attention is faster for more.
+# Limit on T * H / G, new tokens times query heads per key/value head: above it, PyTorch is faster.
 MAX_KERNEL_ROWS = 64
 
 
@@ -78,7 +78,10 @@ class OneRowFeedForward(GatedFeedForward):
 
 
 def use_fast_layers(model: Transformer) -> None:
-    """Replace the layers and the attention of a model, if the kernels run on its CUDA device."""
+    """Replace the layers and the attention of a model on a CUDA device, in place.
+
+    If the kernels do not run on the device, the model stays as it is, and a log line tells why.
+    """
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
         log_once(f"without the kernels for GPUs: {reason}")
@@ -93,7 +96,10 @@ def log_once(line: str) -> None:
 
 
 def replace_layers(model: Transformer) -> None:
-    """Replace the layers and the attention of a model without checking its device."""
+    """Replace the layers and the attention of a model, in place, without a check of its device.
+
+    Fuses norms and gates only in a plain ModuleList: streamed layers of offload.py stay as they are.
+    """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
@@ -103,7 +109,11 @@ def replace_layers(model: Transformer) -> None:
 
 
 def fuse_prologues(layer: nn.Module) -> None:
-    """Fuse the norm before wqkv and the gate before w2 with them, where those are quantised."""
+    """Fuse the norm before wqkv with wqkv, and the gate before w2 with w2, in place.
+
+    layer: a block of the model. Only quantised linears whose kernel takes a prologue are fused, and
+    only an RMS norm and a SiLU gate.
+    """
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
     if type(layer) is PreNormBlock and normed and takes_prologue(attention.wqkv):
@@ -120,9 +130,10 @@ def takes_prologue(linear: nn.Module) -> bool:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Attend by the Triton kernels, which read the cache as it is stored: a model.CacheAttention.
+    """Compute attention for KVCache.attention (type model.CacheAttention); see attend_on_gpu.
 
-    For few queries the mask is not read: a query sees the positions up to its own.
+    q: (B, T, H, E). pos: (B, T). The mask must be causal: the Triton kernel takes only the number
+    of visible positions from it, and lets each query see the positions up to its own.
     """
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
@@ -134,10 +145,14 @@ def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Te
 def attend_on_gpu(
     q: Tensor, k: Tensor, v: Tensor, extra: list[Tensor], mask: Tensor, pos: Tensor, bits: int
 ) -> Tensor:
-    """Attend by the Triton kernel for few queries, else by PyTorch. Returns (B, T, H, E).
+    """Compute attention of queries, (B, T, H, E), over a cache. Returns (B, T, H, E).
 
-    Chooses when the operator runs, so that one compiled graph is right for any number of tokens.
-    extra: scales and lows of keys and of values in a quantised cache, else empty.
+    Up to MAX_KERNEL_ROWS queries for each key/value head: by a Triton kernel, which reads the cache
+    as it is stored and computes causal attention from pos, (B, T). More: by PyTorch with the mask,
+    on a dequantised cache. The choice is made inside the operator, so that one compiled graph is
+    right for any number of tokens. k, v: (B, positions, G, E), or bytes with `bits` per number.
+    extra: k_scales, k_lows, v_scales and v_lows of a quantised cache, else empty. bits: 4, 8, or 16
+    for a dense cache.
     """
     from kernels.gpu import launch  # imports Triton
 

@@ -7,9 +7,10 @@ from model import Transformer
 
 
 def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None = None) -> None:
-    """Replace the layers that have a faster version on the model's device; see cpu and gpu.
+    """Replace the layers that have a faster version on the model's device, in place.
 
-    dtype, large: see cpu.use_fast_linears.
+    Called by load.py after the weights are loaded. dtype: of the activations. large: replace dense
+    linears on a CPU, too; None: only if they have cpu.MIN_DENSE_BYTES.
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":

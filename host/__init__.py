@@ -7,8 +7,8 @@ memory.py: free bytes (of the machine, its cgroups and a GPU) and page-aligned b
 files.py: text and JSON files, read with errors that name the file and line, written atomically.
 log.py: log lines on stderr, which --quiet switches off.
 measurements.py: figures that are measured once and saved in the user's cache directory;
-bandwidth.py: one of these, the rate of reading memory, which bounds tokens per second.
+bandwidth.py: one of these figures, the rate of reading memory, which limits tokens per second.
 threads.py, devices.py: --threads and --device.
-torch_private.py: everything that is private in PyTorch and used here, with the versions it was
-    seen to work on. tests/test_torch_private.py fails by name when a new version changes one.
+torch_private.py: all uses of private parts of PyTorch, with the versions of torch that they work
+    on. tests/test_torch_private.py has a test for each, which fails if a new version changes it.
 """

@@ -4,14 +4,14 @@ import torch
 
 
 def find_device(name: str) -> torch.device:
-    """Returns a device of this machine. auto: cuda, else mps, else cpu.
+    """Returns the torch.device of a name. auto: cuda, else mps, else cpu, whichever exists.
 
-    Raises ValueError, which lists the available devices, for any other.
+    Raises ValueError, which lists the available devices, if there is no device of that type.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    found = [kind for kind, usable in available.items() if usable]
+    gpus = [kind for kind, usable in available.items() if usable]
     if name == "auto":
-        name = next(iter(found), "cpu")
+        name = next(iter(gpus), "cpu")
     if not available.get(name.partition(":")[0], name == "cpu"):
-        raise ValueError(f"there is no device {name} here; there is {', '.join([*found, 'cpu'])}")
+        raise ValueError(f"there is no device {name} here; there is {', '.join([*gpus, 'cpu'])}")
     return torch.device(name)

@@ -24,7 +24,10 @@ def read_text(path: Path) -> str:
 
 
 def decode_utf8(content: bytes, where: str) -> str:
-    """Decode as read_text does. where: the name of the source, for the error."""
+    """Decode UTF-8 and remove the byte order mark. Raises ValueError as read_text does.
+
+    where: the name of the source, such as a file, for the error.
+    """
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
@@ -38,14 +41,17 @@ def decode_utf8(content: bytes, where: str) -> str:
 def without_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD.
 
-    JSON may hold them, and Python puts them in the place of bytes of an argument that are not
-    UTF-8.
+    JSON may contain them, and Python puts them into command-line arguments in place of bytes that
+    are not UTF-8.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Parse JSON. Raises ValueError, which begins with `where`, if it is not valid."""
+    """Parse JSON. Raises ValueError, which begins with `where`, if it is not valid or too deep.
+
+    where: the subject of the error message, such as the file's path.
+    """
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -55,9 +61,9 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object of a file.
+    """Read a JSON file that must hold an object; returns the object.
 
-    Raises FileNotFoundError, and ValueError if the file is not UTF-8, not JSON or not an object.
+    Raises OSError, and ValueError if the file is not UTF-8, not JSON or not an object.
     """
     value = parse_json(read_text(path), str(path))
     if not isinstance(value, dict):
@@ -66,7 +72,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def short_json(value: Any) -> str:
-    """Returns a value as one line of JSON, cut at 60 characters."""
+    """Returns a value as one line of JSON, cut at 60 characters, for error messages.
+
+    A value that JSON cannot express is described by its type.
+    """
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):  # the value did not come from JSON
@@ -75,22 +84,26 @@ def short_json(value: Any) -> str:
 
 
 def short_text(value: Any) -> str:
-    """Returns a name or a value from a file for a message: printable, cut at 80 characters."""
+    """Returns a name or value of a file for a message: printable, at most 80 characters."""
     text = value if isinstance(value, str) else short_json(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Returns JSON that UTF-8 can encode: lone surrogates stay escaped."""
+    """Returns a value as JSON that UTF-8 can encode: lone surrogates stay escaped.
+
+    options: those of json.dumps.
+    """
     text = json.dumps(value, **{"ensure_ascii": False} | options)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write a text file completely or, if anything fails, not at all.
+    """Write pieces of text to a file, completely or, if anything fails, not at all.
 
-    A device or a pipe is written directly. Raises OSError with the path.
+    A device or a pipe is written directly, and keeps what was written. Raises OSError with the
+    path.
     """
     try:
         write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
@@ -99,15 +112,15 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if write_whole cannot write the path. Call it before long work."""
+    """Raises OSError if write_whole could not write the path. Call it before long work."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: name a file in it")
     if not is_stream(path):
-        replaced = path.resolve()
+        target = path.resolve()
         try:
-            tempfile.TemporaryFile(dir=replaced.parent).close()
+            tempfile.TemporaryFile(dir=target.parent).close()
         except OSError as error:
             raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -123,7 +136,10 @@ def write_in_place(path: Path, pieces: Iterable[str]) -> None:
 
 
 def replace(path: Path, pieces: Iterable[str]) -> None:
-    """Write a temporary file beside the path, then rename it."""
+    """Write a temporary file in the same folder, then rename it to `path`.
+
+    The rename is atomic: `path` has either its old content or all of the new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -137,7 +153,7 @@ def replace(path: Path, pieces: Iterable[str]) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Flush a directory to disk, which makes a rename in it durable."""
+    """Flush a directory to disk. Until then, a rename in it can be lost in a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -14,5 +14,5 @@ def log(line: str) -> None:
 
 
 def set_quiet(quiet: bool) -> None:
-    """Print only what ends the program, or log lines again."""
+    """Switch log lines off (--quiet) or on. Errors appear in any case: they do not use `log`."""
     LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,8 +1,9 @@
 """Saves measurements of this machine in the user's cache directory, for later runs.
 
-Start at save_measurement. A measurement is a small JSON file; its name holds a hash of its key, all
-that the value depends on. If the file cannot be written or read, the next run measures again.
-kernels/cpu/build.py keeps what it compiles in the same directory.
+Start at save_measurement. A measurement is a small JSON file whose name contains a hash of its key.
+The key holds everything that the value depends on, such as the device and the version of torch. If
+the file cannot be written or read, the next run measures again. kernels/cpu/build.py keeps compiled
+code in the same directory.
 """
 
 import json
@@ -16,13 +17,13 @@ from host.log import log
 
 
 def cache_directory() -> Path | None:
-    """Returns $XDG_CACHE_HOME/gpt-flex or ~/.cache/gpt-flex.
+    """Returns $XDG_CACHE_HOME/gpt-flex, or ~/.cache/gpt-flex if the variable is unset or relative.
 
-    None: the user has no home directory, as in a container where HOME is unset and the user has
-    no entry in /etc/passwd. A relative path is ignored, as the XDG specification asks.
+    None: the user has no home directory, as in a container where HOME is unset and the user has no
+    entry in /etc/passwd. The XDG specification asks to ignore a relative path.
     """
-    if (given := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
-        return given / "gpt-flex"
+    if (xdg_cache := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return xdg_cache / "gpt-flex"
     try:
         home = Path.home()
     except RuntimeError:
@@ -31,7 +32,7 @@ def cache_directory() -> Path | None:
 
 
 def load_measurement(name: str, key: Any) -> Any:
-    """Returns the value that was saved under this name and key, or None."""
+    """Returns the value that save_measurement saved under this name and key, or None."""
     try:
         return json.loads(path_of(name, key).read_text())
     except (OSError, ValueError, AttributeError):  # AttributeError: there is no cache directory
@@ -39,7 +40,10 @@ def load_measurement(name: str, key: Any) -> Any:
 
 
 def save_measurement(name: str, key: Any, value: Any) -> None:
-    """Save a JSON value for later runs. If it cannot be written, log why."""
+    """Save a JSON value for later runs. If it cannot be written, log the reason and go on.
+
+    key: everything that the value depends on; load_measurement finds it only by an equal key.
+    """
     file = path_of(name, key)
     reason = "there is no home directory; set XDG_CACHE_HOME"
     if file:

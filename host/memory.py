@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def check_memory(needed: int, device: str | torch.device, what: str, remedy: str) -> None:
-    """Raises MemoryError if fewer than `needed` bytes are free.
+    """Raises MemoryError if fewer than `needed` bytes of the device's memory are free.
 
-    what: the subject of the message; remedy: its last clause.
+    what: the subject of the message, such as "the model"; remedy: its last clause, what to do.
     """
     available = available_memory(torch.device(device))
     if needed > available:
@@ -28,7 +28,11 @@ def check_memory(needed: int, device: str | torch.device, what: str, remedy: str
 
 
 def available_memory(device: torch.device) -> int:
-    """Returns the free bytes of a device; all bytes where the system does not report free ones."""
+    """Returns the free bytes of a device.
+
+    CPU: the least of the system's free bytes and the free bytes of the cgroups of this process.
+    Where the system does not report free bytes (mps, macOS): all bytes of the machine.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -39,7 +43,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def cgroup_headroom() -> Iterator[int]:
-    """Yields the free bytes of each cgroup of this process; the page cache counts as free."""
+    """Yield the free bytes of each cgroup (version 2) of this process that has a memory limit.
+
+    The page cache counts as free, because the kernel drops it when memory is needed.
+    """
     own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
     leaf = Path("/sys/fs/cgroup", own)
     for group in (leaf, *leaf.parents):
@@ -51,7 +58,7 @@ def cgroup_headroom() -> Iterator[int]:
 
 
 def size_text(nbytes: float) -> str:
-    """1234567 -> '1.23 MB'."""
+    """Returns bytes as text with a unit: 1234567 -> "1.23 MB"."""
     for unit in ("bytes", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -64,11 +71,11 @@ HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """Returns a buffer of zero bytes that begins at a multiple of BLOCK_BYTES.
+    """Returns a buffer of zero bytes (uint8) that begins at a multiple of BLOCK_BYTES.
 
-    pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge pages if it fills
-    one and the system has them: a direct read then has fewer segments, and a decoding step, which
-    reads every weight once, misses the TLB less often.
+    pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge pages if it is at
+    least one page long and the system has them. Then a direct read has fewer segments, and a
+    decoding step, which reads every weight once, misses the TLB less often.
     """
     if device.type != "cpu" or pinned:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -84,7 +91,7 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
 
 
 def round_up_to_block(nbytes: int) -> int:
-    """Returns the next multiple of BLOCK_BYTES."""
+    """Returns nbytes, rounded up to a multiple of BLOCK_BYTES."""
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
@@ -93,7 +100,10 @@ CPU_CACHE_BYTES = 2**25  # assumed where the system does not report its caches
 
 
 def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Returns the bytes of the last-level caches, on a CPU those of all sockets together."""
+    """Returns the bytes of a device's last-level cache; on a CPU, of all sockets together.
+
+    system: the folder of the CPUs in /sys; tests pass another one.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes: dict[tuple[int, str], int] = {}  # by level and the CPUs that share the cache
@@ -110,7 +120,10 @@ def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/c
 
 
 def machine_name(device: torch.device) -> str:
-    """Returns the GPU's name, or the CPU's with the number of threads."""
+    """Returns the GPU's name, or the CPU's name and torch's number of threads.
+
+    It is part of the key of saved measurements.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -122,7 +135,10 @@ def machine_name(device: torch.device) -> str:
 
 
 def process_memory(device: torch.device) -> int:
-    """Returns the bytes that this process uses of the device's memory; 0 for a GPU."""
+    """Returns the bytes of the machine's memory that this process uses; 0 if the device is a GPU.
+
+    Without /proc, returns the peak of the process's memory.
+    """
     if device.type != "cpu":
         return 0
     try:

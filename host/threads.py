@@ -14,24 +14,30 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def set_threads(count: int | None) -> None:
-    """Set torch's number of threads. None: free_threads(), unless OMP_NUM_THREADS is set."""
+    """Set torch's number of threads. count: --threads.
+
+    None: at most free_threads(), but unchanged if OMP_NUM_THREADS is set.
+    """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return
     torch.set_num_threads(count or min(torch.get_num_threads(), free_threads()))
 
 
 def free_threads() -> int:
-    """Returns the cores that this process may run on, limited by its containers' CPU quotas.
+    """Returns the number of cores that this process may run on, limited by containers' CPU quotas.
 
-    With more threads than the quota the kernel stops some of them for a while, and at the end of
-    each matrix product the others wait for these.
+    With more threads than the quota, the kernel pauses some threads, and at the end of each matrix
+    product all others wait for the paused ones.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([cores or 1, *quotas()]))
 
 
 def quotas() -> Iterator[int]:
-    """Yields the cores that each cgroup of this process allows (cpu.max of cgroup version 2)."""
+    """Yield the number of cores that each cgroup of this process allows, rounded up.
+
+    Only cgroups (version 2) with a limit in cpu.max are counted.
+    """
     try:
         own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
         leaf = CGROUPS / own

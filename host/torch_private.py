@@ -1,4 +1,4 @@
-"""The only file that uses what is private in PyTorch; everything else uses its public API.
+"""The only file that uses private parts of PyTorch; all other files use its public API.
 
 Seen to work on torch 2.11 and 2.13. tests/test_torch_private.py tests each function by itself, so
 that a test names what a new version of torch has changed.
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Copy a module and its submodules; parameters and buffers are the same tensors."""
+    """Copy a module and all its submodules, but not its parameters and buffers.
+
+    The copy refers to the same tensors. Replacing one in the copy does not change the original.
+    """
     copied = copy.copy(module)
     copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
     copied._modules = {name: shallow_copy(part) for name, part in module._modules.items()}
@@ -26,17 +29,17 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def copy_with_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> nn.Module:
-    """Copy a module without submodules, with other tensors in the place of its buffers."""
+    """Copy a module that has no submodules, and replace its buffers by the given tensors."""
     copied = copy.copy(module)
     copied._buffers = buffers
     return copied
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a module's own buffers by name.
+    """Returns the dictionary of a module's buffers, without those of submodules.
 
-    A dictionary look-up: a compiled step asks every layer's cache, and named_buffers() is a
-    generator that takes 12 times as long.
+    A step of compiled code asks every layer's cache for its buffers, and named_buffers() takes 12
+    times as long, because it is a generator. Do not change the dictionary.
     """
     return module._buffers
 
@@ -45,19 +48,25 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def allow_recompiles(limit: int) -> None:
-    """Let a function be compiled so many times before torch.compile falls back to eager code."""
+    """Let torch.compile compile a function `limit` times before it runs the function uncompiled."""
     importlib.import_module("torch._dynamo").config.recompile_limit = limit
 
 
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:
-    """Compile for every size of that dimension of an input; Dynamo reads the mark at the call."""
+    """Mark an input of compiled code, so that it is compiled once for all sizes of a dimension.
+
+    Call it before the first call with the tensor: Dynamo reads the mark there.
+    """
     torch._dynamo.mark_dynamic(tensor, dimension)
 
 
 def compile_with_inductor(
     traced: torch.fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
 ) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph that Dynamo has traced, as backend="inductor" with these options does."""
+    """Compile a graph that Dynamo has traced, as torch.compile(backend="inductor") does.
+
+    examples: the graph's inputs. options: those of torch.compile.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(traced, examples, config_patches=options)
@@ -79,7 +88,7 @@ def import_inductor() -> None:
 
 
 def compiled_graphs() -> int:
-    """Returns how many graphs Dynamo has compiled since the counters were cleared."""
+    """Returns how many graphs Dynamo has compiled since its counters were cleared."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
@@ -89,21 +98,24 @@ def compiled_graphs() -> int:
 
 
 def has_cpu_kernel(operator: str) -> bool:
-    """Returns whether an operator, namespace::name, has a kernel for tensors on the CPU."""
+    """Returns whether an operator, such as "aten::mm", has a kernel for tensors on the CPU."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
 
 
 def fake_tensors() -> AbstractContextManager:
-    """Make tensors that have a device and a shape, and no memory; torch.save takes them."""
+    """Returns a context in which new tensors have a device and a shape, but no memory.
+
+    torch.save accepts these tensors.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
 
 
 def offset_in_file(storage: torch.UntypedStorage) -> int | None:
-    """Returns the byte at which a storage that was loaded onto meta begins in its file.
+    """Returns the byte offset of a storage in its file, after torch.load with map_location="meta".
 
-    None: the file is no zip, but of torch before 1.6.
+    None: the file is no zip; torch before 1.6 wrote it.
     """
     return getattr(storage, "_checkpoint_offset", None)
 
@@ -112,16 +124,20 @@ def offset_in_file(storage: torch.UntypedStorage) -> int | None:
 
 
 def add_in_store(key: str, amount: int) -> int:
-    """Add to a number that all ranks share; returns the sum. The process group must exist."""
+    """Add to a number that all ranks share under `key`, at first 0; returns the sum.
+
+    The process group must exist.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store().add(key, amount)
 
 
 def one_shot_all_reduce(x: Tensor, group: str) -> Tensor:
-    """Sum a tensor over the ranks by one kernel that reads the other GPUs' memory.
+    """Returns the sum of a tensor over the ranks, by one kernel that reads the other GPUs' memory.
 
-    Raises RuntimeError where the GPUs cannot, and ImportError where torch was built without it.
+    group: the name of the process group. Raises RuntimeError if the GPUs cannot read each other's
+    memory, and ImportError if torch was built without this feature.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory
 

@@ -1,9 +1,14 @@
 """How many neurons of each layer stay in memory, and how the others are read.
 
-Start at choose_plan. A pack's manifest tells, for a window of k tokens, how many neurons they use
-together and how many records the next token reads (calibration/predictor.py). With the machine's
-costs (costs.py) this gives the seconds of a token for every window, depth and gap; the fastest plan
-that fits into memory is taken.
+Start at choose_plan. A pack's manifest has two figures for a window of k tokens: how many different
+neurons these tokens use, and how many records the next token reads if so many neurons are in memory
+(calibration/predictor.py). With the machine's costs (costs.py) this gives the seconds of a token
+for each window, depth and gap. choose_plan takes the fastest plan that fits into memory.
+
+    record   the weights of one neuron on disk
+    entry    memory for one record
+    depth    requests that are pending at a time
+    gap      unneeded records between two needed ones that one request still reads
 
 Based on "LLM in a flash" (arXiv 2312.11514, sections 3.1 and 4): latency = I/O + memory management
 + compute.
@@ -21,43 +26,44 @@ from host.memory import size_text
 from neurons.costs import MachineCosts
 from neurons.pack import Pack
 
-DEPTHS = 16, 32, 64, 128  # reads in flight at a time
-WINDOW_TOKENS = 1, 2, 3, 4, 6, 8, 12, 16  # beside the longest that fits
-LAYER_STREAM_SECONDS = 5e-3  # of a whole layer beside its bytes: ten chunks change threads
-LAYER_MANAGE_SECONDS = 60e-6  # of looking up and evicting entries
+DEPTHS = 16, 32, 64, 128
+WINDOW_TOKENS = 1, 2, 3, 4, 6, 8, 12, 16  # windows to consider, and the longest that fits
+LAYER_STREAM_SECONDS = 5e-3  # to read a layer whole, plus its bytes: chunks pass between threads
+LAYER_MANAGE_SECONDS = 60e-6  # to look up and evict cache entries for a token in a layer
 BISECTIONS = 30
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How many entries each layer has and how records are read; expected costs of a token."""
+    """How many entries each layer's cache has, how records are read, and the expected costs."""
 
     window: float  # tokens whose neurons stay in memory
-    entries: tuple[int, ...]  # of each layer
-    depth: int  # reads in flight at a time
-    gap: int  # unwanted records that are read across
-    call_seconds: float
-    request_seconds: float
-    record_seconds: float  # of reading
-    whole_layer_seconds: float  # of reading and computing all records of a layer
-    read_seconds: float  # of a token, as the three below
+    entries: tuple[int, ...]  # cache entries of each layer
+    depth: int  # requests that are pending at a time
+    gap: int  # unneeded records between two needed ones that one request still reads
+    call_seconds: float  # expected per call that reads records
+    request_seconds: float  # expected per request
+    record_seconds: float  # expected to read one record
+    whole_layer_seconds: float  # expected to read and compute all records of a layer
+    read_seconds: float  # expected per token, in all layers, like the fields below
     compute_seconds: float
-    overlapped_seconds: float  # of compute_seconds, those while reads are in flight
-    nbytes: float  # read for a token
-    requests: float  # of a token
+    overlapped_seconds: float  # the part of compute_seconds that passes while the disk reads
+    nbytes: float  # bytes read per token
+    requests: float  # requests per token
 
     def seconds(self, calls: int, requests: int, records: int) -> float:
-        """Return the expected seconds of reads."""
+        """Return the expected seconds to read so many records with so many requests and calls."""
         reading = requests * self.request_seconds + records * self.record_seconds
         return calls * self.call_seconds + reading
 
     def prefers_whole_layer(self, missing: np.ndarray, entries: int) -> bool:
-        """Whether reading the whole layer is faster than reading missing, ascending ids.
+        """Whether reading a whole layer is faster than reading the missing neurons one by one.
 
-        One call reads as many records as the layer has entries.
+        missing: (n,) ids that are not in memory, ascending. entries: cache entries of the layer;
+        one call reads at most so many records.
         """
         calls = -(-len(missing) // entries)
-        # The most requests there can be: the usual case is decided without counting gaps.
+        # At most one request per record: the usual case is decided without counting gaps.
         if self.seconds(calls, len(missing), len(missing)) <= self.whole_layer_seconds:
             return False
         requests = 1 + np.count_nonzero(missing[1:] - missing[:-1] > self.gap + 1)
@@ -65,7 +71,7 @@ class CachePlan:
         return seconds > self.whole_layer_seconds
 
     def lines(self, neurons: int) -> list[str]:
-        """Describe the plan for the user. neurons: of a layer."""
+        """Return lines for the user about the plan. neurons: their number in a layer."""
         share = 100 * sum(self.entries) / (neurons * len(self.entries))
         return [
             f"flash: {share:.1f} % of the neurons in memory, as many as {self.window:.1f} tokens "
@@ -77,12 +83,19 @@ class CachePlan:
 
 
 class NeuronUsage:
-    """A manifest's figures of all layers, interpolated to windows of any length.
+    """The figures of all layers in a pack's manifest, interpolated to windows of any length.
 
-    Beyond the longest window of the manifest, usage grows to all neurons at twice its length.
+    Beyond the longest window of the manifest, usage grows to all neurons at twice its length, where
+    a token reads nothing.
     """
 
     def __init__(self, pack: Pack, neurons: int):
+        """Read the figures as tables for interpolation. neurons: their number in a layer.
+
+        For each of K windows: _usage (L, K), different neurons in use; _reads, records and requests
+        per token, (L, K, gaps) each. predicted: (L,), the mean neurons that a token's predictor
+        names. Windows without figures in one of the layers are left out.
+        """
         layers, self.gaps = pack.layers, pack.manifest["gaps"]
         count = min(len(layer["usage"]) for layer in layers)
         windows = pack.manifest["windows"][:count]
@@ -96,17 +109,26 @@ class NeuronUsage:
         self.predicted = np.array([layer["predicted"] for layer in layers]) * neurons  # (L,)
 
     def entries(self, window: float) -> np.ndarray:
-        """Return (L,): the neurons that a window uses; below one token, a part of that token's."""
+        """Return (L,): the cache entries that hold all neurons of a window of so many tokens.
+
+        A window below 1 gets that share of one token's neurons. At least one entry each.
+        """
         used = self._interpolate(self._usage, max(window, 1)) * min(window, 1)
         return np.ceil(used).astype(int).clip(1)
 
     def reads(self, window: float, gap: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the records that a token reads and its requests, (L,) each."""
+        """Return the expected records that a token reads and its requests, (L,) each.
+
+        The cache has the entries of `window` tokens. gap: one of `gaps`.
+        """
         column = self.gaps.index(gap)
         return tuple(self._interpolate(table[..., column], max(window, 1)) for table in self._reads)
 
     def longest_window(self, fits: Callable[[float], bool]) -> float:
-        """Return the longest window that fits, by bisection."""
+        """Return the longest window, in tokens, for which `fits` is true, by bisection.
+
+        If a window fits, all shorter ones must fit. 0 if none does.
+        """
         low, high = 0.0, float(self._windows[-1])
         if fits(high):
             return high
@@ -116,7 +138,7 @@ class NeuronUsage:
         return low
 
     def _interpolate(self, table: np.ndarray, window: float) -> np.ndarray:
-        """(L, K) -> (L,)."""
+        """Interpolate a table linearly between its windows: (L, K) -> (L,)."""
         return np.array([np.interp(window, self._windows, row) for row in table])
 
 
@@ -125,8 +147,9 @@ def choose_plan(
 ) -> CachePlan:
     """Return the plan with the fewest expected seconds for a token.
 
-    neurons: of a layer; memory: bytes of weights, `fixed` of which are no entries; window: tokens,
-    or None to choose. Raises ValueError if the window, or one neuron of each layer, does not fit.
+    neurons: their number in a layer. memory: bytes for all weights; `fixed` of them are needed for
+    weights other than cache entries. window: tokens whose neurons stay in memory, or None to choose
+    it. Raises ValueError if the window's neurons, or one neuron of each layer, do not fit.
     """
     usage, stride = NeuronUsage(pack, neurons), pack.format.stride
 
@@ -147,7 +170,11 @@ def choose_plan(
 
 
 def check_budget(needed: int, memory: int, fixed: int, window: float | None) -> None:
-    """Raise ValueError if the bytes needed are more than --dram_budget gives."""
+    """Raise ValueError if `needed` bytes are more than `memory`, the bytes of --dram_budget.
+
+    needed: `fixed` bytes of other weights, and the neurons of `window` tokens, or one neuron of
+    each layer if window is None.
+    """
     if needed <= memory:
         return
     neurons = f"the neurons of {window:g} tokens" if window else "one neuron of each layer"
@@ -166,13 +193,17 @@ def expected_plan(
     depth: int,
     gap: int,
 ) -> CachePlan:
-    """Return the plan of one window, depth and gap, with its expected costs."""
+    """Return the plan of one window, depth and gap, with its expected costs.
+
+    neurons: their number in a layer. stride: bytes of a record on disk. A layer computes the
+    neurons that are already in memory while it reads the others.
+    """
     records, requests = usage.reads(window, gap)  # (L,) each
     entries = usage.entries(window)
     computed = entries if costs.computes_all_entries else usage.predicted
     call, request, byte = costs.reads[depth]
     reading = costs.read_seconds(depth, requests, records * stride)  # (L,)
-    before = ((computed - records) * costs.record).clip(0)  # (L,): of entries already in memory
+    in_memory = ((computed - records) * costs.record).clip(0)  # (L,): seconds to compute these
     whole_layer = neurons * (costs.stream_byte * stride + costs.record) + LAYER_STREAM_SECONDS
     return CachePlan(
         window=window,
@@ -185,7 +216,7 @@ def expected_plan(
         whole_layer_seconds=whole_layer,
         read_seconds=float(reading.sum()),
         compute_seconds=float((computed * costs.record + LAYER_MANAGE_SECONDS).sum()),
-        overlapped_seconds=float(np.minimum(reading, before).sum()),
+        overlapped_seconds=float(np.minimum(reading, in_memory).sum()),
         nbytes=float(records.sum() * stride),
         requests=float(requests.sum()),
     )

@@ -1,9 +1,11 @@
-"""What this machine's disk and products cost in seconds, measured once and kept.
+"""Seconds of this machine's disk and products, measured once and saved for later runs.
 
-Start at machine_costs. A pack's own file is read in batches of several sizes, and a line is fitted
-to the seconds: of a call, of each of its requests and of each byte.
+Start at machine_costs. A call reads a batch of requests, each of contiguous records, which hold the
+weights of one neuron each. Batches of several sizes are read from a pack's own file, and a linear
+model is fitted to the seconds: per call + per request + per byte. choose_plan (budget.py) uses the
+costs.
 
-Shapes: C entries.
+Shapes: C entries of a neuron cache.
 """
 
 import random
@@ -24,23 +26,24 @@ from neurons.records import NeuronFile
 from tiers.prefetch import CPU
 from tiers.probe import typical
 
-BATCHES = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests, records of each
+BATCHES = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests, records per request
 BATCH_REPEATS = 15
-STREAM_BYTES = 2**27
-PRODUCT_BYTES = 2**26  # more than a processor's caches hold
-EVICTING_BYTES = 2**24  # of a product before each batch
+STREAM_BYTES = 2**27  # the most bytes that stream_byte_seconds reads
+PRODUCT_BYTES = 2**26  # memory of records in timed runs: more than a processor's caches hold
+EVICTING_BYTES = 2**24  # weights of the product before each timed batch of reads
 STREAM_REPEATS, PRODUCT_REPEATS = 3, 5
 NEURONS = 17  # in the timed product: one is active, the last stands for an empty entry
-SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # where a file is smaller than every batch
+SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # seconds per call, request, byte, if a file is too small
 
 
 @dataclass(frozen=True)
 class MachineCosts:
     """Seconds that reading and computing records take.
 
-    reads: depth -> seconds of a call, of each of its requests and of each byte. stream_byte: of a
-    byte when layers are read in file order. record: of computing a record in memory.
-    computes_all_entries: see Products.computes_all_entries.
+    reads: by depth (requests that are pending at a time), the seconds per call, per request and per
+    byte. stream_byte: seconds per byte when layers are read in file order. record: seconds to
+    compute one record in memory for one token. computes_all_entries: whether a token computes
+    every entry of the cache, predicted or not (Products.computes_all_entries).
     """
 
     reads: dict[int, tuple[float, float, float]]
@@ -49,7 +52,10 @@ class MachineCosts:
     computes_all_entries: bool
 
     def read_seconds(self, depth: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
-        """Seconds of one call for each layer; 0 where a layer makes no request."""
+        """Return (L,): expected seconds of one call in each layer; 0 if a layer makes no request.
+
+        requests, nbytes: (L,), of each layer's call.
+        """
         call, request, byte = self.reads[depth]
         return np.where(requests > 0, call + request * requests + byte * nbytes, 0)
 
@@ -57,7 +63,12 @@ class MachineCosts:
 def machine_costs(
     pack: Pack, depths: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> MachineCosts:
-    """Return this machine's costs: kept ones, or measured now within seconds and kept."""
+    """Return this machine's costs: saved by an earlier run, or measured now, which takes seconds.
+
+    depths: numbers of pending requests to measure. device, dtype: of the model's activations.
+    Saved costs are used again if the machine, the disk, the file's size, the record format and
+    these arguments are the same.
+    """
     format, stat = pack.format, pack.neurons_path.stat()
     kernel = has_kernel(format, device, dtype)
     key = machine_name(device), stat.st_dev, stat.st_size, format, tuple(depths), dtype, kernel
@@ -78,7 +89,11 @@ def machine_costs(
 
 
 def batch_costs(pack: Pack, depth: int) -> list[float]:
-    """Return the seconds of a call, a request and a byte, by least squares of relative errors."""
+    """Measure the seconds per call, per request and per byte of reads with this depth.
+
+    They are fitted to the median seconds of BATCHES, by least squares of relative errors. Batches
+    with more than half the file's records are left out; SMALL_FILE_COSTS if these are all.
+    """
     stride = pack.format.stride
     timer = BatchTimer(pack, depth)
     batches = [(n, records) for n, records in BATCHES if 2 * n * records <= timer.total]
@@ -91,13 +106,14 @@ def batch_costs(pack: Pack, depth: int) -> list[float]:
 
 
 class BatchTimer:
-    """Times batches of reads at random offsets into random places of memory.
+    """Times batches of reads from random offsets of a pack's file to random entries in memory.
 
     A product comes before each batch, as in a model: it evicts the kernel's code and the memory
     from the processor's caches, and a read then takes half a millisecond longer.
     """
 
     def __init__(self, pack: Pack, depth: int):
+        """Open the file and allocate PRODUCT_BYTES of entries. depth: pending requests."""
         self.stride = pack.format.stride
         self.file = NeuronFile(pack.neurons_path, self.stride, depth)
         self.total = pack.neurons_path.stat().st_size // self.stride  # records
@@ -107,10 +123,15 @@ class BatchTimer:
         self.random = random.Random(0)
 
     def median_seconds(self, requests: int, records: int) -> float:
-        """Seconds of a batch of `requests`, each of so many contiguous records."""
+        """Return the median seconds of a batch: so many requests, each of so many records.
+
+        The records of a request are contiguous in the file. The file needs at least
+        requests * records of them.
+        """
         return statistics.median(self._seconds(requests, records) for _ in range(BATCH_REPEATS))
 
     def _seconds(self, requests: int, records: int) -> float:
+        """Read one random batch, after a product that evicts caches, and return its seconds."""
         starts = sorted(self.random.sample(range(self.total // records), requests))
         ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
         entries = np.array(self.random.sample(self.entries, len(ids)))
@@ -122,7 +143,7 @@ class BatchTimer:
 
 
 def stream_byte_seconds(pack: Pack) -> float:
-    """Return the seconds of a byte when the file is read from its start."""
+    """Measure the seconds per byte of a contiguous read from the start of the file."""
     file = NeuronFile(pack.neurons_path, pack.format.stride, 1)
     nbytes = min(STREAM_BYTES, pack.neurons_path.stat().st_size // 4096 * 4096)
     memory = page_aligned(nbytes, CPU)
@@ -130,10 +151,13 @@ def stream_byte_seconds(pack: Pack) -> float:
 
 
 def record_seconds(products: Products, device: torch.device) -> float:
-    """Return the seconds of computing one record for one token, unpacking included."""
+    """Measure the seconds to compute one record in memory for one token, with unpacking.
+
+    products: of a layer with few neurons; many entries hold each of them here.
+    """
     format, neurons = products.format, len(products.bias) - 1
     count = PRODUCT_BYTES // format.stride
-    # Filled, because untouched pages would all be the same physical page.
+    # Filled, because Linux maps all untouched pages to one physical page.
     records = page_aligned(count * format.stride, device).fill_(1).view(count, -1)  # (C, stride)
     x = torch.zeros(1, format.dim, device=device, dtype=products.bias.dtype)
     ids = np.arange(count) % neurons

@@ -1,15 +1,18 @@
 """Feed-forward layers whose neurons stay on disk until a token needs them.
 
 Start at SparseFeedForward.forward. Behind a ReLU most neurons output zero for a token. A small
-predictor names the neurons that may be active, and those not in memory are read. The product covers
-every entry in memory, predicted or not, so an active neuron is missed only if it is on disk and not
-predicted; entries in memory are computed while the others are read. For many tokens at once, as in
-a prompt, a layer reads all its neurons in file order and keeps those that the last tokens used.
+predictor names the neurons that may be active, and those not in memory are read. A neuron's weights
+on disk are a record; memory for a record is an entry of the layer's cache. The product covers all
+neurons in memory, predicted or not, so an active neuron is missed only if it is on disk and not
+predicted. Neurons in memory are computed while the others are read. For many tokens at once, as in
+a prompt, a layer reads all its neurons in file order, and the neurons that the last tokens use go
+into the cache.
 
 Based on "LLM in a flash" (arXiv 2312.11514, section 3): predictor, window, bundles of rows and
 columns.
 
-Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons, r rank, C entries, n records.
+Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons of a layer, r rank, C entries, n
+records.
 """
 
 import weakref
@@ -32,12 +35,12 @@ from options.settings import FlashOptions
 from tiers.prefetch import CPU, to_device
 from weights.allocation import stored_tensors
 
-MAX_SPARSE_TOKENS = 64  # more tokens at once read whole layers
-KEPT_TOKENS = 16  # of each row of a prompt: their neurons stay in memory
-Fill = Callable[[str, Tensor], Any]  # writes the value of the tensor of that name
+MAX_SPARSE_TOKENS = 64  # for more tokens in one call, a layer is read whole
+CACHED_TOKENS = 16  # last tokens of each row of a prompt, whose neurons go into the cache
+Fill = Callable[[str, Tensor], Any]  # (name, tensor): writes the values of a weight into tensor
 
 # The host reads neurons within a layer, so compiled code calls it through an operator. The operator
-# gets the layer's number as a tensor: one compiled block then serves all layers.
+# gets the layer's number as a tensor, so that one compiled block serves all layers.
 LAYERS: weakref.WeakValueDictionary[int, "SparseFeedForward"] = weakref.WeakValueDictionary()
 torch.library.define(
     "gpt_flex::sparse_feed_forward", "(Tensor x, Tensor predicted, Tensor number) -> Tensor"
@@ -46,17 +49,19 @@ torch.library.define(
 
 @torch.library.register_fake("gpt_flex::sparse_feed_forward")
 def fake_sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
+    """Return an empty tensor of the output's shape and dtype, for torch.compile."""
     return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.impl("gpt_flex::sparse_feed_forward", "CompositeExplicitAutograd")
 def sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
+    """Call neuron_sums of the layer with this number (a key of LAYERS) from compiled code."""
     return LAYERS[int(number)].neuron_sums(x, predicted)
 
 
 class Predictor(nn.Module):
-    """(N, D) -> (N, F) bool: neurons that may be active. Two low-rank matrices; the threshold is
-    part of the bias."""
+    """(N, D) -> (N, F) bool: neurons that may be active. Two low-rank matrices; the bias contains
+    the threshold, so that scores above 0 are predictions."""
 
     def __init__(self, dim: int, rank: int, neurons: int):
         super().__init__()
@@ -70,16 +75,20 @@ class Predictor(nn.Module):
 class SparseFeedForward(nn.Module):
     """Replaces a PlainFeedForward or GatedFeedForward whose activation is ReLU.
 
-    Its parameters are what stays in memory: the predictor, and the neurons' biases and int8 scales,
-    in the file's order. Call `attach` before `forward`.
+    Its parameters stay in memory: the predictor, and the neurons' biases and int8 scales, in the
+    order of the neurons in the file. `attach` must be called before `forward`.
     """
 
     def __init__(self, args: ModelArgs, format: RecordFormat, rank: int):
+        """Create the parameters, uninitialised. rank: of the predictor's matrices.
+
+        inner: biases and scales of up, or of gate and up; outer: those of the layer's outputs.
+        """
         super().__init__()
         neurons, inner = args.hidden_dim, len(format.matrices) - 1
         self.format = format
         self.predictor: Callable[[Tensor], Tensor] = Predictor(args.dim, rank, neurons)
-        # The additional neuron is that of an empty entry: its bias makes it inactive.
+        # The neuron F stands for an empty entry: its bias makes it inactive.
         self.inner_bias = nn.Parameter(torch.empty(neurons + 1, inner))
         self.outer_bias = nn.Parameter(torch.empty(args.dim))
         scaled = format.kind == "int8"
@@ -89,7 +98,12 @@ class SparseFeedForward(nn.Module):
         self.register_buffer("outer_scales", outer_scales)
 
     def attach(self, layer: int, source: NeuronSource, entries: int) -> None:
-        """Give the layer its neurons on disk and a cache of so many entries."""
+        """Connect the layer to its neurons on disk, and allocate a cache of so many entries.
+
+        Called once the parameters are loaded. layer: its index in the model. source: the neuron
+        file, which all layers share. `number` is this layer's key in LAYERS, as a tensor for
+        compiled code.
+        """
         self.layer, self.source, self.stats = layer, source, source.stats
         LAYERS[id(self)] = self
         self.register_buffer("number", torch.tensor(id(self), device=CPU), persistent=False)
@@ -99,7 +113,12 @@ class SparseFeedForward(nn.Module):
         self.products = Products(self.format, self.inner_bias, self.inner_scales, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        last = max(KEPT_TOKENS, MAX_SPARSE_TOKENS // len(x))  # a prompt predicts for its end only
+        """Return the layer's outputs: (B, T, D) -> (B, T, D).
+
+        Neurons are predicted for all tokens if N <= MAX_SPARSE_TOKENS, else only for the last ones
+        of each row, at least CACHED_TOKENS. Compiled code calls neuron_sums through an operator.
+        """
+        last = max(CACHED_TOKENS, MAX_SPARSE_TOKENS // len(x))
         predicted = self.predictor(x[:, -last:].flatten(0, 1))  # (n, F)
         if torch.compiler.is_compiling():
             y = torch.ops.gpt_flex.sparse_feed_forward(x, predicted, self.number)
@@ -110,9 +129,11 @@ class SparseFeedForward(nn.Module):
         return (y + self.outer_bias).to(x.dtype)
 
     def neuron_sums(self, x: Tensor, predicted: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) float32, without the outputs' scales and biases.
+        """Sum the neurons' outputs: (B, T, D) -> (B, T, D) float32, without outer scales and bias.
 
-        predicted: (n, F) bool, of the last tokens of each row.
+        predicted: (n, F) bool, neurons that may be active, for the last tokens of each row; for all
+        tokens if N <= MAX_SPARSE_TOKENS. The layer is read whole if there are more tokens, or if
+        that is expected to be faster than reading the missing neurons.
         """
         tokens = x.flatten(0, 1)  # (N, D)
         if len(tokens) > MAX_SPARSE_TOKENS:
@@ -121,46 +142,56 @@ class SparseFeedForward(nn.Module):
         if self.source.plan.prefers_whole_layer(self.cache.missing(ids), len(self.cache)):
             self.stats.whole_layers += 1
             return self._whole_layer(x, predicted)
-        return self._sparse(tokens, ids).view_as(x)
+        return self._sparse_layer(tokens, ids).view_as(x)
 
-    def _sparse(self, x: Tensor, ids: np.ndarray) -> Tensor:
-        """(N, D) -> (N, D) float32, summed over predicted ids and the other entries in memory."""
+    def _sparse_layer(self, x: Tensor, ids: np.ndarray) -> Tensor:
+        """Sum the outputs of predicted neurons and of other neurons in memory, (N, D) float32.
+
+        x: (N, D). ids: predicted neurons, ascending. Neurons in memory are computed while the
+        others are read. If there are more ids than cache entries, they are read and computed in
+        turns. Neurons that are not predicted are left out where they would have to be unpacked.
+        """
         self.stats.sparse_layers += 1
         self.stats.predicted += len(ids)
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        # Where computing an entry means unpacking it, only predicted entries are computed.
         all_entries = self.products.computes_all_entries
-        present = None if all_entries else self.cache.entries(ids)
-        new, rest = self._fetch(ids, lambda: self._add(y, x, present))
-        self._add(y, x, new)
-        while len(rest):  # the layer has fewer entries than ids
-            new, rest = self._fetch(rest, no_op)
-            self._add(y, x, new)
+        in_memory = None if all_entries else self.cache.entries(ids)
+        filled, waiting = self._fetch(ids, lambda: self._add_sums(y, x, in_memory))
+        self._add_sums(y, x, filled)
+        while len(waiting):
+            filled, waiting = self._fetch(waiting, no_op)
+            self._add_sums(y, x, filled)
         return y
 
     def _fetch(self, ids: np.ndarray, overlap: Callback) -> tuple[np.ndarray, np.ndarray]:
-        """Read ids that are not in memory and call `overlap` meanwhile.
+        """Read those of the neurons `ids`, ascending, that are not in memory.
 
-        Returns the filled entries, and the ids for which no entry was left.
+        overlap: called once, while they are read if any is missing; entries that are being filled
+        are then empty and add nothing to the layer's sums. Returns the entries that were filled,
+        and the ids that need a further call because no entry was left for them. Counts neurons and
+        seconds in the stats.
         """
         stats = self.stats
         with stats.timed("manage_seconds"):
-            new, entries, rest = self.cache.admit(ids)
+            new, entries, waiting = self.cache.admit(ids)
         if not len(new):
             overlap()
-            return entries, rest
+            return entries, waiting
         stats.missed += len(new)
         stats.reads += 1
-        before = stats.compute_seconds
+        computed_before = stats.compute_seconds
         with stats.timed("read_seconds"):
             self.source.fetch(self.layer, new, entries, self.cache.records, overlap)
-        stats.overlapped_seconds += stats.compute_seconds - before
+        stats.overlapped_seconds += stats.compute_seconds - computed_before
         with stats.timed("manage_seconds"):
             self.cache.commit(new, entries)
-        return entries, rest
+        return entries, waiting
 
-    def _add(self, y: Tensor, x: Tensor, entries: np.ndarray | None) -> None:
-        """Add the neurons' outputs for x to y, (N, D) float32. entries: None for all."""
+    def _add_sums(self, y: Tensor, x: Tensor, entries: np.ndarray | None) -> None:
+        """Add the outputs of the neurons in these cache entries to y, (N, D) float32, in place.
+
+        x: (N, D). entries: None for all. Counts active neurons and seconds in the stats.
+        """
         if entries is not None and not len(entries):
             return
         with self.stats.timed("compute_seconds"):
@@ -169,9 +200,13 @@ class SparseFeedForward(nn.Module):
         self.stats.active = self.stats.active + active
 
     def _whole_layer(self, x: Tensor, predicted: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) float32, by all neurons; caches those of the last tokens."""
+        """Sum the outputs of all neurons, in chunks: (B, T, D) -> (B, T, D) float32.
+
+        predicted: (n, F) bool, neurons that may be active, for the last tokens of each row. Those
+        of the last CACHED_TOKENS go into the cache, as many as fit, for the tokens that follow.
+        """
         predicted = predicted.unflatten(0, (len(x), -1))  # (B, t, F)
-        predicted = predicted[:, -KEPT_TOKENS:].flatten(0, 1)  # (n, F)
+        predicted = predicted[:, -CACHED_TOKENS:].flatten(0, 1)  # (n, F)
         uses = predicted.sum(0).cpu().numpy()  # (F,)
         used = np.flatnonzero(uses)
         ids, entries, _ = self.cache.admit(used, uses[used])
@@ -181,36 +216,50 @@ class SparseFeedForward(nn.Module):
             end = start + len(records)
             h = self.products.hidden(tokens, records, torch.arange(start, end, device=x.device))
             y += h @ self.format.rows(records, "down", h.dtype)
-            active = h.unflatten(0, x.shape[:2])[:, -KEPT_TOKENS:].flatten(0, 1) != 0  # (n, chunk)
-            self._count_prompt(active, predicted[:, start:end])
-            self._keep(ids, entries, start, records)
+            last = h.unflatten(0, x.shape[:2])[:, -CACHED_TOKENS:]  # (B, t, chunk)
+            self._count_prompt(last.flatten(0, 1) != 0, predicted[:, start:end])
+            self._copy_to_cache(ids, entries, start, records)
         self.cache.commit(ids, entries)
         return y.view_as(x)
 
     def _count_prompt(self, active: Tensor, predicted: Tensor) -> None:
-        """Count active neurons and those that were predicted; both are (n, neurons) bool."""
+        """Count active neurons, and how many of them were predicted, for the reported recall.
+
+        Both are bool and have the same shape: last tokens of a prompt, neurons of a chunk.
+        """
         self.stats.prompt_active = self.stats.prompt_active + active.sum()
         self.stats.prompt_predicted = self.stats.prompt_predicted + (active & predicted).sum()
 
-    def _keep(self, ids: np.ndarray, entries: np.ndarray, start: int, records: Tensor) -> None:
-        """Copy those of the ids that a chunk has to their entries. start: its first neuron."""
-        here = (ids >= start) & (ids < start + len(records))
-        if here.any():
-            kept = gather_records(records, self._on_device(ids[here] - start))
-            scatter_records(self.cache.records, self._on_device(entries[here]), kept)
+    def _copy_to_cache(
+        self, ids: np.ndarray, entries: np.ndarray, start: int, records: Tensor
+    ) -> None:
+        """Copy the records of the neurons `ids` that a chunk contains to their cache entries.
+
+        entries: the entry for each id. start: the chunk's first neuron. records: of the chunk.
+        """
+        in_chunk = (ids >= start) & (ids < start + len(records))
+        if in_chunk.any():
+            copies = gather_records(records, self._on_device(ids[in_chunk] - start))
+            scatter_records(self.cache.records, self._on_device(entries[in_chunk]), copies)
 
     def _on_device(self, indices: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(indices), self.source.device)
 
 
 def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
-    """Replace the feed-forward layers of a model on the meta device by sparse ones."""
+    """Replace the feed-forward layers of a model by sparse ones, before its weights are allocated.
+
+    The parameters of the new layers are uninitialised; fill_from_pack fills them. Each predictor
+    has the rank that the pack's manifest gives for its layer.
+    """
     for layer, figures in zip(model.layers, pack.layers, strict=True):
         layer.feed_forward = SparseFeedForward(model.args, pack.format, figures["rank"])
 
 
 def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
-    """Wrap a fill function: tensors that the pack holds are copied from it."""
+    """Return a fill function for loading the model's weights: tensors whose names the pack has are
+    copied from the pack (predictors, biases, scales), all others are filled by `fill`.
+    """
     resident = pack.resident()
 
     def fill_tensor(name: str, tensor: Tensor) -> None:
@@ -223,9 +272,10 @@ def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
 
 
 def attach_neurons(model: Transformer, pack: Pack, options: FlashOptions) -> None:
-    """Choose a cache plan and attach the pack's neurons to each layer.
+    """Choose a cache plan and connect each layer to its neurons on disk.
 
-    Raises ValueError if the memory is too little.
+    The model has sparse layers (swap_feed_forwards) with loaded parameters. Measures the machine if
+    no earlier run has. Raises ValueError if the memory in `options` is too little.
     """
     layers = [layer.feed_forward for layer in model.layers]
     weight, neurons, format = model.tok_embeddings.weight, model.args.hidden_dim, pack.format
@@ -240,9 +290,10 @@ def attach_neurons(model: Transformer, pack: Pack, options: FlashOptions) -> Non
 
 
 def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tuple[int, int]:
-    """Return the bytes for weights, and those of them that cannot be cache entries.
+    """Return the bytes of memory for all weights, and how many of them are not for cache entries.
 
-    memory: see FlashOptions; a share is that of the dense model, which has no predictors.
+    memory: bytes, or up to 1 a share of the weights of a model with all neurons in memory and no
+    predictors. The second number covers loaded weights and the buffers for reading whole layers.
     """
     neurons = model.args.hidden_dim
     resident = sum(tensor.nbytes for tensor, _ in stored_tensors(model).values())
@@ -257,13 +308,16 @@ def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tup
 
 
 def neuron_source(model: Transformer) -> NeuronSource | None:
-    """Return a model's neurons on disk, or None if it has none there."""
+    """Return the source from which a model's layers read neurons; None if all are in memory."""
     first = model.layers[0]
     return getattr(getattr(first, "feed_forward", None), "source", None)
 
 
 def flash_report(model: Transformer) -> Iterator[str]:
-    """Yield the expected and the measured figures of a token, if any was decoded."""
+    """Yield lines for the user: the expected and the measured costs of a token.
+
+    None for a model without neurons on disk, or before its first token.
+    """
     source = neuron_source(model)
     if source is None or not source.stats.sparse_layers + source.stats.whole_layers:
         return

@@ -1,12 +1,12 @@
 """A pack: the directory of neurons and predictors that --flash reads and flash.py writes.
 
-Start at open_pack. A pack lies beside the checkpoint that it was made from. `neurons.bin` has one
-record for each neuron (records.py), layer after layer, the most active neurons of a layer first;
+Start at open_pack. By default a pack is next to the checkpoint that it was made from. `neurons.bin`
+has one record for each neuron (records.py), layer after layer, a layer's most active neurons first;
 `resident.pth` has the predictors and the biases and scales that stay in memory; `manifest.json`,
 written last, has the record format, the figures of each layer and the hashes of both files.
 
-Both files are read and compared with their hashes when the pack is first opened at its place, and
-again when the size or date of one has changed since.
+When a pack is opened, both files are read and compared with their hashes. The manifest then gets
+their sizes and dates, and the next time unchanged files are not read.
 """
 
 import hashlib
@@ -32,12 +32,13 @@ VERSION = 1
 NEURONS_FILE, RESIDENT_FILE, MANIFEST_FILE = "neurons.bin", "resident.pth", "manifest.json"
 HASHED_FILES = NEURONS_FILE, RESIDENT_FILE
 HASH_CHUNK_BYTES = 2**24
-FINGERPRINT_BYTES = 4096  # of each tensor
+VERIFIED_KEY = "seen"  # key of the manifest: sizes and dates of the files that were verified
+FINGERPRINT_BYTES = 4096  # the bytes of each stored tensor that the fingerprint covers
 
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened directory. Layers count from 0."""
+    """An opened pack. manifest: the contents of manifest.json."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -48,31 +49,36 @@ class Pack:
 
     @property
     def format(self) -> RecordFormat:
+        """How the weights of a neuron lie in a record."""
         fields = self.manifest["format"]
         dtype, matrices = getattr(torch, fields["dtype"]), tuple(fields["matrices"])
         return RecordFormat(**fields | {"dtype": dtype, "matrices": matrices})
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """The figures of each layer (predictor.LearnedLayer.figures) and its predictor's rank."""
+        """Figures of each layer: those of predictor.LearnedLayer.figures, and `rank`."""
         return self.manifest["layers"]
 
     def resident(self) -> dict[str, Tensor]:
-        """Return the tensors that stay in memory, by their names in the model."""
+        """Return the pack's tensors that stay in memory, by their names in the model's state dict.
+
+        They are mapped from the file, so they take memory only once they are copied.
+        """
         return torch.load(self.directory / RESIDENT_FILE, mmap=True, weights_only=True)
 
 
 def flash_directory(checkpoint: Checkpoint) -> Path:
-    """Return the default directory of a checkpoint's pack."""
+    """Return the default directory of a checkpoint's pack: NAME.flash next to it."""
     name = checkpoint.path.name.partition(".safetensors")[0].removesuffix(".pth")
     return checkpoint.directory / f"{name}.flash"
 
 
 def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
-    """Open the pack of a checkpoint.
+    """Open the pack in a directory for use with this checkpoint, and verify its files.
 
-    Raises FileNotFoundError if it is absent, ValueError if it was made from other weights or its
-    files do not have their hashes.
+    Raises FileNotFoundError if the pack or one of its files is absent. Raises ValueError if the
+    model has no ReLU, or the pack has another format version, was made from other weights, or is
+    damaged. The messages name the command that makes a pack.
     """
     remedy = f"run python flash.py --checkpoint_path {checkpoint.path} --calibration_file TEXT"
     check_relu(checkpoint.args)
@@ -90,7 +96,7 @@ def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
 
 
 def check_relu(args: ModelArgs) -> None:
-    """Raise ValueError for a model whose neurons are all active."""
+    """Raise ValueError if the activation is not ReLU, because all neurons are then active."""
     if args.activation != "relu":
         raise ValueError(
             f"--flash needs a ReLU model: this model's activation is {args.activation}, and all "
@@ -99,7 +105,11 @@ def check_relu(args: ModelArgs) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Hash the model's shape and the first bytes of each feed-forward tensor."""
+    """Return a hash of the model's args and its feed-forward weights, which a pack is made from.
+
+    Of each stored tensor it covers name, dtype, shape and the first FINGERPRINT_BYTES, so that it
+    takes milliseconds. A tensor that was loaded into memory adds no bytes.
+    """
     digest = hashlib.blake2b(repr(checkpoint.args).encode(), digest_size=16)
     for name, stored in sorted(checkpoint.tensors.items()):
         if ".feed_forward." not in name:
@@ -114,15 +124,17 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def verify_files(directory: Path, manifest: dict[str, Any], remedy: str) -> None:
-    """Raise FileNotFoundError for an absent file, ValueError for a wrong hash.
+    """Raise FileNotFoundError if a file of the pack is absent, ValueError if its hash is wrong.
 
-    Files whose sizes and dates are those of the last verification are not read.
+    manifest: that of the directory. remedy: the last clause of the message. Nothing is read if all
+    sizes and dates are those of the last verification. Else both files are read, and their sizes
+    and dates are added to the manifest.
     """
     present = [name for name in HASHED_FILES if (directory / name).is_file()]
     if absent := set(HASHED_FILES).difference(present):
         raise FileNotFoundError(f"{directory} lacks {', '.join(sorted(absent))}: {remedy}")
     stamps = {name: size_and_date(directory / name) for name in present}
-    if stamps == manifest.get("seen"):
+    if stamps == manifest.get(VERIFIED_KEY):
         return
     total = sum(size for size, _ in stamps.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", delay=1) as bar:
@@ -130,16 +142,20 @@ def verify_files(directory: Path, manifest: dict[str, Any], remedy: str) -> None
     if wrong := [name for name in present if hashes[name] != manifest["hashes"][name]]:
         raise ValueError(f"{directory / wrong[0]} is damaged: its hash is wrong: {remedy}")
     with suppress(OSError):  # a read-only directory is verified each time
-        write_manifest(directory, manifest | {"seen": stamps})
+        write_manifest(directory, manifest | {VERIFIED_KEY: stamps})
 
 
 def size_and_date(file: Path) -> list[int]:
+    """Return the bytes of a file and its modification time in nanoseconds."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) -> str:
-    """Hash a file and drop it from the page cache. progress: called with bytes read."""
+    """Return the hash of a file, and drop the file from the page cache: it may fill all memory.
+
+    progress: called with the bytes of each chunk that was read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as f:
         for chunk in iter(lambda: f.read(HASH_CHUNK_BYTES), b""):
@@ -150,4 +166,5 @@ def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) 
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json. The file is replaced as a whole, so no reader sees a part of it."""
     write_whole(directory / MANIFEST_FILE, [json.dumps(manifest, indent=1)])

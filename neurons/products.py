@@ -1,10 +1,11 @@
 """The feed-forward product of records: by kernels/cpu/neurons.cpp or by torch.
 
-Start at Products.sums. On a CPU with the instructions, the kernel computes records as they lie, and
-of an inactive neuron it reads only the row that shows it to be inactive. Elsewhere torch unpacks
-quantised weights and multiplies by all of them.
+Start at Products.sums. A record holds the weights of one neuron; an entry is memory for one record.
+On a CPU with the necessary instructions, the kernel computes records as they are stored. For an
+inactive neuron it reads only the row (gate, or up without a gate) that shows it to be inactive.
+Elsewhere torch unpacks quantised weights and multiplies by all of them.
 
-Shapes: N tokens, D dim, F neurons, C entries, n records.
+Shapes: N tokens, D dim, F neurons of a layer, C entries of its cache, n records.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from kernels.cpu.build import build, layout, unsupported_reason
 from neurons.records import RecordFormat
 from tiers.prefetch import to_device
 
-WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}
+WEIGHT_BITS = {"dense": 16, "int8": 8, "int4": 4}  # bits of a weight in the kernel, by kind
 
 torch.library.define(
     "gpt_flex::neurons",
@@ -28,7 +29,11 @@ torch.library.define(
 
 
 def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether kernels/cpu/neurons.cpp takes such records. The first call compiles it."""
+    """Return whether kernels/cpu/neurons.cpp can compute records of this format.
+
+    device, dtype: of the activations. False on a GPU, on a CPU without the instructions or without
+    a compiler, and if the kernel's chunks do not divide the sizes. The first call compiles it.
+    """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
     if unsupported_reason(dtype) or build():
@@ -38,10 +43,11 @@ def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class Products:
-    """The products of one layer's neurons.
+    """Computes the outputs of one feed-forward layer from records of its neurons.
 
-    bias, scales: (F + 1, 1 or 2), of up or of gate and up; the last neuron stands for an empty
-    entry and is never active. kernel: what has_kernel returned.
+    bias, scales: (F + 1, 1 or 2), for up or for gate and up; scales are None unless the kind is
+    int8. The last neuron stands for an empty entry and is never active. kernel: whether to use the
+    C++ kernel, as has_kernel returned.
     """
 
     format: RecordFormat
@@ -57,17 +63,18 @@ class Products:
     def sums(
         self, x: Tensor, records: Tensor, ids: np.ndarray, entries: np.ndarray | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """(N, D) -> (N, D) float32, summed over entries, and the count of active neurons.
+        """Sum the outputs of neurons in a cache, without the layer's outer scales and biases.
 
-        records: (C, stride) bytes; ids: (C,), the neuron of each; entries: (n,) of them, or None
-        for all.
+        x: (N, D), the layer's inputs. records: (C, stride) bytes. ids: (C,), the neuron in each
+        entry. entries: (n,) entries to compute, or None for all. Returns the sums, (N, D) float32,
+        and how many neurons were active for at least one token.
         """
         index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
             format, bits = self.format, WEIGHT_BITS[self.format.kind]
             tensors = records, index, torch.from_numpy(ids), self.bias, self.scales
-            layout = format.starts, bits, format.groupsize
-            return torch.ops.gpt_flex.neurons(x, *tensors, *layout)
+            record_layout = format.starts, bits, format.groupsize
+            return torch.ops.gpt_flex.neurons(x, *tensors, *record_layout)
         if index is not None:
             records, ids = gather_records(records, index), ids[entries]
         h = self.hidden(x, records, to_device(torch.from_numpy(ids), x.device))  # (N, n)
@@ -75,7 +82,11 @@ class Products:
         return (h @ down).float(), (h != 0).any(0).sum()
 
     def hidden(self, x: Tensor, records: Tensor, ids: Tensor) -> Tensor:
-        """(N, D) -> (N, n): the neurons' activations. ids: (n,), the neuron of each record."""
+        """Return the activations of neurons for the inputs x: (N, D) -> (N, n), by torch.
+
+        records: (n, stride) bytes. ids: (n,), the neuron of each record. The activation is
+        ReLU(up), or ReLU(gate) * up in a gated layer.
+        """
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
             y = F.linear(x, self.format.rows(records, matrix, x.dtype))  # (N, n)
@@ -87,11 +98,17 @@ class Products:
 
 
 def gather_records(records: Tensor, index: Tensor) -> Tensor:
-    """(C, stride) bytes -> (n, stride); 8 bytes at a time, 40 times as fast as single bytes."""
+    """Copy records out of a cache: (C, stride) bytes -> (n, stride). index: (n,) entries.
+
+    Copies 8 bytes at a time, which is 40 times as fast as single bytes.
+    """
     return records.view(torch.int64)[index].view(torch.uint8)
 
 
 def scatter_records(cache: Tensor, index: Tensor, records: Tensor) -> None:
-    """Write records, (n, stride) bytes, to entries of a cache; records may be on the host."""
+    """Copy records, (n, stride) bytes, into entries of a cache, (C, stride) bytes.
+
+    index: (n,) entries, on the cache's device. The records may be on the host.
+    """
     words = to_device(records, cache.device).view(torch.int64)
     cache.view(torch.int64)[index] = words

@@ -1,11 +1,12 @@
-"""Neurons as records of a file, and the cache that says which of them are in memory.
+"""Neurons as records of a file, and the cache of the neurons that are in memory.
 
 Start at RecordFormat: a neuron's row of the up (and gate) projection and its column of the down
 projection are one record, so that one read brings them ("LLM in a flash", arXiv 2312.11514,
 section 3.2). A NeuronFile reads batches of records past the page cache, each straight into an entry
-of a NeuronCache, which overwrites the least used entries.
+(memory for one record) of a layer's NeuronCache, which overwrites the least used entries. A
+neuron's id is its position among the records of its layer.
 
-Shapes: F neurons of a layer, C entries, D dim, n records.
+Shapes: F neurons of a layer, C entries of its cache, D dim, n records.
 """
 
 import errno
@@ -23,12 +24,12 @@ from neurons.uring import IOVEC, REQUEST, Callback, no_op, open_reader, read_req
 from quant.linear import dequantize_int4, round_int4, round_int8
 from tiers.direct_io import ERRNOS_WITHOUT_O_DIRECT, DirectFile
 
-SECTOR_BYTES = 512  # most disks accept O_DIRECT reads of this size; a block would be wasteful
-KINDS = "dense", "int8", "int4"  # of a record's weights
+SECTOR_BYTES = 512  # most disks accept O_DIRECT reads of this size; 4096 would waste space
+KINDS = "dense", "int8", "int4"  # number formats of the weights in a record
 GATED_MATRICES, PLAIN_MATRICES = ("gate", "up", "down"), ("up", "down")
-USE_DECAY = 0.98  # a use counts this much less with each later token
+USE_DECAY = 0.98  # the weight of a use is multiplied by this at each later token
 MAX_USE_UNIT = 1e100  # float64 sums of larger numbers could overflow
-MAX_IOVECS = 1024  # of one request: Linux's IOV_MAX
+MAX_IOVECS = 1024  # iovecs that Linux accepts in one request (IOV_MAX)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,18 @@ class RecordFormat:
     matrices: tuple[str, ...]  # GATED_MATRICES or PLAIN_MATRICES
     dim: int
     kind: str  # one of KINDS
-    dtype: torch.dtype  # of dense weights
-    groupsize: int = 64  # of int4
-    sector: int = SECTOR_BYTES  # a record's bytes are a multiple of it
+    dtype: torch.dtype  # the dtype of dense weights
+    groupsize: int = 64  # weights that share a scale and zero in int4
+    sector: int = SECTOR_BYTES  # the size of a record is a multiple of this, in bytes
 
     @cached_property
     def fields(self) -> dict[tuple[str, str], tuple[int, int, torch.dtype]]:
-        """(matrix, part) -> the part's first byte, count of numbers and dtype."""
+        """(matrix, part) -> the part's first byte in a record, count of numbers and dtype.
+
+        The matrices lie one after the other, each with its parts: weight, and for int4 also scales
+        and zeros. Each part is aligned to its dtype. An int4 weight has two numbers in a byte, and
+        D is padded to whole groups.
+        """
         groups = -(-self.dim // self.groupsize)
         parts = {
             "dense": {"weight": (self.dim, self.dtype)},
@@ -70,7 +76,10 @@ class RecordFormat:
 
     @cached_property
     def starts(self) -> list[int]:
-        """First bytes of weights, scales and zeros of each matrix; 0 for an absent part."""
+        """The first bytes of weight, scales and zeros of each matrix, for kernels/cpu/neurons.cpp.
+
+        Three numbers for each matrix; 0 for a part that this kind does not have.
+        """
         parts = ("weight", "scales", "zeros")
         return [self.fields.get((m, part), (0,))[0] for m in self.matrices for part in parts]
 
@@ -85,12 +94,18 @@ class RecordFormat:
         return -(-self.used // self.sector) * self.sector
 
     def part(self, records: Tensor, matrix: str, name: str) -> Tensor:
-        """(n, stride) bytes -> (n, numbers), a view."""
+        """Return a part of each record as a view: (n, stride) bytes -> (n, numbers).
+
+        name: weight, scales or zeros.
+        """
         start, count, dtype = self.fields[matrix, name]
         return records[:, start : start + count * dtype.itemsize].view(dtype)
 
     def rows(self, records: Tensor, matrix: str, dtype: torch.dtype) -> Tensor:
-        """(n, stride) bytes -> (n, D) numbers; int8 numbers are not scaled."""
+        """Return a matrix's weights in each record: (n, stride) bytes -> (n, D) of `dtype`.
+
+        int4 weights are dequantised. int8 weights are not: their scales are not in the record.
+        """
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
             scales_zeros = (self.part(records, matrix, name) for name in ("scales", "zeros"))
@@ -98,16 +113,18 @@ class RecordFormat:
         return weight.to(dtype)
 
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """float32 gate and up (F, D), down (D, F) -> records (F, stride) and the scales.
+        """Quantise the weights of a layer and write them as records, which flash.py stores.
 
-        inner_scales are (F, 1 or 2), of up or of gate and up; outer_scales (D,), of the outputs.
-        All are ones unless the kind is int8.
+        weights: float32, by the names of the matrices: gate and up (F, D), down (D, F). Returns the
+        records, (F, stride) uint8, and the scales that stay in memory: inner_scales (F, 1 or 2),
+        for up or for gate and up; outer_scales (D,), for the outputs of down. All scales are ones
+        unless the kind is int8.
         """
         records = torch.zeros(len(weights["up"]), self.stride, dtype=torch.uint8)
         scales = {m: torch.ones(len(records)) for m in self.matrices[:-1]}
         scales["down"] = torch.ones(self.dim)
         for matrix in self.matrices:
-            parts = self._parts(weights[matrix], matrix == "down")
+            parts = self._quantized_parts(weights[matrix], matrix == "down")
             if self.kind == "int8":
                 scales[matrix] = parts.pop("scales")
             for name, value in parts.items():
@@ -115,8 +132,12 @@ class RecordFormat:
         inner = torch.stack([scales[m] for m in self.matrices[:-1]], 1)  # (F, 1 or 2)
         return records, {"inner_scales": inner, "outer_scales": scales["down"]}
 
-    def _parts(self, weight: Tensor, down: bool) -> dict[str, Tensor]:
-        """Quantise one matrix; weights are returned as (F, numbers). down: it is (D, F)."""
+    def _quantized_parts(self, weight: Tensor, down: bool) -> dict[str, Tensor]:
+        """Return the parts of one matrix by name, quantised unless the kind is dense.
+
+        weight: (F, D), or (D, F) if `down` is set. The parts have a row for each neuron, except
+        int8 scales, which are those of the matrix's rows: (F,), or (D,) for down.
+        """
         if self.kind == "int8":
             parts = round_int8(weight)
             return parts | {"weight": parts["weight"].T if down else parts["weight"]}
@@ -127,23 +148,29 @@ class RecordFormat:
 
 
 class NeuronFile(DirectFile):
-    """The records of all layers, layer after layer.
+    """The file with the records of all layers, layer after layer.
 
-    nbytes, requests: counts of what read_records has read.
+    nbytes, requests: the bytes and requests of all calls of read_records.
     """
 
     def __init__(self, path: Path, stride: int, depth: int):
-        """depth: reads in flight at a time."""
+        """Open the file, without O_DIRECT where it refuses reads of one record.
+
+        stride: bytes from one record to the next. depth: requests that are pending at a time.
+        """
         super().__init__(path)
         self.stride, self.nbytes, self.requests = stride, 0, 0
         self._reader = open_reader(depth)
-        self._discard = page_aligned(stride, torch.device("cpu"))  # bytes of unwanted records
+        self._discard = page_aligned(stride, torch.device("cpu"))  # for records of gaps
         if self.direct and not self._reads_single_records():
             os.close(self._file)
             self._file, self.direct = os.open(path, os.O_RDONLY), False
 
     def _reads_single_records(self) -> bool:
-        """Whether O_DIRECT accepts a read of one record's size."""
+        """Whether O_DIRECT accepts a read of one record's size: some disks need whole blocks.
+
+        Raises OSError for errors that do not concern O_DIRECT.
+        """
         try:
             os.preadv(self._file, [self._discard.numpy()], 0)
         except OSError as error:
@@ -154,32 +181,39 @@ class NeuronFile(DirectFile):
 
     def read_records(
         self,
-        first: int,
+        layer_offset: int,
         ids: np.ndarray,
         addresses: np.ndarray,
         gap: int,
         overlap: Callback = no_op,
     ) -> None:
-        """Read records of ascending ids, counted from the file's byte `first`, to addresses.
+        """Read records of one layer into memory, and wait until all are read.
 
-        gap: unwanted records that are read and discarded rather than starting another request.
-        overlap: called once while reads are in flight. Raises OSError, and ValueError if the file
-        has been cut short.
+        layer_offset: byte offset of the layer in the file. ids: (n,) ascending. addresses: (n,),
+        the memory for each record. gap: records between two needed ones that one request still
+        reads, and discards. overlap: called once while the disk reads.
+        Raises OSError, and ValueError if the file is shorter than its records.
         """
         if not len(ids):
             return overlap()
         discard = self._discard.data_ptr()
-        requests, iovecs = build_requests(ids, addresses, first, self.stride, gap, discard)
+        requests, iovecs = build_requests(ids, addresses, layer_offset, self.stride, gap, discard)
         self.requests += len(requests)
         self.nbytes += self.stride * len(iovecs)
         results = self._reader.read(self._file, requests, overlap)
+        # A signal or the kernel's limits can end a request early.
         for n in np.flatnonzero(results != self.stride * requests["count"].astype(np.int64)):
             start = (int(requests[n]["iovecs"]) - iovecs.ctypes.data) // IOVEC.itemsize
             end = start + requests[n]["count"]
-            self._finish(requests[n], iovecs[start:end], int(results[n]))
+            self._complete_request(requests[n], iovecs[start:end], int(results[n]))
 
-    def _finish(self, request: np.void, iovecs: np.ndarray, result: int) -> None:
-        """Read the rest of a request that has returned fewer bytes than it asked for."""
+    def _complete_request(self, request: np.void, iovecs: np.ndarray, result: int) -> None:
+        """Read the remaining bytes of a request that ended early.
+
+        request: a row of REQUEST; iovecs: its ranges of memory, one record each. result: the bytes
+        that it read, or a negative errno. Raises OSError for an error of the disk, and ValueError
+        where the file ends before the request does.
+        """
         total, done = self.stride * len(iovecs), 0
         while True:
             if result < 0 and -result not in (errno.EINTR, errno.EAGAIN):
@@ -191,25 +225,29 @@ class NeuronFile(DirectFile):
                 end = int(request["offset"]) + done
                 raise ValueError(f"{self.path} ends at byte {end}: it was cut short")
             n, part = divmod(done, self.stride)
-            left, rest = iovecs[n:].copy(), request.copy()
-            left["address"][0] += part
-            left["nbytes"][0] -= part
-            rest["offset"] += done
-            rest["iovecs"], rest["count"] = left.ctypes.data, len(left)
-            result = read_request(self._file, rest)
+            unread, remainder = iovecs[n:].copy(), request.copy()
+            unread["address"][0] += part
+            unread["nbytes"][0] -= part
+            remainder["offset"] += done
+            remainder["iovecs"], remainder["count"] = unread.ctypes.data, len(unread)
+            result = read_request(self._file, remainder)
 
 
 def build_requests(
-    ids: np.ndarray, addresses: np.ndarray, first: int, stride: int, gap: int, discard: int
+    ids: np.ndarray, addresses: np.ndarray, layer_offset: int, stride: int, gap: int, discard: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the requests for NeuronFile.read_records and the iovecs that they point to.
+    """Group neighbouring records of a layer into requests, each a contiguous range of the file.
 
-    discard: address of memory for unwanted records. Ids of one request lie between two multiples
-    of MAX_IOVECS, so that none has more iovecs than the kernel accepts.
+    ids: (n,) ascending, at least one. addresses: (n,), the memory for each record. layer_offset:
+    byte offset of the layer in the file. gap: a request reads across so many records that are not
+    among the ids. discard: address of `stride` bytes for all of these.
+    Returns requests, one row of REQUEST each, and the iovecs, one for each record that is read. The
+    requests hold addresses of iovecs, so the caller must keep these until the reads have ended.
     """
     splits = ids[1:] - ids[:-1] > gap + 1
+    # Ids of a request lie between two multiples of MAX_IOVECS: it has at most so many iovecs.
     splits |= ids[1:] // MAX_IOVECS != ids[:-1] // MAX_IOVECS
-    starts = np.concatenate(([0], np.flatnonzero(splits) + 1))  # of requests, as indices of ids
+    starts = np.concatenate(([0], np.flatnonzero(splits) + 1))  # each request's first index of ids
     ends = np.append(starts[1:], len(ids))
     first_ids = ids[starts]
     counts = ids[ends - 1] - first_ids + 1
@@ -218,28 +256,32 @@ def build_requests(
     iovecs["address"], iovecs["nbytes"] = discard, stride
     iovecs["address"][ids + np.repeat(first_iovecs - first_ids, ends - starts)] = addresses
     requests = np.empty(len(starts), dtype=REQUEST)
-    requests["offset"] = first + first_ids * stride
+    requests["offset"] = layer_offset + first_ids * stride
     requests["iovecs"] = iovecs.ctypes.data + first_iovecs * IOVEC.itemsize
     requests["count"] = counts
     return requests, iovecs
 
 
 class NeuronCache:
-    """Which neuron of a layer each entry holds; the least used entries are overwritten.
+    """The neurons of one layer that are in memory: the records, and which neuron each entry holds.
 
-    Use is a count that decays with each token (USE_DECAY): at equal size it misses a quarter fewer
-    neurons than least recently used does. An entry is empty while it is being filled and stays
-    empty if the read fails, so no lookup finds a neuron that is half another's bytes.
+    `admit` chooses entries to overwrite, the caller reads records into them, `commit` records that
+    they are filled. In between they are empty, and stay empty if the read fails, so no lookup
+    returns an entry with bytes of two neurons. The least used entries are overwritten. Use is a
+    count that decays with each token (USE_DECAY): it misses a quarter fewer neurons than "least
+    recently used" with as many entries.
     """
 
     def __init__(self, neurons: int, entries: int, stride: int, device: torch.device):
+        """Allocate so many empty entries. neurons: their number in the layer. stride: bytes of a
+        record; 0 simulates the cache without memory for records."""
         self.records = page_aligned(entries * stride, device).view(entries, stride)
-        self.empty = neurons  # the id of an empty entry
+        self.empty = neurons  # the id that stands for no neuron
         self.ids = np.full(entries, self.empty)  # (C,): the neuron of each entry
-        self._entry_of = np.full(neurons + 1, -1)
-        self._use = np.zeros(neurons + 1)  # in units of the first use: see _age
-        self._use[self.empty] = -1
-        self._unit = 1.0  # what a use counts now
+        self._entry_of = np.full(neurons + 1, -1)  # the entry of each neuron, or -1
+        self._use = np.zeros(neurons + 1)  # each neuron's uses, weighted: see _age
+        self._use[self.empty] = -1  # empty entries are overwritten first
+        self._unit = 1.0  # the weight of a use now
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -250,46 +292,51 @@ class NeuronCache:
         self.ids[:] = self.empty
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids that no entry holds."""
+        """Return those of the neurons `ids` that are not in memory."""
         return ids[self._entry_of[ids] < 0]
 
     def entries(self, ids: np.ndarray) -> np.ndarray:
-        """Return the entries that hold ids; ids that none holds are skipped."""
+        """Return the entries of the neurons `ids`, without those that are not in memory."""
         entries = self._entry_of[ids]
         return entries[entries >= 0]
 
     def admit(
         self, ids: np.ndarray, uses: np.ndarray | int = 1
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count a use of ascending ids, and empty entries for the ids that none holds.
+        """Count a use of neurons, and empty an entry for each neuron that is not in memory.
 
-        Returns ids to read, the entry for each (ascending), and the ids for which no entry is
-        left. uses: how many tokens use each id.
+        ids: ascending; their own entries are never emptied. uses: how many tokens use each neuron.
+        Returns the ids that the caller must read now, an entry for each (ascending), and the ids
+        that must wait, because no more entries can be emptied.
+        Call `commit` after the read.
         """
         self._age()
         self._use[ids] += uses * self._unit
         entries = self._entry_of[ids]
         present = entries >= 0
         missing, free = ids[~present], len(self) - int(present.sum())
-        fitting, rest = missing[:free], missing[free:]
+        fitting, waiting = missing[:free], missing[free:]
         if not len(fitting):
-            return fitting, fitting, rest
+            return fitting, fitting, waiting
         use = self._use[self.ids]  # (C,)
         use[entries[present]] = np.inf
         victims = np.argpartition(use, len(fitting) - 1)[: len(fitting)]
         victims.sort()
         self._entry_of[self.ids[victims]] = -1
         self.ids[victims] = self.empty
-        return fitting, victims, rest
+        return fitting, victims, waiting
 
     def _age(self) -> None:
-        """Let a token pass: later uses count more, which is earlier uses counting less."""
+        """Decay all use counts by USE_DECAY for a new token.
+
+        The weight of later uses grows instead, which gives the same order and touches one number.
+        """
         self._unit /= USE_DECAY
         if self._unit > MAX_USE_UNIT:
             self._use /= self._unit
             self._unit = 1.0
 
     def commit(self, ids: np.ndarray, entries: np.ndarray) -> None:
-        """Record that entries from `admit` have been filled."""
+        """Record that the entries from `admit` now hold the neurons `ids`."""
         self.ids[entries] = ids
         self._entry_of[ids] = entries

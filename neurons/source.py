@@ -1,9 +1,10 @@
 """The neurons of all layers on disk: single records into cache entries, or whole layers in chunks.
 
-Start at NeuronSource.fetch and NeuronSource.stream_layer. A CPU reads records straight into their
-entries. No file can be read into a GPU's memory, so records pass through pinned host memory.
+Start at NeuronSource.fetch and NeuronSource.stream_layer. An entry is memory for one record, which
+holds the weights of one neuron. A CPU reads records straight into their entries. No file can be
+read into a GPU's memory, so records pass through pinned host memory.
 
-Shapes: C entries, n records.
+Shapes: C entries of a layer's cache, n records.
 """
 
 import time
@@ -32,38 +33,39 @@ from tiers.prefetch import (
     to_device,
 )
 
-CHUNK_BYTES = 8 * 2**20  # of a whole layer's records
-CHUNK_BUFFERS = 2  # chunks that are computed or being read
+CHUNK_BYTES = 8 * 2**20  # a layer that is read whole is read in chunks of this size
+CHUNK_BUFFERS = 2  # one chunk is computed with while the next is read
 
 
 @dataclass
 class FlashStats:
-    """Counts and host seconds of a model's sparse layers.
+    """Counts and host seconds, summed over all tokens and the sparse layers of a model.
 
     On a GPU, counts of active neurons are tensors, so that the host need not wait for them.
     """
 
-    sparse_layers: int = 0  # layers computed from predicted neurons
-    whole_layers: int = 0  # layers of decoding read whole, because too many neurons were missing
-    predicted: int = 0  # neurons of sparse layers
-    missed: int = 0  # predicted neurons that were not in memory
+    sparse_layers: int = 0  # layers computed from cache entries
+    whole_layers: int = 0  # layers read whole during decoding: too many neurons were missing
+    predicted: int = 0  # predicted neurons, in sparse_layers
+    missed: int = 0  # predicted neurons that were not in memory, in sparse_layers
     reads: int = 0  # calls that read records
-    active: int | Tensor = 0  # computed neurons whose activation was not zero
-    prompt_active: int | Tensor = 0  # the same at the end of prompts, among all neurons
-    prompt_predicted: int | Tensor = 0  # of those, predicted ones
+    active: int | Tensor = 0  # neurons with an activation other than zero, in sparse_layers
+    prompt_active: int | Tensor = 0  # active neurons of the last tokens, in layers read whole
+    prompt_predicted: int | Tensor = 0  # how many of prompt_active were predicted
     read_seconds: float = 0.0  # from a call's first request to its last completion
-    manage_seconds: float = 0.0  # of the neuron cache
-    compute_seconds: float = 0.0  # of feed-forward layers without their predictors
-    overlapped_seconds: float = 0.0  # of compute_seconds, those within read_seconds
+    manage_seconds: float = 0.0  # looking up and evicting entries of the neuron cache
+    compute_seconds: float = 0.0  # feed-forward products of sparse_layers, without predictors
+    overlapped_seconds: float = 0.0  # the part of compute_seconds that lies within read_seconds
 
     def timed(self, field: str) -> "StatsTimer":
+        """Return a context that adds its seconds to the field of this name."""
         return StatsTimer(self, field)
 
 
 class StatsTimer:
     """A context that adds its seconds to a field of FlashStats.
 
-    contextlib.contextmanager takes four times as long, and a token enters forty of these.
+    contextlib.contextmanager takes four times as long, and one token uses about 40 timers.
     """
 
     def __init__(self, stats: FlashStats, field: str):
@@ -88,41 +90,61 @@ class NeuronSource:
         device: torch.device,
         plan: CachePlan,
     ):
-        """neurons: of a layer."""
+        """file: read by both ways; its depth is the plan's. layers, neurons: their number in the
+        model and in a layer. device: of the model's weights. plan: see CachePlan."""
         self.file, self.device, self.plan, self.stats = file, device, plan, FlashStats()
         self.layers, self.neurons = layers, neurons
         self.layer_bytes = round_up_to_block(neurons * file.stride)
         chunk = chunk_records(neurons, file.stride)
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
-        self._bounce: Tensor | None = None  # pinned memory for single records
-        self._bounce_copied: Event = None  # when the GPU has copied what is in it
-        self._stream = file if device.type == "cpu" else self._bounce_buffer(chunk * file.stride)
+        self._pinned: Tensor | None = None  # host memory for single records; None on a CPU
+        self._pinned_copied: Event = None  # the GPU has copied the contents of _pinned
+        self._chunk_store = (
+            file if device.type == "cpu" else self._pinned_store(chunk * file.stride)
+        )
         self._worker = TransferWorker(device, "stream", CHUNK_BUFFERS)
         self._ring = self._chunk_ring(chunk * file.stride)
 
-    def _bounce_buffer(self, nbytes: int) -> BounceBuffer:
-        """Allocate pinned memory: for each chunk in flight, and for single records."""
+    def _pinned_store(self, nbytes: int) -> BounceBuffer:
+        """Return a reader that fills a GPU's memory by way of pinned host memory.
+
+        Allocates one host buffer of nbytes for each chunk that is read at a time, and `_pinned` of
+        the same size for single records.
+        """
         pinned = self.device.type == "cuda"
         buffers = [page_aligned(nbytes, CPU, pinned) for _ in range(CHUNK_BUFFERS + 1)]
-        self._bounce = buffers.pop()
+        self._pinned = buffers.pop()
         return BounceBuffer(self.file, buffers)
 
     def _chunk_ring(self, nbytes: int) -> Ring:
-        """Prefetch the chunks of all layers, in file order, into buffers on the device."""
+        """Return a ring that prefetches the chunks of all layers, in file order, for stream_layer.
+
+        Its items are (layer, first neuron, end neuron). nbytes: size of each buffer on the device.
+        """
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
         parts = [{"": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
         buffers = [Buffer(part, None, record_event(self.device)) for part in parts]
         return Ring(order, buffers, self._fetch_chunk, WaitTime())
 
     def _fetch_chunk(self, item: tuple[int, int, int], buffer: Buffer) -> Future:
+        """Start to read a chunk into a buffer of the ring; the future is done when it is there.
+
+        item: (layer, first neuron, end neuron). The CUDA stream of the worker first waits until the
+        buffer's last use has ended.
+        """
         layer, start, end = item
         stride = self.file.stride
         memory = buffer.parts[""][: (end - start) * stride]
         offset = layer * self.layer_bytes + start * stride
-        return self._worker.submit(lambda: self._stream.read([(offset, memory)]), buffer.last_use)
+        return self._worker.submit(
+            lambda: self._chunk_store.read([(offset, memory)]), buffer.last_use
+        )
 
     def stream_layer(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield all records of a layer by chunks: the first neuron, and records (n, stride)."""
+        """Yield each chunk of a layer: the number of its first neuron, and its records (n, stride).
+
+        For a layer that is read whole. Its memory is overwritten once the next chunk is requested.
+        """
         stride = self.file.stride
         for start, end in self.chunks:
             with self._ring.acquire((layer, start, end)) as buffer:
@@ -139,39 +161,50 @@ class NeuronSource:
         cache: Tensor,
         overlap: Callback = no_op,
     ) -> None:
-        """Read neurons of ascending ids into entries of a cache, (C, stride) bytes.
+        """Read single neurons of a layer into entries of its cache; wait until they are read.
 
-        overlap: called once while reads are in flight.
+        ids: (n,) ascending; entries: (n,), the entry for each id; cache: (C, stride) bytes.
+        overlap: called once, while the disk reads on a CPU; before the reads on a GPU, because it
+        only starts kernels, which run while the host reads.
         """
-        stride, gap, first = self.file.stride, self.plan.gap, layer * self.layer_bytes
-        if self._bounce is None:
+        stride, gap, layer_offset = self.file.stride, self.plan.gap, layer * self.layer_bytes
+        if self._pinned is None:
             addresses = cache.data_ptr() + entries * stride
-            return self.file.read_records(first, ids, addresses, gap, overlap)
-        overlap()  # starts kernels, which run while the host reads
-        count = len(self._bounce) // stride
+            return self.file.read_records(layer_offset, ids, addresses, gap, overlap)
+        overlap()
+        count = len(self._pinned) // stride
         for n in range(0, len(ids), count):
-            self._fetch_by_bounce(first, ids[n : n + count], entries[n : n + count], cache)
+            part = slice(n, n + count)
+            self._fetch_through_pinned(layer_offset, ids[part], entries[part], cache)
 
-    def _fetch_by_bounce(
-        self, first: int, ids: np.ndarray, entries: np.ndarray, cache: Tensor
+    def _fetch_through_pinned(
+        self, layer_offset: int, ids: np.ndarray, entries: np.ndarray, cache: Tensor
     ) -> None:
-        """Read neurons into pinned memory and have the GPU copy them to their entries."""
+        """Read neurons of one layer into pinned memory; let the GPU copy them to their entries.
+
+        layer_offset: byte offset of the layer in the file. ids: ascending, at most as many as
+        `_pinned` can hold. entries: the entry for each id. cache: (C, stride) bytes on the GPU.
+        """
         stride = self.file.stride
-        addresses = self._bounce.data_ptr() + np.arange(len(ids)) * stride
-        if self._bounce_copied:
-            self._bounce_copied.synchronize()
-        self.file.read_records(first, ids, addresses, self.plan.gap)
-        records = self._bounce[: len(ids) * stride].view(len(ids), stride)
+        addresses = self._pinned.data_ptr() + np.arange(len(ids)) * stride
+        if self._pinned_copied:  # the last call's copy still reads _pinned
+            self._pinned_copied.synchronize()
+        self.file.read_records(layer_offset, ids, addresses, self.plan.gap)
+        records = self._pinned[: len(ids) * stride].view(len(ids), stride)
         scatter_records(cache, to_device(torch.from_numpy(entries), self.device), records)
-        self._bounce_copied = record_event(self.device)
+        self._pinned_copied = record_event(self.device)
 
     def reset_stats(self) -> None:
-        """Set all counts to zero: warm-up runs of compiled code are no tokens."""
+        """Set all counts to zero. Called after warm-up runs, which must not count."""
         vars(self.stats).update(vars(FlashStats()))
         self.file.nbytes = self.file.requests = 0
 
     def lines(self) -> Iterator[str]:
-        """Describe the mean token for the user."""
+        """Yield lines for the user with the measured means per token.
+
+        A token runs each layer once, so the number of tokens is that of layer runs / layers.
+        At least one sparse or whole layer must have been counted.
+        """
         stats, file = self.stats, self.file
         tokens = (stats.sparse_layers + stats.whole_layers) / self.layers
         nbytes = file.nbytes + stats.whole_layers * self.layer_bytes
@@ -192,6 +225,10 @@ class NeuronSource:
             yield f"  recall      {recall:.1%} of the active neurons of layers read whole"
 
     def _prediction_line(self) -> str:
+        """Return the line for the user about predicted neurons: share, cache hits, excess.
+
+        The means are over the sparse layers, at least one of which must have been counted.
+        """
         stats, predicted = self.stats, max(self.stats.predicted, 1)
         share, hits = predicted / stats.sparse_layers / self.neurons, 1 - stats.missed / predicted
         return (
@@ -201,5 +238,5 @@ class NeuronSource:
 
 
 def chunk_records(neurons: int, stride: int) -> int:
-    """Return the records of a chunk: CHUNK_BYTES, or a sixteenth of a small layer."""
+    """Return how many records a chunk has: CHUNK_BYTES, at most a sixteenth of the layer."""
     return max(1, min(neurons // 16, CHUNK_BYTES // stride))

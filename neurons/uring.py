@@ -2,8 +2,12 @@
 
 Start at open_reader. A thread that waits for one read costs a context switch per request, and
 Python threads also queue for the interpreter's lock: on two cores 120 records of 8 KiB take 3.5 ms
-by threads and 1.8 ms by io_uring. With io_uring, requests are rows of an array that is shared with
+by threads and 1.8 ms by io_uring. With io_uring, requests are rows of arrays that are shared with
 the kernel; a few array operations fill them and one system call submits them all.
+
+An io_uring has two queues in shared memory. The program writes submission entries (SQEs) and moves
+the tail of the submission queue (SQ); the kernel moves its head. The kernel writes completion
+entries (CQEs) and moves the tail of the completion queue (CQ); the program moves its head.
 
 Based on io_uring(7) and the kernel's include/uapi/linux/io_uring.h; names follow that header.
 """
@@ -32,7 +36,8 @@ LIBC.preadv.restype = ctypes.c_ssize_t
 LIBC.preadv.argtypes = ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 IOVEC = np.dtype([("address", "u8"), ("nbytes", "u8")])  # struct iovec: a range of memory
-# A read of contiguous bytes of the file into several ranges of memory. iovecs: their address.
+# A read of contiguous bytes of a file into several ranges of memory. offset: the first byte.
+# iovecs: the address of an array of `count` iovecs.
 REQUEST = np.dtype([("offset", "u8"), ("iovecs", "u8"), ("count", "u4")])
 SQE = np.dtype(  # submission queue entry
     {
@@ -49,19 +54,20 @@ Callback = Callable[[], None]
 
 
 def no_op() -> None:
-    """Do nothing while reads are in flight."""
+    """Do nothing: the default of `overlap`, which a reader calls while the disk reads."""
 
 
 class BatchReader(Protocol):
-    """depth: requests in flight at a time."""
+    """Reads batches of requests. depth: the most requests that the disk has at a time."""
 
     depth: int
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
-        """Read requests, (n,) of REQUEST, and call `overlap` once while the first are in flight.
+        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
 
-        Returns the bytes read by each request, or a negative errno. No request is in flight after
-        it returns or raises.
+        overlap: called once, while the disk reads the first requests. Returns (n,): the bytes read
+        by each request, fewer than requested if it ended early, or a negative errno. Also after an
+        exception in `overlap` or Ctrl-C, no request still writes to memory.
         """
 
 
@@ -74,27 +80,40 @@ def open_reader(depth: int) -> BatchReader:
 
 
 def read_request(file: int, request: np.void) -> int:
-    """Read one request; returns the bytes read, or a negative errno."""
+    """Read one request, a row of REQUEST, in this thread. file: descriptor.
+
+    Returns the bytes read, which may be fewer than requested, or a negative errno.
+    """
     arguments = (int(request[name]) for name in ("iovecs", "count", "offset"))
     nbytes = LIBC.preadv(file, *arguments)
     return nbytes if nbytes >= 0 else -ctypes.get_errno()
 
 
 class ThreadReader:
-    """A pool of threads, each of which reads one request after the other."""
+    """A BatchReader with a pool of threads, each of which reads one request after the other."""
 
     def __init__(self, depth: int):
         self.depth = depth
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ThreadPoolExecutor:
-        """Start all threads now: Ctrl-C during a lazy start would leave a thread untracked."""
+        """Return a pool of `depth` threads, at most MAX_THREADS.
+
+        All threads start now: Ctrl-C during a later start would leave a thread that the pool does
+        not know and cannot wait for. The barrier keeps a thread from running two of the tasks.
+        """
         count = min(self.depth, MAX_THREADS)
         pool, barrier = ThreadPoolExecutor(count, "reads"), Barrier(count)
         list(pool.map(lambda _: barrier.wait(), range(count)))
         return pool
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
+        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
+
+        overlap: called once while the threads read. Returns (n,): the bytes read by each request,
+        or a negative errno. After an exception in `overlap` or Ctrl-C, requests that have begun are
+        completed, the others are dropped, and the pool is replaced.
+        """
         results = np.zeros(len(requests), dtype=np.int64)
 
         def read_every_nth(start: int) -> None:
@@ -145,10 +164,13 @@ class UringParameters(ctypes.Structure):
 
 
 class UringReader:
-    """An io_uring instance. Only one thread at a time may use it."""
+    """A BatchReader with an io_uring instance. Only one thread at a time may use it."""
 
     def __init__(self, depth: int):
-        """Raises OSError where the kernel has no io_uring or refuses it."""
+        """Create the io_uring and map its queues. Raises OSError where the kernel refuses it.
+
+        depth: requests that the disk has at a time; the kernel rounds it up to a power of two.
+        """
         parameters = UringParameters()
         self._ring = LIBC.syscall(SYS_IO_URING_SETUP, depth, ctypes.byref(parameters))
         if self._ring < 0:
@@ -158,7 +180,13 @@ class UringReader:
         self._map_requests()
 
     def _map_queues(self, parameters: UringParameters) -> None:
-        """Map the heads, tails and entries of both queues as arrays."""
+        """Map both queues as arrays that are shared with the kernel.
+
+        parameters: as the kernel filled them in, with the offsets of each field. For each queue:
+        head and tail, (1,) uint32, which count entries since the start and wrap around; a mask,
+        which gives an entry's index from its count; and the entries, for the submission queue the
+        indices of SQEs.
+        """
         submission, completion = parameters.sq_offsets, parameters.cq_offsets
         nbytes = max(
             submission.array + 4 * parameters.sq_entries,
@@ -177,19 +205,29 @@ class UringReader:
         self._cqes = np.frombuffer(shared, CQE, parameters.cq_entries, completion.cqes)
 
     def _map_requests(self) -> None:
-        """Map the submission queue entries; the fields that never change are written here."""
+        """Map the submission queue entries (SQEs), one for each request of a batch.
+
+        The fields that never change are written here: the operation, and user_data, the request's
+        index in its batch, which the kernel copies to the completion. _fields: the other fields,
+        each as an array of `depth` values.
+        """
         shared = mmap.mmap(self._ring, SQE.itemsize * self.depth, offset=IORING_OFF_SQES)
         sqes = np.frombuffer(shared, SQE, self.depth)
-        self._numbers = np.arange(self.depth, dtype=np.uint32)
-        sqes["opcode"], sqes["user_data"] = IORING_OP_READV, self._numbers
+        self._sqe_indices = np.arange(self.depth, dtype=np.uint32)
+        sqes["opcode"], sqes["user_data"] = IORING_OP_READV, self._sqe_indices
         self._fields = {name: sqes[name] for name in ("fd", *REQUEST.names)}
 
     def __del__(self, close: Callable[[int], None] = os.close):
-        """close: bound early, because `os` may be gone when the interpreter exits."""
+        """Close the io_uring. close: a default, as `os` may be gone when the interpreter exits."""
         if getattr(self, "_ring", -1) >= 0:
             close(self._ring)
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
+        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
+
+        The requests go to the kernel in batches of `depth`. overlap: called once while the first
+        batch is read. Returns (n,): the bytes read by each request, or a negative errno.
+        """
         results = np.zeros(len(requests), dtype=np.int64)
         self._fields["fd"][:] = file
         for start in range(0, len(requests), self.depth):
@@ -198,10 +236,11 @@ class UringReader:
         return results
 
     def _read_batch(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
-        """Read at most `depth` requests; write their results.
+        """Read at most `depth` requests, and write their results, (n,), in place.
 
-        Progress is counted from the shared heads and tails alone, so Ctrl-C at any point leaves
-        the counts right.
+        overlap: called once while the kernel reads. Progress is computed from the shared heads and
+        tails alone, so that Ctrl-C at any point leaves it right. On an exception, wait for the
+        requests that the kernel has taken, because it writes to their memory, and withdraw others.
         """
         count, tail, head = len(requests), int(self._sq_tail[0]), int(self._cq_head[0])
         self._fill_entries(requests, tail)
@@ -222,36 +261,49 @@ class UringReader:
                 self._enter(count - submitted(), count - collected())
                 self._collect(results)
         finally:
-            while collected() < submitted():  # reads in flight write to memory
+            while collected() < submitted():
                 self._enter(0, 1)
                 self._collect(results)
             self._sq_tail[0] = (tail + submitted()) & UINT32_MASK
 
     def _fill_entries(self, requests: np.ndarray, tail: int) -> None:
-        """Write requests into the submission queue's entries."""
+        """Write a batch of requests into SQEs 0, 1, ... and their indices into the queue.
+
+        tail: the submission queue's tail before the batch. The kernel sees the entries only after
+        the caller has moved the tail. No earlier request may be pending: its SQE is overwritten.
+        """
         count = len(requests)
         for name in REQUEST.names:
             self._fields[name][:count] = requests[name]
-        self._sq_array[(tail + self._numbers[:count]) & self._sq_mask] = self._numbers[:count]
+        indices = self._sqe_indices[:count]
+        self._sq_array[(tail + indices) & self._sq_mask] = indices
 
     def _poll(self, count: int, head: int) -> None:
-        """Spin until `count` reads have completed, for SPIN_SECONDS at most.
+        """Spin until `count` reads have completed since `head`, for SPIN_SECONDS at most.
 
-        Waking a sleeping thread takes 50 us, and its processor is slow for another 100 us.
+        A system call that waits would put the thread to sleep: waking it takes 50 us, and its
+        processor is slow for another 100 us. head: the completion queue's head before the batch.
         """
         end = time.perf_counter() + SPIN_SECONDS
         while ((int(self._cq_tail[0]) - head) & UINT32_MASK) < count and time.perf_counter() < end:
             pass
 
     def _enter(self, submit: int, wait: int) -> None:
-        """Submit requests, then wait for completions or for a signal."""
+        """Submit so many requests, then sleep until so many have completed or a signal arrives.
+
+        After a signal (EINTR), or if the kernel lacks resources (EAGAIN), it returns early: the
+        caller must count submissions and completions, and call again. Raises OSError otherwise.
+        """
         arguments = self._ring, submit, wait, IORING_ENTER_GETEVENTS, None, 0
         code = LIBC.syscall(SYS_IO_URING_ENTER, *arguments)
         if code < 0 and (number := ctypes.get_errno()) not in (errno.EINTR, errno.EAGAIN):
             raise OSError(number, os.strerror(number))
 
     def _collect(self, results: np.ndarray) -> None:
-        """Write the results of completed requests and free their completion entries."""
+        """Write the results of the reads that have completed, and free their completion entries.
+
+        results: (n,) of the batch, indexed by user_data, the request's index in the batch.
+        """
         head = int(self._cq_head[0])
         count = (int(self._cq_tail[0]) - head) & UINT32_MASK
         completed = self._cqes[(head + np.arange(count)) & self._cq_mask]

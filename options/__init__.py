@@ -1,5 +1,5 @@
-"""What a user can choose, as frozen dataclasses that import no torch.
+"""The choices of a user, as frozen dataclasses, without torch.
 
-settings.py holds the dataclasses and all defaults. rules.py is the one table of options that need
-or exclude one another; the commands (cli/) and load_model read it alike.
+settings.py holds the dataclasses and all defaults. rules.py is the only table of options that need
+or exclude one another; both the commands (cli/) and load_model apply it.
 """

@@ -1,55 +1,72 @@
-"""Which options need or exclude one another: one table, which the commands and load_model read.
+"""The table of options that need or exclude one another, for the commands and load_model.
 
-Start at broken_rule. A name is that of an option or one of these: `placed` (a model that is
-offloaded, by --offload, --percent or --plan), `self_draft` (a draft in fewer bits of the model
-itself), `ranks` (processes that torchrun has started).
+Start at broken_rule. Rules contain names of options, and of three features: `placed` (the model is
+offloaded, by --offload, --percent or --plan), `self_draft` (the draft is the model itself in fewer
+bits), `ranks` (torchrun has started several processes). `chosen` maps such names to values; a false
+value means that the option or feature is not used.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLACING = "offload", "percent", "plan"
+PLACING = "offload", "percent", "plan"  # options that offload the model
 
 
 @dataclass(frozen=True)
 class Needs:
-    """`option` works only together with one of `any_of`."""
+    """The rule that `option` works only together with one of the options `any_of`.
+
+    message: the error; "": a message that names the options.
+    """
 
     option: str
     any_of: tuple[str, ...]
     message: str = ""
 
     def broken(self, chosen: Mapping[str, Any]) -> bool:
-        known = [name for name in self.any_of if name in chosen]
-        return bool(chosen.get(self.option) and known and not any(chosen[n] for n in known))
+        """Returns whether `option` is used without any of `any_of`.
+
+        A command, or load_model, may lack options: if `chosen` has no name of any_of, this is
+        False.
+        """
+        existing = [name for name in self.any_of if name in chosen]
+        return bool(chosen.get(self.option) and existing and not any(chosen[n] for n in existing))
 
     def text(self, chosen: Mapping[str, Any]) -> str:
+        """Returns the error message."""
         needed = " or ".join(f"--{name}" for name in self.any_of)
         return self.message or f"--{self.option} needs {needed}"
 
 
 @dataclass(frozen=True)
 class Excludes:
-    """`one` and `other` do not work together. The message may name the value of `other`."""
+    """The rule that the options `one` and `other` do not work together.
+
+    message: the error, in which {} stands for the value of `other`; "": one that names the options.
+    """
 
     one: str
     other: str
     message: str = ""
 
     def broken(self, chosen: Mapping[str, Any]) -> bool:
+        """Returns whether both options are used."""
         return bool(chosen.get(self.one) and chosen.get(self.other))
 
     def text(self, chosen: Mapping[str, Any]) -> str:
+        """Returns the error message. Both options must be in `chosen`."""
         default = f"give --{self.one} or --{self.other}, not both"
         return self.message.format(chosen[self.other]) or default
 
 
 def needs(options: str, *any_of: str) -> list[Needs]:
+    """Returns a rule for each of the options, separated by blanks: it needs one of `any_of`."""
     return [Needs(option, any_of) for option in options.split()]
 
 
 def excludes(options: str, other: str) -> list[Excludes]:
+    """Returns a rule for each of the options, separated by blanks: it excludes `other`."""
     return [Excludes(option, other) for option in options.split()]
 
 
@@ -130,6 +147,9 @@ RULES = (
 
 
 def broken_rule(chosen: Mapping[str, Any]) -> str | None:
-    """The message of the first rule that the chosen options break. Rules about other names than
-    those of `chosen` are skipped."""
+    """Returns the message of the first rule that the chosen options break, or None.
+
+    chosen: name of an option or feature -> its value; false if it is not used. Rules about names
+    that `chosen` does not contain are skipped, as each command has only some of the options.
+    """
     return next((rule.text(chosen) for rule in RULES if rule.broken(chosen)), None)

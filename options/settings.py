@@ -1,6 +1,6 @@
-"""The choices of a user as frozen dataclasses: the only place of their defaults.
+"""The choices of a user, as frozen dataclasses with all defaults.
 
-The commands fill them from their options (cli/options.py); a program passes the fields of
+The commands make them from their options (cli/options.py). A program passes the fields of
 LoadOptions to load_model by name.
 """
 
@@ -15,25 +15,31 @@ if TYPE_CHECKING:  # these import torch
     from ranks import Ranks
     from tiers.policy import Policy
 
-SELF_DRAFTS = "self-int8", "self-int4"
+SELF_DRAFTS = "self-int8", "self-int4"  # drafts made from the model itself, in fewer bits
 
 
 class FromArguments:
-    """A dataclass that takes its fields from parsed arguments of the same names."""
+    """A base of dataclasses that can be made from parsed options."""
 
     @classmethod
-    def from_arguments(cls, args: Any, **others: Any) -> Self:
-        named = {field.name for field in fields(cls)} & vars(args).keys()
-        return cls(**({name: getattr(args, name) for name in named} | others))
+    def from_arguments(cls, args: Any, **overrides: Any) -> Self:
+        """Returns the dataclass with the values of the options that have the names of its fields.
+
+        args: an argparse.Namespace. overrides: values of fields, which replace those of options. A
+        field that is in neither keeps its default.
+        """
+        names = {field.name for field in fields(cls)} & vars(args).keys()
+        return cls(**({name: getattr(args, name) for name in names} | overrides))
 
 
 @dataclass(frozen=True)
 class FlashOptions:
-    """How a model's feed-forward neurons are left on disk.
+    """How --flash leaves a model's feed-forward neurons on disk.
 
-    memory: for all its weights, a share of their bytes up to 1, else bytes. window: tokens whose
-    neurons stay in memory. depth: reads in flight at a time. Both are chosen by cost if None.
-    directory: of the pack; None: beside the checkpoint.
+    memory: the memory for all weights: a share of their bytes if at most 1, else bytes. window: the
+    number of last tokens whose neurons stay in memory. depth: the number of reads in flight. Both
+    are chosen by cost if None. directory: where flash.py wrote the neurons; None: beside the
+    checkpoint.
     """
 
     memory: float = 0.5
@@ -44,24 +50,24 @@ class FlashOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded and run."""
+    """Settings of load_model: how a model is loaded and run."""
 
     device: str = "auto"  # cuda, cuda:N, mps or cpu; auto: the first of these that exists
-    dtype: "torch.dtype | str | None" = None  # of the weights; None: as stored
-    kv_dtype: str | None = None  # of the KV cache: int8 or int4; None: the dtype of the model
-    compile: bool = False  # decoding, by torch.compile
-    compile_prefill: bool = False  # prefill, too
-    # What proposes draft tokens: "ngram", one of SELF_DRAFTS, or a model or its path.
+    dtype: "torch.dtype | str | None" = None  # dtype of the weights; None: as stored
+    kv_dtype: str | None = None  # dtype of the KV cache: int8 or int4; None: as the model
+    compile: bool = False  # compile decoding with torch.compile
+    compile_prefill: bool = False  # compile prefill, too
+    # The source of draft tokens: "ngram", one of SELF_DRAFTS, or a model or its path.
     draft: "str | Path | LoadedModel | None" = None
-    speculate_k: int | None = None  # draft tokens of a step; None: as many as make it fastest
+    speculate_k: int | None = None  # draft tokens in a step; None: the fastest number
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
-    flash: FlashOptions | None = None  # feed-forward neurons are read from disk (neurons/)
+    flash: FlashOptions | None = None  # read feed-forward neurons from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)
     pipeline: bool = False  # each rank has some layers (pp.py), not a share of each (tp.py)
-    micro_batches: int | None = None  # of a pipeline; None: as many as keep all its stages busy
+    micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
 
     def chosen(self) -> dict[str, Any]:
-        """The features in use, under the names that the rules have for them."""
+        """Returns the features in use, under their names in options/rules.py, for broken_rule."""
         return {
             "compile": self.compile,
             "compile_prefill": self.compile_prefill,
@@ -91,25 +97,26 @@ class ModelChoice(FromArguments):
 
 @dataclass(frozen=True)
 class PlanOptions(FromArguments):
-    """How offloading divides a model among device, host and disk; see tiers/policy.py."""
+    """Settings that choose the policy, which divides a model among device, host and disk."""
 
     batch_size: int | None = None  # rows of all micro-batches together
-    device_memory: float | None = None  # bytes; None: what is free
-    host_memory: float | None = None  # bytes
+    device_memory: float | None = None  # bytes; None: the free ones
+    host_memory: float | None = None  # bytes; None: the free ones
     offload_dir: Path = Path("offload")
-    # By hand: percent of weights, KV cache and activations, each on the device and on the host.
+    # Percent of weights, KV cache and activations, each on the device and on the host. None: the
+    # planner chooses them.
     percent: tuple[float, ...] | None = None
     gpu_batch_size: int | None = None  # rows of a micro-batch
-    num_gpu_batches: int = 1  # micro-batches that pass through a layer while its weights are there
+    num_gpu_batches: int = 1  # micro-batches computed with a layer before its weights are dropped
     compress_weight: bool = False
     cpu_cache_compute: bool = False
     attn_sparsity: float = 1.0
     pin_weight: bool = True
     overlap: bool = True
-    micro_batches: int | None = None  # of a pipeline
+    micro_batches: int | None = None  # in a pipeline of ranks
     plan: bool = False  # print the plan and do no more
     any_dtype: bool = False  # a plan may propose another dtype than the stored one
-    downloaded: bool = True  # False: the weights are to be written to the disk that is measured
+    downloaded: bool = True  # False: the weights are not yet on the disk, and must fit it
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class PromptOptions(FromArguments):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Which texts GPTQ, training and the predictors of active neurons learn from."""
+    """The texts from which GPTQ, distillation and the predictors of active neurons learn."""
 
     file: Path | None = None  # a text file
     tasks: tuple[str, ...] = ()  # of lm_eval: their documents are the text
@@ -139,7 +146,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """How flash.py trains the predictors of active neurons."""
+    """Settings of the training of flash.py's predictors of active neurons."""
 
     rank: int | None = None  # None: by the model's width
     recall: float = 0.97  # share of active neurons to predict

@@ -20,7 +20,11 @@ GROUP = 32  # channels; a head whose width is not a multiple of it is one group
 
 
 class QuantizedKVCache(KVCache):
-    """k, v: (B, positions, G, E*bits/8) uint8; scales and lows: (B, positions, G, E/S) float16."""
+    """A KVCache that rounds keys and values to 8 or 4 bits when it stores them.
+
+    k, v: (B, positions, G, E*bits/8) uint8; scales and lows: (B, positions, G, E/S) float16.
+    shape: (B, positions, G, E). dtype: of the keys and values that `visible` returns.
+    """
 
     def __init__(
         self,
@@ -43,12 +47,14 @@ class QuantizedKVCache(KVCache):
         return (self.k, self.k_scales, self.k_lows), (self.v, self.v_scales, self.v_lows)
 
     def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
+        """Quantise keys and values, (B, T, G, E), and store them at positions pos, (B, T)."""
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
         for tensors, new in zip(self.stored(), (k, v), strict=True):
             for tensor, value in zip(tensors, self.quantize(new), strict=True):
                 tensor[rows, pos] = value
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first `count` positions of keys and values, dequantised: a copy."""
         k, v = (
             dequantize(*(t[:, :count] for t in tensors), self.bits, self.dtype)
             for tensors in self.stored()
@@ -56,7 +62,10 @@ class QuantizedKVCache(KVCache):
         return k, v  # (B, count, G, E)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Round (B, T, G, E) -> bytes (B, T, G, E*bits/8), scales and lows (B, T, G, E/S)."""
+        """Round keys or values, (B, T, G, E), to integers: x = low + scale * q for each group.
+
+        Returns q as bytes, (B, T, G, E*bits/8), and scales and lows, (B, T, G, E/S) float16.
+        """
         groups = x.float().unflatten(-1, (self.k_scales.shape[-1], -1))  # (B, T, G, E/S, S)
         low, high = groups.aminmax(dim=-1)
         low, levels = low.half(), 2**self.bits - 1
@@ -68,7 +77,10 @@ class QuantizedKVCache(KVCache):
 
 
 def dequantize(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return the numbers, (..., E), of bytes, (..., E*bits/8)."""
+    """Return the numbers low + scale * q, (..., E), of QuantizedKVCache.quantize's results.
+
+    q: bytes, (..., E*bits/8). scale, low: (..., E/S). dtype: of the result.
+    """
     q = unpack_nibbles(q) if bits == 4 else q
     q = q.unflatten(-1, (scale.shape[-1], -1))  # (..., E/S, S)
     x = q * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)

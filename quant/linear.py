@@ -27,7 +27,7 @@ from model import Linear, ModelArgs, Transformer
 GROUP_SIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4", "int4-gptq")
 HEADS = ("int8", "int4", "dense")
-ROWS_PER_CHUNK = 256  # rows rounded at once: 3 times as fast as a whole matrix
+ROWS_PER_CHUNK = 256  # rows of a weight rounded at once: 3 times as fast as all rows at once
 
 
 class QuantizedLinear(nn.Module):
@@ -43,7 +43,11 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
-        """Return dequantize(dtype), by a GPU kernel if one runs here. Not for compiled code."""
+        """Return the weights as floats, (N, K), by the GPU kernel where it runs, else dequantize.
+
+        offload.py calls it when several calls use the same weights. Compiled code must call
+        dequantize.
+        """
         return self.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,11 +56,15 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def reference(self, rows: Tensor) -> Tensor:
-        """Multiply (M, K) -> (M, N) in plain PyTorch."""
+        """Multiply rows, (M, K), by the dequantised weights -> (M, N), in plain PyTorch."""
         return F.linear(rows, self.dequantize(rows.dtype), self.bias)
 
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
-        """Multiply (M, K) -> (M, N) by the Triton kernels. prologue: for M = 1 only."""
+        """Multiply rows, (M, K), by the weights -> (M, N), with the Triton kernels.
+
+        prologue: a norm or gate that the kernel applies to its input; only for M = 1, and only if
+        takes_prologue.
+        """
         raise NotImplementedError
 
     def takes_prologue(self) -> bool:
@@ -93,7 +101,7 @@ class Int4Linear(QuantizedLinear):
     """weight: (N, P*S/2) uint8. scales: (N, P) float16. zeros: (N, ceil(P/2)) uint8.
 
     Two numbers share a byte, the first in the low four bits. If K is not a multiple of S, the last
-    group is padded; the padding is never multiplied.
+    group is padded; the padding does not contribute to the output.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groupsize: int):
@@ -121,7 +129,10 @@ class Int4Linear(QuantizedLinear):
 
 
 def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Return the weights of an Int4Linear with these buffers, (N, P*S) float32."""
+    """Return the weights, (N, P*S) float32, of an Int4Linear from its three buffers.
+
+    The last P*S - K columns are padding.
+    """
     P = scales.shape[1]
     q = unpack_nibbles(weight).unflatten(1, (P, -1))  # (N, P, S)
     zeros = unpack_nibbles(zeros)[:, :P].unsqueeze(-1)  # (N, P, 1)
@@ -141,9 +152,11 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tensor]:
-    """Round a weight, (N, K), to nearest (RTN). Returns the buffers of `linear` by name.
+    """Round a dense weight, (N, K), to nearest. Returns the buffers of a quantised linear by name.
 
-    Rounds a few rows at a time: the intermediate tensors of a whole matrix exceed the CPU's caches.
+    linear: gives only the kind and the group size; its buffers are not changed. Rounds
+    ROWS_PER_CHUNK rows at a time: the intermediate tensors of a whole weight exceed the CPU's
+    caches.
     """
     int4 = isinstance(linear, Int4Linear)
     pieces = [
@@ -154,7 +167,7 @@ def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tenso
 
 
 def round_int8(weight: Tensor) -> dict[str, Tensor]:
-    """Round (N, K) to nearest. Returns the buffers of an Int8Linear by name."""
+    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int8Linear by name."""
     largest = weight.float().abs().amax(1)  # (N,)
     scales = torch.where(largest > 0, largest / 127, 1.0)
     q = (weight.float() / scales.unsqueeze(-1)).round().clamp(-127, 127)
@@ -162,7 +175,7 @@ def round_int8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def round_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
-    """Round (N, K) to nearest. Returns the buffers of an Int4Linear by name."""
+    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int4Linear by name."""
     scales, zeros = choose_int4_grid(weight, groupsize)  # (N, P) each
     per_input = (t.repeat_interleave(groupsize, 1)[:, : weight.shape[1]] for t in (scales, zeros))
     return pack_int4(nearest_int4(weight.float(), *per_input), scales, zeros, groupsize)
@@ -173,24 +186,25 @@ def choose_int4_grid(
 ) -> tuple[Tensor, Tensor]:
     """Choose the scale and the zero point of each group of a weight, (N, K).
 
-    The 16 values of a group span from its least weight to its largest and include 0. Returns scales
-    and zero points, float32 (N, P) each. units: scales are multiples of them; None: scale_units of
-    these groups.
+    The 16 values of a group span from its smallest weight to its largest and include 0. Returns
+    scales and zero points, float32 (N, P) each. units: (N, 1), scales are rounded to multiples of
+    them; None: computed by scale_units.
     """
     groups = F.pad(weight.float(), (0, -weight.shape[1] % groupsize))
     groups = groups.unflatten(1, (-1, groupsize))  # (N, P, S), padded with 0
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    wanted = (high - low) / 15
-    scales = round_scales(wanted, scale_units(wanted) if units is None else units)
+    exact_scales = (high - low) / 15
+    units = scale_units(exact_scales) if units is None else units
+    scales = round_scales(exact_scales, units)
     return scales, (-low / scales).round().clamp(0, 15)
 
 
 def scale_units(scales: Tensor) -> Tensor:
-    """Return a power of two for each row, (N, P) -> (N, 1) float32, that divides its scales.
+    """Return the unit of each row's scales, (N, P) -> (N, 1) float32: a power of two.
 
-    The largest scale of a row is 128 to 255 times its unit. A scale that is a multiple of the unit
-    fits into a byte, which a CPU reads 5 % faster than float16 (group size 32), and is exact in
-    float16.
+    round_scales rounds the scales of the row to multiples of it. The largest scale of a row is 128
+    to 255 times its unit. So a multiple fits into a byte, which a CPU reads 5 % faster than float16
+    (group size 32), and is exact in float16. Units are at least 2**-24, float16's smallest number.
     """
     largest = scales.float().amax(1, keepdim=True)  # (N, 1)
     exponents = largest.frexp().exponent - 8
@@ -203,12 +217,18 @@ def round_scales(scales: Tensor, units: Tensor) -> Tensor:
 
 
 def nearest_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Return the q, 0 to 15 as a float, whose value (q - zero) * scale is nearest to weight."""
+    """Return integers 0 to 15, as floats, whose values (q - zero) * scale are nearest to weight.
+
+    scales, zeros: broadcast to the shape of weight.
+    """
     return (weight / scales + zeros).round().clamp(0, 15)
 
 
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[str, Tensor]:
-    """Pack integers (N, K), scales and zero points (N, P) as the buffers of an Int4Linear."""
+    """Return the buffers of an Int4Linear by name.
+
+    q: (N, K), integers 0 to 15 of any dtype. scales, zeros: (N, P).
+    """
     q = F.pad(q, (0, -q.shape[1] % groupsize))
     return {"weight": pack_nibbles(q), "scales": scales.half(), "zeros": pack_nibbles(zeros)}
 
@@ -216,8 +236,9 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[
 def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str, Any]:
     """Return the scheme of a quantised file: {"mode", "linears", "output"}.
 
-    "linears" and "output", the output head, are {"bits": 8}, {"bits": 4, "groupsize": S} or, if
-    dense, {}. Raises ValueError for a group size that is not one of GROUP_SIZES.
+    "linears" (of all blocks) and "output" (the output head) are {"bits": 8} or {"bits": 4,
+    "groupsize": S}; a dense output head is {}. mode: one of MODES. head: one of HEADS. Raises
+    ValueError for a group size that is not one of GROUP_SIZES.
     """
     if mode != "int8" and groupsize not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
@@ -227,23 +248,29 @@ def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str,
     return {"mode": mode, "linears": eight if mode == "int8" else four, "output": output}
 
 
-def checked_scheme(found: Any) -> dict[str, Any] | None:
-    """Return the scheme found in a file; see make_scheme. Raises ValueError if it is malformed."""
-    if found is None:
+def checked_scheme(scheme: Any) -> dict[str, Any] | None:
+    """Return the scheme that a file holds, without unknown keys; None (a dense file) stays None.
+
+    Raises ValueError if it is not a scheme of make_scheme.
+    """
+    if scheme is None:
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("mode"), str):
-        raise ValueError(f"the scheme is {short_text(found)}, which names no mode")
+    if not isinstance(scheme, dict) or not isinstance(scheme.get("mode"), str):
+        raise ValueError(f"the scheme is {short_text(scheme)}, which names no mode")
     quantised = [{"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
     for key, allowed in {"linears": quantised, "output": [*quantised, {}]}.items():
-        entry = found.get(key)
+        entry = scheme.get(key)
         integers = isinstance(entry, dict) and all(type(value) is int for value in entry.values())
         if not integers or entry not in allowed:
             raise ValueError(f"'{key}' of the scheme is {short_text(entry)}")
-    return {key: found[key] for key in ("mode", "linears", "output")}
+    return {key: scheme[key] for key in ("mode", "linears", "output")}
 
 
 def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
-    """Build the model on the meta device, with quantised linears if the scheme lists them."""
+    """Build a model on the meta device, which allocates no memory for weights.
+
+    Its linears are quantised as the scheme lists them. scheme: None for a dense model.
+    """
     with torch.device("meta"):
         model = Transformer(args)
         if scheme:
@@ -252,20 +279,24 @@ def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
 
 
 def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
-    """Replace the linears of a model on the meta device by the quantised ones of a scheme."""
+    """Replace the linears of a model by empty quantised ones, as the scheme lists them.
+
+    For a model whose weights are not loaded yet: dense weights are dropped, not rounded.
+    """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     for name, linear in linears.items():
-        if swapped := quantized_linear(linear, layer_scheme(name, scheme)):
-            model.set_submodule(name, swapped)
+        if quantized := quantized_linear(linear, layer_scheme(name, scheme)):
+            model.set_submodule(name, quantized)
 
 
 @torch.no_grad()
 def quantized_copy(
     model: Transformer, scheme: dict[str, Any], progress: Callable[[int], Any] = lambda nbytes: None
 ) -> Transformer:
-    """Return a copy with linears rounded to nearest, which shares all other tensors.
+    """Return a copy of a loaded model with linears quantised by rounding to nearest.
 
-    progress: called with the bytes of each new linear.
+    It is the draft model of --draft self-int8 and self-int4. All other tensors, biases included,
+    are the model's own. progress: called after each linear with its size in bytes.
     """
     copied = shallow_copy(model)
     for name, linear in list(copied.named_modules()):
@@ -286,18 +317,24 @@ def quantized_copy(
 
 
 def quantized_bytes(model: Transformer) -> int:
-    """Return the bytes of the quantised linears of a model."""
+    """Return the bytes of the buffers of a model's quantised linears, without their biases."""
     linears = (m for m in model.modules() if isinstance(m, QuantizedLinear))
     return sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
 
 
 def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry of a scheme for one linear: its bits and group size, or {}."""
+    """Return a scheme's entry for one linear: bits and group size, or {} if it stays dense.
+
+    name: of the module; "output" is the output head.
+    """
     return scheme["output" if name.partition(".")[0] == "output" else "linears"]
 
 
 def quantized_linear(linear: Linear, entry: dict[str, Any]) -> QuantizedLinear | None:
-    """Return an empty layer of the same shape for an entry of a scheme; None: it stays dense."""
+    """Return a quantised layer of the linear's shape with uninitialised buffers.
+
+    entry: see layer_scheme. Returns None for an entry {}: the linear stays dense.
+    """
     shape = linear.in_features, linear.out_features, linear.bias is not None
     if entry.get("bits") == 4:
         return Int4Linear(*shape, entry["groupsize"])

@@ -101,7 +101,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
     size += 1e-20 if given is None else given.float().abs()
     tolerance = TOLERANCE + ROUNDING[dtype]
     # 2**-16 of the largest input, times each weight: the largest may itself meet a weight of zero.
-    fixed = x[:1].float().abs().amax() * linear.dense(torch.float32).abs().sum(1)  # (N,)
+    fixed = x[:1].float().abs().amax() * linear.dequantize(torch.float32).abs().sum(1)  # (N,)
     fixed = size[:1] + 2**-5 * fixed  # (1, N)
     few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
     one = OneRow(random.choice([1, 2, 4]), random.choice([4, 32]), 1)

@@ -1,4 +1,4 @@
-"""Compiled steps: called without Dynamo they compute what they did through it."""
+"""Compiled steps: called without Dynamo they compute what they compute through it."""
 
 import dataclasses
 import gc
@@ -25,16 +25,16 @@ def lm(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each compiled step, whether it knew the way."""
-    found, take = [], CompiledGraphCache.take
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each compiled step was called without Dynamo."""
+    found, run = [], CompiledGraphCache.run
 
     def watched(self: CompiledGraphCache, given: list[torch.Tensor]) -> torch.Tensor | None:
-        logits = take(self, given)
+        logits = run(self, given)
         found.append(logits is not None)
         return logits
 
-    monkeypatch.setattr(CompiledGraphCache, "take", watched)
+    monkeypatch.setattr(CompiledGraphCache, "run", watched)
     return found
 
 
@@ -47,21 +47,21 @@ def eager(lm: LoadedModel) -> LoadedModel:
     return make_views(lm.model, lm.tokenizer, compile=False, compile_prefill=False)
 
 
-def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, taken: list[bool]):
+def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, direct: list[bool]):
     caches = [lm.make_caches(1, 100) for _ in range(2)]
     wanted = [ids(eager(lm), (text,)) for text in TEXTS]
     assert ids(lm, TEXTS[:1], caches=caches[0]) == wanted[0]
     # Prefill, then steps of 64, 96 and 100 visible positions, each once.
-    assert 2 <= taken.count(False) <= 4
-    assert len(taken) == GREEDY.max_new_tokens
-    known = taken.count(False)
+    assert 2 <= direct.count(False) <= 4
+    assert len(direct) == GREEDY.max_new_tokens
+    dynamo_calls = direct.count(False)
     for n in (1, 2, 0):  # other contents, and other caches of these shapes
         assert ids(lm, TEXTS[n : n + 1], caches=caches[n % 2]) == wanted[n]
-    assert taken.count(False) <= known + 2  # prefills of other lengths
+    assert direct.count(False) <= dynamo_calls + 2  # prefills of other lengths
     assert len(set(map(str, wanted))) == 3
 
 
-def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, taken: list[bool]):
+def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, direct: list[bool]):
     batch = ids(lm, TEXTS)
     assert batch == ids(eager(lm), TEXTS)
     assert [ids(lm, (text,))[0] for text in TEXTS] == batch
@@ -71,10 +71,10 @@ def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, taken
             token, pos = torch.tensor([[7]], dtype=dtype), torch.tensor([[0]])
             logits = lm.decode(token, pos, key_pos, caches)
             torch.testing.assert_close(logits, lm.model(token, pos, key_pos, caches))
-    assert taken[-2:] == [True, True]
+    assert direct[-2:] == [True, True]
 
 
-def test_a_shortcut_keeps_no_cache_alive(lm: LoadedModel):
+def test_a_recorded_graph_keeps_no_cache_alive(lm: LoadedModel):
     caches = lm.make_caches(1, 91)  # of a shape that is new
     ids(lm, TEXTS[:1], caches=caches)
     kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
@@ -83,13 +83,13 @@ def test_a_shortcut_keeps_no_cache_alive(lm: LoadedModel):
     assert not any(ref() is not None for ref in kept)
 
 
-def test_a_call_that_breaks_off_is_forgotten(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_call_is_not_recorded(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*args) -> None:
         raise KeyboardInterrupt
 
     caches = lm.make_caches(1, 150)  # of a shape that is new
     with monkeypatch.context() as patched:
-        patched.setattr(CompiledGraphCache, "remember", interrupted)
+        patched.setattr(CompiledGraphCache, "record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ids(lm, TEXTS[:1], caches=caches)
     kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]

@@ -277,6 +277,7 @@ def test_perplexity_needs_no_lm_eval(text: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it fails
     assert figures(capsys, "--perplexity", text, "--max_seq_length", 64)["tokens"] > 100
     monkeypatch.delitem(sys.modules, "evaluation.harness", raising=False)
+    monkeypatch.delattr("evaluation.harness", raising=False)
     said = error(capsys, "--tasks", "hellaswag")
     assert "--tasks needs lm_eval" in said and "requirements-eval.lock" in said
 

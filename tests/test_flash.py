@@ -329,7 +329,7 @@ def test_through_a_bounce_buffer(family: str, models: dict[str, Path], never_who
     path = models[family]
     lm = foresee(sparse(path), path)
     source = neuron_source(lm.model)
-    source._bounce = page_aligned(7 * source.file.stride, CPU)
+    source._pinned = page_aligned(7 * source.file.stride, CPU)
     assert texts(lm) == texts(in_memory(path))
     assert source.stats.missed
 

@@ -180,7 +180,7 @@ def test_a_function_that_returns_no_logits_is_named(plain: LoadedModel, function
 
 def test_a_function_that_makes_nan_ends_the_run(plain: LoadedModel):
     options = {"logits_processors": [lambda text, logits: logits * float("nan")]}
-    with pytest.raises(ValueError, match="logits processors"):
+    with pytest.raises(ValueError, match="logits processor"):
         ids(plain, ["Lily"], GREEDY, **options)
 
 

@@ -12,9 +12,11 @@ import pytest
 from checkpoint import DTYPES
 from cli import options
 from cli.arguments import documents, percentage, token_bias
-from load import CACHE_BITS, DRAFTS
+from load import CACHE_BITS
 from neurons.records import KINDS
+from options.settings import SELF_DRAFTS
 from quant.linear import GROUP_SIZES, HEADS, MODES
+from speculate import SELF_BITS
 from text.generation_config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +31,7 @@ def command(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
 def test_names_are_those_of_the_modules_that_define_them():
     assert tuple(DTYPES) == options.DTYPES
     assert tuple(CACHE_BITS) == options.CACHES
-    assert DRAFTS == options.DRAFTS
+    assert tuple(SELF_BITS) == SELF_DRAFTS
     assert (MODES, HEADS, GROUP_SIZES) == (options.MODES, options.HEADS, options.GROUP_SIZES)
     assert KINDS == options.NEURONS
 

@@ -109,7 +109,7 @@ def test_results_of_another_model_or_of_other_settings_are_refused(
     assert run(prompts, output) == 0
     assert output.read_bytes().startswith(written) and output.read_bytes().count(b"\n") == 4
     assert run(prompts, output) == 0
-    assert "holds all 4 results" in capsys.readouterr().err
+    assert "has all 4 results already" in capsys.readouterr().err
 
 
 def test_the_same_model_is_known_under_another_path(tmp_path: Path, prompts: Path):

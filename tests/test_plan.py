@@ -17,7 +17,7 @@ from common import ROOT
 import plan
 from cli.arguments import nbytes
 from load import load_model
-from plan import Subject, sizes
+from plan import ModelSpec, sizes
 from tiers.kv_cache import TieredCaches
 from tiers.planner import Planner, Sizes, Workload
 from tiers.policy import Policy, Share
@@ -127,9 +127,9 @@ def test_a_budget_that_is_too_small_says_what_would_do():
 
 def test_bytes_on_disk_are_those_that_are_planned(tmp_path: Path):
     lm = load_model(ROOT / "checkpoints" / "demo", device="cpu", dtype=torch.float32)
-    subject = Subject(lm.model.args, None, torch.float32, None, lm.device)
+    spec = ModelSpec(lm.model.args, None, torch.float32, None, lm.device)
     policy = Policy(Share(50, 0), Share(0, 0), micro_batch=2, micro_batches=3, directory=tmp_path)
-    planned = Planner(sizes(subject), None, True).predict(policy, Workload(6, 60, 39))
+    planned = Planner(sizes(spec), None, True).predict(policy, Workload(6, 60, 39))
     moving = load_model(lm_path(), device="cpu", dtype=torch.float32, policy=policy)
     layers = moving.model.layers
     weights = layers.tiers.count("disk") * layers.layout.nbytes

@@ -62,8 +62,8 @@ def steady(lm: LoadedModel, ks: list[int]) -> LoadedModel:
     """Return the model with a controller that repeats these numbers of draft tokens."""
 
     class Repeated(DraftLengthController):
-        def choose(self, most: int) -> int:
-            return max(0, min(next(self.ks), most))
+        def choose(self, max_k: int) -> int:
+            return max(0, min(next(self.ks), max_k))
 
     controller = Repeated(None)
     controller.ks = itertools.cycle(ks)

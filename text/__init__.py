@@ -9,7 +9,7 @@ with limits.
 Ids to text: completion.py takes the ids of one sequence as the model generates them, decodes them
 and stops at the first stop string.
 
-How to sample: generation_config.py holds GenerationConfig, the only place of its defaults;
+How to sample: generation_config.py holds GenerationConfig, with all defaults;
 model_defaults.py reads the values that the model's authors chose; processors.py applies logit
 biases, penalties and the caller's logits processors.
 

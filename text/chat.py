@@ -28,27 +28,31 @@ COMMANDS = {
 
 
 class Conversation:
-    """The messages of a conversation, and the ids that the KV cache has of them.
+    """The messages of a conversation, and the ids whose keys and values are in the KV cache.
 
-    max_length: the tokens of prompt and answer together. max_new_tokens: the tokens that are
-    reserved for an answer, at most half of max_length.
+    For each turn, call `ask`, let the model generate, and call `add_answer`. max_length: the limit
+    on the tokens of prompt and answer together. max_new_tokens: the tokens that are reserved for
+    an answer, at most half of max_length. system: the text of a system message, or None.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, max_length: int, max_new_tokens: int, system: str | None = None
     ):
+        """Begin a conversation without messages but the system message; the KV cache is empty."""
         self.tokenizer = tokenizer
         self.max_prompt = max_length - min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []
         self._system_messages = len(self.messages)
-        self._cached: list[int] = []
-        self._reused = 0  # the leading ids of _cached that the current answer is based on
+        self._cached: list[int] = []  # the ids whose keys and values are in the KV cache
+        self._reused = 0  # number of ids, from the begin of _cached, that the current turn reuses
 
     def ask(self, text: str) -> tuple[list[int], int]:
-        """Add a user's message; return the ids of the prompt, and how many the KV cache has.
+        """Add a user's message. Return the ids of the whole prompt, and how many ids from its begin
+        are in the KV cache already, so that prefill need not compute them.
 
-        The oldest exchanges are dropped if the prompt is too long. Raises ValueError for a message
-        that is too long by itself, or that the template rejects; it is then not added.
+        If the prompt is too long, the oldest questions are dropped with their answers. Raises
+        ValueError for a message that is too long without all others, or that the template rejects;
+        then the conversation does not change.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
@@ -62,14 +66,16 @@ class Conversation:
             )
         self.messages = messages
         common = len(os.path.commonprefix([ids, self._cached]))
-        self._reused = min(common, len(ids) - 1)  # prefill must compute the last token's logits
+        # Prefill must read one id at least, the last one: the answer begins with its logits.
+        self._reused = min(common, len(ids) - 1)
         return ids, self._reused
 
     def add_answer(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> None:
-        """Add the model's answer `text`, with its ids, to the prompt that `ask` returned.
+        """Add the model's answer, and record which ids the KV cache has now.
 
-        The KV cache lacks the last id, which was not fed back. If the answer has no ids, it was
-        interrupted during prefill: only the reused ids are certainly in the cache.
+        prompt: the ids that `ask` returned. ids: the new ids. The last of them is not in the KV
+        cache, because the model did not read it. Without new ids the answer was interrupted during
+        prefill, and only the reused ids of the prompt are certain to be in the cache.
         """
         self.messages.append({"role": "assistant", "content": text})
         self._cached = [*prompt, *ids[:-1]] if ids else [*prompt[: self._reused]]
@@ -79,6 +85,8 @@ class Conversation:
         del self.messages[self._system_messages :]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the ids of the messages in the chat template or, without a template, the ids of
+        their joined texts."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode("".join(m["content"] for m in messages))
         return self.tokenizer.apply_chat_template(messages)
@@ -87,13 +95,15 @@ class Conversation:
 def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     """Read a message, print the answer, and repeat until the end of the input or /exit.
 
-    answer: called with the ids of the prompt, how many of them the KV cache has, and a function
-    show(row, text) that prints the text as it is generated and raises KeyboardInterrupt if the user
-    stops the answer; it returns a Completion, which may be interrupted.
+    answer(ids, cached, show) generates an answer and returns its Completion. ids: the prompt;
+    cached: how many ids from its begin are in the KV cache; show(row, text): prints new text, and
+    raises KeyboardInterrupt if the user stops the answer. `answer` must catch this exception, and
+    return the Completion as it is then. Under torchrun all ranks call `chat`; rank 0 reads the
+    messages and broadcasts them.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     messages = Messages(under_torchrun)
-    if under_torchrun:  # Ctrl-C is a byte then, and a SIGINT means that torchrun ends
+    if under_torchrun:  # Ctrl-C then arrives as a byte (see Messages); torchrun's end sends SIGINT
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     polls = broadcast_from_rank0(lambda: messages.polls_ctrl_c)
     log(HELP)
@@ -115,7 +125,8 @@ def take_turn(
     answer: Callable[..., Any],
     stopped: Callable[[], bool] | None,
 ) -> None:
-    """Answer one message, or print why it cannot be answered. stopped: see printer."""
+    """Answer the user's message `text`, or print why it cannot be answered. answer: see chat.
+    stopped: see printer."""
     try:
         ids, cached = conversation.ask(text)
     except ValueError as error:
@@ -126,8 +137,12 @@ def take_turn(
 
 
 def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
-    """Return a function that prints a row's text, and raises KeyboardInterrupt if `stopped`, which
-    rank 0 calls, returns True: all ranks then stop at the same token."""
+    """Return the function show(row, text) of `chat`, which prints new text of an answer.
+
+    stopped: returns whether the user has pressed Ctrl-C; None if Ctrl-C raises KeyboardInterrupt
+    itself. Only rank 0 calls `stopped`, and broadcasts the result, so that all ranks raise
+    KeyboardInterrupt at the same token.
+    """
 
     def show(row: int, text: str) -> None:
         print(text, end="", flush=True)
@@ -138,13 +153,15 @@ def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
 
 
 def command_in(text: str) -> str | None:
-    """Return the command that a message begins with: /word, but not /a/path."""
-    found = re.match(r"\s*(/\w*)(?!\S)", text)
-    return found and found[1]
+    """Return the command, /word, with which a message begins, or None. A path, /a/b, is no
+    command."""
+    match = re.match(r"\s*(/\w*)(?!\S)", text)
+    return match and match[1]
 
 
 def run_command(command: str, conversation: Conversation) -> None:
-    """Run /reset, or print the list of commands."""
+    """Run /reset; for /help and unknown commands print the list of commands. `chat` handles /exit
+    itself."""
     if command == "/reset":
         conversation.reset()
         return
@@ -155,11 +172,11 @@ def run_command(command: str, conversation: Conversation) -> None:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> list[int]:
-    """Return the ids of a prompt in the chat template, up to the beginning of the answer.
+    """Return the ids of a prompt in the chat template, up to the beginning of the model's answer.
 
-    prompt: the text of a user's message, or a list of messages, see check_messages. system: the
-    system message for a conversation that has none.
-    Raises ValueError for malformed messages, and what apply_chat_template raises.
+    prompt: the text of a user's message, or a list of messages (see check_messages). system: the
+    text of a system message; it is added unless the first message is a system message. Raises
+    ValueError for malformed messages, without a template, or if the template rejects the messages.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     check_messages(messages)
@@ -169,7 +186,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> 
 
 
 def template_hint(tokenizer: Tokenizer) -> str | None:
-    """Return the hint for a plain prompt if the model has a chat template, else None."""
+    """Return a hint that the model has a chat template, which the user of a plain prompt may have
+    forgotten; None if it has no template."""
     if tokenizer.chat_template is None:
         return None
     return (

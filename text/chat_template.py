@@ -1,9 +1,9 @@
 """Renders chat templates as transformers does, in a separate process with limits.
 
-Start at render. A template is a program that comes with a checkpoint. The sandbox of jinja2 keeps
-it from the system; limits on CPU time, memory and output keep it from running for ever. One process
-serves all templates; a template that exceeds a limit ends the process, and the next one starts
-another. This file is also the program of that process: see serve.
+Start at render. A template is a program that comes with a checkpoint. jinja2's sandbox denies it
+access to files and processes; limits on CPU time, memory and output end a template that would run
+for ever. One process, the render process, serves all templates. It ends when a template exceeds a
+limit, and the next call of render starts it again. This file is also its program: see serve.
 """
 
 import contextlib
@@ -19,21 +19,26 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-CPU_SECONDS = 3  # for one template; most take milliseconds
-REPLY_TIMEOUT_SECONDS = 60.0  # wall-clock time, on a busy machine
-MEMORY_BYTES = 1 << 29  # address space of the process; Python with jinja2 takes a fifth
-MAX_CHARACTERS = 1 << 20  # of output, plus 8 for each byte of the request
+CPU_SECONDS = 3  # limit for one template; most need milliseconds
+REPLY_TIMEOUT_SECONDS = 60.0  # limit on wall-clock time, long enough for a busy machine
+MEMORY_BYTES = 1 << 29  # address space of the render process; Python with jinja2 uses a fifth
+MAX_CHARACTERS = 1 << 20  # limit on the output, plus 8 characters for each byte of the request
 
 
 class RenderProcess:
-    """The process that renders templates, started at the first request, and its socket."""
+    """The render process, started at the first request, and the socket to it. One thread at a time
+    asks; others wait."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: str) -> dict[str, str]:
-        """Send a line of JSON and return the reply. Raises ValueError if a limit is exceeded."""
+        """Send a request, one line of JSON, to the render process, and return its reply.
+
+        Raises ValueError if the template exceeds a limit, so that no complete reply comes. The
+        process is then ended, and the next request starts another.
+        """
         with self._lock:
             if self._process is None:
                 self._start()
@@ -41,10 +46,10 @@ class RenderProcess:
             try:
                 self._socket.sendall(request.encode() + b"\n")
                 line = self._replies.readline()
-            except OSError:  # the process has ended, or does not answer in time
+            except OSError:  # the process has ended, or did not reply in time
                 pass
-            finally:  # after Ctrl-C, too: a late reply must not answer the next request
-                if not line.endswith(b"\n"):  # no reply, or a part of one
+            finally:  # also after Ctrl-C: a late reply must not answer the next request
+                if not line.endswith(b"\n"):  # no reply, or only its beginning
                     self._end()
         if not line.endswith(b"\n"):
             raise ValueError(
@@ -54,6 +59,8 @@ class RenderProcess:
         return json.loads(line)
 
     def _start(self) -> None:
+        """Start the render process: this file as a program, with a socket as its stdin and
+        stdout."""
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(REPLY_TIMEOUT_SECONDS)
         self._replies = self._socket.makefile("rb")
@@ -63,10 +70,11 @@ class RenderProcess:
                 stdin=theirs,
                 stdout=theirs,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # keeps Ctrl-C of the terminal away from it
+                start_new_session=True,  # so that the terminal's Ctrl-C does not reach the process
             )
 
     def _end(self) -> None:
+        """Kill the render process, and close the socket."""
         self._process.kill()
         self._process.wait()
         self._process = None
@@ -77,23 +85,26 @@ class RenderProcess:
 RENDERER = RenderProcess()
 
 
-def render(template: str, given: dict[str, Any], cpu_seconds: int = CPU_SECONDS) -> str:
-    """Return the text that a template renders from values that JSON can represent.
+def render(template: str, variables: dict[str, Any], cpu_seconds: int = CPU_SECONDS) -> str:
+    """Return the text that a chat template, Jinja source, renders from its variables.
 
-    Raises ValueError if the template fails, rejects the values or exceeds a limit.
+    variables: by name, with values that JSON can represent. Raises ValueError if they are not such,
+    or if the template fails, rejects them, or exceeds a limit.
     """
+    request = {"template": template, "variables": variables, "cpu_seconds": cpu_seconds}
     try:
-        request = json.dumps({"template": template, "given": given, "cpu_seconds": cpu_seconds})
+        line = json.dumps(request)
     except (TypeError, ValueError, RecursionError) as err:
         raise ValueError(f"the messages cannot be written as JSON ({err})") from err
-    reply = RENDERER.ask(request)
+    reply = RENDERER.ask(line)
     if "error" in reply:
         raise ValueError(f"the chat template failed: {reply['error']}")
     return reply["text"]
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ValueError unless the messages are [{"role": "user", "content": "Hello"}, ...]."""
+    """Raise ValueError unless the messages have the form of a conversation: a list, not empty, of
+    objects {"role": "user", "content": "Hello"} with texts. The message names what is wrong."""
     form = 'an object {"role": "user", "content": "a text"}'
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
@@ -108,13 +119,18 @@ def check_messages(messages: Any) -> None:
 
 
 def serve() -> None:
-    """Answer requests, one line of JSON each, from stdin until its end."""
+    """The program of the render process: answer requests, one line of JSON each, until the end of
+    stdin. The reply is a line of JSON with "text", or with the message of an "error".
+
+    Memory is limited for the whole process. CPU time is limited for each request: the kernel counts
+    it from the start of the process, so the limit is set again, and it kills the process.
+    """
     limit(resource.RLIMIT_AS, MEMORY_BYTES)
     for line in sys.stdin.buffer:
         try:
             request = json.loads(line)
-            used = math.ceil(time.process_time())
-            limit(resource.RLIMIT_CPU, used + request.pop("cpu_seconds"))
+            used_seconds = math.ceil(time.process_time())
+            limit(resource.RLIMIT_CPU, used_seconds + request.pop("cpu_seconds"))
             reply = {"text": rendered(**request, max_characters=MAX_CHARACTERS + 8 * len(line))}
         except MemoryError:
             reply = {"error": f"it took more than {MEMORY_BYTES >> 20} MiB of memory"}
@@ -127,17 +143,20 @@ def serve() -> None:
 
 
 def limit(kind: int, value: int) -> None:
-    """Set the soft limit of a resource of this process; the hard limit stays."""
+    """Set the soft limit of a resource of this process, such as resource.RLIMIT_CPU, in its unit
+    (seconds, bytes). The hard limit does not change, and is the upper bound. A system without the
+    resource keeps no limit."""
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     with contextlib.suppress(ValueError, OSError):  # macOS has no RLIMIT_AS
         resource.setrlimit(kind, (value, hard))
 
 
-def rendered(template: str, given: dict[str, Any], max_characters: int) -> str:
-    """Render a template; ValueError if its output exceeds max_characters."""
+def rendered(template: str, variables: dict[str, Any], max_characters: int) -> str:
+    """Return the output of a template, in the render process. Raises ValueError if it has more than
+    max_characters, and jinja2's errors."""
     pieces, length = [], 0
-    for piece in compiled(template).generate(given):
+    for piece in compiled(template).generate(variables):
         length += len(piece)
         if length > max_characters:
             raise ValueError(f"it printed more than {max_characters} characters")
@@ -147,17 +166,20 @@ def rendered(template: str, given: dict[str, Any], max_characters: int) -> str:
 
 @lru_cache(8)
 def compiled(template: str) -> Any:
-    """Compile a template in the environment that transformers gives to its templates."""
+    """Return the jinja2.Template of a template's source, in the environment that transformers gives
+    to chat templates: the same settings, functions, filter tojson and tag {% generation %}."""
     import jinja2  # here, because only the render process needs it
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks the model's answers for training; its content is rendered."""
+        """The tag {% generation %}, which marks the model's answers for training. Here its content
+        is only rendered."""
 
         tags = {"generation"}
 
         def parse(self, parser):
+            """Return the syntax tree of the content up to {% endgeneration %}."""
             lineno = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=lineno)
@@ -172,14 +194,15 @@ def compiled(template: str) -> Any:
 
 
 def raise_exception(message: str) -> None:
-    """A template calls this to reject the messages."""
+    """Raise jinja2's TemplateError: templates call this function to reject messages."""
     import jinja2
 
     raise jinja2.TemplateError(message)
 
 
 def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """The filter of jinja2 escapes HTML; this one does not."""
+    """Return a value as JSON: the filter tojson of templates. Jinja2's own filter would escape
+    HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

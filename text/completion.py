@@ -1,8 +1,11 @@
 """The text of one sequence while its ids are generated: decoded, and cut at a stop string.
 
-Start at Completion.extend. Stop strings are searched in the text with the names of special tokens,
-as transformers' stop_strings and lm_eval's `until` are; the text that a caller gets omits those
-names.
+Start at Completion.extend. A stop string may contain the name of a special token, such as "</s>",
+as in transformers' stop_strings and lm_eval's `until`. So stop strings are searched in the text
+with these names; the text that a caller gets omits the names.
+
+Characters are final when no stop string can begin with them any more. Others are pending: the end
+of the text may be the beginning of a stop string.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,12 +23,13 @@ class Completion:
     """The continuation of one prompt, which grows while the model generates.
 
     ids: all new ids, with the EOS that ended the text. text: the characters that are final.
-    finish_reason, once the text has ended: "eos", "stop" (a stop string), "length" (max_new_tokens,
-    or the context is full: see context_full) or "interrupted". logprobs: one entry for each id, if
-    the config asks for them.
+    finish_reason, valid when the text has ended: "eos", "stop" (a stop string), "length"
+    (max_new_tokens, or the context is full: see context_full) or "interrupted". logprobs: one entry
+    for each id, if the config asks for them.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], config: GenerationConfig):
+        """prompt: its ids, which tell how the first new id is decoded: see TextStream."""
         self.ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.text = ""
@@ -33,18 +37,17 @@ class Completion:
         self._config, self._tokenizer = config, tokenizer
         self._eos_ids = () if config.ignore_eos else tokenizer.eos_ids
         self._stream = tokenizer.stream(prompt)
-        # Characters that may begin a stop string, with the names of special tokens; and for each
-        # character whether it is text and not part of such a name.
-        self._pending = ""
-        self._is_text: list[bool] = []
+        self._pending = ""  # characters that are not final, with the names of special tokens
+        self._is_text: list[bool] = []  # for each of them: False for a special token's name
 
     @property
     def context_full(self) -> bool:
-        """Whether the text ended because the context, or the KV cache, is full."""
+        """Whether a text that has ended did so because the context, or the KV cache, is full."""
         return self.finish_reason == "length" and len(self.ids) < self._config.max_new_tokens
 
     def logprobs_json(self) -> list[dict[str, Any]]:
-        """Return for each id its text, its log-probability and the most likely ids, as JSON."""
+        """Return one dict for each new id, for JSON: id, text and log-probability, and under "top"
+        the same for the most likely ids at its position."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             return {"id": token, "token": self._tokenizer.id_to_text(token), "logprob": logprob}
@@ -55,52 +58,65 @@ class Completion:
         ]
 
     def extend(self, ids: Iterable[int]) -> str:
-        """Add ids up to the one that ends the text; return the new characters that are final."""
+        """Add new ids, and return the characters that have become final.
+
+        Ids after a stop string or EOS are dropped: a step of speculative decoding yields several
+        ids. If the config asks for logprobs, each id must have the attribute `logprobs`.
+        """
         start = len(self.text)
         for token in ids:
             if self.finish_reason != "length":
-                break  # a step of several ids may go beyond the end
+                break
             self.ids.append(int(token))
             if self._config.logprobs is not None:
                 self.logprobs.append(token.logprobs)
-            self._take(self._stream.push(token), self._stream.special_name(token))
+            self._append(self._stream.push(token), self._stream.special_name(token))
             if token in self._eos_ids and self.finish_reason != "stop":
                 self.finish_reason = "eos"
         return self.text[start:]
 
     def close(self, reason: str | None = None) -> str:
-        """End the text and return the characters that were pending.
+        """End the text, and return the characters that have become final: all pending ones, unless
+        a stop string has ended the text.
 
-        reason: the finish_reason, unless a stop string or EOS has ended the text.
+        Call it once, after the last id. reason: the new finish_reason, unless a stop string has
+        ended the text; None: finish_reason does not change.
         """
         start = len(self.text)
         if self.finish_reason != "stop":
-            self._take(self._stream.flush())
+            self._append(self._stream.flush())
         if self.finish_reason != "stop":
-            self._release(len(self._pending))
+            self._move_to_text(len(self._pending))
             self.finish_reason = reason or self.finish_reason
         return self.text[start:]
 
-    def _take(self, text: str, special_name: str = "") -> None:
-        """Append text and the name of a special token; release what cannot begin a stop string."""
+    def _append(self, text: str, special_name: str = "") -> None:
+        """Append decoded text and then the name of a special token to the pending characters, and
+        move those that are final to the text.
+
+        If the pending characters contain a stop string, the text ends before it ("stop"). Otherwise
+        the longest end of them that is the beginning of a stop string stays pending, and all other
+        characters are final.
+        """
         self._pending += text + special_name
         self._is_text += [True] * len(text) + [False] * len(special_name)
         stops = self._config.stop
-        found = [at for stop in stops if (at := self._pending.find(stop)) >= 0]
-        if found:
-            self.finish_reason, final = "stop", min(found)
+        stop_indices = [n for stop in stops if (n := self._pending.find(stop)) >= 0]
+        if stop_indices:
+            self.finish_reason, final = "stop", min(stop_indices)
         else:
-            begun = max((overlap(stop, self._pending) for stop in stops), default=0)
-            final = len(self._pending) - begun
-        self._release(final)
+            longest_overlap = max((overlap(stop, self._pending) for stop in stops), default=0)
+            final = len(self._pending) - longest_overlap
+        self._move_to_text(final)
 
-    def _release(self, count: int) -> None:
-        """Move the first `count` pending characters to the text, without special tokens."""
+    def _move_to_text(self, count: int) -> None:
+        """Move the first `count` pending characters to the text; drop names of special tokens."""
         self.text += "".join(compress(self._pending[:count], self._is_text))
         self._pending, self._is_text = self._pending[count:], self._is_text[count:]
 
 
 def overlap(stop: str, text: str) -> int:
-    """Return the length of the longest proper prefix of `stop` that the text ends with."""
+    """Return the length of the longest beginning of `stop`, shorter than `stop`, with which `text`
+    ends. These characters may become a stop string when more text follows."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

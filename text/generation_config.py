@@ -1,4 +1,4 @@
-"""GenerationConfig: how to continue a prompt, with the only place of the defaults.
+"""GenerationConfig: how to continue a prompt, and its defaults, which stand nowhere else.
 
 Start at GenerationConfig; VALIDATORS holds the type and the range of each field. Nothing here
 imports torch, so that the commands parse their options without it.
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-MIN_TEMPERATURE = 1e-5  # below, sampling is greedy, as in vLLM: float32 would overflow
-MAX_PENALTY = 1e3  # and 1 / MAX_PENALTY is the least: logits stay finite in float32
-MAX_LOGIT_BIAS = 1e9  # acts as infinity, and stays finite in float32
-MAX_LOGPROBS = 1000  # for each token; each of them is a Python object
+MIN_TEMPERATURE = 1e-5  # a lower one means greedy, as in vLLM: logits / it could overflow float32
+MAX_PENALTY = 1e3  # repetition: 1 / MAX_PENALTY to MAX_PENALTY, so that logits stay finite
+MAX_LOGIT_BIAS = 1e9  # larger than any logit, and still finite in float32
+MAX_LOGPROBS = 1000  # limit for each token, because each logprob is a Python object
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """How to continue a prompt. Raises ValueError for a value of the wrong type or range.
 
-    stop also takes one string, and logit_bias a dict.
+    stop may also be a str, and logit_bias a dict: __post_init__ converts them to tuples.
     """
 
     max_new_tokens: int = 200
@@ -32,7 +32,8 @@ class GenerationConfig:
     top_k: int = 200  # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens whose probabilities add up to this
     min_p: float = 0.0  # drop tokens below min_p times the probability of the most likely one
-    repetition_penalty: float = 1.0  # divides positive logits of seen ids, multiplies others
+    # positive logits of ids in prompt or text are divided by it, negative ones are multiplied
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted from a logit for each generated occurrence
     presence_penalty: float = 0.0  # subtracted from the logit of each generated id
     logit_bias: tuple[tuple[int, float], ...] = ()  # pairs (id, value added to its logit)
@@ -42,13 +43,15 @@ class GenerationConfig:
     logprobs: int | None = None  # also report this many most likely ids; None: report no logprobs
 
     def __post_init__(self):
-        for name, (convert, wanted) in VALIDATORS.items():
-            given = getattr(self, name)
+        """Check and convert each field by its validator in VALIDATORS. Raises ValueError, naming
+        the field, its value and the values that are allowed."""
+        for name, (convert, expected) in VALIDATORS.items():
+            value = getattr(self, name)
             try:
-                value = convert(given)
+                converted = convert(value)
             except (TypeError, ValueError, OverflowError) as error:
-                raise ValueError(f"{name} is {given!r} and must be {wanted}") from error
-            object.__setattr__(self, name, value)  # the dataclass is frozen
+                raise ValueError(f"{name} is {value!r} and must be {expected}") from error
+            object.__setattr__(self, name, converted)  # the dataclass is frozen
 
     @property
     def greedy(self) -> bool:
@@ -56,18 +59,19 @@ class GenerationConfig:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether penalties or biases change the logits before temperature and filters."""
+        """Whether penalties or biases change the logits, so that LogitsProcessors are needed."""
         penalties = self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty
         return any(penalties) or bool(self.logit_bias)
 
 
-def integer(least: int, most: float = math.inf) -> Callable[[Any], int]:
-    """Return a converter that accepts integers from `least` to `most`; others raise an error."""
+def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
+    """Return a validator for integers from minimum to maximum: it returns the value as an int, and
+    raises TypeError or ValueError for others. A bool is not an integer here."""
 
     def convert(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError
-        if not least <= value <= most:
+        if not minimum <= value <= maximum:
             raise ValueError
         return int(value)
 
@@ -75,7 +79,8 @@ def integer(least: int, most: float = math.inf) -> Callable[[Any], int]:
 
 
 def number(allowed: Callable[[float], bool] = lambda value: True) -> Callable[[Any], float]:
-    """Return a converter that accepts finite numbers that are `allowed`; others raise an error."""
+    """Return a validator for finite numbers for which `allowed` is true: it returns the value as a
+    float, and raises TypeError or ValueError for others. A bool is not a number here."""
 
     def convert(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -89,6 +94,8 @@ def number(allowed: Callable[[float], bool] = lambda value: True) -> Callable[[A
 
 
 def stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Validator of stop: return a tuple of strings for a string or several. Raises TypeError for an
+    empty string and for other types."""
     value = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(text, str) and text for text in value):
         raise TypeError
@@ -96,21 +103,24 @@ def stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def boolean(value: Any) -> bool:
+    """Validator of a bool: return it. Raises TypeError for other types, such as 0 and 1."""
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
 def logit_biases(value: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[Any, ...]:
-    token_id, bias = integer(0), number(lambda bias: abs(bias) <= MAX_LOGIT_BIAS)
-    return tuple((token_id(token), bias(added)) for token, added in dict(value).items())
+    """Validator of logit_bias: return pairs (id, bias) for a dict or for pairs."""
+    check_id, check_bias = integer(0), number(lambda bias: abs(bias) <= MAX_LOGIT_BIAS)
+    return tuple((check_id(token), check_bias(bias)) for token, bias in dict(value).items())
 
 
 def logprob_count(value: Any) -> int | None:
     return None if value is None else integer(0, MAX_LOGPROBS)(value)
 
 
-# For each field a function that checks and converts its value, and the error message's "must be".
+# field -> (validator, the values that are allowed, as the error message names them)
+# A validator returns the converted value of its field, or raises an error for a wrong value.
 VALIDATORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "max_new_tokens": (integer(1), "a whole number, at least 1"),
     "temperature": (number(lambda value: value >= 0), "a number, 0 or more"),

@@ -25,8 +25,8 @@ from host.log import log
 from text.chat_template import check_messages
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation
-HASHED_SAMPLES, SAMPLE_BYTES = 64, 1024  # of each file of a model, for its fingerprint
-STDIN_NOTICE_SECONDS = 2.0  # without input; then a log line tells that the program waits for it
+HASHED_SAMPLES, SAMPLE_BYTES = 64, 1024  # samples of each file that `fingerprint` reads
+STDIN_NOTICE_SECONDS = 2.0  # time without input, after which the log says that stdin is awaited
 SURROGATE = re.compile("[\ud800-\udfff]")
 PROMPT_FORMS = 'a string, an object with a "prompt", or, for --chat, one with "messages"'
 
@@ -35,19 +35,19 @@ PROMPT_FORMS = 'a string, an object with a "prompt", or, for --chat, one with "m
 class Job:
     """One text to generate."""
 
-    number: int  # counts all jobs; also selects the random stream
-    index: int  # of the prompt
-    sample: int  # counts the texts of one prompt, up to num_samples
+    number: int  # index among all jobs; it also selects the random stream
+    index: int  # index of the prompt
+    sample: int  # index among the num_samples texts of the prompt
     prompt: Prompt
-    ids: tuple[int, ...]
-    limit: int = 0  # on new tokens, by max_new_tokens and the model's context
+    ids: tuple[int, ...]  # token ids of the prompt
+    limit: int = 0  # largest number of new tokens, by max_new_tokens and the model's context
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The model and the settings that a text depends on, beside its prompt.
+    """The model and the settings that a generated text depends on. Each result stores them.
 
-    checkpoint: a hash of the model's files, which does not depend on their path.
+    checkpoint: the fingerprint of the model's files, which does not depend on their path.
     """
 
     model: str
@@ -55,19 +55,21 @@ class Provenance:
     settings: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        """Return the fields that each result carries, in the types that JSON has."""
+        """Return the fields that are stored with each result. Values have the types that reading
+        JSON gives (a tuple becomes a list), so that `differences` can compare them."""
         settings = json.loads(json.dumps(self.settings))
         return {"model": self.model, "checkpoint": self.checkpoint, "settings": settings}
 
     def differences(self, row: dict[str, Any]) -> list[str]:
-        """Return what differs between a stored result and this run, such as "seed 0 -> 1"."""
+        """Return a text such as "seed 0 -> 1" for each difference between a stored result, `row`,
+        and this run. An empty list: this run may resume from the result's file."""
         stored, current = row.get("settings"), self.row()["settings"]
         stored = stored if isinstance(stored, dict) else {}
-        found = []
+        model = []
         if row.get("checkpoint") != self.checkpoint:
             changed = " (its files have changed)" * (row.get("model") == self.model)
-            found = [f"model {row.get('model')} -> {self.model}{changed}"]
-        return found + [
+            model = [f"model {row.get('model')} -> {self.model}{changed}"]
+        return model + [
             f"{name} {stored.get(name)!r} -> {current.get(name)!r}"
             for name in {**current, **stored}
             if stored.get(name) != current.get(name)
@@ -75,7 +77,11 @@ class Provenance:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Return a hash of the size and of samples of each file; names do not count."""
+    """Return a hash of a model's files, by which a run recognises the model of stored results.
+
+    It covers the size of each file and 64 samples of 1 KiB, because reading all weights takes too
+    long: a change between the samples is not noticed. File names do not count.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         size = file.stat().st_size
@@ -88,9 +94,11 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def read_prompts(path: Path, chat: bool = False) -> list[Prompt]:
-    """Return the prompts of a .txt or .jsonl file: one on each line that is not blank.
+    """Return the prompts of a file, one for each line that is not blank. A line of a .txt file is
+    the text of a prompt; a line of a .jsonl file is JSON, see read_line.
 
-    Raises ValueError, naming the file and the line, for a line that is no prompt; see read_line.
+    chat: whether prompts may be lists of messages. Raises ValueError, naming the file and the line,
+    for a line that is no prompt, and for a file without prompts or with another suffix.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt nor .jsonl")
@@ -99,13 +107,17 @@ def read_prompts(path: Path, chat: bool = False) -> list[Prompt]:
     if not numbered:
         raise ValueError(f"{path} holds no prompt")
     if path.suffix == ".txt":
-        return [line.removesuffix("\r") for _, line in numbered]  # of Windows line ends
+        return [line.removesuffix("\r") for _, line in numbered]  # Windows ends lines with \r\n
     return [read_line(line, f"{path}, line {n}", chat) for n, line in numbered]
 
 
 def read_line(line: str, where: str, chat: bool = False) -> Prompt:
-    """Return the prompt of a line of JSON: a string, or an object with a "prompt", or, with chat, a
-    list of messages or an object with "messages". where: the place that an error names."""
+    """Return the prompt in a line of JSON: a string, or the "prompt" of an object; with chat also
+    a list of messages, or the "messages" of an object.
+
+    where: the file and the line, for error messages. Raises ValueError for a line of another form,
+    an empty prompt, malformed messages, and half of a surrogate pair, which UTF-8 cannot encode.
+    """
     value = parse_json(line, where)
     prompt = value.get("messages", value.get("prompt")) if isinstance(value, dict) else value
     if isinstance(prompt, list):
@@ -125,7 +137,11 @@ def read_line(line: str, where: str, chat: bool = False) -> Prompt:
 
 
 def piped_prompt() -> str | None:
-    """Return the text of stdin if it is a pipe or a file, and None for a terminal or /dev/null."""
+    """Return the text of stdin, without its last line end, if stdin is a pipe or a file; return
+    None for a terminal or /dev/null.
+
+    Waits until a pipe is closed; after STDIN_NOTICE_SECONDS without input a log line says so.
+    """
     kind = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return None
@@ -146,8 +162,11 @@ def make_jobs(
     max_new_tokens: int,
     context: int,
 ) -> list[Job]:
-    """Return num_samples jobs for each prompt. prompts: pairs (prompt, its ids). context: the
-    tokens that the model can read."""
+    """Return num_samples jobs for each prompt, in the order of the prompts.
+
+    prompts: pairs (prompt, its ids), each with fewer ids than the context. context: the largest
+    number of tokens of prompt and new text together.
+    """
     jobs = []
     for index, (prompt, ids) in enumerate(prompts):
         limit = min(max_new_tokens, context - len(ids))
@@ -163,20 +182,22 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
 
 
 class FinishCounts:
-    """Counts the texts that ended at max_new_tokens or at the model's context."""
+    """Counts the texts that were cut: at max_new_tokens, or at the end of the model's context."""
 
     def __init__(self, max_new_tokens: int):
         self.max_new_tokens = max_new_tokens
         self.texts, self.at_limit, self.at_context = 0, 0, 0
 
     def add(self, job: Job, completion: Any) -> None:
+        """Count a text that has ended. If it was cut ("length"), the job's limit tells where: it is
+        below max_new_tokens if the context is the shorter of the two."""
         self.texts += 1
         if completion.finish_reason == "length":
             self.at_limit += job.limit >= self.max_new_tokens
             self.at_context += job.limit < self.max_new_tokens
 
     def report(self) -> None:
-        """Write one log line for each of the two reasons that occurred."""
+        """Log how many texts were cut at max_new_tokens, and how many at the context, if any."""
         reasons = {
             f"at --max_new_tokens {self.max_new_tokens}": self.at_limit,
             "at the end of the model's context": self.at_context,
@@ -188,15 +209,16 @@ class FinishCounts:
 
 
 class ConsoleSink:
-    """Prints texts to stdout in order: the first of a batch while it is generated, then the others.
+    """Prints the generated texts to stdout in the order of the jobs: the first text of a batch
+    while it is generated, the others when the whole batch has ended.
 
-    with_prompt: print the prompt before its text, which continues it.
+    with_prompt: also print each prompt, before the text that continues it. todo: the jobs to run.
     """
 
     def __init__(self, todo: Sequence[Job], counts: FinishCounts, with_prompt: bool = True):
         self.todo, self._counts, self._with_prompt = todo, counts, with_prompt
         self._batch: Sequence[Job] = ()
-        self._unfinished = 0  # texts of the batch
+        self._unfinished = 0  # number of texts of the batch that have not ended
 
     def __enter__(self) -> "ConsoleSink":
         return self
@@ -207,14 +229,21 @@ class ConsoleSink:
         self._counts.report()
 
     def begin(self, batch: Sequence[Job]) -> None:
+        """Called before a batch is generated."""
         self._batch, self._unfinished = batch, len(batch)
         self._print_heading(batch[0])
 
     def text(self, row: int, text: str) -> None:
+        """Called with the new characters of a row of the batch; prints those of the first row."""
         if row == 0:
             print(text, end="", flush=True)
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
+        """Called when the texts of these rows have ended. After the last text of the batch, print
+        the texts of all rows but the first, which `text` has printed.
+
+        completions: of all rows of the batch.
+        """
         for row in rows:
             self._counts.add(self._batch[row], completions[row])
         self._unfinished -= len(rows)
@@ -226,6 +255,8 @@ class ConsoleSink:
             print(completion.text, flush=True)
 
     def _print_heading(self, job: Job) -> None:
+        """Print what comes before a job's text: its number if there are several jobs, and its
+        prompt."""
         if len(self.todo) > 1:
             print(f"--- {job.number + 1} of {len(self.todo)}")
         if self._with_prompt:
@@ -235,25 +266,32 @@ class ConsoleSink:
 class ResultsFile:
     """A JSON Lines file of results, opened and checked before a model is loaded.
 
-    A device or a pipe (/dev/stdout) is only written. Raises ValueError if the file has results of
-    other prompts, models or settings, and OSError if it cannot be written.
+    `done` tells for which jobs the file already has results. A device or a pipe (/dev/stdout) is
+    not read. Raises ValueError if the file has results of other prompts, models or settings, and
+    OSError if it cannot be written.
     """
 
     def __init__(
         self, path: Path, prompts: Sequence[Prompt], num_samples: int, provenance: Provenance
     ):
+        """Open the file, read its results, and check that this run would produce them, too:
+        num_samples texts for each of `prompts`, with the model and settings of `provenance`."""
         self._path, self._provenance = path, provenance
         self._file = open_for_results(path)
         self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)
-        self.done: set[tuple[int, int]] = set()  # (index, sample) of each result in the file
+        self.done: set[tuple[int, int]] = set()  # (Job.index, Job.sample) of each stored result
         for n, result in complete_lines(path) if self._resumable else ():
             self.done.add(self._checked(result, f"{path}, line {n}", prompts, num_samples))
 
     def _checked(
         self, row: dict[str, Any], where: str, prompts: Sequence[Prompt], num_samples: int
     ) -> tuple[int, int]:
-        """Return (index, sample) of a result. Raises ValueError for one that this run would not
-        produce."""
+        """Return (Job.index, Job.sample) of a stored result. where: the file and the line.
+
+        Raises ValueError if this run would not produce the result: it has another model, other
+        settings, another prompt or more samples, or it is not a result at all. So results of two
+        runs are never mixed in one file.
+        """
         index, sample = row.get("index"), row.get("sample")
         if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
@@ -262,15 +300,15 @@ class ResultsFile:
                 f"{where} does not say which model and settings made it (an older version wrote "
                 "it): give another --output"
             )
-        found = self._provenance.differences(row)
-        if not found and (index >= len(prompts) or row.get("prompt") != prompts[index]):
-            found = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
-        if not found and sample >= num_samples:
-            found = [f"num_samples {sample + 1} or more -> {num_samples}"]
-        if found:
+        differences = self._provenance.differences(row)
+        if not differences and (index >= len(prompts) or row.get("prompt") != prompts[index]):
+            differences = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
+        if not differences and sample >= num_samples:
+            differences = [f"num_samples {sample + 1} or more -> {num_samples}"]
+        if differences:
             raise ValueError(
                 f"{where} was made with other settings than those of this run "
-                f"({'; '.join(found)}): give another --output, or the settings of the file"
+                f"({'; '.join(differences)}): give another --output, or the settings of the file"
             )
         return index, sample
 
@@ -284,7 +322,11 @@ class ResultsFile:
         return sorted(missing, key=lambda job: -len(job.ids))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append results; those in a file are on disk (fsync) when this returns."""
+        """Append results with their provenance, one line each. In a regular file they are on disk
+        (fsync) when this returns, so a crash loses no text that has ended.
+
+        Raises BrokenPipeError if the reader of a pipe has ended, and else OSError, naming the file.
+        """
         content = "".join(json_text(row | self._provenance.row()) + "\n" for row in rows)
         remaining = memoryview(content.encode())
         try:
@@ -292,7 +334,7 @@ class ResultsFile:
                 remaining = remaining[os.write(self._file, remaining) :]
             if self._resumable:
                 os.fsync(self._file)
-        except BrokenPipeError:  # the reader of the pipe has ended: not an error of the path
+        except BrokenPipeError:  # not an error of the path
             raise
         except OSError as error:
             again = "; the same command goes on after the results in it" * self._resumable
@@ -304,13 +346,16 @@ class ResultsFile:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a JSON value is an integer, 0 or more; True is none."""
+    """Return whether a JSON value is an integer, 0 or more. JSON's true is not an integer."""
     return type(value) is int and value >= 0
 
 
 def open_for_results(path: Path) -> int:
-    """Return a file descriptor to append to. Raises OSError, also for a pipe without a reader, on
-    which open would block."""
+    """Open or create the file of results; return a file descriptor to append to.
+
+    O_NONBLOCK makes a named pipe without a reader raise OSError; without it, open would wait for a
+    reader for ever. Writes do block. Raises OSError, naming the file, if it cannot be written.
+    """
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -320,9 +365,10 @@ def open_for_results(path: Path) -> int:
 
 
 class JsonlSink:
-    """Appends the result of each text that ends to a ResultsFile, and shows a bar of tokens.
+    """Appends the result of each text that ends to a ResultsFile, and shows a progress bar.
 
-    generated: returns how many tokens this run has generated so far.
+    todo: the jobs without a stored result. The bar counts tokens. generated: returns how many
+    tokens this run has generated until now.
     """
 
     def __init__(
@@ -332,16 +378,18 @@ class JsonlSink:
         counts: FinishCounts,
         generated: Callable[[], int],
     ):
+        """jobs: all jobs, also those that have a result. counts: gets each text that ends."""
         self.todo = output.missing(jobs)
         self._output, self._counts, self._generated = output, counts, generated
         self._batch: Sequence[Job] = ()
         self._done, self._total = len(jobs) - len(self.todo), len(jobs)
-        self._ended = 0  # tokens of the texts that have ended
-        self._open = sum(job.limit for job in self.todo)  # the most tokens of the other texts
+        self._ended_tokens = 0  # tokens of the texts that have ended
+        self._open_limit = sum(job.limit for job in self.todo)  # token limits of the other texts
 
     def __enter__(self) -> "JsonlSink":
+        """Show the progress bar; __exit__ ends it."""
         # smoothing=0: texts end in bursts, so only the mean rate predicts the remaining time.
-        self._bar = tqdm(total=self._open, unit="token", smoothing=0)
+        self._bar = tqdm(total=self._open_limit, unit="token", smoothing=0)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts")
         return self
 
@@ -350,32 +398,38 @@ class JsonlSink:
         self._counts.report()
 
     def begin(self, batch: Sequence[Job]) -> None:
+        """Called before a batch is generated."""
         self._batch = batch
 
     def text(self, row: int, text: str) -> None:
+        """Called with the new characters of a row of the batch."""
         self._advance_bar()
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
+        """Called when the texts of these rows have ended: append their results to the file, and
+        update the bar. completions: of all rows of the batch."""
         self._output.append(result(self._batch[row], completions[row]) for row in rows)
         for row in rows:
             self._counts.add(self._batch[row], completions[row])
-            self._ended += len(completions[row].ids)
-            self._open -= self._batch[row].limit
+            self._ended_tokens += len(completions[row].ids)
+            self._open_limit -= self._batch[row].limit
         self._done += len(rows)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts", refresh=False)
         self._advance_bar()
 
     def _advance_bar(self) -> None:
-        """Update the bar. Its total is an upper bound that falls when a text ends early."""
-        self._bar.total = self._ended + self._open
+        """Show the tokens generated until now. The bar's total, an upper bound, falls when a text
+        ends before its limit."""
+        self._bar.total = self._ended_tokens + self._open_limit
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 
 
-RESULT_PREFIX = b'{"index": '
+RESULT_PREFIX = b'{"index": '  # each line of a ResultsFile begins with these bytes
 
 
 def result(job: Job, completion: Any) -> dict[str, Any]:
-    """Return the line of a finished text, without its provenance."""
+    """Return the result of a text that has ended, as the object of its JSON line; append adds the
+    provenance. It must begin with "index": see RESULT_PREFIX."""
     row = {
         "index": job.index,
         "sample": job.sample,
@@ -388,19 +442,22 @@ def result(job: Job, completion: Any) -> dict[str, Any]:
 
 
 def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, result); remove an incomplete last line from the file.
+    """Yield (line number, result) for each complete line of a results file.
 
-    Raises ValueError for a line that is no result.
+    Then cut off a last line without a line end, which an interrupted run leaves: the next result
+    would be appended to it. Raises ValueError for a line that is no JSON object and, before
+    anything is cut, for an incomplete line that is not the beginning of a result.
     """
     content = path.read_bytes()
-    whole, rest = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    for n, line in enumerate(whole.split(b"\n"), 1):
+    end = content.rfind(b"\n") + 1
+    complete, incomplete = content[:end], content[end:]
+    for n, line in enumerate(complete.split(b"\n"), 1):
         if line.strip():
             value = parse_json(line, f"--output {path} is no result in line {n}: it")
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {n} is no result: give another --output")
             yield n, value
-    if not (rest.startswith(RESULT_PREFIX) or RESULT_PREFIX.startswith(rest)):
+    if not (incomplete.startswith(RESULT_PREFIX) or RESULT_PREFIX.startswith(incomplete)):
         raise ValueError(f"{path}: the last line is no result: give another --output")
-    if rest:
-        os.truncate(path, len(whole))
+    if incomplete:
+        os.truncate(path, len(complete))

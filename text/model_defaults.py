@@ -1,7 +1,7 @@
 """The sampling values that a model's authors chose, from its generation_config.json.
 
 Start at model_defaults. Where transformers and vLLM differ: "do_sample": false means greedy, as in
-transformers; without do_sample the given values are used, as in vLLM. Nothing here imports torch.
+transformers; without do_sample the file's values are used, as in vLLM. Nothing here imports torch.
 """
 
 import sys
@@ -16,10 +16,12 @@ KEYS = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 
 
 def model_defaults(directory: Path) -> dict[str, float]:
-    """Return the fields of GenerationConfig that generation_config.json sets, by name.
+    """Return the values for GenerationConfig that a checkpoint's generation_config.json has, by the
+    names of its fields; {} if the file does not exist.
 
-    Returns {} without that file. null counts as absent. Raises ValueError, naming the file and the
-    key, for a value of the wrong type or range.
+    Only KEYS are read, and null counts as absent. "do_sample": false gives temperature 0 and the
+    repetition penalty; true gives temperature 1 unless the file has another. Raises ValueError,
+    naming the file and the key, for a value of the wrong type or range.
     """
     path = directory / FILE
     if not path.is_file():
@@ -29,9 +31,8 @@ def model_defaults(directory: Path) -> dict[str, float]:
     do_sample = config.get("do_sample")
     if do_sample is True:
         return {"temperature": 1.0} | values  # the default of transformers and vLLM
-    if (
-        do_sample is False
-    ):  # greedy: of the others only a penalty changes which token is most likely
+    if do_sample is False:
+        # Greedy: of the other values only the penalty changes which token is the most likely.
         penalty = {k: v for k, v in values.items() if k == "repetition_penalty"}
         return {"temperature": 0.0} | penalty
     if do_sample is not None:
@@ -40,7 +41,8 @@ def model_defaults(directory: Path) -> dict[str, float]:
 
 
 def checked(path: Path, key: str, value: Any) -> float:
-    """Return a value as the number that GenerationConfig takes, or raise ValueError."""
+    """Return the value of a key as a number that GenerationConfig accepts for this field. Raises
+    ValueError, naming the file and the key, for any other value. top_k -1 becomes 0: no limit."""
     kind = int if key == "top_k" else float
     if (
         isinstance(value, bool)
@@ -48,9 +50,9 @@ def checked(path: Path, key: str, value: Any) -> float:
         or not abs(value) <= sys.float_info.max  # true for NaN, too
         or kind(value) != value
     ):
-        wanted = "a whole number" if kind is int else "a finite number"
-        raise ValueError(f"{path}: {key} is {short_json(value)} and must be {wanted}")
-    value = 0 if (key, value) == ("top_k", -1) else kind(value)  # vLLM: -1 is no limit
+        expected = "a whole number" if kind is int else "a finite number"
+        raise ValueError(f"{path}: {key} is {short_json(value)} and must be {expected}")
+    value = 0 if (key, value) == ("top_k", -1) else kind(value)  # vLLM's -1 means no limit
     try:
         GenerationConfig(**{key: value})
     except ValueError as error:
@@ -59,6 +61,6 @@ def checked(path: Path, key: str, value: Any) -> float:
 
 
 def defaults_line(values: dict[str, float], directory: Path) -> str:
-    """Return the log line that lists the values taken from the model's file."""
+    """Return the log line that lists values of model_defaults and the file that they come from."""
     listed = ", ".join(f"{key} {value:g}" for key, value in values.items())
     return f"{listed}: from {directory / FILE}; options override"

@@ -7,12 +7,14 @@ before it, so several draft tokens are verified in one call.
 The order is that of transformers: bias, repetition penalty, frequency and presence penalty, the
 caller's functions; then, in sampling.py, temperature and filters.
 
-Shapes: B rows, T positions that are sampled at once, L the longest text in ids, V vocabulary.
+Shapes: B rows, T positions that are sampled in one call, L ids of the longest text, V ids of the
+vocabulary.
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,11 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 class LogitsProcessors:
-    """Changes the logits of one batch of prompts.
+    """Changes the logits of one batch of prompts before sampling.
 
-    functions: called in this order. They must depend on their arguments alone, because they also
-    see draft tokens that are rejected later, and rows in any order.
+    It stores the ids of each row: the prompt's, then the new ids that `write` adds. functions:
+    called in this order, after biases and penalties. Their result must depend on their arguments
+    only, because they also get draft tokens that are rejected later, and rows in any order.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class LogitsProcessors:
         functions: Sequence[LogitsProcessor],
         device: torch.device,
     ):
+        """prompts: the ids of each row. Reserves config.max_new_tokens new ids for each row."""
         self.config, self.functions = config, functions
         L = max(map(len, prompts)) + config.max_new_tokens
         padded = [[*prompt, *[0] * (L - len(prompt))] for prompt in prompts]
@@ -48,63 +52,76 @@ class LogitsProcessors:
         self.biases = torch.tensor(biases[1], dtype=torch.float32, device=device)
 
     def part(self, rows: Tensor) -> "LogitsProcessors":
-        """Return processors for some rows of the batch; rows: (B,)."""
+        """Return the processors of a part of the batch. rows: (N,), indices of its rows. The stored
+        ids are copied, so a later `write` changes only one of the two objects."""
         part = copy.copy(self)
         part.ids, part.prompt_lengths = self.ids[rows], self.prompt_lengths[rows]
         return part
 
     def write(self, tokens: Tensor, numbers: Tensor) -> None:
-        """Store new tokens, (B, T); numbers, (B, T): the index of each among its row's new ids."""
-        # Only tokens beyond the end of a row are clamped.
+        """Store new tokens, (B, T), after they were sampled or drafted. numbers: (B, T), the index
+        of each token among its row's new ids. Rejected draft tokens are overwritten later."""
+        # Only draft tokens beyond max_new_tokens are clamped; they are never returned.
         positions = (self.prompt_lengths + numbers).clamp_max(self.ids.shape[1] - 1)
         self.ids.scatter_(1, positions, tokens)
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Return the changed logits in float32: (B, T, V) -> (B, T, V); numbers as in write."""
+        """Return the changed logits, (B, T, V), in float32.
+
+        logits: (B, T, V). numbers: (B, T), the index among its row's new ids of the token that is
+        sampled from these logits. The ids before this token must have been written: penalties
+        depend on them. The repetition penalty also counts the prompt's ids, the others do not.
+        """
         config, logits = self.config, logits.to(torch.float32, copy=True)
         if len(self.biased_ids):
             logits[..., self.biased_ids] += self.biases
         positions = torch.arange(self.ids.shape[1], device=logits.device)
-        earlier = positions < (self.prompt_lengths + numbers).unsqueeze(-1)  # (B, T, L)
+        is_earlier = positions < (self.prompt_lengths + numbers).unsqueeze(-1)  # (B, T, L)
         if config.repetition_penalty != 1:
             penalty = config.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self._counts(earlier, logits) > 0, penalised, logits)
+            logits = torch.where(self._counts(is_earlier, logits) > 0, penalised, logits)
         if config.frequency_penalty or config.presence_penalty:
-            counts = self._counts(earlier & (positions >= self.prompt_lengths).unsqueeze(1), logits)
+            is_new = (positions >= self.prompt_lengths).unsqueeze(1)  # (B, 1, L)
+            counts = self._counts(is_earlier & is_new, logits)
             logits -= config.frequency_penalty * counts
             logits -= config.presence_penalty * (counts > 0)
         return self._call_functions(logits, numbers) if self.functions else logits
 
     def _counts(self, mask: Tensor, logits: Tensor) -> Tensor:
-        """Count each id at the positions where mask, (B, T, L), is true: (B, T, V)."""
+        """Return (B, T, V): how often each id of the vocabulary stands at the positions of its row
+        where mask, (B, T, L), is true. logits: (B, T, V), for shape and dtype of the result."""
         ids = self.ids.unsqueeze(1).expand_as(mask)  # (B, T, L)
         return torch.zeros_like(logits).scatter_add_(2, ids, mask.to(logits.dtype))
 
     def _call_functions(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Call the functions once for all texts of each length, so that none is padded. With a GPU
-        the host waits here."""
+        """Return logits, (B, T, V), changed by the caller's functions. logits are overwritten.
+
+        A function takes texts of one length, because padding could change its result. So it is
+        called once for each length that occurs. With a GPU the host waits for the lengths.
+        """
         B, T, V = logits.shape
         logits = logits.view(B * T, V)
-        indices = defaultdict(list)  # by length
+        indices = defaultdict(list)  # length of a text -> its indices in B * T
         for index, length in enumerate((self.prompt_lengths + numbers).flatten().tolist()):
             indices[length].append(index)
         for length, same_length in indices.items():
             at = torch.tensor(same_length, device=logits.device)  # (N,)
-            ids, given = self.ids[at // T, :length], logits[at]  # (N, L), (N, V)
+            ids, changed = self.ids[at // T, :length], logits[at]  # (N, L), (N, V)
             for function in self.functions:
-                given = checked(function, function(ids, given), given)
-            logits[at] = given
+                changed = checked(function, function(ids, changed), changed)
+            logits[at] = changed
         return logits.view(B, T, V)
 
 
-def checked(function: LogitsProcessor, made: Tensor, given: Tensor) -> Tensor:
-    """Return the logits that a function made, or raise ValueError if they are no logits."""
-    if isinstance(made, Tensor) and made.shape == given.shape and made.is_floating_point():
-        return made.float()
-    what = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+def checked(function: LogitsProcessor, result: Any, logits: Tensor) -> Tensor:
+    """Return a logits processor's result in float32. Raises ValueError, naming the function, unless
+    it is a floating-point tensor of the shape of `logits`, which the function got."""
+    if isinstance(result, Tensor) and result.shape == logits.shape and result.is_floating_point():
+        return result.float()
+    what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
     name = getattr(function, "__name__", type(function).__name__)
     raise ValueError(
-        f"the logits processor {name} returned {what} for logits of shape {tuple(given.shape)}: it "
-        "must return floating-point logits of the same shape"
+        f"the logits processor {name} returned {what} for logits of shape {tuple(logits.shape)}: "
+        "it must return floating-point logits of the same shape"
     )

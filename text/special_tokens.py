@@ -1,4 +1,4 @@
-"""The JSON files beside a vocabulary: special tokens, added tokens and the chat template.
+"""The JSON files next to a vocabulary: special tokens, added tokens and the chat template.
 
 Start at TokenizerConfig, which checks the type of each value that it returns. tokenizer.py decides
 between these files and the vocabulary; vocabulary.py adds the added tokens to the vocabulary. As in
@@ -18,24 +18,26 @@ from host.files import read_object, read_text
 
 LFS_HEADER = b"version https://git-lfs"  # begins a file that git-lfs has not fetched
 TOKEN_KEYS = [f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
-EXTRA_KEYS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+EXTRA_KEYS = ("additional_special_tokens", "extra_special_tokens")  # in transformers 4 and 5
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # arguments of AddedToken
 MAX_IDS = 1 << 24  # far above any vocabulary: a damaged file can contain 2^63
 
-Added = list[tuple[int | None, AddedToken]]  # None: the next free id
+Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets the next free id
 
 
 class TokenizerConfig:
-    """The values of the JSON files beside a vocabulary.
+    """The values of the JSON files next to a vocabulary.
 
     Each method and property raises ValueError, naming the file and the key, if a value has the
     wrong type.
     """
 
     def __init__(self, directory: Path):
+        """Read tokenizer_config.json; without its added_tokens_decoder, special_tokens_map.json,
+        too. Methods read the other files when they need them."""
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
-        self._overrides: dict[str, Any] = {}  # of special_tokens_map.json
+        self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
         if self._config.get("added_tokens_decoder") is None:
             self._overrides = read_config(directory / "special_tokens_map.json")
 
@@ -48,11 +50,15 @@ class TokenizerConfig:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The texts of bos_token, eos_token, pad_token and so on by key; "" for null."""
+        """The texts of the tokens that the files name, by key: {"eos_token": "</s>", ...}.
+
+        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token and have a text,
+        which chat templates may use.
+        """
         both = self._config | self._overrides
-        found = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
+        texts = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
         others = [key for key in both if key.endswith("_token") and key not in TOKEN_KEYS]
-        return found | {key: both[key] for key in others if isinstance(both[key], str)}
+        return texts | {key: both[key] for key in others if isinstance(both[key], str)}
 
     def special_texts(self) -> list[str]:
         """Return the texts of the tokens of TOKEN_KEYS that have a text."""
@@ -60,15 +66,17 @@ class TokenizerConfig:
 
     @cached_property
     def added(self) -> Added:
-        """The added tokens with their ids, in the order of ids, then those without an id."""
+        """The added tokens as (id, token): first those with an id, in the order of ids, then the
+        additional special tokens, whose id is None, without those that already have an id."""
         extra = self._extra()
         special = {*self.special_texts(), *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
-        known = {token.content for _, token in added}
-        return added + [(None, token) for token in extra if token.content not in known]
+        added_texts = {token.content for _, token in added}
+        return added + [(None, token) for token in extra if token.content not in added_texts]
 
     def ids(self, file: str, key: str) -> list[int]:
-        """Return the token ids of a key such as eos_token_id: one, several or none."""
+        """Return the token ids that a JSON file has under a key such as eos_token_id, which may be
+        an id, a list or null. Returns [] for null and for a missing key or file."""
         value = self._other(file).get(key)
         entries = value if isinstance(value, list) else [value]
         if any(isinstance(e, bool) or not isinstance(e, int | None) for e in entries):
@@ -81,32 +89,37 @@ class TokenizerConfig:
         return size if isinstance(size, int) else 0
 
     def chat_template(self) -> str | None:
-        """Return the Jinja source of the first file that has a chat template, or None."""
+        """Return the Jinja source of the chat template, or None. It comes from the first of
+        chat_template.jinja, tokenizer_config.json and chat_template.json that has one."""
         path = self.directory / "chat_template.jinja"
         if path.is_file():
             refuse_lfs_pointer(path)
             return read_text(path)
         for file in ("tokenizer_config.json", "chat_template.json"):
-            given = self._other(file).get("chat_template")
-            if given is not None:
-                return self._default_template(file, given)
+            value = self._other(file).get("chat_template")
+            if value is not None:
+                return self._default_template(file, value)
         return None
 
-    def _default_template(self, file: str, given: Any) -> str | None:
-        """Return the template, or of several named ones the one named "default"."""
-        template = given
-        if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
-            given = {str(entry.get("name")): entry.get("template") for entry in given}
-        if isinstance(given, dict):
-            template = given.get("default")
+    def _default_template(self, file: str, value: Any) -> str | None:
+        """Return the template in the value of a "chat_template" key. The value is a template, or
+        several with names, of which the one named "default" is returned (None if there is none):
+        {name: template} or [{"name": ..., "template": ...}, ...]. file: for error messages."""
+        template = value
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            value = {str(entry.get("name")): entry.get("template") for entry in value}
+        if isinstance(value, dict):
+            template = value.get("default")
         if not isinstance(template, str | None):
             raise self._wrong("chat_template", template, "a template's text", file)
         return template
 
     def _numbered(self, special: set[str | None]) -> Added:
-        """Return the tokens of added_tokens_decoder, else of added_tokens.json, with their ids.
+        """Return the added tokens that have ids: those of added_tokens_decoder, else those of
+        added_tokens.json.
 
-        special: the texts of special tokens, which added_tokens.json does not mark.
+        special: the texts of special tokens. They are needed for added_tokens.json, which has only
+        texts and ids; added_tokens_decoder has a flag "special" for each token.
         """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
         if decoder is not None:
@@ -123,23 +136,31 @@ class TokenizerConfig:
         ]
 
     def _extra(self) -> list[AddedToken]:
-        """Return the additional special tokens, which have no ids."""
-        found = []
+        """Return the tokens under EXTRA_KEYS: additional special tokens, listed without ids. The
+        value of a key is a list of tokens or, in transformers 5, an object {name: token}."""
+        tokens = []
         for key in EXTRA_KEYS:
             value = (self._config | self._overrides).get(key) or []
             value = list(value.values()) if isinstance(value, dict) else value
             if not isinstance(value, list):
                 raise self._wrong(key, value, "a list of tokens")
-            found += [self._token(key, entry, True) for entry in value if entry]
-        return found
+            tokens += [self._token(key, entry, True) for entry in value if entry]
+        return tokens
 
     def _text(self, key: str, value: Any) -> str:
+        """Return the text of a token that JSON describes by a text, by an object with the text as
+        "content", or by null (""). Raises ValueError for another value. key: for the message."""
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str | None) or re.search("[\ud800-\udfff]", text or ""):
             raise self._wrong(key, value, "a token's text or null")
         return text or ""
 
     def _token(self, key: str, entry: Any, special: bool) -> AddedToken:
+        """Return the AddedToken that JSON describes by a text, or by an object with text and FLAGS.
+
+        special: for an entry without that flag. As in transformers, tokens that are not special
+        are normalized by default. Raises ValueError for another value. key: for the message.
+        """
         flags = {f: v for f, v in entry.items() if f in FLAGS} if isinstance(entry, dict) else {}
         text = self._text(key, entry)
         if not text or not all(isinstance(value, bool) for value in flags.values()):
@@ -148,6 +169,7 @@ class TokenizerConfig:
         return AddedToken(text, **{"normalized": not flags["special"], **flags})
 
     def _id(self, key: str, value: Any, file: str = "tokenizer_config.json") -> int:
+        """Return a token id, or raise ValueError if the value is not an integer below MAX_IDS."""
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_IDS:
             raise self._wrong(key, value, f"a token id from 0 to {MAX_IDS - 1}", file)
         return value
@@ -156,13 +178,15 @@ class TokenizerConfig:
         return read_config(self.directory / file)
 
     def _wrong(
-        self, key: str, value: Any, wanted: str, file: str = "tokenizer_config.json"
+        self, key: str, value: Any, expected: str, file: str = "tokenizer_config.json"
     ) -> ValueError:
+        """Return the error for a value of the wrong type. It names the file that has the value: a
+        key in special_tokens_map.json overrides the same key in tokenizer_config.json."""
         if key in self._overrides and file == "tokenizer_config.json":
             file = "special_tokens_map.json"
         shown = json.dumps(value)
         shown = shown if len(shown) < 60 else shown[:57] + "..."
-        return ValueError(f'{self.directory / file}: "{key}" is {shown} and must be {wanted}')
+        return ValueError(f'{self.directory / file}: "{key}" is {shown} and must be {expected}')
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -174,7 +198,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise ValueError for a file that git-lfs has not fetched."""
+    """Raise ValueError if the file is a git-lfs pointer: a clone without git-lfs has these short
+    text files in place of the large files."""
     with path.open("rb") as file:
         if file.read(len(LFS_HEADER)) == LFS_HEADER:
             raise ValueError(

@@ -16,13 +16,14 @@ PASTE_SECONDS = 0.05  # a line that follows within this time belongs to the same
 
 
 class Messages:
-    """Messages from stdin. Raises ValueError if stdin is closed.
+    """Reads a user's messages from stdin. Raises ValueError if stdin is closed.
 
-    under_torchrun: torchrun ends all processes at a SIGINT. During a chat the terminal therefore
-    sends Ctrl-C as the byte 0x03 instead of the signal, and `stoppable` polls for that byte.
+    under_torchrun: torchrun ends all processes at a SIGINT. So during a chat the terminal is set to
+    send Ctrl-C as the byte 0x03 and no signal, and `stoppable` polls stdin for this byte.
     """
 
     def __init__(self, under_torchrun: bool = False):
+        """Check stdin. polls_ctrl_c: whether Ctrl-C arrives as a byte, which must be polled."""
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
         if hasattr(sys.stdin, "reconfigure"):
@@ -33,14 +34,19 @@ class Messages:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Prepare the terminal for a chat, and restore it afterwards."""
+        """Prepare the terminal for a chat: line editing and, under torchrun, Ctrl-C as a byte.
+        Restore it at the end of the block. All other methods are called in this block."""
         if self._is_terminal:
             self._has_bracketed_paste = use_readline()
         with changed_terminal() if self.polls_ctrl_c else contextlib.nullcontext():
             yield
 
     def read(self) -> str | None:
-        """Return the next message that is not blank, or None at the end of the input."""
+        """Return the next message that is not blank, or None at the end of the input (Ctrl-D).
+
+        Ctrl-C at the prompt of a terminal discards the line. From a pipe, it raises
+        KeyboardInterrupt.
+        """
         text = ""
         while not text.strip():
             try:
@@ -55,9 +61,11 @@ class Messages:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """Yield a function that returns whether the byte of Ctrl-C has arrived during an answer.
+        """Yield a function that returns whether the user has pressed Ctrl-C since its last call. It
+        is called while an answer is generated.
 
-        Where Ctrl-C raises KeyboardInterrupt it always returns False.
+        It needs Ctrl-C as a byte (polls_ctrl_c), and then reads and discards the keyboard's input.
+        Otherwise it returns False, because Ctrl-C raises KeyboardInterrupt.
         """
         if not self.polls_ctrl_c:
             yield lambda: False
@@ -66,6 +74,10 @@ class Messages:
             yield ctrl_c_pressed
 
     def _input(self) -> str:
+        """Return a line of input or, from a terminal, a paste of several lines as one text.
+
+        Without bracketed paste, lines belong to one paste if they arrive within PASTE_SECONDS.
+        """
         lines = [input("> " if self._is_terminal else "")]
         if self._is_terminal and not self._has_bracketed_paste:
             with contextlib.suppress(EOFError):  # the lines before Ctrl-D are a message
@@ -75,7 +87,8 @@ class Messages:
 
 
 def use_readline() -> bool:
-    """Let `input` edit lines; return whether it reads a paste of several lines as one message."""
+    """Let Python's `input` edit lines with readline. Return whether `input` now returns a paste of
+    several lines as one text (bracketed paste): it needs GNU readline and a terminal."""
     try:
         import readline  # `input` uses it once it is imported
     except ImportError:
@@ -89,7 +102,10 @@ def use_readline() -> bool:
 
 @contextlib.contextmanager
 def changed_terminal(without: int = 0) -> Iterator[None]:
-    """Make Ctrl-C an ordinary character and clear the local modes `without`; then restore both."""
+    """Let the terminal send Ctrl-C as a byte instead of a signal, in this block.
+
+    without: flags of termios, such as ECHO, that are cleared in the block, too.
+    """
     terminal = sys.stdin.fileno()
     before, changed = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
     changed[3] &= ~without
@@ -102,6 +118,7 @@ def changed_terminal(without: int = 0) -> Iterator[None]:
 
 
 def ctrl_c_pressed() -> bool:
-    """Return whether Ctrl-C was pressed since the last call; other keys are discarded."""
+    """Return whether Ctrl-C was pressed since the last call. Other keys are discarded. The terminal
+    must send Ctrl-C as a byte, without waiting for the end of a line: see changed_terminal."""
     terminal = sys.stdin.fileno()
     return bool(select.select([terminal], [], [], 0)[0]) and CTRL_C in os.read(terminal, 4096)

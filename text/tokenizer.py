@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, with the checkpoint's BOS, EOS and chat template.
 
 Start at load_tokenizer. A Backend (vocabulary.py) encodes text and gives the bytes of each id.
-Decoding joins those bytes and reads them as UTF-8. TextStream is the only decoder, so text that is
+Decoding joins the bytes and reads them as UTF-8. TextStream is the only decoder, so text that is
 printed token by token equals the text that decode returns.
 
 The files of a checkpoint often contradict one another. The first valid answer counts:
@@ -14,10 +14,10 @@ The files of a checkpoint often contradict one another. The first valid answer c
 
 The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.json. bos_token and
 eos_token come from special_tokens_map.json, then from tokenizer_config.json; the former is ignored
-if the latter has an added_tokens_decoder. This order is that of transformers:
-its tokenizer determines how a text begins, since config.json may hold a library's defaults, and its
-generation config determines how a text ends. An id is invalid if it is negative, if neither the
-tokenizer nor the model has it, or if it is the id of <unk> or of an empty text.
+if the latter has an added_tokens_decoder. This order is the order of transformers. There the
+tokenizer determines BOS, because config.json may have a library's default values. The generation
+config determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model
+has it, or if it is the id of <unk> or of an empty text.
 """
 
 import codecs
@@ -33,13 +33,14 @@ from text.vocabulary import Backend, IdBackend, library_errors, open_backend
 class TextStream:
     """Decodes token ids one at a time.
 
-    The bytes of an incomplete character wait for the ids that complete it; invalid bytes become
-    U+FFFD. The ids of the prompt are pushed first and their text is dropped: the backend strips the
-    space before the first word of a text, but not before a continuation, and the first new id may
-    complete a character that the prompt began.
+    An id may stand for a part of a character only. Its bytes wait until later ids complete the
+    character; invalid bytes become U+FFFD. The ids of the prompt are decoded first, and their text
+    is dropped, for two reasons: the space before the first word is removed from the beginning of a
+    text but not from a continuation, and the first new id may complete a character of the prompt.
     """
 
     def __init__(self, backend: Backend, prompt_ids: Iterable[int] = ()):
+        """prompt_ids: ids that come before the ids to decode; () at the beginning of a text."""
         self._backend = backend
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = backend.strips_space
@@ -59,7 +60,7 @@ class TextStream:
         return "" if self._backend.token_bytes(token) else self._backend.id_to_token(token)
 
     def flush(self) -> str:
-        """Return the bytes that still wait as U+FFFD: no id follows that could complete them."""
+        """End the stream: return U+FFFD if the last ids left an incomplete character, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -80,8 +81,8 @@ class Tokenizer:
         chat_template: str | None = None,
         add_bos: bool | None = None,
     ):
-        """names: the texts of special tokens by name ("eos_token"), for the chat template. add_bos:
-        whether encode adds BOS; None: as the backend does."""
+        """names: the texts of special tokens by key ("eos_token"), for the chat template. add_bos:
+        whether encode adds BOS; None: as the vocabulary asks (Backend.adds_bos)."""
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self.vocab_size = backend.vocab_size
         self.chat_template = chat_template
@@ -135,20 +136,28 @@ class Tokenizer:
         return self.encode(text, bos=False, special=True)
 
     def chat_text(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """Return the text that the template renders; raises what apply_chat_template raises."""
+        """Return the text that the chat template makes of a conversation, before it is encoded.
+
+        add_generation_prompt: whether the text ends with the beginning of the model's answer.
+        Raises ValueError if the checkpoint has no template, or if it fails or rejects the messages.
+        """
         if self.chat_template is None:
             raise ValueError(
                 "no chat template: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give this model a plain prompt"
             )
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        # Templates test "tools is none", which an undefined variable is not.
-        given |= {"tools": None, "documents": None}
-        return chat_template.render(self.chat_template, self._names | given)
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        # Templates test "tools is none", which is false for an undefined variable.
+        variables |= {"tools": None, "documents": None}
+        return chat_template.render(self.chat_template, self._names | variables)
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> str | None:
-    """Describe the first id that two tokenizers decode differently; None if no id differs."""
+    """Describe the first id that two tokenizers decode differently; None if no id differs.
+
+    Compared before speculative decoding: draft and target model exchange ids, so each id must stand
+    for the same bytes in both.
+    """
     if a.vocab_size != b.vocab_size:
         return f"the tokenizers have {a.vocab_size} and {b.vocab_size} ids"
     for token in range(a.vocab_size):
@@ -186,7 +195,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 def find_bos_and_eos(
     backend: Backend, config: TokenizerConfig
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of BOS, those of EOS, and those of the eos_token that chat templates write."""
+    """Return three tuples of ids: BOS, EOS, and the eos_token that chat templates write.
+
+    Each comes from its first source with a valid id, in the order of the table at the top of this
+    file. BOS and eos_token are the first id of their tuple; every id of EOS ends a text. eos_token
+    may differ from EOS, because generation_config.json comes first for EOS only.
+    """
     own_eos = named_id(backend, config, "eos_token")
     bos_ids, eos_ids = (
         [config.ids(file, key) for file in ("generation_config.json", "config.json")]
@@ -201,14 +215,17 @@ def find_bos_and_eos(
 
 
 def named_id(backend: Backend, config: TokenizerConfig, name: str) -> list[int | None]:
-    """Return a list of one: the id of the token that the config names, such as "eos_token"."""
+    """Return [id] of the token that the config has under a key such as "eos_token", or [None]. The
+    list serves as a source of first_valid."""
     return [backend.token_to_id(config.names.get(name, ""))]
 
 
 def first_valid(backend: Backend, size: int, *sources: Iterable[int | None]) -> tuple[int, ...]:
-    """Return the valid ids, without repetitions, of the first source that has a valid id.
+    """Return the valid ids, without repetitions, of the first source that has a valid id; () if no
+    source has one.
 
-    size: valid ids are below it.
+    An id is valid if it is in range(size), is not <unk>, and has a text. An id from
+    backend.vocab_size on needs no text: the model has it, and the tokenizer does not.
     """
 
     def is_valid(token: int | None) -> bool:
@@ -217,5 +234,5 @@ def first_valid(backend: Backend, size: int, *sources: Iterable[int | None]) -> 
         has_text = backend.id_to_token(token) != "" or token >= backend.vocab_size
         return has_text and not backend.is_unknown(token)
 
-    found = (tuple(dict.fromkeys(filter(is_valid, source))) for source in sources)
-    return next(filter(None, found), ())
+    valid_ids = (tuple(dict.fromkeys(filter(is_valid, source))) for source in sources)
+    return next(filter(None, valid_ids), ())

@@ -25,8 +25,8 @@ from text.special_tokens import MAX_IDS, TokenizerConfig, refuse_lfs_pointer
 EOS_TOKENS = ("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 UNK_TOKENS = ("<unk>", "[UNK]", "<|unk|>")
 OPT_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-# Llama 3.1's names. Llama 3 has the same file and names other ids "reserved", which it never
-# generates, so one list serves both.
+# Llama 3.1's names. Llama 3 has the same file; it calls some of these ids "reserved" and never
+# generates them, so one list is right for both.
 LLAMA3_NAMED = (
     "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
     "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag"
@@ -40,8 +40,8 @@ LLAMA3_SPLIT = (
 # These bytes, appended to a sentencepiece model, set normalizer_spec.add_dummy_prefix to false:
 # Protocol Buffers merge concatenated messages, and the last value of a field counts.
 NO_PREFIX = b"\x1a\x02\x18\x00"
-# GPT-2's byte alphabet: a byte is written as the Latin-1 character of its number if visible.
-# The other bytes, in order, are written as the characters from U+0100 on.
+# GPT-2's byte alphabet: a byte whose Latin-1 character is visible is written as this character.
+# The other bytes, in ascending order, are written as the characters from U+0100 on.
 VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 HIDDEN = (b for b in range(256) if b not in VISIBLE)
 CHAR_OF = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
@@ -49,8 +49,8 @@ BYTE_OF = {c: b for b, c in CHAR_OF.items()}
 
 
 def open_backend(directory: Path, config: TokenizerConfig) -> "Backend":
-    """Return a backend for the first format of FORMATS whose files are in the directory, with the
-    added tokens of the config.
+    """Read the vocabulary in a checkpoint's directory, in the first format of FORMATS whose files
+    are there, and add the added tokens of the config.
 
     Raises FileNotFoundError if the directory has no vocabulary, and ValueError naming the file that
     cannot be read.
@@ -60,22 +60,24 @@ def open_backend(directory: Path, config: TokenizerConfig) -> "Backend":
         if all(path.is_file() for path in paths):
             for path in paths:
                 refuse_lfs_pointer(path)
-            config.added  # noqa: B018 -- here, so that an error in it names its own file
+            # Parsed outside library_errors, so that an error in the config names the config file.
+            config.added  # noqa: B018
             what = " with ".join(map(str, paths)) + ": not a readable tokenizer"
             with library_errors(what):
                 backend = read(*paths, config)
                 check_usable(backend)
             return backend
-    wanted = ", ".join(" with ".join(names) for names in FORMATS)
-    found = ", ".join(sorted(path.name for path in directory.glob("*"))) or "nothing"
-    raise FileNotFoundError(f"no tokenizer in {directory}: looked for {wanted}; found {found}")
+    expected = ", ".join(" with ".join(names) for names in FORMATS)
+    present = ", ".join(sorted(path.name for path in directory.glob("*"))) or "nothing"
+    raise FileNotFoundError(f"no tokenizer in {directory}: looked for {expected}; found {present}")
 
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Turn any error of a tokenizer library into a ValueError that begins with `what`.
+    """Turn any error of a tokenizer library in this block into a ValueError: `what (message)`.
 
-    A panic of Rust code derives from BaseException and prints to stderr first, which is suppressed.
+    A panic of the library's Rust code raises a BaseException and prints to stderr; the print is
+    suppressed, as all other output to stderr in the block. Ctrl-C, exit and MemoryError pass.
     """
     try:
         with stderr_to_devnull():
@@ -88,7 +90,8 @@ def library_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stderr_to_devnull() -> Iterator[None]:
-    """Redirect file descriptor 2 to /dev/null: libraries write to it without Python."""
+    """Redirect file descriptor 2 to /dev/null in this block, for all threads: native libraries
+    write to it directly, past sys.stderr."""
     try:
         original = os.dup(2)
     except OSError:  # stderr is closed
@@ -104,7 +107,8 @@ def stderr_to_devnull() -> Iterator[None]:
 
 
 def check_usable(backend: "Backend") -> None:
-    """Encode and decode once, so that a damaged file raises here and not in the middle of a run."""
+    """Encode and decode a text, so that a damaged vocabulary raises its error now and not in the
+    middle of a run. Raises ValueError for token ids above MAX_IDS, and any error of the library."""
     if not 0 < backend.vocab_size <= MAX_IDS:
         raise ValueError(f"it has token ids up to {backend.vocab_size - 1}")
     for special in (False, True):
@@ -118,34 +122,43 @@ def one_line(err: BaseException) -> str:
 
 
 class Backend(Protocol):
-    """The interface of a vocabulary. Tokenizer may override its BOS and EOS by the config files."""
+    """The interface of a vocabulary, in each of the formats.
 
-    vocab_size: int
+    It never adds BOS itself. Tokenizer (tokenizer.py) does, and may replace the vocabulary's BOS
+    and EOS by those of the config files. A text of `special_id` and `token_to_id` is the token's
+    name, such as "</s>".
+    """
+
+    vocab_size: int  # 1 + the largest id; ids may have gaps
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    adds_bos: bool  # whether a text begins with BOS
-    strips_space: bool  # encode adds a space before the text, which decoding removes
+    adds_bos: bool  # whether the vocabulary asks for BOS before each text
+    strips_space: bool  # encode adds a space before the text, and decoding must remove it
 
+    # special: whether the names of special tokens in the text become their ids
     def encode(self, text: str, special: bool) -> list[int]: ...
     def token_bytes(self, token: int) -> bytes: ...  # empty for special tokens and missing ids
-    def token_to_id(self, text: str) -> int | None: ...
-    def special_id(self, text: str) -> int | None: ...  # None if the token is not special
+    def token_to_id(self, text: str) -> int | None: ...  # None: no token has this text
+    def special_id(self, text: str) -> int | None: ...  # None: no special token has this text
     def id_to_token(self, token: int) -> str: ...  # "" for missing ids
     def is_unknown(self, token: int) -> bool: ...  # whether it is the id of <unk>
 
 
 class TokenizersBackend:
-    """A tokenizers.Tokenizer, from tokenizer.json or built by the functions below."""
+    """A Backend on a tokenizers.Tokenizer, which is read from tokenizer.json or built by
+    _from_ranks or _from_merges."""
 
     def __init__(self, tk: tokenizers.Tokenizer, config: TokenizerConfig):
-        # The file may contain the truncation of a training run, which would cut prompts.
+        """Add the config's added tokens to `tk`, and mark the tokens that the config names, such as
+        eos_token, as special. BOS is what `tk` itself puts before a text, if it is special."""
+        # tokenizer.json may contain the truncation of a training run, which would cut prompts.
         tk.no_truncation()
         tk.no_padding()
         self._tk = tk
         tk.add_tokens([token for _, token in config.added])
-        marked = {token.content for token in tk.get_added_tokens_decoder().values()}
-        named = [t for t in config.special_texts() if tk.token_to_id(t) is not None]
-        tk.add_tokens([special_token(text) for text in named if text not in marked])
+        added_texts = {token.content for token in tk.get_added_tokens_decoder().values()}
+        special_texts = [t for t in config.special_texts() if tk.token_to_id(t) is not None]
+        tk.add_tokens([special_token(text) for text in special_texts if text not in added_texts])
         self._added = tk.get_added_tokens_decoder()
         self._bytes_of, self.strips_space = _piece_rule(tk.decoder)
         self._special = {t.content: i for i, t in self._added.items() if t.special}
@@ -156,7 +169,7 @@ class TokenizersBackend:
         self.bos_id = example.ids[0] if self.adds_bos else None
 
     def encode(self, text: str, special: bool) -> list[int]:
-        # encode_special_tokens: whether the library encodes their names as plain characters
+        # encode_special_tokens=True: the library encodes names of special tokens as plain text.
         self._tk.encode_special_tokens = not special
         return self._tk.encode(text, add_special_tokens=False).ids
 
@@ -172,26 +185,31 @@ class TokenizersBackend:
         return self._special.get(text)
 
     def id_to_token(self, token: int) -> str:
-        # A normalized added token has another name in the library's vocabulary.
+        # The library's vocabulary has the normalized text of an added token, not its own text.
         added = self._added.get(token)
         return added.content if added else self._tk.id_to_token(token) or ""
 
     def is_unknown(self, token: int) -> bool:
-        # The model's unk_token does not serve: GPT-2's is also its BOS and EOS.
+        # The vocabulary's own unk_token cannot be used: GPT-2's is also its BOS and EOS.
         return self.id_to_token(token) in UNK_TOKENS
 
 
 class SentencePieceBackend:
-    """A sentencepiece model with added tokens: Llama and Llama 2 as Meta published them."""
+    """A Backend on a sentencepiece model with added tokens: Llama and Llama 2 as Meta published
+    them. sentencepiece does not know the added tokens: AddedTokenSplitter splits the text at them,
+    and sentencepiece encodes the parts between them."""
 
     adds_bos = True
 
     def __init__(self, path: Path, config: TokenizerConfig):
+        """Read the sentencepiece model `path`. With "legacy": false in the config, a second
+        processor encodes the text after an added token; it puts no space before the text."""
         model = path.read_bytes()
         self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._continue = sp  # encodes the text after an added token
+        self._sp_after_token = sp  # encodes the text after an added token
         if config.flag("legacy") is False:
-            self._continue = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
+            without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
+            self._sp_after_token = without_prefix
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
         self.eos_ids = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
         self.strips_space = sp.encode("a", out_type=str)[0].startswith("▁")
@@ -201,17 +219,20 @@ class SentencePieceBackend:
         self._ids = {token.content: i for i, token in self._added.items()}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        # The text after a special token gets a leading space, as each turn of a chat does in
-        # Llama 2's reference code, unless "legacy" is false.
+        """Return the ids of a text. sentencepiece puts a space before each part of the text, as in
+        Llama 2's reference code before each turn of a chat; if "legacy" is false in the config,
+        only before a part at the beginning of the text."""
         ids: list[int] = []
         for n, part in enumerate(self._split(text, special)):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += (self._continue if n else self._sp).encode(part)
+                ids += (self._sp_after_token if n else self._sp).encode(part)
         return ids
 
     def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id adds to a text; b"" for special tokens, <unk> and ids that
+        the vocabulary does not have."""
         if added := self._added.get(token):
             return b"" if added.special else added.content.encode()
         if not self._is_piece(token) or self._sp.is_unknown(token):
@@ -242,9 +263,10 @@ class SentencePieceBackend:
 def added_to_pieces(
     sp: sentencepiece.SentencePieceProcessor, config: TokenizerConfig
 ) -> dict[int, AddedToken]:
-    """Return the control pieces of a sentencepiece model and the added tokens of the config by id.
+    """Return the tokens at which text is split, by id: the control pieces of a sentencepiece model,
+    such as </s>, and the added tokens of the config.
 
-    An added token without an id has that of the piece with its text, else the next free id.
+    An added token without an id gets the id of the piece with the same text, else the next free id.
     """
     pieces = {i: sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)}
     added = {i: special_token(piece) for i, piece in pieces.items()}
@@ -259,10 +281,11 @@ def added_to_pieces(
 
 
 class AddedTokenSplitter:
-    """Splits a text at added tokens, with the tokenizers library, which implements their flags.
+    """Splits a text at added tokens, for a vocabulary that does not know them.
 
-    Its vocabulary has the added tokens alone, so it returns the text between them as one unknown
-    token.
+    It uses the tokenizers library, which implements the flags lstrip, rstrip, single_word and
+    normalized. The library's tokenizer here has no vocabulary but the added tokens, so the text
+    between two of them is one unknown token.
     """
 
     def __init__(self, added: dict[int, AddedToken]):
@@ -271,14 +294,19 @@ class AddedTokenSplitter:
         self._ids = {self._tk.token_to_id(token.content): i for i, token in added.items()}
 
     def __call__(self, text: str, special: bool) -> Iterator[str | int]:
+        """Yield the parts of a text in order: the id of an added token, or the text between two.
+
+        special: whether the names of special tokens are split off; else they are plain text.
+        """
         self._tk.encode_special_tokens = not special
-        found = self._tk.encode(text, add_special_tokens=False)
-        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+        encoding = self._tk.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             yield self._ids.get(token, text[start:end])
 
 
 class IdBackend:
-    """The backend of a model without tokenizer files: an id decodes to its own number."""
+    """The Backend of a model without tokenizer files (random weights): an id decodes to its number
+    and a space, and text cannot be encoded."""
 
     bos_id, eos_ids, adds_bos, strips_space = None, (), False, False
 
@@ -309,9 +337,12 @@ def special_token(text: str) -> AddedToken:
 
 
 def _piece_rule(decoder):
-    """Return the function from a piece to its bytes, and whether decoding strips the first space.
+    """Return a function from the text of a token to its bytes, and whether decoding removes the
+    space before the first word of a text.
 
-    The decoder is tried on pieces, because tokenizer.json files write the same rule in many ways.
+    decoder: of a tokenizers.Tokenizer, or None. tokenizer.json files describe the same decoder in
+    many ways, so it is recognised by the texts that it returns for two examples. Raises ValueError
+    for a decoder that is neither GPT-2's (byte level) nor sentencepiece's (metaspace).
     """
     decode = decoder.decode if decoder else " ".join
     if decode(["Ġa"]) == " a":
@@ -322,6 +353,7 @@ def _piece_rule(decoder):
 
 
 def _byte_level_bytes(piece: str) -> bytes:
+    """Return the bytes of a token that is written in GPT-2's byte alphabet."""
     try:
         return bytes(BYTE_OF[c] for c in piece)
     except KeyError:  # a piece with other characters is plain text
@@ -329,6 +361,7 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 
 def _metaspace_bytes(piece: str) -> bytes:
+    """Return the bytes of a sentencepiece token: "▁" is a space, and <0x0A> is one byte."""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace("▁", " ").encode()
@@ -339,20 +372,26 @@ def _from_json(path: Path, config: TokenizerConfig) -> Backend:
 
 
 def _from_model(path: Path, config: TokenizerConfig) -> Backend:
+    """Read tokenizer.model: Llama 3's tiktoken file if the first line is a base64 token and a
+    number, else a sentencepiece model."""
     with path.open("rb") as file:
         is_ranks = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
     return _from_ranks(path, config) if is_ranks else SentencePieceBackend(path, config)
 
 
 def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
-    """Read Llama 3's tiktoken file: each line has a token in base64 and its rank."""
+    """Read Llama 3's tiktoken file, and build its byte-level BPE tokenizer.
+
+    Each line of the file has a token in base64 and its rank, which is also its id. Raises
+    ValueError if the ranks are not 0, 1, 2, ... in this order.
+    """
     lines = (line.split() for line in path.read_bytes().splitlines())
     tokens = ((base64.b64decode(token, validate=True), int(rank)) for token, rank in lines)
     ranks = {"".join(map(CHAR_OF.get, token)): rank for token, rank in tokens}
     if list(ranks.values()) != list(range(len(ranks))):
         raise ValueError("its ranks do not count 0, 1, 2, ...")
-    # tiktoken merges any two tokens whose joined bytes are a token, so every such pair is a merge.
-    # (Of two overlapping pairs tiktoken takes the left one, this library the first in the list.)
+    # tiktoken merges any two tokens whose joined bytes are a token, so each such pair is a merge.
+    # (If two pairs overlap, tiktoken merges the left one, this library the first of `merges`.)
     merges = [
         (token[:i], token[i:])
         for token in ranks
@@ -367,11 +406,13 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
 
 
 def _from_merges(vocab: Path, merges: Path, config: TokenizerConfig) -> Backend:
-    """Read OPT's files: GPT-2's tokenizer, except that </s> is both BOS and EOS."""
+    """Read OPT's files vocab.json and merges.txt, and build GPT-2's tokenizer, except that </s> is
+    both BOS and EOS."""
     pieces, pairs = models.BPE.read_file(str(vocab), str(merges))
-    taken = set(pieces.values())
-    for i, token in config.added:  # the library would number them without gaps
-        if i is not None and i not in taken:
+    used_ids = set(pieces.values())
+    # Added tokens get their ids here, because the library would number them without gaps.
+    for i, token in config.added:
+        if i is not None and i not in used_ids:
             pieces.setdefault(token.content, i)
     tk = tokenizers.Tokenizer(models.BPE(pieces, pairs))
     tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -382,7 +423,8 @@ def _from_merges(vocab: Path, merges: Path, config: TokenizerConfig) -> Backend:
 def _byte_level(
     tk: tokenizers.Tokenizer, special: list[str], bos: str, config: TokenizerConfig
 ) -> Backend:
-    """Give a byte-level tokenizer its decoder, its special tokens and a BOS before each text."""
+    """Complete a byte-level tokenizer: set its decoder, add its special tokens, and let it put
+    `bos` before each text if `bos` is in `special`. Return its backend."""
     tk.decoder = decoders.ByteLevel()
     tk.add_special_tokens(special)
     if bos in special:

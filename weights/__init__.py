@@ -1,8 +1,8 @@
-"""Checkpoints on disk: which files, which bytes of them, under which names, in which layout.
+"""Checkpoints on disk: finds their files, reads their tensors, and translates names and layouts.
 
-The root's checkpoint.py is the entrance; load.py uses nothing else. From a path to tensors:
+checkpoint.py, in the root, joins these modules. From a path to tensors:
 
-weight_files.py finds the files: our model.pth, safetensors or .bin, single or in shards.
+weight_files.py finds the files: model.pth, safetensors or .bin, a single file or shards.
 formats.py reads their headers: name -> Part (file, offset, dtype, shape), and reads Parts.
 hf.py translates config.json to ModelArgs, and tensor names of Hugging Face to ours.
 int4_layouts.py converts the packed tensors of GPTQ and AWQ checkpoints.

@@ -1,6 +1,8 @@
-"""Allocates the tensors of a model that was built on the meta device, each of them once.
+"""Allocates the tensors of a model that was built on the meta device, shared tensors once.
 
-Start at allocate. stored_tensors lists what a checkpoint stores of a model.
+All tensors of such a model are on the meta device, except non-persistent buffers (rotary
+frequencies), which are computed on the CPU. Start at allocate. stored_tensors lists the tensors of
+a model that its checkpoint stores.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from host.memory import check_memory, page_aligned
 
-# Allocates a tensor, given its name, shape and dtype. None: the tensor stays on the meta device.
+# A function that allocates a tensor, given its name, shape and dtype. Returns None if the tensor is
+# to stay on the meta device.
 Allocator = Callable[[str, torch.Size, torch.dtype], Tensor | None]
 
 
@@ -22,21 +25,22 @@ def allocate(
     fill: Callable[[str, Tensor], Any],
     allocator: Allocator | None = None,
 ) -> None:
-    """Allocate and fill the tensors of a model that was built on the meta device.
+    """Allocate the tensors of a model that was built on the meta device, and fill them.
 
-    dtype: of floating-point parameters; other tensors keep the dtype that the model declares.
-    fill: called with each tensor's name and its memory. allocator: None: all tensors are allocated
-    on `device`, and MemoryError is raised before the first if they do not fit.
+    dtype: the dtype of floating-point parameters; other tensors keep the dtype that the model
+    declares. fill: called with each tensor's name and its memory, to read the values into it.
+    allocator: offload.py's, which decides where each tensor lies. None: all tensors are allocated
+    on `device`, and MemoryError is raised, before the first allocation, if they do not fit.
     """
     stored = stored_tensors(model)
-    final = {name: final_dtype(tensor, dtype) for name, (tensor, _) in stored.items()}
+    dtypes = {name: final_dtype(tensor, dtype) for name, (tensor, _) in stored.items()}
     if allocator is None:
-        check_fits(stored, final, device)
+        check_fits(stored, dtypes, device)
     for name, (tensor, aliases) in stored.items():
         if allocator:
-            value = allocator(name, tensor.shape, final[name])
+            value = allocator(name, tensor.shape, dtypes[name])
         else:
-            value = allocate_tensor(tensor.shape, final[name], torch.device(device))
+            value = allocate_tensor(tensor.shape, dtypes[name], torch.device(device))
         if value is None:
             continue
         fill(name, value)
@@ -49,17 +53,24 @@ def allocate(
 
 def check_fits(
     stored: dict[str, tuple[Tensor, list[str]]],
-    final: dict[str, torch.dtype],
+    dtypes: dict[str, torch.dtype],
     device: str | torch.device,
 ) -> None:
-    """Raises MemoryError if the tensors, in their final dtypes, do not fit on the device."""
-    needed = sum(t.numel() * final[name].itemsize for name, (t, _) in stored.items())
+    """Raises MemoryError if the tensors do not fit into the device's free memory.
+
+    stored: see stored_tensors. dtypes: the dtype in which each tensor will be allocated, by name.
+    """
+    needed = sum(t.numel() * dtypes[name].itemsize for name, (t, _) in stored.items())
     remedy = "choose a smaller --dtype, a quantised checkpoint, or --offload auto"
     check_memory(needed, device, "the model", remedy)
 
 
 def move_unstored_buffers(model: nn.Module, device: str | torch.device) -> None:
-    """Move non-persistent buffers, which no checkpoint stores, to the device."""
+    """Move the non-persistent buffers, which no checkpoint stores, to the device.
+
+    They were computed on the CPU when the model was built: unlike all other tensors of the model,
+    they have values and are not on the meta device.
+    """
     persistent = model.state_dict(keep_vars=True)
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if name not in persistent:
@@ -72,7 +83,10 @@ def allocate_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device)
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or a buffer of a model by its name in the state dict."""
+    """Replace a parameter or a buffer of a model by `value`. name: as in the state dict.
+
+    A value for a parameter is wrapped in nn.Parameter if it is not one.
+    """
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
     parameter = isinstance(getattr(owner, leaf), nn.Parameter)
@@ -82,7 +96,10 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
-    """Returns the tensors of the state dict, each once: first name -> (tensor, all its names)."""
+    """Returns the tensors of the state dict, shared ones once: first name -> (tensor, all names).
+
+    Tied embedding and output weights, for example, are one tensor with two names.
+    """
     names: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():

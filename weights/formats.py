@@ -26,9 +26,9 @@ from host.files import parse_json, short_text
 from host.torch_private import fake_tensors, offset_in_file
 
 ALIGNMENT_BYTES = 4096  # a page, and the block of O_DIRECT
-STAGING_BYTES = 16 * 2**20  # the buffer between the file and another dtype or device
+STAGING_BYTES = 16 * 2**20  # buffer that bytes pass through on the way to another dtype or device
 MAX_CALL_BYTES = 2**30  # Linux transfers less than 2**31 bytes in one call
-DTYPES = {  # by safetensors' names
+DTYPES = {  # name in a safetensors header -> dtype
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,7 +46,7 @@ DTYPES = {  # by safetensors' names
     "U64": torch.uint64,
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_ELEMENTS = 2**48  # of a tensor, a dimension of zero counted as one
+MAX_ELEMENTS = 2**48  # of a tensor, with zero dimensions counted as 1
 # Keys under which training checkpoints hold the state dict.
 WRAPPERS = "state_dict", "model_state_dict", "model", "module"
 Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; tensors by name
@@ -61,7 +61,8 @@ class Part:
     offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    # The values, in memory, where the file does not store them contiguously.
+    # None: the values are in the file at `offset`. Otherwise this tensor holds them: the file
+    # does not store them contiguously.
     tensor: Tensor | None = None
 
     @property
@@ -73,20 +74,24 @@ class Part:
         return self.numel * self.dtype.itemsize
 
     def is_aligned(self, dtype: torch.dtype) -> bool:
-        """Returns whether O_DIRECT can read it, and it is stored in this dtype."""
+        """Returns whether the stored dtype is `dtype` and the offset fits reads with O_DIRECT."""
         return self.dtype == dtype and self.offset % ALIGNMENT_BYTES == 0
 
 
 def index_file(file: Path) -> Index:
-    """Read a file's header. Returns the metadata and the tensors by name.
+    """Read a file's header. Returns (metadata, parts): parts maps a tensor's name to its Part.
 
-    The metadata are {"config": ..., "scheme": ...} of our own files, and {} of all others.
+    metadata: {"config": ..., "scheme": ...} for a `model.pth` of this project, {} for other files.
     Raises ValueError for a file that is truncated, corrupt, unsafe or of an unknown dtype.
     """
     return index_safetensors(file) if file.suffix == ".safetensors" else index_pickle(file)
 
 
 def index_safetensors(file: Path) -> Index:
+    """Read the header of a safetensors file; see index_file. The metadata is {}.
+
+    The header is checked as untrusted input: sizes, types and byte ranges.
+    """
     size = file.stat().st_size
     with open(file, "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
@@ -112,11 +117,14 @@ def unusable_header(file: Path, reason: object) -> ValueError:
 
 
 def check_entry(name: str, entry: Any) -> None:
-    """Raises ValueError if an entry of a safetensors header does not describe a tensor."""
-    described = isinstance(entry, dict)
-    described = described and isinstance(entry.get("dtype"), str)
-    described = described and all(are_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
-    if not described or len(entry["data_offsets"]) != 2:
+    """Raises ValueError if an entry of a safetensors header does not describe a tensor.
+
+    An entry is {"dtype": str, "shape": sizes, "data_offsets": [begin, end]}.
+    """
+    valid = isinstance(entry, dict)
+    valid = valid and isinstance(entry.get("dtype"), str)
+    valid = valid and all(are_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
+    if not valid or len(entry["data_offsets"]) != 2:
         raise ValueError(f"{short_text(name)} is {short_text(entry)}")
     if math.prod(max(1, n) for n in entry["shape"]) > MAX_ELEMENTS:
         raise ValueError(f"{short_text(name)} has the shape {short_text(entry['shape'])}")
@@ -128,6 +136,11 @@ def are_sizes(value: Any) -> bool:
 
 
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
+    """Make the Part of an entry of a safetensors header, which check_entry has accepted.
+
+    start: the offset of the data in the file. Raises ValueError for an unknown dtype, or if shape
+    and byte range differ.
+    """
     if entry["dtype"] not in DTYPES:
         raise ValueError(
             f"{file}: the dtype {short_text(entry['dtype'])} of {short_text(name)} is not "
@@ -142,7 +155,10 @@ def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -
 
 
 def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> None:
-    """Raises ValueError unless the tensors fill the file without gaps or overlaps."""
+    """Raises ValueError unless the tensors fill the file without gaps or overlaps.
+
+    start: the offset of the data, after the header. size: the bytes of the file.
+    """
     end = start
     for part in sorted(parts, key=lambda part: (part.offset, part.nbytes)):
         if part.offset != end:
@@ -156,7 +172,11 @@ def check_ranges(file: Path, start: int, size: int, parts: Iterable[Part]) -> No
 
 
 def index_pickle(file: Path) -> Index:
-    """Index a torch.save file: one that write_aligned wrote, or a state dict."""
+    """Read the header of a torch.save file; see index_file.
+
+    The file holds a state dict, or write_aligned wrote it. Tensors whose bytes are not contiguous
+    in the file are loaded here (Part.tensor).
+    """
     metadata, tensors = split_content(file, load_pickle(file, map_location="meta"))
     parts = {name: pickle_part(name, file, tensor) for name, tensor in tensors.items()}
     if not metadata and any(".wqkv." in name for name in parts):
@@ -168,16 +188,19 @@ def index_pickle(file: Path) -> Index:
         )
     if any(part.offset < 0 for part in parts.values()):
         content = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
-        _, held = split_content(file, content)
+        _, loaded = split_content(file, content)
         parts = {
-            name: part if part.offset >= 0 else in_memory(part, held[name])
+            name: part if part.offset >= 0 else in_memory(part, loaded[name])
             for name, part in parts.items()
         }
     return metadata, parts
 
 
 def in_memory(part: Part, tensor: Tensor) -> Part:
-    """Returns the part with its values, for a tensor that is not contiguous in the file."""
+    """Returns the part with its values. For a tensor that is not contiguous in the file.
+
+    tensor: the same tensor, loaded. Raises ValueError if it was saved on the meta device.
+    """
     if tensor.is_meta:
         raise ValueError(
             f"{part.file}: {short_text(part.name)} was saved without its values (on meta)"
@@ -186,7 +209,12 @@ def in_memory(part: Part, tensor: Tensor) -> Part:
 
 
 def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split a file's content into the metadata, {} unless the file is ours, and the tensors."""
+    """Returns the metadata and the tensors of a loaded file, by name.
+
+    The metadata is {} unless this project wrote the file (write_aligned). Otherwise the state dict
+    is the content itself, or stands under one of WRAPPERS. Raises ValueError for a name or a value
+    of another type; values that are no tensors are dropped from foreign files.
+    """
     metadata = {}
     if {"config", "scheme", "tensors"} <= content.keys():
         metadata = {key: value for key, value in content.items() if key != "tensors"}
@@ -201,18 +229,23 @@ def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], 
             )
         content = content[wrapped[0]] if wrapped else content
     tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
-    odd = [name for name in content if not isinstance(name, str)]
-    odd += [name for name in content.keys() - tensors.keys() if metadata]
-    if odd or not tensors:
-        found = f"{short_text(odd[0])}, which is no tensor with a name" if odd else "no tensors"
+    not_tensors = [name for name in content if not isinstance(name, str)]
+    not_tensors += [name for name in content.keys() - tensors.keys() if metadata]
+    if not_tensors or not tensors:
+        found = (
+            f"{short_text(not_tensors[0])}, which is no tensor with a name"
+            if not_tensors
+            else "no tensors"
+        )
         raise ValueError(f"{file} holds {found}: a dict of tensors by name is needed")
     return metadata, tensors
 
 
 def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
-    """Locate a tensor that was loaded onto meta.
+    """Make the Part of a tensor that was loaded onto the meta device with torch.load.
 
-    Offset -1: it is not contiguous, or the file is of torch before 1.6 and not a zip.
+    Its offset is -1 if the tensor is not contiguous in the file, or if torch before 1.6 wrote the
+    file, which then is no zip. Raises ValueError for a sparse or quantised tensor, or a short file.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
@@ -229,7 +262,10 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
 
 
 def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
-    """torch.load of a dict, without running code. Raises OSError, MemoryError and ValueError."""
+    """Load a dict with torch.load, without running code of the file. options: those of torch.load.
+
+    Raises OSError, MemoryError, and ValueError for a file that is damaged, unsafe or no dict.
+    """
     try:
         content = torch.load(file, weights_only=True, **options)
     except (OSError, MemoryError):
@@ -255,20 +291,20 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
 
 
 def staging_buffer(device: torch.device) -> Tensor:
-    """Returns the buffer that bytes pass through to another dtype or to the device.
+    """Returns a buffer that bytes pass through on their way to another dtype or to a GPU.
 
     Use one for a whole load. A new one for each tensor fragments the heap between the weights: in
-    one load out of six the peak was 1.7 times their size.
+    one load out of six the peak was 1.7 times the size of the weights.
     """
     pinned = device.type == "cuda"
     return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
-    """Read a part into `out`, flat and of the part's length, on any device and of any dtype.
+    """Read a part into `out`, a vector of part.numel elements, on any device and of any dtype.
 
-    On the CPU and in the stored dtype the file is read into `out` itself; otherwise through
-    `stage`. Raises ValueError where the file ends too early.
+    If `out` is on the CPU and has the stored dtype, the file is read into it directly. Otherwise
+    the bytes pass through `stage` (staging_buffer). Raises ValueError if the file is too short.
     """
     if part.tensor is not None:
         out.copy_(part.tensor.reshape(-1))
@@ -285,14 +321,14 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
                 piece.copy_(staged)
 
 
-def check_complete(part: Part, moved: int, wanted: Tensor) -> None:
-    """Raises ValueError if fewer bytes were read than wanted."""
-    if moved < wanted.nbytes:
+def check_complete(part: Part, moved: int, target: Tensor) -> None:
+    """Raises ValueError if fewer bytes were moved than `target` has: the file is too short."""
+    if moved < target.nbytes:
         raise ValueError(f"{part.file} ends within {part.name}: download or convert it again")
 
 
 def rows_of(part: Part, rows: range) -> Part:
-    """Returns the part of a range of rows."""
+    """Returns the part of a file that holds a range of rows of `part`."""
     row_bytes = part.nbytes // part.shape[0]
     return replace(
         part,
@@ -303,21 +339,22 @@ def rows_of(part: Part, rows: range) -> Part:
 
 
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
-    """Read a range of a matrix's columns into `out`, (rows, len(columns)); see read_part.
+    """Read a range of a matrix's columns into `out`, (rows, len(columns)), of any device and dtype.
 
-    Each row of them is a read of its own: no other bytes of the file are read.
+    Reads each row's bytes by a call of its own, so no other bytes of the file are read. stage: as
+    in read_part.
     """
     if part.tensor is not None:
         out.copy_(part.tensor[:, columns.start : columns.stop])
         return
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     staged = stage.view(part.dtype)
-    count = len(out) if in_place else max(1, len(staged) // len(columns))
+    rows_per_copy = len(out) if in_place else max(1, len(staged) // len(columns))
     row_bytes = part.shape[1] * part.dtype.itemsize
     first = part.offset + columns.start * part.dtype.itemsize
     with open(part.file, "rb", buffering=0) as f:
-        for start in range(0, len(out), count):
-            piece = out[start : start + count]
+        for start in range(0, len(out), rows_per_copy):
+            piece = out[start : start + rows_per_copy]
             rows = piece if in_place else staged[: piece.numel()].view_as(piece)
             for n, row in enumerate(rows, start):
                 check_complete(part, transfer(os.preadv, f, row, first + n * row_bytes), row)
@@ -331,10 +368,10 @@ def write_aligned(
     tensors: dict[str, Tensor],
     values: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Write a torch.save file of {**metadata, "tensors": tensors}.
+    """Write a torch.save file of {**metadata, "tensors": tensors}, whose tensors O_DIRECT can read.
 
-    tensors: only shapes and dtypes are used. values: (name, tensor) in any order; one of them is
-    in memory at a time. Raises ValueError where values and tensors do not match.
+    tensors: only shapes and dtypes are used. values: a pair (name, tensor) for each of them, in any
+    order; one is in memory at a time. Raises ValueError if values and tensors do not match.
     """
     write_skeleton(file, metadata, tensors)
     _, parts = index_pickle(file)
@@ -353,9 +390,10 @@ def write_aligned(
 
 
 def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a torch.save file with a hole in the place of each tensor's bytes.
+    """Write a torch.save file as a sparse file, without the tensors' bytes.
 
-    The zip's checksums are wrong then; torch.load does not check them.
+    write_aligned then writes the bytes into it. The checksums of the zip are wrong afterwards, but
+    torch.load does not check them.
     """
     with fake_tensors():
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
@@ -368,10 +406,10 @@ def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tens
 
 
 def transfer(call: Callable[..., int], file: BinaryIO, tensor: Tensor, offset: int) -> int:
-    """Read (os.preadv) into or write (os.pwritev) from a contiguous CPU tensor.
+    """Read a contiguous CPU tensor from a file, or write it, at a byte offset.
 
-    Returns the bytes transferred, fewer than the tensor's only where the file ends. Raises OSError
-    with the file's name, which the system's error lacks.
+    call: os.preadv or os.pwritev. Returns the number of bytes moved, fewer than the tensor's only
+    if the file ends. Raises OSError with the file's name, which the system's error lacks.
     """
     view, done = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
     while done < len(view):

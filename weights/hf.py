@@ -18,7 +18,8 @@ from host.files import short_json
 from host.log import log
 from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
 
-# Far above any real model: a larger number is a mistake, and building it could take minutes.
+# Limits far above any real model. A larger number is a mistake, and building its model could take
+# minutes.
 MAX_LAYERS = 2**10
 MAX_POSITIONS = 2**31
 MAX_PARAMETERS = 2**46
@@ -26,11 +27,12 @@ REQUIRED: Any = object()
 
 
 class Config:
-    """The values of a config.json, or of an object in it, each checked when it is read.
+    """The values of a config.json, or of an object within it, each checked when it is read.
 
-    A missing key gets the default. null is an error, as in transformers, unless the caller passes
-    null=, the value to use for it. Errors are ValueErrors of one line with the key, its value and
-    the expected values.
+    default: returned for a missing key; without it a missing key is an error. null: returned if the
+    value is null; without it null is an error, as in transformers. Errors are ValueErrors of one
+    line with the key, its value and the expected values. where: the name of the object in these
+    errors.
     """
 
     def __init__(self, values: Any, where: str = "config.json"):
@@ -39,45 +41,45 @@ class Config:
         self.values, self.where = values, where
 
     def integer(
-        self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, most: int = 2**24
+        self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, maximum: int = 2**24
     ) -> Any:
-        """Returns an integer from 1 to `most`. 256.0 is an error, as in transformers 5."""
+        """Returns an integer from 1 to maximum. 256.0 is an error, as in transformers 5."""
 
         def fits(value: Any) -> bool:
-            return type(value) is int and 1 <= value <= most
+            return type(value) is int and 1 <= value <= maximum
 
-        return self._read(key, fits, f"an integer from 1 to {most}", default, null)
+        return self._read(key, fits, f"an integer from 1 to {maximum}", default, null)
 
-    def number(self, key: str, default: Any = REQUIRED, *, most: float = 1e15) -> float:
-        """Returns a number above 0 and at most `most`."""
+    def number(self, key: str, default: Any = REQUIRED, *, maximum: float = 1e15) -> float:
+        """Returns a number above 0 and at most maximum."""
 
         def fits(value: Any) -> bool:
-            return type(value) in (int, float) and 0 < value <= most
+            return type(value) in (int, float) and 0 < value <= maximum
 
-        return float(self._read(key, fits, f"a number above 0 and at most {most:g}", default))
+        return float(self._read(key, fits, f"a number above 0 and at most {maximum:g}", default))
 
     def flag(self, key: str, default: bool) -> bool:
-        """Returns true or false."""
+        """Returns a boolean."""
         return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
 
     def choice(
         self,
         key: str,
-        known: Collection[str],
+        supported: Collection[str],
         default: Any = REQUIRED,
         *,
         null: Any = REQUIRED,
     ) -> str:
-        """Returns one of the known names."""
+        """Returns a string that is one of the supported values."""
 
         def fits(value: Any) -> bool:
-            return isinstance(value, str) and value in known
+            return isinstance(value, str) and value in supported
 
-        expected = f"one of those that are supported: {', '.join(known)}"
+        expected = f"one of those that are supported: {', '.join(supported)}"
         return self._read(key, fits, expected, default, null)
 
     def section(self, key: str) -> "Config":
-        """Returns an object within this one, empty if it is absent or null."""
+        """Returns the object of this key as a Config, an empty one if the key is absent or null."""
         values = self._read(key, lambda v: isinstance(v, dict), "an object with keys", {}, {})
         return Config(values, f"{self.where}, {key}")
 
@@ -89,6 +91,10 @@ class Config:
         default: Any = REQUIRED,
         null: Any = REQUIRED,
     ) -> Any:
+        """Returns the value of a key, its `default` or `null` (see the class).
+
+        fits: whether a value is valid. expected: the valid values in words, for the error.
+        """
         if key not in self.values:
             if default is REQUIRED:
                 raise ValueError(f"{self.where} has no '{key}', which must be {expected}")
@@ -114,23 +120,27 @@ def model_args(config: Any) -> ModelArgs:
 
 
 def llama_args(config: Config) -> ModelArgs:
+    """Returns the ModelArgs of a Llama config: rotary positions, gated feed-forward layers.
+
+    Keys and defaults are those of LlamaConfig in transformers; also called for Mistral.
+    """
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    context = config.integer("max_position_embeddings", 2048, most=MAX_POSITIONS)
+    context = config.integer("max_position_embeddings", 2048, maximum=MAX_POSITIONS)
     theta, scaling = rope_settings(config, context)
     dynamic = scaling is not None and scaling.kind == "dynamic"
     biased = config.flag("attention_bias", False)
     return ModelArgs(
         dim=dim,
-        n_layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
+        n_layers=config.integer("num_hidden_layers", maximum=MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=config.integer("num_key_value_heads", n_heads, null=n_heads),
         head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
         hidden_dim=config.integer("intermediate_size"),
-        vocab_size=config.integer("vocab_size", most=2**28),
+        vocab_size=config.integer("vocab_size", maximum=2**28),
         # The limit is vLLM's; transformers has none.
         context=int(context * max(1.0, scaling.factor)) if dynamic else context,
         embed_dim=dim,
-        norm_eps=config.number("rms_norm_eps", 1e-6, most=1.0),
+        norm_eps=config.number("rms_norm_eps", 1e-6, maximum=1.0),
         activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
         positions="dynamic" if dynamic else "rotary",
         rope_theta=theta,
@@ -143,27 +153,34 @@ def llama_args(config: Config) -> ModelArgs:
 
 
 def mistral_args(config: Config) -> ModelArgs:
-    """Llama, its context cut to the sliding window: within it windowed attention is full."""
+    """Returns the ModelArgs of a Mistral config: Llama's, context limited to the sliding window.
+
+    Up to that length, windowed attention equals full attention, which is all that model.py has.
+    """
     defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
     args = llama_args(Config(defaults | config.values))
-    window = config.integer("sliding_window", 4096, null=args.context, most=MAX_POSITIONS)
+    window = config.integer("sliding_window", 4096, null=args.context, maximum=MAX_POSITIONS)
     return replace(args, context=min(args.context, window))
 
 
 def opt_args(config: Config) -> ModelArgs:
+    """Returns the ModelArgs of an OPT config: learned positions, LayerNorm, plain feed-forward.
+
+    Keys and defaults are those of OPTConfig in transformers.
+    """
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     norm_first = config.flag("do_layer_norm_before", True)
     no_final_norm = config.flag("_remove_final_layer_norm", False)
     biased = config.flag("enable_bias", True)
     return ModelArgs(
         dim=dim,
-        n_layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
+        n_layers=config.integer("num_hidden_layers", maximum=MAX_LAYERS),
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=equal_share(dim, n_heads),
         hidden_dim=config.integer("ffn_dim"),
-        vocab_size=config.integer("vocab_size", most=2**28),
-        context=config.integer("max_position_embeddings", 2048, most=MAX_POSITIONS),
+        vocab_size=config.integer("vocab_size", maximum=2**28),
+        context=config.integer("max_position_embeddings", 2048, maximum=MAX_POSITIONS),
         embed_dim=config.integer("word_embed_proj_dim", dim, null=dim),
         norm="layer",
         norm_affine=config.flag("layer_norm_elementwise_affine", True),
@@ -179,11 +196,15 @@ def opt_args(config: Config) -> ModelArgs:
     )
 
 
+# model_type in config.json -> the function that reads the other keys.
 FAMILIES = {"llama": llama_args, "mistral": mistral_args, "opt": opt_args}
 
 
 def equal_share(dim: int, n_heads: int) -> int:
-    """Returns the channels of a head for a config without head_dim."""
+    """Returns the channels of an attention head for a config without head_dim: dim / n_heads.
+
+    Raises ValueError if dim is not a multiple of n_heads.
+    """
     if dim % n_heads:
         raise ValueError(
             f"config.json: 'hidden_size' is {dim} and must be a multiple of 'num_attention_heads', "
@@ -193,10 +214,11 @@ def equal_share(dim: int, n_heads: int) -> int:
 
 
 def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | None]:
-    """Returns the base and the scaling of the rotary frequencies, from either schema.
+    """Returns the base (rope_theta) and the scaling of the rotary frequencies; None: no scaling.
 
-    If a config has both, `rope_scaling`, the older one, is used, as in transformers. context: the
-    positions that the model was trained on.
+    config has one of two schemas: `rope_theta` with `rope_scaling`, or `rope_parameters`. If it has
+    both, `rope_scaling`, the older one, is used, as in transformers. context: the positions that
+    the model was trained on.
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     rope = old if old.values else new
@@ -205,11 +227,15 @@ def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | No
     kind = rope.choice(key, ("default", *ROPE_SCALINGS), "default")
     if kind == "default":
         return theta, None
-    scaling = RopeScaling(kind, rope.number("factor", most=1e6), original_context=context)
+    scaling = RopeScaling(kind, rope.number("factor", maximum=1e6), original_context=context)
     return theta, llama3_settings(rope, scaling) if kind == "llama3" else scaling
 
 
 def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
+    """Returns the scaling with the keys of rope type llama3, which its section `rope` must have.
+
+    Raises ValueError if low_freq_factor is not less than high_freq_factor.
+    """
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if low >= high:
         raise ValueError(
@@ -217,42 +243,42 @@ def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
             f"'high_freq_factor', {high:g}"
         )
     key = "original_max_position_embeddings"
-    context = rope.integer(key, scaling.original_context, most=MAX_POSITIONS)
+    context = rope.integer(key, scaling.original_context, maximum=MAX_POSITIONS)
     return replace(scaling, low_freq_factor=low, high_freq_factor=high, original_context=context)
 
 
 def check_sizes(args: ModelArgs) -> None:
     """Raises ValueError for sizes that contradict each other or exceed any computer's memory."""
-    rotary, least = args.positions != "learned", 4 if args.positions == "dynamic" else 2
+    rotary, minimum = args.positions != "learned", 4 if args.positions == "dynamic" else 2
     layer = args.dim * (2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim)
     tables = (2 * args.vocab_size + (0 if rotary else args.context)) * max(args.dim, args.embed_dim)
     faults = {
         f"'num_attention_heads' is {args.n_heads} and must be a multiple of "
         f"'num_key_value_heads', {args.n_kv_heads}": args.n_heads % args.n_kv_heads,
-        f"'head_dim' is {args.head_dim} and must be even and at least {least}, as channels are "
-        "rotated in pairs": rotary and (args.head_dim % 2 or args.head_dim < least),
+        f"'head_dim' is {args.head_dim} and must be even and at least {minimum}, as channels are "
+        "rotated in pairs": rotary and (args.head_dim % 2 or args.head_dim < minimum),
         f"a model of 'hidden_size' {args.dim}, {args.n_layers} layers and 'vocab_size' "
         f"{args.vocab_size} has more than {MAX_PARAMETERS:.0e} weights": (
             args.n_layers * layer + tables > MAX_PARAMETERS
         ),
     }
-    for fault, found in faults.items():
-        if found:
+    for fault, present in faults.items():
+        if present:
             raise ValueError(f"config.json: {fault}")
 
 
 def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> ModelArgs:
-    """Returns args without the biases that no layer has in the file, and logs them.
+    """Returns args without the biases that no layer has in the file, and logs their names.
 
-    As in transformers they are zero then: relatives of Llama with biases of q, k and v but not of
-    the output also declare attention_bias. If only some layers lack a bias, it stays declared, and
-    Checkpoint.check raises.
+    names: our names of the stored tensors. Relatives of Llama with biases of q, k and v but not of
+    the output also declare attention_bias; as in transformers, absent biases are zero. If only some
+    layers lack a bias, it stays declared, and Checkpoint.check raises an error.
     """
-    found = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
+    stored = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
     absent = {
         flag: module
         for flag, module in BIASES.items()
-        if getattr(args, flag) and not any(name.startswith(module) for name in found)
+        if getattr(args, flag) and not any(name.startswith(module) for name in stored)
     }
     for module in absent.values():
         log(f"{path} has no biases of {module}, although its config declares them: zeros are used")
@@ -260,10 +286,11 @@ def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> M
 
 
 def tensor_name(name: str) -> tuple[str, int] | None:
-    """Translate Hugging Face's tensor name to ours and the index of its part, counted along rows.
+    """Translate Hugging Face's tensor name to (our name, index of its part in our tensor).
 
-    Returns None for a tensor that is not a weight, and an unknown name unchanged. Channels are not
-    permuted: model.py rotates halves, as transformers does.
+    Parts are stacked along rows: q, k and v are parts 0, 1 and 2 of wqkv. Returns None for a stored
+    tensor that is not a weight, and an unknown name unchanged. Channels are not permuted: model.py
+    rotates halves, as transformers does.
     """
     if NO_WEIGHT.search(name):
         return None
@@ -275,9 +302,12 @@ def tensor_name(name: str) -> tuple[str, int] | None:
 
 
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Rename our tensors to Hugging Face's names and split stacked ones; drops a tied head."""
+    """Returns our tensors under Hugging Face's names, with stacked tensors split into their parts.
+
+    config: the content of config.json. An output head that is tied to the embedding is left out.
+    """
     args = model_args(config)
-    widths = {
+    row_counts = {
         "wqkv": [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
         "w13": [args.hidden_dim, args.hidden_dim],
     }
@@ -291,7 +321,7 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
         if ours == "output" and args.tied:
             continue
         modules = theirs[ours]
-        pieces = tensor.split(widths.get(ours.rpartition(".")[2], len(tensor)))
+        pieces = tensor.split(row_counts.get(ours.rpartition(".")[2], len(tensor)))
         exported |= {
             f"{module.replace('N', layer)}.{kind}": piece
             for module, piece in zip(modules, pieces, strict=True)
@@ -308,11 +338,11 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 # Field of ModelArgs -> the modules of a layer that have biases if it is true.
 BIASES = {"attention_bias": "attention.wqkv", "wo_bias": "attention.wo", "mlp_bias": "feed_forward"}
-# The prefixes of torch.compile and DataParallel, then of transformers.
+# Prefixes of tensor names: of torch.compile and DataParallel, then of transformers.
 PREFIX = re.compile(r"^(_orig_mod\.|module\.)*(model\.)?(decoder\.)?")
 NO_WEIGHT = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|decoder\.version)$")
 LAYER = re.compile(r"\.(\d+)\.")
-# Hugging Face's module -> (our module, index of the part in it). N stands for the layer.
+# Hugging Face's module -> (our module, index of the part in its stacked tensor). N: layer number.
 ATTENTION = {
     "layers.N.self_attn.q_proj": ("layers.N.attention.wqkv", 0),
     "layers.N.self_attn.k_proj": ("layers.N.attention.wqkv", 1),

@@ -1,8 +1,8 @@
-"""A model by its name: a path is itself, a Hugging Face repository comes from the cache or the Hub.
+"""Turns --model, a path or the id of a Hugging Face repository, into the path of the model's files.
 
-Start at resolve. A repository that the cache of huggingface_hub holds completely is used without
-asking the network; else `download` brings the files that running the model needs, into that cache
-(so that transformers finds them, too) or, for scripts/download.py, into a plain folder. HF_HOME,
+Start at resolve. If the cache of huggingface_hub holds the repository completely, the network is
+not used. Otherwise `download` fetches the files that running the model needs into that cache, where
+transformers finds them, too, or, for scripts/download.py, into a plain folder. HF_HOME,
 HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured. Nothing here imports torch, and
 huggingface_hub (0.5 s) is imported only where a repository must be found. The cache's layout:
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_NAME = re.compile(r".*\.(pth|pt|bin|safetensors|gguf|json|ckpt|npz|txt)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# In order of preference. Other copies of the weights (consolidated.*, *.fp16.*, original/, onnx,
-# gguf, flax, tf) match neither pattern.
+# Names of weight files, one pattern for each format, in order of preference. Other copies of the
+# weights (consolidated.*, *.fp16.*, original/, onnx, gguf, flax, tf) match neither pattern.
 WEIGHTS = (
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json",
 )
+# Names of the small files that running a model needs.
 SUPPORT = (
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template)\.json|tokenizer\.model|merges\.txt|chat_template\.jinja|LICENSE.*|USE_POLICY.*"
@@ -51,13 +52,13 @@ def resolve(
     say: Callable[[str], Any] = log,
     check: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Returns the path of a model's files, given a path or the id of a Hugging Face repository.
+    """Returns the path of a model's files. model: a path, or the id of a Hugging Face repository.
 
     revision: branch, tag or commit of the repository. say: called with each line for the user.
-    check: see download. An existing path is preferred to a repository. A complete copy in the
-    cache is used even if the branch has newer commits; `hf download` fetches these.
+    check: see download. An existing path is preferred to a repository. A complete copy in the cache
+    is used even if the branch has newer commits; `hf download` fetches these.
     Raises FileNotFoundError and ValueError for mistakes that the user can correct, and
-    ConnectionError for the network, each with one line.
+    ConnectionError for the network, each with a message of one line.
     """
     path = Path(model)
     if not str(model):
@@ -71,8 +72,8 @@ def resolve(
         raise FileNotFoundError(not_found(path))
     if snapshot := cached(repo_id, revision):
         pinned = revision == snapshot.name
-        which = f"{repo_id} --revision {revision}" if revision else repo_id
-        update = "" if pinned else f"; `hf download {which}` brings the newest commit"
+        repository = f"{repo_id} --revision {revision}" if revision else repo_id
+        update = "" if pinned else f"; `hf download {repository}` brings the newest commit"
         say(f"{repo_id}: commit {snapshot.name[:7]} from the cache{update}")
         return snapshot
     if path.parent.is_dir() and not revision:
@@ -84,7 +85,7 @@ def resolve(
 
 
 def not_found(path: Path) -> str:
-    """Returns the error message for a path that does not exist."""
+    """Returns the error message for a path that does not exist: what the nearest folder holds."""
     nearest = next(p for p in path.absolute().parents if p.is_dir())
     names = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
     return (
@@ -94,7 +95,7 @@ def not_found(path: Path) -> str:
 
 
 def refuse_offline(repo_id: str) -> None:
-    """Raises FileNotFoundError if HF_HUB_OFFLINE is set."""
+    """Raises FileNotFoundError if HF_HUB_OFFLINE is set. Called before a download."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -108,13 +109,17 @@ def refuse_offline(repo_id: str) -> None:
 
 
 def repository_folder(repo_id: str) -> Path:
+    """Returns the folder of a repository in the cache of huggingface_hub; it may not exist."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).absolute() / f"models--{repo_id.replace('/', '--')}"
 
 
 def cached(repo_id: str, revision: str | None) -> Path | None:
-    """Returns the folder of a revision in the cache; None if it is not complete."""
+    """Returns the folder of a revision in the cache; None if the cached copy is not complete.
+
+    revision: branch, tag or commit; None: the branch main.
+    """
     folder = repository_folder(repo_id)
     ref = folder / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else str(revision)
@@ -125,7 +130,7 @@ def cached(repo_id: str, revision: str | None) -> Path | None:
 def is_complete(snapshot: Path) -> bool:
     """Returns whether a folder holds a config, a tokenizer and all weights in one format.
 
-    `download` fetches the weights last, so that other files need no check.
+    `download` fetches the weights last, so complete weights mean a complete download.
     """
     names = {p.name for p in snapshot.glob("*") if p.is_file()}
     weights = any(all_shards(names, pattern) for pattern in WEIGHTS)
@@ -133,10 +138,13 @@ def is_complete(snapshot: Path) -> bool:
 
 
 def all_shards(names: set[str], pattern: str) -> bool:
-    """Returns whether the names include the single weight file, or every shard."""
-    found = {n for n in names if re.fullmatch(pattern, n) and not n.endswith(".index.json")}
-    counts = {int(m[1]) if (m := re.search(r"-of-(\d+)\.", name)) else 1 for name in found}
-    return any(len(found) >= count for count in counts)
+    """Returns whether the names include a single weight file, or every shard of a model.
+
+    pattern: one of WEIGHTS. The number of shards is the one in their names, as in -00001-of-00003.
+    """
+    weights = {n for n in names if re.fullmatch(pattern, n) and not n.endswith(".index.json")}
+    counts = {int(m[1]) if (m := re.search(r"-of-(\d+)\.", name)) else 1 for name in weights}
+    return any(len(weights) >= count for count in counts)
 
 
 # --- downloading
@@ -150,11 +158,11 @@ def download(
     say: Callable[[str], Any] = log,
     check: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Download the files that a model needs; returns their folder.
+    """Download the files that a model needs from a repository; returns their folder.
 
-    folder: None: the cache. check: called with the folder before the weights are downloaded, when
-    all other files are there; it raises an error for a model that cannot run. An interrupted
-    download is resumed. Raises as `resolve` does.
+    folder: a plain folder for the files; None: the cache of huggingface_hub. check: called with the
+    folder when all files but the weights are downloaded; it raises an error for a model that cannot
+    run. An interrupted download is resumed. Raises the errors of `resolve`.
     """
     from huggingface_hub import HfApi
 
@@ -171,7 +179,11 @@ def download(
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """Lock the folder: the processes of torchrun download the same files at the same time."""
+    """Lock a folder while the block runs.
+
+    The processes of torchrun would otherwise download the same files at the same time. A process
+    that finds the folder locked waits. On a file system without locks this does nothing.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +199,11 @@ def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
 
 
 def needed_files(names: list[str], repo_id: str) -> list[str]:
-    """Select the files that a model needs. Raises ValueError if there are no weights."""
+    """Select, from the names of a repository's files, those that running the model needs.
+
+    These are the small files of SUPPORT and the weights in the preferred format that exists. Raises
+    ValueError if there are no weights.
+    """
     for pattern in WEIGHTS:
         if weights := [name for name in names if re.fullmatch(pattern, name)]:
             return [name for name in names if re.fullmatch(SUPPORT, name)] + weights
@@ -197,7 +213,11 @@ def needed_files(names: list[str], repo_id: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The download of one commit's files to a plain folder, or to the repository's in the cache."""
+    """The download of one commit's files to a plain folder, or to the repository's cache folder.
+
+    Large files are those with an `lfs` entry, such as weights. store: that folder. in_cache: store
+    is the cache folder, whose large files lie in blobs/, named by hash.
+    """
 
     repo_id: str
     commit: str  # not a branch, which may move between listing and downloading
@@ -207,16 +227,22 @@ class Transfer:
     token: str | None
 
     def final_path(self, file: "RepoSibling") -> Path:
-        """Returns the final path of a large file."""
+        """Returns the path of a large file after its download."""
         return self.store / (f"blobs/{file.lfs.sha256}" if self.in_cache else file.rfilename)
 
     def part(self, file: "RepoSibling") -> Path:
-        """Returns the path of a large file while it is incomplete."""
+        """Returns the path of a large file while it is incomplete.
+
+        The name contains the hash, so that a file of another commit is not resumed.
+        """
         path = self.final_path(file)
         return path.with_name(f"{path.name}.{file.lfs.sha256[:12]}.part")
 
     def missing(self, file: "RepoSibling") -> int:
-        """Returns the bytes of a file that are still to be downloaded."""
+        """Returns how many bytes of a file are still to be downloaded, for the check of disk space.
+
+        Only a large file can be partly there; a small file in the cache always counts as missing.
+        """
         path = self.final_path(file) if file.lfs else self.store / file.rfilename
         if path.exists():
             return 0
@@ -224,7 +250,10 @@ class Transfer:
         return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
 
     def show_sizes(self, say: Callable[[str], Any]) -> None:
-        """List the files. Raises ValueError if the disk is too small for the missing bytes."""
+        """Pass a line for each file, with its size, to `say`; make the folder.
+
+        Raises ValueError if the disk is too small for the missing bytes.
+        """
         for file in self.files:
             say(f"{size_text(file.size or 0):>8}  {file.rfilename}")
         say(f"{size_text(sum(f.size or 0 for f in self.files)):>8}  in all, to {self.store}")
@@ -236,7 +265,12 @@ class Transfer:
             )
 
     def run(self, revision: str | None, check: Callable[[Path], Any] | None) -> Path:
-        """Download the files, the small ones first; returns their folder."""
+        """Download the files; returns the folder that holds them.
+
+        The small files of SUPPORT come first, so that `check` (see download) can refuse the model
+        before its weights are downloaded. At the end the cache records the commit of the branch
+        `revision`.
+        """
         names = [file.rfilename for file in self.files]
         folder = self.download_missing([name for name in names if re.fullmatch(SUPPORT, name)])
         if check:
@@ -244,7 +278,8 @@ class Transfer:
         for file in self.files:
             if file.lfs and not self.final_path(file).exists():
                 self.download_large(file)
-        # The small files of the weights, such as an index. The hub checks the large ones.
+        # Now the remaining small files, such as the index of shards. huggingface_hub checks the
+        # large ones.
         self.download_missing(names)
         if self.in_cache and revision != self.commit:
             ref = self.store / "refs" / (revision or "main")
@@ -253,7 +288,11 @@ class Transfer:
         return folder
 
     def download_missing(self, names: list[str]) -> Path:
-        """Let huggingface_hub download the missing files; returns the folder of all."""
+        """Let huggingface_hub download those of the named files that are missing.
+
+        Returns the folder that holds all files. A name must not contain the characters of glob
+        patterns.
+        """
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
@@ -266,10 +305,11 @@ class Transfer:
         return self.store if not self.in_cache else Path(folder)
 
     def download_large(self, file: "RepoSibling") -> None:
-        """Download one large file, or the rest of it after an interrupted run.
+        """Download one large file, or the remaining bytes of it after an interrupted run.
 
-        snapshot_download would start again: since huggingface_hub 2 it resumes a transfer only
-        within one run.
+        Used in place of snapshot_download, which would start again: since huggingface_hub 2 it
+        resumes a transfer only within one run. A resumed file whose hash is wrong is downloaded
+        again.
         """
         part = self.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -284,6 +324,7 @@ class Transfer:
         part.replace(self.final_path(file))
 
     def append(self, file: "RepoSibling", f: BinaryIO) -> None:
+        """Download the bytes of a file from f's length on, and append them to f."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
@@ -300,6 +341,7 @@ class Transfer:
 
 
 def has_hash(f: BinaryIO, sha256: str) -> bool:
+    """Returns whether the content of a file has this hash."""
     f.seek(0)
     return hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
@@ -313,7 +355,7 @@ def size_text(nbytes: int) -> str:
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
-    """Raise errors of the block again as errors with one line for the user."""
+    """Turn network and file errors of the block into errors of one line; see explain."""
     from huggingface_hub import constants, errors
 
     try:
@@ -327,7 +369,11 @@ def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]
 
 
 def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -> Exception:
-    """Returns a ValueError if the user can correct the mistake, else a ConnectionError."""
+    """Returns an error whose message tells the user in one line what failed and what to do.
+
+    A ValueError if the user can correct the mistake, else a ConnectionError. error: raised while
+    `repo_id` was downloaded to the folder `store`.
+    """
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT

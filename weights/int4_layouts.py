@@ -2,9 +2,9 @@
 
 Start at quantization_config, then foreign_scheme, which checks that the layout can be read, and
 foreign_fields, which converts each tensor. In both layouts an int32 holds eight numbers of four
-bits, the first in the lowest bits: in GPTQ's, eight inputs of one output; in AWQ's, eight outputs
-of one input, in the order AWQ_ORDER. Scales and zero points are those of quant/linear.py, but the
-older format of GPTQ stores each zero point minus one.
+bits, the first in the lowest bits. In GPTQ these are eight inputs of one output; in AWQ, eight
+outputs of one input, in the order AWQ_ORDER. Scales and zero points mean the same as in
+quant/linear.py, but the older format of GPTQ stores each zero point minus one.
 Source: AutoGPTQ 0.7.1, qlinear_cuda_old.py; AutoAWQ 0.2.9, gemm.py.
 
 Shapes: N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
@@ -23,9 +23,9 @@ from quant.linear import GROUP_SIZES, pack_nibbles, unpack_nibbles
 
 Translate = Callable[[Tensor], Tensor]
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position in an int32 of the first, second, ... output
-# Readable values of each key of a quantization_config. The first is the default; None: the key is
-# required.
-READABLE = {
+# Supported values of each key of a quantization_config, by quant_method. The first value is the
+# default; None: the key is required.
+SUPPORTED = {
     "gptq": {
         "bits": (None, 4),
         "group_size": (None, *GROUP_SIZES),
@@ -54,56 +54,58 @@ REMEDY = "download the unquantised original and use quantize.py"
 def quantization_config(
     config: dict[str, Any], folder: Path, packed: bool
 ) -> dict[str, Any] | None:
-    """Returns a checkpoint's quantization_config, from config.json or an older file, or None.
+    """Returns a checkpoint's quantization_config, as of transformers; None if it is not quantised.
 
-    packed: whether the checkpoint has qweight tensors. Raises ValueError if the value is not an
-    object, if mlx has quantised it, and if there are packed tensors and no file describes them.
+    config: the content of config.json. packed: whether the checkpoint has qweight tensors; if it
+    has and config.json does not describe them, the older files of SETTINGS_FILES in `folder` are
+    read. Raises ValueError if a value is no object, if mlx has quantised the checkpoint, and if no
+    file describes the packed tensors.
     """
     for key in ("quantization_config", "quantization"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(
                 f"config.json: {key} is {short_json(config[key])} and must be an object"
             )
-    found = config.get("quantization_config")
-    if config.get("quantization") and "quant_method" not in (found or {}):
+    settings = config.get("quantization_config")
+    if config.get("quantization") and "quant_method" not in (settings or {}):
         raise ValueError(
             "the checkpoint is quantised by mlx ('quantization' in its config.json), which cannot "
             f"be read: {REMEDY}"
         )
-    if found or not packed:
-        return found
+    if settings or not packed:
+        return settings
     for file, (method, keys) in SETTINGS_FILES.items():
         if (folder / file).is_file():
-            found = {keys.get(k, k): value for k, value in read_object(folder / file).items()}
-            return {"quant_method": method} | found
+            settings = {keys.get(k, k): value for k, value in read_object(folder / file).items()}
+            return {"quant_method": method} | settings
     raise ValueError(
         "its qweight tensors are GPTQ's or AWQ's, and config.json has no quantization_config, nor "
         f"is there a {' or '.join(SETTINGS_FILES)}: download that file, too"
     )
 
 
-def foreign_scheme(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the scheme (see quant/linear.py) of a quantization_config.
+def foreign_scheme(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the quantisation scheme (see quant/linear.py) that a quantization_config describes.
 
-    Raises ValueError listing the keys whose values cannot be read.
+    Raises ValueError, which lists the keys whose values are not supported.
     """
-    method = found.get("quant_method", "unknown")
-    readable = isinstance(method, str) and method in READABLE
-    wanted = READABLE[method] if readable else {}
-    values = {key: found.get(key, known[0]) for key, known in wanted.items()}
+    method = settings.get("quant_method", "unknown")
+    known_method = isinstance(method, str) and method in SUPPORTED
+    supported = SUPPORTED[method] if known_method else {}
+    values = {key: settings.get(key, choices[0]) for key, choices in supported.items()}
     faults = [
         f"{key} {short_json(values[key])}"
-        for key, known in wanted.items()
-        if values[key] is None or not any(same(values[key], value) for value in known)
+        for key, choices in supported.items()
+        if values[key] is None or not any(same(values[key], value) for value in choices)
     ]
-    if not readable or faults:
+    if not known_method or faults:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(
             f"the checkpoint is quantised by '{str(method)[:40]}' (its quantization_config), "
             f"{', '.join(faults) or 'which'} cannot be read; gptq without desc_act and awq can, "
             f"in 4 bits and groups of {sizes}: {REMEDY}"
         )
-    symmetric = method == "gptq" and found.get("sym", True) is True  # as in transformers
+    symmetric = method == "gptq" and settings.get("sym", True) is True  # as in transformers
     kind = values["checkpoint_format"] if method == "gptq" else method
     return {
         "mode": f"{kind}_sym" if symmetric else kind,
@@ -118,40 +120,50 @@ def same(a: Any, b: Any) -> bool:
 
 
 def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]]:
-    """Returns tensor suffix -> (buffer of Int4Linear, the function that converts the tensor)."""
+    """Returns suffix of a packed tensor -> (buffer of Int4Linear, function that converts to it).
+
+    mode: "gptq", "gptq_v2" or "awq", and "_sym" after it for symmetric quantisation. The functions
+    raise ValueError for a tensor of the wrong dtype or shape, or with a zero point of 16.
+    """
     kind, symmetric = mode.removesuffix("_sym"), mode.endswith("_sym")
-    of_gptq, less_one = kind != "awq", kind == "gptq"
+    is_gptq, stores_minus_one = kind != "awq", kind == "gptq"
 
     def weight(words: Tensor) -> Tensor:  # (K/8, N) or (K, N/8) -> (N, P*S/2)
+        """Convert qweight; inputs beyond K, up to whole groups, are zeros."""
         check_matrix(words, words.dtype == torch.int32, "int32")
-        q = nibbles(words.t()) if of_gptq else in_order(nibbles(words)).t()  # (N, K)
+        q = nibbles(words.t()) if is_gptq else in_order(nibbles(words)).t()  # (N, K)
         return pack_nibbles(F.pad(q, (0, -q.shape[1] % groupsize)))
 
     def zeros(words: Tensor) -> Tensor:  # (P, N/8) -> (N, ceil(P/2))
+        """Convert qzeros, the zero points of the groups."""
         check_matrix(words, words.dtype == torch.int32, "int32")
-        z = nibbles(words) if of_gptq else in_order(nibbles(words))  # (P, N)
+        z = nibbles(words) if is_gptq else in_order(nibbles(words))  # (P, N)
         if words.is_meta:  # only the shape is needed
             return pack_nibbles(z.t())
         if symmetric and ((z == 7).all() or (z == 8).all()):
             # Zero points of a symmetric file are 8, stored as 7 ("gptq") or 8 ("gptq_v2"). The
             # name of the format may be wrong: GPTQModel 5.0 stores 8 and writes "gptq".
             return pack_nibbles(torch.full_like(z, 8).t())
-        if less_one and (z == 15).any():
+        if stores_minus_one and (z == 15).any():
             raise ValueError(f"has zero points of 16, which do not fit into four bits: {REMEDY}")
-        return pack_nibbles((z + less_one).t())
+        return pack_nibbles((z + stores_minus_one).t())
 
     def scales(theirs: Tensor) -> Tensor:  # (P, N) -> (N, P)
+        """Convert the scales of the groups to float16."""
         check_matrix(theirs, theirs.is_floating_point(), "floating-point")
         return theirs.t().half()
 
     return {"qweight": ("weight", weight), "qzeros": ("zeros", zeros), "scales": ("scales", scales)}
 
 
-def check_matrix(tensor: Tensor, fits: bool, wanted: str) -> None:
-    """Raises ValueError unless the tensor is a matrix and its dtype `fits`."""
-    if tensor.dim() != 2 or not fits:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
-        raise ValueError(f"is {found} and should be a matrix, {wanted}: {REMEDY}")
+def check_matrix(tensor: Tensor, dtype_fits: bool, expected: str) -> None:
+    """Raises ValueError unless the tensor is a matrix and dtype_fits is true.
+
+    expected: the right dtype, in words for the message.
+    """
+    if tensor.dim() != 2 or not dtype_fits:
+        actual = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+        raise ValueError(f"is {actual} and should be a matrix, {expected}: {REMEDY}")
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -160,5 +172,5 @@ def nibbles(words: Tensor) -> Tensor:
 
 
 def in_order(q: Tensor) -> Tensor:
-    """Put AWQ's outputs, (..., 8n), into ascending order."""
+    """Put the outputs of AWQ tensors, (..., 8n) in groups of 8, into ascending order."""
     return q.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)

@@ -27,11 +27,11 @@ def save_checkpoint(
 ) -> None:
     """Write a `model.pth`.
 
-    config: the keys of Hugging Face's config.json. scheme: the quantisation scheme. tensors: by
-    our names. values: if given, only shapes and dtypes are taken from `tensors`, which may be on
-    the meta device; each value is written as the iterable yields it, in any order, so that one is
-    in memory at a time.
-    Raises OSError, and ValueError where the disk is too small or values and tensors differ.
+    config: the keys of Hugging Face's config.json. scheme: the quantisation scheme; None for dense
+    weights. tensors: by this project's names. values: None: the values of `tensors`. Otherwise a
+    pair of name and value for each of `tensors`, in any order: only one value is in memory at a
+    time, and `tensors`, of which only shapes and dtypes are used, may be on the meta device.
+    Raises OSError, and ValueError if the disk is too small or values and tensors differ.
     """
     path = Path(path)
     check_checkpoint_writable(path)
@@ -53,7 +53,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def check_checkpoint_writable(path: Path) -> None:
-    """Raises OSError if save_checkpoint cannot create its file. Call it before long work."""
+    """Raises OSError if a `model.pth` cannot be created at `path`. Call it before long work."""
     try:
         temporary_path(path).open("wb").close()
         temporary_path(path).unlink()
@@ -65,8 +65,8 @@ def check_checkpoint_writable(path: Path) -> None:
 
 
 def log_replaced(path: Path) -> None:
-    """Log the size and the date of the file that is about to be replaced, if it exists."""
+    """Log the size and date of an existing file. Call it before the file is replaced."""
     if path.exists():
         stat = path.stat()
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
-        log(f"replaces {path} ({size_text(stat.st_size)}, {made})")
+        modified = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
+        log(f"replaces {path} ({size_text(stat.st_size)}, {modified})")

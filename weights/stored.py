@@ -1,7 +1,8 @@
 """The tensors of a checkpoint's files, under this project's names.
 
 Start at read_index, which merges the headers of all files; translate then renames Hugging Face's
-tensors and groups those that this model stacks: q, k and v into wqkv, gate and up into w13.
+tensors and groups those that this model stacks: q, k and v into wqkv, gate and up into w13. A Part
+(formats.py) is one tensor as a file stores it: a name, a file, an offset, a dtype and a shape.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,11 @@ from weights.weight_files import shards
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the model, stored as parts that are stacked along the first dimension.
+    """A tensor of the model: one or more parts in files, stacked along the first dimension.
 
-    convert: makes this project's layout from a part of another; None: the layouts are the same.
+    convert: a function from a part's stored tensor to this project's layout (int4_layouts.py); None
+    if the layouts are the same. `stage` in the methods is a staging_buffer (formats.py): bytes pass
+    through it if `out` is on another device or of another dtype than the file's.
     """
 
     parts: tuple[Part, ...]
@@ -29,13 +32,16 @@ class StoredTensor:
 
     @property
     def pieces(self) -> list[Tensor]:
-        """The converted parts, on the meta device: their shapes and dtypes."""
+        """Returns the parts after conversion, as meta tensors: only their shapes and dtypes."""
         stored = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in self.parts]
         pairs = zip(self.parts, stored, strict=True)
         return [self.converted(*pair) for pair in pairs] if self.convert else stored
 
     def converted(self, part: Part, stored: Tensor) -> Tensor:
-        """Convert a part's tensor. Raises ValueError naming the file and the tensor."""
+        """Returns `stored`, the tensor of this part, in this project's layout.
+
+        Raises ValueError that names the file and the tensor. `convert` must not be None.
+        """
         try:
             return self.convert(stored)
         except (ValueError, RuntimeError) as error:
@@ -55,7 +61,7 @@ class StoredTensor:
         return sum(part.nbytes for part in self.parts)
 
     def read_into(self, out: Tensor, stage: Tensor) -> None:
-        """Read the whole tensor into `out`; see Checkpoint.read_into."""
+        """Read the whole tensor into `out`: contiguous, of this shape, of any device and dtype."""
         pieces = out.detach().view(-1).split([piece.numel() for piece in self.pieces])
         for part, piece in zip(self.parts, pieces, strict=True):
             if self.convert is None:
@@ -64,68 +70,85 @@ class StoredTensor:
                 piece.copy_(self._read_converted(part).flatten())
 
     def read_rows_into(self, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
-        """Read ranges of rows into `out`, one after the other."""
-        filled = 0
-        for wanted in rows:
-            first = 0  # row at which a part begins
+        """Read rows of the tensor into `out`, the ranges one after the other.
+
+        rows: ranges of row numbers of the whole tensor; a range may span several parts. out:
+        contiguous, with as many rows as all ranges together. Tensor parallelism calls this for the
+        rows of a rank.
+        """
+        rows_read = 0
+        for row_range in rows:
+            part_start = 0  # number of the part's first row in the whole tensor
             for part, piece in zip(self.parts, self.pieces, strict=True):
-                start, stop = max(wanted.start, first), min(wanted.stop, first + len(piece))
+                start = max(row_range.start, part_start)
+                stop = min(row_range.stop, part_start + len(piece))
                 if start < stop:
-                    within = range(start - first, stop - first)
-                    self._read_rows(part, within, out[filled:][: len(within)], stage)
-                    filled += len(within)
-                first += len(piece)
+                    part_rows = range(start - part_start, stop - part_start)
+                    self._read_rows(part, part_rows, out[rows_read:][: len(part_rows)], stage)
+                    rows_read += len(part_rows)
+                part_start += len(piece)
 
     def _read_rows(self, part: Part, rows: range, out: Tensor, stage: Tensor) -> None:
+        """Read a range of one part's rows, counted within the part, into `out`.
+
+        A part that needs conversion is read and converted completely.
+        """
         if self.convert is None:
             return read_part(rows_of(part, rows), out.view(-1), stage)
         out.copy_(self._read_converted(part)[rows.start : rows.stop])
 
     def read_columns_into(self, columns: range, out: Tensor, stage: Tensor) -> None:
-        """Read a range of a matrix's columns into `out`."""
-        first = 0  # row at which a part begins
+        """Read a range of a matrix's columns into `out`, (rows of the whole tensor, len(columns)).
+
+        Tensor parallelism calls this for a rank's columns.
+        """
+        part_start = 0  # number of the part's first row in the whole tensor
         for part, piece in zip(self.parts, self.pieces, strict=True):
-            rows = out[first : first + len(piece)]
+            rows = out[part_start : part_start + len(piece)]
             if self.convert is None:
                 read_columns(part, columns, rows, stage)
             else:
                 rows.copy_(self._read_converted(part)[:, columns.start : columns.stop])
-            first += len(piece)
+            part_start += len(piece)
 
     def _read_converted(self, part: Part) -> Tensor:
+        """Read a whole part from its file; returns it converted, on the CPU."""
         stored = torch.empty(part.shape, dtype=part.dtype)
-        flat = stored.view(-1)  # nothing is staged: the dtype is the stored one
-        read_part(part, flat, stage=flat)
+        values = stored.view(-1)  # read_part ignores stage here: `values` has the stored dtype
+        read_part(part, values, stage=values)
         return self.converted(part, stored)
 
     def differences(self, name: str, tensor: Tensor) -> Iterator[str]:
-        """Yields how the tensor differs from the model's of that name.
+        """Yield a sentence for each difference of shape or dtype from `tensor`, the model's own.
 
-        A parameter may be stored in any floating-point dtype.
+        The stored dtype must be the same; for a parameter any floating-point dtype will do.
         """
         if self.shape != tuple(tensor.shape):
             yield f"{name} has shape {list(self.shape)} and should have {list(tensor.shape)}"
-        weight = isinstance(tensor, nn.Parameter)
+        is_parameter = isinstance(tensor, nn.Parameter)
         for dtype in {piece.dtype for piece in self.pieces}:
-            if not (dtype.is_floating_point if weight else dtype == tensor.dtype):
-                wanted = "floating-point" if weight else str(tensor.dtype).removeprefix("torch.")
-                yield f"{name} is {str(dtype).removeprefix('torch.')} and should be {wanted}"
+            if not (dtype.is_floating_point if is_parameter else dtype == tensor.dtype):
+                expected = (
+                    "floating-point" if is_parameter else str(tensor.dtype).removeprefix("torch.")
+                )
+                yield f"{name} is {str(dtype).removeprefix('torch.')} and should be {expected}"
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
-    """Read the headers of all files of a checkpoint.
+    """Read the headers of all files of a checkpoint. path: as for weight_files.shards.
 
-    Returns the metadata of our own file, {} for Hugging Face's, and the parts by their names in
-    the files. Raises ValueError where two files hold a tensor of the same name.
+    Returns (metadata, parts). metadata: see formats.index_file; {} for Hugging Face's files. parts:
+    name in the files -> Part. Raises ValueError if two files hold a tensor of the same name and the
+    index does not tell which one counts, and for a file of this project among shards.
     """
     files, owners = shards(path)
     metadata: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     for file in files:
-        metadata, found = index_file(file)
+        metadata, file_parts = index_file(file)
         if metadata and len(files) > 1:
             raise ValueError(f"{file} is a whole model of this project, and no part of {path}")
-        for name, part in found.items():
+        for name, part in file_parts.items():
             other = parts.setdefault(name, part)
             if other is not part and owners.get(name) not in (file.name, other.file.name):
                 raise ValueError(f"{name} lies in {other.file} and in {file}: remove one of them")
@@ -137,7 +160,11 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
 
 
 def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, StoredTensor]:
-    """Map Hugging Face's tensors to ours. scheme: of an int4 checkpoint in a foreign layout."""
+    """Map the tensors of Hugging Face's files to this project's: name -> StoredTensor.
+
+    scheme: the quantisation scheme of a GPTQ or AWQ checkpoint (foreign_scheme), whose packed
+    tensors are converted; None: no tensor is packed. Raises ValueError if parts cannot be stacked.
+    """
     fields = {}
     if scheme:
         from weights.int4_layouts import foreign_fields  # only for a checkpoint in such a layout
@@ -154,16 +181,20 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
 
 
 def group_parts(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
-    """Group parts by our name and their index in it. Raises ValueError on duplicates."""
-    found: dict[str, dict[int, Part]] = {}
+    """Returns our tensor name -> {index of the part in the stacked tensor -> Part}.
+
+    Tensors that are not weights are left out (hf.tensor_name). Raises ValueError if two parts have
+    the same name and index.
+    """
+    groups: dict[str, dict[int, Part]] = {}
     for part in parts:
-        if place := hf.tensor_name(part.name):
-            name, index = place
-            if (other := found.setdefault(name, {}).setdefault(index, part)) is not part:
+        if target := hf.tensor_name(part.name):
+            name, index = target
+            if (other := groups.setdefault(name, {}).setdefault(index, part)) is not part:
                 raise ValueError(
                     f"{part.file}: {part.name} and {other.name} are one tensor's names"
                 )
-    return found
+    return groups
 
 
 def check_stackable(name: str, tensor: StoredTensor) -> None:

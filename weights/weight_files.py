@@ -1,8 +1,9 @@
-"""Finds the files that hold the weights of a path, or says what is there instead.
+"""Finds the files that hold the weights of a path, or raises an error that lists what is there.
 
-Start at find_weights, then shards. The order is our `model.pth`, then that of transformers, which
-prefers a single file to an index; then, as vLLM and llama.cpp do, numbered shards without an index,
-and a single safetensors file of any name. Nothing here imports torch.
+Start at find_weights, then shards. Order of preference: this project's `model.pth`; the files that
+transformers looks for, in its order, a single file before an index; then, as in vLLM and llama.cpp,
+numbered shards without an index, or a single safetensors file of any name. Commands call this
+before they import torch, so nothing here imports it.
 """
 
 import re
@@ -27,7 +28,8 @@ NUMBERED = re.compile(rf"(.+){SHARD}(\.safetensors)|(pytorch_model){SHARD}(\.bin
 FILES = "download the *.safetensors files of its Hugging Face repository"
 ORIGINAL = "download the Hugging Face repository of the unquantised model and use quantize.py"
 AGAIN = "download it again"
-# Files that cannot be read: name pattern, what it is, what to do. The first match counts.
+# Files that cannot be read: pattern of the file name, what such a file is, what the user can do.
+# The first match counts.
 KINDS = (
     ("*.gguf", "a GGUF file of llama.cpp", ORIGINAL),
     ("consolidated*", "in its authors' own layout, without Hugging Face's names", FILES),
@@ -43,7 +45,8 @@ KINDS = (
     ("tokenizer*", "part of a tokenizer, not of the weights", FILES),
     ("*.json", "no file of weights", "give the folder that it lies in"),
 )
-# The same by the first bytes of a file.
+# Files that cannot be read, recognised by their first bytes: these bytes, what such a file is, what
+# the user can do.
 BEGINNINGS = (
     (b"GGUF", *KINDS[0][1:]),
     (
@@ -58,10 +61,12 @@ BEGINNINGS = (
 
 
 def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:
-    """Returns the path if it is a file, else the weights in that directory.
+    """Returns `path` if it is a file, else the path of a weight file in that directory.
 
-    names: the file names to look for, in order, before other names (find_unnamed). Raises
-    FileNotFoundError and ValueError, which say what is there instead.
+    For a model in shards that is the index, or the first shard where no index exists; `shards`
+    lists all files that belong to it. names: standard file names, tried in order; a file with
+    another name is used only if none of them exists (find_unnamed). Raises FileNotFoundError, which
+    lists what the directory holds, and ValueError if it holds several models.
     """
     path = Path(path)
     if path.is_file():
@@ -84,57 +89,64 @@ def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FA
 
 
 def find_unnamed(folder: Path) -> Path | None:
-    """Find weights without an index or a standard name.
+    """Find weights in a folder that has no index and no file with a standard name.
 
-    Returns the first of numbered shards, or the folder's only safetensors file. Raises ValueError
-    if the folder holds several models.
+    Returns the first file of numbered shards, or the only safetensors file; None if there is
+    neither. Raises ValueError if the folder holds several models.
     """
     for suffix in (".safetensors", ".bin"):
-        groups: dict[Any, Path] = {}
+        models: dict[Any, Path] = {}
+        # The first file of each model. Shards of one model have equal groups in NUMBERED.
         for file in sorted(folder.glob(f"*{suffix}")):
-            numbered = NUMBERED.fullmatch(file.name)
+            shard = NUMBERED.fullmatch(file.name)
             hidden = file.name.startswith(".") or not file.is_file()  # macOS leaves ._model files
-            wanted = numbered or suffix == ".safetensors"
-            if wanted and not hidden and not kind_by_name(file.name):
-                groups.setdefault(numbered.groups() if numbered else file.name, file)
-        if len(groups) > 1:
-            listed = ", ".join(file.name for file in groups.values())
+            may_be_weights = shard or suffix == ".safetensors"
+            if may_be_weights and not hidden and not kind_by_name(file.name):
+                models.setdefault(shard.groups() if shard else file.name, file)
+        if len(models) > 1:
+            listed = ", ".join(file.name for file in models.values())
             raise ValueError(f"{folder} holds several models ({listed}): give the path of one file")
-        if groups:
-            return next(iter(groups.values()))
+        if models:
+            return next(iter(models.values()))
     return None
 
 
 def describe_unreadable(folder: Path) -> str | None:
-    """Returns a sentence about the first file in a folder whose kind cannot be read, or None."""
+    """Returns "FILE is KIND; REMEDY" for a file in the folder that cannot be read, or None.
+
+    Called for the error message if a folder has no weights.
+    """
     names = sorted(file.name for file in folder.iterdir())
-    for pattern, what, remedy in KINDS[:-1]:  # without *.json: every model has a config.json
-        if found := next((name for name in names if fnmatch(name, pattern)), None):
-            return f"{found} is {what}; {remedy}"
+    for pattern, kind, remedy in KINDS[:-1]:  # without *.json: every model has a config.json
+        if match := next((name for name in names if fnmatch(name, pattern)), None):
+            return f"{match} is {kind}; {remedy}"
     return None
 
 
 def kind_by_name(name: str) -> tuple[str, str] | None:
-    """Returns what an unreadable file is and what to do, by its name; None: it may be weights."""
-    kinds = ((what, remedy) for pattern, what, remedy in KINDS if fnmatch(name, pattern))
+    """Returns (what the file is, what the user can do) for a file name that matches KINDS.
+
+    None: the file may hold weights, or is an index of shards.
+    """
+    kinds = ((kind, remedy) for pattern, kind, remedy in KINDS if fnmatch(name, pattern))
     return None if name.endswith(".index.json") else next(kinds, None)
 
 
 def check_readable(file: Path) -> None:
-    """Raises ValueError for a kind of file that cannot be read, by its first bytes or its name."""
-    with file.open("rb") as opened:
-        beginning = opened.read(64).lstrip().lower()
+    """Raises ValueError for a file of KINDS or BEGINNINGS, naming what it is and what to do."""
+    with file.open("rb") as f:
+        beginning = f.read(64).lstrip().lower()
     kinds = (rest for magic, *rest in BEGINNINGS if beginning.startswith(magic.lower()))
-    if found := next(kinds, None) or kind_by_name(file.name):
-        what, remedy = found
-        raise ValueError(f"{file} is {what}; {remedy}")
+    if match := next(kinds, None) or kind_by_name(file.name):
+        kind, remedy = match
+        raise ValueError(f"{file} is {kind}; {remedy}")
 
 
 def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """List the files of a checkpoint, given its index, a numbered shard or its only file.
+    """List all weight files of a checkpoint. path: its index, any numbered shard, or its only file.
 
-    Returns the files, and the weight_map of the index (tensor name -> file name; {} without one).
-    Raises FileNotFoundError where shards are missing.
+    Returns the files, and the weight_map of the index (tensor name -> file name; {} without an
+    index). Raises FileNotFoundError if a shard is missing, ValueError as check_readable does.
     """
     check_readable(path)
     owners: dict[str, str] = {}
@@ -146,10 +158,10 @@ def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
         stem, total, suffix = filter(None, numbered.groups())
         names = [f"{stem}-{n:05}-of-{total}{suffix}" for n in range(1, int(total) + 1)]
     files = [path.parent / name for name in names]
-    if absent := [file.name for file in files if not file.is_file()]:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+    if missing := [file.name for file in files if not file.is_file()]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise FileNotFoundError(
-            f"{path.parent} lacks {', '.join(absent[:5])}{more}, which {path.name} belongs with: "
+            f"{path.parent} lacks {', '.join(missing[:5])}{more}, which {path.name} belongs with: "
             "run scripts/download.py again, it fetches what is missing"
         )
     for file in files:
@@ -158,22 +170,28 @@ def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Read the weight_map of an index. Raises ValueError if a file name in it is a path."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    """Read the weight_map of an index: tensor name -> name of the file that holds the tensor.
+
+    Raises ValueError if it is missing or empty, or if a file name contains a directory.
+    """
+    owners = read_json(index).get("weight_map")
+    if not isinstance(owners, dict) or not owners:
         raise ValueError(f"{index} has no weight_map: {AGAIN}")
-    for tensor, file in found.items():
-        # An index is downloaded: it must not make this program read files elsewhere.
+    for tensor, file in owners.items():
+        # A downloaded index must not make this program read files of other directories.
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise ValueError(
                 f"{index}: weight_map puts {short_text(tensor)} into {short_text(file)}, which is "
                 f"no name of a weight file beside it: {AGAIN}"
             )
-    return found
+    return owners
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object of a JSON file that is part of a checkpoint."""
+    """Read a JSON file that a checkpoint must have; returns its object.
+
+    Raises FileNotFoundError, and ValueError, which advises to download the file again.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it belongs beside the weights")
     try:

@@ -1,6 +1,7 @@
 """Compiles the C++ of this folder, once for each CPU and version of torch, and registers it.
 
-Start at build. Callers ask unsupported_reason first, and use PyTorch's layers if it returns one.
+Start at build. Callers call unsupported_reason first, and use PyTorch's layers if it returns a
+reason.
 """
 
 import contextlib
@@ -74,7 +75,11 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 
 def build() -> str | None:
-    """Load the operators, compiled once for each torch and CPU. Return the reason of a failure."""
+    """Compile the operators, unless an earlier run has, and load them into this process.
+
+    Returns None, or the reason of a failure; raises nothing. Takes about twenty seconds once for
+    each CPU and version of torch. Requires that unsupported_reason returned None.
+    """
     if has_cpu_kernel("gpt_flex::quantized_linear"):
         return None
     if (cache := cache_directory()) is None:
@@ -93,10 +98,10 @@ def build() -> str | None:
 
 
 def build_key() -> int:
-    """Return a checksum of all that the compiled library depends on.
+    """Return a checksum of the sources, the version of torch and the features of the CPU.
 
-    -march=native: a library compiled on one machine may crash another that shares its home
-    directory.
+    It names the library's folder. A library is compiled for one CPU (-march=native): on another
+    machine with the same home directory it may crash.
     """
     kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
     texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
@@ -104,7 +109,10 @@ def build_key() -> int:
 
 
 def load_library(folder: Path) -> None:
-    """Compile the sources in a folder, unless it holds a library of them, and load the library."""
+    """Load the library of operators; compile it first if the folder does not hold it.
+
+    Raises OSError, RuntimeError or ImportError on failure. Call it within locked(folder).
+    """
     from torch.utils import cpp_extension  # imports setuptools, which takes time
 
     cpp_extension.load(
@@ -119,10 +127,10 @@ def load_library(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build in a folder.
+    """Within the context, no other process builds in the folder, which is created if missing.
 
-    A build that is killed leaves torch's lock file behind, and every later build waits for that
-    file. This lock ends with its process.
+    Removes torch's own lock file: a killed build leaves it behind, and every later build would wait
+    for its removal. This function's lock ends with its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as file:

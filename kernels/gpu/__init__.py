@@ -45,7 +45,7 @@ def supports(x: Tensor) -> bool:
 
 
 class Prologue(NamedTuple):
-    """What fixed_point_kernel computes from one row before it becomes fixed point.
+    """A function of one row that fixed_point_kernel computes before it converts to fixed point.
 
     norm: the weight, (K,), of an RMS norm with eps. gated: the row, (1, 2 K), becomes
     silu(first half) * second half.

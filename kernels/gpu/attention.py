@@ -20,33 +20,33 @@ from kernels.gpu.one_row import begin, wait
 
 @triton.jit
 def load_numbers(
-    data, scales, lows, place, scale_place, there, HALF: tl.constexpr, BITS: tl.constexpr
+    data, scales, lows, place, scale_place, mask, HALF: tl.constexpr, BITS: tl.constexpr
 ):
-    """Load the numbers of a cache at `place`, which are stored as they are or as low + scale * q.
+    """Load the numbers of a cache at `place`. BITS 16: stored as they are; else low + scale * q.
 
-    With BITS 4: HALF 0 loads the low nibbles, HALF 1 the high ones.
+    With BITS 4, HALF 0 loads the low nibbles, HALF 1 the high ones.
     """
-    values = tl.load(data + place, there, 0)
+    values = tl.load(data + place, mask, 0)
     if BITS != 16:
         if BITS == 4:
             values = (values >> (4 * HALF)) & 15
-        scale = tl.load(scales + scale_place, there, 0).to(tl.float32)
-        low = tl.load(lows + scale_place, there, 0).to(tl.float32)
+        scale = tl.load(scales + scale_place, mask, 0).to(tl.float32)
+        low = tl.load(lows + scale_place, mask, 0).to(tl.float32)
         values = values.to(tl.float32) * scale + low
     return values
 
 
 @triton.jit
-def softmax_step(scores, seen, top, sum):
+def softmax_step(scores, visible, top, sum):
     """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
 
     Returns the weights, the factor, (BR, 1), by which sums over earlier blocks must be multiplied,
     and the largest score and the sum of weights so far, (BR,) each.
     """
-    scores = tl.where(seen, scores, -1e38)
+    scores = tl.where(visible, scores, -1e38)
     new_top = tl.maximum(top, tl.max(scores, 1))
     shrink = tl.exp2(top - new_top)
-    weights = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0)
+    weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0)
     return weights, shrink[:, None], new_top, sum * shrink + tl.sum(weights, 1)
 
 
@@ -59,15 +59,15 @@ def attention_kernel(
     k_lows,
     v_scales,
     v_lows,
-    pos,  # (B, T) int64: a query attends to the positions up to its own
+    pos,  # (B, T) int64: a query attends to all positions up to its own
     parts,  # (B * G, SPLITS, R*T, E) float32
     tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
     arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after a launch
     out,  # (B, T, H, E)
     T,
     G,
-    batch_stride,  # tokens from row to row of a cache
-    position_stride,  # tokens from position to position
+    batch_stride,  # from row to row of a cache, in tokens
+    position_stride,  # from position to position, in tokens
     factor,  # of the scores: log2(e) / sqrt(E)
     R: tl.constexpr,
     E: tl.constexpr,
@@ -81,6 +81,7 @@ def attention_kernel(
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     PDL: tl.constexpr,
 ):
+    """Attend with the queries of a key/value head over a program's share of the positions."""
     begin(PDL)
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     row = tl.arange(0, BR)
@@ -94,9 +95,9 @@ def attention_kernel(
     e = tl.arange(0, WIDTH)
     inside = e < E // HALVES
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
-    there = real[:, None] & inside[None, :]
-    low_q = tl.load(query, there, 0).to(DOT)  # (BR, WIDTH)
-    high_q = tl.load(query + HALVES - 1, there, 0).to(DOT)
+    mask = real[:, None] & inside[None, :]
+    low_q = tl.load(query, mask, 0).to(DOT)  # (BR, WIDTH)
+    high_q = tl.load(query + HALVES - 1, mask, 0).to(DOT)
     top = tl.full((BR,), -1e38, tl.float32)
     sum = tl.zeros((BR,), tl.float32)
     low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
@@ -113,8 +114,8 @@ def attention_kernel(
             if BITS == 4:
                 keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
                 scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
-            seen = s[None, :] <= at[:, None]  # (BR, BS)
-            weights, shrink, top, sum = softmax_step(scores * factor, seen, top, sum)
+            visible = s[None, :] <= at[:, None]  # (BR, BS)
+            weights, shrink, top, sum = softmax_step(scores * factor, visible, top, sum)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             weights = weights.to(DOT)
             low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
@@ -123,37 +124,37 @@ def attention_kernel(
                 high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
-        finish(low, high, sum, result, there, BITS)
+        finish(low, high, sum, result, mask, BITS)
     else:
         part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
-        store_part(parts, tops, part, low, high, top, sum, e, real, there, E, BITS)
+        store_part(parts, tops, part, low, high, top, sum, e, real, mask, E, BITS)
         tl.debug_barrier()  # all of this program has been stored before it counts as arrived
         if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
             tl.store(arrived + tl.program_id(0), 0)
-            combine(parts, tops, result, e, row, real, there, R * T, E, BR, WIDTH, BITS, SPLITS)
+            combine(parts, tops, result, e, row, real, mask, R * T, E, BR, WIDTH, BITS, SPLITS)
 
 
 @triton.jit
 def store_part(
-    parts, tops, part, low, high, top, sum, e, real, there, E: tl.constexpr, BITS: tl.constexpr
+    parts, tops, part, low, high, top, sum, e, real, mask, E: tl.constexpr, BITS: tl.constexpr
 ):
-    """Store what a program has of a key/value head, for the program that combines the parts."""
+    """Store a program's partial sums of a key/value head, for the program that combines them."""
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     tl.store(tops + part * 2, top, real)
     tl.store(tops + part * 2 + 1, sum, real)
     place = parts + part[:, None] * E + e[None, :] * HALVES
-    tl.store(place, low, there)
+    tl.store(place, low, mask)
     if BITS == 4:
-        tl.store(place + 1, high, there)
+        tl.store(place + 1, high, mask)
 
 
 @triton.jit
-def finish(low, high, sum, result, there, BITS: tl.constexpr):
+def finish(low, high, sum, result, mask, BITS: tl.constexpr):
     """Store the weighted values divided by the sum of the weights. Padding rows have a sum of 0."""
     sum = tl.where(sum > 0, sum, 1)[:, None]
-    tl.store(result, (low / sum).to(result.dtype.element_ty), there)
+    tl.store(result, (low / sum).to(result.dtype.element_ty), mask)
     if BITS == 4:
-        tl.store(result + 1, (high / sum).to(result.dtype.element_ty), there)
+        tl.store(result + 1, (high / sum).to(result.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def combine(
     e,
     row,
     real,
-    there,
+    mask,
     rows,
     E: tl.constexpr,
     BR: tl.constexpr,
@@ -188,10 +189,10 @@ def combine(
         new_top = tl.maximum(top, part_top)
         shrink, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
         place = parts + part[:, None] * E + e[None, :] * HALVES
-        part_low = tl.load(place, there, 0, cache_modifier=".cg")
+        part_low = tl.load(place, mask, 0, cache_modifier=".cg")
         low = low * shrink[:, None] + part_low * weight[:, None]
         if BITS == 4:
-            part_high = tl.load(place + 1, there, 0, cache_modifier=".cg")
+            part_high = tl.load(place + 1, mask, 0, cache_modifier=".cg")
             high = high * shrink[:, None] + part_high * weight[:, None]
         sum, top = sum * shrink + part_sum * weight, new_top
-    finish(low, high, sum, result, there, BITS)
+    finish(low, high, sum, result, mask, BITS)

@@ -1,9 +1,9 @@
 """The two loops of GPTQ over up to 128 columns, each as one kernel.
 
 Start at round_columns and refine_columns; calibration/gptq.py has the same functions in PyTorch,
-which are the reference. There a column takes some twenty launches, and the hundreds of thousands of
-columns of a model take minutes. Rows are independent: a program keeps all columns of its rows in
-registers and loops over them.
+which are the reference. In PyTorch a column takes some twenty launches, and the hundreds of
+thousands of columns of a model take minutes. Rows are independent: a program keeps all columns of
+its rows in registers and loops over them.
 
 Shapes: N rows, C columns, up to 128.
 """
@@ -48,10 +48,10 @@ def round_kernel(
     """Round one column after another and spread its error over the columns after it."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
-    there = (n < N) & (k < C)
-    w = tl.load(weight + n.to(tl.int64) * weight_stride + k, there, 0)
-    scale = tl.load(scales + n * C + k, there, 1)
-    zero = tl.load(zeros + n * C + k, there, 0)
+    mask = (n < N) & (k < C)
+    w = tl.load(weight + n.to(tl.int64) * weight_stride + k, mask, 0)
+    scale = tl.load(scales + n * C + k, mask, 1)
+    zero = tl.load(zeros + n * C + k, mask, 0)
     indices = tl.zeros((ROWS, BC), tl.float32)
     lost = tl.zeros((ROWS, BC), tl.float32)
     for c in range(C):
@@ -63,8 +63,8 @@ def round_kernel(
         w -= error[:, None] * tl.load(factor + c * factor_stride + k, (k >= c) & (k < C), 0)
         indices = tl.where(here, index[:, None], indices)
         lost = tl.where(here, error[:, None], lost)
-    tl.store(q + n * C + k, indices, there)
-    tl.store(errors + n * C + k, lost, there)
+    tl.store(q + n * C + k, indices, mask)
+    tl.store(errors + n * C + k, lost, mask)
 
 
 @triton.jit
@@ -86,11 +86,11 @@ def refine_kernel(
     """Choose the best integer of one column after another; see gptq.refine_columns."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
-    there = (n < N) & (k < C)
-    gradient = tl.load(slope + n.to(tl.int64) * slope_stride + k, there, 0)
-    scale = tl.load(scales + n * C + k, there, 1)
-    zero = tl.load(zeros + n * C + k, there, 0)
-    indices = tl.load(q + n * C + k, there, 0)
+    mask = (n < N) & (k < C)
+    gradient = tl.load(slope + n.to(tl.int64) * slope_stride + k, mask, 0)
+    scale = tl.load(scales + n * C + k, mask, 1)
+    zero = tl.load(zeros + n * C + k, mask, 0)
+    indices = tl.load(q + n * C + k, mask, 0)
     taken = tl.zeros((ROWS, BC), tl.float32)
     for c in range(C):
         here = k == c
@@ -104,8 +104,8 @@ def refine_kernel(
         gradient += step[:, None] * row
         indices = tl.where(here, index[:, None], indices)
         taken = tl.where(here, step[:, None], taken)
-    tl.store(better + n * C + k, indices, there)
-    tl.store(steps + n * C + k, taken, there)
+    tl.store(better + n * C + k, indices, mask)
+    tl.store(steps + n * C + k, taken, mask)
 
 
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
@@ -117,7 +117,7 @@ def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
 def round_columns(
     weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what gptq.round_columns computes."""
+    """Round the columns as gptq.round_columns does, with the same arguments and results."""
     N, C = weight.shape
     # LAPACK stores factors in column order.
     weight, factor, scales, zeros = rowwise(weight, factor, scales, zeros)
@@ -144,7 +144,7 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what gptq.refine_columns computes."""
+    """Refine the columns as gptq.refine_columns does, with the same arguments and results."""
     N, C = slope.shape
     slope, hessian, q, scales, zeros = rowwise(slope, hessian, q, scales, zeros)
     better, steps = torch.empty_like(q), torch.empty_like(q)

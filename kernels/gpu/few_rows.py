@@ -7,10 +7,11 @@ scale_kernel first scales each row of activations by a power of two into the ran
 No GPU instruction converts bytes to float16 as fast as memory delivers them. But the bits
 0x6400 + b are the number 1024 + b, so that a byte permutation, a logical operation and a
 subtraction convert two bytes at once (Kim et al., arXiv 2211.10017, section 3.2). A word of weights
-holds eight (int8: four) neighbouring inputs. Each of them goes to the same place of another matrix,
-which is multiplied by every eighth (fourth) input; the products are added. Thus no weight moves
-between threads to be converted. The helper functions have one result and work element by element,
-so that Triton moves the packed words, once, to the layout that tensor cores need.
+packs eight (int8: four) neighbouring inputs. The words of a tile are unpacked to eight (four)
+matrices. Each is multiplied by every eighth (fourth) activation, and the products are added, so
+that no weight moves between threads to be converted. The helper functions return one tensor and
+work element by element; therefore Triton moves the packed words, once, to the layout that tensor
+cores need.
 
 SPLITS programs may divide the K inputs of a product. Each stores its part of the sum; the last one
 adds the parts in a fixed order, so that two runs give the same bits.
@@ -161,6 +162,7 @@ def int4_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply M rows by int4 weights."""
     begin(PDL)
     BW: tl.constexpr = GROUPS * WORDS
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -181,19 +183,19 @@ def int4_kernel(
         number = tl.broadcast_to(number[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
         factor = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
         k = start + tl.arange(0, BW)[:, None]
-        there = (k < W) & (m[None, :] < M)  # (BW, BM)
+        mask = (k < W) & (m[None, :] < M)  # (BW, BM)
         inputs = x + (m[None, :] * 8) * W + k
         for byte in tl.static_range(4):
             both = bytes_of(words, byte, PTX)
             low = number_above(both, "0x000F000F", PTX) - (number + 1024)
             total = tl.dot(
-                low * factor, tl.load(inputs + 2 * byte * W, there, 0, cache_modifier=CACHED), total
+                low * factor, tl.load(inputs + 2 * byte * W, mask, 0, cache_modifier=CACHED), total
             )
-            # A high nibble is 4 bits higher: 1024 + 16 q.
+            # A high nibble q stays in the upper half of its byte: the number is 1024 + 16 q.
             high = number_above(both, "0x00F000F0", PTX) * 0.0625 - (number + 64)
             total = tl.dot(
                 high * factor,
-                tl.load(inputs + (2 * byte + 1) * W, there, 0, cache_modifier=CACHED),
+                tl.load(inputs + (2 * byte + 1) * W, mask, 0, cache_modifier=CACHED),
                 total,
             )
         group += GROUPS
@@ -226,6 +228,7 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply M rows by int8 weights."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -240,11 +243,11 @@ def int8_kernel(
         words = tl.load(row + start + step, real & (start + step < W), 0)  # (BN, BW)
         raised = words ^ -2139062144  # 0x80808080: each byte is then q + 128
         k = start + tl.arange(0, BW)[:, None]
-        there = (k < W) & (m[None, :] < M)  # (BW, BM)
+        mask = (k < W) & (m[None, :] < M)  # (BW, BM)
         inputs = x + (m[None, :] * 4) * W + k
         for byte in tl.static_range(4):
             weights = number_above(bytes_of(raised, byte, PTX), "0x00FF00FF", PTX) - 1152
             total = tl.dot(
-                weights, tl.load(inputs + byte * W, there, 0, cache_modifier=CACHED), total
+                weights, tl.load(inputs + byte * W, mask, 0, cache_modifier=CACHED), total
             )
     finish_rows(total, scale, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)

@@ -23,7 +23,7 @@ from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_cla
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 CHUNK_BYTES = 16
 MAX_ROWS_PER_PROGRAM = 64  # more rows take another read of the weights
-COUNTERS = 65536  # at least the tiles of the largest weight, an output head
+COUNTERS = 65536  # at least as many as the largest weight, an output head, has tiles
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
@@ -59,7 +59,7 @@ def fixed_point(
 ) -> FixedPoint:
     """Convert (K,), or (2 K,) if gated, to 16-bit fixed point; see fixed_point.py.
 
-    norm, eps, gated: see gpu.Prologue.
+    norm, eps, gated: see Prologue in kernels/gpu/__init__.py.
     """
     K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)
@@ -259,16 +259,17 @@ def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
 
 
 def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
-    """Return memory for the parts of programs that divide K, and counters; see finish_rows."""
+    """Return memory for the sums of programs that divide K, and counters; see finish_rows."""
     size = tile.splits * len(x) * N if tile.splits > 1 else 0
     return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 
 
 @functools.cache
 def arrivals(device: torch.device) -> Tensor:
-    """Return counters at 0 for programs that share a tile; the last program resets its counter.
+    """Return counters of 0 for programs that share a tile; the last program resets its counter.
 
-    All launches on a device share them, so these kernels must not run on two streams at once.
+    All launches on a device share the counters, so these kernels must not run on two streams at a
+    time.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 

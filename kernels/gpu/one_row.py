@@ -83,7 +83,7 @@ def fixed_point_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute the prologue of a row (gpu.Prologue), then fixed_point.fixed_point.
+    """Compute the prologue of a row (Prologue in kernels/gpu/__init__.py), then fixed point.
 
     With NORM every program sums the squares of the whole row: the row is in the L2 cache, and a
     separate kernel for the sum would take longer.
@@ -145,6 +145,7 @@ def int4_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply one row by int4 weights."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -195,6 +196,7 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply one row by int8 weights."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -231,6 +233,7 @@ def dense_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Multiply one row by dense weights."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = weight + n[:, None] * (weight_stride * 8)

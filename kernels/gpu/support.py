@@ -1,4 +1,4 @@
-"""Whether the kernels run on a GPU, and what it supports. Needs no Triton."""
+"""Checks whether the kernels run on a GPU, and which features it has. Does not import Triton."""
 
 import functools
 import importlib.util

@@ -1,15 +1,18 @@
-"""Tile sizes: a table for each kernel and class of shapes. Start at few_rows_tile.
+"""Tile sizes for each kernel and class of shapes. Start at few_rows_tile.
 
-benchmarks/gpu_tune.py measured them on an H100 (benchmarks/results/gpu-tune-*.json), so that the
-first token does not wait for an autotuner. Another GPU gives the same results with these tiles but
-may be slower than it could be.
+The tables replace an autotuner, which would delay the first token. benchmarks/gpu_tune.py measured
+them on an H100 (benchmarks/results/*gpu-tune*). Another GPU computes the same results with them;
+other tiles may be faster there.
 """
 
 from typing import NamedTuple
 
 
 class OneRow(NamedTuple):
-    """outputs: per program. chunks: of 16 bytes of weights per step."""
+    """The tile of a one-row kernel.
+
+    outputs: per program. chunks: of 16 bytes of weights per step.
+    """
 
     outputs: int
     chunks: int
@@ -17,8 +20,11 @@ class OneRow(NamedTuple):
 
 
 class FewRows(NamedTuple):
-    """outputs: per program. words: of 4 bytes of weights per step. splits: programs that divide K.
-    stages: Triton's num_stages, steps whose loads are in flight at a time."""
+    """The tile of a few-rows kernel.
+
+    outputs: per program. words: of 4 bytes of weights per step. splits: programs that divide K.
+    stages: Triton's num_stages, the steps whose loads are in flight at a time.
+    """
 
     outputs: int
     words: int
@@ -59,8 +65,8 @@ ONE_ROW: dict[str, dict[str, OneRow]] = {
         "head": OneRow(2, 64, 1),
     },
 }
-# The bool: more than MAX_SMALL_TILE_ROWS rows, for which a program needs more threads. The bits of
-# a row depend on this bool, and on nothing else about the other rows.
+# The bool of a key: more than MAX_SMALL_TILE_ROWS rows, for which a program needs more threads. Of
+# the other rows, only this bool changes the bits of a row's result.
 MAX_SMALL_TILE_ROWS = 16
 FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
     ("int8", False): {

@@ -35,10 +35,10 @@ def int4_kernel(
     byte = group * HALF + tl.arange(0, HALF)[None, None, :]
     inside = (n < N) & (2 * byte < K)
     bytes = tl.load(weight + n.to(tl.int64) * (weight_stride * 16) + byte, inside, 0)
-    there = (n < N) & (2 * group * HALF < K)
-    zero = tl.load(zeros + n * zero_stride + group // 2, there, 0).to(tl.int32)
+    mask = (n < N) & (2 * group * HALF < K)
+    zero = tl.load(zeros + n * zero_stride + group // 2, mask, 0).to(tl.int32)
     zero = (zero >> (group % 2 * 4)) & 15
-    scale = tl.load(scales + n * scale_stride + group, there, 0).to(tl.float32)
+    scale = tl.load(scales + n * scale_stride + group, mask, 0).to(tl.float32)
     low = ((bytes & 15).to(tl.int32) - zero).to(tl.float32) * scale
     high = ((bytes >> 4).to(tl.int32) - zero).to(tl.float32) * scale
     values = tl.join(low, high).to(out.dtype.element_ty)  # (BN, GROUPS, HALF, 2)
