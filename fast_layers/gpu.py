@@ -98,7 +98,7 @@ def log_once(line: str) -> None:
 def replace_layers(model: Transformer) -> None:
     """Replace the layers and the attention of a model, in place, without a check of its device.
 
-    Fuses norms and gates only in a plain ModuleList: streamed layers of offload.py stay as they are.
+    Fuses norms and gates only in a plain ModuleList: the streamed layers of offload.py stay.
     """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)

@@ -22,9 +22,11 @@ from kernels.gpu.one_row import begin, wait
 def load_numbers(
     data, scales, lows, place, scale_place, there, HALF: tl.constexpr, BITS: tl.constexpr
 ):
-    """Load the numbers of a cache at `place`, which are stored as they are or as low + scale * q.
+    """Load numbers of a KV cache, dequantised if BITS is 8 or 4: low + scale * q.
 
-    With BITS 4: HALF 0 loads the low nibbles, HALF 1 the high ones.
+    place, scale_place: offsets of the numbers and of their scales. there: mask of the offsets to
+    load; others give 0. BITS 16: a dense cache, scales and lows are not read. BITS 4: HALF 0 loads
+    the low nibbles, HALF 1 the high nibbles.
     """
     values = tl.load(data + place, there, 0)
     if BITS != 16:
@@ -40,8 +42,10 @@ def load_numbers(
 def softmax_step(scores, seen, top, sum):
     """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
 
-    Returns the weights, the factor, (BR, 1), by which sums over earlier blocks must be multiplied,
-    and the largest score and the sum of weights so far, (BR,) each.
+    seen: mask of the scores that a row attends to. top, sum: (BR,), the largest score and the sum
+    of weights of the earlier blocks. A weight is 2 ** (score - largest score). Returns the weights,
+    the factor, (BR, 1), by which sums over earlier blocks must be multiplied, and the largest score
+    and the sum of weights so far, (BR,) each.
     """
     scores = tl.where(seen, scores, -1e38)
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -81,6 +85,11 @@ def attention_kernel(
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     PDL: tl.constexpr,
 ):
+    """Compute causal attention of one key/value head's R*T rows over STEPS blocks of positions.
+
+    Program (b * G + g, split). With SPLITS > 1 it stores a partial sum, and the program that ends
+    last combines the parts.
+    """
     begin(PDL)
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     row = tl.arange(0, BR)
@@ -137,7 +146,10 @@ def attention_kernel(
 def store_part(
     parts, tops, part, low, high, top, sum, e, real, there, E: tl.constexpr, BITS: tl.constexpr
 ):
-    """Store what a program has of a key/value head, for the program that combines the parts."""
+    """Store a program's partial sums (low, high, top, sum) for the program that combines them.
+
+    part: (BR,), the index of each row's part. real: mask of rows. there: mask of rows x channels.
+    """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     tl.store(tops + part * 2, top, real)
     tl.store(tops + part * 2 + 1, sum, real)

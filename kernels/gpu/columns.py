@@ -109,7 +109,10 @@ def refine_kernel(
 
 
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
-    """Make matrices contiguous; the first may stay a slice of columns of a wider one."""
+    """Return the matrices with contiguous rows, as the kernels read them.
+
+    sliced: may stay a slice of columns of a wider matrix. square, others: made contiguous.
+    """
     sliced = sliced if sliced.stride(1) == 1 else sliced.contiguous()
     return [sliced, *(t.contiguous() for t in (square, *others))]
 
@@ -117,7 +120,11 @@ def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
 def round_columns(
     weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what gptq.round_columns computes."""
+    """Round columns like gptq.round_columns, in one kernel.
+
+    weight, scales, zeros: (N, C), C up to 128. factor: (C, C), upper triangular. Returns the
+    integers and the errors divided by the factor's diagonal, (N, C) each.
+    """
     N, C = weight.shape
     # LAPACK stores factors in column order.
     weight, factor, scales, zeros = rowwise(weight, factor, scales, zeros)
@@ -144,7 +151,11 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what gptq.refine_columns computes."""
+    """Choose the integers that minimise the output error like gptq.refine_columns, in one kernel.
+
+    slope, q, scales, zeros: (N, C), C up to 128. hessian: (C, C). Returns the new integers and the
+    change of each weight, (N, C) each.
+    """
     N, C = slope.shape
     slope, hessian, q, scales, zeros = rowwise(slope, hessian, q, scales, zeros)
     better, steps = torch.empty_like(q), torch.empty_like(q)

@@ -161,6 +161,7 @@ def int4_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply BM scaled rows by BN rows of an Int4Linear, over a part of the inputs."""
     begin(PDL)
     BW: tl.constexpr = GROUPS * WORDS
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -226,6 +227,7 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply BM scaled rows by BN rows of an Int8Linear, over a part of the inputs."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)

@@ -138,13 +138,14 @@ def int4_kernel(
     weight_stride,  # from row to row, in chunks
     scale_stride,
     zero_stride,
-    CHUNKS: tl.constexpr,  # of a group: groupsize / 32
+    CHUNKS: tl.constexpr,  # chunks of a group: groupsize / 32
     BN: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply one row in fixed point by BN rows of an Int4Linear; store BN outputs."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -195,6 +196,7 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Multiply one row in fixed point by BN rows of an Int8Linear; store BN outputs."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -231,6 +233,7 @@ def dense_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Multiply one row by BN rows of a dense weight; store BN outputs."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = weight + n[:, None] * (weight_stride * 8)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class OneRow(NamedTuple):
-    """outputs: per program. chunks: of 16 bytes of weights per step."""
+    """Tile of a one-row kernel. outputs: of a program. chunks: of 16 weight bytes, of a step."""
 
     outputs: int
     chunks: int
@@ -28,7 +28,7 @@ class FewRows(NamedTuple):
 
 
 def shape_class(N: int, K: int) -> str:
-    """Return the class of a weight (N, K).
+    """Return the class of a weight, (N, K), by which the tables below choose a tile.
 
     head: the output head. wide: w1 and w3. long: w2. square: attention, and any of small models.
     """
