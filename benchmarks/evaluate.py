@@ -83,8 +83,11 @@ def prefill_rate(model: Any) -> float:
 def counted(model: Any, asked: list[Any]) -> dict[str, int]:
     """Ids of all requests, and those that are left when what they share is read once."""
     pairs = [model._encode_pair(*request.args) for request in asked]
-    whole = [[*before, *said][-(model.max_length + 1) :] for before, said in pairs]
-    sequences = [(ids, len(ids) - len(said)) for ids, (_, said) in zip(whole, pairs, strict=True)]
+    whole = [[*before, *continuation][-(model.max_length + 1) :] for before, continuation in pairs]
+    sequences = [
+        (ids, len(ids) - len(continuation))
+        for ids, (_, continuation) in zip(whole, pairs, strict=True)
+    ]
 
     def fed(nodes: list[Any]) -> int:
         return sum(node.read_length + fed(node.children) for node in nodes)
@@ -195,8 +198,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             )
             save_random(args.config, tokenizer, folder, DTYPES[args.dtype])
         found = measure(folder, tokenizer, asked, args)
-    said = {"benchmark": "evaluate", "model": (args.config or args.model).name, "dtype": args.dtype}
-    return said | found | provenance(CPU)
+    record = {
+        "benchmark": "evaluate",
+        "model": (args.config or args.model).name,
+        "dtype": args.dtype,
+    }
+    return record | found | provenance(CPU)
 
 
 def parse_args() -> argparse.Namespace:

@@ -135,10 +135,10 @@ def main(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
     git = ["git", "-C", str(args.directory), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    said = {"benchmark": "gpt_fast", "shape": args.shape, "prompt": PROMPT, "new": args.new}
-    said |= {"prefill_included": False, "modes": modes, "failed": failed}
-    said |= {"commit": commit or "unknown", "torch": torch.__version__}
-    print(json.dumps(said | {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d")}))
+    record = {"benchmark": "gpt_fast", "shape": args.shape, "prompt": PROMPT, "new": args.new}
+    record |= {"prefill_included": False, "modes": modes, "failed": failed}
+    record |= {"commit": commit or "unknown", "torch": torch.__version__}
+    print(json.dumps(record | {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d")}))
 
 
 def parse_args() -> argparse.Namespace:

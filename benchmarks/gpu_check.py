@@ -39,7 +39,7 @@ from text.generation_config import GenerationConfig
 MODELS = ("demo", "demo-opt")
 MODES = ("dense", "int8", "int4")
 DRAFT_MODEL = ROOT / "checkpoints" / "demo-draft"
-DRAFTS_OF = {  # what guesses for a model whose weights are of that mode
+DRAFTS_OF = {  # drafts for a model whose weights are of that mode
     "dense": ("ngram", "self-int8", DRAFT_MODEL),
     "int8": ("self-int4",),
     "int4": (DRAFT_MODEL,),
@@ -53,7 +53,7 @@ TEXTS = (
 NEW = 48  # tokens for each prompt
 NEAR = 1e-2  # nats, of sums over NEW tokens
 LENGTHS = (3, 40, 64, 90, 180, 300)  # of prompts; NEW more cross into larger sizes
-SLOTS = 512  # of every cache, kept or new: generate() makes no fewer
+CACHE_LENGTH = 512  # of every cache, kept or new: generate() makes no fewer
 Check = tuple[str, Any, Any]  # what, wanted, found
 
 
@@ -77,10 +77,10 @@ def checks(
         options = {"device": str(device), "dtype": dtype, "draft": draft, "compile": True}
         drafted = load_model(path, **options)
         name = getattr(draft, "name", draft)
-        yield f"{name} guesses, one by one", wanted, singly(drafted, prompts)
-        yield f"{name} guesses, a batch of 4", wanted, greedy(drafted, prompts)
+        yield f"{name} draft tokens, one by one", wanted, singly(drafted, prompts)
+        yield f"{name} draft tokens, a batch of 4", wanted, greedy(drafted, prompts)
         held = sum(drafted.draft.controller.stats.accepted)
-        yield f"{name} guesses held now and then", True, held > 0
+        yield f"{name} draft tokens held now and then", True, held > 0
     yield from lengths(eager, path, device, dtype)
 
 
@@ -99,7 +99,7 @@ def lengths(
     text = eager.tokenizer.encode(" ".join(TEXTS * 8))
     prompts = [text[:n] for n in LENGTHS]
     wanted = singly(eager, prompts)
-    kept = compiled.make_caches(1, SLOTS)
+    kept = compiled.make_caches(1, CACHE_LENGTH)
     yield "caches kept, turn 1", wanted, singly(compiled, prompts, kept)
     graphs = compiled_graphs()
     yield "caches kept, turn 2", wanted, singly(compiled, prompts, kept)
@@ -107,7 +107,7 @@ def lengths(
     for turn in (1, 2):
         yield f"new caches, turn {turn}", wanted, singly(compiled, prompts)
     yield "graphs compiled after turn 1", 0, compiled_graphs() - graphs
-    sizes = {visible_length(n + i, SLOTS) for n in LENGTHS for i in range(NEW)}
+    sizes = {visible_length(n + i, CACHE_LENGTH) for n in LENGTHS for i in range(NEW)}
     log(f"  {len(sizes)} sizes of visible cache; {kept_graphs} CUDA graphs with caches kept")
     if device.type == "cuda":
         yield "no more CUDA graphs than sizes, caches kept", True, kept_graphs <= len(sizes)

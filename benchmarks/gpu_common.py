@@ -62,7 +62,7 @@ class Attempts:
             self.stopped = True
             self.failed.append(f"{what}: stopped")
         except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            self.failed.append(f"{what}: {type(error).__name__}: {said}")
+            message = " ".join(str(error).split())[:300]
+            self.failed.append(f"{what}: {type(error).__name__}: {message}")
         log(self.failed[-1])
         return None

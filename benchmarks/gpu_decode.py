@@ -135,18 +135,18 @@ class Timings:
         """A pass of some tokens over a step of one, in turns."""
         self.compiled("verify", lambda: compile_views(self.lm, caches, 2))
         parts = CycleTimes(self.lm, 0, GenerationConfig(temperature=0))
-        step, sweep = (parts.step(self.lm, caches, n, PROMPT) for n in (1, VERIFIED))
-        for call in WARM_UP_RUNS[self.device.type] * (step, sweep):
+        step, verify = (parts.step(self.lm, caches, n, PROMPT) for n in (1, VERIFIED))
+        for call in WARM_UP_RUNS[self.device.type] * (step, verify):
             call()
         if self.args.warm:
             return
         times = [
-            [typical_seconds(call, self.device) for call in (step, sweep)]
+            [typical_seconds(call, self.device) for call in (step, verify)]
             for _ in range(self.args.rounds)
         ]
         ratio = spread([b / a for a, b in times])
-        steps, sweeps = (spread(of) for of in zip(*times, strict=True))
-        self.figures["verify"] = {"tokens": VERIFIED, "step_s": steps, "pass_s": sweeps}
+        steps, passes = (spread(of) for of in zip(*times, strict=True))
+        self.figures["verify"] = {"tokens": VERIFIED, "step_s": steps, "pass_s": passes}
         self.figures["verify"]["over_step"] = ratio
         log(f"{self.args.mode}, verifying {VERIFIED} tokens: {show(ratio)}x a step")
 

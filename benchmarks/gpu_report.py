@@ -194,7 +194,7 @@ def where(*path: str) -> Callable[[Found], float | None]:
 
 
 def by_small_draft(found: Found) -> float | None:
-    """Its speed-up where the number of guesses is chosen, as it is by default."""
+    """Its speed-up where the number of draft tokens is chosen, as it is by default."""
     drafts = at(found, "speculate", "drafts") or {}
     small = next((of for name, of in drafts.items() if name != "self-int4"), None)
     runs = (at(small, "synthetic") or {}).items()

@@ -49,7 +49,7 @@ def warm(small: LoadedModel) -> None:
 def time_drafts(
     args: argparse.Namespace, small: LoadedModel, figures: dict[str, Any], attempt: Attempts
 ) -> None:
-    """The small model first, as its draft; each with its guesses' number fixed, and chosen."""
+    """The small model first, as its draft: each with a fixed and with a chosen number of tokens."""
     options = {"device": args.device, "compile": True, "draft": "self-int4"}
     lm = random_model(args.config, **options)
     caches = lm.make_caches(1, min(cache_length(1), lm.model.args.context))
@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     add("--draft_config", type=Path, default=configs / "llama-3.2-1b.json", help="(3.2 1B's)")
     add("--device", default="cuda", help="(default: cuda)")
     add("--acceptance", nargs="+", type=float, default=[0.8], help="(default: 0.8)")
-    add("--speculate_k", type=int, default=4, help="guesses (default: 4; and auto)")
+    add("--speculate_k", type=int, default=4, help="draft tokens (default: 4; and auto)")
     add("--new_tokens", type=int, default=100, help="of a text (default: 100)")
     add("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     add("--seed", type=int, default=0, help="of the die (default: 0)")

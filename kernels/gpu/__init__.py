@@ -64,7 +64,10 @@ def int4_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """Multiply (M, K) by an Int4Linear -> (M, N). prologue: for M = 1 only."""
+    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N).
+
+    prologue: a norm or gate applied to x first, for M = 1 only; more rows ignore it.
+    """
     if len(x) == 1:
         return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
     return torch.ops.gpt_flex.int4_rows(x, weight, scales, zeros, bias)
@@ -77,9 +80,10 @@ def int8_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """Multiply (M, K) by an Int8Linear -> (M, N).
+    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N).
 
-    prologue: only for M = 1 and weights aligned to 16 bytes.
+    prologue: a norm or gate applied to x first, for M = 1 and rows of weights aligned to 16 bytes
+    only; other products ignore it.
     """
     if len(x) == 1 and aligned(weight, INT8.size):
         return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
@@ -87,7 +91,10 @@ def int8_linear(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply (M, K) by a dense weight (N, K) of the same dtype -> (M, N)."""
+    """Multiply x, (M, K), by a dense weight, (N, K), of the same dtype -> (M, N).
+
+    One row: a Triton kernel, if the rows of the weight are aligned to 8 numbers; else PyTorch.
+    """
     if len(x) == 1 and aligned(weight, 8):
         return torch.ops.gpt_flex.dense_row(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -116,7 +123,11 @@ def aligned(weight: Tensor, count: int) -> bool:
 
 
 def define(schema: str, on_gpu, fake) -> None:
-    """Register an operator on CUDA tensors, which compiled code calls without looking inside."""
+    """Register an operator, gpt_flex::NAME, for CUDA tensors; torch.compile does not trace into it.
+
+    schema: "NAME(arguments) -> result". on_gpu: the function. fake: returns an empty tensor of the
+    result's shape and dtype, for torch.compile.
+    """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "cuda")(on_gpu)
@@ -125,6 +136,7 @@ def define(schema: str, on_gpu, fake) -> None:
 
 # launch.py imports Triton, which takes half a second, so it is imported at the first call.
 def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
+    """Apply the prologue (norm, eps, gated) to x, (1, K), and multiply by an Int4Linear."""
     from kernels.gpu import launch
 
     fixed = launch.fixed_point(x.contiguous()[0], INT4, norm, eps, gated)
@@ -132,6 +144,7 @@ def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
 
 
 def int8_row(x, weight, scales, bias, norm, eps, gated):
+    """Apply the prologue (norm, eps, gated) to x, (1, K), and multiply by an Int8Linear."""
     from kernels.gpu import launch
 
     fixed = launch.fixed_point(x.contiguous()[0], INT8, norm, eps, gated)
@@ -145,6 +158,7 @@ def dense_row(x, weight, bias):
 
 
 def int4_rows(x, weight, scales, zeros, bias):
+    """Multiply x, (M, K), by an Int4Linear; above MAX_FEW_ROWS rows, dequantise it for cuBLAS."""
     from kernels.gpu import launch
 
     if len(x) <= MAX_FEW_ROWS:
@@ -153,6 +167,7 @@ def int4_rows(x, weight, scales, zeros, bias):
 
 
 def int8_rows(x, weight, scales, bias):
+    """Multiply x, (M, K), by an Int8Linear; above MAX_FEW_ROWS rows, dequantise it for cuBLAS."""
     from kernels.gpu import launch
 
     if len(x) <= MAX_FEW_ROWS and aligned(weight, 4):

@@ -109,7 +109,10 @@ def refine_kernel(
 
 
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
-    """Make matrices contiguous; the first may stay a slice of columns of a wider one."""
+    """Return the matrices with contiguous rows, as the kernels read them.
+
+    sliced: may stay a slice of columns of a wider matrix. square, others: made contiguous.
+    """
     sliced = sliced if sliced.stride(1) == 1 else sliced.contiguous()
     return [sliced, *(t.contiguous() for t in (square, *others))]
 

@@ -27,14 +27,20 @@ COUNTERS = 65536  # at least as many as the largest weight, an output head, has 
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
-    """Return the launch options that all kernels share."""
+    """Return the launch options that all kernels share.
+
+    x: a tensor on the device. warps: of a program, 32 threads each.
+    """
     pdl = dependent_launch(x.device)
     given = {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": True}
     return given | ({"launch_pdl": True} if pdl else {})
 
 
 def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | None = None) -> Tensor:
-    """Multiply (1, K) by (N, K) -> (1, N). K and the weights' row stride are multiples of 8."""
+    """Multiply x, (1, K), by weight, (N, K) -> (1, N). K and weight.stride(0): multiples of 8.
+
+    tile: None for the measured tile of tiles.py.
+    """
     N, K = weight.shape
     tile = tile or ONE_ROW["dense"][shape_class(N, K)]
     out = x.new_empty(1, N)
@@ -94,7 +100,10 @@ def int8_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by (N, K) int8 -> (1, N). K and the row stride are multiples of 16."""
+    """Multiply one row by weight, (N, K) int8 -> (1, N). K and weight.stride(0): multiples of 16.
+
+    tile: None for the measured tile of tiles.py.
+    """
     N, K = weight.shape
     tile = tile or ONE_ROW["int8"][shape_class(N, K)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -126,7 +135,10 @@ def int4_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by an Int4Linear -> (1, N)."""
+    """Multiply one row by the buffers of an Int4Linear -> (1, N).
+
+    tile: None for the measured tile of tiles.py.
+    """
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
     out = scales.new_empty(1, N, dtype=dtype)
@@ -182,7 +194,10 @@ def rows_of_tile(M: int) -> int:
 def int8_rows(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: FewRows | None = None
 ) -> Tensor:
-    """Multiply (M, K) by (N, K) int8 -> (M, N). K and the row stride are multiples of 4."""
+    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N). K and weight.stride(0): multiples of 4.
+
+    tile: None for the measured tile of tiles.py.
+    """
     (N, K), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int8", M, N, K)
     inputs, units = scaled_rows(x, K, 4)
@@ -219,7 +234,10 @@ def int4_rows(
     bias: Tensor | None,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply (M, K) by an Int4Linear -> (M, N)."""
+    """Multiply x, (M, K), by the buffers of an Int4Linear -> (M, N).
+
+    tile: None for the measured tile of tiles.py.
+    """
     (N, columns), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
     words = columns // scales.shape[1] // 4  # of a group
@@ -275,7 +293,7 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantise an Int8Linear -> (N, K)."""
+    """Return the weights of an Int8Linear, (N, K) in dtype, from its buffers."""
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
     unpack.int8_kernel[(triton.cdiv(K, 4096), N)](
@@ -287,7 +305,7 @@ def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """Dequantise an Int4Linear -> (N, in_features)."""
+    """Return the weights of an Int4Linear, (N, in_features) in dtype, from its buffers."""
     (N, columns), P = weight.shape, scales.shape[1]
     half = columns // P  # bytes of a group
     groups = 2048 // half  # of a program: 4096 inputs of a row
@@ -328,7 +346,7 @@ def attend(
     visible: int,
     bits: int,
 ) -> Tensor:
-    """Attend with queries (B, T, H, E) over the first `visible` positions -> (B, T, H, E).
+    """Compute causal attention of q, (B, T, H, E), over the first `visible` positions of a cache.
 
     k, v: (B, positions, G, E), or the bytes of a QuantizedKVCache of `bits`, whose scales and lows
     are `extra`. q and pos, (B, T), are contiguous.

@@ -138,7 +138,7 @@ def int4_kernel(
     weight_stride,  # from row to row, in chunks
     scale_stride,
     zero_stride,
-    CHUNKS: tl.constexpr,  # of a group: groupsize / 32
+    CHUNKS: tl.constexpr,  # chunks of a group: groupsize / 32
     BN: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,

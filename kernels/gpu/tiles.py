@@ -34,7 +34,7 @@ class FewRows(NamedTuple):
 
 
 def shape_class(N: int, K: int) -> str:
-    """Return the class of a weight (N, K).
+    """Return the class of a weight, (N, K), by which the tables below choose a tile.
 
     head: the output head. wide: w1 and w3. long: w2. square: attention, and any of small models.
     """
