@@ -217,7 +217,12 @@ def fill_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Allocate and fill the tensors of a model on the meta device, with a progress bar."""
+    """Allocate and fill the tensors of a model on the meta device, with a progress bar.
+
+    fill(name, tensor): writes the weights to a tensor. layers: the streamed layers, or None. stored
+    (name, dtype): the file and offset of a tensor that can be read as it is, else None.
+    strategy.finish replaces modules that only loading needs, so it comes after filling.
+    """
     own = stored_tensors(model).values()
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
     with tqdm(total=nbytes, unit="B", unit_scale=True, desc="load", delay=1) as bar:
@@ -375,19 +380,23 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
 def stream_layers(
     model: Transformer, options: LoadOptions, dtype: torch.dtype
 ) -> StreamedLayers | None:
-    """Replace the layers of a model on the meta device by StreamedLayers, if there is a policy."""
+    """Replace the layers of a model on the meta device by StreamedLayers, if there is a policy.
+
+    Returns them, or None without a policy. They get their weights in fill_model. The function that
+    computes a block is made at its first use, because compilation needs the loaded model.
+    """
     if options.policy is None:
         return None
     from offload import StreamedLayers, eager
 
-    def run() -> Callable[..., Tensor]:
+    def make_run() -> Callable[..., Tensor]:
         if not options.compile:
             return eager
         from compiled import compiled_block
 
         return compiled_block(model, options.device)
 
-    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, run)
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, make_run)
     return model.layers
 
 

@@ -150,7 +150,8 @@ def amount(text: str) -> float:
 
 
 def window(text: str) -> float:
-    """Convert a finite number of tokens, 1 or more, which may have decimals."""
+    """Convert --flash_window, the number of last tokens whose neurons stay in memory: a finite
+    number, 1 or more. A plan may choose one with decimals, so decimals are allowed."""
     value = float(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")

@@ -135,9 +135,10 @@ def machine_name(device: torch.device) -> str:
 
 
 def process_memory(device: torch.device) -> int:
-    """Returns the bytes of the machine's memory that this process uses; 0 if the device is a GPU.
+    """Returns the bytes of the machine's memory that this process uses already.
 
-    Without /proc, returns the peak of the process's memory.
+    plan.py adds them to the free bytes, and counts them as always in use if the device is the CPU.
+    0 for a GPU: the process uses none of them there. Without /proc, returns the peak.
     """
     if device.type != "cpu":
         return 0

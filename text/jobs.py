@@ -367,8 +367,8 @@ def open_for_results(path: Path) -> int:
 class JsonlSink:
     """Appends the result of each text that ends to a ResultsFile, and shows a progress bar.
 
-    todo: the jobs without a stored result. The bar counts tokens. generated: returns how many
-    tokens this run has generated until now.
+    The attribute todo holds the jobs without a stored result. The bar counts tokens. generated:
+    returns how many tokens this run has generated until now.
     """
 
     def __init__(
@@ -384,12 +384,13 @@ class JsonlSink:
         self._batch: Sequence[Job] = ()
         self._done, self._total = len(jobs) - len(self.todo), len(jobs)
         self._ended_tokens = 0  # tokens of the texts that have ended
-        self._open_limit = sum(job.limit for job in self.todo)  # token limits of the other texts
+        self._limit_of_unfinished = sum(job.limit for job in self.todo)  # tokens
 
     def __enter__(self) -> "JsonlSink":
-        """Show the progress bar; __exit__ ends it."""
+        """Show the progress bar. Its total is the sum of the token limits of the jobs to run, and
+        falls when a text ends early. __exit__ closes it and reports the counts."""
         # smoothing=0: texts end in bursts, so only the mean rate predicts the remaining time.
-        self._bar = tqdm(total=self._open_limit, unit="token", smoothing=0)
+        self._bar = tqdm(total=self._limit_of_unfinished, unit="token", smoothing=0)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts")
         return self
 
@@ -412,7 +413,7 @@ class JsonlSink:
         for row in rows:
             self._counts.add(self._batch[row], completions[row])
             self._ended_tokens += len(completions[row].ids)
-            self._open_limit -= self._batch[row].limit
+            self._limit_of_unfinished -= self._batch[row].limit
         self._done += len(rows)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts", refresh=False)
         self._advance_bar()
@@ -420,7 +421,7 @@ class JsonlSink:
     def _advance_bar(self) -> None:
         """Show the tokens generated until now. The bar's total, an upper bound, falls when a text
         ends before its limit."""
-        self._bar.total = self._ended_tokens + self._open_limit
+        self._bar.total = self._ended_tokens + self._limit_of_unfinished
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 
 

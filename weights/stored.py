@@ -135,8 +135,10 @@ class StoredTensor:
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
-    """Read the headers of all files of a checkpoint. path: as for weight_files.shards.
+    """Read the headers of all files of a checkpoint.
 
+    path: the index, any numbered shard, or the only weight file of a checkpoint, and not its
+    directory: find_weights chooses the file.
     Returns (metadata, parts). metadata: see formats.index_file; {} for Hugging Face's files. parts:
     name in the files -> Part. Raises ValueError if two files hold a tensor of the same name and the
     index does not tell which one counts, and for a file of this project among shards.

@@ -140,7 +140,13 @@ def attention_kernel(
 def store_part(
     parts, tops, part, low, high, top, sum, e, real, mask, E: tl.constexpr, BITS: tl.constexpr
 ):
-    """Store a program's partial sums of a key/value head, for the program that combines them."""
+    """Store a program's partial sums of a key/value head, for the program that combines them.
+
+    low: (BR, WIDTH), sums of weighted values, for int4 of the even channels; high: of the odd ones.
+    top, sum: (BR,), the largest score and the sum of weights. part: (BR,), each row's index in
+    `parts`. e: channels. real: rows that exist; mask: the same for rows and channels. A barrier
+    must follow before the program counts as arrived.
+    """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     tl.store(tops + part * 2, top, real)
     tl.store(tops + part * 2 + 1, sum, real)

@@ -234,7 +234,7 @@ def int4_rows(
     bias: Tensor | None,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the buffers of an Int4Linear -> (M, N).
+    """Multiply x, (M, K), by the buffers of an Int4Linear -> (M, N), for 2 to MAX_FEW_ROWS rows.
 
     tile: None for the measured tile of tiles.py.
     """
