@@ -184,7 +184,7 @@ def test_training_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monke
     calls.extend([True] * 10)  # never breaks off
     assert run(demo, 10) == 0
     assert sum(calls) - 10 == 10 - 4  # steps 0 to 3 are not repeated
-    assert "going on with" in capsys.readouterr().err
+    assert "continuing the interrupted run in" in capsys.readouterr().err
     assert target(demo).read_bytes() == whole
 
 

@@ -153,8 +153,9 @@ def test_a_run_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monkeypa
     capsys.readouterr()
     monkeypatch.setattr(CalibratedBlock, "outputs", original)
     assert run(demo) == 0
-    said = capsys.readouterr().err
-    assert "going on with" in said and "layers.0." not in said and "layers.2." in said
+    log = capsys.readouterr().err
+    assert "continuing the interrupted run in" in log
+    assert "layers.0." not in log and "layers.2." in log
     assert target.read_bytes() == whole
 
 
@@ -163,4 +164,4 @@ def test_what_another_run_left_is_not_taken_up(demo: Path, capsys: pytest.Captur
     work.mkdir()
     (work / "identity.json").write_text(json.dumps(["another"]))
     assert run(demo) == 0
-    assert "going on with" not in capsys.readouterr().err
+    assert "continuing the interrupted run in" not in capsys.readouterr().err

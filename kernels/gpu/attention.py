@@ -40,10 +40,10 @@ def load_numbers(
 def softmax_step(scores, visible, top, sum):
     """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
 
-    seen: mask of the scores that a row attends to. top, sum: (BR,), the largest score and the sum
-    of weights of the earlier blocks. A weight is 2 ** (score - largest score). Returns the weights,
-    the factor, (BR, 1), by which sums over earlier blocks must be multiplied, and the largest score
-    and the sum of weights so far, (BR,) each.
+    visible: mask of the scores that a row attends to. top, sum: (BR,), the largest score and the
+    sum of weights of the earlier blocks. A weight is 2 ** (score - largest score). Returns the
+    weights, the factor, (BR, 1), by which sums over earlier blocks must be multiplied, and the
+    largest score and the sum of weights so far, (BR,) each.
     """
     scores = tl.where(visible, scores, -1e38)
     new_top = tl.maximum(top, tl.max(scores, 1))
