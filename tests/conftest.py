@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FAST = {
     f"test_{name}.py"
     for name in (
-        "config damaged_weights layout links model_defaults neuron_products plan quantized_cache "
-        "sampling tokenizer_files weight_files"
+        "config damaged_weights layout links model_defaults neuron_products quantized_cache "
+        "sampling weight_files"
     ).split()
 }
 sys.path.insert(0, str(ROOT))
