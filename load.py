@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tiers.policy import Policy
 
 
+Scheme = dict[str, Any] | None  # how linears are quantised, see make_scheme; None: they are dense
 CACHE_BITS = {"int8": 8, "int4": 4}  # per number of a quantised KV cache
 
 
@@ -55,14 +56,16 @@ def load_model(
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     options = with_draft_model(options)
-    return assemble(CheckpointWeights(checkpoint, options.flash), tokenizer, options)
+    return assemble(
+        CheckpointWeights(checkpoint, options.flash, options.device), tokenizer, options
+    )
 
 
 def random_model(
     config_file: str | Path,
     options: LoadOptions = LoadOptions(),
     *,
-    scheme: dict[str, Any] | None = None,
+    scheme: Scheme = None,
     **changes: Any,
 ) -> LoadedModel:
     """Make a model of the shape in a config.json, with random weights: for benchmarks.
@@ -73,7 +76,7 @@ def random_model(
     from text.tokenizer import id_tokenizer
 
     options = checked(replace(options, **changes))
-    weights = RandomWeights(read_json(Path(config_file)), scheme)
+    weights = RandomWeights(read_json(Path(config_file)), scheme, options.device)
     tokenizer = id_tokenizer(weights.args.vocab_size)
     return assemble(weights, tokenizer, options)
 
@@ -123,7 +126,7 @@ def assemble(
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, options, dtype)
-        fill = weights.filler(model, scheme, strategy, device)
+        fill = weights.filler(model, scheme, strategy)
         stored = weights.stored(strategy) if scheme == weights.scheme else no_location
         fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
@@ -134,9 +137,10 @@ class CheckpointWeights:
     """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk; None:
     they are in memory."""
 
-    def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None):
+    def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None, device: torch.device):
         self.args, self.scheme, self.dtype = checkpoint.args, checkpoint.scheme, checkpoint.dtype
         self.checkpoint, self.flash, self.pack = checkpoint, flash, None
+        self.device = device
         if flash:
             from neurons.pack import flash_directory, open_pack
 
@@ -154,22 +158,16 @@ class CheckpointWeights:
 
             swap_feed_forwards(model, self.pack)
 
-    def filler(
-        self,
-        model: Transformer,
-        scheme: dict[str, Any] | None,
-        strategy: ParallelStrategy,
-        device: torch.device,
-    ) -> Fill:
+    def filler(self, model: Transformer, scheme: Scheme, strategy: ParallelStrategy) -> Fill:
         """Returns a function that reads a tensor of the model, or computes it from stored ones."""
-        fill = self.checkpoint.fill_function(device)
+        fill = self.checkpoint.fill_function(self.device)
         if scheme != self.scheme:
             fill = rounded_filler(model, self.checkpoint, fill)
         if self.pack:
             from neurons.feed_forward import fill_from_pack
 
             fill = fill_from_pack(self.pack, fill)
-        return strategy.fill_function(self.checkpoint, model, device, fill)
+        return strategy.fill_function(self.checkpoint, model, self.device, fill)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
         """Returns a function from a tensor's name to its place on disk; see location_function."""
@@ -186,21 +184,16 @@ class CheckpointWeights:
 class RandomWeights:
     """Random weights for the shape of a config.json, with the methods of CheckpointWeights."""
 
-    def __init__(self, config: dict[str, Any], scheme: dict[str, Any] | None):
+    def __init__(self, config: dict[str, Any], scheme: Scheme, device: torch.device):
         self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
+        self.device = device
 
     def check(self) -> None: ...
 
     def prepare(self, model: Transformer) -> None: ...
 
-    def filler(
-        self,
-        model: Transformer,
-        scheme: dict[str, Any] | None,
-        strategy: ParallelStrategy,
-        device: torch.device,
-    ) -> Fill:
-        return random_filler(device)
+    def filler(self, model: Transformer, scheme: Scheme, strategy: ParallelStrategy) -> Fill:
+        return random_filler(self.device)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
         return no_location
@@ -239,10 +232,10 @@ class ParallelStrategy(Protocol):
     SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
 
-    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: Scheme) -> ModelArgs:
         """Return the args of this process's shard. Raises ValueError if the model cannot divide."""
 
-    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def build_skeleton(self, args: ModelArgs, scheme: Scheme) -> Transformer:
         """Build this process's shard on the meta device. args, scheme: of the whole model."""
 
     def fill_function(
@@ -269,10 +262,10 @@ class ParallelStrategy(Protocol):
 class SingleProcess:
     """The ParallelStrategy without ranks: this process has the whole model."""
 
-    def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
+    def shard_args(self, args: ModelArgs, scheme: Scheme) -> ModelArgs:
         return args
 
-    def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
+    def build_skeleton(self, args: ModelArgs, scheme: Scheme) -> Transformer:
         return meta_model(args, scheme)
 
     def fill_function(
@@ -400,7 +393,7 @@ def stream_layers(
     return model.layers
 
 
-def compressed_scheme(compress: bool, scheme: dict[str, Any] | None) -> dict[str, Any] | None:
+def compressed_scheme(compress: bool, scheme: Scheme) -> dict[str, Any] | None:
     """Returns how the weights are quantised in memory: as stored or, if they are dense and are to
     be compressed, to 4 bits in groups of 64, as in FlexGen."""
     return make_scheme("int4", 64, head="dense") if compress and not scheme else scheme
