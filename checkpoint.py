@@ -1,8 +1,10 @@
 """A checkpoint: a model's config, its quantisation scheme, and its tensors by their place on disk.
 
-Start at Checkpoint. Its constructor reads only headers: our `model.pth` and Hugging Face's
-safetensors or .bin, in one file or in shards, all become one table, our tensor name ->
-StoredTensor (weights/stored.py). load_into then reads each tensor once, into its final memory.
+Start at Checkpoint. Its constructor reads headers: our `model.pth` and Hugging Face's safetensors
+or .bin, in one file or in shards, all become one table, our tensor name -> StoredTensor
+(weights/stored.py). Of Hugging Face's files it also reads tensors that may be redundant: g_idx and
+biases of a GPTQ or AWQ checkpoint, and a head that is tied to the embedding but stored, too.
+load_into then reads each tensor of the model once, into its final memory.
 """
 
 from collections import Counter

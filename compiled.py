@@ -30,6 +30,7 @@ from host.torch_private import (
     own_buffers,
     shallow_copy,
 )
+from kernels.gpu import usable
 from kernels.gpu.support import dependent_launch
 from model import KVCache, Rotation, Transformer
 from ranks import has_one_shot_all_reduce
@@ -377,6 +378,7 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
 
 
 def gpu_options(device: torch.device) -> dict[str, Any]:
+    torch.compiler.assume_constant_result(usable)  # marks the function
     options: dict[str, Any] = {}
     if has_one_shot_all_reduce(device):
         options["_collective.auto_select"] = True

@@ -127,8 +127,9 @@ class DraftLengthController:
         return self._try_or_pause(affordable)
 
     def _try_or_pause(self, affordable: list[int]) -> int:
-        """Return the k of the current trial, or 1 if the budget covers only that. If the trial is
-        over, or the budget covers neither, begin a pause and return 0.
+        """Called if no k with draft tokens is known to pay. Return the k of the current trial, or 1
+        if the budget does not cover that k but covers 1. If the trial is over, or the budget covers
+        neither, begin a pause and return 0.
 
         affordable: the k that the budget covers.
         """

@@ -31,9 +31,10 @@ from weights.hf import Config, model_args
 from weights.weight_files import read_json
 
 if TYPE_CHECKING:
-    from offload import Fill, Stored, StreamedLayers
+    from offload import Stored, StreamedLayers
     from text.tokenizer import Tokenizer
     from tiers.policy import Policy
+    from weights.allocation import Fill
 
 
 Scheme = dict[str, Any] | None  # how linears are quantised, see make_scheme; None: they are dense
@@ -76,6 +77,7 @@ def random_model(
     from text.tokenizer import id_tokenizer
 
     options = checked(replace(options, **changes))
+    options = with_draft_model(options)
     weights = RandomWeights(read_json(Path(config_file)), scheme, options.device)
     tokenizer = id_tokenizer(weights.args.vocab_size)
     return assemble(weights, tokenizer, options)
@@ -85,11 +87,11 @@ def checked(options: LoadOptions) -> LoadOptions:
     """Returns the options, with device and dtype as torch's. ValueError for options that exclude
     one another, and for a device, dtype or cache that does not exist."""
     from host.devices import find_device
-    from options.rules import broken_rule
+    from options.rules import MODEL_RULES, broken_rule
 
     plain = options.policy is not None and options.policy.plain
     options = replace(options, policy=None) if plain else options
-    if message := broken_rule(options.chosen()):
+    if message := broken_rule(options.chosen(), MODEL_RULES):
         raise ValueError(message)
     find_cache(options.kv_dtype)
     return replace(
@@ -343,6 +345,10 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
     """Returns a model whose layers are moved to the device one after the other."""
+    if options.compile:
+        from compiled import compiled_block
+
+        model.layers.use(compiled_block(model, options.device))
     caches = partial(place_caches, options.policy)
     prefill = options.policy.prefill_chunk_tokens
     return LoadedModel(
@@ -375,21 +381,13 @@ def stream_layers(
 ) -> StreamedLayers | None:
     """Replace the layers of a model on the meta device by StreamedLayers, if there is a policy.
 
-    Returns them, or None without a policy. They get their weights in fill_model. The function that
-    computes a block is made at its first use, because compilation needs the loaded model.
+    Returns them, or None without a policy. They get their weights in fill_model.
     """
     if options.policy is None:
         return None
-    from offload import StreamedLayers, eager
+    from offload import StreamedLayers
 
-    def make_run() -> Callable[..., Tensor]:
-        if not options.compile:
-            return eager
-        from compiled import compiled_block
-
-        return compiled_block(model, options.device)
-
-    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, make_run)
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device)
     return model.layers
 
 

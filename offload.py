@@ -14,7 +14,6 @@ Shapes: B rows (texts of a batch), g rows of a micro-batch, T new tokens of a ro
 
 import contextlib
 import copy
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,13 +45,12 @@ from tiers.prefetch import (
     WaitTime,
     record_event,
 )
-from weights.allocation import allocate_tensor, final_dtype, set_tensor, stored_tensors
+from weights.allocation import Fill, allocate_tensor, final_dtype, set_tensor, stored_tensors
 
 # While the host computes the attention of one micro-batch, the device computes another, and a third
 # waits between the two. The ring of the KV cache must have as many buffers.
 CONCURRENT_MICRO_BATCHES = 3
 # Called with the name of a tensor in the checkpoint and a tensor, into which it writes the values.
-Fill = Callable[[str, Tensor], Any]
 # Called with the name of a tensor and the dtype used for computation. Returns the file and the
 # offset of the tensor if it is stored in that dtype, else None.
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]
@@ -75,8 +73,7 @@ class StreamedLayers(nn.ModuleList):
 
     The loader asks `destination` for the memory of each tensor, fills it, and then calls `start`,
     which makes the ring. Iteration yields the layers.
-    dtype: of the weights in computation. make_run: makes the function that computes a block; it is
-    called at the first use of `run`, because compilation needs the loaded model.
+    dtype: of the weights in computation. `use` replaces the eager computation of blocks.
     """
 
     def __init__(
@@ -85,10 +82,10 @@ class StreamedLayers(nn.ModuleList):
         policy: Policy,
         dtype: torch.dtype,
         device: torch.device,
-        make_run: Callable[[], Callable[..., Tensor]] = lambda: eager,
     ):
         super().__init__(layers)
-        self._make_run = make_run
+        # Computes a block, given the block and its inputs.
+        self.run: Callable[..., Tensor] = eager
         self._files: dict[Path, Store] = {}
         self.wait_times = {"layers": WaitTime(), "cache": WaitTime()}
         self.policy, self.device, self._dtype = policy, device, dtype
@@ -106,11 +103,9 @@ class StreamedLayers(nn.ModuleList):
             j: (HostMemory(memory), self.layout.offsets) for j, memory in self._host_layers.items()
         }
 
-    @functools.cached_property
-    def run(self) -> Callable[..., Tensor]:
-        """The function that computes a block: `eager`, or a compiled one. It is called with the
-        block and the block's inputs."""
-        return self._make_run()
+    def use(self, run: Callable[..., Tensor]) -> None:
+        """Compute blocks by `run`, a compiled function, which is called as `eager` is."""
+        self.run = run
 
     def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Return the memory into which the loader writes a tensor of the model.

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import KVCache, LearnedPositions, ModelArgs, Transformer
-from offload import Fill, Stored
+from offload import Stored
 from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from sampling import NOT_FINITE, Sampler, to_host
+from weights.allocation import Fill
 
 # Prompt tokens of a micro-batch in one call of prefill, by device type. Large chunks make the next
 # stage wait for the first chunk; in small chunks reading the weights takes longer than computing.

@@ -73,7 +73,7 @@ def quantize(
     """
     model = planned(checkpoint, scheme)
     tensors = planned_tensors(model)
-    values = with_bar(quantized_values(checkpoint, model, scheme, blocks), tensors)
+    values = with_bar(quantized_values(checkpoint, model, blocks), tensors)
     save_checkpoint(target, checkpoint.config, scheme, tensors, values)
 
 
@@ -93,9 +93,7 @@ def planned_tensors(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, (tensor, _) in stored_tensors(model).items()}
 
 
-def quantized_values(
-    checkpoint: Checkpoint, model: Transformer, scheme: dict[str, Any], blocks: Iterable[Any]
-) -> Values:
+def quantized_values(checkpoint: Checkpoint, model: Transformer, blocks: Iterable[Any]) -> Values:
     """Yield all tensors of the output file with their names.
 
     First the linears in `blocks`, (name, buffers) from GPTQ; then other quantised linears, rounded

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import LoadedModel
 from model import Linear, ModelArgs, Transformer
-from offload import Fill, Stored
+from offload import Stored
 from quant.linear import pack_nibbles, swap_linears, unpack_nibbles
 from ranks import Ranks
+from weights.allocation import Fill
 from weights.formats import staging_buffer
 
 # Named all_gather_tensor before torch 2.12.

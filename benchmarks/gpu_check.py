@@ -81,7 +81,7 @@ def checks(
         yield f"{name} draft tokens, a batch of 4", wanted, greedy(drafted, prompts)
         held = sum(drafted.draft.controller.stats.accepted)
         yield f"{name} draft tokens held now and then", True, held > 0
-    yield from lengths(eager, path, device, dtype)
+    yield from lengths(eager, device)
 
 
 def scored(lm: LoadedModel, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
@@ -90,9 +90,7 @@ def scored(lm: LoadedModel, prompts: list[list[int]], answers: list[list[int]]) 
     return [result.nats for result in sorted(log_likelihoods(lm, asked, 4))]
 
 
-def lengths(
-    eager: LoadedModel, path: Path, device: torch.device, dtype: torch.dtype
-) -> Iterator[Check]:
+def lengths(eager: LoadedModel, device: torch.device) -> Iterator[Check]:
     """Prompts of many lengths through the same graphs, with caches kept and caches made anew."""
     torch.compiler.reset()
     compiled = make_views(eager.model, eager.tokenizer, compile=True, compile_prefill=True)

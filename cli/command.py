@@ -6,19 +6,15 @@ imports torch at the beginning, because its import takes seconds.
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from host.log import LOGGER
-
 # Errors that the user or the machine causes: reported in one line, without a traceback.
 MISTAKES = OSError, ValueError, MemoryError, ImportError
 # Parts of the messages of torch's RuntimeErrors that the user or the machine causes.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
-LOGGER.setLevel(logging.INFO)
 
 
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
@@ -82,7 +78,7 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         import ranks  # imported here, because it imports torch
 
         if is_mistake(error):
-            ranks.log_failure(f"{script}: {' '.join(str(error).split()) or type(error).__name__}")
+            ranks.log_failure(error_line(script, error))
             return 2
         ranks.restore_stderr()
         if not ranks.wait_if_peer_failed(error):
@@ -90,6 +86,11 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         print(f"{script}: another rank has ended, and its connection is closed", file=sys.stderr)
         return 3
     return 0
+
+
+def error_line(script: str, error: Exception) -> str:
+    """Returns an error as one line that begins with the command's name."""
+    return f"{script}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def is_mistake(error: Exception) -> bool:

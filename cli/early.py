@@ -4,11 +4,11 @@ Start at find_inputs. Nothing here imports torch.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from cli.command import MISTAKES
+from cli.command import MISTAKES, error_line
+from cli.options import several_processes
 from host.files import DEMO, check_writable
 from host.log import set_quiet
 from weights import hub
@@ -21,27 +21,36 @@ def find_inputs(
     """Replace model names in `args` by paths, downloading repositories; check a command's files.
 
     texts: files that must exist. output: a file that must be writable. The weights must exist, too.
-    An error ends the process with exit code 2 and one line on stderr, which only rank 0 prints.
-    Ctrl-C ends it with exit code 130. script: the command's name, which begins the line.
+    An error ends the process with exit code 2 and one line on stderr, Ctrl-C with exit code 130.
+    script: the command's name, which begins the line. Under torchrun nothing is done here: the
+    command does the same once the ranks have met, so that each line is printed once.
     """
+    if several_processes():
+        return
     set_quiet(args.quiet)
-    first_rank = os.environ.get("RANK", "0") in ("0", "")
     try:
         for text in filter(None, texts):
             text.stat()
-        if output and first_rank:
+        if output:
             check_writable(output)
-        revision = getattr(args, "revision", None)
-        args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, revision)
-        args.revision = None  # the path is already that of the revision
-        find_weights(args.checkpoint_path)
-        if getattr(args, "draft_checkpoint_path", None):
-            args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)
+        resolve_models(args)
     except MISTAKES as error:
-        if first_rank:
-            line = " ".join(str(error).split()) or type(error).__name__
-            print(f"{script}: {line}", file=sys.stderr)
+        print(error_line(script, error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def resolve_models(args: argparse.Namespace) -> None:
+    """Replace the names of models by paths, and check that the weights exist.
+
+    Only commands with --revision download repositories; the others take paths.
+    """
+    if hasattr(args, "revision"):
+        args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+        args.revision = None  # the path is already that of the revision
+    if not getattr(args, "random_weights", None):
+        find_weights(args.checkpoint_path)
+    if getattr(args, "draft_checkpoint_path", None):
+        args.draft_checkpoint_path = hub.resolve(args.draft_checkpoint_path)

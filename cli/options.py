@@ -9,7 +9,7 @@ import argparse
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from cli.arguments import (
     token_bias,
     window,
 )
-from options.rules import PLACING, broken_rule
-from options.settings import DRAFTS, SELF_DRAFTS
+from options.rules import MODEL_RULES, OPTION_RULES, PLACING, Excludes, Needs, broken_rule
+from options.settings import DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
@@ -61,7 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.chat = args.chat or bool(args.system and not args.interactive)
     if args.compress_cache:
         args.kv_dtype = "int4"
-    check_rules(parser, vars(args) | derived(args))
+    check_rules(parser, vars(args), OPTION_RULES)
+    if not args.plan:
+        # What a plan offloads is known only when it is made: load_model checks that.
+        check_rules(parser, vars(args) | {"ranks": several_processes()}, MODEL_RULES)
     check_values(parser, args)
     return args
 
@@ -251,17 +254,10 @@ GROUPS = {
 }
 
 
-def derived(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns values that the rules (options/rules.py) use in addition to the options.
-
-    placed: whether the model is offloaded. self_draft: the --draft that is the model itself in
-    fewer bits, or False. ranks: whether torchrun has started several processes.
-    """
-    return {
-        "placed": is_placed(args),
-        "self_draft": args.draft in SELF_DRAFTS and args.draft,
-        "ranks": int(os.environ.get("WORLD_SIZE") or 1) > 1,
-    }
+def several_processes() -> bool:
+    """Returns whether torchrun has started several processes. A malformed number counts as yes:
+    join_process_group reports it."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 def is_placed(args: argparse.Namespace) -> bool:
@@ -269,9 +265,11 @@ def is_placed(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) for name in PLACING)
 
 
-def check_rules(parser: argparse.ArgumentParser, chosen: Mapping[str, Any]) -> None:
+def check_rules(
+    parser: argparse.ArgumentParser, chosen: Mapping[str, Any], rules: Iterable[Needs | Excludes]
+) -> None:
     """Ends the process with an error if the chosen options break a rule of options/rules.py."""
-    if message := broken_rule(chosen):
+    if message := broken_rule(chosen, rules):
         parser.error(message)
 
 
@@ -350,7 +348,7 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
     add("--kv_dtype", choices=CACHES, help="KV cache (default: as the model)")
     args = parser.parse_args(argv)
-    check_rules(parser, vars(args))
+    check_rules(parser, vars(args), OPTION_RULES)
     return args
 
 

@@ -2,8 +2,8 @@
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
 This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
-before a quantised linear with the linear, and sets KVCache.attention to kernel_attention. A
-gpu.Prologue is a norm or gate that the kernel of a linear applies to its input.
+before a quantised linear with the linear, and makes kernel_attention the attention of
+model.cache_factory. A gpu.Prologue is a norm or gate that the kernel of a linear applies to its input.
 """
 
 import functools

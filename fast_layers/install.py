@@ -17,6 +17,6 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
         use_fast_linears(model, dtype, large)
         use_fast_attention(model)
     elif device == "cuda":
-        from fast_layers import gpu  # imports Triton
+        from fast_layers import gpu
 
         gpu.use_fast_layers(model)

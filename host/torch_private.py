@@ -1,7 +1,8 @@
-"""The only file that uses private parts of PyTorch; all other files use its public API.
+"""Private parts of PyTorch. All other files use its public API, with one exception: tp.py imports
+torch's functional collectives, because torch.compile must see them in the code that it compiles.
 
-Seen to work on torch 2.11 and 2.13. tests/test_torch_private.py tests each function by itself, so
-that a test names what a new version of torch has changed.
+Seen to work on torch 2.11 (GPU) and 2.13 (CPU). tests/test_torch_private.py tests each function by
+itself, so that a test names what a new version of torch has changed.
 torch._dynamo and torch._inductor take a second each to import: functions import them.
 """
 

@@ -17,7 +17,6 @@ records.
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +32,10 @@ from neurons.source import CHUNK_BUFFERS, NeuronSource, chunk_records
 from neurons.uring import Callback, no_op
 from options.settings import FlashOptions
 from tiers.prefetch import CPU, to_device
-from weights.allocation import stored_tensors
+from weights.allocation import Fill, stored_tensors
 
 MAX_SPARSE_TOKENS = 64  # for more tokens in one call, a layer is read whole
 CACHED_TOKENS = 16  # last tokens of each row of a prompt, whose neurons go into the cache
-Fill = Callable[[str, Tensor], Any]  # (name, tensor): writes the values of a weight into tensor
 
 # The host reads neurons within a layer, so compiled code calls it through an operator. The operator
 # gets the layer's number as a tensor, so that one compiled block serves all layers.

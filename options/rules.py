@@ -6,7 +6,7 @@ bits), `ranks` (torchrun has started several processes). `chosen` maps such name
 value means that the option or feature is not used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,11 @@ def excludes(options: str, other: str) -> list[Excludes]:
     return [Excludes(option, other) for option in options.split()]
 
 
-RULES = (
-    # Options of the commands.
+OPTION_RULES = (
     *needs("json", "bench"),
     *needs("random_mode", "random_weights"),
+    *needs("compile_prefill", "compile"),
+    *needs("micro_batches", "pipeline"),
     *needs("revision", "checkpoint_path"),
     *needs("device_memory host_memory compress_weight compress_cache", *PLACING),
     *needs("gpu_batch_size cpu_cache_compute", "percent"),
@@ -99,7 +100,9 @@ RULES = (
     *needs("log_samples", "output"),
     *needs("system", "apply_chat_template"),
     *needs("task_data", "include_path"),
-    # Features of a loaded model.
+)
+# Features of a model that is loaded. --plan loads none.
+MODEL_RULES = (
     Excludes(
         "flash", "placed", "--flash leaves neurons on disk, offloading whole layers: choose one"
     ),
@@ -141,15 +144,13 @@ RULES = (
         "compile",
         "the stages of a pipeline are not compiled: omit --compile, or --pipeline",
     ),
-    *needs("compile_prefill", "compile"),
-    *needs("micro_batches", "pipeline"),
 )
 
 
-def broken_rule(chosen: Mapping[str, Any]) -> str | None:
+def broken_rule(chosen: Mapping[str, Any], rules: Iterable[Needs | Excludes]) -> str | None:
     """Returns the message of the first rule that the chosen options break, or None.
 
     chosen: name of an option or feature -> its value; false if it is not used. Rules about names
     that `chosen` does not contain are skipped, as each command has only some of the options.
     """
-    return next((rule.text(chosen) for rule in RULES if rule.broken(chosen)), None)
+    return next((rule.text(chosen) for rule in rules if rule.broken(chosen)), None)

@@ -71,7 +71,6 @@ class LoadOptions:
         """Returns the features in use, under their names in options/rules.py, for broken_rule."""
         return {
             "compile": self.compile,
-            "compile_prefill": self.compile_prefill,
             "draft": self.draft is not None,
             "self_draft": self.draft in SELF_DRAFTS and self.draft,
             "placed": self.policy is not None,
@@ -79,7 +78,6 @@ class LoadOptions:
             "flash": self.flash is not None,
             "ranks": self.ranks is not None,
             "pipeline": self.pipeline,
-            "micro_batches": self.micro_batches,
         }
 
 

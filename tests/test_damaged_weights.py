@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the plain safetensors file gives; tests/test_model.py compares it with transformers."""
+    """What the plain safetensors file gives; tests/test_models.py compares it with transformers."""
     plain = tmp_path_factory.mktemp("plain")
     (plain / "config.json").write_text(json.dumps(CONFIG))
     save_file(TENSORS, plain / "model.safetensors")

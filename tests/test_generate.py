@@ -226,7 +226,7 @@ def test_prompts_that_cannot_be_continued(eager: LoadedModel):
             next(generate(eager, given, GREEDY))
 
 
-def test_visible_slots_are_enough_and_few():
+def test_visible_positions_are_enough_and_few():
     sizes = [visible_length(n, 10**6) for n in range(1, 5000)]
     assert all(n <= size <= max(64, 1.5 * n) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 2 * 13

@@ -116,6 +116,8 @@ def loaded_by(program: str) -> set[str]:
 def test_a_plain_generation_imports_no_other_feature():
     """Neither GPTQ nor training, predictors, the planner or lm_eval; see load.py."""
     assert len(loaded_by("import generate")) <= MAX_IMPORTED
+    compiler = "import generate, sys; assert not {'torch._dynamo', 'triton'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", compiler], cwd=ROOT, check=True)
     run = (
         "import generate\nlm = generate.load_model(device='cpu')\n"
         "generate.complete(lm, 'Once', generate.GenerationConfig(max_new_tokens=2))"

@@ -46,7 +46,7 @@ def test_a_slower_link_is_slower_and_one_device_needs_none():
     )
 
 
-def test_a_pipeline_gains_by_flights_and_not_for_one():
+def test_a_pipeline_gains_by_micro_batches_and_not_for_one():
     some = replace(step(*PUBLISHED["8B"][0]), whole=0.0)
     alone, _ = pipeline_seconds(some, 1e12, LINKS["nvlink"], 1)
     latency, between = pipeline_seconds(some, 1e12, LINKS["nvlink"], 4)

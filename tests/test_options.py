@@ -93,6 +93,36 @@ def test_a_mistake_is_one_line(args: list[str], expected: str, capsys: pytest.Ca
     assert expected in line and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--percent 100 0 100 0 100 0 --draft self-int8",  # all on the device: nothing is offloaded
+        "--offload auto --draft self-int8",
+        "--offload auto --flash",
+        "--plan --pipeline --compile",
+        "--plan --draft self-int8",
+    ],
+)
+def test_what_only_a_plan_can_decide_is_left_to_it(line: str):
+    assert options.parse_args(line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--pipeline", "--pipeline needs ranks"),
+        ("--compile_prefill --bench --interactive", "--compile_prefill needs --compile"),
+        ("--micro_batches 2", "--micro_batches needs --pipeline"),
+    ],
+)
+def test_rules_of_a_loaded_model_are_checked_before_torch(
+    line: str, message: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit):
+        options.parse_args(line.split())
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prompt", ["text", "0", "-4", "\u00b2", "\u0664", "4.0"])
 def test_bench_takes_a_number_of_tokens(prompt: str, capsys: pytest.CaptureFixture):
     assert options.parse_args(["--bench"]).prompt is None

@@ -115,25 +115,14 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
             if command:
                 run_command(command, conversation)
                 continue
+            try:
+                ids, cached = conversation.ask(text)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
             with messages.stoppable() as stopped:
-                take_turn(conversation, text, answer, stopped if polls else None)
-
-
-def take_turn(
-    conversation: Conversation,
-    text: str,
-    answer: Callable[..., Any],
-    stopped: Callable[[], bool] | None,
-) -> None:
-    """Answer the user's message `text`, or print why it cannot be answered. answer: see chat.
-    stopped: see printer."""
-    try:
-        ids, cached = conversation.ask(text)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return
-    completion = answer(ids, cached, printer(stopped))
-    conversation.add_answer(ids, completion.ids, completion.text)
+                completion = answer(ids, cached, printer(stopped if polls else None))
+            conversation.add_answer(ids, completion.ids, completion.text)
 
 
 def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:

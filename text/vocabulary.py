@@ -149,8 +149,12 @@ class TokenizersBackend:
     _from_ranks or _from_merges."""
 
     def __init__(self, tk: tokenizers.Tokenizer, config: TokenizerConfig):
-        """Add the config's added tokens to `tk`, and mark the tokens that the config names, such as
-        eos_token, as special. BOS is what `tk` itself puts before a text, if it is special."""
+        """Add the config's added tokens to `tk`, each with its own flag "special".
+
+        A token that the config only names, such as eos_token, becomes a special token if the
+        vocabulary has it and it is no added token yet. BOS is the token that the post-processor of
+        `tk` puts before a text, if any.
+        """
         # tokenizer.json may contain the truncation of a training run, which would cut prompts.
         tk.no_truncation()
         tk.no_padding()

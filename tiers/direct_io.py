@@ -31,7 +31,8 @@ cache_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "cells")
 
 class DirectFile:
     """An open file. direct: whether O_DIRECT is used; request_bytes: the largest size of one
-    request; threads: the pool whose threads make the requests."""
+    request; threads: the pool whose threads make the requests. The last two begin with the values
+    for the KV cache and activations; offload.py changes them for a file of layers."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
         """Open the file with O_DIRECT, or without it if the file system lacks it. flags: as for

@@ -15,6 +15,7 @@ from host.memory import check_memory, page_aligned
 
 # A function that allocates a tensor, given its name, shape and dtype. Returns None if the tensor is
 # to stay on the meta device.
+Fill = Callable[[str, Tensor], Any]  # (name, tensor): writes the values of a weight into tensor
 Allocator = Callable[[str, torch.Size, torch.dtype], Tensor | None]
 
 
@@ -22,7 +23,7 @@ def allocate(
     model: nn.Module,
     device: str | torch.device,
     dtype: torch.dtype,
-    fill: Callable[[str, Tensor], Any],
+    fill: Fill,
     allocator: Allocator | None = None,
 ) -> None:
     """Allocate the tensors of a model that was built on the meta device, and fill them.

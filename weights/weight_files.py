@@ -124,9 +124,10 @@ def describe_unreadable(folder: Path) -> str | None:
 
 
 def kind_by_name(name: str) -> tuple[str, str] | None:
-    """Returns (what the file is, what the user can do) for a file name that matches KINDS.
+    """Returns (what the file is, what the user can do) if KINDS lists files of this name as not
+    readable here, for an error message.
 
-    None: the file may hold weights, or is an index of shards.
+    None: the file may hold weights that can be read, or is an index of shards.
     """
     kinds = ((kind, remedy) for pattern, kind, remedy in KINDS if fnmatch(name, pattern))
     return None if name.endswith(".index.json") else next(kinds, None)

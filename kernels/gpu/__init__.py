@@ -32,9 +32,12 @@ from kernels.gpu.support import unsupported_reason
 MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 
 
-@torch.compiler.assume_constant_result
 def usable(device_index: int) -> bool:
-    """Return whether the kernels run on a CUDA device. Compiled code takes it for a constant."""
+    """Return whether the kernels run on a CUDA device.
+
+    compiled.py marks the function as a constant for torch.compile. A decorator here would import
+    the compiler, which takes a second, with every model.
+    """
     return unsupported_reason(torch.device("cuda", device_index)) is None
 
 
