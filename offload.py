@@ -406,7 +406,7 @@ class OffloadedActivations:
         host = page_aligned(nbytes, CPU, pin)
         # Activations that stay on a GPU are not copied through host memory.
         device = page_aligned(nbytes, x.device) if x.device.type != "cpu" else host
-        self._buffers = [device if tier == "device" else host for tier in tiers]
+        self._row_memory = [device if tier == "device" else host for tier in tiers]
         self._lock = threading.Lock()  # one thread at a time uses the buffers
         for start in range(0, len(x), self._g):
             self[start : start + self._g] = x[start : start + self._g]
@@ -437,7 +437,7 @@ class OffloadedActivations:
         values: a view, (rows, T, D), of these bytes. The rows must belong to one micro-batch.
         """
         count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g
-        memory = self._buffers[rows.start // self._g][: count * self._row_bytes]
+        memory = self._row_memory[rows.start // self._g][: count * self._row_bytes]
         values = memory.view(self._like.dtype).view(count, -1)  # (rows, T * D and padding)
         width = self.shape[1] * self.shape[2]
         return [(first * self._row_bytes, memory)], values[:, :width].unflatten(1, self.shape[1:])

@@ -3,7 +3,7 @@
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
 This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
 before a quantised linear with the linear, and makes kernel_attention the attention of
-model.cache_factory. A gpu.Prologue is a norm or gate that the kernel of a linear applies to its input.
+model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its input first.
 """
 
 import functools

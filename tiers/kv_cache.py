@@ -115,7 +115,7 @@ class CellAllocator:
         there the bytes go through host memory as large as one cell. Raises ValueError if the disk
         is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
-        if self._buffers_on_host():
+        if self._rings_on_host():
             return scratch
         pin = self.policy.pins(self.device)
         return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
@@ -123,11 +123,11 @@ class CellAllocator:
     def buffer(self) -> Buffer:
         """Allocate a buffer of the ring: memory of one cell, and a cache whose tensors share this
         memory. It is on the device, or on the host if the host computes the attention."""
-        device = CPU if self._buffers_on_host() else self.device
+        device = CPU if self._rings_on_host() else self.device
         parts = self.layout.allocate(device)
         return Buffer(parts, self._cache(parts, device), record_event(self.device))
 
-    def _buffers_on_host(self) -> bool:
+    def _rings_on_host(self) -> bool:
         """Return whether the ring's buffers are in host memory, into which files are read
         directly: the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
@@ -189,7 +189,7 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = self._allocator.cells(self.tiers)
         self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._buffers = [self._allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._ring_buffers = [self._allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
@@ -256,7 +256,7 @@ class TieredCaches(Sequence["TieredCache"]):
         `new`, which are consecutive. source: the cache of the old cell.
         """
         g = self.policy.micro_batch
-        target = cell.cache or self._buffers[-1].contents
+        target = cell.cache or self._ring_buffers[-1].contents
         target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
         target_rows.take(source, torch.tensor(old) % g, filled)
 
@@ -267,7 +267,7 @@ class TieredCaches(Sequence["TieredCache"]):
         if cell.cache is not None:
             yield cell.cache
             return
-        buffer = self._buffers[0]
+        buffer = self._ring_buffers[0]
         self._fetch(cell, buffer).result()
         yield buffer.contents
         buffer.last_use = record_event(self.device)
@@ -277,7 +277,7 @@ class TieredCaches(Sequence["TieredCache"]):
         write the last buffer to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
-            buffer = self._buffers[-1]
+            buffer = self._ring_buffers[-1]
             buffer.last_use = record_event(self.device)
             self._store(cell, buffer, 0)
             cell.stored.result()
@@ -293,7 +293,7 @@ class TieredCaches(Sequence["TieredCache"]):
             for worker in (self._reader, self._writer):
                 worker.submit(lambda: None).result()
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
-            buffers = self._buffers[: len(moving)]
+            buffers = self._ring_buffers[: len(moving)]
             self._ring = Ring(moving, buffers, self._fetch, self._wait_time, self.policy.overlap)
             self._ring_micro_batches = K
         return self._ring

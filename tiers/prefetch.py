@@ -107,9 +107,9 @@ class BounceBuffer:
     def __init__(self, file: Store, buffers: Sequence[Tensor]):
         """buffers: host memory, each as long as the longest transfer (all pieces of a call). A call
         waits for a free buffer, so as many calls can run at once as there are buffers."""
-        self.file, self._buffers = file, SimpleQueue()
+        self.file, self._bounce_buffers = file, SimpleQueue()
         for buffer in buffers:
-            self._buffers.put(buffer)
+            self._bounce_buffers.put(buffer)
 
     def read(self, pieces: Pieces) -> None:
         """Fill each piece from the file; return when the bytes are on the GPU."""
@@ -133,7 +133,7 @@ class BounceBuffer:
         On exit, wait for the copies of the current CUDA stream, then free the buffer for other
         calls.
         """
-        buffer, triples, at = self._buffers.get(), [], 0
+        buffer, triples, at = self._bounce_buffers.get(), [], 0
         for offset, piece in pieces:
             triples.append((offset, piece, buffer[at : at + len(piece)]))
             at += len(piece)
@@ -142,7 +142,7 @@ class BounceBuffer:
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
         finally:
-            self._buffers.put(buffer)
+            self._bounce_buffers.put(buffer)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
