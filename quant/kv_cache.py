@@ -2,7 +2,7 @@
 
 Start at QuantizedKVCache, a model.KVCache. It rounds the keys and values of each token when it
 stores them and never changes them afterwards; attention dequantises them. GROUP channels of a head
-share a scale and a lowest value.
+share a scale and a lowest value ("low"): x = low + scale * q, with q from 0 to 255 or 15.
 
 FlexGen (arXiv 2303.06865, section 4) groups the same way. KIVI (2402.02750) rounds keys channel by
 channel over windows of tokens; benchmarks/LOG.md has the accuracy that this would gain here.
@@ -23,7 +23,8 @@ class QuantizedKVCache(KVCache):
     """A KVCache that rounds keys and values to 8 or 4 bits when it stores them.
 
     k, v: (B, positions, G, E*bits/8) uint8; scales and lows: (B, positions, G, E/S) float16.
-    shape: (B, positions, G, E). dtype: of the keys and values that `visible` returns.
+    shape: (B, positions, G, E). dtype: of the keys and values that `visible` returns. bits: 8 or 4;
+    4 needs an even E. attention: the function that attends over this cache.
     """
 
     def __init__(
@@ -43,18 +44,24 @@ class QuantizedKVCache(KVCache):
             self.register_buffer(name, zeros)
 
     def stored(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """Return (bytes, scales, lows) of the keys, and of the values."""
+        """Return (bytes, scales, lows) of the keys, and of the values: the buffers, not copies."""
         return (self.k, self.k_scales, self.k_lows), (self.v, self.v_scales, self.v_lows)
 
     def store(self, pos: Tensor, k: Tensor, v: Tensor) -> None:
-        """Quantise keys and values, (B, T, G, E), and store them at positions pos, (B, T)."""
+        """Quantise keys and values, (B, T, G, E), and store them at positions pos, (B, T).
+
+        Replaces what these positions held before.
+        """
         rows = torch.arange(pos.shape[0], device=pos.device).unsqueeze(1)  # (B, 1)
         for tensors, new in zip(self.stored(), (k, v), strict=True):
             for tensor, value in zip(tensors, self.quantize(new), strict=True):
                 tensor[rows, pos] = value
 
     def visible(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first `count` positions of keys and values, dequantised: a copy."""
+        """Return the first `count` positions of keys and values, (B, count, G, E), dequantised.
+
+        A copy: changes of it do not change the cache.
+        """
         k, v = (
             dequantize(*(t[:, :count] for t in tensors), self.bits, self.dtype)
             for tensors in self.stored()
@@ -64,7 +71,9 @@ class QuantizedKVCache(KVCache):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Round keys or values, (B, T, G, E), to integers: x = low + scale * q for each group.
 
-        Returns q as bytes, (B, T, G, E*bits/8), and scales and lows, (B, T, G, E/S) float16.
+        A group is the S neighbouring channels that share a scale. Returns q as bytes,
+        (B, T, G, E*bits/8), and scales and lows, (B, T, G, E/S) float16. A group of equal values
+        has the scale 0. A lowest value beyond float16's range gives NaN.
         """
         groups = x.float().unflatten(-1, (self.k_scales.shape[-1], -1))  # (B, T, G, E/S, S)
         low, high = groups.aminmax(dim=-1)
@@ -79,7 +88,8 @@ class QuantizedKVCache(KVCache):
 def dequantize(q: Tensor, scale: Tensor, low: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Return the numbers low + scale * q, (..., E), of QuantizedKVCache.quantize's results.
 
-    q: bytes, (..., E*bits/8). scale, low: (..., E/S). dtype: of the result.
+    q: bytes, (..., E*bits/8). scale, low: (..., E/S). bits: 8 or 4. dtype: of the result; the sum
+    is computed in float32.
     """
     q = unpack_nibbles(q) if bits == 4 else q
     q = q.unflatten(-1, (scale.shape[-1], -1))  # (..., E/S, S)

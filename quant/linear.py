@@ -7,7 +7,8 @@ layers into a model, as a checkpoint's scheme lists them.
 
 int8: symmetric, one scale per output channel: w = q * scale. int4: asymmetric, one scale and one
 zero point per group of inputs: w = (q - zero) * scale, with an integer zero point as in GPTQ (arXiv
-2210.17323) and AWQ (2306.00978).
+2210.17323) and AWQ (2306.00978). A grid is the scales and the zero points of a weight, float32
+(N, P) each. A nibble is half a byte, an integer 0 to 15.
 
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
@@ -25,8 +26,8 @@ from kernels import gpu
 from model import Linear, ModelArgs, Transformer
 
 GROUP_SIZES = (32, 64, 128, 256)
-MODES = ("int8", "int4", "int4-gptq")
-HEADS = ("int8", "int4", "dense")
+MODES = ("int8", "int4", "int4-gptq")  # of quantize.py --mode
+HEADS = ("int8", "int4", "dense")  # of quantize.py --head, the output head
 ROWS_PER_CHUNK = 256  # rows of a weight rounded at once: 3 times as fast as all rows at once
 
 
@@ -43,10 +44,11 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights as floats, (N, K), by the GPU kernel where it runs, else dequantize.
+        """Return the weights as floats, (N, K), by the GPU kernel where it runs.
 
-        offload.py calls it when several calls use the same weights. Compiled code must call
-        dequantize.
+        Elsewhere it calls dequantize. offload.py calls this function to dequantise the weights of a
+        block once for several micro-batches. Compiled code must call dequantize: torch.compile
+        cannot trace the kernel's launch.
         """
         return self.dequantize(dtype)
 
@@ -62,8 +64,8 @@ class QuantizedLinear(nn.Module):
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
         """Multiply rows, (M, K), by the weights -> (M, N), with the Triton kernels.
 
-        prologue: a norm or gate that the kernel applies to its input; only for M = 1, and only if
-        takes_prologue.
+        prologue: a norm or gate that the kernel applies to its input. Allowed only if M = 1 and
+        takes_prologue returns True: otherwise it would be ignored. Default: none.
         """
         raise NotImplementedError
 
@@ -73,7 +75,11 @@ class QuantizedLinear(nn.Module):
 
 
 class Int8Linear(QuantizedLinear):
-    """weight: (N, K) int8. scales: (N,) float32."""
+    """weight: (N, K) int8. scales: (N,) float32.
+
+    inputs_per_column: for each buffer whose columns stand for inputs, the inputs of a column; tp.py
+    divides these buffers by columns.
+    """
 
     inputs_per_column = {"weight": 1}
 
@@ -101,7 +107,8 @@ class Int4Linear(QuantizedLinear):
     """weight: (N, P*S/2) uint8. scales: (N, P) float16. zeros: (N, ceil(P/2)) uint8.
 
     Two numbers share a byte, the first in the low four bits. If K is not a multiple of S, the last
-    group is padded; the padding does not contribute to the output.
+    group is padded; the padding does not contribute to the output. inputs_per_column: see
+    Int8Linear.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, groupsize: int):
@@ -131,7 +138,7 @@ class Int4Linear(QuantizedLinear):
 def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Return the weights, (N, P*S) float32, of an Int4Linear from its three buffers.
 
-    The last P*S - K columns are padding.
+    The last P*S - K columns are padding, which the caller cuts off.
     """
     P = scales.shape[1]
     q = unpack_nibbles(weight).unflatten(1, (P, -1))  # (N, P, S)
@@ -140,13 +147,16 @@ def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
-    """Pack (..., n) of 0 to 15 -> (..., ceil(n/2)) uint8, the first of a pair in the low bits."""
+    """Pack (..., n) numbers 0 to 15 of any dtype -> (..., ceil(n/2)) uint8, two to a byte.
+
+    The first of a pair is in the low bits. An odd n is padded with a 0.
+    """
     q = F.pad(q.to(torch.uint8), (0, q.shape[-1] % 2))
     return q[..., 0::2] | (q[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Unpack (..., n) uint8 -> (..., 2n) of 0 to 15."""
+    """Unpack (..., n) uint8 -> (..., 2n) numbers 0 to 15, uint8: the inverse of pack_nibbles."""
     shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2)
 
@@ -154,9 +164,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tensor]:
     """Round a dense weight, (N, K), to nearest. Returns the buffers of a quantised linear by name.
 
-    linear: gives only the kind and the group size; its buffers are not changed. Rounds
-    ROWS_PER_CHUNK rows at a time: the intermediate tensors of a whole weight exceed the CPU's
-    caches.
+    linear: gives only the kind and the group size; its buffers are not changed, and may be on the
+    meta device. Rounds ROWS_PER_CHUNK rows at a time: the intermediate tensors of a whole weight
+    exceed the CPU's caches.
     """
     int4 = isinstance(linear, Int4Linear)
     pieces = [
@@ -167,7 +177,10 @@ def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tenso
 
 
 def round_int8(weight: Tensor) -> dict[str, Tensor]:
-    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int8Linear by name."""
+    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int8Linear by name.
+
+    The largest weight of a row becomes 127 or -127. A row of zeros has the scale 1.
+    """
     largest = weight.float().abs().amax(1)  # (N,)
     scales = torch.where(largest > 0, largest / 127, 1.0)
     q = (weight.float() / scales.unsqueeze(-1)).round().clamp(-127, 127)
@@ -175,7 +188,10 @@ def round_int8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def round_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
-    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int4Linear by name."""
+    """Round a dense weight, (N, K), to nearest. Returns the buffers of an Int4Linear by name.
+
+    groupsize: S, inputs that share a scale. K need not be a multiple of it.
+    """
     scales, zeros = choose_int4_grid(weight, groupsize)  # (N, P) each
     per_input = (t.repeat_interleave(groupsize, 1)[:, : weight.shape[1]] for t in (scales, zeros))
     return pack_int4(nearest_int4(weight.float(), *per_input), scales, zeros, groupsize)
@@ -184,11 +200,11 @@ def round_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
 def choose_int4_grid(
     weight: Tensor, groupsize: int, units: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Choose the scale and the zero point of each group of a weight, (N, K).
+    """Choose the grid of a weight, (N, K): scales and zero points, float32 (N, P) each.
 
-    The 16 values of a group span from its smallest weight to its largest and include 0. Returns
-    scales and zero points, float32 (N, P) each. units: (N, 1), scales are rounded to multiples of
-    them; None: computed by scale_units.
+    The 16 values of a group span from its smallest weight to its largest and include 0. units:
+    (N, 1), the scales are rounded to multiples of them; None: computed by scale_units. GPTQ passes
+    the units of the whole weight when it chooses the grid of one group.
     """
     groups = F.pad(weight.float(), (0, -weight.shape[1] % groupsize))
     groups = groups.unflatten(1, (-1, groupsize))  # (N, P, S), padded with 0
@@ -203,8 +219,9 @@ def scale_units(scales: Tensor) -> Tensor:
     """Return the unit of each row's scales, (N, P) -> (N, 1) float32: a power of two.
 
     round_scales rounds the scales of the row to multiples of it. The largest scale of a row is 128
-    to 255 times its unit. So a multiple fits into a byte, which a CPU reads 5 % faster than float16
-    (group size 32), and is exact in float16. Units are at least 2**-24, float16's smallest number.
+    to 255 times its unit. So a multiple fits into a byte (kernels/cpu stores it so), with which a
+    CPU is 5 % faster than with float16 (group size 32), and is exact in float16. Units are at least
+    2**-24, float16's smallest number.
     """
     largest = scales.float().amax(1, keepdim=True)  # (N, 1)
     exponents = largest.frexp().exponent - 8
@@ -225,9 +242,10 @@ def nearest_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[str, Tensor]:
-    """Return the buffers of an Int4Linear by name.
+    """Return the buffers of an Int4Linear by name, in the dtypes and the layout that it stores.
 
-    q: (N, K), integers 0 to 15 of any dtype. scales, zeros: (N, P).
+    q: (N, K), integers 0 to 15 of any dtype, padded here to whole groups. scales, zeros: (N, P);
+    the zero points are integers 0 to 15, of any dtype.
     """
     q = F.pad(q, (0, -q.shape[1] % groupsize))
     return {"weight": pack_nibbles(q), "scales": scales.half(), "zeros": pack_nibbles(zeros)}
@@ -237,8 +255,9 @@ def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str,
     """Return the scheme of a quantised file: {"mode", "linears", "output"}.
 
     "linears" (of all blocks) and "output" (the output head) are {"bits": 8} or {"bits": 4,
-    "groupsize": S}; a dense output head is {}. mode: one of MODES. head: one of HEADS. Raises
-    ValueError for a group size that is not one of GROUP_SIZES.
+    "groupsize": S}; a dense output head is {}. mode: one of MODES; "int4" and "int4-gptq" differ
+    only in this name. head: one of HEADS. groupsize: for the int4 layers. Raises ValueError if it
+    is not one of GROUP_SIZES, unless mode is "int8".
     """
     if mode != "int8" and groupsize not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
@@ -251,7 +270,8 @@ def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str,
 def checked_scheme(scheme: Any) -> dict[str, Any] | None:
     """Return the scheme that a file holds, without unknown keys; None (a dense file) stays None.
 
-    Raises ValueError if it is not a scheme of make_scheme.
+    scheme: a value read from a file, which may be anything. Raises ValueError if it does not have
+    the form of make_scheme's result; any text is accepted as its mode.
     """
     if scheme is None:
         return None
@@ -269,7 +289,8 @@ def checked_scheme(scheme: Any) -> dict[str, Any] | None:
 def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
     """Build a model on the meta device, which allocates no memory for weights.
 
-    Its linears are quantised as the scheme lists them. scheme: None for a dense model.
+    It gives the names, shapes and dtypes of the tensors; loading fills them later. Its linears are
+    quantised as the scheme lists them. scheme: None for a dense model.
     """
     with torch.device("meta"):
         model = Transformer(args)
@@ -296,7 +317,8 @@ def quantized_copy(
     """Return a copy of a loaded model with linears quantised by rounding to nearest.
 
     It is the draft model of --draft self-int8 and self-int4. All other tensors, biases included,
-    are the model's own. progress: called after each linear with its size in bytes.
+    are the model's own. Linears that are quantised already are dequantised and rounded again.
+    progress: called after each linear with the bytes of its new buffers.
     """
     copied = shallow_copy(model)
     for name, linear in list(copied.named_modules()):
@@ -331,9 +353,11 @@ def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantized_linear(linear: Linear, entry: dict[str, Any]) -> QuantizedLinear | None:
-    """Return a quantised layer of the linear's shape with uninitialised buffers.
+    """Return a quantised layer of the linear's shape with uninitialised buffers and bias.
 
-    entry: see layer_scheme. Returns None for an entry {}: the linear stays dense.
+    They are on the current default device: callers use `with torch.device("meta")` to allocate no
+    memory. linear: gives the shape only. entry: see layer_scheme. Returns None for an entry {}: the
+    linear stays dense.
     """
     shape = linear.in_features, linear.out_features, linear.bias is not None
     if entry.get("bits") == 4:
