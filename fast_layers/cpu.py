@@ -5,6 +5,13 @@ integers in the order in which the kernels read them, and dense linears by FewRo
 use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
 its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
 does not support the kernels.
+
+layout() returns the constants of the packed order: layout().strip outputs (16) are packed together
+as a strip; layout().int8, int4 and int4_half number the formats of packed weights. torch.ops.
+gpt_flex.NAME are the operators that kernels/cpu/build.py compiles.
+
+Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible
+positions, H query heads, G key/value heads, E head_dim.
 """
 
 from dataclasses import replace
@@ -19,19 +26,23 @@ from kernels.cpu.build import build, layout, unsupported_reason
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-MIN_DENSE_BYTES = 2**24  # compiling the kernels does not pay for a model with fewer dense bytes
+# Compiling the kernels does not pay for a model whose dense bfloat16 linears have fewer bytes.
+MIN_DENSE_BYTES = 2**24
 
 
 class PackedLinear(nn.Module):
     """A quantised linear with its weights in the kernels' order, see kernels/cpu/layout.h.
 
-    Computes in bfloat16. Needs the operators: `build` must have succeeded.
+    Computes in bfloat16, and returns the dtype of its input. Needs the operators: `build` must have
+    succeeded. packed: (strips, bytes of a strip) uint8, None before load_from.
     """
 
     def __init__(self, linear: QuantizedLinear):
         """Pack a linear, or only allocate memory for its shape if it is on the meta device.
 
         In the latter case call load_from before forward, as offload.py does for streamed layers.
+        The memory fits the widest format of the linear's kind: `pack` chooses the format later, by
+        the scales.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -50,8 +61,10 @@ class PackedLinear(nn.Module):
     def load_from(self, linear: QuantizedLinear) -> None:
         """Pack the weights of `linear` into this layer, in place of its earlier weights.
 
-        linear: of the same kind and shape as at construction; it may be freed afterwards. Uses only
-        the calling thread and releases the interpreter's lock, so that other threads can compute.
+        Sets `packed`, the bias (in bfloat16, padded to whole strips) and _layout, the operator's
+        last arguments. linear: of the same kind and shape as at construction; it may be freed
+        afterwards. Uses only the calling thread and releases the interpreter's lock, so that other
+        threads can compute.
         """
         zeros = getattr(linear, "zeros", None)
         format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
@@ -85,14 +98,15 @@ class FewRowsLinear(nn.Module):
 
 
 def inputs_per_scale(linear: QuantizedLinear) -> int:
-    """Return how many inputs share a scale: weights (int4) or activations (int8)."""
+    """Return how many inputs share a scale of the weights (int4) or of the activations (int8)."""
     return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     """Return the packed bytes of one strip, which holds all weights of layout().strip outputs.
 
-    format: layout().int8, int4 or int4_half.
+    linear: gives the shape and the group size; it may be on the meta device. format: layout().int8,
+    int4 or int4_half.
     """
     row_bytes = linear.weight.shape[1] * linear.weight.itemsize
     return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
@@ -103,8 +117,8 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
 
     Quantised linears become PackedLinear, and dense bfloat16 linears FewRowsLinear, if the CPU, the
     compiler and dtype allow it. dtype: of the model's activations. large: whether to replace dense
-    linears; None: if they have MIN_DENSE_BYTES. Skips linears on the meta device, which have no
-    weights to pack.
+    linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta device,
+    which have no weights to pack.
     """
     linears = {
         name: module
@@ -123,8 +137,9 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
 def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
     """Replace the quantised linears among `linears` by PackedLinear, or log why they stay.
 
-    linears: modules of the model by name. Also lets the compiler fuse the RMS norms, which then may
-    differ in the last bits from eager code.
+    linears: modules of the model by name, dense or quantised. dtype: of the activations. If it
+    replaces any, it also lets torch.compile fuse the RMS norms, which then may differ in the last
+    bits from eager code.
     """
     quantized = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
     if not quantized:
@@ -142,9 +157,10 @@ def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch
 def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.cpp.
 
-    Only for a model with fast linears: the kernels are then compiled. Models with grouped query
-    heads keep PyTorch's attention, which is as fast for them. The kernel serves prefill and
-    decoding alike: with a draft, the text must be the same to the bit.
+    Call it after use_fast_linears, before caches are made. Only a model with fast linears gets this
+    attention: the kernels are then compiled. Models with fewer key/value heads than query heads
+    keep PyTorch's attention, which is as fast for them. The kernel serves prefill and decoding
+    alike: with a draft, the text must be the same to the bit.
     """
     grouped = model.args.n_heads != model.args.n_kv_heads
     fast = any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules())
@@ -155,7 +171,8 @@ def use_fast_attention(model: Transformer) -> None:
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
     """Compute attention over a cache by kernels/cpu/attention.cpp (type model.CacheAttention).
 
-    q: (B, T, H, E). mask: its last size is the number of visible positions. pos: not used.
+    q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
+    pos: not used. Returns (B, T, H, E).
     """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     return grouped_attention(torch.ops.gpt_flex.attention, q, k, v, mask)

@@ -3,7 +3,11 @@
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
 This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
 before a quantised linear with the linear, and makes kernel_attention the attention of
-model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its input first.
+model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its input first. It
+saves the launch of a kernel; for more than one row, norm and gate run as before.
+
+Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible
+positions, H query heads, G key/value heads, E head_dim.
 """
 
 import functools
@@ -63,7 +67,10 @@ class NormedLinear(nn.Module):
 
 
 class OneRowFeedForward(GatedFeedForward):
-    """A GatedFeedForward that, for one row, computes silu(gate) * up within the next kernel."""
+    """A GatedFeedForward that, for one row, computes silu(gate) * up within the kernel of w2.
+
+    w13's outputs are gate and up, (M, 2 * hidden_dim).
+    """
 
     def __init__(self, replaced: GatedFeedForward):
         nn.Module.__init__(self)
@@ -78,9 +85,10 @@ class OneRowFeedForward(GatedFeedForward):
 
 
 def use_fast_layers(model: Transformer) -> None:
-    """Replace the layers and the attention of a model on a CUDA device, in place.
+    """Replace the layers and the attention of a loaded model on a CUDA device, in place.
 
-    If the kernels do not run on the device, the model stays as it is, and a log line tells why.
+    If the kernels do not run on the device, the model stays as it is, and a line on stderr tells
+    why, once per process.
     """
     device = model.tok_embeddings.weight.device
     if reason := gpu.unsupported_reason(device):
@@ -91,14 +99,16 @@ def use_fast_layers(model: Transformer) -> None:
 
 @functools.cache
 def log_once(line: str) -> None:
-    """Print a line on stderr at its first call, also with --quiet."""
+    """Print a line on stderr, also with --quiet; the cache drops later calls with this line."""
     print(line, file=sys.stderr)
 
 
 def replace_layers(model: Transformer) -> None:
     """Replace the layers and the attention of a model, in place, without a check of its device.
 
-    Fuses norms and gates only in a plain ModuleList: streamed layers (offload.py) stay unfused.
+    Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList:
+    streamed layers (offload.py) stay unfused. Caches that the model makes later use
+    kernel_attention.
     """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)
@@ -112,7 +122,7 @@ def fuse_prologues(layer: nn.Module) -> None:
     """Fuse the norm before wqkv with wqkv, and the gate before w2 with w2, in place.
 
     layer: a block of the model. Only quantised linears whose kernel takes a prologue are fused, and
-    only an RMS norm and a SiLU gate.
+    only an RMS norm with weights and a SiLU gate. nn.Identity takes the place of a fused norm.
     """
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
@@ -132,8 +142,9 @@ def takes_prologue(linear: nn.Module) -> bool:
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
     """Compute attention for KVCache.attention (type model.CacheAttention); see attend_on_gpu.
 
-    q: (B, T, H, E). pos: (B, T). The mask must be causal: the Triton kernel takes only the number
-    of visible positions from it, and lets each query see the positions up to its own.
+    q: (B, T, H, E). pos: (B, T), the positions of the queries. The mask must be causal: the Triton
+    kernel takes only the number of visible positions from it, and lets each query see the positions
+    up to its own. Returns (B, T, H, E).
     """
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
@@ -150,9 +161,10 @@ def attend_on_gpu(
     Up to MAX_KERNEL_ROWS queries for each key/value head: by a Triton kernel, which reads the cache
     as it is stored and computes causal attention from pos, (B, T). More: by PyTorch with the mask,
     on a dequantised cache. The choice is made inside the operator, so that one compiled graph is
-    right for any number of tokens. k, v: (B, positions, G, E), or bytes with `bits` per number.
-    extra: k_scales, k_lows, v_scales and v_lows of a quantised cache, else empty. bits: 4, 8, or 16
-    for a dense cache.
+    right for any number of tokens. k, v: (B, positions, G, E), or of a quantised cache the bytes,
+    (B, positions, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a quantised cache,
+    else empty. mask: causal; its last size is S, the visible positions. bits: 4, 8, or 16 for a
+    dense cache of any float dtype.
     """
     from kernels.gpu import launch  # imports Triton
 

@@ -9,8 +9,8 @@ from model import Transformer
 def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None = None) -> None:
     """Replace the layers that have a faster version on the model's device, in place.
 
-    Called by load.py after the weights are loaded. dtype: of the activations. large: replace dense
-    linears on a CPU, too; None: only if they have cpu.MIN_DENSE_BYTES.
+    Called by load.py after the weights are loaded. dtype: of the activations; large: only for a
+    CPU, see cpu.use_fast_linears. Other devices than "cpu" and "cuda" keep their layers.
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
