@@ -12,6 +12,10 @@ form and damping of section 3.3, and groups. act_order with groups fixed beforeh
 authors' later code, the coordinate descent from QuantEase (2309.01885), and the dense model's
 outputs as the target from GPTAQ (2504.02692).
 
+The grid of a weight is its scales and zero points, float32 (N, P) each: a weight's value is
+(q - zero) * scale with an integer q from 0 to 15. The output error of quantised weights with errors
+E is the squared error of the outputs, E H E' of each output channel.
+
 Shapes: N out_features, K in_features, S groupsize, P groups, B texts, T tokens, D dim.
 """
 
@@ -41,10 +45,10 @@ from quant.linear import (
 )
 from weights.allocation import allocate
 
-TEXTS_PER_BATCH = 8  # texts that run through a block at once
-COLUMN_BLOCK = 128  # columns whose errors are added to the rest of the matrix at once
+TEXTS_PER_BATCH = 8  # texts that run through a block at once: bounds the memory of activations
+COLUMN_BLOCK = 128  # columns whose errors are compensated in the rest of the matrix at once
 DAMPING = 0.01  # share of H's mean diagonal that is added to its diagonal
-REFINE_PASSES = 3
+REFINE_PASSES = 3  # passes of coordinate descent over the scales and integers of a weight
 DRIFT_SHARE = 0.5  # share of the drift that is compensated; 1.0 overfits the calibration texts
 Buffers = dict[str, Tensor]  # the buffers of an Int4Linear, by name
 # Arguments: name of the linear, its relative output error, that of rounding to nearest, seconds.
@@ -55,9 +59,10 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
     """Quantise a weight, (N, K), to int4 so that the outputs change little. Returns the buffers.
 
     Rounds column by column; later columns compensate the errors of earlier ones. hessian: (K, K)
-    float32, Y'Y over the inputs Y. act_order: round the columns in the order of descending diagonal
-    of the Hessian, with scales chosen beforehand. Raises ValueError for a Hessian that cannot be
-    inverted.
+    float32, Y'Y over the inputs Y; not changed. act_order: round the columns in the order of
+    descending diagonal of the Hessian, with grids chosen beforehand; the result has the columns in
+    their old order. False: in their own order, and each group's grid is chosen when it is reached.
+    Raises ValueError for a Hessian that cannot be inverted.
     """
     W, H = weight.float().clone(), hessian.clone()
     diagonal = H.diagonal()
@@ -77,10 +82,10 @@ def round_blocks(
     """Return W, (N, K), rounded to integers 0 to 15, block by block of COLUMN_BLOCK columns.
 
     After each block, its errors are compensated in the columns after it: W changes in place.
-    U: from inverse_factor. group: the group of each column, K numbers. grid: scales and zero
-    points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale and
-    zero point are chosen again, in place, when its first column is reached, because earlier errors
-    have changed its weights. This requires columns in the order of their groups.
+    U: (K, K), from inverse_factor. group: the group of each column, K numbers. grid: scales and
+    zero points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale
+    and zero point are chosen again, in place, when its first column is reached, because earlier
+    errors have changed its weights. This requires columns in the order of their groups.
     """
     (scales, zeros), K = grid, W.shape[1]
     units, q = scale_units(scales), torch.empty_like(W)
@@ -103,9 +108,10 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """Round one column after another and spread its error over the columns after it.
 
-    weight, scales, zeros: (N, C), one scale and zero point for each weight. factor: (C, C), a block
-    on the diagonal of inverse_factor's U. Returns the integers and, for compensation in the columns
-    outside the block, the errors divided by the factor's diagonal, (N, C) each.
+    weight, scales, zeros: (N, C), one scale and zero point for each weight; not changed. factor:
+    (C, C), a block on the diagonal of inverse_factor's U. Returns the integers, as floats, and the
+    errors divided by the factor's diagonal, (N, C) each. With these errors round_blocks compensates
+    in the columns after the block.
     """
     weight, q, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
     for n in range(weight.shape[1]):
@@ -123,7 +129,9 @@ def refine_columns(
 
     All other columns are fixed while a column changes (coordinate descent). slope: (N, C), half the
     gradient of the output error with respect to the weights. hessian: (C, C). q, scales, zeros:
-    (N, C). Returns the new integers and the change of each weight, (N, C) each.
+    (N, C), float32. Returns the new integers and the change of each weight's value, (N, C) each;
+    refine_integers adds the effect of the changes to the slope of later columns. The least
+    diagonal, 1e-30, avoids a division by 0 for inputs that were always 0.
     """
     slope, q, steps = slope.clone(), q.clone(), torch.zeros_like(slope)
     for n in range(slope.shape[1]):
@@ -153,8 +161,8 @@ def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) ->
 
     buffers: the quantised weight. weight: (N, K), the weight that it approximates. hessian: (K, K).
     A pass chooses the best scale of each group, then the best integer of each weight while all
-    other weights are fixed. Returns new buffers. The rounding of scales can increase the error: the
-    caller compares with best_of.
+    other weights are fixed. The zero points stay. Returns new buffers. The rounding of scales can
+    increase the error: the caller compares with best_of.
     """
     W, K = weight.float(), weight.shape[1]
     scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
@@ -177,8 +185,10 @@ def refit_scales(
 ) -> Tensor:
     """Change the scales in place to those with the least output error for the integers q, (N, K).
 
-    W: (N, K), the weights to approximate. H: (K, K). grid: scales and zero points, (N, P) each.
-    units: (N, 1), see scale_units. Returns the errors of the quantised weights, (N, K).
+    One group after another, with the other groups' scales fixed. W: (N, K), the weights to
+    approximate. H: (K, K), the Hessian. grid: scales and zero points, (N, P) each; only the scales
+    change. units: (N, 1), see quant.linear.scale_units. Returns the errors of the quantised
+    weights, (N, K).
     """
     (scales, zeros), K = grid, W.shape[1]
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
@@ -199,8 +209,9 @@ def refine_integers(
 ) -> None:
     """Change the integers q, (N, K), in place to reduce the output error, column by column.
 
-    slope: (N, K), half the gradient of the output error; overwritten. H: (K, K). grid: scales and
-    zero points, (N, P) each. group: (K,), the group of each column.
+    slope: (N, K), half the gradient of the output error, which is the errors of the weights times
+    H; overwritten. H: (K, K), the Hessian. grid: scales and zero points, (N, P) each. group: (K,),
+    the group of each column.
     """
     for start in range(0, q.shape[1], COLUMN_BLOCK):
         block = slice(start, min(start + COLUMN_BLOCK, q.shape[1]))
@@ -214,7 +225,8 @@ def refine_integers(
 def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:
     """Return the buffers in which each row comes from the candidate with its least output error.
 
-    candidates: quantised versions of a weight, (N, K). hessian: (K, K).
+    A row may come from any of them, because rows do not affect each other's error. candidates: the
+    quantised versions (Buffers) of a weight, (N, K). hessian: (K, K).
     """
     errors = torch.stack([row_errors(c, weight, hessian) for c in candidates])  # (n, N)
     best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
@@ -224,8 +236,9 @@ def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffe
 def inverse_factor(H: Tensor) -> Tensor:
     """Return the upper triangular U with U'U = (H + damping)^-1, for H of shape (K, K).
 
-    Starts with DAMPING and multiplies it by 10 while the inversion fails. Raises ValueError after
-    six failures.
+    The damping is a number that is added to H's diagonal: DAMPING times its mean, and ten times
+    more after each failure. `failed` is above 0 if a matrix is not positive definite. Raises
+    ValueError after six failures. (X' is the transpose of X.)
     """
     damping = DAMPING * H.diagonal().mean()
     for _ in range(6):
@@ -241,7 +254,8 @@ def inverse_factor(H: Tensor) -> Tensor:
 def row_errors(buffers: Buffers, weight: Tensor, hessian: Tensor) -> Tensor:
     """Return the squared output error of each output channel, (N,).
 
-    It is e H e', with the errors e of the channel's quantised weights. weight: (N, K).
+    It is e H e', with the errors e of the channel's quantised weights. buffers: the quantised
+    weight. weight: (N, K), the one that it approximates. hessian: H, (K, K).
     """
     e = dequantize_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
     return ((e @ hessian) * e).sum(1)
@@ -259,9 +273,12 @@ def quantize_blocks(
 ) -> Iterator[tuple[str, Buffers]]:
     """Quantise all linears of all blocks by GPTQ. Yields the name and buffers of each.
 
-    tokens: (B, T), ids of the calibration texts. work: an existing directory for finished blocks.
-    An interrupted run continues from it; its arguments must be the same, which the caller checks.
-    report: called after each linear. Raises ValueError for a Hessian that cannot be inverted.
+    Yields block by block, also for blocks that an earlier run has finished: each block's buffers
+    are read back from its file. tokens: (B, T), ids of the calibration texts. work: an existing
+    directory for finished blocks. An interrupted run continues from it; its arguments must be the
+    same, which the caller checks. report: called after each linear that this run quantises. device:
+    where a block computes; the activations between blocks stay on the CPU. Raises ValueError for a
+    Hessian that cannot be inverted.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
@@ -292,8 +309,10 @@ def quantize_block(
 ) -> Iterator[tuple[str, Buffers]]:
     """Quantise the linears of a block in the order in which they run.
 
-    Yields the name, after `prefix`, and the buffers (on the CPU) of each linear. Writes the
-    dequantised weight into the block, so that the next linear's inputs come from quantised weights.
+    Yields the name, with `prefix` before it, and the buffers (on the CPU) of each linear. Writes
+    the dequantised weight into the block, so that the next linear's inputs come from quantised
+    weights. Of rounding to nearest, GPTQ and its refinement, each row takes the best. Reports the
+    output errors of the result and of rounding, relative to the squared outputs themselves.
     """
     for name in block.linears():
         start = time.perf_counter()
@@ -316,9 +335,10 @@ def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """Return weights, (N, K), that compensate the drift of a linear's inputs.
 
     X: the inputs in the dense block. Y: the inputs in the quantised block, which differ because
-    earlier linears are quantised. hessian: Y'Y, drift: (X - Y)'Y, both (K, K). Of all weights,
-    W X'Y (Y'Y)^-1 gives outputs from Y closest to those of W from X (least squares). This returns W
-    plus DRIFT_SHARE times the step to it.
+    earlier linears are quantised. hessian: Y'Y, drift: (X - Y)'Y, both (K, K); (A' is A's
+    transpose). Of all weights, W X'Y (Y'Y)^-1 gives outputs from Y closest to those of W from X
+    (least squares). This returns W plus DRIFT_SHARE times the step from W to those weights, which
+    is W times drift times the (damped) inverse of the Hessian, U'U. They are GPTQ's target.
     """
     U = inverse_factor(hessian)
     return weight + DRIFT_SHARE * (weight @ drift) @ U.t() @ U
@@ -327,7 +347,9 @@ def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
 class CalibratedBlock:
     """A dense block and its copy that is being quantised, with the inputs of each, (B, T, D).
 
-    model: layer `layer` must hold its dense weights; it becomes the copy that is quantised.
+    model: layer `layer` must hold its dense weights; it becomes the copy that is quantised, and a
+    deep copy of it the dense block. dense, quantized: on the CPU, the outputs of the dense and of
+    the quantised block before it.
     """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
@@ -338,7 +360,8 @@ class CalibratedBlock:
     def linears(self) -> list[str]:
         """Return the names of the block's linears in the order in which they run.
 
-        Runs one text through the block to find the order.
+        Runs one text through the block to find the order: a hook before each linear records its
+        name (see record).
         """
         names = [name for name, m in self.quantized.named_modules() if isinstance(m, Linear)]
         calls: list[tuple[str, Tensor]] = []
@@ -351,8 +374,9 @@ class CalibratedBlock:
     def statistics(self, name: str) -> tuple[Tensor, Tensor]:
         """Return Y'Y and (X - Y)'Y, (K, K) float32 each, over a linear's inputs for all texts.
 
-        X: its inputs in the dense block. Y: its inputs in the quantised block. X - Y is computed
-        before the product: the difference of two products would lose it to rounding.
+        X: its inputs in the dense block. Y: its inputs in the quantised block, which depend on the
+        linears quantised so far. Each forward stops at the linear. X - Y is computed before the
+        product: the difference of two products would lose it to rounding.
         """
         weight = self.quantized.get_submodule(name).weight
         hessian, drift = weight.new_zeros(2, weight.shape[1], weight.shape[1])
@@ -389,7 +413,8 @@ class CalibratedBlock:
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         """Run a block over whole texts, (texts, T, D) -> (texts, T, D).
 
-        Computes in float32 on the block's device. Each call has a new KV cache.
+        Computes in float32 on the block's device, where the result is, too. Each text starts at
+        position 0 with causal attention and a new KV cache.
         """
         args, device = self.model.args, next(block.parameters()).device
         x = x.to(device, torch.float32)
@@ -404,8 +429,8 @@ class CalibratedBlock:
 def tf32_matmul(device: torch.device) -> Iterator[None]:
     """Within the context, let a GPU multiply float32 in TensorFloat-32, with 11 significant bits.
 
-    An H100 is eight times as fast with it, and sums over thousands of tokens need no more bits. No
-    effect for a CPU.
+    An H100 is eight times as fast with it, and sums over thousands of tokens need no more bits.
+    device: of the block. No effect for a CPU.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
@@ -440,9 +465,11 @@ def record(
     args: tuple[Tensor],
     stop: bool = False,
 ) -> None:
-    """Append (name, input of the module) to `calls`. A forward hook, see input_hook.
+    """Append (name, input of the module) to `calls`. With the first two and `stop` bound, it is a
+    hook for input_hook.
 
-    stop: then raise StopForward, which ends the forward of the block.
+    module, args: of the call that the hook precedes. stop: whether to raise StopForward, which ends
+    the forward of the block; the caller catches it.
     """
     calls.append((name, args[0]))
     if stop:
@@ -452,7 +479,8 @@ def record(
 def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
     """Return the inputs of the first block, (B, T, D), for ids of shape (B, T).
 
-    model: on the meta device, except `positions`. The embedding is loaded only during this call.
+    They are float32 on the CPU. model: on the meta device, except `positions`. The embedding (and
+    project_in, where the model has one) is loaded only during this call.
     """
     tables = "tok_embeddings", "project_in"
     for name in tables:
@@ -467,7 +495,8 @@ def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
 def fill_module(checkpoint: Checkpoint, model: nn.Module, name: str, device: torch.device) -> None:
     """Load the weights of one module from the checkpoint, in float32, to the device.
 
-    model: on the meta device. name: of the module, such as layers.3.
+    model: on the meta device, at least this module. name: of the module, such as layers.3; its
+    tensors have the same names in the checkpoint.
     """
 
     def read(leaf: str, out: Tensor) -> None:
