@@ -3,7 +3,8 @@
 Start at distill. GPTQ makes each layer compute nearly what the dense layer computes. Here the
 integers of all layers are trained together, to minimise the divergence between the distributions of
 the dense and of the quantised model over the next token. Scales, zero points, norms, biases and
-embeddings do not change.
+embeddings do not change. The dense model is the teacher, the quantised one the student; the
+divergence is KL(teacher || student).
 
 Integers have no gradient. They are rounded from latent floats, which receive the gradient of the
 integers (the straight-through estimator of Bengio et al., arXiv 1308.3432). Taking the dense
@@ -27,7 +28,7 @@ from load import count_weights, meta_model
 from model import Linear, ModelArgs, Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
-TOKENS_PER_STEP = 2048  # tokens of a training step; a longer text is a step of its own
+TOKENS_PER_STEP = 2048  # most tokens of a training step; a longer text is a step of its own
 LEARNING_RATE = 0.005  # Adam's first step, in units of the integers; falls to 0 along half a cosine
 BETAS = 0.3, 0.99  # Adam's decay rates; with 0.9, many latents overshoot and short runs do harm
 MAX_START_OFFSET = 0.45  # largest distance of a latent from its integer before training
@@ -45,11 +46,13 @@ def distill(
 ) -> tuple[dict[str, Buffers], float, float]:
     """Train the integers of all int4 linears together, after GPTQ.
 
-    Returns the buffers, and the divergence from the dense model before and after, in nats per
-    token. If the divergence does not fall, returns `blocks` unchanged. tokens: (B, T) ids. Every
-    eighth text, or about HELD_OUT_TEXTS of many, is not trained on but measures the divergence.
-    blocks: the int4 buffers of each linear, by its name. work: an existing directory for the state,
-    from which an interrupted run continues. Needs training_bytes of memory on the device.
+    Returns the buffers of all linears in `blocks`, by name, and the divergence from the dense model
+    before and after, in nats per token. If the divergence does not fall, returns `blocks`
+    unchanged. tokens: (B, T) ids. Every eighth text, or about HELD_OUT_TEXTS of many, is not
+    trained on but measures the divergence; a single text serves for both. blocks: the int4 buffers
+    of each linear, by its name. steps: of training; only a run with the same number continues an
+    interrupted one. work: an existing directory for the state, from which it continues. Needs
+    training_bytes of memory on the device.
     """
     teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)
@@ -68,7 +71,8 @@ def distill(
 def training_bytes(args: ModelArgs) -> int:
     """Return the bytes of memory that distill needs at least: six float32 numbers per weight.
 
-    They are the weight, its latent, its integer, its gradient and Adam's two averages.
+    They are the weight, its latent, its integer, its gradient and Adam's two averages. Activations
+    come on top. args: of the model.
     """
     return 6 * 4 * count_weights(args)
 
@@ -78,9 +82,11 @@ def train(
 ) -> None:
     """Train the student's latents in place to the outputs of the teacher, for `steps` steps.
 
-    teacher: the dense model. student: from latent_copy. tokens: (B, T) ids. state: a file that is
-    written every STEPS_PER_SAVE steps; if it exists, training continues from it. Each step draws
-    its texts from a generator seeded by the step's number, so a continued run draws the same.
+    teacher: the dense model. student: from latent_copy. tokens: (B, T) ids, on the models' device.
+    state: a file that is written every STEPS_PER_SAVE steps; if it exists, training continues from
+    it. It holds the number of steps done, the latents, and Adam's averages. Each step draws
+    texts_per_step texts with a generator seeded by the step's number, so a continued run draws the
+    same.
     """
     latents = [p for p in student.parameters() if p.requires_grad]
     optimizer, done = torch.optim.Adam(latents, betas=BETAS), 0
@@ -104,7 +110,10 @@ def train(
 
 @torch.no_grad()
 def mean_divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
-    """Return `divergence` over texts, (B, T) ids, in batches of texts_per_step texts."""
+    """Return `divergence` over texts, (B, T) ids, computed in batches of texts_per_step texts.
+
+    distill compares it before and after training.
+    """
     parts = tokens.split(texts_per_step(tokens))
     return sum(len(p) * divergence(teacher, student, p).item() for p in parts) / len(tokens)
 
@@ -127,7 +136,10 @@ def texts_per_step(tokens: Tensor) -> int:
 
 
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """Return the log-probabilities of each next token, (B, T) ids -> (B, T, V)."""
+    """Return the log-probabilities of each next token, (B, T) ids -> (B, T, V).
+
+    The texts run from position 0, with new KV caches.
+    """
     pos = torch.arange(tokens.shape[1], device=tokens.device)
     caches = model.make_caches(*tokens.shape)
     return model(tokens, pos.expand_as(tokens), pos, caches).log_softmax(-1)
@@ -142,8 +154,9 @@ class LatentInt4(nn.Module):
     def __init__(self, linear: Linear, buffers: Buffers):
         """Start at the integers of `buffers`, an Int4Linear's, moved towards the dense weights.
 
-        linear: the dense linear. A latent is its weight in units of the scale, but at most
-        MAX_START_OFFSET from the integer, so that no integer changes before training.
+        linear: the dense linear. A latent is its weight divided by the scale, plus the zero point,
+        but at most MAX_START_OFFSET from the integer, so that no integer changes before training.
+        The device is that of the dense linear.
         """
         super().__init__()
         device, (_, K) = linear.weight.device, linear.weight.shape
@@ -177,8 +190,9 @@ def latent_copy(
 ) -> tuple[Transformer, dict[str, LatentInt4]]:
     """Return a copy of the model with a LatentInt4 for each linear in `blocks`.
 
-    blocks: the int4 buffers of each linear, by its name. Also returns the LatentInt4 by name. The
-    copy shares all other tensors with the model.
+    The copy is the student. blocks: the int4 buffers of each linear, by its name. Also returns each
+    LatentInt4 by the name of its linear. The copy shares all other tensors with the model: deepcopy
+    takes the tensors in its memo, `shared`, as copied already.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)

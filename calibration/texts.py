@@ -2,7 +2,10 @@
 
 Start at calibrated_blocks. Pieces of the text become ids, GPTQ (gptq.py) quantises one block after
 another, and training (distill.py) then moves the integers of all blocks together. Finished blocks
-are in a directory beside the output file, and the same command continues from them.
+are in a directory beside the output file, `work`, and the same command continues from them.
+
+A linear's buffers are the tensors of its Int4Linear (quant/linear.py) by name. The Hessian of a
+linear is Y'Y over its inputs Y, which gptq.py inverts. tokens: (B, T) ids, a text in each row.
 """
 
 import json
@@ -50,9 +53,11 @@ def calibrated_blocks(
 ) -> Blocks:
     """Quantise the linears of all blocks to int4. Yields the name and buffers of each.
 
-    work: a directory for finished blocks, created if missing; an interrupted run with the same
-    arguments continues from it. Raises ValueError for too little text, or for text that gives a
-    Hessian that cannot be inverted; MemoryError if the memory is too small.
+    For quantize.py --mode int4-gptq, which writes them to the file. work: a directory for finished
+    blocks, created if missing; an interrupted run with the same arguments continues from it, and
+    the files of another run are deleted. calibration: which text, and how much of it. Raises
+    ValueError for too little text, or for text that gives a Hessian that cannot be inverted;
+    MemoryError if the memory is too small.
     """
     text = calibration_text(calibration)
     tokens = calibration_tokens(checkpoint, text, calibration.seq_length, calibration.samples)
@@ -77,7 +82,8 @@ def check_calibration_memory(
     """Raise MemoryError if the memory is too small for GPTQ or training.
 
     Called before GPTQ, which may take hours. GPTQ keeps the inputs of a dense and of a quantised
-    block for all texts in CPU memory. steps: of training; 0 for none. device: of training.
+    block for all texts in CPU memory, float32. tokens: of GPTQ. steps: of training; 0 for none.
+    device: of training.
     """
     activations = 2 * tokens.numel() * checkpoint.args.dim * 4
     check_memory(activations, "cpu", "activations between blocks", "lower --calibration_samples")
@@ -92,7 +98,8 @@ def run_identity(
     """Return values that identify the result of a run: the checkpoint, the texts, the options.
 
     resume_or_clear compares them: a run continues only from an interrupted run with equal values.
-    The number of training steps and the device are not among them: GPTQ's blocks stay valid.
+    The number of training steps and the device are not among them: GPTQ's blocks stay valid. text:
+    the whole calibration text, on which training's pieces depend. tokens: GPTQ's pieces of it.
     """
     return [
         str(checkpoint.path.resolve()),
@@ -114,8 +121,9 @@ def trained_blocks(
 ) -> dict[str, Buffers]:
     """Train the integers of GPTQ's blocks by distillation; log the gain; return the new blocks.
 
-    tokens: (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: a
-    directory from which interrupted training continues.
+    If training does not bring the model nearer to the dense one, it returns GPTQ's blocks. tokens:
+    (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: an existing
+    directory, from which interrupted training continues.
     """
     log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
     trained, before, after = distill(checkpoint, tokens, blocks, steps, work, device)
@@ -127,7 +135,8 @@ def trained_blocks(
 
 
 def default_train_steps(checkpoint: Checkpoint) -> int:
-    """Return TRAIN_STEPS for a model of at most MAX_TRAINED_WEIGHTS weights, else 0."""
+    """Return the steps of training after GPTQ, if the user names none: TRAIN_STEPS for a model of
+    at most MAX_TRAINED_WEIGHTS weights, else 0."""
     return TRAIN_STEPS if count_weights(checkpoint.args) <= MAX_TRAINED_WEIGHTS else 0
 
 
@@ -135,7 +144,9 @@ def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: Gpt
     """Quantise all blocks by GPTQ, with a progress bar. Yields the name and buffers of each linear.
 
     Logs a line for each linear and, at the end, the total time. Blocks that an earlier run has
-    finished are read from `work` and not logged. tokens: (B, T) ids.
+    finished are read from `work`, an existing directory, and not logged. tokens: (B, T) ids. The
+    inner function `report` is called by gptq.py after each linear (gptq.Report); `rounding` is the
+    error of rounding to nearest.
     """
     weights, seconds = 0, 0.0
 
@@ -160,7 +171,8 @@ def resume_or_clear(work: Path, identity: list[Any]) -> None:
     """Prepare the directory `work` of a run.
 
     If an interrupted run with the same identity has left it, its files stay, and the new run
-    continues from them. Otherwise the directory is emptied or created. identity: of run_identity.
+    continues from them. Otherwise the directory is emptied or created (its parent must exist), and
+    the identity is written to it. identity: of run_identity.
     """
     file = work / "identity.json"
     if file.exists() and file.read_bytes() == json.dumps(identity).encode():
@@ -174,9 +186,10 @@ def resume_or_clear(work: Path, identity: list[Any]) -> None:
 def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, samples: int) -> Tensor:
     """Cut evenly spaced pieces out of the text. Returns ids, (at most `samples`, T).
 
-    T is seq_length, or the model's context if that is shorter. Each piece begins with BOS, if the
-    tokenizer has it. There are no more pieces than fit into the text without overlap. Raises
-    ValueError if the text is shorter than one piece.
+    T is seq_length, or the model's context if that is shorter. Each piece begins with BOS (the
+    token that begins a text), if the tokenizer has it. There are no more pieces than fit into the
+    text without overlap; the first piece is at its start, the last one at its end. samples: the
+    most pieces. Raises ValueError if the text is shorter than one piece.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -195,8 +208,8 @@ def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, sampl
 def calibration_text(calibration: CalibrationOptions) -> str:
     """Return the text of the calibration file, or of the lm_eval tasks if no file is named.
 
-    A task gives its training documents, prompt and answer; without training documents, its
-    evaluation documents.
+    A task gives the prompt and the answer of each of its training documents; without training
+    documents, of its evaluation documents. Documents are separated by an empty line.
     """
     if calibration.file:
         return read_text(calibration.file)
