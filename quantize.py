@@ -5,7 +5,9 @@
 Start at run, then quantize. They print the sizes, then read, quantise and write one tensor after
 another, so that the model may be larger than memory. The file appears only when it is complete.
 quant/linear.py rounds a layer; calibration/ chooses integers by GPTQ. The file holds its own
-description (the scheme), so that generate.py needs only its path.
+description (the scheme: the bits of the linears and of the output head, see
+quant.linear.make_scheme), so that generate.py needs only its path. The buffers of a linear are the
+tensors of its quantised layer: integers, scales, zero points.
 
 Embeddings, norms and biases keep their dtype: a step reads one row of the embedding. The output
 head is int8 by default (--head): a step reads all of it, and its rounding errors change the
@@ -67,9 +69,9 @@ def quantize(
 ) -> None:
     """Write the quantised file `target`, completely or not at all.
 
-    scheme: see make_scheme. blocks: (name, buffers) of linears that GPTQ has quantised; other
-    linears are rounded to nearest. Raises ValueError, with the name, for a weight with NaN or
-    infinity, and if the disk is too small.
+    checkpoint: the dense one. scheme: see make_scheme. blocks: (name, buffers) of linears that GPTQ
+    quantises while they are asked for; other linears are rounded to nearest. Raises ValueError,
+    with the name, for a weight with NaN or infinity, and if the disk is too small.
     """
     model = planned(checkpoint, scheme)
     tensors = planned_tensors(model)
@@ -96,9 +98,10 @@ def planned_tensors(model: Transformer) -> dict[str, Tensor]:
 def quantized_values(checkpoint: Checkpoint, model: Transformer, blocks: Iterable[Any]) -> Values:
     """Yield all tensors of the output file with their names.
 
-    First the linears in `blocks`, (name, buffers) from GPTQ; then other quantised linears, rounded
-    to nearest; then dense tensors. model: from planned(checkpoint, scheme). Raises ValueError for a
-    weight with NaN or infinity.
+    Reads and converts one tensor at a time, when it is asked for. First the linears in `blocks`,
+    (name, buffers) from GPTQ; then other quantised linears, rounded to nearest; then dense tensors.
+    model: from planned(checkpoint, scheme); on the meta device, it gives names and kinds only.
+    Raises ValueError for a weight with NaN or infinity.
     """
     from_blocks = set()
     for name, buffers in blocks:
@@ -123,7 +126,8 @@ def prefixed(module: str, buffers: dict[str, Tensor]) -> Values:
 def with_bar(values: Values, tensors: dict[str, Tensor]) -> Values:
     """Yield the values with a progress bar over the bytes of all `tensors`.
 
-    The bar appears after the first value: GPTQ may take hours before it, with bars of its own.
+    tensors: all that will be written, by name; they may be on the meta device. The bar appears
+    after the first value: GPTQ may take hours before it, with bars of its own.
     """
     values = itertools.chain([next(values)], values)
     total = sum(t.nbytes for t in tensors.values())
@@ -142,7 +146,8 @@ def source_name(checkpoint: Checkpoint, name: str) -> str:
 
 
 def finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor in float32. Raises ValueError if it holds NaN or infinity."""
+    """Read a tensor in float32. Raises ValueError if it holds NaN or infinity, of which no scale
+    can be chosen. name: in the checkpoint."""
     weight = checkpoint.read(name, torch.float32)
     if not weight.isfinite().all():
         raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: download it again")
@@ -152,8 +157,9 @@ def finite(checkpoint: Checkpoint, name: str) -> Tensor:
 def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
     """Log the sizes of the checkpoint and the output, and the speed-up of decoding.
 
-    The speed-up is an upper bound, the ratio of the bytes that a step reads. Where quantised
-    products are slower than dense ones, the line of slowdown replaces it.
+    Called before the work begins. The speed-up is an upper bound, the ratio of the bytes that a
+    step reads. Where quantised products are slower than dense ones, the line of slowdown replaces
+    it. target: the path of the output.
     """
     dense, model = planned(checkpoint, None), planned(checkpoint, scheme)
     total = sum(t.nbytes for t in planned_tensors(model).values())
@@ -169,7 +175,7 @@ def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
     """Return a warning if quantised products are slower than dense ones here, else None.
 
     Only a CPU without the kernels of kernels/cpu can be slower. There a product of the size of wo
-    of layer 0, at most MAX_MEASURED_WIDTH wide, is timed.
+    (attention's output) of layer 0, with at most MAX_MEASURED_WIDTH outputs and inputs, is timed.
     """
     reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
@@ -191,7 +197,7 @@ def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
 def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, float]:
     """Return the seconds of a one-row product with dense bfloat16 weights, and with quantised ones.
 
-    N outputs and K inputs. scheme: only its entry "linears" is used.
+    N outputs and K inputs, random weights. scheme: of the output; only its entry "linears" is used.
     """
     dense = Linear(K, N, bias=False).bfloat16()
     dense.weight.normal_(std=0.02)
@@ -204,7 +210,8 @@ def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, floa
 
 
 def best_seconds(layer: torch.nn.Module, x: Tensor) -> float:
-    """Return the shortest time of five calls: other processes have disturbed that call least."""
+    """Return the shortest time of five calls of layer(x), in seconds: other processes have
+    disturbed that call least."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -246,7 +253,8 @@ def quantize_by_gptq(
     """Write the quantised file `target` with linears from GPTQ, for --mode int4-gptq.
 
     Finished blocks are stored in the folder `target`.partial, from which the same command continues
-    after an interruption. The folder is removed at the end.
+    after an interruption. The folder is removed at the end. args: the options of the command.
+    Raises what calibrated_blocks raises, and ValueError for a weight with NaN or infinity.
     """
     for name in tqdm(checkpoint.tensors, desc="check", leave=False, disable=None):
         finite(checkpoint, name)  # report NaN now, not after hours of GPTQ
