@@ -11,6 +11,10 @@ Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order of t
 of transformers. `draw` is the Gumbel-max trick; a draft and its model share noise as in 2408.07978.
 The noise is a hash by SplitMix64's mixing function.
 
+A noise key is a random int64 of a token: with each id's number it determines that id's noise. The
+number of a token counts the new tokens of its row from 0. A draft is a model or a rule that
+proposes tokens; the verify pass is the model's call that checks them.
+
 Shapes: B rows, T positions drawn at once, V vocab, K candidates of a position.
 """
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from text.processors import LogitsProcessors
 
 # SplitMix64's increment, and the shifts and factors of its mixing function.
+# 2**64 is subtracted to write an unsigned number as int64.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 NOT_FINITE = -1  # stands for an id whose highest logit is NaN or infinite, so that callers raise
@@ -58,8 +63,9 @@ class ScoredId(int):
 class Sampler:
     """Draws tokens for the rows of one batch.
 
-    rows: the number of each row's random stream. processors: change the logits before the draw.
-    The constructor makes the noise keys of all tokens, so that no step waits for the host.
+    rows: the number of each row's random stream. processors: change the logits before the draw;
+    None: nothing changes them. device: of the logits. The constructor makes the noise keys of all
+    tokens, so that no step waits for the host.
     """
 
     def __init__(
@@ -83,9 +89,10 @@ class Sampler:
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Draw one token from each position's logits: (B, T, V), (B, T) -> (B, T).
 
-        numbers: each token's number in its row, 0 for the first new token. Numbers from
-        max_new_tokens on use the last noise key; callers discard these tokens. Also stores the
-        highest logits and log-probabilities, which copy_to_host_async reads.
+        Called once for each step of decoding. numbers: each token's number in its row, 0 for the
+        first new token. Numbers from max_new_tokens on use the last noise key; callers discard
+        these tokens. Also gives the tokens to the processors, and stores the highest logits and
+        log-probabilities, which copy_to_host_async reads.
         """
         changed = self.processors(logits, numbers) if self.processors else logits
         if self.config.greedy:
@@ -132,7 +139,9 @@ class Sampler:
     def select_rows(self, rows: Tensor) -> "Sampler":
         """Return a Sampler for some of the rows, which draws the tokens that this one would.
 
-        rows: their indices, 1-D, on the device.
+        decoding.py calls it for a micro-batch, and when other rows have ended. rows: indices of the
+        rows in this Sampler, 1-D, on the device. The new Sampler has its own processors; do not
+        draw those rows from this one afterwards.
         """
         selected = copy.copy(self)
         selected.noise_keys = self.noise_keys[rows]
@@ -141,10 +150,11 @@ class Sampler:
 
 
 def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[int]]:
-    """Return drawn ids, (B, T), as a list for each row.
+    """Return drawn ids, `tokens`, (B, T), as a list for each row.
 
-    max_logits: (B, T); NOT_FINITE replaces an id whose highest logit is not finite. logprobs: none,
-    or the three tensors of token_logprobs; then the ids are ScoredIds.
+    max_logits: (B, T), of the draw; NOT_FINITE replaces an id whose highest logit is not finite.
+    logprobs: no tensor, or the three tensors of token_logprobs; then the ids are ScoredIds. The
+    caller waits for copies from a GPU before this call.
     """
     ids = tokens.tolist()
     if logprobs:
@@ -180,8 +190,10 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
     """Apply temperature, top-k, top-p and min-p to logits, (..., V).
 
     Returns the candidates' ids, (..., K); their probabilities, (..., K), float32, 0 for ids that
-    top-p or min-p removes; and the highest logits, (...). K is config.top_k; without top-k it is V,
-    and at temperature 0 it is 1. The likeliest token always has a probability above 0.
+    top-p or min-p removes; and the highest logits, (...), before the temperature. K is
+    config.top_k; without top-k it is V, and at temperature 0 (config.greedy) it is 1. top-p and
+    min-p see the probabilities after temperature and top-k. The likeliest token always has a
+    probability above 0.
     """
     V, logits = logits.shape[-1], logits.float()
     K = 1 if config.greedy else min(config.top_k or V, V)
@@ -208,18 +220,21 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
 def draw(ids: Tensor, probabilities: Tensor, keys: Tensor) -> Tensor:
     """Draw one id in proportion to the probabilities: (..., K), (..., K), (...) -> (...).
 
-    keys: the noise keys, int64. Each id has an exponential variable, divided by its probability;
-    the id with the smallest quotient is drawn. A draft and its model that draw with the same key
-    draw the same id nearly as often as any coupling of their distributions can.
+    ids, probabilities: of `candidates`. keys: the noise keys, int64. Each id has an exponential
+    variable, divided by its probability; the id with the smallest quotient is drawn. This is exact
+    sampling: the minimum of exponential variables falls on each in proportion to its rate. A draft
+    and its model that draw with the same key draw the same id nearly as often as any coupling of
+    their distributions can.
     """
     scaled = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
     return ids.gather(-1, scaled.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
-    """Return an exponential variable, float32 and above 0, for each id, from a hash of its key and
-    the id. ids: int64, any shape; keys: int64, broadcast to that shape."""
+    """Return an exponential variable (of mean 1), float32 and above 0, for each id, from a hash of
+    its key and the id. ids: int64, any shape, not changed; keys: int64, broadcast to that shape."""
     x = (ids + 1).mul_(GOLDEN).add_(keys)  # int64, which wraps around
+    # >> copies the sign bit of an int64; the mask removes these copies.
     for shift, factor in MIXING:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
     # u is uniform in (0, 1). -log1p(-u) is accurate for small u; -log(1 - u) would lose digits.
