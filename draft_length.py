@@ -4,6 +4,7 @@ Start at DraftLengthController.choose and .update, which speculate.py calls befo
 cycle. A cycle with k draft tokens is k draft steps and one verify pass over k + 1 tokens; it yields
 the accepted draft tokens and one token more. The best k yields the most tokens per second. k does
 not change the text, so measured times may decide it. DraftStats counts the results for the user.
+A draft token is accepted if the model draws the same token. A live row is an unfinished one.
 
 A plain step is a cycle with k = 0. Trying a draft costs time, which may exceed the gain in a short
 text. So cycles with draft tokens have a budget, counted in plain steps. It begins with
@@ -11,6 +12,9 @@ INITIAL_BUDGET_STEPS, grows by BUDGET_SHARE of all steps, and changes by the ste
 gains or loses against plain decoding. A k is allowed only if the budget covers a cycle in which all
 k draft tokens are rejected. So a draft that never helps costs INITIAL_BUDGET_STEPS steps and
 BUDGET_SHARE of the time.
+
+If no k is known to be faster than plain decoding, a trial of TRIAL_CYCLES cycles measures one k.
+A pause of plain steps precedes the next trial.
 """
 
 from collections import defaultdict, deque
@@ -61,8 +65,8 @@ class DraftLengthController:
     def for_batch(self, rows: int) -> "DraftLengthController":
         """Return this controller. Call it at the start of each batch, with its number of rows.
 
-        If the number differs from the last batch's, times and rates are forgotten: they depend on
-        it. `stats` goes on counting.
+        If the number differs from the last batch's, it forgets all times, rates, pauses and the
+        budget: they depend on it. `stats` goes on counting.
         """
         if rows != self._rows:
             self._rows = rows
@@ -91,8 +95,9 @@ class DraftLengthController:
     def choose(self, max_k: int) -> int:
         """Return k for the next cycle, at most max_k. Call it once before each cycle.
 
-        With several ranks, rank 0 chooses for all: times differ between ranks, but all must use the
-        same k.
+        max_k: the draft tokens that the text can still use; may be negative, which gives 0. With
+        several ranks, rank 0 chooses for all: times differ between ranks, but all must use the same
+        k.
         """
         self._cycle += 1
         # Time a plain step if fewer than two are timed, or PLAIN_EVERY_CYCLES after the latest.
@@ -108,7 +113,8 @@ class DraftLengthController:
         """Return the k with the most expected tokens per second that the budget covers.
 
         If that is 0, or no cycle with draft tokens was timed recently, return the k of a trial or
-        begin a pause; during a pause, return 0. A plain step must have been timed before.
+        begin a pause; during a pause, return 0, and after its last step a trial is due. For a
+        controller without a fixed k. A plain step must have been timed before.
         """
         if self._pause_steps_left:  # skip the estimates, which take 1 % of a small model's step
             self._pause_steps_left -= 1
@@ -129,9 +135,10 @@ class DraftLengthController:
     def _try_or_pause(self, affordable: list[int]) -> int:
         """Called if no k with draft tokens is known to pay. Return the k of the current trial, or 1
         if the budget does not cover that k but covers 1. If the trial is over, or the budget covers
-        neither, begin a pause and return 0.
+        neither, begin a pause and return 0. Each pause is twice as long as the last one, up to
+        MAX_PAUSE_STEPS, until drafting pays.
 
-        affordable: the k that the budget covers.
+        affordable: the k that the budget covers, 0 to MAX_DRAFT_TOKENS.
         """
         trial_k = TRIAL_DRAFT_TOKENS[self._past_trials % len(TRIAL_DRAFT_TOKENS)]
         k = next((k for k in (trial_k, TRIAL_DRAFT_TOKENS[0]) if k in affordable), 0)
@@ -178,9 +185,13 @@ class DraftLengthController:
         return [timed.get(k, max(base + slope * k, shortest)) for k in range(MAX_DRAFT_TOKENS + 1)]
 
     def update(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
-        """Record a cycle, after it has ended. k: the draft tokens of its longest row, which may be
-        fewer than chosen. rows: the numbers of draft and of accepted tokens of each live row.
-        seconds: the duration of the whole cycle."""
+        """Record a cycle, after it has ended: its time, its tokens and its effect on the budget.
+
+        k: the draft tokens of its longest row, which may be fewer than chosen. rows: the numbers of
+        draft and of accepted tokens of each live row; at least one row. seconds: the duration of
+        the whole cycle. Its time does not count as that of a cycle with k if CUDA graphs were
+        recorded, or if the draft model also read the tokens of plain steps.
+        """
         self._cycles_of[k] += 1
         draft_read_more = self._draft_reads_after_plain and self._is_after_plain and k > 0
         timed = self._cycles_of[k] > self._untimed_cycles and not draft_read_more
@@ -193,8 +204,8 @@ class DraftLengthController:
             self._count_tokens(k, rows)
 
     def _add_time(self, k: int, seconds: float) -> None:
-        """Add the duration of a cycle with k draft tokens, and update their median. If the latest
-        was STALE_CYCLES ago, drop all earlier durations."""
+        """Add the duration of a cycle with k draft tokens, and update the median of this k. If the
+        latest was STALE_CYCLES ago or more, drop all earlier durations."""
         if self._cycle - self._timed_at[k] >= STALE_CYCLES:
             self._times[k].clear()
         self._times[k].append(seconds)
@@ -203,7 +214,8 @@ class DraftLengthController:
 
     def _count_tokens(self, k: int, rows: list[tuple[int, int]]) -> None:
         """Count draft tokens and accepted tokens by position, after multiplying older counts by
-        DECAY. k: the draft tokens of the longest row. rows: see update."""
+        DECAY. A draft token after a rejected one is not counted: it tells nothing. k: the draft
+        tokens of the longest row. rows: see update."""
         self._rows_live = DECAY * self._rows_live + len(rows)
         self._rows_drafted = DECAY * self._rows_drafted + sum(drafted > 0 for drafted, _ in rows)
         for n in range(min(k, MAX_DRAFT_TOKENS)):
@@ -215,7 +227,9 @@ class DraftLengthController:
         """Change the budget, which is in plain steps, after a cycle that took `seconds`.
 
         Every cycle adds BUDGET_SHARE of its time. A cycle with draft tokens also adds its gain
-        over plain decoding: its new tokens per row, minus its time. rows: see update.
+        over plain decoding: its new tokens per row, minus its time in plain steps. The gain is
+        negative for a loss. seconds: the median of cycles with this k, if this one was timed. rows:
+        see update.
         """
         steps = seconds / self._median.get(0, seconds)
         if self._cycles_of[k] <= self._untimed_cycles:
@@ -240,8 +254,9 @@ class DraftStats:
     def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
         """Add a cycle of k draft tokens (0: a plain step) to the counts.
 
-        rows: the numbers of draft and of accepted tokens of each live row. seconds: of this cycle.
-        plain: seconds of a plain step.
+        rows: the numbers of draft and of accepted tokens of each live row; at least one row.
+        seconds: of this cycle. plain: seconds of a plain step: plain decoding of the same tokens
+        would take one for each new token of a row, on average over the rows.
         """
         self.seconds += seconds
         self.plain_seconds += plain * (1 + sum(accepted for _, accepted in rows) / len(rows))
@@ -262,7 +277,8 @@ class DraftStats:
         return self.plain_seconds / max(self.seconds, 1e-9)
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines that are printed for the user at the end of a run."""
+        """Yield the lines that are printed for the user at the end of a run. Without a cycle with
+        draft tokens, it is one line."""
         if not self.cycles:
             yield f"speculation: no draft tokens in {self.plain_steps} steps"
             return
