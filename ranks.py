@@ -4,6 +4,10 @@ Start at join_process_group. Every rank runs the same program on the same input 
 same results. Rank 0 decides what can differ between processes (a clock, free memory, what the user
 types) and broadcasts it, see broadcast_from_rank0. Only rank 0 prints and writes files; another
 rank prints only the error that ends it. tp.py and pp.py divide a model among the ranks.
+
+A collective is a call that all ranks must make at the same point: a rank that does not make it
+lets the others wait. torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (the ranks on
+this machine); without it they are missing, and this process is alone.
 """
 
 import functools
@@ -37,7 +41,7 @@ class Ranks:
 
     def shard_range(self, whole: int) -> range:
         """Return this rank's part of range(whole): ceil(whole / world_size) numbers; the last ranks
-        may have fewer or none."""
+        may have fewer or none. whole: a count of heads, neurons or ids, divided in tp.py."""
         size = -(-whole // self.world_size)
         return range(min(self.rank * size, whole), min((self.rank + 1) * size, whole))
 
@@ -69,10 +73,10 @@ def join_process_group(device: torch.device) -> Ranks | None:
 @functools.cache
 def has_one_shot_all_reduce(device: torch.device) -> bool:
     """Return whether all GPUs can run the one-shot all-reduce, which reads the other GPUs' memory.
-    For a small tensor NCCL takes two to four times as long.
+    For a small tensor NCCL takes two to four times as long. compiled.py lets compiled code use it.
 
     All ranks must call this function at the same point, because they try it together. A second call
-    returns the result of the first.
+    for the device returns the result of the first. False for a CPU, and for a single process.
     """
     if not dist.is_initialized() or device.type != "cuda":
         return False
@@ -95,7 +99,10 @@ def one_shot_all_reduce_works(device: torch.device) -> bool:
 
 
 def leave_process_group() -> None:
-    """Wait for all ranks, then disconnect. Does nothing in a single process."""
+    """Wait for all ranks, then disconnect. Does nothing in a single process.
+
+    Commands call it at the end of a run without an error: after an error the others may not come.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -110,7 +117,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """Call `compute` on rank 0 only, and return its result on all ranks.
 
     All ranks must call this function. The result must be picklable. A single process just calls
-    `compute`.
+    `compute`. If `compute` raises, the other ranks wait until torchrun ends them.
     """
     if not dist.is_initialized():
         return compute()
@@ -122,7 +129,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
 def all_gather_object(own: T) -> list[T]:
     """Return the objects of all ranks, in the order of the ranks. own: this rank's object.
 
-    All ranks must call this function. The objects must be picklable.
+    All ranks must call this function. The objects must be picklable. A single process gets [own].
     """
     if not dist.is_initialized():
         return [own]
@@ -134,8 +141,10 @@ def all_gather_object(own: T) -> list[T]:
 def wait_if_peer_failed(error: Exception) -> bool:
     """Return whether the error means that the connection to another rank is lost.
 
-    If so, first wait ERROR_REPORT_SECONDS: the rank that failed reports its error before this one,
-    and torchrun usually ends this process during the wait.
+    cli/command.py calls it with the error that ends this process, and then reports only that
+    another rank has ended. If it is lost, first wait ERROR_REPORT_SECONDS: the rank that failed
+    reports its error before this one, and torchrun usually ends this process during the wait. Gloo
+    raises RuntimeErrors that name it, NCCL dist.DistErrors.
     """
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
     lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
@@ -147,7 +156,8 @@ def wait_if_peer_failed(error: Exception) -> bool:
 def log_failure(line: str) -> None:
     """Print the line of the error that ends this process on stderr, on any rank.
 
-    If several ranks fail with the same line, only the first of them prints it.
+    If several ranks fail with the same line, only the first of them prints it: each counts its line
+    in the store that the ranks share. Undoes the redirection of stderr.
     """
     rank = int(os.environ.get("RANK", "0"))
     restore_stderr()
