@@ -8,6 +8,11 @@ The text does not depend on the draft or on the number of draft tokens, sampled 
 model draws every token with the noise of the token's position (sampling.py), as without a draft. A
 draft draws with the same noise. A draft token is accepted if the model draws the same token.
 
+A text is a list of ids, the prompt's and all new ones. A live row is an unfinished one. A plain
+step is a cycle without draft tokens. A Propose (decoding.py) is called with k and the live rows,
+and returns at most k draft tokens of each row and their count. Caches are made for `length`
+positions; key_pos, (length,), are 0, 1, 2, ...
+
 Sources: verification in one pass, arXiv 2211.17192 and 2302.01318; shared noise, 2408.07978; a
 quantised copy on the model's own cache, 2502.10424; n-gram lookup in the text, 2304.04487.
 
@@ -53,9 +58,10 @@ def speculative_steps(
     """Yield lists of each row's new ids: first one id after prefill; then, after every cycle, the
     accepted draft tokens and the token after them. Does not end by itself.
 
-    past: prompt tokens that the caches hold already. limits: new ids of each row at most; a row
-    may get more, and the caller discards them. live: the unfinished rows; other rows get no ids.
-    The caller removes rows that end, and must stop before `live` is empty.
+    lm: has a draft. prompts: of each row, the ids. caches: of all layers. past: prompt tokens that
+    the caches hold already. limits: new ids of each row at most; a row may get more, and the caller
+    discards them. live: the unfinished rows; other rows get no ids after the first. The caller
+    removes rows that end, and must stop before `live` is empty.
     """
     key_pos = torch.arange(caches[0].length, device=lm.device)
     logits = prefill(lm, prompts, caches, past, key_pos)  # (B, 1, V)
@@ -80,7 +86,8 @@ class Cycle:
     """A batch that is generated with draft tokens. Each call of `run` is one cycle: it proposes
     draft tokens, verifies them, and appends the accepted ones and the token after them to `texts`.
 
-    The caches hold all tokens of a text but the last one.
+    The caches hold all tokens of a text but the last one. propose: the draft's function for these
+    texts.
     """
 
     lm: LoadedModel
@@ -98,8 +105,9 @@ class Cycle:
     def run(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
         """Propose at most k draft tokens for each row, and verify them; k = 0 is a plain step.
 
-        live: the unfinished rows. Returns each row's new ids, none for other rows, and each row's
-        number of draft tokens.
+        live: the unfinished rows. Returns each row's new ids, none for finished rows, and each
+        row's number of draft tokens. Rows with fewer draft tokens than the longest one are padded;
+        a padding id is accepted, too, if the model draws the same id.
         """
         rows = len(self.texts)
         draft, drafted = (
@@ -118,9 +126,9 @@ class Cycle:
     def verify(self, draft: Tensor) -> Tensor:
         """Run one verify pass: the model reads the last token of each text and its k draft tokens.
 
-        draft: (B, k). Returns the tokens that the model draws after each token read, (B, k + 1).
-        The caches also get rejected draft tokens; later tokens overwrite these positions before
-        any query reads them.
+        draft: (B, k) ids; k may be 0. Returns the tokens that the model draws after each token
+        read, (B, k + 1). The caches also get rejected draft tokens; later tokens overwrite these
+        positions before any query reads them.
         """
         k, length = draft.shape[1], len(self.key_pos)
         last, pos, numbers = self._verify_inputs(k)
@@ -149,7 +157,8 @@ class Cycle:
 def count_accepted(drawn: Sequence[int], proposed: Sequence[int]) -> int:
     """Return how many draft tokens precede the first one that differs from the model's token.
 
-    drawn: the model's tokens, at least as many. proposed: the draft tokens.
+    drawn: the tokens that the model draws at the places of the draft tokens; may be longer.
+    proposed: the draft tokens. Returns 0 to len(proposed).
     """
     pairs = enumerate(zip(drawn, proposed, strict=False))
     return next((n for n, (a, b) in pairs if a != b), len(proposed))
@@ -160,7 +169,7 @@ class NgramDraft:
 
     It looks up the last 8 tokens, then fewer (NGRAM_LENGTHS), until they occur earlier in the text,
     and takes their latest occurrence. If fewer than k tokens follow it, they are repeated. It needs
-    no model and no device memory.
+    no model and no device memory. It implements decoding.Draft.
     """
 
     lm = None
@@ -177,7 +186,8 @@ class NgramDraft:
     def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
         """Return a function that proposes draft tokens for these texts, which grow between calls.
 
-        It returns ids, (B, width of the longest row), padded with 0, and each row's number of ids.
+        The function returns ids, (B, width of the longest row), padded with 0, and each row's
+        number of ids. caches: give the device. sampler: not used, because nothing is drawn.
         """
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
         indexed = [0] * len(texts)  # tokens of each text that its table covers
@@ -198,9 +208,11 @@ class NgramDraft:
 
 
 def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
-    """Add the n-grams of a text to `table`, which maps each to the position after it. A later
-    occurrence replaces an earlier one. The n-gram at the end of the text is left out, because no
-    token follows it. start: the text's length at the last call for this table, 0 at first."""
+    """Add the n-grams of a text to `table`, which maps each to the position after it. Only those
+    that end at position `start` or later are added. A later occurrence replaces an earlier one. The
+    n-gram at the end of the text is left out, because no token follows it. start: the text's length
+    at the last call for this table, 0 at first. The lengths are NGRAM_LENGTHS; near the text's
+    start, an n-gram may have fewer ids."""
     for end in range(max(start, 1), len(text)):
         for n in NGRAM_LENGTHS:
             table[tuple(text[max(0, end - n) : end])] = end
@@ -210,8 +222,8 @@ def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -
     """Return k tokens that followed an earlier occurrence of the text's last n-gram, or [] if it
     does not occur earlier. Tries the n-grams of NGRAM_LENGTHS, the longest first.
 
-    table: the result of index_ngrams for the whole text. If fewer than k tokens follow, they are
-    repeated.
+    table: the result of index_ngrams for the whole text, n-gram -> the position after it. If fewer
+    than k tokens follow, they are repeated.
     """
     positions = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
     start = next((position for position in positions if position), None)
@@ -219,7 +231,10 @@ def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -
 
 
 class ModelDraft:
-    """Proposes the tokens that another model draws, with caches of its own."""
+    """Proposes the tokens that another model draws, with caches of its own.
+
+    It implements decoding.Draft. lm: the draft model.
+    """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
@@ -233,10 +248,10 @@ class ModelDraft:
 
     def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
         """Return a function that proposes draft tokens for these texts, after the draft model has
-        read them. caches: of the model that verifies; the draft's caches have their size.
+        read them. caches, sampler: of the model that verifies; the draft's caches have their size.
 
         In a chat the new text begins with the last one: tokens that the draft's caches hold from
-        the last call are not read again.
+        the last call are not read again. `filled` is the number of these tokens of each row.
         """
         filled, last = [0] * len(texts), self._latest
         caches = self._caches_like(caches)
@@ -258,12 +273,12 @@ class ModelDraft:
 
 
 def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
-    """Return the draft model with views that take and return `vocab_size` ids, as the verifying
-    model does.
+    """Return the draft model with views that take ids below `vocab_size` and return as many logits,
+    as the verifying model does. The views are prefill and decode, the ways to call the model.
 
-    Precondition: the same tokenizer; only the padding of the embedding tables differs. Ids that the
-    draft lacks get the logit -inf, so that it never proposes them; as inputs they are read as its
-    last id. Logits of the draft's surplus ids are dropped.
+    Precondition: the same tokenizer (check_draft); only the padding of the embedding tables
+    differs. Ids that the draft lacks get the logit -inf, so that it never proposes them; as inputs
+    they are read as its last id. Logits of the draft's surplus ids are dropped.
     """
     own_size = draft.model.args.vocab_size
     if own_size == vocab_size:
@@ -286,7 +301,12 @@ def check_draft(
     draft: "str | LoadedModel", vocab_size: int, tokenizer: Tokenizer, scheme: dict[str, Any] | None
 ) -> None:
     """Raises ValueError for a draft model with another tokenizer than the model's, and for a
-    quantised copy with no fewer bits than the model. The other arguments describe the model."""
+    quantised copy with no fewer bits than the model.
+
+    draft: the draft model, or the value of --draft, such as "self-int4". vocab_size, tokenizer,
+    scheme: of the model; scheme is None if it is dense (16 bits). Vocabularies may differ by
+    MAX_PADDED_IDS rows of padding, for which match_vocab_size makes up.
+    """
     if isinstance(draft, LoadedModel):
         draft_size = draft.model.args.vocab_size
         if abs(draft_size - vocab_size) > MAX_PADDED_IDS:
@@ -303,8 +323,8 @@ def check_draft(
 
 
 def self_copy(model: Transformer, draft: str) -> Transformer:
-    """Return a quantised copy of a model. draft: its name, a key of SELF_BITS. Raises MemoryError
-    before allocating."""
+    """Return a quantised copy of a loaded model, for SelfDraft. draft: the name of the draft, a key
+    of SELF_BITS. Shows a progress bar. Raises MemoryError before allocating if it does not fit."""
     scheme = make_scheme(draft.removeprefix("self-"))
     nbytes = quantized_bytes(meta_model(model.args, scheme))
     what = f"the model's copy for --draft {draft}"
@@ -317,8 +337,8 @@ def self_copy(model: Transformer, draft: str) -> Transformer:
 class SelfDraft:
     """Proposes the tokens that the model's own quantised copy draws, on the model's own caches.
 
-    The copy reads the model's own keys and values of the text. The copy's keys and values of draft
-    tokens are overwritten by the verify pass.
+    It implements decoding.Draft. The copy reads the model's own keys and values of the text. The
+    copy's keys and values of draft tokens are overwritten by the verify pass. lm: the copy.
     """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
@@ -337,8 +357,9 @@ class SelfDraft:
 class ModelProposer:
     """Draws draft tokens with a model. It is a decoding.Propose, which the verify pass follows.
 
-    texts: prompts with one generated id; they grow between calls. caches: they hold all tokens of
-    each text but the last `tail` ones.
+    lm: the draft model. texts: prompts with one generated id; the caller appends to them between
+    calls. caches: they hold all tokens of each text but the last `tail` ones. sampler: the
+    verifying model's, so that the draft draws with the same noise.
     """
 
     tail = 1  # the number of last tokens of each text that the first draft step reads
@@ -352,8 +373,9 @@ class ModelProposer:
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         """Draw k draft tokens for each row by k steps of the draft model.
 
-        Fewer if the caches have no position for k more in the longest live row. live: the
-        unfinished rows. Returns ids, (B, k), and k for each row, finished rows included.
+        Fewer, down to none, if the caches have no position for k more in the longest live row.
+        live: the unfinished rows. Returns ids, (B, k), and k for each row, finished rows included;
+        k is then the number that was drawn.
         """
         rows, length = len(self.texts), len(self._key_pos)
         k = min(k, length - max(len(self.texts[row]) for row in live))
@@ -384,8 +406,8 @@ class ModelProposer:
 class OwnCacheProposer(ModelProposer):
     """A ModelProposer for a draft model with its own caches, which this class fills.
 
-    filled: positions of each row's cache that hold the text; the positions after them may hold
-    rejected draft tokens.
+    filled: of each row, the number of first positions of its cache that hold its text; the
+    positions after them may hold rejected draft tokens. The constructor prefills the texts.
     """
 
     # If all draft tokens are accepted, the draft model has read neither the last of them nor the
@@ -405,8 +427,9 @@ class OwnCacheProposer(ModelProposer):
         self._prefill_missing()
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
-        """As ModelProposer; the draft model first reads the tokens of plain steps since the last
-        call, if any."""
+        """Draw draft tokens as ModelProposer does; the draft model first reads the tokens of plain
+        steps since the last call, if any. Then notes how much of the texts the caches hold: the
+        last draft token is drawn, but not read."""
         if k > 0:
             self._prefill_missing()
         draft, drafted = super().__call__(k, live)
@@ -417,7 +440,8 @@ class OwnCacheProposer(ModelProposer):
     def _prefill_missing(self) -> None:
         """Prefill the tokens that the caches lack, up to the last token of each text.
 
-        Skipped if no row lacks more than one of them: the first draft step reads two tokens.
+        Skipped if no row lacks more than one of them: the first draft step reads the last two
+        tokens of each text. All rows are read from the position that the shortest filled one needs.
         """
         targets = [min(len(text) - 1, len(self._key_pos)) for text in self.texts]
         # Positions from the text's last token on may hold rejected draft tokens.
