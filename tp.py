@@ -9,6 +9,11 @@ token.
 Based on Megatron-LM (arXiv 1909.08053, section 3). torch.distributed under torchrun communicates:
 NCCL between GPUs, Gloo between CPUs.
 
+A scheme (quant/linear.py) says how a model's linears are quantised; None: a dense model. A column
+of a tensor belongs to one input of its linear, or to several whose integers share a byte or a
+scale. wqkv holds the rows of wq, wk and wv, and w13 those of w1 and w3. A tied head is one that
+shares the embedding's table.
+
 Shapes: B rows, T tokens, V vocab.
 """
 
@@ -52,7 +57,8 @@ class ShardSlice:
 def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
     """Return the args of a rank's shard. args, scheme: of the whole model.
 
-    Raises ValueError, which suggests other numbers of ranks, if the model cannot be divided.
+    They are equal on all ranks, and the vocabulary stays whole in them. Raises ValueError, which
+    suggests other numbers of ranks, if the model cannot be divided.
     """
     n = ranks.world_size
     if reason := indivisible_reason(args, scheme, n):
@@ -71,7 +77,8 @@ def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: in
     """Return why `count` ranks cannot share a model; None if they can.
 
     Each rank needs as many heads and neurons as the others, and in a model quantised in groups of
-    inputs, whole groups. scheme: the quantisation, None for a dense model.
+    inputs (int4), whole groups: its neurons are the inputs of w2, its heads' channels those of wo.
+    Key/value heads are divided, or each is on as many ranks as the others.
     """
     heads, kv_heads = args.n_heads, args.n_kv_heads
     group = (scheme or {}).get("linears", {}).get("groupsize", 1)
@@ -91,10 +98,10 @@ def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: in
 
 def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlice]]:
     """Yield pairs of a linear's name, without "layers.3.", and this rank's slice of it. Tensors of
-    other names are not divided.
+    other names are not divided. Some names do not occur in every model.
 
-    args: of the whole model. If there are more ranks than key/value heads, several ranks have the
-    same key/value head.
+    args: of the whole model, which shard_args has accepted. If there are more ranks than key/value
+    heads, several ranks have the same key/value head.
     """
     E, H, G, F_ = args.head_dim, args.n_heads, args.n_kv_heads, args.hidden_dim
     heads, neurons = ranks.shard_range(H), ranks.shard_range(F_)
@@ -116,7 +123,11 @@ def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlic
 
 class RowParallel(nn.Module):
     """A linear of which each rank has a part of the inputs. Returns the sum of the ranks' outputs,
-    plus the bias, on all ranks."""
+    plus the bias, on all ranks.
+
+    linear: this rank's part, dense or quantised. Its bias moves to this module, because it must be
+    added once, not by each rank.
+    """
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -170,9 +181,10 @@ class TensorParallel:
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         """Build this rank's shard on the meta device, before the weights are read. args, scheme: of
-        the whole model.
+        the whole model. Raises ValueError if the model cannot be divided.
 
-        A head that is tied to the embedding has the whole table until `finish`.
+        wo and w2 become RowParallel, the head ColumnParallel. A dense head that is tied to the
+        embedding has the whole table until `finish`.
         """
         ranks = self.ranks
         with torch.device("meta"):
@@ -194,8 +206,8 @@ class TensorParallel:
     ) -> Fill:
         """Return a function of a name and a tensor of this rank's shard, which fills the tensor.
 
-        It reads only this rank's slice of the file. fill: fills an undivided tensor by its name in
-        the checkpoint.
+        It reads only this rank's slice of the file. model: this rank's shard. device: of the
+        tensors. fill: fills an undivided tensor by its name in the checkpoint.
         """
         slices = dict(shard_slices(checkpoint.args, self.ranks))
         stage = staging_buffer(device)
@@ -222,7 +234,7 @@ class TensorParallel:
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         """After loading: let a head that is tied to the embedding use only this rank's rows of the
-        table, as a view of the same memory."""
+        table, as a view of the same memory. dtype, device: not used."""
         head, table = model.output.shard, model.tok_embeddings.weight
         if getattr(head, "weight", None) is table:
             rows = self.ranks.shard_range(len(table))
@@ -242,8 +254,10 @@ def read_input_columns(
 ) -> None:
     """Fill `tensor` with the stored columns that belong to a range of its linear's inputs.
 
-    name: in the checkpoint. column_inputs: the number of inputs that share a column. stage: see
-    staging_buffer. Only zero points may begin or end within a column.
+    name: in the checkpoint. inputs: this rank's; of int4 they are whole groups. column_inputs: the
+    number of inputs that share a column. stage: a buffer that the bytes pass through, see
+    staging_buffer. Only zero points may begin or end within a column: they are packed again, so
+    that the first one is in the low four bits of a byte.
     """
     columns = range(inputs.start // column_inputs, -(-inputs.stop // column_inputs))
     if inputs.start % column_inputs == inputs.stop % column_inputs == 0:
@@ -259,12 +273,14 @@ def inputs_per_column(model: Transformer, name: str) -> int | None:
     """Return how many inputs of a linear share a column of the tensor `name`, such as 2 for int4
     weights; None for a tensor whose columns are not inputs: a bias, or one scale per output.
 
-    model: the shard, whose tensors have this name.
+    model: the shard. name: of a tensor in the shard, such as layers.3.feed_forward.w2.shard.scales.
+    Dense linears have the attribute inputs_per_column, too (model.py).
     """
     module, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(module), "inputs_per_column", {}).get(leaf)
 
 
 def checkpoint_name(name: str) -> str:
-    """Convert a tensor's name in a rank's shard to its name in the checkpoint."""
+    """Convert a tensor's name in a rank's shard to its name in the checkpoint: RowParallel and
+    ColumnParallel have added ".shard"."""
     return name.replace(".shard.", ".")
