@@ -8,6 +8,10 @@ The rows of a batch are split into micro-batches, so that all stages work at the
 another micro-batch. A rank launches the next step of a micro-batch as soon as the tokens of the
 last step have arrived.
 
+A scheme (quant/linear.py) says how a model's linears are quantised; None: a dense model. A tied
+head is one that shares the embedding's table. A transfer is one send, which another rank receives;
+ranks must make the transfers between them in the same order.
+
 Based on GPipe (arXiv 1811.06965), with decoding steps in place of training's micro-batches, and
 FlexGen's multi-GPU mode (2303.06865, section 4.3).
 
@@ -51,15 +55,17 @@ class PipelineParallel:
     micro_batches: int
 
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
-        """Return the args of this rank's stage. Raises ValueError if there are more ranks than
-        layers."""
+        """Return the args of this rank's stage: fewer layers, else as `args`, the whole model's.
+        scheme: not used. Raises ValueError if there are more ranks than layers."""
         return replace(args, n_layers=len(stage_layers(args, self.ranks)))
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         """Build this rank's stage on the meta device, before the weights are read. args, scheme: of
         the whole model.
 
-        A last rank whose head is tied to the embedding keeps the embedding's table for the head.
+        All but the first rank get ReceiveActivations for the embedding, all but the last rank
+        SendActivations for the head. A last rank whose head is tied to the embedding keeps the
+        embedding's table for the head.
         """
         model = meta_model(self.shard_args(args, scheme), scheme)
         if self.ranks.rank > 0:
@@ -77,8 +83,8 @@ class PipelineParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """Return a function that fills a tensor by its name in the stage. fill: fills a tensor by
-        its name in the checkpoint."""
+        """Return a function of a name in the stage and a tensor, which fills the tensor. fill: the
+        same by the name in the checkpoint. The other arguments are those of the protocol."""
         return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
@@ -92,14 +98,16 @@ class PipelineParallel:
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         """After loading: replace the empty weight of ReceiveActivations, which is on the meta
-        device, by one with the dtype and device of the received activations."""
+        device, by one with the dtype and device of the received activations. dtype: of the
+        activations."""
         embedding = model.tok_embeddings
         if isinstance(embedding, ReceiveActivations) and embedding.weight.is_meta:
             embedding.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
         """Return the LoadedModel with micro-batches and with a sampler that sends tokens to all
-        ranks. All ranks must call it together, because it makes a process group."""
+        ranks. All ranks must call it together, because it makes a process group. Ranks before the
+        last compute all positions in prefill and decode, see forward_all_positions."""
         # A process group of its own: in one group NCCL runs the transfers of two ranks in order,
         # so that a micro-batch's activations would wait for another's tokens.
         group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
@@ -140,7 +148,8 @@ def forward_all_positions(
     the next stage's layers need them all. (The last stage computes the head for `at` only.)
 
     Returns activations, (B, T, D), or with `at`, indices of 0 to B * T - 1, (len(at), D): callers
-    need the shape of logits, not the values. The other arguments: see Transformer.forward.
+    use the result as they would use logits, but not its values. pos: (B, T), positions of the
+    tokens. key_pos: positions of the caches that are visible. lengths: see Transformer.forward.
     """
     x = model(tokens, pos, key_pos, caches, lengths=lengths)
     return x if at is None else x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (len(at), D)
@@ -150,7 +159,9 @@ def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
     """Return the layers of this rank: at least one, and so many that all ranks have about the same
     number of multiplications, those of the output head on the last rank included.
 
-    args: of the whole model. Raises ValueError if there are more ranks than layers.
+    args: of the whole model. Each rank but the last has about as many layers as the others; the
+    head counts as head_layers layers of the last rank. Raises ValueError if there are more ranks
+    than layers.
     """
     if ranks.world_size > args.n_layers:
         raise ValueError(
@@ -184,7 +195,8 @@ class PendingSends:
 
     def add(self, work: dist.Work, tensor: Tensor) -> None:
         """Keep a tensor until its transfer has finished, and release the tensors of transfers that
-        have finished before. work: the result of isend or irecv for this tensor."""
+        have finished before. They are released in the order of the calls: a transfer that still
+        runs keeps all later ones. work: the result of isend or irecv for this tensor."""
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
         self._sends.append((work, tensor))
@@ -197,9 +209,9 @@ pending_sends = PendingSends()
 class ReceiveActivations(nn.Module):
     """Replaces the embedding: waits for the output of the previous rank, (B, T, D).
 
-    Only the shape of its input, (B, T) ids, matters. source: the previous rank. table: the
-    embedding's, if this rank's head is tied to it; else `weight` is an empty tensor with the dtype
-    and device of the activations.
+    Only the shape of its input, (B, T) ids, matters. dim: D. source: the previous rank. table: the
+    embedding's, if this rank's head is tied to it; else `weight` is an empty tensor, which finish
+    gives the dtype and device of the activations. LoadedModel.device is the device of `weight`.
     """
 
     def __init__(self, dim: int, source: int, table: Tensor | None):
@@ -228,7 +240,8 @@ class SendActivations(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Replaces learned positions, which only the first rank adds."""
+    """Replaces LearnedPositions, which only the first rank adds: returns x unchanged, and None in
+    place of RoPE's rotation."""
 
     def forward(self, x: Tensor, pos: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
         return x, None
@@ -237,8 +250,9 @@ class NoPositions(nn.Module):
 class BroadcastSampler(Sampler):
     """A Sampler that draws on the last rank only and sends the tokens to the other ranks.
 
-    The other ranks wait for the tokens in the function that copy_to_host_async returns. group: a
-    process group for these transfers only. sampler_args: of Sampler.
+    The other ranks wait for the tokens in the function that copy_to_host_async returns. ranks: this
+    rank and their number. group: a process group for these transfers only. sampler_args: of
+    Sampler. All ranks must draw in the same order, because the transfers have no names.
     """
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *sampler_args: Any):
@@ -249,9 +263,9 @@ class BroadcastSampler(Sampler):
         """Return one token for each position, (B, T). logits: (B, T, V) on the last rank; other
         ranks use only their device. numbers: (B, T), see Sampler.
 
-        The last rank draws, and starts to send the log-probabilities and the tokens, with
-        NOT_FINITE in place of those whose logits are not finite. Other ranks return a tensor that
-        is being received.
+        The last rank draws, and starts to send the tokens, with NOT_FINITE in place of those whose
+        logits are not finite, and then the log-probabilities. Other ranks return a tensor that is
+        being received: wait for it before reading it, see copy_to_host_async.
         """
         if self._rank < self._last:
             return self._receive(logits.device, numbers.shape)
@@ -278,7 +292,8 @@ class BroadcastSampler(Sampler):
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         """Return a function that waits for the tokens of the latest draw, (B, T), and returns them
-        as to_host does."""
+        as to_host does. On ranks before the last, the wait ends when they are received. Call it
+        before the next draw."""
         if self._rank == self._last:
             return super().copy_to_host_async(tokens)
         receiving, drawn = self._receiving, (tokens, self.max_logits, *self.logprobs)
@@ -299,7 +314,7 @@ class BroadcastSampler(Sampler):
 
 class MicroBatchCache:
     """One layer's cache of all rows. parts: the KVCache of each micro-batch, whose rows follow one
-    another."""
+    another. length, device: of each part; rows: of all parts, or fewer after `first`."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
@@ -323,7 +338,8 @@ def make_micro_batch_caches(
     """Return a cache of `batch` rows for each layer, which holds a KVCache for each micro-batch.
 
     A micro-batch has batch / micro_batches rows, rounded up; the last one may have fewer. make:
-    returns the KVCaches of all layers for (lm, rows, length). length: positions of each cache.
+    returns the KVCaches of all layers for (lm, rows, length). lm: passed on to it. length:
+    positions of each cache.
     """
     size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
@@ -332,7 +348,8 @@ def make_micro_batch_caches(
 
 def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[KVCache]]]:
     """Return for each micro-batch the indices of its rows in the batch, and its KVCaches of all
-    layers. caches: of all layers. Micro-batches without rows are left out."""
+    layers. caches: of all layers, from make_micro_batch_caches or MicroBatchCache.first.
+    Micro-batches without rows are left out: `first` may have dropped them."""
     micro_batches, start = [], 0
     for n, part in enumerate(caches[0].parts):
         rows = range(start, min(start + part.rows, caches[0].rows))
