@@ -1,7 +1,8 @@
 """Compiles the C++ of this folder, once for each CPU and version of torch, and registers it.
 
 Start at build. Callers call unsupported_reason first, and use PyTorch's layers if it returns a
-reason.
+reason. The operators are torch.ops.gpt_flex.NAME; kernels/cpu/__init__.py lists them. Their schemas
+are defined here, at import, so that code can name them before they are compiled.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from host.torch_private import has_cpu_kernel
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
-NEEDED = "avx512_vnni", "avx512_bf16"
+NEEDED = "avx512_vnni", "avx512_bf16"  # features of the CPU that all operators use
 
 torch.library.define(
     "gpt_flex::quantized_linear",
@@ -46,7 +47,10 @@ torch.library.register_fake("gpt_flex::linear")(
 
 
 class Layout(NamedTuple):
-    """Constants of layout.h, in the order in which the operator layout returns them."""
+    """Constants of layout.h, in the order in which the operator layout returns them.
+
+    A strip is a piece of a packed weight: all inputs of some outputs. A format is a way to pack.
+    """
 
     strip: int  # outputs of a strip
     chunk: int  # inputs that are unpacked together
@@ -63,7 +67,10 @@ def layout() -> Layout:
 
 
 def unsupported_reason(dtype: torch.dtype) -> str | None:
-    """Return why this CPU or dtype of activations cannot use the operators, or None if it can."""
+    """Return why this CPU or dtype of activations cannot use the operators, or None if it can.
+
+    Call it before build. It compiles nothing.
+    """
     has = torch.cpu.get_capabilities()
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this CPU lacks {', '.join(lacking)}"
@@ -77,8 +84,9 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 def build() -> str | None:
     """Compile the operators, unless an earlier run has, and load them into this process.
 
-    Returns None, or the reason of a failure; raises nothing. Takes about twenty seconds once for
-    each CPU and version of torch. Requires that unsupported_reason returned None.
+    Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes about
+    twenty seconds once for each CPU and version of torch. Requires that unsupported_reason returned
+    None. Other calls in this process return at once: the operator then has a CPU kernel.
     """
     if has_cpu_kernel("gpt_flex::quantized_linear"):
         return None
@@ -100,8 +108,9 @@ def build() -> str | None:
 def build_key() -> int:
     """Return a checksum of the sources, the version of torch and the features of the CPU.
 
-    It names the library's folder. A library is compiled for one CPU (-march=native): on another
-    machine with the same home directory it may crash.
+    It names the library's folder, so that a change of any of them gives a new library. A library is
+    compiled for one CPU (-march=native): on another machine with the same home directory it may
+    crash.
     """
     kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
     texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
@@ -111,7 +120,8 @@ def build_key() -> int:
 def load_library(folder: Path) -> None:
     """Load the library of operators; compile it first if the folder does not hold it.
 
-    Raises OSError, RuntimeError or ImportError on failure. Call it within locked(folder).
+    Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
+    failure. Call it within locked(folder).
     """
     from torch.utils import cpp_extension  # imports setuptools, which takes time
 
@@ -130,7 +140,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Within the context, no other process builds in the folder, which is created if missing.
 
     Removes torch's own lock file: a killed build leaves it behind, and every later build would wait
-    for its removal. This function's lock ends with its process.
+    for its removal. This function's lock, on the file "building", ends with its process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as file:
