@@ -18,6 +18,13 @@ can choose.
 The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
 model.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is missing;
 unsupported_reason returns why.
+
+Words of this folder: a program is one of the blocks of threads that run a kernel. A tile is the
+part of the result that a program computes, or its sizes. A part (few_rows.py, attention.py) is a
+program's share of a sum. PDL, programmatic dependent launch, lets a kernel start before the
+previous one has ended. weight, scales and zeros are the buffers of an Int4Linear or Int8Linear.
+
+Shapes: M rows, N out_features, K in_features.
 """
 
 from typing import NamedTuple
@@ -33,16 +40,17 @@ MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 
 
 def usable(device_index: int) -> bool:
-    """Return whether the kernels run on a CUDA device.
+    """Return whether the kernels run on the CUDA device of this index.
 
-    compiled.py marks the function as a constant for torch.compile. A decorator here would import
-    the compiler, which takes a second, with every model.
+    compiled.py marks the function as a constant for torch.compile, which then does not trace it. A
+    decorator here would import the compiler, which takes a second, with every model.
     """
     return unsupported_reason(torch.device("cuda", device_index)) is None
 
 
 def supports(x: Tensor) -> bool:
-    """Return whether the functions below accept activations like x. They have no gradients."""
+    """Return whether the functions below accept tensors like x: on a CUDA device where the kernels
+    run, and without a gradient, which the kernels do not compute. Call it before them."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     return x.is_cuda and not needs_gradient and usable(x.device.index)
 
@@ -50,8 +58,8 @@ def supports(x: Tensor) -> bool:
 class Prologue(NamedTuple):
     """A function of one row that fixed_point_kernel computes before it converts to fixed point.
 
-    norm: the weight, (K,), of an RMS norm with eps. gated: the row, (1, 2 K), becomes
-    silu(first half) * second half.
+    norm: the weight, (K,), of an RMS norm with eps; None: no norm. gated: the row, (1, 2 K),
+    becomes silu(first half) * second half. The default is no function. Callers give one of the two.
     """
 
     norm: Tensor | None = None
@@ -67,9 +75,10 @@ def int4_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N).
+    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N), plus the bias, in x's dtype.
 
-    prologue: a norm or gate applied to x first, for M = 1 only; more rows ignore it.
+    prologue: a norm or gate applied to x first, for M = 1 only; more rows ignore it. With a gate, x
+    is (1, 2 K).
     """
     if len(x) == 1:
         return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
@@ -83,10 +92,10 @@ def int8_linear(
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N).
+    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N), plus the bias, in x's dtype.
 
     prologue: a norm or gate applied to x first, for M = 1 and rows of weights aligned to 16 bytes
-    only; other products ignore it.
+    only; other products ignore it. With a gate, x is (1, 2 K).
     """
     if len(x) == 1 and aligned(weight, INT8.size):
         return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
@@ -94,7 +103,7 @@ def int8_linear(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x, (M, K), by a dense weight, (N, K), of the same dtype -> (M, N).
+    """Multiply x, (M, K), by a dense weight, (N, K), of the same dtype -> (M, N), plus the bias.
 
     One row: a Triton kernel, if the rows of the weight are aligned to 8 numbers; else PyTorch.
     """
@@ -106,21 +115,24 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weights of an Int4Linear, (N, in_features). Not for compiled code."""
+    """Return the weights of an Int4Linear, (N, in_features) in dtype. Not for compiled code: it is
+    no operator, and torch.compile would trace into Triton's launch."""
     from kernels.gpu import launch
 
     return launch.dequantize_int4(weight, scales, zeros, in_features, dtype)
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of an Int8Linear, (N, K). Not for compiled code."""
+    """Return the weights of an Int8Linear, (N, K) in dtype. Not for compiled code: it is no
+    operator, and torch.compile would trace into Triton's launch."""
     from kernels.gpu import launch
 
     return launch.dequantize_int8(weight, scales, dtype)
 
 
 def aligned(weight: Tensor, count: int) -> bool:
-    """Return whether each row of a matrix begins and ends at a multiple of `count` numbers."""
+    """Return whether each row of a matrix begins and ends at a multiple of `count` numbers, and its
+    numbers are neighbours in memory: the kernels load so many at a time."""
     multiples = weight.shape[1] % count == 0 and weight.stride(0) % count == 0
     return multiples and weight.stride(1) == 1
 
@@ -128,8 +140,9 @@ def aligned(weight: Tensor, count: int) -> bool:
 def define(schema: str, on_gpu, fake) -> None:
     """Register an operator, gpt_flex::NAME, for CUDA tensors; torch.compile does not trace into it.
 
-    schema: "NAME(arguments) -> result". on_gpu: the function. fake: returns an empty tensor of the
-    result's shape and dtype, for torch.compile.
+    It is called as torch.ops.gpt_flex.NAME. schema: "NAME(arguments) -> result". on_gpu: the
+    function that computes. fake: has the same arguments and returns an empty tensor of the result's
+    shape and dtype, for torch.compile.
     """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
@@ -139,7 +152,8 @@ def define(schema: str, on_gpu, fake) -> None:
 
 # launch.py imports Triton, which takes half a second, so it is imported at the first call.
 def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
-    """Apply the prologue (norm, eps, gated) to x, (1, K), and multiply by an Int4Linear."""
+    """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
+    point, and multiply by an Int4Linear's weights -> (1, N). The operator int4_row."""
     from kernels.gpu import launch
 
     fixed = launch.fixed_point(x.contiguous()[0], INT4, norm, eps, gated)
@@ -147,7 +161,9 @@ def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
 
 
 def int8_row(x, weight, scales, bias, norm, eps, gated):
-    """Apply the prologue (norm, eps, gated) to x, (1, K), and multiply by an Int8Linear."""
+    """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
+    point, and multiply by an Int8Linear's weights -> (1, N). The operator int8_row. Requires rows
+    of weights aligned to 16."""
     from kernels.gpu import launch
 
     fixed = launch.fixed_point(x.contiguous()[0], INT8, norm, eps, gated)
@@ -161,7 +177,9 @@ def dense_row(x, weight, bias):
 
 
 def int4_rows(x, weight, scales, zeros, bias):
-    """Multiply x, (M, K), by an Int4Linear; above MAX_FEW_ROWS rows, dequantise it for cuBLAS."""
+    """Multiply x, (M, K), by an Int4Linear's weights -> (M, N). The operator int4_rows. Above
+    MAX_FEW_ROWS rows, it dequantises the weights for cuBLAS. The choice is made inside the
+    operator, so that a compiled graph is right for any M."""
     from kernels.gpu import launch
 
     if len(x) <= MAX_FEW_ROWS:
@@ -170,7 +188,9 @@ def int4_rows(x, weight, scales, zeros, bias):
 
 
 def int8_rows(x, weight, scales, bias):
-    """Multiply x, (M, K), by an Int8Linear; above MAX_FEW_ROWS rows, dequantise it for cuBLAS."""
+    """Multiply x, (M, K), by an Int8Linear's weights -> (M, N). The operator int8_rows. Above
+    MAX_FEW_ROWS rows, or if rows of weights are not aligned to the kernel's words of 4, it
+    dequantises the weights for cuBLAS."""
     from kernels.gpu import launch
 
     if len(x) <= MAX_FEW_ROWS and aligned(weight, 4):

@@ -3,7 +3,10 @@
 Start at round_columns and refine_columns; calibration/gptq.py has the same functions in PyTorch,
 which are the reference. In PyTorch a column takes some twenty launches, and the hundreds of
 thousands of columns of a model take minutes. Rows are independent: a program keeps all columns of
-its rows in registers and loops over them.
+its rows in registers and loops over them. These tensors are (ROWS, BC), with ROWS rows and BC
+columns, a power of two that is at least C; k == c selects column c, as registers have no index.
+
+A weight's value is (q - zero) * scale with an integer q from 0 to 15, here a float.
 
 Shapes: N rows, C columns, up to 128.
 """
@@ -18,13 +21,14 @@ ROWS_PER_PROGRAM = 8
 
 @triton.jit
 def column_of(tile, here):
-    """Select one column of (ROWS, C) by a mask, (1, C). Returns (ROWS,)."""
+    """Select one column of a tile, (ROWS, BC). here: (1, BC), True at it. Returns (ROWS,)."""
     return tl.sum(tl.where(here, tile, 0.0), 1)
 
 
 @triton.jit
 def nearest_index(value):
-    """Round to 0 to 15, ties to even: adding 1.5 * 2**23 leaves no fraction bits."""
+    """Round to 0 to 15, ties to even: adding 1.5 * 2**23 (12582912) to a float32 leaves no fraction
+    bits. The clamp to -1 to 16 before it keeps the sum in the range where this is so."""
     value = tl.minimum(tl.maximum(value, -1.0), 16.0)
     value = (value + 12582912.0) - 12582912.0
     return tl.minimum(tl.maximum(value, 0.0), 15.0)
@@ -45,7 +49,11 @@ def round_kernel(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Round one column after another and spread its error over the columns after it."""
+    """Round one column after another and spread its error over the columns after it.
+
+    w: the weights with the errors compensated so far. indices, lost: become q and errors. div_rn
+    divides as PyTorch does, rounded to nearest.
+    """
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
     mask = (n < N) & (k < C)
@@ -83,7 +91,11 @@ def refine_kernel(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Choose the best integer of one column after another; see gptq.refine_columns."""
+    """Choose the best integer of one column after another; see gptq.refine_columns.
+
+    slope: half the gradient of the output error; gradient: the same with the changes so far. better
+    and steps are the outputs: the new integers, and the change of each weight's value (taken).
+    """
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
     mask = (n < N) & (k < C)
@@ -111,7 +123,8 @@ def refine_kernel(
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
     """Return the matrices with contiguous rows, as the kernels read them.
 
-    sliced: may stay a slice of columns of a wider matrix. square, others: made contiguous.
+    sliced: may stay a slice of columns of a wider matrix: the kernels take its stride. square, the
+    matrix (C, C), and others are made contiguous. Returns all in the order of the arguments.
     """
     sliced = sliced if sliced.stride(1) == 1 else sliced.contiguous()
     return [sliced, *(t.contiguous() for t in (square, *others))]

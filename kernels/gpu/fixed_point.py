@@ -5,7 +5,8 @@ Start at fixed_point, in PyTorch: the reference of one_row.fixed_point_kernel.
 A chunk is 16 or 32 inputs, whose weights take 16 bytes. Its inputs share a unit, a power of two:
 x = unit * q with q from -32768 to 32767. Scaling by a power of two is exact, so a bfloat16 input of
 at least 1/128 of its chunk's largest is exact; a smaller one is off by at most 2**-15 of the
-largest.
+largest. A word is 32 bits: four int8 weights or eight int4 weights, and two numbers q. A plane is
+the part of the result that multiplies the same bytes and nibbles of all words.
 
 Shapes: K in_features, C chunks = ceil(K / size of a chunk).
 """
@@ -22,8 +23,8 @@ EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent, which beg
 class Order(NamedTuple):
     """The order of a chunk's inputs: view them as `shape`, then permute to planes, chunks, rest.
 
-    planes, rest: dimensions of `shape`. In this order two inputs that multiply the same word of
-    weights share a 32-bit word.
+    shape: the number of inputs of a chunk, as factors. planes, rest: dimensions of `shape`. In this
+    order two inputs that multiply the same word of weights share a 32-bit word.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +44,8 @@ INT4 = Order((4, 2, 2, 2), (3, 1), (0, 2))
 
 
 class FixedPoint(NamedTuple):
-    """q: (planes, C, 8) int16. units: (C,) float32. sums: (C,) int32, the sum of q per chunk."""
+    """A row of activations. q: (planes, C, 8) int16. units: (C,) float32, of the chunks. sums: (C,)
+    int32, the sum of a chunk's q, by which the int4 kernel subtracts the zero points."""
 
     q: Tensor
     units: Tensor
@@ -51,9 +53,12 @@ class FixedPoint(NamedTuple):
 
 
 def fixed_point(x: Tensor, order: Order) -> FixedPoint:
-    """Convert (K,) of any float dtype to 16-bit fixed point.
+    """Convert (K,) of any float dtype to 16-bit fixed point; the last chunk is padded with zeros.
 
-    A chunk with an infinite or NaN input gets the unit NaN, so that its products are NaN.
+    order: INT8 or INT4, by the weights that will be multiplied. A chunk with an infinite or NaN
+    input gets the unit NaN, so that its products are NaN. The bit arithmetic acts on exponents of
+    float32, which are stored plus 127 from bit 23 on: x - (14 << 23) is x / 2**14, and
+    (254 << 23) - x is 1 / x for a power of two.
     """
     x = F.pad(x.float(), (0, -x.shape[0] % order.size)).view(-1, order.size)  # (C, size)
     exponents = x.abs().amax(1).view(torch.int32) & EXPONENT  # (C,)

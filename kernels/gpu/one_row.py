@@ -11,6 +11,13 @@ loads its first weights before the previous kernel has ended (programmatic depen
 capability 9.0 on). This is safe because no kernel of a step writes weights, scales or zero points.
 
 The reference of each kernel is the PyTorch formula in quant/linear.py.
+
+Words: a nibble is half a byte, an int4 weight. A chunk is the 32 (int4) or 16 (int8) inputs whose
+weights take 16 bytes, or 8 inputs of a dense weight. A word is 32 bits. PDL: whether the launch
+allows dependent launch. PTX: whether inline assembly is available. `real` masks outputs below N,
+`inside` also chunks below C; `following` are the words of the next step, loaded one step ahead.
+
+Shapes: N out_features, K in_features, C chunks, P groups of inputs.
 """
 
 import triton
@@ -22,8 +29,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr):
     """Add to total the products of an int16 pair and the two low (or HIGH) bytes of a word.
 
-    pairs, bytes: int32, broadcast. total: int32 or 0. PTX False: compute by shifts, for Triton's
-    interpreter, which has no inline assembly.
+    pairs: int32, two activations each. bytes: int32, four bytes of weights each; HIGH selects the
+    two high ones. They are broadcast. SIGNED: the bytes are int8, else uint8. total: int32 or 0.
+    PTX False: compute by shifts, for Triton's interpreter, which has no inline assembly.
     """
     if PTX:
         if SIGNED:
@@ -45,21 +53,24 @@ def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start; it calls wait before it reads the results of this one."""
+    """Let the next kernel start; it calls wait before it reads the results of this one. Every
+    kernel calls it first."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Wait until the previous kernels have ended; call it before reading their results."""
+    """Wait until the previous kernels have ended; call it before reading their results, and before
+    writing to memory that they may still read."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
-    """Add the bias to BN outputs and store them."""
+    """Add the bias to BN outputs, total, and store them in the dtype of `out`. n: (BN,), their
+    indices; those from N on are left out."""
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)
     tl.store(out + n, total.to(out.dtype.element_ty), n < N)
@@ -85,8 +96,10 @@ def fixed_point_kernel(
 ):
     """Compute the prologue of a row (Prologue in kernels/gpu/__init__.py), then fixed point.
 
-    With NORM every program sums the squares of the whole row: the row is in the L2 cache, and a
-    separate kernel for the sum would take longer.
+    A program converts BC chunks. For each place in the result, k is the input that belongs there
+    (fixed_point.Order). The bit arithmetic is that of fixed_point.fixed_point. BLOCK: inputs that
+    NORM squares at a time. With NORM every program sums the squares of the whole row: the row is in
+    the L2 cache, and a separate kernel for the sum would take longer.
     """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -145,7 +158,13 @@ def int4_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply one row by int4 weights."""
+    """Multiply one row by int4 weights. A program computes BN outputs, BC chunks in a step.
+
+    The products of q and the nibbles are summed as integers. number, the zero point, times the
+    chunk's sum of q is subtracted, and the result is multiplied by the scale and the unit. The four
+    planes of pairs belong to the low nibbles of the low and high bytes of a word, then to the high
+    nibbles.
+    """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -196,7 +215,10 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply one row by int8 weights."""
+    """Multiply one row by int8 weights. A program computes BN outputs, BC chunks in a step.
+
+    The two planes of pairs belong to the low and the high two bytes of a word of weights.
+    """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row, word = n[:, None, None] * weight_stride, tl.arange(0, 4)[None, None, :]
@@ -233,7 +255,7 @@ def dense_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply one row by dense weights."""
+    """Multiply one row by dense weights, in float32. A program computes BN outputs."""
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = weight + n[:, None] * (weight_stride * 8)

@@ -2,7 +2,10 @@
 
 The tables replace an autotuner, which would delay the first token. benchmarks/gpu_tune.py measured
 them on an H100 (benchmarks/results/*gpu-tune*). Another GPU computes the same results with them;
-other tiles may be faster there.
+other tiles may be faster there. A program is a block of threads that computes a part of the result;
+warps: the program's threads divided by 32.
+
+Shapes: M rows of activations, N out_features, K in_features.
 """
 
 from typing import NamedTuple
@@ -11,7 +14,8 @@ from typing import NamedTuple
 class OneRow(NamedTuple):
     """The tile of a one-row kernel.
 
-    outputs: per program. chunks: of 16 bytes of weights per step.
+    outputs: computed by a program. chunks: of 16 bytes of weights, read from each output's row in a
+    step of the program's loop.
     """
 
     outputs: int
@@ -22,8 +26,9 @@ class OneRow(NamedTuple):
 class FewRows(NamedTuple):
     """The tile of a few-rows kernel.
 
-    outputs: per program. words: of 4 bytes of weights per step. splits: programs that divide K.
-    stages: Triton's num_stages, the steps whose loads are in flight at a time.
+    outputs: computed by a program. words: of 4 bytes of weights, read from each output's row in a
+    step of the program's loop. splits: programs that divide the K inputs among them. stages:
+    Triton's num_stages, the steps whose loads are in flight at a time.
     """
 
     outputs: int
@@ -36,7 +41,8 @@ class FewRows(NamedTuple):
 def shape_class(N: int, K: int) -> str:
     """Return the class of a weight, (N, K), by which the tables below choose a tile.
 
-    head: the output head. wide: w1 and w3. long: w2. square: attention, and any of small models.
+    The limits lie between the shapes of large models' layers. head: the output head. wide: w1 and
+    w3 (in one matrix, w13). long: w2. square: attention, and all layers of small models.
     """
     if N > 65536:
         return "head"
@@ -97,5 +103,5 @@ FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
 
 
 def few_rows_tile(kind: str, M: int, N: int, K: int) -> FewRows:
-    """Return the tile for (M, K) x (N, K). kind: "int8" or "int4"."""
+    """Return the tile for (M, K) x (N, K) -> (M, N), M up to 64. kind: "int8" or "int4"."""
     return FEW_ROWS[kind, M > MAX_SMALL_TILE_ROWS][shape_class(N, K)]

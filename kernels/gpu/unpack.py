@@ -2,7 +2,10 @@
 
 Start at int4_kernel. It reads the packed weights once and writes dense ones, by which cuBLAS
 multiplies. Consecutive programs write consecutive pieces of a row. The results have the bits of the
-PyTorch formula in quant/linear.py: (q - zero) * scale in float32, rounded once.
+PyTorch formula in quant/linear.py: (q - zero) * scale in float32, rounded once. A nibble is half a
+byte, an integer 0 to 15; begin and wait order the kernel after the one before it (one_row.py).
+
+Shapes: N out_features, K in_features, KB bytes of a row of weights, P groups of inputs.
 """
 
 import triton
@@ -27,7 +30,10 @@ def int4_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Dequantise GROUPS groups of BN rows."""
+    """Dequantise GROUPS groups of BN rows. BN, GROUPS and HALF: powers of two.
+
+    PDL: whether the launch allows dependent launch. The grid is (blocks of groups, blocks of rows).
+    """
     begin(PDL)
     wait(PDL)
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None, None]
@@ -60,7 +66,10 @@ def int8_kernel(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Dequantise BK inputs of BN rows."""
+    """Dequantise BK inputs of BN rows. The grid is (blocks of inputs, blocks of rows).
+
+    weight_stride: from row to row, in numbers. PDL: whether the launch allows dependent launch.
+    """
     begin(PDL)
     wait(PDL)
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[:, None]
