@@ -441,7 +441,7 @@ class OwnCacheProposer(ModelProposer):
         """Prefill the tokens that the caches lack, up to the last token of each text.
 
         Skipped if no row lacks more than one of them: the first draft step reads the last two
-        tokens of each text. All rows are read from the position that the shortest filled one needs.
+        tokens of each text. All rows are read from the smallest number in `filled` on.
         """
         targets = [min(len(text) - 1, len(self._key_pos)) for text in self.texts]
         # Positions from the text's last token on may hold rejected draft tokens.
