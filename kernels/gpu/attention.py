@@ -7,6 +7,9 @@ values; the last one to finish adds the parts in a fixed order and divides by th
 values are dequantised in registers; no dequantised copy is written to memory.
 
 The query heads that share a key/value head, times the new tokens, are the R*T rows of one tile.
+Keys and values of an int4 cache hold two channels in a byte, the even one in the low half. So the
+kernel handles the even channels and the odd ones apart: names with low and high. Other caches have
+only "low". scales and lows: of a quantised cache, number = low + scale * q (quant/kv_cache.py).
 
 Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, R = H // G, E head_dim,
 S visible positions.
@@ -24,7 +27,9 @@ def load_numbers(
 ):
     """Load the numbers of a cache at `place`. BITS 16: stored as they are; else low + scale * q.
 
-    With BITS 4, HALF 0 loads the low nibbles, HALF 1 the high ones.
+    data: keys or values. scales, lows: of their groups; not read with BITS 16. place, scale_place:
+    indices in data and in scales, lows. mask: the numbers to load; the others are 0. With BITS 4,
+    HALF 0 loads the low nibbles, HALF 1 the high ones.
     """
     values = tl.load(data + place, mask, 0)
     if BITS != 16:
@@ -83,7 +88,13 @@ def attention_kernel(
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     PDL: tl.constexpr,
 ):
-    """Attend with the queries of a key/value head over a program's share of the positions."""
+    """Attend with the queries of a key/value head over a program's share of the positions.
+
+    The grid is (B * G, SPLITS). A program goes over STEPS blocks of BS positions. at: the position
+    of each row's query, -1 for padding rows; last: the largest. top, sum, low and high: the online
+    softmax so far, see softmax_step and store_part. Requires causal attention, and the visible
+    positions within SPLITS * STEPS * BS.
+    """
     begin(PDL)
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     row = tl.arange(0, BR)
@@ -158,7 +169,11 @@ def store_part(
 
 @triton.jit
 def finish(low, high, sum, result, mask, BITS: tl.constexpr):
-    """Store the weighted values divided by the sum of the weights. Padding rows have a sum of 0."""
+    """Store the weighted values, low and high, divided by the sum of the weights, (BR,).
+
+    result: the addresses of the outputs, of the even channels with BITS 4. mask: rows and channels
+    that exist. Padding rows have a sum of 0.
+    """
     sum = tl.where(sum > 0, sum, 1)[:, None]
     tl.store(result, (low / sum).to(result.dtype.element_ty), mask)
     if BITS == 4:
@@ -181,9 +196,12 @@ def combine(
     BITS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Combine the parts of a key/value head, each weighted by its sum of weights.
+    """Combine the SPLITS parts of a key/value head and store the result, see finish.
 
-    The loads bypass the L1 cache, which does not see what other multiprocessors have stored.
+    Run by the last program of a head. Sums of different largest scores are scaled to the largest of
+    all. parts, tops, e, real: see attention_kernel and store_part. row: (BR,), indices of the rows;
+    rows: R*T. The loads bypass the L1 cache, which does not see what other multiprocessors have
+    stored.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     top = tl.full((BR,), -1e38, tl.float32)

@@ -19,6 +19,12 @@ adds the parts in a fixed order, so that two runs give the same bits.
 A weight (q - zero) * scale is rounded to float16 with an error of at most 2**-12 of itself; the
 PyTorch formula rounds to bfloat16, which is 16 times as coarse. That formula, in quant/linear.py,
 is the reference of each kernel.
+
+Words: a nibble is half a byte, an int4 weight. A word is 32 bits. A tile is the (BN, BM) outputs
+that a program computes: BN outputs of BM rows. PDL: whether the launch allows programmatic
+dependent launch. PTX: whether inline assembly is available; Triton's interpreter has none.
+
+Shapes: M rows, N out_features, K in_features, W words of a row of weights, P groups of inputs.
 """
 
 import triton
@@ -34,9 +40,11 @@ BYTES = tl.constexpr(("0x4400", "0x5511", "0x6622", "0x7733"))  # selectors of p
 
 @triton.jit
 def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
-    """Extract a byte of each int32 word as an int16, whose upper half is undefined.
+    """Extract byte `number`, 0 (the lowest) to 3, of each int32 word as an int16, whose upper half
+    is undefined.
 
-    The inline assembly, here and below, works on two neighbouring elements.
+    The inline assembly, here and below, works on two neighbouring elements: prmt copies the bytes
+    that a selector of BYTES names.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -48,7 +56,9 @@ def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
-    """Return 1024 + (byte & MASK) in float16. bytes: from bytes_of. MASK: a string of PTX."""
+    """Return 1024 + (byte & MASK) in float16. bytes: from bytes_of. MASK: a string of PTX, the mask
+    of a byte twice, for two elements: 0x00FF (whole byte), 0x000F or 0x00F0 (a nibble). lop3 with
+    the table 0xEA computes (bytes & MASK) | 0x64006400."""
     if PTX:
         logic: tl.constexpr = "lop3.b32 $0, $1, " + MASK + ", 0x64006400, 0xEA;"
         return tl.inline_asm_elementwise(logic, "=r,r", [bytes], tl.float16, True, 2)
@@ -69,7 +79,12 @@ def scale_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Scale each row of activations to float16 below 2**15 by its unit, a power of two."""
+    """Scale each row of activations to float16 of at most 2**15 by its unit, a power of two.
+
+    A program scales one row. PARTS: 8 for int4 and 4 for int8, the numbers in a word of weights.
+    BLOCK: inputs at a time. A row with an infinite or NaN input gets the unit NaN. The arithmetic
+    on the exponent's bits is explained in fixed_point.fixed_point.
+    """
     begin(PDL)
     m = tl.program_id(0)
     wait(PDL)
@@ -107,7 +122,12 @@ def finish_rows(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Store a tile of outputs. With SPLITS > 1 the program that arrives last adds all parts."""
+    """Store a tile of outputs. With SPLITS > 1 the program that arrives last adds all parts.
+
+    total: this program's sums. scale: of the outputs. units: (M,), of the rows. m, n: (BM,) and
+    (BN,), the tile's rows and outputs; mask `inside` leaves out those from M and N on. `place`:
+    their indices in out and in a part.
+    """
     inside = (n[:, None] < N) & (m[None, :] < M)
     place = m[None, :] * N + n[:, None]
     if SPLITS == 1:
@@ -128,7 +148,8 @@ def finish_rows(
 
 @triton.jit
 def store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS: tl.constexpr):
-    """Multiply (BN, BM) sums by scales and units, add the bias and store them."""
+    """Multiply (BN, BM) sums, total, by the scale of each output, (BN,), and the unit of each row,
+    add the bias and store them. m, n: the tile's rows and outputs, see finish_rows."""
     total *= scale[:, None] * tl.load(units + m, m < M, 0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)[:, None]
@@ -162,7 +183,12 @@ def int4_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply M rows by int4 weights."""
+    """Multiply M rows by int4 weights. The grid is (tiles of outputs, tiles of rows, SPLITS).
+
+    A program computes a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a
+    step. number: the zero points, factor: the scales, of each word. low, high: the weights of the
+    low and high nibbles; 1024 and 64 are the numbers that number_above has added.
+    """
     begin(PDL)
     BW: tl.constexpr = GROUPS * WORDS
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -228,7 +254,11 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply M rows by int8 weights."""
+    """Multiply M rows by int8 weights. The grid is (tiles of outputs, tiles of rows, SPLITS).
+
+    A program computes a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a
+    step. 1152 = 1024 (see number_above) + 128 (see raised).
+    """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)

@@ -3,6 +3,12 @@
 Start at int4_row. kernels/gpu/__init__.py chooses between the kernels. Tensors may be on a CPU if
 Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
 
+weight, scales and zeros are the buffers of an Int8Linear or Int4Linear (quant/linear.py): weight
+(N, K) int8 and scales (N,) float32, or weight (N, P*S/2) uint8, scales (N, P) float16 and zeros
+(N, ceil(P/2)) uint8. bias: (N,) or None. The int4 kernels need rows of weights that begin at a
+multiple of 16 bytes, as those of an Int4Linear do. tile: sizes of the part that a program (a block
+of threads) computes; tests and benchmarks pass others than those of tiles.py.
+
 Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
 """
 
@@ -29,7 +35,8 @@ COUNTERS = 65536  # at least as many as the largest weight, an output head, has 
 def options(x: Tensor, warps: int) -> dict[str, object]:
     """Return the launch options that all kernels share.
 
-    x: a tensor on the device. warps: of a program, 32 threads each.
+    x: a tensor on the device. warps: of a program, 32 threads each. PDL tells the kernel, and
+    launch_pdl the launch, that it may start before the previous kernel has ended.
     """
     pdl = dependent_launch(x.device)
     given = {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": True}
@@ -37,7 +44,9 @@ def options(x: Tensor, warps: int) -> dict[str, object]:
 
 
 def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | None = None) -> Tensor:
-    """Multiply x, (1, K), by weight, (N, K) -> (1, N). K and weight.stride(0): multiples of 8.
+    """Multiply x, (1, K), by a dense weight, (N, K) -> (1, N) in x's dtype, plus the bias.
+
+    K and weight.stride(0) must be multiples of 8. x must be contiguous.
 
     tile: None for the measured tile of tiles.py.
     """
@@ -65,7 +74,8 @@ def fixed_point(
 ) -> FixedPoint:
     """Convert (K,), or (2 K,) if gated, to 16-bit fixed point; see fixed_point.py.
 
-    norm, eps, gated: see Prologue in kernels/gpu/__init__.py.
+    x: contiguous. order: INT8 or INT4, by the weights that follow. norm, eps, gated: see Prologue
+    in kernels/gpu/__init__.py. A program converts 512 inputs.
     """
     K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)
@@ -100,8 +110,9 @@ def int8_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by weight, (N, K) int8 -> (1, N). K and weight.stride(0): multiples of 16.
+    """Multiply one row by weight, (N, K) int8 -> (1, N) in dtype, plus the bias.
 
+    x: the row in the order INT8, from fixed_point. K and weight.stride(0) must be multiples of 16.
     tile: None for the measured tile of tiles.py.
     """
     N, K = weight.shape
@@ -135,9 +146,9 @@ def int4_row(
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by the buffers of an Int4Linear -> (1, N).
+    """Multiply one row by the weights of an Int4Linear -> (1, N) in dtype, plus the bias.
 
-    tile: None for the measured tile of tiles.py.
+    x: the row in the order INT4, from fixed_point. tile: None for the measured tile of tiles.py.
     """
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
@@ -167,7 +178,12 @@ def int4_row(
 
 
 def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
-    """Scale (M, K) -> (M, parts, width / parts) float16, units (M,) float32; see scale_kernel."""
+    """Scale x, (M, K), for a few-rows product -> (M, parts, width / parts) float16, and the units,
+    (M,) float32: x = out * unit. Input parts * i + p is at (p, i); see scale_kernel.
+
+    width: inputs of a row of weights, K or K padded to whole groups. parts: inputs in a word of
+    weights.
+    """
     M, K = x.shape
     out = x.new_empty(M, parts, width // parts, dtype=torch.float16)
     units = x.new_empty(M, dtype=torch.float32)
@@ -194,9 +210,10 @@ def rows_of_tile(M: int) -> int:
 def int8_rows(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: FewRows | None = None
 ) -> Tensor:
-    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N). K and weight.stride(0): multiples of 4.
+    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N) in x's dtype, plus the bias.
 
-    tile: None for the measured tile of tiles.py.
+    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. K and
+    weight.stride(0) must be multiples of 4. tile: None for the measured tile of tiles.py.
     """
     (N, K), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int8", M, N, K)
@@ -234,9 +251,11 @@ def int4_rows(
     bias: Tensor | None,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the buffers of an Int4Linear -> (M, N), for 2 to MAX_FEW_ROWS rows.
+    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N) in x's dtype, plus the bias.
 
-    tile: None for the measured tile of tiles.py.
+    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. tile: None
+    for the measured tile of tiles.py. A program's step reads tile.words words (of 4 bytes) of each
+    row of weights, or one group if that is more.
     """
     (N, columns), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
@@ -277,7 +296,9 @@ def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
 
 
 def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
-    """Return memory for the sums of programs that divide K, and counters; see finish_rows."""
+    """Return memory for the sums of programs that divide K, and counters: the arguments `parts` and
+    `arrived` of few_rows.finish_rows. x: (M, K). The memory is empty if one program has all of K.
+    """
     size = tile.splits * len(x) * N if tile.splits > 1 else 0
     return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 
@@ -286,14 +307,18 @@ def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
 def arrivals(device: torch.device) -> Tensor:
     """Return counters of 0 for programs that share a tile; the last program resets its counter.
 
-    All launches on a device share the counters, so these kernels must not run on two streams at a
-    time.
+    A program counts itself when it has stored its part; the one that finds all others counted adds
+    the parts. All launches on a device share the counters, so these kernels must not run on two
+    streams at a time.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of an Int8Linear, (N, K) in dtype, from its buffers."""
+    """Return the weights of an Int8Linear, (N, K) in dtype, from its buffers.
+
+    For products of many rows, and to share dequantised weights. A program writes 4096 inputs.
+    """
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
     unpack.int8_kernel[(triton.cdiv(K, 4096), N)](
@@ -305,7 +330,11 @@ def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 def dequantize_int4(
     weight: Tensor, scales: Tensor, zeros: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weights of an Int4Linear, (N, in_features) in dtype, from its buffers."""
+    """Return the weights of an Int4Linear, (N, in_features) in dtype, from its buffers.
+
+    For products of many rows, and to share dequantised weights. The padding of the last group is
+    left out.
+    """
     (N, columns), P = weight.shape, scales.shape[1]
     half = columns // P  # bytes of a group
     groups = 2048 // half  # of a program: 4096 inputs of a row
@@ -348,8 +377,11 @@ def attend(
 ) -> Tensor:
     """Compute causal attention of q, (B, T, H, E), over the first `visible` positions of a cache.
 
-    k, v: (B, positions, G, E), or the bytes of a QuantizedKVCache of `bits`, whose scales and lows
-    are `extra`. q and pos, (B, T), are contiguous.
+    Returns (B, T, H, E). k, v: (B, positions, G, E), or the bytes (B, positions, G, E*bits/8) of a
+    QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. bits: 4,
+    8, or 16 for a dense cache of any float dtype, where extra is empty. pos: (B, T), the positions
+    of the queries. q and pos must be contiguous. For few rows: the R*T query rows of a key/value
+    head are one tile. The positions are divided among `splits` programs, each of `steps` blocks.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R = H // G
