@@ -74,7 +74,10 @@ class DraftLengthController:
         return self
 
     def _reset(self) -> None:
-        """Forget all times, rates, pauses and the budget."""
+        """Forget all times, rates, pauses and the budget: at first, and for another number of rows.
+
+        The first plain steps then time plain decoding, and a trial is due.
+        """
         self._cycle = 0  # the number of the cycle, from 1
         self._cycles_of: dict[int, int] = defaultdict(int)  # cycles with each k
         self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMES_PER_MEDIAN))

@@ -299,7 +299,10 @@ class BroadcastSampler(Sampler):
         receiving, drawn = self._receiving, (tokens, self.max_logits, *self.logprobs)
 
         def wait() -> list[list[int]]:
-            """Wait until all tensors of this draw are received, and return the ids."""
+            """Wait until all tensors of this draw are received, and return each row's ids.
+
+            NOT_FINITE stays among the ids, so that the caller raises.
+            """
             for work in receiving:
                 work.wait()
             ids = to_host(*drawn)

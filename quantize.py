@@ -268,7 +268,11 @@ def quantize_by_gptq(
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command, print the path of the file and return the exit code; see exit_code."""
+    """Run the command, print the path of the file and return the exit code; see exit_code.
+
+    args: of cli.options.parse_quantize_args. After Ctrl-C it prints `stopped`, which says whether
+    the same command continues.
+    """
     set_quiet(args.quiet)
     resumable = "; the same command goes on from here" if "gptq" in args.mode else ""
     stopped = f"stopped; no file was written{resumable}"

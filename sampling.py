@@ -169,7 +169,8 @@ def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[
 def add_logprobs(
     ids: list[list[int]], logprobs: Tensor, top_logprobs: Tensor, top_ids: Tensor
 ) -> None:
-    """Replace ids, B lists of T, by ScoredIds, in place. The tensors: see token_logprobs."""
+    """Replace ids, B lists of T, by ScoredIds, in place. The tensors, on the host: those that
+    token_logprobs returns for these ids."""
     logprobs, top_logprobs, top_ids = logprobs.tolist(), top_logprobs.tolist(), top_ids.tolist()
     for b, row in enumerate(ids):
         for t, token in enumerate(row):

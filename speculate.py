@@ -194,7 +194,10 @@ class NgramDraft:
         device = caches[0].device
 
         def propose(k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
-            """A decoding.Propose: look up the last tokens of each live row; others have no ids."""
+            """A decoding.Propose: look up the last tokens of each live row; others have no ids.
+
+            Each call adds to the row's table the n-grams of the ids since its last call.
+            """
             rows: list[list[int]] = [[] for _ in texts]
             for row in live if k else ():
                 index_ngrams(texts[row], tables[row], indexed[row])
@@ -285,7 +288,10 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
         return draft
 
     def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function like `view` (prefill or decode) for `vocab_size` ids."""
+        """Return a function like `view` (prefill or decode) for `vocab_size` ids.
+
+        Both are called as Transformer.forward is; the arguments after the ids are passed on.
+        """
 
         def call(tokens: Tensor, *other: Any) -> Tensor:
             logits = view(tokens.clamp_max(own_size - 1), *other)  # (..., own_size)

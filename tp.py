@@ -213,7 +213,10 @@ class TensorParallel:
         stage = staging_buffer(device)
 
         def fill_shard(name: str, tensor: Tensor) -> None:
-            """Fill a tensor with this rank's rows, columns, or all of the stored tensor."""
+            """Fill a tensor with this rank's rows, columns, or all of the stored tensor.
+
+            name: in the shard. tensor: of the shard, already allocated.
+            """
             stored = checkpoint_name(name)
             part = slices.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
             # The name decides, not the shape: a slice may have the whole tensor's shape. Example:

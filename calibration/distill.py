@@ -175,6 +175,7 @@ class LatentInt4(nn.Module):
         return self.latent.detach().round().clamp(0, 15)  # (N, P, S)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply x, (..., K), by the weights of the rounded latents -> (..., N)."""
         # The difference is 0. It passes the gradient of the integers to the latents.
         q = self.integers() + (self.latent - self.latent.detach())
         weight = ((q - self.zeros) * self.scales).flatten(1)[:, : self.in_features]

@@ -151,6 +151,7 @@ def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: Gpt
     weights, seconds = 0, 0.0
 
     def report(name: str, error: float, rounding: float, linear_seconds: float) -> None:
+        """Log a linear, and add its weights and its time to the totals of this run."""
         nonlocal weights, seconds
         weights += math.prod(checkpoint.tensors[f"{name}.weight"].shape)
         seconds += linear_seconds

@@ -59,6 +59,7 @@ class NormedLinear(nn.Module):
         self.norm, self.linear = norm, linear
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return linear(norm(x)), (..., K) -> (..., N)."""
         rows = x.flatten(0, -2)  # (M, K)
         if len(rows) > 1 or not gpu.supports(rows):
             return self.linear(self.norm(x))
@@ -78,6 +79,7 @@ class OneRowFeedForward(GatedFeedForward):
         self.activation = replaced.activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the feed-forward layer, (..., D) -> (..., D); D is the model's width."""
         rows = x.flatten(0, -2)  # (M, D)
         if len(rows) > 1 or not gpu.supports(rows):
             return super().forward(x)

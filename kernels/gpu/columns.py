@@ -133,7 +133,12 @@ def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
 def round_columns(
     weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Round the columns as gptq.round_columns does, with the same arguments and results."""
+    """Round the columns as gptq.round_columns does, with the same arguments and results.
+
+    weight: (N, C), may be a slice of a wider matrix. factor: (C, C), upper triangular. scales,
+    zeros: (N, C). Returns the integers, as floats, and the errors divided by the factor's diagonal,
+    (N, C) each. enable_fp_fusion=False: products and sums round as PyTorch's do.
+    """
     N, C = weight.shape
     # LAPACK stores factors in column order.
     weight, factor, scales, zeros = rowwise(weight, factor, scales, zeros)
@@ -160,7 +165,12 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Refine the columns as gptq.refine_columns does, with the same arguments and results."""
+    """Refine the columns as gptq.refine_columns does, with the same arguments and results.
+
+    slope: (N, C), half the gradient of the output error; may be a slice of a wider matrix. hessian:
+    (C, C). q, scales, zeros: (N, C). Returns the new integers, as floats, and the change of each
+    weight's value, (N, C) each.
+    """
     N, C = slope.shape
     slope, hessian, q, scales, zeros = rowwise(slope, hessian, q, scales, zeros)
     better, steps = torch.empty_like(q), torch.empty_like(q)

@@ -255,7 +255,11 @@ def dense_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply one row by dense weights, in float32. A program computes BN outputs."""
+    """Multiply one row by dense weights, with sums in float32.
+
+    A program computes BN outputs and reads BC * 8 inputs in a step. Rows of weights must begin at
+    multiples of 8 numbers, so that a thread loads 8 at once.
+    """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = weight + n[:, None] * (weight_stride * 8)
