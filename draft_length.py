@@ -141,7 +141,7 @@ class DraftLengthController:
         neither, begin a pause and return 0. Each pause is twice as long as the last one, up to
         MAX_PAUSE_STEPS, until drafting pays.
 
-        affordable: the k that the budget covers, 0 to MAX_DRAFT_TOKENS.
+        affordable: the k, from 0 on, that the budget covers; may be empty.
         """
         trial_k = TRIAL_DRAFT_TOKENS[self._past_trials % len(TRIAL_DRAFT_TOKENS)]
         k = next((k for k in (trial_k, TRIAL_DRAFT_TOKENS[0]) if k in affordable), 0)
@@ -246,6 +246,7 @@ class DraftStats:
     """Counts and times of all cycles, for the lines printed at the end of a run."""
 
     def __init__(self):
+        # cycles: those with draft tokens. tokens: new tokens of these cycles, of all rows.
         self.cycles = self.tokens = self.plain_steps = 0
         # For each position n from 0: the rows of cycles that proposed, and that accepted, an n-th
         # draft token. A proposal after a rejected one counts, too.

@@ -60,7 +60,7 @@ MAX_MEASURED_WIDTH = 2048  # limit on the outputs and inputs of the product that
 
 
 def file_name(mode: str, groupsize: int) -> str:
-    """Return the name of the output file; int8 has no group size."""
+    """Return the name of the output file; int8 has no group size. mode: one of linear.MODES."""
     return f"model_{mode}.pth" if mode == "int8" else f"model_{mode}.g{groupsize}.pth"
 
 

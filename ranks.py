@@ -48,7 +48,7 @@ class Ranks:
 
 def local_device(device: torch.device) -> torch.device:
     """Return this process's GPU, by torchrun's LOCAL_RANK; other devices, and a device of a single
-    process, unchanged."""
+    process, unchanged. device: the one that the user chose, the same on all ranks."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
 
@@ -56,8 +56,10 @@ def local_device(device: torch.device) -> torch.device:
 def join_process_group(device: torch.device) -> Ranks | None:
     """Connect to the other processes that torchrun started. Returns None for a single process.
 
-    device: this process's own, see local_device. On ranks other than 0, redirects Python's stdout
-    and stderr to /dev/null until the process ends.
+    All ranks must call it, once, before any collective. device: this process's own, see
+    local_device; GPUs communicate by NCCL, CPUs by Gloo. On ranks other than 0, redirects Python's
+    stdout and stderr to /dev/null until the process ends, except that log_failure and
+    restore_stderr undo it for stderr.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None

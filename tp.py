@@ -210,7 +210,7 @@ class TensorParallel:
         tensors. fill: fills an undivided tensor by its name in the checkpoint.
         """
         slices = dict(shard_slices(checkpoint.args, self.ranks))
-        stage = staging_buffer(device)
+        stage = staging_buffer(device)  # through which bytes pass on their way to the tensors
 
         def fill_shard(name: str, tensor: Tensor) -> None:
             """Fill a tensor with this rank's rows, columns, or all of the stored tensor.

@@ -85,7 +85,8 @@ def round_blocks(
     U: (K, K), from inverse_factor. group: the group of each column, K numbers. grid: scales and
     zero points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale
     and zero point are chosen again, in place, when its first column is reached, because earlier
-    errors have changed its weights. This requires columns in the order of their groups.
+    errors have changed its weights. The new scale is a multiple of the row's old unit
+    (scale_units). This requires columns in the order of their groups. The integers are floats.
     """
     (scales, zeros), K = grid, W.shape[1]
     units, q = scale_units(scales), torch.empty_like(W)
@@ -272,6 +273,9 @@ def quantize_blocks(
     device: torch.device = torch.device("cpu"),
 ) -> Iterator[tuple[str, Buffers]]:
     """Quantise all linears of all blocks by GPTQ. Yields the name and buffers of each.
+
+    calibration/texts.py calls it. `dense` and `quantized` are the inputs of the next block in the
+    dense model and in the quantised one, (B, T, D) each.
 
     Yields block by block, also for blocks that an earlier run has finished: each block's buffers
     are read back from its file. tokens: (B, T), ids of the calibration texts. work: an existing

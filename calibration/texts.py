@@ -45,7 +45,7 @@ class GptqOptions:
     groupsize: int  # inputs that share a scale
     act_order: bool = True  # quantise columns by descending diagonal of the Hessian
     train_steps: int | None = None  # of distillation after GPTQ; None: default_train_steps
-    device: str = "auto"
+    device: str = "auto"  # --device; see host.devices.find_device
 
 
 def calibrated_blocks(

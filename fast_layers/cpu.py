@@ -83,8 +83,8 @@ class PackedLinear(nn.Module):
 class FewRowsLinear(nn.Module):
     """A dense bfloat16 linear on the operator gpt_flex::linear; shares the weights of `linear`.
 
-    With AMX, a product of up to 16 rows takes the time of one row. The operator passes more rows to
-    PyTorch.
+    With AMX (the CPU's instructions for products of matrices), a product of up to 16 rows takes the
+    time of one row. The operator passes more rows to PyTorch.
     """
 
     def __init__(self, linear: Linear):
