@@ -119,7 +119,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """Call `compute` on rank 0 only, and return its result on all ranks.
 
     All ranks must call this function. The result must be picklable. A single process just calls
-    `compute`. If `compute` raises, the other ranks wait until torchrun ends them.
+    `compute`. If `compute` raises, the other ranks wait until rank 0's process ends, and then fail.
     """
     if not dist.is_initialized():
         return compute()

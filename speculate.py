@@ -212,7 +212,7 @@ class NgramDraft:
 
 def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
     """Add the n-grams of a text to `table`, which maps each to the position after it. Only those
-    that end at position `start` or later are added. A later occurrence replaces an earlier one. The
+    before the positions from `start` on are added. A later occurrence replaces an earlier one. The
     n-gram at the end of the text is left out, because no token follows it. start: the text's length
     at the last call for this table, 0 at first. The lengths are NGRAM_LENGTHS; near the text's
     start, an n-gram may have fewer ids."""

@@ -353,7 +353,7 @@ class CalibratedBlock:
 
     model: layer `layer` must hold its dense weights; it becomes the copy that is quantised, and a
     deep copy of it the dense block. dense, quantized: on the CPU, the outputs of the dense and of
-    the quantised block before it.
+    the quantised block before it, or twice those of the embedding.
     """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
