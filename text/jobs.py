@@ -8,8 +8,8 @@ on disk in the step in which its text ends. A later run with the same prompts, m
 
 Words: a row is the index of a text in its batch; a completion is the Completion
 (text/completion.py) of a text. In Provenance and ResultsFile a row is the object of a result's JSON
-line. cli/prompts.py calls a sink's `begin` with each batch, and passes
-`text` and `ended` to engine.complete, which calls them while the batch is generated.
+line. cli/prompts.py calls a sink's `begin` with each batch, and passes `text` and `ended` to
+engine.complete, which calls them while the batch is generated.
 """
 
 import hashlib
