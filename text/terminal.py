@@ -96,7 +96,7 @@ def use_readline() -> bool:
     if "libedit" in (readline.__doc__ or ""):  # macOS's library, without bracketed paste
         return False
     readline.parse_and_bind("set enable-bracketed-paste on")
-    # Ctrl-C as a character: go to the line's end, delete all before it, Enter. `read` then asks again.
+    # Ctrl-C as a character: go to the line's end, delete all before it, Enter. `read` asks again.
     readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
     return sys.stdout.isatty()  # without a terminal `input` ignores readline
 
