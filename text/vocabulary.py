@@ -414,7 +414,7 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
         if token[:i] in ranks and token[i:] in ranks
     ]
     tk = tokenizers.Tokenizer(models.BPE(ranks, merges, ignore_merges=True))
-    # ignore_merges: a piece of text that is a whole token becomes it without merges, as in tiktoken.
+    # ignore_merges: a piece of text that is a whole token becomes it at once, as in tiktoken.
     # "isolated": each match of the pattern is a piece of its own, within which tokens are merged.
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
