@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return the figures and the settings that they depend on (`conditions`).
 
     The text or the tasks are read before the model is loaded, so that a missing one is reported at
-    once. Raises what load_model and the evaluation raise.
+    once. Under torchrun every rank calls this. Raises what load_model and the evaluation raise.
     """
     args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
     # A text, or the options and the TaskManager of the tasks.
