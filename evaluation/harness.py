@@ -130,7 +130,8 @@ class HarnessModel(TemplateLM):
         """Return the text of a conversation in the checkpoint's chat template.
 
         add_generation_prompt=False: the model continues the last message, so the text that the
-        template writes after this message is cut off.
+        template writes after this message is cut off. Raises ValueError if the template does not
+        write the content of this message as it is.
         """
         text = self._tokenizer.chat_text(chat_history, add_generation_prompt)
         if add_generation_prompt:
