@@ -298,6 +298,7 @@ class TreeScorer:
         pool = self.pool(level, len(pooled), max(node.end for node, _ in pooled))
         first_row = 0
         for batch, parent_rows in self.batches(pooled):
+            # Rows beyond len(batch) are padding; the next call overwrites them.
             rows = slice(first_row, first_row + max(len(batch), self.fixed_rows))
             caches = [cache.part(rows) for cache in pool]
             if level:
