@@ -103,8 +103,8 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     answer(ids, cached, show) generates an answer and returns its Completion. ids: the prompt;
     cached: how many ids from its begin are in the KV cache; show(row, text): prints new text, and
     raises KeyboardInterrupt if the user stops the answer. `answer` must catch this exception, and
-    return the Completion as it is then. Under torchrun all ranks call `chat`; rank 0 reads the
-    messages and broadcasts them.
+    return the Completion as it is then. ChatMode.run (cli/interactive.py) calls `chat`. Under
+    torchrun all ranks call `chat`; rank 0 reads the messages and broadcasts them.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     messages = Messages(under_torchrun)
@@ -149,14 +149,14 @@ def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
 
 def command_in(text: str) -> str | None:
     """Return the command, /word, with which a message begins, or None. A path, /a/b, is no
-    command."""
+    command: the word must end at a space or with the message."""
     match = re.match(r"\s*(/\w*)(?!\S)", text)
     return match and match[1]
 
 
 def run_command(command: str, conversation: Conversation) -> None:
-    """Run /reset; for /help and unknown commands print the list of commands. `chat` handles /exit
-    itself."""
+    """Run /reset on the conversation; for /help and unknown commands print the list of commands.
+    command: as returned by command_in. `chat` handles /exit itself."""
     if command == "/reset":
         conversation.reset()
         return
