@@ -75,7 +75,8 @@ class RenderProcess:
             )
 
     def _end(self) -> None:
-        """Kill the render process, and close the socket."""
+        """Kill the render process, and close the socket. The next request starts another
+        process."""
         self._process.kill()
         self._process.wait()
         self._process = None
@@ -184,7 +185,8 @@ def compiled(template: str) -> Any:
 
         def parse(self, parser):
             """Return the syntax tree of the content up to {% endgeneration %}."""
-            lineno = next(parser.stream).lineno
+            lineno = next(parser.stream).lineno  # skips the tag's name
+            # drop_needle: also skip the end tag. A Scope keeps variables that are set in it.
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=lineno)
 
