@@ -146,7 +146,8 @@ def piped_prompt() -> str | None:
     """Return the text of stdin, without its last line end, if stdin is a pipe or a file; return
     None for a terminal or /dev/null.
 
-    Waits until a pipe is closed; after STDIN_NOTICE_SECONDS without input a log line says so.
+    Called on rank 0 if no option gives a prompt. Waits until a pipe is closed; after
+    STDIN_NOTICE_SECONDS without input a log line says so.
     """
     kind = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
@@ -300,6 +301,7 @@ class ResultsFile:
         result: it has another model, other settings, another prompt, or a sample from num_samples
         on, or it is not a result at all. So results of two runs are never mixed in one file.
         """
+        # The checks go from the general to the special, so that the error names the first cause.
         index, sample = row.get("index"), row.get("sample")
         if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
