@@ -44,7 +44,8 @@ class LogitsProcessors:
         functions: Sequence[LogitsProcessor],
         device: torch.device,
     ):
-        """prompts: the ids of each row. Reserves config.max_new_tokens new ids for each row."""
+        """prompts: the ids of each row. device: of the logits. Reserves room for
+        config.max_new_tokens new ids in each row."""
         self.config, self.functions = config, functions
         L = max(map(len, prompts)) + config.max_new_tokens
         # Id 0 after the end of a text is padding: the masks in __call__ exclude it.
