@@ -37,8 +37,8 @@ class TokenizerConfig:
     """
 
     def __init__(self, directory: Path):
-        """Read tokenizer_config.json; without its added_tokens_decoder, special_tokens_map.json,
-        too. Methods read the other files when they need them."""
+        """Read the checkpoint directory's tokenizer_config.json; without its added_tokens_decoder,
+        special_tokens_map.json, too. Methods read the other files when they need them."""
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
         self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
