@@ -26,7 +26,7 @@ class Messages:
         """Check stdin. polls_ctrl_c: whether Ctrl-C arrives as a byte, which must be polled."""
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
-        if hasattr(sys.stdin, "reconfigure"):
+        if hasattr(sys.stdin, "reconfigure"):  # not if a program has replaced stdin
             sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end the chat
         self._is_terminal = sys.stdin.isatty()
         self.polls_ctrl_c = under_torchrun and self._is_terminal
