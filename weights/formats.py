@@ -191,6 +191,7 @@ def index_pickle(file: Path) -> Index:
             f"scripts/convert_hf_checkpoint.py --checkpoint_dir {file.parent}"
         )
     if any(part.offset < 0 for part in parts.values()):
+        # mmap, which torch has for zip files only, reads just the tensors that are used.
         content = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         _, loaded = split_content(file, content)
         parts = {
@@ -353,8 +354,8 @@ def rows_of(part: Part, rows: range) -> Part:
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
     """Read a range of a matrix's columns into `out`, (rows, len(columns)), of any device and dtype.
 
-    Reads each row's bytes by a call of its own, so no other bytes of the file are read. stage: as
-    in read_part.
+    columns: of step 1, not empty. Reads each row's bytes by a call of its own, so no other bytes of
+    the file are read. stage: as in read_part.
     """
     if part.tensor is not None:
         out.copy_(part.tensor[:, columns.start : columns.stop])
