@@ -142,7 +142,8 @@ def llama_args(config: Config) -> ModelArgs:
         head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
         hidden_dim=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size", maximum=2**28),
-        # The limit is vLLM's; transformers has none.
+        # Dynamic positions extend the context by the factor. This limit is vLLM's; transformers has
+        # none.
         context=int(context * max(1.0, scaling.factor)) if dynamic else context,
         embed_dim=dim,
         norm_eps=config.number("rms_norm_eps", 1e-6, maximum=1.0),
@@ -254,7 +255,8 @@ def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
 
 
 def check_sizes(args: ModelArgs) -> None:
-    """Raises ValueError for sizes that contradict each other or exceed any computer's memory."""
+    """Raises ValueError for sizes that contradict each other or exceed any computer's memory.
+    Called by model_args: each size alone is in its range already."""
     # layer, tables: upper bounds of the weights of a layer, and of embedding, output head and
     # learned positions.
     rotary, minimum = args.positions != "learned", 4 if args.positions == "dynamic" else 2
@@ -283,6 +285,7 @@ def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> M
     absent biases are zero. If only some layers lack a bias, it stays declared, and Checkpoint.check
     raises an error.
     """
+    # The stored biases, by their names without layers.N.
     stored = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
     absent = {
         flag: module
