@@ -98,7 +98,8 @@ def not_found(path: Path) -> str:
 
 
 def refuse_offline(repo_id: str) -> None:
-    """Raises FileNotFoundError if HF_HUB_OFFLINE is set. Called before a download."""
+    """Raises FileNotFoundError if HF_HUB_OFFLINE is set. Called before a download, when the cache
+    has no complete copy of the repository."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -361,7 +362,11 @@ def size_text(nbytes: int) -> str:
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
-    """Turn network and file errors of the block into errors of one line; see explain."""
+    """Turn network and file errors of the block into errors of one line; see explain.
+
+    An unusable HF_ENDPOINT gives a ValueError. Other errors pass. store: the folder of the
+    download.
+    """
     from huggingface_hub import constants, errors
 
     try:
