@@ -93,8 +93,8 @@ def foreign_scheme(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the quantisation scheme (see quant/linear.py) that a quantization_config describes.
 
     settings: as returned by quantization_config. In the scheme, "linears" holds the bits and the
-    group size of all linears in layers; "output" is empty because the output head is dense (lm_head is False).
-    Raises ValueError, which lists the keys whose values are not supported.
+    group size of all linears in layers; "output" is empty because the output head is dense (lm_head
+    is False). Raises ValueError, which lists the keys whose values are not supported.
     """
     method = settings.get("quant_method", "unknown")
     known_method = isinstance(method, str) and method in SUPPORTED
