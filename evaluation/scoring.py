@@ -8,9 +8,10 @@ head computes logits only at positions whose next id is scored.
 Words: a node is a run of ids in a tree: ids that all sequences below it share, or, in a leaf, the
 last ids of a sequence; a level is the set of nodes at one depth, 0 for the roots; a target is an id
 whose log-probability is computed; a pool is the KV caches, one for each layer, of one level of the
-trees; a call is one run of the model, which reads one node in each row of its caches; padding is
-what a call computes in vain because its nodes differ in length. Compiled prefill is a model that
-was compiled for calls with many ids.
+trees; a call is one run of the model, which reads one node, or a chunk of it, in each row of its
+caches; padding is what a call computes in vain: shorter nodes repeat their last id, and rows
+without a node repeat the last node. Compiled prefill (lm.prefill) is the model, compiled for calls
+with many ids.
 
 Shapes: B rows and T ids per row of a call, L positions that attention reads, V ids of the
 vocabulary, W targets, N different positions whose logits they need.
