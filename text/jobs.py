@@ -301,7 +301,6 @@ class ResultsFile:
         result: it has another model, other settings, another prompt, or a sample from num_samples
         on, or it is not a result at all. So results of two runs are never mixed in one file.
         """
-        # The checks go from the general to the special, so that the error names the first cause.
         index, sample = row.get("index"), row.get("sample")
         if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
@@ -310,6 +309,7 @@ class ResultsFile:
                 f"{where} does not say which model and settings made it (an older version wrote "
                 "it): give another --output"
             )
+        # The error lists one kind only: model and settings, else the prompt, else the samples.
         differences = self._provenance.differences(row)
         if not differences and (index >= len(prompts) or row.get("prompt") != prompts[index]):
             differences = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
