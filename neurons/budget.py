@@ -76,7 +76,8 @@ class CachePlan:
         return seconds > self.whole_layer_seconds
 
     def lines(self, neurons: int) -> list[str]:
-        """Return lines for the user about the plan. neurons: their number in a layer."""
+        """Return lines for the user about the plan: its memory and its expected costs. neurons:
+        their number in a layer."""
         share = 100 * sum(self.entries) / (neurons * len(self.entries))
         return [
             f"flash: {share:.1f} % of the neurons in memory, as many as {self.window:.1f} tokens "
@@ -183,8 +184,8 @@ def choose_plan(
 def check_budget(needed: int, memory: int, fixed: int, window: float | None) -> None:
     """Raise ValueError if `needed` bytes are more than `memory`, the bytes of --dram_budget.
 
-    needed: `fixed` bytes of other weights, and the neurons of `window` tokens, or one neuron of
-    each layer if window is None.
+    needed: `fixed` bytes of other weights and buffers, and the neurons of `window` tokens, or one
+    neuron of each layer if window is None. The message names a budget that is enough.
     """
     if needed <= memory:
         return
