@@ -58,7 +58,8 @@ class Pack:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Figures of each layer: those of predictor.LearnedLayer.figures, and `rank`."""
+        """Figures of each layer: those of LearnedLayer.figures (calibration/predictor.py), and
+        `rank`, of its predictor."""
         return self.manifest["layers"]
 
     def resident(self) -> dict[str, Tensor]:
@@ -80,7 +81,8 @@ def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
 
     Raises FileNotFoundError if the pack or one of its files is absent. Raises ValueError if the
     model has no ReLU, or the pack has another format version, was made from other weights, or is
-    damaged. The messages, except that for a model without ReLU, name the command that makes a pack.
+    damaged. The messages, except the one for a model without ReLU, name the command that makes a
+    pack.
     """
     remedy = f"run python flash.py --checkpoint_path {checkpoint.path} --calibration_file TEXT"
     check_relu(checkpoint.args)
