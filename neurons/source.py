@@ -215,7 +215,8 @@ class NeuronSource:
         self.file.nbytes = self.file.requests = 0
 
     def lines(self) -> Iterator[str]:
-        """Yield lines for the user with the measured means per token.
+        """Yield lines for the user with the measured means per token, after those of the plan
+        (flash_report).
 
         A token, or a batch's tokens of one step, runs each layer once, so the number of tokens is
         that of layer runs / layers. Layers of long prompts are not counted.
