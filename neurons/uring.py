@@ -245,12 +245,14 @@ class UringReader:
         return results
 
     def _read_batch(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
-        """Read at most `depth` requests, and write their results, (n,), in place.
+        """Read at most `depth` requests, and write their results, (n,), in place. No other request
+        may be pending.
 
         overlap: called once while the kernel reads. Progress is computed from the shared heads and
         tails alone, so that Ctrl-C at any point leaves it right. On an exception, wait for the
         requests that the kernel has taken, because it writes to their memory, and withdraw others.
         """
+        # The submission queue's tail and the completion queue's head before the batch.
         count, tail, head = len(requests), int(self._sq_tail[0]), int(self._cq_head[0])
         self._fill_entries(requests, tail)
 
