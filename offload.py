@@ -84,6 +84,8 @@ class StreamedLayers(nn.ModuleList):
         dtype: torch.dtype,
         device: torch.device,
     ):
+        """Allocate the host memory of layers that lie there; `start` allocates the buffers on the
+        device. layers: blocks of the same shapes, on the meta device."""
         super().__init__(layers)
         # Computes a block, given the block and its inputs.
         self.run: Callable[..., Tensor] = eager
