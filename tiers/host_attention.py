@@ -23,8 +23,9 @@ from tiers.prefetch import record_event, to_device
 class HostAttention:
     """A cache in host memory whose attention the host computes for a block on the device.
 
-    It takes the place of a KVCache. The calling thread waits for the host; the device can compute
-    other micro-batches that other threads launch (offload.compute_in_threads).
+    It takes the place of a KVCache, whose tensors are in host memory (_cache). The calling thread
+    waits for the host; the device can compute other micro-batches that other threads launch
+    (offload.compute_in_threads).
     """
 
     # One micro-batch at a time attends, and its attention uses all cores of the host.
