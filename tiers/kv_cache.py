@@ -84,6 +84,9 @@ class CellAllocator:
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int):
+        """Find the layout of a cell; allocates nothing yet. _template, _host_template: KVCaches
+        without memory, from which the caches on the model's device, and those whose attention the
+        host computes, are copied. _position_bytes: of one position, for each tensor."""
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -187,6 +190,11 @@ class TieredCaches(Sequence["TieredCache"]):
         length: int,
         wait_time: WaitTime | None = None,
     ):
+        """Allocate all cells, on the policy's tiers, and the ring's buffers. K: micro-batches.
+
+        Raises ValueError if the disk is too full. The ring is empty until the first cell that is
+        not resident is acquired.
+        """
         self._allocator = CellAllocator(model, policy, length)
         self.policy, self.device = policy, self._allocator.device
         self.rows, self.length, self.layout = rows, length, self._allocator.layout
