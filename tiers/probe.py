@@ -91,7 +91,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     is moved to the CPU by this call. args: those of the real model, which may be wider; times of
     computation are scaled to its width: those of matrix products with its square (they grow with
     the weights), those of attention with the width. directory: a folder on the disk to measure.
-    Raises ValueError or OSError if the disk takes no scratch file.
+    Raises ValueError or OSError if the disk takes no scratch file. Called by plan.py's `machine` if
+    there are no saved results. narrowing: how many times wider the real model is.
     """
     narrowing = args.dim / model.args.dim
     device = model.tok_embeddings.weight.device
