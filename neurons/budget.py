@@ -165,7 +165,7 @@ def choose_plan(
     usage, stride = NeuronUsage(pack, neurons), pack.format.stride
 
     def nbytes(k: float) -> int:
-        """Return the bytes of all weights if the neurons of `k` tokens are in memory; 0: one."""
+        """Return the bytes of all weights with the neurons of `k` tokens; 0: one of each layer."""
         return fixed + int(usage.entries(k).sum()) * stride
 
     check_budget(nbytes(window or 0), memory, fixed, window)
