@@ -51,11 +51,11 @@ def compiled_view(
 
     One graph serves all visible lengths, all numbers of new tokens above one, and all lengths of
     `at` above one. The model must keep the tensors that it has now. It compiles at the first calls,
-    see load.compile_now. Raises ValueError on a CPU without a C++ compiler. cuda_graphs: record CUDA graphs
-    on a GPU; False for prefill, since a graph is recorded for each length, and False if the host
-    computes or reads within a step.
+    see load.compile_now. Raises ValueError on a CPU without a C++ compiler.
+    cuda_graphs: record CUDA graphs on a GPU; False for prefill, since a graph is recorded for each
+    length, and False if the host computes or reads within a step.
     """
-    # A function has a graph for each batch size and each length of the caches; by default the compiler stops at 8.
+    # Each batch size and each length of the caches has a graph. By default the compiler stops at 8.
     allow_recompiles(64)
     if device.type != "cpu":
         step = compiled_parts(model, {"options": gpu_options(device)})
@@ -87,8 +87,7 @@ def compiled_view(
 def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[..., Tensor]:
     """Returns a function like compiled_view's, with the embedding, a block and the head compiled.
 
-    settings: arguments of torch.compile. Used on GPUs: on a CPU one graph of the whole step is
-    faster to call.
+    settings: arguments of torch.compile. Used on all devices but the CPU.
     """
     settings = settings | {"fullgraph": True, "dynamic": False}
     embed = torch.compile(model.embed, **settings)
@@ -125,7 +124,7 @@ def vary_inputs(
     lengths: Tensor | None = None,
 ) -> None:
     """Tell the compiler which dimensions of a step's inputs vary, so that one graph serves all
-    their sizes: S, and T and N if above 1. Other sizes, and 1, get a graph each.
+    their sizes: S, and T and N if above 1. Sizes of other dimensions have a graph each.
 
     lengths: does not vary; it is a parameter because the callers pass it on with `at`.
     """
@@ -248,8 +247,8 @@ class CudaGraphs:
 class RecordedStep:
     """A CUDA graph of a step, with the inputs that it reads and the logits that it writes.
 
-    pool: the memory pool of CUDA graphs from which the step allocates; graphs share it, so only one
-    of them may run at a time. step and its arguments: see CudaGraphs.__call__.
+    pool: the memory pool of CUDA graphs from which the step allocates; graphs share it, so
+    another replay may overwrite the logits. step and its arguments: see CudaGraphs.__call__.
     """
 
     def __init__(
