@@ -1,5 +1,7 @@
 """Memory of this machine: the free bytes, the sizes of caches, and page-aligned buffers.
 
+A cgroup is a set of processes whose memory Linux limits, as in a container; cgroups are nested.
+
 Start at available_memory and page_aligned.
 """
 
@@ -49,7 +51,7 @@ def cgroup_headroom() -> Iterator[int]:
     """
     own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
     leaf = Path("/sys/fs/cgroup", own)
-    for group in (leaf, *leaf.parents):
+    for group in (leaf, *leaf.parents):  # the limits of outer groups count, too
         limit = group / "memory.max"
         if limit.is_file() and (maximum := limit.read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -73,8 +75,8 @@ HUGE_PAGE_BYTES = 2 * 2**20
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
     """Returns a buffer of zero bytes (uint8) that begins at a multiple of BLOCK_BYTES.
 
-    pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge pages if it is at
-    least one page long and the system has them. Then a direct read has fewer segments, and a
+    nbytes: may be 0. pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge
+    pages if it is at least one of them long and the system has them. Then a direct read has fewer segments, and a
     decoding step, which reads every weight once, misses the TLB less often.
     """
     if device.type != "cpu" or pinned:
@@ -120,9 +122,9 @@ def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/c
 
 
 def machine_name(device: torch.device) -> str:
-    """Returns the GPU's name, or the CPU's name and torch's number of threads.
+    """Returns the GPU's name, or for other devices the CPU's name and torch's number of threads.
 
-    It is part of the key of saved measurements.
+    It is part of the key of saved measurements, which differ with the number of threads.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
