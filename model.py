@@ -74,13 +74,16 @@ class ModelArgs:
 
 
 class Transformer(nn.Module):
-    """Computes logits from token ids. All state that outlives a call is in the caches."""
+    """Computes logits from token ids. All state that outlives a call is in the caches.
+
+    Built on the meta device when it is loaded; load.py then replaces modules and fills the weights.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         block = PreNormBlock if args.norm_first else PostNormBlock
-        resized = args.embed_dim != args.dim
+        resized = args.embed_dim != args.dim  # OPT-350m only
         self.tok_embeddings = Embedding(args.vocab_size, args.embed_dim)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
@@ -168,7 +171,7 @@ class Transformer(nn.Module):
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
         given = shape, weight.dtype, weight.device
-        return [self.cache_factory(*given) for _ in range(args.n_layers)]
+        return [self.cache_factory(*given) for _ in range(args.n_layers)]  # one for each layer
 
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""
@@ -217,6 +220,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
+        # Outputs of the product that are q, k and v.
         self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
         self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
         self.wo = Linear(self.widths[0], args.dim, bias=args.wo_bias)
@@ -263,7 +267,8 @@ class PlainFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm. exact: compiled code returns the same bits as eager code."""
+    """RMS norm. eps: added to the mean square. affine: whether it has a weight. exact: compiled
+    code returns the same bits as eager code."""
 
     def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
         super().__init__(dim, eps, affine)
@@ -278,6 +283,7 @@ class RMSNorm(nn.RMSNorm):
         self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
         if self.exact and takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
@@ -287,6 +293,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm; compiled code returns the same bits as eager code."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
         if takes_kernel(x):
             affine = self.weight, self.bias
             return torch.ops.gpt_flex.layer_norm(x, self.normalized_shape, *affine, self.eps)
@@ -305,13 +312,14 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
-    inputs_per_column = {"weight": 1}  # inputs that a column of each tensor stands for
+    # Inputs that a column of each tensor stands for, for tp.py, which divides columns among ranks.
+    inputs_per_column = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
         # A matrix, since for inputs of more dimensions and a bias the compiler takes dynamic sizes
         # for constants (torch 2.13).
-        rows = x.flatten(0, -2)  # (N, in_features)
-        y = F.linear(rows, self.weight, self.bias)  # (N, out_features), N: product of the others
+        rows = x.flatten(0, -2)  # (N, in_features), N: product of the other dimensions
+        y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
 
 
@@ -324,6 +332,7 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        # Frequencies of the E/2 pairs of channels.
         # On the CPU even if the model is built on the meta device: no checkpoint stores them.
         channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
         freqs = 1.0 / args.rope_theta ** (channels / args.head_dim)  # (E/2,)
@@ -367,6 +376,7 @@ class DynamicRotaryPositions(RotaryPositions):
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         scaling = args.rope_scaling
+        # The arguments of ntk_freqs after `exponents`. The last is the trained context.
         self.settings = args.rope_theta, scaling.factor, scaling.original_context
         channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
         self.register_buffer("exponents", channels / args.head_dim, persistent=False)  # (E/2,)
@@ -381,7 +391,10 @@ class DynamicRotaryPositions(RotaryPositions):
 
 
 class LearnedPositions(Embedding):
-    """Adds a learned vector for the position to each embedding; rotates nothing."""
+    """Adds a learned vector for the position to each embedding; rotates nothing (OPT).
+
+    It has the interface of RotaryPositions; the rotation is None.
+    """
 
     OFFSET = 2  # OPT's tables begin with two rows that no position uses
 
@@ -391,6 +404,7 @@ class LearnedPositions(Embedding):
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation]:
+        """Returns x, (B, T, D), plus the vectors of pos, (B, T); and None. lengths: not used."""
         return x + super().forward(pos + self.OFFSET), None
 
     @staticmethod
