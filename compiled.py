@@ -97,6 +97,8 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
     def step(
         tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
+        """Compute Transformer.forward by calling the three compiled parts. Tensors are marked
+        before each call: the compiler takes sizes for fixed that are not marked as varying."""
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, key_pos, *at)
         at, lengths = at[:1], at[1:]  # each a list of one tensor, or empty
@@ -174,6 +176,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     def run(
         block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
     ) -> Tensor:
+        """Compute a block, called as PreNormBlock.forward is, with the block as first argument."""
         x, mask, pos = map(fresh, (x, mask, pos))
         vary_block_inputs(x, rotation, mask, pos)
         return compiled(block, x, rotation, mask, pos, cache)
@@ -189,7 +192,8 @@ class CudaGraphs:
     reads its own copy. A set of caches is identified by its addresses. The graphs of the latest
     MAX_CACHE_SETS sets are kept, and ReusedCaches gives new caches the addresses of earlier ones.
     The first call with a shape is not recorded, since it may compile kernels; the second one is.
-    The caller owns the logits that a call returns.
+    The caller owns the logits that a call returns. step: a function like compiled_view's, without
+    graphs. sets: the graphs of each set of caches, the latest set last, see _graphs_of.
     """
 
     MAX_CACHE_SETS = 4
@@ -344,8 +348,10 @@ class CompiledGraphCache:
         last_call. options: those of Inductor."""
 
         def compile(traced: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
+            """Called by torch.compile with the traced graph and example inputs."""
             graph = compile_with_inductor(traced, examples, options)
 
+            # What torch.compile calls in place of the graph.
             def noted(*inputs: Any) -> Sequence[Tensor]:
                 self.last_call = graph, inputs
                 return graph(*inputs)
