@@ -357,6 +357,7 @@ def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
 
     def fill(name: str, tensor: Tensor) -> None:
+        """Fill a tensor with the beginning of the noise, again and again."""
         integers = not tensor.is_floating_point()
         for piece in tensor.detach().view(-1).split(len(noise)):
             if name.endswith(".scales"):
@@ -457,6 +458,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
     rounded: dict[str, dict[str, Tensor]] = {}
 
     def rounding(name: str, tensor: Tensor) -> None:
+        """Fill a tensor of the model; the first one of a linear reads and rounds its weight."""
         # A quantised linear has several tensors (integers, scales, ...) for one stored weight.
         module, _, leaf = name.rpartition(".")
         if module not in linears or leaf == "bias":
