@@ -76,8 +76,8 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
     """Returns a buffer of zero bytes (uint8) that begins at a multiple of BLOCK_BYTES.
 
     nbytes: may be 0. pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge
-    pages if it is at least one of them long and the system has them. Then a direct read has fewer segments, and a
-    decoding step, which reads every weight once, misses the TLB less often.
+    pages if it is at least one of them long and the system has them. Then a direct read has fewer
+    segments, and a decoding step, which reads every weight once, misses the TLB less often.
     """
     if device.type != "cpu" or pinned:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
