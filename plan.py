@@ -286,7 +286,8 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
 def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """Returns the machine's measurements for a model: saved ones, or if needed new ones.
 
-    New ones are of one layer of the model's shape with random weights, and are saved. directory: a
+    New ones are of one layer of the model's shape, or a narrower one, with random weights; they are
+    saved. directory: a
     folder, which need not exist yet, on the disk for offloading.
     needed: True: measure if there are no saved ones; False: return None then. anew: ignore saved
     ones.
@@ -331,7 +332,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
 def lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as lines of text, the verdict first: --plan prints them, a run logs them.
 
-    Without measurements of the machine (--percent does not make any) there are no seconds.
+    Without measurements of the machine (a run with --percent makes none) there are no seconds.
     """
     found, policy, workload = plan.prediction, plan.policy, plan.workload
     tiers = {t: "memory" if t == "device" and found.device_is_cpu else t for t in found.memory}
@@ -364,11 +365,13 @@ def verdict(plan: Plan) -> str:
     """Returns whether the model fits, its predicted rate, and the resource that bounds it: the one
     that is busiest in the longer phase, the prompts or all steps of a block."""
     found = plan.prediction
+    # Where the model must fit: with parts on disk, the disk; otherwise memory.
     moving = "this disk" if found.memory["disk"] else "memory"
     fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {moving}"
     if not found.step:
         return fits
     phases = found.prefill, {name: n * (plan.workload.new - 1) for name, n in found.step.items()}
+    # Of the two dicts of seconds by resource, the one whose busiest resource takes longer.
     longest = max(phases, key=lambda phase: max(phase.values()))
     bound = RESOURCE_NAMES[max(longest, key=longest.get)]
     return f"{fits}; about {found.rate:.2g} tokens/s; bound by {bound}"
