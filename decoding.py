@@ -159,14 +159,16 @@ def launched_steps(
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
     for n in range(count):
+        # key_pos[n] is n, the number of the new token, on the device.
         tokens = sampler(logits, key_pos[n : n + 1].expand(len(rows), 1))  # (B, 1)
         yield rows, sampler.copy_to_host_async(tokens)
-        going = [i for i, row in enumerate(rows) if row in live]
+        going = [i for i, row in enumerate(rows) if row in live]  # indices of unfinished rows
         if n + 1 == count or not going:
             return
         if lm.any_rows and pays_to_compact(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.select_rows(at)
+            # Positions that the longest row has stored: its prompt and n new tokens.
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
         # Clamped for finished rows that are still computed: they must stay within the cache.
@@ -239,9 +241,10 @@ def prefill(
     # Lengths of the whole prompts, and of the parts to compute.
     whole = torch.tensor([[len(p)] for p in prompts], device=lm.device)  # (B, 1)
     lengths = whole[:, 0] - past  # (B,)
-    width = max(map(len, prompts)) - past
+    width = max(map(len, prompts)) - past  # tokens of the longest prompt that are to be computed
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
+    # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
     logits = None
     for n in range(len(caches)):
