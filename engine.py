@@ -68,6 +68,7 @@ def generate(
     if caches is None:
         longest = max(map(len, texts))
         caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
+    # The most new tokens of each row: its position must stay within the caches.
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
     # `texts` grow with the batch; `padded` below keeps the prompts as they are.
     batch = Batch(texts, counts, () if config.ignore_eos else lm.tokenizer.eos_ids, live)
@@ -76,6 +77,7 @@ def generate(
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
+    # Numbers of random streams; the unused rows' ids are dropped.
     streams = [*(rows or range(len(texts))), *[0] * unused]
     # The sampler prepares no more steps than the caches can hold.
     config = replace(config, max_new_tokens=max(counts))
@@ -175,7 +177,8 @@ def make_sampler(
 ) -> Sampler:
     """Make a sampler for the prompts' rows. streams: the number of each row's random stream.
 
-    prompts: for penalties of repeated tokens. functions: logits processors of the caller.
+    prompts: the ids of each row's prompt, which penalties of repeated tokens count. functions:
+    logits processors of the caller, which run with those that the config asks for.
     """
     processors = None
     if config.changes_logits or functions:
@@ -194,7 +197,8 @@ def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
-    """Returns a prompt's ids as a list. ValueError for anything but a sequence of integers."""
+    """Returns a prompt's ids as a list of int, also from numpy's or torch's integers. ValueError
+    for anything but a sequence of integers."""
     try:
         return [index(token) for token in prompt]
     except TypeError as error:
@@ -214,7 +218,7 @@ def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
 
 
 def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
-    """Returns the first `most` ids, cut after the first one that is in `ends`."""
+    """Returns the first `most` ids, cut after the first one that is in `ends`, which is kept."""
     end = next((n for n, token in enumerate(ids[:most], 1) if token in ends), most)
     return ids[:end]
 
