@@ -382,6 +382,7 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
         # Before the fast layers pack the weights: packed weights cannot be quantised.
         copy = self_copy(model, options.draft)
+    # The third argument: with --flash, dense linears are replaced whatever their size.
     use_fast_layers(model, model.tok_embeddings.weight.dtype, options.flash is not None or None)
     if options.policy:
         lm = offloaded(model, tokenizer, options)
@@ -498,7 +499,7 @@ def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Se
 
 
 def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Import the compiler while the weights are read, if it is wanted."""
+    """Returns a context that imports the compiler while its body reads the weights, if wanted."""
     if not wanted:
         return contextlib.nullcontext()
     from compiled import compiler_imported
@@ -528,7 +529,8 @@ def make_views(
 
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns a dtype by its name. ValueError, with the known ones, for another name."""
+    """Returns a dtype by its name, as float32 or torch.float32; a dtype, or None (as stored),
+    unchanged. ValueError, with the known names, for another name."""
     if not isinstance(dtype, str):
         return dtype
     if dtype.removeprefix("torch.") not in DTYPES:
@@ -537,7 +539,8 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find_cache(kv_dtype: str | None) -> CacheFactory:
-    """Returns the factory of the KV caches. ValueError, with the known names, for another name."""
+    """Returns the factory of the KV caches for --kv_dtype: int8, int4, or None for the model's
+    dtype. ValueError, with the known names, for another name."""
     if kv_dtype is None:
         return CacheFactory()
     if kv_dtype not in CACHE_BITS:
