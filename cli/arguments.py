@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
     def _unknown(self, arg: str) -> str:
-        """Returns the error message for an unknown argument, with the most similar option."""
+        """Returns the error message for an unknown argument, with the most similar option, if one
+        is similar enough (0.6 is difflib's own limit)."""
         if not arg.startswith("-"):
             return f"unrecognized argument '{arg}': a text with blanks needs quotes"
         name = arg.partition("=")[0]
