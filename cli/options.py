@@ -40,6 +40,7 @@ from options.settings import DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
+# Values of --dtype, --kv_dtype, quantize.py's --mode, --head and --groupsize, flash.py's --neurons.
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
 MODES = "int8", "int4", "int4-gptq"
@@ -75,7 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def new_parser(prog: str, description: str) -> Parser:
-    """Returns a parser with the options that all commands have: --version and --quiet."""
+    """Returns a parser with the options that all commands have: --version and --quiet.
+
+    prog: the command's name, such as eval.py. description: a sentence for --help.
+    """
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=description)
     parser.add_argument("--version", action=Version, help="versions of this program and its parts")
     help = "only the text, the result and what went wrong: no log lines, no progress bars"
@@ -286,7 +290,8 @@ def check_rules(
 def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the process with an error if values of generate.py's options do not go together.
 
-    Rules that only ask whether an option is given are in options/rules.py.
+    Rules that only ask whether an option is given are in options/rules.py. Here: rules about
+    values, such as numbers in --prompt, and the sums of --percent.
     """
     for broken, message in (
         (
@@ -310,7 +315,7 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(message)
     percent = args.percent or [0] * 6
     for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
-        if sum(shares) > 100 + 1e-9:
+        if sum(shares) > 100 + 1e-9:  # 1e-9: sums of decimals are not exact
             parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
 
 
