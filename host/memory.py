@@ -49,6 +49,7 @@ def cgroup_headroom() -> Iterator[int]:
 
     The page cache counts as free, because the kernel drops it when memory is needed.
     """
+    # The line of version 2 is "0::" and the path of the process's cgroup below /sys/fs/cgroup.
     own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
     leaf = Path("/sys/fs/cgroup", own)
     for group in (leaf, *leaf.parents):  # the limits of outer groups count, too
@@ -83,6 +84,7 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
+    # Huge pages need an address at a multiple of their size: map more, and begin there.
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES * huge, flags)
