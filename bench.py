@@ -175,6 +175,7 @@ def print_table(tests: dict[str, list[float]], batch: int) -> None:
 def provenance(device: torch.device) -> dict[str, str]:
     """Return commit, machine, torch version, command and date, to store with measured figures."""
     root = Path(__file__).parent
+    # The commit's hash; --exclude=* ignores tags.
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
