@@ -110,7 +110,7 @@ class Checkpoint:
         rows, columns = a.shape
         dtype, stage = torch.promote_types(a.dtype, b.dtype), staging_buffer(torch.device("cpu"))
         step = max(1, COMPARED_BYTES // max(1, columns * dtype.itemsize))
-        pair = torch.empty(2, step, columns, dtype=dtype)
+        pair = torch.empty(2, step, columns, dtype=dtype)  # `step` rows of each matrix
         for start in range(0, rows, step):
             some = range(start, min(start + step, rows))
             for name, out in zip((one, other), pair, strict=True):
@@ -179,6 +179,7 @@ class Checkpoint:
     ) -> None:
         """Allocate the tensors of a model that was built on the meta device, and read them.
 
+        For models without other features: load.py calls fill_function itself.
         dtype: of floating-point parameters, None: the stored one; buffers and integers keep the
         dtype that the model declares. progress: called with the bytes read of each tensor.
         Raises ValueError as `check` does, and MemoryError before anything is allocated.
