@@ -98,6 +98,7 @@ class Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the versions; the program's is the commit of its git repository."""
+        # Describes the commit by the nearest tag or its hash, and whether files have changed.
         git = [
             "git",
             "-C",
