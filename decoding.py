@@ -150,8 +150,9 @@ def launched_steps(
 
     To launch is to start a step's computation without waiting for its ids; see Launched.
     prompts: of all rows. past: leading tokens of each prompt that the caches have. sampler: for all
-    rows. live: the unfinished rows, read before every step; a finished row gets no
-    ids, or meaningless ones. Once enough rows have finished, the other rows are moved together.
+    rows. live: the unfinished rows, read before every step; a finished row gets no ids, or
+    meaningless ones. Once enough rows have finished, the other rows are moved together, if the
+    model takes any number of rows.
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length  # positions of a cache
     key_pos = torch.arange(length, device=lm.device)  # (length,)
@@ -196,9 +197,8 @@ def join_micro_batches(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[
     """Join the steps of several micro-batches into steps of all rows.
 
     Each item has the rows of all micro-batches and a function that returns their ids, which are
-    known already. A micro-batch that has ended drops out. A micro-batch's next step is
-    launched as soon as the ids of its previous step are known, while the other micro-batches are
-    computed.
+    known already. A micro-batch that has ended drops out. A micro-batch's next step is launched as
+    soon as the ids of its previous step are known, while the other micro-batches are computed.
     """
     in_flight = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
     while in_flight:
