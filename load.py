@@ -112,8 +112,8 @@ def checked(options: LoadOptions) -> LoadOptions:
 def with_draft_model(options: LoadOptions) -> LoadOptions:
     """Returns the options, with the draft model loaded if they name its path.
 
-    It gets the model's device, dtypes and compilation, and is neither offloaded nor divided among
-    ranks. options: as `checked` returns them.
+    It gets the same device, dtypes and compilation as the model, and is neither offloaded nor
+    divided among ranks. options: as `checked` returns them.
     """
     draft = options.draft
     if draft is None or isinstance(draft, LoadedModel) or draft in DRAFTS:
@@ -393,7 +393,8 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
     """Returns the LoadedModel of a model with streamed layers, which make_ready asks for if there
-    is a policy. Both views are the model itself; with --compile its blocks are compiled."""
+    is a policy. Both views are the model itself; with --compile its blocks are compiled. options
+    have a policy, which also gives the size of prefill chunks."""
     if options.compile:
         from compiled import compiled_block
 
