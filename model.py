@@ -326,8 +326,8 @@ class Linear(nn.Linear):
 class RotaryPositions(nn.Module):
     """Rotates each pair of query and key channels by an angle proportional to the position.
 
-    The angle is the position times the pair's frequency; frequencies fall from 1 to
-    about 1 / rope_theta, before scaling.
+    The angle is the position times the pair's frequency; frequencies fall from 1 to about
+    1 / rope_theta, before scaling.
     """
 
     def __init__(self, args: ModelArgs):
@@ -536,7 +536,7 @@ def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Te
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: (B, positions, G, E) each, the last position is not used.
+    """Keys and values of one layer: (B, positions, G, E) each. The last position is not used.
 
     It is a module so that the compiler takes k and v for buffers with fixed addresses: a CUDA graph
     writes to them in place, and new caches of the same shape need no new compilation.
@@ -584,7 +584,7 @@ class KVCache(nn.Module):
 
     def keep(self, filled: int) -> None:
         """Declare the positions from `filled` on unused. A cache on several tiers then does not
-        move them."""
+        move them; this one has nothing to do."""
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), at pos, (B, T); return keys and values of the first
@@ -628,7 +628,8 @@ class KVCache(nn.Module):
 
 
 class Cache(Protocol):
-    """The cache of a layer as the decoding loop uses it: a KVCache, or one on several tiers."""
+    """The cache of a layer as the decoding loop uses it: a KVCache, or one of several micro-batches
+    (groups of rows) on several tiers: device, host memory and disk (tiers/kv_cache.py)."""
 
     rows: int
     length: int  # usable positions of each row
@@ -682,7 +683,8 @@ class CacheFactory:
         return self.make(shape, dtype, device, attention=self.attention)
 
     def portable(self) -> "CacheFactory":
-        """Return a factory of caches that attend on any device, not on the model's alone."""
+        """Return a factory of caches that attend on any device, not on the model's alone: for
+        attention on the host."""
         return replace(self, attention=sdpa_attention)
 
 
