@@ -139,7 +139,7 @@ def sampling_options(add: Add) -> None:
     """Add one option for each field of GenerationConfig, in its order and with its type.
 
     Fields of type bool become flags; SPECIAL_OPTIONS has the options of other types. The defaults
-    in the help are those of GenerationConfig; a number that is not given becomes None.
+    in the help are those of GenerationConfig; a number or flag that is not given is None.
     """
     for field in fields(GenerationConfig):
         name, help = f"--{field.name}", GENERATION_HELP[field.name]
