@@ -232,7 +232,8 @@ def prefill(
     past: int,
     key_pos: Tensor,
 ) -> Tensor:
-    """Fill the caches with the prompts, in chunks of about lm.prefill_chunk_tokens of all rows.
+    """Fill the caches with the prompts, in chunks of at most lm.prefill_chunk_tokens tokens of all
+    rows together (None: PREFILL_TOKENS), or of one token of each row.
 
     prompts: one for each row, padded on the right here. past: leading tokens of every prompt that
     the caches have, fewer than the prompt; later positions are overwritten. key_pos: arange over
