@@ -126,8 +126,8 @@ class PlanOptions(FromArguments):
 
 @dataclass(frozen=True)
 class PromptOptions(FromArguments):
-    """Which prompts a command continues, and how it encodes them. The fields are the options of
-    generate.py with these names; None: not given."""
+    """Which prompts a command continues, and how it encodes them. All fields but random_tokens are
+    options of generate.py; None: not given."""
 
     prompt: tuple[str, ...] | None = None
     prompt_file: Path | None = None
