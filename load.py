@@ -57,8 +57,8 @@ def load_model(
 
     changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
     model compiles at its first calls; see compile_now.
-    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line, before it
-    allocates the weights.
+    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line: before it
+    allocates the weights, but for a copy of the model as draft, or neurons, that do not fit.
     """
     from text.tokenizer import load_tokenizer
 
@@ -265,7 +265,8 @@ def fill_model(
 
 
 class ParallelStrategy(Protocol):
-    """Divides a model among processes. load_model calls the methods in the order given here.
+    """Divides a model among processes. `assemble` calls the methods in the order given here, except
+    shard_args, which build_skeleton and plan.py call.
 
     SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """

@@ -27,7 +27,7 @@ def find_inputs(
     texts: files that must exist; None: not given. output: a file that must be writable.
     An error ends the process with exit code 2 and one line on stderr, Ctrl-C with exit code 130.
     script: the command's name, which begins the line. Under torchrun nothing is done here: the
-    command does the same once the ranks have met, so that each line is printed once.
+    command finds the same errors later, generate.py once the ranks have met: one line for all.
     """
     if several_processes():
         return

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     whatever can fail quickly (prompts, plan, output files) comes before the model is loaded.
     """
     set_threads(args.threads)
-    options = load_options(args)
+    options = load_options(args)  # joins the process group, which the last line leaves
     model = model_choice(args)
     config = generation_config(args, model)
     mode = make_mode(args, model)
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
+    # In a pipeline the plan is for the rows of one of its micro-batches.
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
         cache_length = plan and plan.workload.prompt + plan.workload.new

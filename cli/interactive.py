@@ -46,7 +46,7 @@ class ChatMode:
         positions = min(lm.model.args.context, cache_length or positions_that_fit(lm))
         caches = lm.make_caches(1, positions)
         session.compile(caches)
-        length = caches[0].length
+        length = caches[0].length  # make_caches has rounded the positions up
         conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
         chat.chat(conversation, answerer(session, conversation, caches))
 
