@@ -1,5 +1,8 @@
 """Measures the speed of generation, and compares it with the machine's memory bandwidth.
 
+A step computes one new id for each row (text) of a batch. A ceiling is the memory's read bandwidth,
+in bytes per second.
+
 Start at Stats, which times the steps of `generate` and counts the bytes that decoding reads.
 `measure` is `generate.py --bench`, after llama.cpp's llama-bench: pp is prompt processing, that is
 prefill, and tg is text generation, that is decoding.
@@ -34,6 +37,8 @@ WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, th
 class Stats:
     """Seconds, tokens and bytes of one run, or the sums over several runs.
 
+    decoded_tokens and decode_seconds leave the first token of each text out: it belongs to prefill.
+    reads_memory: whether the bytes of decoding are compared with the memory's bandwidth.
     lm: the model of all runs. load_seconds and compile_seconds are set by the caller.
     """
 
@@ -59,7 +64,7 @@ class Stats:
         past: leading tokens of each prompt that the caches hold already. Time that the consumer
         spends between two steps is not counted.
         """
-        start, filled = time.perf_counter(), list(map(len, prompts))
+        start, filled = time.perf_counter(), list(map(len, prompts))  # filled: tokens of each row
         for n, step in enumerate(steps):
             seconds = time.perf_counter() - start
             self.new_tokens += sum(map(len, step))
@@ -86,7 +91,7 @@ class Stats:
 
     @property
     def bandwidth(self) -> float:
-        """Return the bytes per second that decoding read."""
+        """Return the bytes per second that decoding read: weights and KV cache, not activations."""
         return self.decoded_bytes / max(self.decode_seconds, 1e-9)
 
     def report(self, ceiling: float | None) -> Iterator[str]:
@@ -125,8 +130,8 @@ def measure(
 
     complete: engine.complete, as a parameter because engine.py imports this file. The prompts are
     random ids, one for each row of the caches, of prompt_length; every text gets
-    config.max_new_tokens tokens. Returns the settings, the tokens per second of each run, and
-    provenance().
+    config.max_new_tokens tokens, as EOS and stop strings are ignored. The caches have room for
+    both. Returns the settings, the tokens per second of each timed run, and provenance().
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (caches[0].rows, prompt_length)
@@ -157,7 +162,10 @@ def measure(
 
 
 def print_table(tests: dict[str, list[float]], batch: int) -> None:
-    """Print the mean and the standard deviation of each test's tokens per second on stderr."""
+    """Print the mean and the standard deviation of each test's tokens per second on stderr.
+
+    tests: name, such as pp512, -> the rate of each run. batch: rows.
+    """
     print(f"{'test':>8} {'batch':>6} {'tokens/s':>10} {'sd':>8}", file=sys.stderr)
     for test, rates in tests.items():
         mean, deviation = statistics.mean(rates), statistics.pstdev(rates)
@@ -167,6 +175,7 @@ def print_table(tests: dict[str, list[float]], batch: int) -> None:
 def provenance(device: torch.device) -> dict[str, str]:
     """Return commit, machine, torch version, command and date, to store with measured figures."""
     root = Path(__file__).parent
+    # The commit's hash; --exclude=* ignores tags.
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()

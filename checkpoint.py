@@ -1,5 +1,10 @@
 """A checkpoint: a model's config, its quantisation scheme, and its tensors by their place on disk.
 
+A scheme says how the linears are quantised, see make_scheme in quant/linear.py; None: they are not.
+A StoredTensor is a tensor of our model as it lies on disk: one or more Parts, each a tensor of a
+file (q, k and v, for example), which are stacked by rows, and converted if they have another
+layout.
+
 Start at Checkpoint. Its constructor reads headers: our `model.pth` and Hugging Face's safetensors
 or .bin, in one file or in shards, all become one table, our tensor name -> StoredTensor
 (weights/stored.py). Of Hugging Face's files it also reads tensors that may be redundant: g_idx and
@@ -60,14 +65,16 @@ class Checkpoint:
         self.args = hf.with_stored_biases(self.args, self.tensors, self.path)
 
     def own_scheme(self, found: Any) -> dict[str, Any] | None:
-        """Returns the scheme of a model.pth. ValueError for one that this version does not read."""
+        """Returns the scheme of a model.pth. found: what the file has as scheme. ValueError for one
+        that this version does not read."""
         try:
             return checked_scheme(found)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; convert or quantise it again") from error
 
     def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
-        """Returns the scheme of a Hugging Face checkpoint. parts: the names of its tensors."""
+        """Returns the scheme of a Hugging Face checkpoint, None if it is not quantised. parts: the
+        names of its tensors. ValueError for a quantisation that cannot be read."""
         packed = any(name.endswith(".qweight") for name in parts)
         try:
             from weights.int4_layouts import foreign_scheme, quantization_config
@@ -80,8 +87,8 @@ class Checkpoint:
     def resolve_tied_head(self) -> None:
         """Drop an output head that equals the embedding; use both where they differ.
 
-        transformers 5 does so too, although the config ties them. The embedding may be stored
-        under the head's name alone.
+        Called if the config ties them and the file has a head. transformers 5 uses both, too. The
+        embedding may be stored under the head's name alone.
         """
         self.tensors.setdefault("tok_embeddings.weight", self.tensors["output.weight"])
         if self.equal("tok_embeddings.weight", "output.weight"):
@@ -95,14 +102,15 @@ class Checkpoint:
         )
 
     def equal(self, one: str, other: str) -> bool:
-        """Compare two matrices, up to the first difference."""
+        """Returns whether two matrices, given by name, have the same values. Reads both, a few rows
+        at a time, up to the first difference. Tensors that are no matrices count as different."""
         a, b = self.tensors[one], self.tensors[other]
         if a is b or a.shape != b.shape or len(a.shape) != 2:
             return a is b
         rows, columns = a.shape
         dtype, stage = torch.promote_types(a.dtype, b.dtype), staging_buffer(torch.device("cpu"))
         step = max(1, COMPARED_BYTES // max(1, columns * dtype.itemsize))
-        pair = torch.empty(2, step, columns, dtype=dtype)
+        pair = torch.empty(2, step, columns, dtype=dtype)  # `step` rows of each matrix
         for start in range(0, rows, step):
             some = range(start, min(start + step, rows))
             for name, out in zip((one, other), pair, strict=True):
@@ -126,7 +134,7 @@ class Checkpoint:
         return max(sizes, key=sizes.get)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a tensor on the CPU. dtype: None: the stored one."""
+        """Returns a tensor of the files, by our name, on the CPU. dtype: None: the stored one."""
         stored = self.tensors[name]
         out = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
         self.read_into(name, out)
@@ -144,12 +152,13 @@ class Checkpoint:
         self.check_scales(name, out)
 
     def read_rows_into(self, name: str, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
-        """Read ranges of a tensor's rows into `out`, one after the other; see read_into."""
+        """Read ranges of a tensor's rows into `out`, one after the other: a rank's shard, for
+        example. stage, errors: see read_into."""
         self.tensors[name].read_rows_into(rows, out, stage)
         self.check_scales(name, out)
 
     def read_columns_into(self, name: str, columns: range, out: Tensor, stage: Tensor) -> None:
-        """Read a range of a matrix's columns into `out`; see read_into."""
+        """Read a range of a matrix's columns into `out`, (rows, columns); see read_into."""
         self.tensors[name].read_columns_into(columns, out, stage)
         self.check_scales(name, out)
 
@@ -170,6 +179,7 @@ class Checkpoint:
     ) -> None:
         """Allocate the tensors of a model that was built on the meta device, and read them.
 
+        For models without other features: load.py calls fill_function itself.
         dtype: of floating-point parameters, None: the stored one; buffers and integers keep the
         dtype that the model declares. progress: called with the bytes read of each tensor.
         Raises ValueError as `check` does, and MemoryError before anything is allocated.
@@ -181,7 +191,11 @@ class Checkpoint:
     def fill_function(
         self, device: torch.device, progress: Callable[[int], Any] | None = None
     ) -> Callable[[str, Tensor], None]:
-        """Returns a function that reads a tensor by its name into memory on `device` or the CPU."""
+        """Returns a function that reads a tensor by its name into memory on `device` or the CPU.
+
+        progress: called with the bytes of each tensor on disk. Use a function in one thread only:
+        its calls share a staging buffer.
+        """
         stage = staging_buffer(device)
 
         def fill(name: str, tensor: Tensor) -> None:
@@ -194,7 +208,9 @@ class Checkpoint:
     def location(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
         """Returns the file and the offset at which O_DIRECT can read a tensor as a given dtype.
 
-        None: it is stored in parts, in another layout or dtype, or not at a multiple of a block.
+        Offloading reads such tensors from the checkpoint itself. O_DIRECT, which bypasses the page
+        cache, needs offsets at multiples of a block. None: it is stored in parts, in another layout
+        or dtype, or not at a multiple of a block.
         """
         part, *others = self.tensors[name].parts
         as_is = not others and self.tensors[name].convert is None and part.tensor is None
@@ -206,6 +222,7 @@ class Checkpoint:
         These are g_idx, the group of each input, where the groups are in order, and biases that
         are zero in a layer without biases. Raises ValueError for groups that are not in order.
         """
+        # Whether the config gives biases to the linears of a module; norms keep theirs in any case.
         biased = {"attention": self.args.attention_bias, "feed_forward": self.args.mlp_bias}
         for name in [n for n in self.tensors if self.scheme and n.startswith("layers.")]:
             module, kind = name.split(".")[2], name.rpartition(".")[2]
@@ -217,7 +234,8 @@ class Checkpoint:
                 del self.tensors[name]
 
     def check_groups(self, name: str) -> None:
-        """Raises ValueError unless input i belongs to group i // groupsize. name: of a g_idx."""
+        """Raises ValueError unless input i belongs to group i // groupsize. name: of a g_idx, which
+        has K numbers in each part: linears with the same inputs are stored as parts of one."""
         groupsize, order = self.scheme["linears"]["groupsize"], self.read(name)
         inputs = {part.shape for part in self.tensors[name].parts}
         K = max(max(shape, default=0) for shape in inputs)
@@ -228,7 +246,8 @@ class Checkpoint:
             )
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError listing the tensors in which the model and the files differ."""
+        """Raises ValueError listing the tensors in which the model and the files differ: by
+        name, shape or dtype. model: on the meta device; called before anything is allocated."""
         have, want = self.tensors, {n: t for n, (t, _) in stored_tensors(model).items()}
         faults = [f"{name} is missing" + HINTS.get(name, "") for name in want.keys() - have.keys()]
         faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]

@@ -1,5 +1,10 @@
 """Compiles a model's step with torch.compile, and calls the compiled code.
 
+A step is one call of Transformer.forward, whose docstring describes the parameters tokens, pos,
+key_pos, caches, at and lengths. A view is a function that computes a step, eager or compiled; the
+views here take these parameters by position, the last two (`*at`) only for prefill. Dynamo traces
+Python code to a graph; Inductor compiles the graph.
+
 Start at compiled_view. As in gpt-fast, a step is compiled over a KV cache that does not move. On a
 CPU the whole step is one graph. On a GPU the embedding, one block and the head are a graph each;
 the weights of the block are inputs of its graph, which therefore serves all layers, so that compile
@@ -45,11 +50,12 @@ def compiled_view(
     """Returns a function that computes Transformer.forward, with the same arguments, compiled.
 
     One graph serves all visible lengths, all numbers of new tokens above one, and all lengths of
-    `at` above one. The model must keep the tensors that it has now. cuda_graphs: record CUDA graphs
-    on a GPU; False for prefill, since a graph is recorded for each length, and False if the host
-    computes or reads within a step.
+    `at` above one. The model must keep the tensors that it has now. It compiles at the first calls,
+    see load.compile_now. Raises ValueError on a CPU without a C++ compiler.
+    cuda_graphs: record CUDA graphs on a GPU; False for prefill, since a graph is recorded for each
+    length, and False if the host computes or reads within a step.
     """
-    # Each batch size and length of the caches has a graph; by default the compiler stops at 8.
+    # Each batch size and each length of the caches has a graph. By default the compiler stops at 8.
     allow_recompiles(64)
     if device.type != "cpu":
         step = compiled_parts(model, {"options": gpu_options(device)})
@@ -61,6 +67,8 @@ def compiled_view(
     def view(
         tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
+        """Run the graph that was recorded for these shapes, or let torch.compile find or make it,
+        and record it."""
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         given = [tokens, pos, key_pos, *at, *(t for c in caches for t in own_buffers(c).values())]
         if (logits := compiled_graphs.run(given)) is not None:
@@ -79,7 +87,7 @@ def compiled_view(
 def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[..., Tensor]:
     """Returns a function like compiled_view's, with the embedding, a block and the head compiled.
 
-    settings: arguments of torch.compile.
+    settings: arguments of torch.compile. Used on all devices but the CPU.
     """
     settings = settings | {"fullgraph": True, "dynamic": False}
     embed = torch.compile(model.embed, **settings)
@@ -89,9 +97,11 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
     def step(
         tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
+        """Compute Transformer.forward by calling the three compiled parts. Tensors are marked
+        before each call: the compiler takes sizes for fixed that are not marked as varying."""
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, key_pos, *at)
-        at, lengths = at[:1], at[1:]
+        at, lengths = at[:1], at[1:]  # each a list of one tensor, or empty
         x, rotation, mask = embed(tokens, pos, key_pos, *lengths)
         for layer, cache in zip(model.layers, caches, strict=True):
             vary_block_inputs(x, rotation, mask, pos)
@@ -115,7 +125,11 @@ def vary_inputs(
     at: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> None:
-    """Tell the compiler which dimensions of a step's inputs vary."""
+    """Tell the compiler which dimensions of a step's inputs vary, so that one graph serves all
+    their sizes: S, and T and N if above 1. Sizes of other dimensions have a graph each.
+
+    lengths: does not vary; it is a parameter because the callers pass it on with `at`.
+    """
     mark_dynamic(key_pos, 0)
     if tokens.shape[1] > 1:
         mark_dynamic(tokens, 1)
@@ -125,7 +139,10 @@ def vary_inputs(
 
 
 def vary_block_inputs(x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor) -> None:
-    """Tell the compiler which dimensions of a block's inputs vary."""
+    """Tell the compiler which dimensions of a block's inputs vary: S, and T if above 1.
+
+    x: (B, T, D). rotation: (B, T, 1, E/2) each. mask: (B, 1, R*T, S). pos: (B, T).
+    """
     mark_dynamic(mask, 3)
     if x.shape[1] > 1:
         for tensor, dimension in (
@@ -147,6 +164,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     """Returns a function of a block and its inputs: one graph for all blocks of an offloaded model.
 
     The weights are inputs of the graph, so that a block in another buffer compiles nothing.
+    StreamedLayers (offload.py) calls the function for each block and micro-batch.
     """
     if device.type == "cpu":
         settings = {"backend": CompiledGraphCache().inductor(cpu_options(model))}
@@ -158,6 +176,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     def run(
         block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
     ) -> Tensor:
+        """Compute a block, called as PreNormBlock.forward is, with the block as first argument."""
         x, mask, pos = map(fresh, (x, mask, pos))
         vary_block_inputs(x, rotation, mask, pos)
         return compiled(block, x, rotation, mask, pos, cache)
@@ -173,7 +192,8 @@ class CudaGraphs:
     reads its own copy. A set of caches is identified by its addresses. The graphs of the latest
     MAX_CACHE_SETS sets are kept, and ReusedCaches gives new caches the addresses of earlier ones.
     The first call with a shape is not recorded, since it may compile kernels; the second one is.
-    The caller owns the logits that a call returns.
+    The caller owns the logits that a call returns. step: a function like compiled_view's, without
+    graphs. sets: the graphs of each set of caches, the latest set last, see _graphs_of.
     """
 
     MAX_CACHE_SETS = 4
@@ -187,6 +207,8 @@ class CudaGraphs:
     def __call__(
         self, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[KVCache], *at: Tensor
     ) -> Tensor:
+        """Compute a step. The first call with these shapes runs it as it is, the second one records
+        it, and later ones replay it."""
         graphs = self._graphs_of(caches)
         key = tokens.shape, key_pos.shape, *(picked.shape for picked in at)
         if key not in graphs:
@@ -203,6 +225,8 @@ class CudaGraphs:
         return sum(graph is not None for graphs in self.sets.values() for graph in graphs.values())
 
     def _graphs_of(self, caches: Sequence[KVCache]) -> "dict[Any, RecordedStep | None]":
+        """Returns the graphs for a set of caches, by the shapes of the inputs; None for shapes that
+        were called once. Adds the set, or makes it the latest, and drops the oldest sets."""
         tensors = [t for c in caches for t in own_buffers(c).values()]
         # The shape, too: a longer cache may have the address of an earlier, shorter one.
         key = tensors[0].shape, *(t.data_ptr() for t in tensors)
@@ -213,6 +237,8 @@ class CudaGraphs:
         return graphs
 
     def _record(self, *given: Any) -> "RecordedStep":
+        """Record a step, in the memory pool that all graphs share, and count the memory that this
+        takes. given: the arguments of __call__."""
         if not self.kept:  # PyTorch frees a pool with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -223,7 +249,11 @@ class CudaGraphs:
 
 
 class RecordedStep:
-    """A CUDA graph of a step, with the inputs that it reads and the logits that it writes."""
+    """A CUDA graph of a step, with the inputs that it reads and the logits that it writes.
+
+    pool: the memory pool of CUDA graphs from which the step allocates; graphs share it, so
+    another replay may overwrite the logits. step and its arguments: see CudaGraphs.__call__.
+    """
 
     def __init__(
         self,
@@ -243,6 +273,8 @@ class RecordedStep:
             self.logits = step(tokens, pos, self.key_pos, caches, *at)
 
     def __call__(self, *given: Tensor) -> Tensor:
+        """Replay the step with other inputs: tokens, pos, *at, in the recorded shapes. Returns the
+        logits, which the caller owns. The caches are those that were recorded."""
         for mine, new in zip(self.inputs, given, strict=True):
             mine.copy_(new)
         self.graph.replay()
@@ -264,6 +296,11 @@ class ReusedCaches:
         self.shape = 0, 0  # rows and length of the latest caches
 
     def __call__(self, lm: Any, batch: int, length: int) -> Sequence[KVCache]:
+        """Returns empty caches of `batch` rows and at least `length` positions for the model lm.
+
+        Reuses the memory of the latest ones if the caller has dropped them, they have as many rows,
+        and they are long enough. If they are only dropped, their memory is freed first.
+        """
         rows, longest = self.shape
         unused = all(returned() is None for _, returned in self.latest)
         if not unused or rows != batch or longest < length:
@@ -307,11 +344,14 @@ class CompiledGraphCache:
         self.last_call: tuple[Graph, Sequence[Any]] | None = None  # the graph that ran, its inputs
 
     def inductor(self, options: dict[str, Any]) -> Callable[[Any, Any], Graph]:
-        """Returns a backend for torch.compile: Inductor, with each call of a graph noted."""
+        """Returns a backend for torch.compile: Inductor, with each call of a graph noted in
+        last_call. options: those of Inductor."""
 
         def compile(traced: torch.fx.GraphModule, examples: Sequence[Any]) -> Graph:
+            """Called by torch.compile with the traced graph and example inputs."""
             graph = compile_with_inductor(traced, examples, options)
 
+            # What torch.compile calls in place of the graph.
             def noted(*inputs: Any) -> Sequence[Tensor]:
                 self.last_call = graph, inputs
                 return graph(*inputs)
@@ -322,7 +362,10 @@ class CompiledGraphCache:
 
     @contextlib.contextmanager
     def recording(self, given: list[Tensor]) -> Iterator[None]:
-        """Record the graph that runs in the body of the with statement; see record."""
+        """Record the graph that runs in the body of the with statement; see record.
+
+        given: the caller's tensors. Nothing is recorded if the body raises.
+        """
         try:
             yield
             self.record(given)
@@ -330,7 +373,12 @@ class CompiledGraphCache:
             self.last_call = None
 
     def record(self, given: list[Tensor]) -> None:
-        """Record the graph of the last call for tensors of the shapes of these, the caller's."""
+        """Record the graph of the last call, for later calls with tensors of the same shapes.
+
+        given: the caller's tensors, which change from call to call: all inputs of the step and the
+        buffers of the caches. The graph's other inputs (weights) are kept and used again, so they
+        must not be replaced. Tensors are recognised by identity.
+        """
         if self.last_call:
             graph, inputs = self.last_call
             index_of = {id(tensor): n for n, tensor in enumerate(given)}
@@ -339,7 +387,8 @@ class CompiledGraphCache:
             self.graphs_by_shape[shapes(given)] = graph, inputs, places
 
     def run(self, given: list[Tensor]) -> Tensor | None:
-        """Run the graph for tensors of these shapes. Returns the logits, or None without one."""
+        """Run the graph that `record` stored for the shapes of these tensors, which are in the same
+        order. Returns the logits, or None if there is no such graph."""
         found = self.graphs_by_shape and self.graphs_by_shape.get(shapes(given))
         if not found:
             return None
@@ -355,6 +404,10 @@ def shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def cpu_options(model: Transformer) -> dict[str, Any]:
+    """Returns Inductor's options for a CPU. Raises ValueError if there is no C++ compiler.
+
+    model: with its final layers: packed ones (PackedLinear) change the options.
+    """
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
     # The products and the attention are library calls. With dense weights the code between them
@@ -378,6 +431,11 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
 
 
 def gpu_options(device: torch.device) -> dict[str, Any]:
+    """Returns Inductor's options for a GPU. Under torchrun all ranks must call it at the same
+    point, because has_one_shot_all_reduce tries the all-reduce on all of them.
+
+    usable tells whether the Triton kernels run here; the compiler takes its result as constant.
+    """
     torch.compiler.assume_constant_result(usable)  # marks the function
     options: dict[str, Any] = {}
     if has_one_shot_all_reduce(device):
@@ -390,7 +448,10 @@ def gpu_options(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def compiler_imported(wanted: bool) -> Iterator[None]:
-    """Import the compiler in a thread, which takes 1 to 2 s, while the body reads the weights."""
+    """Import the compiler in a thread, which takes 1 to 2 s, while the body reads the weights.
+
+    On exit the import has ended. wanted: False: import nothing.
+    """
     if not wanted:
         yield
         return

@@ -1,5 +1,11 @@
 """A model that is ready to run, and its steps: prefill, then one new token per row and step.
 
+A row is one text of the batch: a prompt and its new ids. A step computes the next id of every
+unfinished row; `live` is the set of these rows, from which the caller removes rows that end.
+lm.prefill and lm.decode are two views of a model: functions that compute Transformer.forward, eager
+or compiled. A micro-batch is some of the rows with their caches; micro-batches are computed
+independently. A draft proposes tokens that the model verifies.
+
 Start at plain_steps, which engine.generate consumes. speculate.py makes steps of several tokens.
 load.py makes the LoadedModel that both run.
 """
@@ -64,7 +70,8 @@ def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
 
 
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
-    """Make caches on the model's device. MemoryError before allocating."""
+    """Make caches for `batch` rows of `length` positions, on the model's device: the default of
+    LoadedModel.new_caches. MemoryError before allocating."""
     needed = batch * length * lm.kv_bytes_per_token()
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
@@ -74,7 +81,10 @@ def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to run: its two views, eager or compiled, and its tokenizer."""
+    """A model that is ready to run: its two views, eager or compiled, and its tokenizer.
+
+    load.py makes it. Offloading and ranks replace new_caches, sampler and micro_batches.
+    """
 
     model: Transformer
     prefill: Callable[..., Tensor]  # many tokens per row; called as Transformer.forward is
@@ -95,7 +105,8 @@ class LoadedModel:
 
     @torch.inference_mode()
     def make_caches(self, batch: int, length: int) -> Sequence[Cache]:
-        """Make caches for `batch` rows of up to `length` tokens. MemoryError before allocating."""
+        """Make the caches of all layers for `batch` rows of `length` tokens, at most the context.
+        The length is rounded up, see visible_length. MemoryError before allocating."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
     def kv_bytes_per_token(self) -> int:
@@ -107,8 +118,11 @@ class LoadedModel:
 def plain_steps(
     lm: LoadedModel, prompts: Texts, caches: Sequence[Cache], *given: Any
 ) -> Iterator[list[list[int]]]:
-    """Yield, for each step, one new id for each row. given: other arguments of launched_steps.
+    """Yield, for each step, a list of new ids for each row: one id; none, or a meaningless one, for
+    a row that has ended.
 
+    prompts: the ids of each row's prompt, one for each row of the caches. given: past, sampler,
+    count and live of launched_steps. Ends after `count` steps, or when `live` is empty.
     On a GPU the host launches a step before it reads the ids of the step before.
     """
     micro_batches = [
@@ -134,23 +148,28 @@ def launched_steps(
 ) -> Iterator[Launched]:
     """Launch at most `count` steps of a micro-batch, each when the next item is asked for.
 
-    sampler: for all rows. live: the unfinished rows, read before every step; a finished row gets no
-    ids, or meaningless ones. Once enough rows have finished, the other rows are moved together.
+    To launch is to start a step's computation without waiting for its ids; see Launched.
+    prompts: of all rows. past: leading tokens of each prompt that the caches have. sampler: for all
+    rows. live: the unfinished rows, read before every step; a finished row gets no ids, or
+    meaningless ones. Once enough rows have finished, the other rows are moved together, if the
+    model takes any number of rows.
     """
-    (rows, caches), length = micro_batch, micro_batch[1][0].length
+    (rows, caches), length = micro_batch, micro_batch[1][0].length  # positions of a cache
     key_pos = torch.arange(length, device=lm.device)  # (length,)
     texts, sampler = [prompts[row] for row in rows], sampler.select_rows(key_pos.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
     for n in range(count):
+        # key_pos[n] is n, the number of the new token, on the device.
         tokens = sampler(logits, key_pos[n : n + 1].expand(len(rows), 1))  # (B, 1)
         yield rows, sampler.copy_to_host_async(tokens)
-        going = [i for i, row in enumerate(rows) if row in live]
+        going = [i for i, row in enumerate(rows) if row in live]  # indices of unfinished rows
         if n + 1 == count or not going:
             return
         if lm.any_rows and pays_to_compact(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
             tokens, lengths, sampler = tokens[at], lengths[at], sampler.select_rows(at)
+            # Positions that the longest row has stored: its prompt and n new tokens.
             filled = min(longest(prompts, rows) + n, length)
             caches = [cache.compacted(going, filled) for cache in caches]
         # Clamped for finished rows that are still computed: they must stay within the cache.
@@ -162,7 +181,8 @@ def launched_steps(
 def pays_to_compact(rows: int, going: int, row_granularity: int) -> bool:
     """Returns whether to move the `going` unfinished ones of `rows` rows together.
 
-    row_granularity: see Cache.
+    Both are counts. Moving pays if a MIN_ENDED_SHARE of the rows has ended, and if fewer groups of
+    row_granularity rows remain: a started group takes as long as a full one, see Cache.
     """
     groups, needed = -(-rows // row_granularity), -(-going // row_granularity)
     return going <= (1 - MIN_ENDED_SHARE) * rows and needed < groups
@@ -176,8 +196,9 @@ def longest(prompts: Texts, rows: Sequence[int]) -> int:
 def join_micro_batches(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[Launched]:
     """Join the steps of several micro-batches into steps of all rows.
 
-    A micro-batch's next step is launched as soon as the ids of its previous step are known, while
-    the other micro-batches are computed.
+    Each item has the rows of all micro-batches and a function that returns their ids, which are
+    known already. A micro-batch that has ended drops out. A micro-batch's next step is launched as
+    soon as the ids of its previous step are known, while the other micro-batches are computed.
     """
     in_flight = [(micro_batch, next(micro_batch)) for micro_batch in micro_batches]
     while in_flight:
@@ -192,7 +213,11 @@ def join_micro_batches(micro_batches: Sequence[Iterator[Launched]]) -> Iterator[
 
 
 def launch_ahead(steps: Iterator[T]) -> Iterator[T]:
-    """Yield the same steps one launch late, so that the device never waits for the host."""
+    """Yield the same steps one launch late, so that the device never waits for the host.
+
+    Asking `steps` for an item launches it: so the next step is already launched when the consumer
+    waits for the ids of the one that it got. `steps` must not be empty.
+    """
     waiting = next(steps)
     for step in steps:
         yield waiting
@@ -207,15 +232,20 @@ def prefill(
     past: int,
     key_pos: Tensor,
 ) -> Tensor:
-    """Fill the caches with the prompts, in chunks. past: leading tokens that the caches have.
+    """Fill the caches with the prompts, in chunks of at most lm.prefill_chunk_tokens tokens of all
+    rows together (None: PREFILL_TOKENS), or of one token of each row.
 
-    Returns the logits that follow each prompt's last token, (B, 1, V).
+    prompts: one for each row, padded on the right here. past: leading tokens of every prompt that
+    the caches have, fewer than the prompt; later positions are overwritten. key_pos: arange over
+    the positions of the caches. Returns the logits that follow each prompt's last token, (B, 1, V).
     """
+    # Lengths of the whole prompts, and of the parts to compute.
     whole = torch.tensor([[len(p)] for p in prompts], device=lm.device)  # (B, 1)
     lengths = whole[:, 0] - past  # (B,)
-    width = max(map(len, prompts)) - past
+    width = max(map(len, prompts)) - past  # tokens of the longest prompt that are to be computed
     padded = [[*p[past:], *[0] * (past + width - len(p))] for p in prompts]
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
+    # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
     logits = None
     for n in range(len(caches)):

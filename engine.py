@@ -1,5 +1,10 @@
 """The generation loop: continues a batch of prompts, as ids or as text.
 
+A row is one text of a batch: a prompt and its new ids. A step adds an id to each unfinished row, or
+with a draft one or more; a draft proposes tokens that the model verifies (speculate.py). Caches
+store the keys and values of each layer for a number of rows; compiled steps always compute all of
+them.
+
 Start at `generate`, which yields new ids step by step. `complete` and `stream` turn the ids into
 texts. decoding.py makes the steps or, with a draft, speculate.py; load.py makes the model.
 
@@ -63,13 +68,16 @@ def generate(
     if caches is None:
         longest = max(map(len, texts))
         caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
+    # The most new tokens of each row: its position must stay within the caches.
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
+    # `texts` grow with the batch; `padded` below keeps the prompts as they are.
     batch = Batch(texts, counts, () if config.ignore_eos else lm.tokenizer.eos_ids, live)
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
+    # Numbers of random streams; the unused rows' ids are dropped.
     streams = [*(rows or range(len(texts))), *[0] * unused]
     # The sampler prepares no more steps than the caches can hold.
     config = replace(config, max_new_tokens=max(counts))
@@ -83,7 +91,12 @@ def generate(
 def make_steps(
     lm: LoadedModel, counts: Sequence[int], *given: Any, live: set[int]
 ) -> Iterator[list[list[int]]]:
-    """Yield steps until each row has `counts` new tokens. given: prompts, caches, past, sampler."""
+    """Yield steps, lists of each row's new ids, by plain decoding or with the model's draft.
+
+    counts: new tokens of each row at most, without unused rows. given: prompts, caches, past and
+    sampler, as in plain_steps. live: the unfinished rows. Steps with a draft do not end by
+    themselves, and may give a row more ids than its count: the caller stops and cuts.
+    """
     if not lm.draft:
         return plain_steps(lm, *given, max(counts), live)
     from speculate import speculative_steps
@@ -92,7 +105,10 @@ def make_steps(
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
-    """Returns the error to raise for a text whose logits are not finite; see finite.py."""
+    """Returns the error to raise for a text whose next logits are not finite; see finite.py.
+
+    text: the row's ids before the bad token. The caches are overwritten. All ranks must call this.
+    """
     from finite import explain_not_finite
 
     return ValueError(explain_not_finite(lm, text, caches))
@@ -102,7 +118,8 @@ class Batch:
     """The rows of a batch while they grow.
 
     texts: the ids of each row, to which `add` appends. counts: the most new ids of each row.
-    ends: the ids that end a text. live: the unfinished rows.
+    ends: the ids that end a text. live: the set of unfinished rows; the constructor adds all rows.
+    `add` and the caller remove them.
     """
 
     def __init__(
@@ -120,9 +137,13 @@ class Batch:
     def add(
         self, step: list[list[int]], error: Callable[[list[int]], Exception]
     ) -> list[list[int]]:
-        """Append the ids of a step, and return those of each row up to its end.
+        """Append a step's ids to the texts of the live rows, and remove rows that end from `live`.
 
-        error: makes the exception to raise for a text whose logits are not finite.
+        step: a list of new ids for each row; at least one id for a live row. Those of other rows
+        are ignored. Returns the appended ids of each row: cut after an id of `ends` and at the
+        row's limit; [] for a row that is not live. error: makes the exception to raise for
+        a text, given the ids before NOT_FINITE, which the sampler puts in place of an id whose
+        logits are not finite numbers.
         """
         new: list[list[int]] = [[]] * len(self.texts)
         for row in tuple(self.live):
@@ -139,7 +160,7 @@ class Batch:
 def new_token_limits(texts: Sequence[Sequence[int]], most: int, length: int) -> list[int]:
     """Returns how many tokens may follow each prompt in caches of `length` positions: up to `most`.
 
-    Raises ValueError if a prompt leaves no free position.
+    most: max_new_tokens. Raises ValueError if a prompt leaves no free position.
     """
     counts = [min(most, length - len(text)) for text in texts]
     if min(counts) < 1:
@@ -154,9 +175,10 @@ def make_sampler(
     streams: Sequence[int],
     functions: "Sequence[LogitsProcessor]",
 ) -> Sampler:
-    """Make a sampler for the prompts' rows. streams: the random stream of each row.
+    """Make a sampler for the prompts' rows. streams: the number of each row's random stream.
 
-    functions: logits processors of the caller.
+    prompts: the ids of each row's prompt, which penalties of repeated tokens count. functions:
+    logits processors of the caller, which run with those that the config asks for.
     """
     processors = None
     if config.changes_logits or functions:
@@ -175,7 +197,8 @@ def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
-    """Returns a prompt's ids as a list. ValueError for anything but a sequence of integers."""
+    """Returns a prompt's ids as a list of int, also from numpy's or torch's integers. ValueError
+    for anything but a sequence of integers."""
     try:
         return [index(token) for token in prompt]
     except TypeError as error:
@@ -186,7 +209,8 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """Limit logprobs to the vocabulary. ValueError for a bias of an id that the model lacks."""
+    """Returns the config with logprobs, the number of likeliest tokens to report, limited to the
+    vocabulary. ValueError for a bias of an id that the model lacks."""
     for token, _ in config.logit_bias:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
@@ -194,7 +218,7 @@ def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
 
 
 def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
-    """Returns the first `most` ids, cut after the first one that is in `ends`."""
+    """Returns the first `most` ids, cut after the first one that is in `ends`, which is kept."""
     end = next((n for n, token in enumerate(ids[:most], 1) if token in ends), most)
     return ids[:end]
 
@@ -239,9 +263,12 @@ def complete(
     """
     given = encoded(lm, prompts)
     completions = [Completion(lm.tokenizer, ids, config) for ids in given]
+    # `live`: rows that `generate` continues; `growing`: rows that have not been closed yet.
     live, growing = set(), set(range(len(given)))
 
     def end(rows: list[int], reason: str | None = None) -> None:
+        """Close these rows' completions, show their last characters, and call on_end if there are
+        any. reason: the finish reason; None: the one that the completion has."""
         for row in rows:
             if text := completions[row].close(reason):
                 on_text(row, text)

@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return the figures and the settings that they depend on (`conditions`).
 
     The text or the tasks are read before the model is loaded, so that a missing one is reported at
-    once. Raises what load_model and the evaluation raise.
+    once. Under torchrun every rank calls this. Raises what load_model and the evaluation raise.
     """
     args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
+    # A text, or the options and the TaskManager of the tasks.
     source = read_text(args.perplexity) if args.perplexity else find_tasks(args)
     lm = load(args)
     settings = conditions(lm, args)
@@ -110,7 +111,8 @@ def evaluate_text(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[
 
 
 def find_tasks(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the HarnessOptions of the arguments, and the TaskManager that knows their tasks.
+    """Return the HarnessOptions of the arguments (fields and options have the same names), and the
+    TaskManager that knows their tasks.
 
     Called before the model is loaded. Raises ImportError without lm_eval, and ValueError for an
     unknown task.
@@ -169,7 +171,8 @@ def adds_bos(lm: LoadedModel, args: argparse.Namespace) -> bool:
 
 
 def cache_key(args: argparse.Namespace) -> int:
-    """Return a hash of the model's path and time, and of the settings that an answer depends on.
+    """Return a hash, 32 bits, of the path and modification time of the model's weight file or
+    index, and of the settings that an answer depends on.
 
     It is part of the name of lm_eval's cache (--use_cache), because lm_eval finds a stored answer
     by its request only: another model or dtype must have another cache.
@@ -216,10 +219,12 @@ def destinations(figures: dict[str, Any], output: Path | None) -> Iterator[Calla
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Return a value of lm_eval's results as JSON. They contain values that JSON lacks: a set
-    becomes a sorted list, a numpy number a number, and a function or other object its str."""
+    """Return figures as JSON. Those of lm_eval contain values that JSON lacks: a set becomes a
+    sorted list, a numpy number a number, and a function or other object its str. options: of
+    json_text."""
 
     def plain(x: Any) -> Any:
+        """Return what replaces a value that JSON lacks."""
         if isinstance(x, set):
             return sorted(x)
         return x.item() if hasattr(x, "item") else str(x)
@@ -233,6 +238,7 @@ def main(args: argparse.Namespace) -> int:
     set_quiet(args.quiet)
 
     def work() -> None:
+        """Do the command's work; exit_code turns its errors into messages and exit codes."""
         if args.output and is_rank0():  # raise before hours of work, not after them
             check_writable(args.output)
         figures = run(args)

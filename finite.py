@@ -1,7 +1,9 @@
 """Finds the first part of a model whose values are not finite numbers, for an error message.
 
 Start at explain_not_finite, which `generate` (engine.py) calls when a token's logits are NaN or
-infinite. It runs the model on the text once more, eagerly, layer by layer, on all ranks.
+infinite. It runs the model on the text once more, eagerly, layer by layer, on all ranks (processes
+under torchrun that share the model; in a pipeline each has other layers). A part is the embedding,
+a layer or the head.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,9 @@ CHUNK_TOKENS = 512  # tokens of one forward pass
 def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> str:
     """Return an error line that names the first part of the model whose output is not finite.
 
-    caches: at least as long as the text; the first row is overwritten.
+    text: ids of the prompt and of the answer before the token. caches: those of the generation, at
+    least as long as the text; the first row is overwritten, so the generation cannot go on. All
+    ranks must call this.
     """
     name = first_part(all_gather_object(finite_parts(lm, text, caches)))
     if name is None:
@@ -38,7 +42,8 @@ def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Ca
 
 def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> list[bool]:
     """Run the model on a text. Returns whether the outputs of the embedding, of each layer and of
-    the head are finite."""
+    the head are finite in all chunks: a list of 2 more than this rank's layers."""
+    # One row is one micro-batch, and the rank's strategy may replace the caches of it.
     ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
     key_pos = torch.arange(caches[0].length, device=lm.device)
     for cache in caches:
@@ -55,7 +60,8 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) 
 def finite_in_chunk(
     model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[Cache]
 ) -> Tensor:
-    """Return, for the embedding, each layer and the head, whether its output is finite."""
+    """Return, for the embedding, each layer and the head, whether its output is finite: (parts,)
+    bool, parts = 2 + layers. The parameters are those of Transformer.forward, with B = 1."""
     x, rotation, mask = model.embed(tokens, pos, key_pos)
     found = [x.isfinite().all()]
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -68,8 +74,11 @@ def finite_in_chunk(
 
 
 def first_part(ranks: Sequence[Sequence[bool]]) -> str | None:
-    """Return the name of the first part that is not finite. ranks: each rank's finite_parts."""
-    layers = 0
+    """Return the name of the first part that is not finite; None if all are.
+
+    ranks: each rank's finite_parts, in the order of the ranks.
+    """
+    layers = 0  # of the ranks before, whose layers come first in a pipeline
     for finite in ranks:
         if not all(finite):
             at = finite.index(False)

@@ -3,13 +3,17 @@
     python flash.py --checkpoint_path checkpoints/demo-opt --calibration_file stories.txt
     python generate.py --checkpoint_path checkpoints/demo-opt --flash --dram_budget 60%
 
-Start at run. A record holds the weights of one neuron. learned_layers trains a predictor of active
-neurons for each layer (calibration/predictor.py) and saves it next to the checkpoint, in the
-directory `work`: an interrupted run continues after the last finished layer, and another record
-format (--neurons) needs no training. write_pack then writes the pack: the directory of records, a
-layer's most active neurons first, and of predictors; neurons/pack.py describes its files.
+Start at run. A record holds the weights of one neuron. A predictor names the neurons that may be
+active for a token; its figures say how many they are, and how many the next token reads if those of
+the last tokens stay in memory. learned_layers trains a predictor of active neurons for each layer
+(calibration/predictor.py) and saves it next to the checkpoint, in the directory `work`: an
+interrupted run continues after the last finished layer, and another record format (--neurons) needs
+no training. write_pack then writes the pack: the directory of records, a layer's most active
+neurons first, and of predictors; neurons/pack.py describes its files.
 
 Based on "LLM in a flash" (arXiv 2312.11514).
+
+Shapes: B texts, T tokens of a text, F neurons of a layer, D dim.
 """
 
 import argparse
@@ -75,7 +79,9 @@ CPU = torch.device("cpu")
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Train missing predictors, write the pack, and return its directory: the whole command.
+    """Train missing predictors, write the pack, and return its directory: the whole command. args:
+    those of parse_flash_args (cli/options.py). `work` is next to the default directory, also if
+    --flash_dir names another one.
 
     Raises OSError, ValueError and MemoryError, for one-line messages to the user.
     """
@@ -97,16 +103,18 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int) -> RecordFormat:
-    """Return the format of this model's records; the arguments are RecordFormat's fields."""
+    """Return the format of this model's records; kind, groupsize and sector are RecordFormat's
+    fields. Dense weights have the checkpoint's dtype."""
     args = checkpoint.args
     matrices = GATED_MATRICES if args.feed_forward == "gated" else PLAIN_MATRICES
     return RecordFormat(matrices, args.dim, kind, checkpoint.dtype, groupsize, sector)
 
 
 def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) -> None:
-    """Log the size of the records; raise ValueError if the disk lacks space for them.
+    """Log the size of the records; raise ValueError if the checkpoint's disk, on which the pack is
+    by default, lacks space for them.
 
-    directory: of the pack. Called before hours of training.
+    directory: of the pack, for the messages. Called before hours of training.
     """
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
     total = layers * round_up_to_block(neurons * format.stride)
@@ -129,7 +137,8 @@ def learned_layers(
 ) -> list[LearnedLayer]:
     """Return the predictor and figures of each layer, training those that `work` does not have.
 
-    work: directory of the layers that were trained by earlier runs. Raises ValueError if layers are
+    work: directory of the layers that were trained by earlier runs, with a file layerN.pt for each.
+    calibration: the file of texts, or none if `work` is complete. Raises ValueError if layers are
     missing and there is no calibration file.
     """
     tokens = training_tokens(checkpoint, work, calibration, training)
@@ -152,7 +161,8 @@ def training_tokens(
 
     Without a file, the layers in `work` are used as they are; raises ValueError if they were not
     trained from these weights. With a file, `work` is emptied if its layers were trained from other
-    weights, texts or options.
+    weights, texts or options. work: as for learned_layers; identity.json in it is the list of what
+    its layers were trained from, the fingerprint of the weights first.
     """
     identity = work / "identity.json"
     if calibration.file:
@@ -177,8 +187,9 @@ def learn_layers(
     """Train the predictor of each layer whose file is missing, and write the file.
 
     tokens: (B, T) ids of the texts. files: one for each layer. A file appears only when it is
-    complete, so that an interrupted run can continue. Raises MemoryError if the activations of all
-    texts do not fit into memory.
+    complete, so that an interrupted run can continue: the texts then run through the finished
+    layers again, because the next ones need their outputs. Raises MemoryError if the activations of
+    all texts do not fit into memory.
     """
     dim = checkpoint.args.dim
     activations = 2 * tokens.numel() * dim * 4  # bytes: a block's inputs and outputs
@@ -214,7 +225,7 @@ def write_pack(
     """Write the records and the tensors that stay in memory, then the manifest.
 
     The old manifest is removed first and the new one is written last: an interrupted run leaves a
-    directory without a manifest, which open_pack refuses.
+    directory without a manifest, which open_pack refuses. learned: one for each layer, in order.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
@@ -238,7 +249,7 @@ def write_records(
 
     The tensors are in the checkpoint's dtype, scales in float32, by their names in the model. Each
     layer is padded to whole blocks, because O_DIRECT reads need that. One layer's weights are in
-    memory at a time.
+    memory at a time. learned: one for each layer, in order.
     """
     model = meta_model(checkpoint.args, checkpoint.scheme)
     resident: dict[str, Tensor] = {}
@@ -266,7 +277,8 @@ def make_manifest(
 ) -> dict[str, object]:
     """Return the contents of manifest.json for the pack in a directory, whose files are complete.
 
-    "windows" and "gaps" are those of the figures of each layer.
+    "windows" (numbers of successive tokens) and "gaps" are those for which each layer's figures
+    have values, in this order. "rank": of the layer's predictor.
     """
     return {
         "version": VERSION,
@@ -284,11 +296,13 @@ def layer_records(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a layer's records, (F, stride) bytes, and its tensors that stay in memory.
 
+    feed_forward: the layer of the model, with loaded weights.
     Neurons are in the order of `learned`. The tensors are those of SparseFeedForward: names and
     shapes of its parameters and buffers, with an additional neuron that stands for an empty cache
     entry; its bias of -inf makes it inactive.
     """
     order, w2, inner = learned.order, feed_forward.w2, format.matrices[:-1]
+    # The linear of up, or of gate and up, one after the other in its rows.
     first = feed_forward.w13 if len(inner) == 2 else feed_forward.w1
     weights = dict(zip(inner, dense_weight(first).chunk(len(inner)), strict=True))
     weights = {name: weight[order] for name, weight in weights.items()}

@@ -3,6 +3,15 @@
 Start at load_model, which puts together all features of a model, in this order: the checkpoint's
 args -> Transformer on the meta device -> every tensor read once, into its final memory -> prefill
 and decode as two views of the model, compiled or not -> the draft that proposes tokens for it.
+
+Terms: the args are the shape of a model; the scheme says how its linears are quantised. A view is a
+function that computes Transformer.forward, eager or compiled. A policy says which parts of an
+offloaded model are on the device, in host memory and on disk; its layers are streamed, that is
+moved to the device when they are needed (offload.py). Ranks are processes that share a model; each
+has a shard (tp.py, pp.py). A pack is the directory of feed-forward neurons that --flash reads
+(neurons/pack.py). A draft proposes tokens that the model verifies (speculate.py). A fill function
+takes the name of a tensor and the allocated tensor, and writes the values into it.
+
 The module of a feature is imported only if the feature is used: without them a model loads in half
 the time.
 """
@@ -48,8 +57,8 @@ def load_model(
 
     changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
     model compiles at its first calls; see compile_now.
-    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line, before it
-    allocates the weights.
+    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line: before it
+    allocates the weights, but for a copy of the model as draft, or neurons, that do not fit.
     """
     from text.tokenizer import load_tokenizer
 
@@ -84,8 +93,9 @@ def random_model(
 
 
 def checked(options: LoadOptions) -> LoadOptions:
-    """Returns the options, with device and dtype as torch's. ValueError for options that exclude
-    one another, and for a device, dtype or cache that does not exist."""
+    """Returns the options, with device and dtype as torch's, and without a policy that offloads
+    nothing (Policy.plain). ValueError for options that exclude one another, and for a device, dtype
+    or cache that does not exist. The rules are those of options/rules.py."""
     from host.devices import find_device
     from options.rules import MODEL_RULES, broken_rule
 
@@ -100,7 +110,11 @@ def checked(options: LoadOptions) -> LoadOptions:
 
 
 def with_draft_model(options: LoadOptions) -> LoadOptions:
-    """Returns the options, with the draft model loaded if they name its path."""
+    """Returns the options, with the draft model loaded if they name its path.
+
+    It gets the same device, dtypes and compilation as the model, and is neither offloaded nor
+    divided among ranks. options: as `checked` returns them.
+    """
     draft = options.draft
     if draft is None or isinstance(draft, LoadedModel) or draft in DRAFTS:
         return options
@@ -113,7 +127,12 @@ def with_draft_model(options: LoadOptions) -> LoadOptions:
 def assemble(
     weights: CheckpointWeights | RandomWeights, tokenizer: Tokenizer, options: LoadOptions
 ) -> LoadedModel:
-    """Build the model that the options describe, fill it with weights, and make it ready to run."""
+    """Build the model that the options describe, fill it with weights, and make it ready to run.
+
+    options: as `checked` and with_draft_model return them. tokenizer: that of the weights. The
+    order of the calls is the one that each feature needs: the layers are replaced before their
+    tensors are allocated, and views are made of a model that has its weights.
+    """
     if options.draft is not None:
         from speculate import check_draft
 
@@ -129,6 +148,7 @@ def assemble(
         dtype = options.dtype or weights.dtype
         layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy)
+        # Weights that are rounded while they are read are stored in no file as they are needed.
         stored = weights.stored(strategy) if scheme == weights.scheme else no_location
         fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
@@ -136,8 +156,12 @@ def assemble(
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint. flash: how its feed-forward neurons are read from disk; None:
-    they are in memory."""
+    """The weights of a checkpoint, for `assemble`, which calls the methods in the order given here.
+
+    flash: how its feed-forward neurons are read from disk; None: they are in memory. device: on
+    which the model will run. dtype: the attribute is the dtype of the stored weights. Raises
+    ValueError or FileNotFoundError if `flash` names no pack of this checkpoint.
+    """
 
     def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None, device: torch.device):
         self.args, self.scheme, self.dtype = checkpoint.args, checkpoint.scheme, checkpoint.dtype
@@ -161,7 +185,13 @@ class CheckpointWeights:
             swap_feed_forwards(model, self.pack)
 
     def filler(self, model: Transformer, scheme: Scheme, strategy: ParallelStrategy) -> Fill:
-        """Returns a function that reads a tensor of the model, or computes it from stored ones."""
+        """Returns the fill function of the model, which reads a tensor or computes it from stored
+        ones.
+
+        model: on the meta device. scheme: that of the model in memory; if the checkpoint has
+        another one (none), its weights are rounded to this one. With --flash, tensors that the
+        pack has are copied from it. The strategy reduces each tensor to this rank's shard.
+        """
         fill = self.checkpoint.fill_function(self.device)
         if scheme != self.scheme:
             fill = rounded_filler(model, self.checkpoint, fill)
@@ -176,7 +206,8 @@ class CheckpointWeights:
         return strategy.location_function(self.checkpoint)
 
     def start(self, model: Transformer) -> None:
-        """With --flash, start to read neurons from disk."""
+        """With --flash, connect the feed-forwards to their neurons on disk. Call it when the model
+        has its weights."""
         if self.pack:
             from neurons.feed_forward import attach_neurons
 
@@ -184,7 +215,10 @@ class CheckpointWeights:
 
 
 class RandomWeights:
-    """Random weights for the shape of a config.json, with the methods of CheckpointWeights."""
+    """Random weights for the shape of a config.json, with the methods of CheckpointWeights.
+
+    config: the content of the file, whose dtype the weights have. scheme: how they are quantised.
+    """
 
     def __init__(self, config: dict[str, Any], scheme: Scheme, device: torch.device):
         self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
@@ -216,7 +250,9 @@ def fill_model(
 
     fill(name, tensor): writes the weights to a tensor. layers: the streamed layers, or None. stored
     (name, dtype): the file and offset of a tensor that can be read as it is, else None.
-    strategy.finish replaces modules that only loading needs, so it comes after filling.
+    strategy.finish replaces modules that only loading needs, so it comes after filling. dtype: of
+    floating-point parameters. Streamed layers get their memory from layers.destination, and those
+    on disk are read, or written to a scratch file, by layers.start.
     """
     own = stored_tensors(model).values()
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
@@ -229,7 +265,8 @@ def fill_model(
 
 
 class ParallelStrategy(Protocol):
-    """Divides a model among processes. load_model calls the methods in the order given here.
+    """Divides a model among processes. `assemble` calls the methods in the order given here, except
+    shard_args, which build_skeleton and plan.py call.
 
     SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
     """
@@ -285,7 +322,8 @@ class SingleProcess:
 
 
 def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
-    """Returns the strategy for the ranks and the option --pipeline."""
+    """Returns the strategy for the ranks: None: a single process; with --pipeline each rank has
+    some of the layers, otherwise a share of each. plan.py calls it, too, for the shard's shape."""
     if options.ranks is None:
         return SingleProcess()
     if options.pipeline:
@@ -301,7 +339,8 @@ def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
 def config_dtype(config: dict[str, Any]) -> torch.dtype:
     """Returns the dtype of the weights in a config.json: bfloat16 if there is none, or for "auto".
 
-    Raises ValueError for a dtype that models do not run in.
+    config: the content of the file; the key is "dtype", or in older files "torch_dtype". Raises
+    ValueError for a dtype that models do not run in.
     """
     key = "torch_dtype" if config.get("dtype") is None else "dtype"
     name = config.get(key, "auto")
@@ -311,22 +350,31 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
-    """Returns a function that fills tensors with noise of about the size of weights."""
+    """Returns a fill function that writes noise of about the size of weights, always the same.
+
+    device: that of the tensors. Integers, such as quantised weights, get the noise times 1000;
+    scales get one value.
+    """
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
 
     def fill(name: str, tensor: Tensor) -> None:
+        """Fill a tensor with the beginning of the noise, again and again."""
         integers = not tensor.is_floating_point()
         for piece in tensor.detach().view(-1).split(len(noise)):
             if name.endswith(".scales"):
                 piece.fill_(3 / 1024)  # dequantised int4 weights have the size of the noise
             else:
+                # Times 1000, since 0.02 would be rounded to 0.
                 piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
 
     return fill
 
 
 def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
-    """Install the fast layers, the two views and the draft of a model that has its weights."""
+    """Install the fast layers, the two views and the draft of a model that has its weights.
+
+    Fast layers use kernels for the model's device, and may pack the weights for them.
+    """
     from fast_layers.install import use_fast_layers
 
     copy = None
@@ -335,6 +383,7 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
         # Before the fast layers pack the weights: packed weights cannot be quantised.
         copy = self_copy(model, options.draft)
+    # The third argument: with --flash, dense linears are replaced whatever their size.
     use_fast_layers(model, model.tok_embeddings.weight.dtype, options.flash is not None or None)
     if options.policy:
         lm = offloaded(model, tokenizer, options)
@@ -344,7 +393,9 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
 
 
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
-    """Returns a model whose layers are moved to the device one after the other."""
+    """Returns the LoadedModel of a model with streamed layers, which make_ready asks for if there
+    is a policy. Both views are the model itself; with --compile its blocks are compiled. options
+    have a policy, which also gives the size of prefill chunks."""
     if options.compile:
         from compiled import compiled_block
 
@@ -357,7 +408,11 @@ def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) ->
 
 
 def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) -> LoadedModel:
-    """Returns the model with its draft. copy: the quantised copy that is the draft, or None."""
+    """Returns the model with its draft. copy: the quantised copy that is the draft, or None.
+
+    options.draft: "ngram" or a LoadedModel if there is no copy. The controller chooses the number
+    of draft tokens of each step; it needs to know whether decoding replays CUDA graphs.
+    """
     from compiled import has_graphs
     from draft_length import DraftLengthController
     from fast_layers.install import use_fast_layers
@@ -393,17 +448,21 @@ def stream_layers(
 
 def compressed_scheme(compress: bool, scheme: Scheme) -> dict[str, Any] | None:
     """Returns how the weights are quantised in memory: as stored or, if they are dense and are to
-    be compressed, to 4 bits in groups of 64, as in FlexGen."""
+    be compressed, to 4 bits in groups of 64, as in FlexGen. compress: --compress_weight. scheme:
+    the stored one."""
     return make_scheme("int4", 64, head="dense") if compress and not scheme else scheme
 
 
 def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fill:
-    """Returns a function that fills tensors of quantised linears from a dense checkpoint's weights,
-    and other tensors by `fill`."""
+    """Returns a fill function for --compress_weight: it rounds a dense checkpoint's weights for the
+    tensors of quantised linears, and passes other tensors on to `fill`. model: has the linears,
+    under the names of the checkpoint."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     rounded: dict[str, dict[str, Tensor]] = {}
 
     def rounding(name: str, tensor: Tensor) -> None:
+        """Fill a tensor of the model; the first one of a linear reads and rounds its weight."""
+        # A quantised linear has several tensors (integers, scales, ...) for one stored weight.
         module, _, leaf = name.rpartition(".")
         if module not in linears or leaf == "bias":
             return fill(name, tensor)
@@ -430,7 +489,11 @@ def no_location(name: str, dtype: torch.dtype) -> None:
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[Cache]:
-    """Make the caches of an offloaded model, on the tiers that the policy names."""
+    """Make the caches of an offloaded model, on the tiers (device, host, disk) of the policy.
+
+    Called as LoadedModel.new_caches, for `batch` rows of `length` positions. The seconds that
+    computation waits for caches are added to the layers' wait_times.
+    """
     from tiers.kv_cache import tiered_caches
 
     waited = lm.model.layers.wait_times["cache"]
@@ -438,7 +501,7 @@ def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Se
 
 
 def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Import the compiler while the weights are read, if it is wanted."""
+    """Returns a context that imports the compiler while its body reads the weights, if wanted."""
     if not wanted:
         return contextlib.nullcontext()
     from compiled import compiler_imported
@@ -449,7 +512,11 @@ def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
 def make_views(
     model: Transformer, tokenizer: Tokenizer, compile: bool, compile_prefill: bool
 ) -> LoadedModel:
-    """Returns a model with prefill and decode as two views, each compiled or not."""
+    """Returns a model with prefill and decode as two views, each compiled or not.
+
+    model: has its weights and final layers, on its device. compile: compile decode;
+    compile_prefill: prefill, too, if `compile` is true.
+    """
     if not compile:
         return LoadedModel(model, model, model, tokenizer)
     from compiled import ReusedCaches, compiled_view, has_graphs
@@ -464,7 +531,8 @@ def make_views(
 
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns a dtype by its name. ValueError, with the known ones, for another name."""
+    """Returns a dtype by its name, as float32 or torch.float32; a dtype, or None (as stored),
+    unchanged. ValueError, with the known names, for another name."""
     if not isinstance(dtype, str):
         return dtype
     if dtype.removeprefix("torch.") not in DTYPES:
@@ -473,7 +541,8 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find_cache(kv_dtype: str | None) -> CacheFactory:
-    """Returns the factory of the KV caches. ValueError, with the known names, for another name."""
+    """Returns the factory of the KV caches for --kv_dtype: int8, int4, or None for the model's
+    dtype. ValueError, with the known names, for another name."""
     if kv_dtype is None:
         return CacheFactory()
     if kv_dtype not in CACHE_BITS:
@@ -492,7 +561,8 @@ def count_weights(args: ModelArgs) -> int:
 def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
     """Compile the views of a model and of its draft for the shapes of steps with these caches.
 
-    The calls write to the caches; later steps overwrite these positions.
+    The calls write to the first positions of the caches; later steps overwrite them. Without it,
+    the first steps would compile. A model that is not compiled stays as it is.
     """
     compile_views(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (inputs := lm.draft.warm_up_inputs(caches)):
@@ -504,8 +574,9 @@ def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
 
 
 def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
-    """Call each compiled view with the shapes of its steps. widest: the most tokens of a row in a
-    decoding step; 2 stands for any number above 1."""
+    """Call each compiled view with the shapes of its steps: decoding of one token and of `widest`,
+    and prefill. widest: the most tokens of a row in a decoding step (above 1 with a draft); 2
+    stands for any number above 1, as one graph serves all of them."""
     key_pos = torch.arange(caches[0].length, device=lm.device)
     visible = key_pos[: visible_length(2, len(key_pos))]
     for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):

@@ -8,7 +8,8 @@ forward depends on the family.
 Shapes: B rows of a batch, T new tokens per row, S visible positions, D dim, H query heads,
 G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
 
-The token at position p of a row is stored at position p of the KV cache. Rows of different lengths
+The token at position p of a row is stored at position p of the KV cache. A step is one call of
+Transformer.forward, which computes T new tokens of each row. Rows of different lengths
 are padded on the right: a padding token writes to a position that the mask hides from every query
 of its row, and the row's own later token overwrites it before a query may attend to it.
 
@@ -73,13 +74,16 @@ class ModelArgs:
 
 
 class Transformer(nn.Module):
-    """Computes logits from token ids. All state that outlives a call is in the caches."""
+    """Computes logits from token ids. All state that outlives a call is in the caches.
+
+    Built on the meta device when it is loaded; load.py then replaces modules and fills the weights.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         block = PreNormBlock if args.norm_first else PostNormBlock
-        resized = args.embed_dim != args.dim
+        resized = args.embed_dim != args.dim  # OPT-350m only
         self.tok_embeddings = Embedding(args.vocab_size, args.embed_dim)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
@@ -118,19 +122,28 @@ class Transformer(nn.Module):
     def embed(
         self, tokens: Tensor, pos: Tensor, key_pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation, Tensor]:
-        """Returns the inputs of the first layer: x, (B, T, D), the rotation and the mask."""
+        """Returns the inputs of the first layer: x, (B, T, D), the rotation and the mask.
+
+        The parameters are those of forward. compiled.py and finite.py call the parts of
+        forward themselves: embed, the layers, unembed.
+        """
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
         x, rotation = self.positions(x, pos, lengths)
         return x, rotation, self.mask(pos, key_pos, x.dtype)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """Returns the logits, (B, T, V) or (N, V), of the last layer's output, (B, T, D)."""
+        """Returns the logits of the last layer's output x, (B, T, D): (B, T, V), or (N, V) for the
+        N tokens that `at` lists, see forward."""
         if at is not None:
             x = x.flatten(0, 1)[at]  # (N, D)
         return self.output(self.project_out(self.norm(x)))
 
     def bytes_per_step(self) -> int:
-        """Returns the bytes of weights that a decoding step reads: all but embedding tables."""
+        """Returns the bytes of weights that a decoding step reads: all but embedding tables, of
+        which it reads one row for each token. A table that is also the output head counts.
+
+        bench.py compares these bytes with the memory's bandwidth.
+        """
         state = {id(t): t for t in self.state_dict(keep_vars=True).values()}  # tied: once
         tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
         table = self.tok_embeddings.weight
@@ -140,7 +153,8 @@ class Transformer(nn.Module):
     def mask(self, pos: Tensor, key_pos: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the mask of attention: 0 where a query may attend to a key, else -inf.
 
-        (B, T), (S,) -> (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head.
+        pos, key_pos: see forward. (B, T), (S,) -> (B, 1, R*T, S): grouped_attention has R*T queries
+        for each key/value head. A key at or before the query's position is visible.
         """
         hidden = key_pos > pos.unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
@@ -157,7 +171,7 @@ class Transformer(nn.Module):
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
         given = shape, weight.dtype, weight.device
-        return [self.cache_factory(*given) for _ in range(args.n_layers)]
+        return [self.cache_factory(*given) for _ in range(args.n_layers)]  # one for each layer
 
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""
@@ -181,6 +195,9 @@ class PreNormBlock(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
+        """Returns the layer's output for x, (B, T, D). rotation, mask: results of
+        Transformer.embed. pos: (B, T), the positions at which the cache stores the tokens. cache:
+        this layer's."""
         x = x + self.attention(self.attention_norm(x), rotation, mask, pos, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
 
@@ -192,6 +209,7 @@ class PostNormBlock(PreNormBlock):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
+        """Returns the layer's output, (B, T, D); the parameters are those of PreNormBlock."""
         x = self.attention_norm(x + self.attention(x, rotation, mask, pos, cache))
         return self.ffn_norm(x + self.feed_forward(x))  # (B, T, D)
 
@@ -202,6 +220,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
+        # Outputs of the product that are q, k and v.
         self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
         self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
         self.wo = Linear(self.widths[0], args.dim, bias=args.wo_bias)
@@ -210,6 +229,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
+        """Returns the attention of x, (B, T, D), to the cache, in which it stores keys and values
+        at pos, (B, T). rotation: of the tokens at pos. mask: see Transformer.mask."""
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
@@ -246,7 +267,8 @@ class PlainFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm. exact: compiled code returns the same bits as eager code."""
+    """RMS norm. eps: added to the mean square. affine: whether it has a weight. exact: compiled
+    code returns the same bits as eager code."""
 
     def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
         super().__init__(dim, eps, affine)
@@ -261,6 +283,7 @@ class RMSNorm(nn.RMSNorm):
         self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
         if self.exact and takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
@@ -270,6 +293,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm; compiled code returns the same bits as eager code."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
         if takes_kernel(x):
             affine = self.weight, self.bias
             return torch.ops.gpt_flex.layer_norm(x, self.normalized_shape, *affine, self.eps)
@@ -288,21 +312,27 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
-    inputs_per_column = {"weight": 1}  # inputs that a column of each tensor stands for
+    # Inputs that a column of each tensor stands for, for tp.py, which divides columns among ranks.
+    inputs_per_column = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
         # A matrix, since for inputs of more dimensions and a bias the compiler takes dynamic sizes
         # for constants (torch 2.13).
-        rows = x.flatten(0, -2)  # (N, in_features)
+        rows = x.flatten(0, -2)  # (N, in_features), N: product of the other dimensions
         y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
 
 
 class RotaryPositions(nn.Module):
-    """Rotates each pair of query and key channels by an angle proportional to the position."""
+    """Rotates each pair of query and key channels by an angle proportional to the position.
+
+    The angle is the position times the pair's frequency; frequencies fall from 1 to about
+    1 / rope_theta, before scaling.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        # Frequencies of the E/2 pairs of channels.
         # On the CPU even if the model is built on the meta device: no checkpoint stores them.
         channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
         freqs = 1.0 / args.rope_theta ** (channels / args.head_dim)  # (E/2,)
@@ -313,6 +343,8 @@ class RotaryPositions(nn.Module):
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation]:
+        """Returns x unchanged, and the rotation of the tokens at pos, (B, T). lengths: see
+        Transformer.forward; only DynamicRotaryPositions uses it."""
         # For the new positions only: a table for a context of 4M positions would take 2 GB.
         angles = pos[..., None, None] * self.frequencies(pos, lengths)  # (B, T, 1, E/2)
         if takes_kernel(angles):
@@ -326,7 +358,8 @@ class RotaryPositions(nn.Module):
 
     @staticmethod
     def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-        """Rotate (B, T, heads, E). Channel i pairs with i + E/2, as in Hugging Face files."""
+        """Rotate x, queries or keys, (B, T, heads, E), by the rotation that forward returned, in
+        float32. Channel i pairs with i + E/2, as in Hugging Face files."""
         cos, sin = rotation
         a, b = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -343,11 +376,14 @@ class DynamicRotaryPositions(RotaryPositions):
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         scaling = args.rope_scaling
+        # The arguments of ntk_freqs after `exponents`. The last is the trained context.
         self.settings = args.rope_theta, scaling.factor, scaling.original_context
         channels = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
         self.register_buffer("exponents", channels / args.head_dim, persistent=False)  # (E/2,)
 
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
+        """Returns the frequencies of the tokens at pos, (B, T): (B, T, 1, E/2). lengths: (B, 1), of
+        the whole prompts; None while tokens are generated."""
         length = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)  # (B, T)
         stretch = torch.ops.gpt_flex.ntk_freqs if takes_kernel(length) else ntk_freqs
         longer = length[..., None, None] > self.settings[-1]  # (B, T, 1, 1)
@@ -355,7 +391,10 @@ class DynamicRotaryPositions(RotaryPositions):
 
 
 class LearnedPositions(Embedding):
-    """Adds a learned vector for the position to each embedding; rotates nothing."""
+    """Adds a learned vector for the position to each embedding; rotates nothing (OPT).
+
+    It has the interface of RotaryPositions; the rotation is None.
+    """
 
     OFFSET = 2  # OPT's tables begin with two rows that no position uses
 
@@ -365,6 +404,7 @@ class LearnedPositions(Embedding):
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, Rotation]:
+        """Returns x, (B, T, D), plus the vectors of pos, (B, T); and None. lengths: not used."""
         return x + super().forward(pos + self.OFFSET), None
 
     @staticmethod
@@ -379,7 +419,12 @@ def takes_kernel(x: Tensor) -> bool:
 
 
 def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Define an operator that compiled code calls, instead of code that the compiler generates."""
+    """Define an operator gpt_flex::NAME, which compiled code calls as it is; the compiler would
+    replace the same PyTorch functions by generated code.
+
+    schema: NAME and the signature, in PyTorch's notation. on_cpu: computes the result. fake:
+    returns an uninitialised tensor of the result's shape, which the compiler asks for.
+    """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "cpu")(on_cpu)
@@ -396,6 +441,8 @@ def ntk_freqs(
     """Returns the frequencies, (B, T, 1, E/2), for texts of the lengths `length`, (B, T).
 
     The base grows so that the slowest channel turns as far as it did over the trained context.
+    exponents: (E/2,), the channel's index over E. theta: the base of the trained model. factor:
+    RopeScaling.factor. context: the trained one. For lengths up to it the result is not used.
     """
     E = 2 * len(exponents)
     base = theta * (factor * length / context - (factor - 1)) ** (E / (E - 2))  # (B, T)
@@ -432,9 +479,14 @@ def scale_linear(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def scale_llama3(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, and interpolate between (Llama 3.1)."""
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between (Llama 3.1).
+
+    A frequency is low if it makes at most low_freq_factor turns in the trained context, and high
+    from high_freq_factor turns on. freqs: (E/2,).
+    """
     turns = scaling.original_context * freqs / (2 * math.pi)  # full turns in the trained context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # The weight of the original frequency: 0 for low ones, 1 for high ones.
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * (kept + (1 - kept) / scaling.factor)
 
@@ -463,7 +515,8 @@ def grouped_attention(
 ) -> Tensor:
     """Attend with queries, (B, T, H, E), to keys and values, (B, S, G, E) each -> (B, T, H, E).
 
-    attention: called as F.scaled_dot_product_attention is. mask: see Transformer.mask.
+    attention: called with q, k, v and the mask, as F.scaled_dot_product_attention is. mask: see
+    Transformer.mask; it already has R*T queries.
     """
     T = q.shape[1]
     # The R query heads that share a key/value head become rows of one query, so that keys
@@ -474,13 +527,16 @@ def grouped_attention(
 
 
 def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Attend with PyTorch's kernel: the default CacheAttention, which runs on every device."""
+    """Attend with PyTorch's kernel: the default CacheAttention, which runs on every device.
+
+    The mask's last dimension tells how many positions are visible; pos is not used.
+    """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: (B, positions, G, E) each.
+    """Keys and values of one layer: (B, positions, G, E) each. The last position is not used.
 
     It is a module so that the compiler takes k and v for buffers with fixed addresses: a CUDA graph
     writes to them in place, and new caches of the same shape need no new compilation.
@@ -520,15 +576,19 @@ class KVCache(nn.Module):
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
-        """Yield the part of some rows while they compute and write to pos, (B, T)."""
+        """Yield the part of some rows while they compute and write to pos, (B, T).
+
+        Here nothing needs to be moved: caches on several tiers fetch and save the part.
+        """
         yield self.part(rows)
 
     def keep(self, filled: int) -> None:
         """Declare the positions from `filled` on unused. A cache on several tiers then does not
-        move them."""
+        move them; this one has nothing to do."""
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Store k and v, (B, T, G, E), at pos, (B, T); return the first `visible` positions."""
+        """Store k and v, (B, T, G, E), at pos, (B, T); return keys and values of the first
+        `visible` positions, (B, visible, G, E) each. Attention on the host calls it."""
         self.store(pos, k, v)
         return self.visible(visible)
 
@@ -543,7 +603,7 @@ class KVCache(nn.Module):
         return self.k[:, :count], self.v[:, :count]
 
     def part(self, rows: slice) -> "KVCache":
-        """Returns a view of some rows."""
+        """Returns a cache of some rows that shares this cache's memory."""
         buffers = {name: buffer[rows] for name, buffer in own_buffers(self).items()}
         return copy_with_buffers(self, buffers)
 
@@ -552,19 +612,24 @@ class KVCache(nn.Module):
         return self.part(slice(0, count))
 
     def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
-        """Move the given rows, in ascending order, to the front; return a view of them."""
+        """Move the first `filled` positions of the given rows to the front; return a view of these
+        rows. The decoding loop calls it when enough of the other rows have ended; from then on only
+        the view may be used. rows: ascending.
+        """
         front = self.first(len(rows))
         front.take(self, torch.tensor(rows, device=self.device), filled)
         return front
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
-        """Copy the first `filled` positions of the given rows, (B,), of another cache."""
+        """Copy the first `filled` positions of the given rows, (B,), of another cache to the rows
+        of this one, in order."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
 
 
 class Cache(Protocol):
-    """The cache of a layer as the decoding loop uses it: a KVCache, or one on several tiers."""
+    """The cache of a layer as the decoding loop uses it: a KVCache, or one of several micro-batches
+    (groups of rows) on several tiers: device, host memory and disk (tiers/kv_cache.py)."""
 
     rows: int
     length: int  # usable positions of each row
@@ -618,15 +683,17 @@ class CacheFactory:
         return self.make(shape, dtype, device, attention=self.attention)
 
     def portable(self) -> "CacheFactory":
-        """Return a factory of caches that attend on any device, not on the model's alone."""
+        """Return a factory of caches that attend on any device, not on the model's alone: for
+        attention on the host."""
         return replace(self, attention=sdpa_attention)
 
 
 def visible_length(filled: int, most: int) -> int:
     """Round `filled` up to 64, 96, 128, 192, 256, 384, ..., but at most to `most`.
 
-    Attention reads this many positions. Beyond 64, less than a third of them is not filled. Each
-    doubling of the length has two sizes, hence two CUDA graphs.
+    filled: positions in use, 1 or more. most: positions of the cache, or the model's context.
+    Attention reads as many positions as the result says. Beyond 64, less than a third of them is
+    not filled. Each doubling of the length has two sizes, hence two CUDA graphs.
     """
     power = max(64, 1 << (filled - 1).bit_length())
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)

@@ -5,7 +5,8 @@ the device, while the next layer is read into another buffer. The two buffers ar
 are called a ring (tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one
 micro-batch after the other, so that the weights are loaded once for all of them. The KV cache is
 cut into cells, one for each layer and micro-batch, which move in the same way: see
-tiers/kv_cache.py. Which tier holds what is stated by a Policy (tiers/policy.py).
+tiers/kv_cache.py. A tier is the device, host memory or disk. Which tier holds what is stated by a
+Policy (tiers/policy.py). A store holds bytes on another tier: host memory or a file.
 
 Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
 
@@ -50,7 +51,6 @@ from weights.allocation import Fill, allocate_tensor, final_dtype, set_tensor, s
 # While the host computes the attention of one micro-batch, the device computes another, and a third
 # waits between the two. The ring of the KV cache must have as many buffers.
 CONCURRENT_MICRO_BATCHES = 3
-# Called with the name of a tensor in the checkpoint and a tensor, into which it writes the values.
 # Called with the name of a tensor and the dtype used for computation. Returns the file and the
 # offset of the tensor if it is stored in that dtype, else None.
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]
@@ -74,6 +74,7 @@ class StreamedLayers(nn.ModuleList):
     The loader asks `destination` for the memory of each tensor, fills it, and then calls `start`,
     which makes the ring. Iteration yields the layers.
     dtype: of the weights in computation. `use` replaces the eager computation of blocks.
+    tiers: the tier of each layer. _moving: the numbers of the layers that are not on the device.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class StreamedLayers(nn.ModuleList):
         dtype: torch.dtype,
         device: torch.device,
     ):
+        """Allocate the host memory of layers that lie there; `start` allocates the buffers on the
+        device. layers: blocks of the same shapes, on the meta device."""
         super().__init__(layers)
         # Computes a block, given the block and its inputs.
         self.run: Callable[..., Tensor] = eager
@@ -104,14 +107,16 @@ class StreamedLayers(nn.ModuleList):
         }
 
     def use(self, run: Callable[..., Tensor]) -> None:
-        """Compute blocks by `run`, a compiled function, which is called as `eager` is."""
+        """Compute blocks by `run`, a compiled function, which is called as `eager` is. load.py
+        calls this after the weights are loaded, if the model is to be compiled."""
         self.run = run
 
     def destination(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Return the memory into which the loader writes a tensor of the model.
 
         It is new memory on the device, or a view of the layer's host memory; None if the layer
-        stays on disk. name: as in the state dict, such as layers.3.attention.wo.weight.
+        stays on disk. name: as in the state dict, such as layers.3.attention.wo.weight. Tensors
+        that belong to no layer, such as the embedding, are on the device.
         """
         path = name.split(".", 2)
         j = int(path[1]) if path[0] == "layers" else None
@@ -124,7 +129,8 @@ class StreamedLayers(nn.ModuleList):
         """Make the ring. The loader calls this once, after it has filled all tensors in memory.
 
         A layer on disk is read from the checkpoint if one file of it stores the layer in the dtypes
-        used for computation. Other layers are first written to a scratch file.
+        used for computation. Other layers on disk are first written to a scratch file, which has
+        no name and ends with the process.
         fill(name, tensor): writes the checkpoint's values to a tensor. stored(name, dtype): returns
         the file and offset of a tensor that is stored in that dtype, else None.
         Raises ValueError or OSError if the scratch file cannot be written.
@@ -141,8 +147,9 @@ class StreamedLayers(nn.ModuleList):
         self._ring = self._new_ring()
 
     def set_policy(self, policy: Policy) -> None:
-        """Change the policy, for example its micro-batches. The share of the weights on each tier
-        must be the same, because no layer is moved."""
+        """Change the policy between two runs, for example its micro-batches (benchmarks/offload.py
+        compares policies so). The share of the weights on each tier must be the same, because no
+        layer is moved."""
         self.policy = policy
         self._ring = self._new_ring()
 
@@ -152,7 +159,8 @@ class StreamedLayers(nn.ModuleList):
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """Yield for each layer, in order, the function that computes it: `_forward` with its index
-        and block. The layer is on the device only until the next one is requested."""
+        and block. A layer that is not on the device stays in a buffer of the ring, which is used
+        again once the next layer is requested."""
         for j, layer in enumerate(super().__iter__()):
             if self.tiers[j] == "device":
                 yield partial(self._forward, j, layer)
@@ -168,7 +176,8 @@ class StreamedLayers(nn.ModuleList):
 
         If the policy offloads activations, layer 0 puts x into OffloadedActivations, the last layer
         returns a tensor again, and the layers between get and return OffloadedActivations.
-        inputs: rotation, mask, pos and cache; see zigzag.
+        block: the layer's module, whose tensors are on the device. inputs: rotation, mask, pos and
+        cache; see zigzag.
         """
         if j == 0 and self.policy.activations.device < 100:
             x = OffloadedActivations(x, self.policy)
@@ -199,6 +208,7 @@ class StreamedLayers(nn.ModuleList):
         stored: see `start`.
         """
         tensors = self.layout.tensors.items()
+        # Each tensor's file and offset; no file if it is not stored in the layout's dtype.
         found = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
         paths = {path for path, _ in found.values()}
         if None in paths or len(paths) > 1:
@@ -212,7 +222,8 @@ class StreamedLayers(nn.ModuleList):
         """Write layers one after the other to a new scratch file, and set their `locations`.
 
         fill(name, tensor): writes the checkpoint's values to a tensor in memory. Raises ValueError
-        if the disk is too full, and OSError if the file cannot be made.
+        if the disk is too full, and OSError if the file cannot be made. Only one layer is in host
+        memory at a time: all are filled in the same `parts`.
         """
         if not layers:
             return
@@ -227,8 +238,9 @@ class StreamedLayers(nn.ModuleList):
             self.locations[j] = store, offsets
 
     def _file_store(self, file: DirectFile) -> Store:
-        """Return the store from which layers in this file are read. A GPU cannot read a file
-        directly: there the bytes go through host memory, one piece of it for each buffer."""
+        """Return the store from which layers in this file are read: the checkpoint's file or the
+        scratch file. A GPU cannot read a file directly: there the bytes go through host memory, as
+        large as a layer for each buffer of the ring, so that as many layers are read at a time."""
         file.threads = layer_threads
         # Large requests would delay reads of the KV cache from the same disk.
         if not self.policy.cache.disk:
@@ -243,8 +255,9 @@ class StreamedLayers(nn.ModuleList):
         """Allocate a buffer of the ring: memory for one layer on the device, and a block whose
         tensors share this memory.
 
-        On a CPU the block's linears are replaced by faster ones. Those for quantised weights hold
-        a repacked copy, so `_fetch` repacks it after each read.
+        On a CPU the block's linears are replaced by faster ones. Those for quantised weights
+        (PackedLinear) hold a repacked copy, so `_fetch` repacks it after each read. Whether dense
+        ones are replaced depends on the bytes of all layers (`large`), not on those of one block.
         """
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta_block[0])
         for name, tensor in self.layout.view(parts).items():
@@ -262,8 +275,9 @@ class StreamedLayers(nn.ModuleList):
         return Buffer(parts, StreamedBlock(block, packed), record_event(self.device))
 
     def _fetch(self, j: int, buffer: Buffer) -> Future:
-        """Start to read layer j into a buffer of the ring. Return a future that is done when the
-        layer can be computed. The read waits until the device has finished with the buffer."""
+        """Start to read layer j into a buffer of the ring, which calls this. Return a future that
+        is done when the layer can be computed. The copy into a GPU's buffer waits until the GPU has
+        finished with it (buffer.last_use)."""
         store, offsets = self.locations[j]
         pieces = [(offsets[name], part) for name, part in buffer.parts.items()]
         read = self._reader.submit(lambda: store.read(pieces), buffer.last_use)
@@ -296,7 +310,8 @@ def eager(block: nn.Module, *inputs: Any) -> Tensor:
 @contextlib.contextmanager
 def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Replace a block's quantised linears by dense ones of this dtype; put them back on exit. Used
-    where several calls need the same weights, which are then dequantised once, on a GPU."""
+    where several calls need the same weights, which are then dequantised once, on a GPU. Needs
+    device memory for the dense weights of a whole block."""
     quantized = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
     try:
         for name, linear in quantized.items():
@@ -323,16 +338,19 @@ def zigzag(
 ) -> None:
     """Compute a block for all rows of x, (B, T, D), in place, one micro-batch after the other.
 
-    To limit the memory of activations, a call of the block gets only as many rows as have
-    policy.tokens_at_once tokens together, at least one row.
+    Called once for each layer and pass. To limit the memory of activations, a call of the block
+    gets only as many rows as have policy.tokens_at_once tokens together, at least one row.
+    x: a tensor, or OffloadedActivations.
     block: called with x, rotation, mask, pos and cache of some rows; returns the new x of these.
-    rotation: None, or two tensors; these, mask and pos, (B, T), have B rows.
+    rotation: None, or two tensors; these, mask and pos, (B, T), have B rows. mask: see
+    Transformer.mask. cache: of this layer, for all rows.
     workers: threads that compute several micro-batches at the same time; None: one at a time.
     """
     (B, T, _), g = x.shape, policy.micro_batch
     rows_per_call = max(1, min(g, policy.tokens_at_once // T))
 
     def compute(cell: KVCache, first: int, end: int) -> None:
+        """Compute rows first to end - 1, a micro-batch, whose part of the cache is `cell`."""
         for start in range(first, end, rows_per_call):
             rows = slice(start, min(start + rows_per_call, end))
             row_rotation = rotation and tuple(t[rows] for t in rotation)
@@ -358,12 +376,15 @@ def compute_in_threads(
     device computes one while the host computes the attention of another.
 
     compute: called with a micro-batch's cell of the KV cache, its first row, and one past its last.
-    micro_batches: these two row numbers of each. The calling thread opens and closes the cells, in
-    order. When this returns or raises, no micro-batch is running.
+    micro_batches: these two row numbers of each. cache: of one layer, for all rows. pos: (B, T),
+    where each row writes. The calling thread opens and closes the cells, in order, because the ring
+    of cells returns them in that order only. When this returns or raises, no micro-batch is
+    running.
     """
     running: deque[tuple[contextlib.ExitStack, Future]] = deque()
 
     def finish_oldest() -> None:
+        """Wait for the oldest running micro-batch, then close its cell."""
         cell_context, computed = running.popleft()
         with cell_context:
             computed.result()
@@ -388,11 +409,14 @@ class OffloadedActivations:
 
     Slices of rows are read and assigned as with a tensor. A slice must lie within one micro-batch.
     A row begins at a multiple of BLOCK_BYTES, because files are read with O_DIRECT.
+    _g: rows of a micro-batch. For each micro-batch: _stores, its store; _row_memory, the buffer
+    (uint8, as long as a micro-batch) through which its rows are read and written.
     """
 
     def __init__(self, x: Tensor, policy: Policy):
         """Allocate a store for each micro-batch of x, (B, T, D), on the tier that the policy gives
-        it, and store x. Raises ValueError if the disk is too full."""
+        it, and store x. Made anew for each pass through the layers. Raises ValueError if the disk
+        is too full."""
         self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
         self._row_bytes = round_up_to_block(x[0].nbytes)
         nbytes, pin = self._g * self._row_bytes, policy.pins(x.device)
@@ -401,7 +425,7 @@ class OffloadedActivations:
             "host": lambda: HostMemory(page_aligned(nbytes, CPU, pin)),
             "disk": lambda: ScratchFile(policy.directory, nbytes),
         }
-        tiers = policy.activations.tiers(-(-len(x) // self._g))
+        tiers = policy.activations.tiers(-(-len(x) // self._g))  # one for each micro-batch
         self._stores = [make[tier]() for tier in tiers]
         host = page_aligned(nbytes, CPU, pin)
         # Activations that stay on a GPU are not copied through host memory.
@@ -435,6 +459,7 @@ class OffloadedActivations:
 
         pieces: one pair of the offset in the micro-batch's store and the bytes in the buffer.
         values: a view, (rows, T, D), of these bytes. The rows must belong to one micro-batch.
+        The caller must hold the lock until it has used the buffer. rows.stop may exceed B.
         """
         count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g
         memory = self._row_memory[rows.start // self._g][: count * self._row_bytes]

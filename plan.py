@@ -1,6 +1,13 @@
 """Makes the Policy of an offloaded model, by hand or by a search, and the lines that explain it.
 
-Start at make_plan. It needs only the shape of a model, so that `--plan` predicts how a model runs
+Terms, as in tiers/: a tier is one of device, host (memory) and disk; if the device is the CPU,
+device and host are one. A policy says which shares of the weights, the KV cache and the activations
+are on each tier, and groups rows (texts) into micro-batches; a block is all rows that are generated
+together. A cell is the KV cache of one layer for one micro-batch. A workload is the number of
+texts, of prompt tokens and of new tokens. A step generates one token of each row of a block; its
+resources are the disk, the copies, and the computation on device and host.
+
+Start at plan_texts, which cli/generation.py calls; make_plan chooses. It needs only the shape of a model, so that `--plan` predicts how a model runs
 on this machine before it is downloaded. tiers/planner.py searches for the policy; tiers/probe.py
 measures the machine.
 """
@@ -81,7 +88,8 @@ def find_model_spec(
     """Returns the spec of the chosen model, and its tokenizer.
 
     For a model that is not downloaded, its config.json is enough: as --random_weights, with numbers
-    of tokens as prompts.
+    of tokens as prompts. compress_weight: whether dense weights are rounded to 4 bits. Under
+    torchrun the spec is that of this rank's shard. Raises the errors of Checkpoint.
     """
     dtype, device = find_dtype(load.dtype), find_device(load.device)
     if model.random_weights:
@@ -102,6 +110,7 @@ def find_model_spec(
 class Plan:
     """A policy, the prediction for it, and the free bytes of each tier.
 
+    budgets: the bytes that the run may take of each tier, as `budgets` returns them.
     short: why a model that is not downloaded does not fit the disk; "": it fits.
     """
 
@@ -127,9 +136,11 @@ def plan_texts(
     prompt_lengths: Callable[[Tokenizer, ModelArgs], list[int]],
     new: int,
 ) -> Plan:
-    """Make the plan for a model that continues texts.
+    """Make the plan for a model that continues texts: generate.py's --offload, --percent, --plan.
 
-    prompt_lengths: returns the number of tokens of each prompt. new: tokens that follow each.
+    prompt_lengths: called with the tokenizer and the args; returns the number of tokens of each
+    prompt. new: tokens that follow each. All texts count as long as the longest one. In a pipeline
+    of ranks each micro-batch is planned as a block of its own.
     """
     spec, tokenizer = find_model_spec(model, load, options.compress_weight)
     lengths, context = prompt_lengths(tokenizer, spec.args), spec.args.context
@@ -139,7 +150,8 @@ def plan_texts(
 
 
 def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan:
-    """Make the plan for the options; for --plan without --dtype, in the faster one of two dtypes.
+    """Make the plan for the options. For --plan without --dtype, on a CPU that is slow in the
+    stored dtype, float32 is also tried, and the faster plan is returned.
 
     Raises ValueError, with the memory that is needed, if the model does not fit.
     """
@@ -162,13 +174,18 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 
 
 def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan:
-    """Make the plan for the dtype of the spec. Raises ValueError if it does not fit."""
+    """Make the plan for the dtype of the spec: predict the policy of --percent, or search for the
+    fastest one. Raises ValueError if it does not fit the memory.
+
+    A model whose weights are not on the disk yet (options.downloaded is false) may exceed the disk:
+    then Plan.short says so.
+    """
     measured = machine(spec, options.offload_dir, not options.percent or options.plan)
     whole = sizes(spec)
     # Each micro-batch of a pipeline has its own cache.
     whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
     planner = Planner(whole, measured, spec.device.type == "cpu")
-    layers = planner.sizes.layers * planner.sizes.layer
+    layers = planner.sizes.layers * planner.sizes.layer  # bytes of all layers
     limits = budgets(options, spec.device, layers)
     start = Policy(
         compress_weight=options.compress_weight,
@@ -185,6 +202,7 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
             raise ValueError(short)
     else:
         found = planner.choose(workload, limits, start, options.batch_size or workload.texts)
+    # Bytes of all weights, and of the free part of the disk, to which `budgets` added the layers.
     needed, free = (
         layers + whole.always_on_device - process_memory(spec.device),
         limits["disk"] - layers,
@@ -196,7 +214,10 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
 
 
 def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> Policy:
-    """Returns the policy with the shares of --percent and the micro-batches of the options."""
+    """Returns the policy with the shares of --percent and the micro-batches of the options.
+
+    start: the policy that gives all other fields. By default a micro-batch has at most 16 rows.
+    """
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     return replace(
         start,
@@ -209,7 +230,11 @@ def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> P
 
 
 def sizes(spec: ModelSpec) -> Sizes:
-    """Returns the bytes of a model's parts, computed from its shape alone."""
+    """Returns the bytes of a model's parts, computed from its shape alone.
+
+    Activations are estimated from the widths of the tensors of a layer. always_on_device contains
+    what this process uses of a CPU's memory, see process_memory.
+    """
     args, item = spec.args, spec.dtype.itemsize
     stored = {
         name: torch.empty(t.shape, dtype=final_dtype(t, spec.dtype), device=META)
@@ -217,6 +242,7 @@ def sizes(spec: ModelSpec) -> Sizes:
     }
     layer = Layout({n: t for n, t in stored.items() if n.startswith("layers.0.")}).nbytes
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
+    # 0 for a tied head, which `rest` has as the embedding: then computed from the shape, below.
     head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
     one = find_cache(spec.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), spec.dtype, META)
     # The CPU kernels repack quantised weights, so a buffer holds each layer twice.
@@ -240,7 +266,9 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     """Returns the bytes that a run may take of each tier: those of the options, or the free ones
     less a reserve.
 
-    weights: bytes of the layers, which are stored on the disk and add to its free bytes.
+    weights: bytes of the layers, which are stored on the disk and add to its free bytes. The
+    processes that torchrun started on this machine share the free memory equally. The result has
+    the keys of TIERS, without "host" if the device is the CPU.
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
@@ -258,7 +286,11 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
 def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """Returns the machine's measurements for a model: saved ones, or if needed new ones.
 
-    needed: without saved ones, measure; else return None. anew: ignore saved ones.
+    New ones are of one layer of the model's shape, or a narrower one, with random weights; they are
+    saved. directory: a
+    folder, which need not exist yet, on the disk for offloading.
+    needed: True: measure if there are no saved ones; False: return None then. anew: ignore saved
+    ones.
     """
     disk = nearest_directory(directory).stat().st_dev
     key = machine_name(spec.device), torch.__version__, disk, spec
@@ -278,7 +310,8 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
 
 
 def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
-    """Yield lines of the log: the time of computing and of waiting, and the predicted times."""
+    """Yield lines of the log after a run with this plan: the seconds of computing and of waiting,
+    and the predicted ones. stats: of the run. Nothing if the policy needed no streamed layers."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
     waited = {what: wait.seconds for what, wait in lm.model.layers.wait_times.items()}
@@ -289,6 +322,7 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     )
     step, prefill = plan.prediction.step, plan.prediction.prefill
     if step:
+        # Blocks of full prompts that were read; a fraction for shorter prompts or fewer rows.
         blocks = stats.prompt_tokens / (plan.policy.rows * plan.workload.prompt)
         expected = {n: blocks * s + stats.steps * step[n] for n, s in prefill.items()}
         listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in expected.items())
@@ -296,7 +330,10 @@ def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """Yield the plan as lines of text, the verdict first."""
+    """Yield the plan as lines of text, the verdict first: --plan prints them, a run logs them.
+
+    Without measurements of the machine (a run with --percent makes none) there are no seconds.
+    """
     found, policy, workload = plan.prediction, plan.policy, plan.workload
     tiers = {t: "memory" if t == "device" and found.device_is_cpu else t for t in found.memory}
     yield f"plan: {verdict(plan)}"
@@ -325,13 +362,16 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Returns whether the model fits, its predicted rate, and the resource that bounds it."""
+    """Returns whether the model fits, its predicted rate, and the resource that bounds it: the one
+    that is busiest in the longer phase, the prompts or all steps of a block."""
     found = plan.prediction
+    # Where the model must fit: with parts on disk, the disk; otherwise memory.
     moving = "this disk" if found.memory["disk"] else "memory"
     fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {moving}"
     if not found.step:
         return fits
     phases = found.prefill, {name: n * (plan.workload.new - 1) for name, n in found.step.items()}
+    # Of the two dicts of seconds by resource, the one whose busiest resource takes longer.
     longest = max(phases, key=lambda phase: max(phase.values()))
     bound = RESOURCE_NAMES[max(longest, key=longest.get)]
     return f"{fits}; about {found.rate:.2g} tokens/s; bound by {bound}"
@@ -344,7 +384,8 @@ def dtype_text(plan: Plan) -> str:
 
 
 def item_counts(plan: Plan) -> dict[str, dict[str, float]]:
-    """Returns the number of layers, cells and micro-batches on each tier of this machine."""
+    """Returns the number of layers ("weights"), of cells ("cache") and of micro-batches
+    ("activations") on each tier. On a CPU those of the host count for the device."""
     found, policy = plan.prediction, plan.policy
     counts = {
         "weights": found.split.weights,
@@ -365,14 +406,16 @@ def duration_text(seconds: float) -> str:
 
 
 def decoding_step(spec: ModelSpec) -> Step:
-    """Returns the bytes of a decoding step for one text; the head counts as part of the layers."""
+    """Returns the bytes of a decoding step for one text, for links.table. The head counts as part
+    of the layers: devices divide it, too. The KV cache is left out."""
     found = sizes(spec)
     shared = found.layers * found.layer + found.head
     return Step(found.layers, shared, 0, spec.args.dim * spec.dtype.itemsize)
 
 
 def on_devices(spec: ModelSpec, link: str, read_rate: float | None) -> Iterator[str]:
-    """Yield lines of text with the modelled rates of 1 to 64 devices.
+    """Yield lines of text with the modelled rates of 1 to 64 devices (--plan --link): with each
+    layer divided among all of them, and as a pipeline.
 
     link: a key of LINKS. read_rate: bytes per second of each device; None: of this one.
     """

@@ -7,6 +7,11 @@ inputs' covariance and trained with a class-balanced loss, because few neurons a
 texts, which are not trained on, then set the threshold that reaches the required recall (share of
 active neurons that are predicted), and measure how many neurons successive tokens share.
 
+The neuron file is the file from which --flash reads neurons (neurons/records.py). The neurons of
+the last tokens, a window, stay in memory, in the entries of a cache; each entry has room for one
+neuron's weights, a record. A request reads neighbouring records; a gap is the unneeded ones between
+two needed ones that it still reads.
+
 Based on "LLM in a flash" (arXiv 2312.11514, section 3.1) and Deja Vu (2310.17157); the
 initialisation is ASVD's (2312.05821).
 
@@ -63,8 +68,9 @@ def learn_layer(
 ) -> LearnedLayer:
     """Train one layer's predictor, and evaluate it on the held-out texts.
 
-    x: (B, T, D) float32, the inputs of this ReLU layer. rank: of the predictor's matrices. recall:
-    the share of active neurons that must be predicted. epochs: passes over the training texts.
+    Called by flash.py for each layer. x: (B, T, D) float32, the inputs of this ReLU layer. rank: of
+    the predictor's matrices. recall: the share of active neurons that must be predicted. epochs:
+    passes over the training texts.
     The neuron file gets the layer's neurons in the order of how often they are predicted, the most
     frequent first, because neighbours in the file are read by one request.
     """
@@ -86,7 +92,8 @@ def learn_layer(
 def split_texts(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the training texts and the held-out texts of x, (B, T, D).
 
-    Every HELD_OUT_EVERY-th text is held out; of fewer texts, the last one. A single text is both.
+    Every HELD_OUT_EVERY-th text is held out; of fewer texts, the last one. A single text is both:
+    its figures are then too good.
     """
     B = len(x)
     numbers = torch.arange(B)
@@ -116,7 +123,8 @@ def feed_forward_inputs(
 
     tokens: (B, T) ids. Yields in the model's order: the inputs, (B, T, D) float32 on the device,
     and the feed-forward module with float32 weights, which are freed when the next one is
-    requested: one block's weights are in memory at a time.
+    requested: one block's weights are in memory at a time. The texts run in parts of BLOCK_TEXTS.
+    x: the inputs of the next block.
     """
     model = meta_model(checkpoint.args, checkpoint.scheme)
     fill_module(checkpoint, model, "positions", CPU)
@@ -139,6 +147,7 @@ def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> T
     """Run one block over whole texts: (B, T, D) -> (B, T, D). pos: (T,), positions from 0.
 
     The block gets an empty KV cache. The model's positions module and the block must be loaded.
+    Only the rotation is taken from it: learned positions are in x already (embed).
     """
     row_pos = pos.expand(x.shape[:2])  # (B, T)
     _, rotation = model.positions(torch.zeros_like(x), row_pos)
@@ -170,7 +179,8 @@ def gate_weights(feed_forward: nn.Module) -> tuple[Tensor, Tensor]:
     """Return copies of the weights (F, D) and biases (F,) that decide which neurons are active.
 
     A neuron is active for x if weight @ x + bias > 0. They are those of the gate projection, or of
-    the up projection in a layer without a gate. Zeros if the layer has no biases.
+    the up projection in a layer without a gate: the first F rows of w13, or w1. The biases are
+    zeros if the layer has none.
     """
     first = getattr(feed_forward, "w13", None) or feed_forward.w1
     neurons = feed_forward.w2.in_features
@@ -185,7 +195,8 @@ def initial_factors(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> Facto
 
     Of all factors of this rank, their outputs for the inputs x, (N, D), have the least squared
     error against weight @ x + bias. Each neuron's outputs are then scaled to a standard deviation
-    of INITIAL_LOGIT_SCALE, because they serve as logits. weight: (F, D); bias: (F,).
+    of INITIAL_LOGIT_SCALE, because they serve as logits. weight: (F, D); bias: (F,). basis: the
+    directions of whitened inputs for which the outputs vary most.
     """
     mean = x.mean(0)
     root = covariance_root(x - mean)  # (D, D)
@@ -193,7 +204,8 @@ def initial_factors(weight: Tensor, bias: Tensor, x: Tensor, rank: int) -> Facto
     _, vectors = torch.linalg.eigh(whitened.T @ whitened)
     basis = vectors[:, -rank:]  # (D, r)
     up = whitened @ basis  # (F, r)
-    down = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)  # (r, D)
+    # basis.T @ inverse(root), (r, D): whitens the inputs, then projects them onto the basis.
+    down = torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
     scale = whitened.norm(dim=1).clamp_min(1e-12) / INITIAL_LOGIT_SCALE  # (F,)
     shift = bias + weight @ mean - up @ (down @ mean)
     return down, up / scale[:, None], shift / scale
@@ -214,8 +226,9 @@ def covariance_root(centred: Tensor) -> Tensor:
 def train_factors(factors: Factors, x: Tensor, active: Tensor, epochs: int) -> Factors:
     """Return factors that are trained to predict the active neurons from a layer's inputs.
 
-    factors: the initial values, which are not changed. x: (N, D). active: (N, F) bool.
-    The order of the batches is seeded.
+    factors: the initial values, which are not changed. x: (N, D). active: (N, F) bool, which
+    neurons are active for these inputs. epochs: passes over x; 0 returns the initial values. A
+    batch has STEP_TOKENS tokens; the order is seeded.
     """
     down, up, shift = parameters = [nn.Parameter(t.clone()) for t in factors]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
@@ -244,9 +257,10 @@ def balanced_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def score_threshold(scores: Tensor, active: Tensor, recall: float) -> Tensor:
-    """Return the highest threshold above which a share `recall` of active neurons' scores lies.
+    """Return a threshold above which at least a share `recall` of active neurons' scores lies.
 
-    scores: (N, F); active: (N, F) bool. Returns a tensor (), 0 if no neuron is active.
+    It is just below the lowest of these scores, because a prediction is a score above it. scores:
+    (N, F); active: (N, F) bool. Returns a tensor (), 0 if no neuron is active.
     """
     active_scores = scores[active]
     if not len(active_scores):
@@ -263,7 +277,7 @@ def locality(predicted: np.ndarray) -> dict[str, Any]:
     neighbours are read by one request. Returns three lists, with an item for each of WINDOWS that
     is shorter than a text (T): `usage`, the mean number of different neurons in a window of tokens;
     and with a cache of so many entries, `records` and `requests`, the means that a token reads,
-    each a list for GAPS.
+    each a list for GAPS. Records in gaps are counted.
     """
     texts = [[np.flatnonzero(row) for row in text] for text in predicted]
     (T, neurons), figures = predicted.shape[1:], {"usage": [], "records": [], "requests": []}
@@ -280,7 +294,8 @@ def locality(predicted: np.ndarray) -> dict[str, Any]:
 def window_usage(text: list[np.ndarray], window: int, neurons: int) -> float:
     """Return the mean number of different neurons in `window` successive tokens of a text.
 
-    text: the ids of each token's neurons, for more than `window` tokens. neurons: number of all.
+    text: the ids of each token's neurons, for more than `window` tokens. neurons: their number in
+    the layer. last_use: the last token that used each neuron, long ago at first.
     """
     last_use, counts = np.full(neurons, -(10**9)), []
     for t, ids in enumerate(text):
@@ -295,8 +310,8 @@ def mean_reads(text: list[np.ndarray], window: int, entries: int, neurons: int) 
 
     They are simulated for a cache with so many entries. text: the ascending ids of each token's
     neurons, for more than `window` tokens. The first `window` tokens fill the cache and are not
-    counted. neurons: number of all. Neighbours that differ by at most gap + 1 share a request,
-    which also reads the records between them.
+    counted. neurons: their number in the layer. Neighbours that differ by at most gap + 1 share a
+    request, which also reads the records between them.
     """
     cache, counts = NeuronCache(neurons, max(1, entries), 0, CPU), []
     for t, ids in enumerate(text):
@@ -305,6 +320,8 @@ def mean_reads(text: list[np.ndarray], window: int, entries: int, neurons: int) 
         if t >= window:
             missing = np.append(new, waiting)  # ascending
             steps = np.diff(missing)
+            # For each gap, the steps within requests: each adds the n - 1 records that it crosses,
+            # and saves a request.
             joined = [steps[steps <= gap + 1] for gap in GAPS]
             counts.append([(len(missing) + (n - 1).sum(), len(missing) - len(n)) for n in joined])
     return np.mean(counts, 0)

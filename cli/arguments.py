@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         """Replace hyphens in an option's name: --max-new-tokens=5 -> --max_new_tokens=5.
 
         Other arguments are returned unchanged, such as a text with blanks that begins with --:
-        argparse takes it as a value, too.
+        argparse takes it as a value, too. Options whose real name has hyphens stay, too.
         """
         name, equals, value = arg.partition("=")
         if not re.fullmatch(r"--[\w-]+", name) or name in self._option_string_actions:
@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
     def _unknown(self, arg: str) -> str:
-        """Returns the error message for an unknown argument, with the most similar option."""
+        """Returns the error message for an unknown argument, with the most similar option, if one
+        is similar enough (0.6 is difflib's own limit)."""
         if not arg.startswith("-"):
             return f"unrecognized argument '{arg}': a text with blanks needs quotes"
         name = arg.partition("=")[0]
@@ -79,7 +80,8 @@ class Parser(argparse.ArgumentParser):
 def whole(minimum: int, why: str = "") -> Callable[[str], int]:
     """Returns a converter of whole numbers that are `minimum` or more.
 
-    why: a text that the error message for a smaller number ends with.
+    why: a text that the error message for a smaller number ends with. For a text that is no number,
+    int() raises ValueError, and argparse makes the message.
     """
 
     def whole_number(text: str) -> int:  # argparse names this function: "invalid whole_number"
@@ -96,14 +98,15 @@ text_length = whole(2, ": BOS and a token")
 
 
 def count_or_auto(text: str) -> int | str:
-    """Convert "auto", which stays a text, or a number of 1 or more."""
+    """Convert --speculate_k: "auto", which stays a text, or a number of 1 or more."""
     if text != "auto" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
     return text if text == "auto" else positive(text)
 
 
 def rows_or_auto(text: str) -> int | None:
-    """Convert a number of rows, 1 or more, or "auto": None, as many rows as are fast."""
+    """Convert eval.py's --batch_size: a number of rows, 1 or more, or "auto": None, which means as
+    many rows as are fast."""
     return None if text == "auto" else positive(text)
 
 
@@ -116,7 +119,7 @@ def share(text: str) -> float:
 
 
 def percentage(text: str) -> float:
-    """Convert a number from 0 to 100."""
+    """Convert one of the six numbers of --percent: from 0 to 100."""
     value = float(text)
     if not 0 <= value <= 100:  # NaN, too
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
@@ -132,7 +135,7 @@ def documents(text: str) -> int | float:
 
 
 def nbytes(text: str) -> int:
-    """Convert an amount of memory to bytes: 6GB -> 6000000000; 6GiB -> 6442450944."""
+    """Convert an amount of memory to bytes: 6GB -> 6000000000; 6GiB -> 6442450944; 6 -> 6."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
@@ -141,7 +144,8 @@ def nbytes(text: str) -> int:
 
 
 def amount(text: str) -> float:
-    """Convert a percentage to a share, or an amount of memory to bytes: 50% -> 0.5; 4GB -> 4e9."""
+    """Convert --dram_budget: a percentage to a share, or an amount of memory to bytes: 50% -> 0.5;
+    4GB -> 4000000000. The user of the value takes numbers up to 1 for shares."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
         if not 0 < float(match[1]) <= 100:
             raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")

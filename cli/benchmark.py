@@ -1,4 +1,7 @@
-"""generate.py --bench: measures the speed of prefill and of decoding. Start at BenchMode.run."""
+"""generate.py --bench: measures the speed of prefill and of decoding. Start at BenchMode.run.
+
+Rows are the texts of a batch. The model's context is the largest length of prompt and new text.
+"""
 
 import json
 from typing import Any
@@ -28,7 +31,8 @@ class BenchMode:
         self.about = about
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the length of each prompt, for the planner of offloading."""
+        """Returns the length of each prompt, for the planner of offloading. tokenizer, new: not
+        used, as the prompts are random ids."""
         return [self._length(args.context - 1)] * self.rows
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None: ...
@@ -36,8 +40,9 @@ class BenchMode:
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
         """Time the model, and print the figures as JSON if `about` is not None.
 
-        batch_size: rows; None: self.rows. cache_length: not used. Raises ValueError if the prompt
-        and the new tokens exceed the context.
+        session: has the loaded model. batch_size: rows, by --batch_size or by an offloading plan;
+        None: self.rows. cache_length: not used. Raises ValueError if the prompt and the new tokens
+        exceed the context.
         """
         lm, config, stats = session.lm, session.config, session.stats
         context, rows = lm.model.args.context, batch_size or self.rows

@@ -1,5 +1,7 @@
 """How the commands begin, before torch is imported, and how they end: an error is one line.
 
+Ranks are processes that torchrun starts to run one model together (ranks.py).
+
 Start at begin and exit_code. generate.py, quantize.py, flash.py and eval.py call both. Nothing here
 imports torch at the beginning, because its import takes seconds.
 """
@@ -20,8 +22,9 @@ TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", 
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
     """Prepare the process for a command, and return its options.
 
-    Opens closed standard streams, and lets Ctrl-C during the imports that follow end the process
-    without a traceback. parse_args: parses the arguments of the process.
+    Called before torch is imported. Opens closed standard streams, and lets Ctrl-C during the
+    imports that follow end the process without a traceback.
+    parse_args: parses the arguments of the process.
     """
     open_streams()
     sys.excepthook = end_of_imports
@@ -47,7 +50,8 @@ def open_streams() -> None:
 
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print "stopped" for Ctrl-C, and a traceback for other errors. Used as sys.excepthook."""
+    """Print "stopped" for Ctrl-C, and a traceback for other errors. Used as sys.excepthook, which
+    Python calls for an exception that nothing catches: while a command imports its modules."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     else:
@@ -94,7 +98,8 @@ def error_line(script: str, error: Exception) -> str:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Returns whether the user or the machine caused the error, not a fault of this program."""
+    """Returns whether the user or the machine caused the error, not a fault of this program: it is
+    of a type of MISTAKES, or one of torch's RuntimeErrors with a text of TORCH_MISTAKES."""
     from_torch = isinstance(error, RuntimeError)
     matches = from_torch and any(part in str(error) for part in TORCH_MISTAKES)
     return matches or isinstance(error, MISTAKES)

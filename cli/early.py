@@ -1,5 +1,8 @@
 """Finds a command's files before torch is imported, so that a missing file is reported at once.
 
+`args` are the parsed options of a command; those that name models are checkpoint_path (--model) and
+draft_checkpoint_path. A model is a path, or the id of a repository of huggingface.co.
+
 Start at find_inputs. Nothing here imports torch.
 """
 
@@ -18,12 +21,13 @@ from weights.weight_files import find_weights
 def find_inputs(
     script: str, args: argparse.Namespace, *texts: Path | None, output: Path | None = None
 ) -> None:
-    """Replace model names in `args` by paths, downloading repositories; check a command's files.
+    """Check a command's files, and replace names of models in `args` by paths; see resolve_models,
+    which may download. The four commands call this right after parsing, before they import torch.
 
-    texts: files that must exist. output: a file that must be writable. The weights must exist, too.
+    texts: files that must exist; None: not given. output: a file that must be writable.
     An error ends the process with exit code 2 and one line on stderr, Ctrl-C with exit code 130.
     script: the command's name, which begins the line. Under torchrun nothing is done here: the
-    command does the same once the ranks have met, so that each line is printed once.
+    command finds the same errors later, generate.py once the ranks have met: one line for all.
     """
     if several_processes():
         return
@@ -45,7 +49,9 @@ def find_inputs(
 def resolve_models(args: argparse.Namespace) -> None:
     """Replace the names of models by paths, and check that the weights exist.
 
-    Only commands with --revision download repositories; the others take paths.
+    Changes `args` itself. Commands with --revision (generate.py and eval.py) download repositories,
+    and use the demo model by default; the others take paths. With --random_weights no weights are
+    needed. Raises FileNotFoundError if they do not exist, and the errors of hub.resolve.
     """
     if hasattr(args, "revision"):
         args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)

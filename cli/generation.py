@@ -1,5 +1,10 @@
 """Runs the command generate.py: finds and loads a model, runs a mode, and reports.
 
+A mode is one of three uses of a model: prompts, chat, benchmark. An offloaded model has parts on
+device, host memory and disk; a plan (plan.py) says which, in its policy, and predicts the speed.
+Under torchrun several ranks, which are processes, run one model together (ranks.py). A draft
+proposes tokens that the model verifies. `args` are the parsed options of generate.py.
+
 Start at run. The modes are in prompts.py, interactive.py and benchmark.py.
 """
 
@@ -47,11 +52,12 @@ TEXT_OPTIONS = (
 def run(args: argparse.Namespace) -> None:
     """Run generate.py: load the model that the options name, run a mode, log a report.
 
-    With --plan, print the plan and load nothing. The order matters: whatever can fail quickly
-    (prompts, plan, output files) comes before the model is loaded.
+    args: of cli/options.py's parse_args. Under torchrun every rank calls this. Errors pass to
+    exit_code (command.py). With --plan, print the plan and load nothing. The order matters:
+    whatever can fail quickly (prompts, plan, output files) comes before the model is loaded.
     """
     set_threads(args.threads)
-    options = load_options(args)
+    options = load_options(args)  # joins the process group, which the last line leaves
     model = model_choice(args)
     config = generation_config(args, model)
     mode = make_mode(args, model)
@@ -63,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
+    # In a pipeline the plan is for the rows of one of its micro-batches.
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
         cache_length = plan and plan.workload.prompt + plan.workload.new
@@ -75,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
 def load_options(args: argparse.Namespace) -> LoadOptions:
     """Returns how to load the model: the options, this process's device and its ranks.
 
-    Joins the process group of torchrun. Resolves the draft model, which may download it.
+    The policy of an offloaded model is added later, by with_policy. Joins the process
+    group of torchrun. Resolves the draft model, which may download it.
     """
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
@@ -101,7 +109,8 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def flash_options(args: argparse.Namespace) -> FlashOptions:
-    """Returns the options of --flash as dataclass; without --dram_budget, half of the weights."""
+    """Returns the options of --flash as dataclass. Without --dram_budget, half of the weights'
+    bytes stay in memory."""
     return FlashOptions(
         args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
     )
@@ -162,7 +171,8 @@ def make_plan(
 ) -> "Plan | None":
     """Returns the plan of an offloaded model, the same on all ranks; None without offloading.
 
-    Rank 0 computes it and sends it to the other ranks. mode: knows the lengths of the prompts.
+    options, model, config: what load_options, model_choice and generation_config returned.
+    mode: knows the lengths of the prompts. Rank 0 computes the plan and sends it to all ranks.
     """
     if not is_placed(args):
         return None
@@ -205,7 +215,8 @@ def check_directory(option: str, file: Path | None) -> None:
 
 
 def with_policy(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
-    """Returns the options with the plan's policy, and logs the plan; unchanged for None."""
+    """Returns the options with the plan's policy, and logs the plan; without a plan, returns the
+    options unchanged."""
     if plan is None:
         return options
     from plan import lines
@@ -245,7 +256,8 @@ def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
 
 
 def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
-    """Yield a line of advice if a chat model gets a plain prompt, without --chat."""
+    """Yield a line of advice for the log if a model with a chat template gets a plain prompt,
+    without --chat."""
     hint = chat.template_hint(lm.tokenizer)
     if hint and not (args.chat or args.interactive or args.bench):
         yield hint
@@ -254,7 +266,8 @@ def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
     """Yield lines for the log after the run: times and rates, and what each feature in use did.
 
-    plan: None if nothing is offloaded. flash: whether neurons are read from disk (--flash).
+    stats: of the run; without prefill, as when all results existed, it has no figures. plan: None
+    if nothing is offloaded. flash: whether neurons are read from disk (--flash).
     """
     if stats.prefill_seconds:
         yield from stats.report(saved_bandwidth(lm.device))

@@ -1,4 +1,8 @@
-"""generate.py --interactive: a chat in the terminal. Start at ChatMode.run."""
+"""generate.py --interactive: a chat in the terminal. Start at ChatMode.run.
+
+A session has the loaded model, the sampling settings and the statistics. The KV cache holds the
+tokens of the conversation so far, so that only new ones are computed.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,28 +29,31 @@ class ChatMode:
         self.system = system
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the length of one prompt that, with its answer, fills the context."""
+        """Returns the length of one prompt that, with its answer of `new` tokens, fills the
+        context: the planner of offloading reserves memory for the longest conversation."""
         return [args.context - 1 - new]
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None: ...
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
-        """Chat with the user. All messages share one KV cache, so only new ones are computed.
+        """Chat with the user until the input ends. All messages share one KV cache.
 
-        cache_length: positions of the cache; None: as many as fit into half of the free memory.
-        Never more than the model's context. batch_size: not used, as there is one conversation.
+        session: see session.py. cache_length: positions of the cache; None: as many as fit into
+        half of the free memory. Never more than the model's context. batch_size: not used, as there
+        is one conversation.
         """
         lm, config = session.lm, session.config
         positions = min(lm.model.args.context, cache_length or positions_that_fit(lm))
         caches = lm.make_caches(1, positions)
         session.compile(caches)
-        length = caches[0].length
+        length = caches[0].length  # make_caches has rounded the positions up
         conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
         chat.chat(conversation, answerer(session, conversation, caches))
 
 
 def positions_that_fit(lm: LoadedModel) -> int:
-    """Returns how many positions of a KV cache, of one row, fit into half of the free memory."""
+    """Returns how many positions of a KV cache, of one row, fit into half of the free memory of the
+    device of rank 0, so that all ranks make equal caches."""
     half_free = broadcast_from_rank0(lambda: available_memory(lm.device) // 2)
     return half_free // lm.kv_bytes_per_token()
 

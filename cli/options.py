@@ -1,5 +1,10 @@
 """The options of generate.py, eval.py, quantize.py and flash.py, and the checks of combinations.
 
+Functions that add options take `add`, the add_argument of a parser or of one of its groups. A local
+variable `help` is the help text of the option that follows. Words of the options: a draft proposes
+tokens that the model verifies; a placed model is offloaded, with parts on device, host and disk;
+ranks are the processes that torchrun starts.
+
 Start at parse_args, which parses those of generate.py. Nothing here imports torch, so that --help
 and a wrong option are answered at once. Choices that modules with torch define are therefore
 repeated here as names; tests/test_options.py compares them with the originals.
@@ -35,6 +40,7 @@ from options.settings import DRAFTS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
+# Values of --dtype, --kv_dtype, quantize.py's --mode, --head and --groupsize, flash.py's --neurons.
 DTYPES = "bfloat16", "float16", "float32"
 CACHES = "int8", "int4"
 MODES = "int8", "int4", "int4-gptq"
@@ -70,7 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def new_parser(prog: str, description: str) -> Parser:
-    """Returns a parser with the options that all commands have: --version and --quiet."""
+    """Returns a parser with the options that all commands have: --version and --quiet.
+
+    prog: the command's name, such as eval.py. description: a sentence for --help.
+    """
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=description)
     parser.add_argument("--version", action=Version, help="versions of this program and its parts")
     help = "only the text, the result and what went wrong: no log lines, no progress bars"
@@ -89,6 +98,7 @@ class Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the versions; the program's is the commit of its git repository."""
+        # Describes the commit by the nearest tag or its hash, and whether files have changed.
         git = [
             "git",
             "-C",
@@ -107,7 +117,8 @@ class Version(argparse.Action):
 
 
 def text_options(add: Add) -> None:
-    """Add options that choose the model, the prompts and the output."""
+    """Add options that choose the model, the prompts and the output, and the mode: --interactive;
+    --bench is in bench_options."""
     help = "a local path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
     add("--model", "--checkpoint_path", dest="checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--revision", help="branch, tag or commit of a repository (default: main)")
@@ -127,7 +138,8 @@ def text_options(add: Add) -> None:
 def sampling_options(add: Add) -> None:
     """Add one option for each field of GenerationConfig, in its order and with its type.
 
-    Fields of type bool become flags; SPECIAL_OPTIONS has the options of other types.
+    Fields of type bool become flags; SPECIAL_OPTIONS has the options of other types. The defaults
+    in the help are those of GenerationConfig; a number or flag that is not given is None.
     """
     for field in fields(GenerationConfig):
         name, help = f"--{field.name}", GENERATION_HELP[field.name]
@@ -169,7 +181,7 @@ GENERATION_HELP = {
 
 
 def device_options(add: Add) -> None:
-    """Add options of the device, the dtypes and compilation."""
+    """Add options of the device, the dtypes and compilation to generate.py."""
     add("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored")
@@ -268,7 +280,10 @@ def is_placed(args: argparse.Namespace) -> bool:
 def check_rules(
     parser: argparse.ArgumentParser, chosen: Mapping[str, Any], rules: Iterable[Needs | Excludes]
 ) -> None:
-    """Ends the process with an error if the chosen options break a rule of options/rules.py."""
+    """Ends the process with an error if the chosen options break a rule of options/rules.py.
+
+    chosen: name of an option or feature -> its value, see broken_rule.
+    """
     if message := broken_rule(chosen, rules):
         parser.error(message)
 
@@ -276,7 +291,8 @@ def check_rules(
 def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the process with an error if values of generate.py's options do not go together.
 
-    Rules that only ask whether an option is given are in options/rules.py.
+    Rules that only ask whether an option is given are in options/rules.py. Here: rules about
+    values, such as numbers in --prompt, and the sums of --percent.
     """
     for broken, message in (
         (
@@ -300,7 +316,7 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(message)
     percent = args.percent or [0] * 6
     for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
-        if sum(shares) > 100 + 1e-9:
+        if sum(shares) > 100 + 1e-9:  # 1e-9: sums of decimals are not exact
             parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
 
 
@@ -355,7 +371,8 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of quantize.py. argv: None: those of the process.
 
-    Ends the process if options are wrong or do not go together. groupsize is 32 by default.
+    Ends the process if options are wrong or do not go together. groupsize is 32 by default; until
+    the checks it is None, which tells that it was not given.
     """
     parser = new_parser("quantize.py", "Write a checkpoint with int8 or int4 weights beside it.")
     add = parser.add_argument

@@ -1,5 +1,9 @@
 """generate.py for prompts: reads them, continues them in batches, and prints or saves the texts.
 
+A job is one text to generate: a prompt is continued num_samples times. A sink writes the texts of
+jobs (text/jobs.py). Rows are the texts of a batch. Ranks are the processes that torchrun started;
+all compute the same, and only rank 0 writes.
+
 Start at PromptMode.run. Texts go to stdout or, each when it is complete, to the file of --output.
 """
 
@@ -32,14 +36,20 @@ BESIDE_WEIGHTS = (
 
 
 class PromptMode:
-    """A Mode (session.py) that continues every prompt num_samples times, in batches."""
+    """A Mode (session.py) that continues every prompt num_samples times, in batches.
+
+    The constructor reads the prompts, so that errors in them come before the model is loaded.
+    """
 
     def __init__(self, options: PromptOptions):
         self.options, self.prompts = options, read_prompts(options)
         self.output: jobs.ResultsFile | None = None
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the number of prompt tokens of each text that is to be generated."""
+        """Returns the number of prompt tokens of each text that is to be generated, for a plan.
+
+        args: of the model, for its vocabulary. new: not used. Called before the model is loaded.
+        """
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
 
@@ -48,7 +58,7 @@ class PromptMode:
 
         settings: all options that the texts depend on, except the model. The file records them and
         a hash of the model's files, so that a rerun with others is refused. Only rank 0 writes the
-        file.
+        file. Without --output does nothing.
         """
         if not (self.options.output and is_rank0()):
             return
@@ -67,6 +77,7 @@ class PromptMode:
         lm, options = session.lm, self.options
         todo = self._jobs(lm, session.config.max_new_tokens)
         sink = self._sink(todo, session)
+        # Rank 0 alone knows the output file, and so the jobs that have no result yet.
         sink.todo = broadcast_from_rank0(lambda: sink.todo)
         if not sink.todo:
             return log(f"{options.output} has all {len(todo)} results already")
@@ -88,7 +99,7 @@ class PromptMode:
                 )
 
     def _jobs(self, lm: LoadedModel, new: int) -> list[jobs.Job]:
-        """Returns one job for each text to generate, of up to `new` tokens.
+        """Returns one job for each text to generate, of up to `new` new tokens.
 
         Raises ValueError for a prompt that does not fit into the model's context.
         """
@@ -140,7 +151,8 @@ def model_files(weights: Path) -> list[Path]:
 def encoded_prompts(
     tokenizer: Tokenizer, vocab_size: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
 ) -> list[tuple[jobs.Prompt, list[int]]]:
-    """Returns each prompt with its token ids.
+    """Returns each prompt with its token ids: a text, or with --chat messages, which the chat
+    template joins.
 
     With --random_weights, which has no tokenizer, a prompt is a number: so many random tokens below
     vocab_size. Raises ValueError if it is no number.

@@ -1,5 +1,7 @@
 """What the modes of generate.py share: a loaded model, sampling settings and statistics.
 
+A plan says how an offloaded model is divided among device, host memory and disk (plan.py).
+
 The modes are PromptMode, ChatMode and BenchMode; generation.py chooses one and calls it.
 """
 
@@ -29,7 +31,8 @@ class Session:
     def compile(self, caches: Sequence[Cache]) -> None:
         """Compile decoding for the shape of these caches, and record the seconds.
 
-        Does nothing if the model is not compiled: then it takes any number of rows.
+        Each mode calls it once, before its first batch. Does nothing if the model is not compiled:
+        then it takes any number of rows.
         """
         if self.lm.any_rows:
             return

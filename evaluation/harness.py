@@ -2,7 +2,9 @@
 
 Start at run_tasks. HarnessModel implements lm_eval's three requests: loglikelihood of a
 continuation, loglikelihood_rolling of a whole text, and generate_until. Only eval.py --tasks
-imports this file, because it needs lm_eval.
+imports this file, because it needs lm_eval. Two of lm_eval's terms: gen_kwargs are a task's
+settings for generation, such as until (stop strings) and max_gen_toks; lm_eval's cache
+(--use_cache, cache_hook in HarnessModel) stores the answers of requests on disk.
 
 Source: lm_eval's Hugging Face backend (lm_eval/models/huggingface.py). The ids are those of that
 backend with add_bos_token=True, so that the figures can be compared, with one exception: for
@@ -65,7 +67,8 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(self, lm: LoadedModel, batch_size: int | None, max_length: int, bos: bool):
-        """Keep the arguments, and count shortened and fused texts from 0."""
+        """Keep the arguments, and count shortened and fused texts from 0. bos=True needs a
+        tokenizer with a BOS."""
         super().__init__()
         self.lm, self.rows, self.max_length = lm, batch_size, max_length
         self._device, self._tokenizer = lm.device, lm.tokenizer
@@ -103,7 +106,8 @@ class HarnessModel(TemplateLM):
         return [*bos, *ids]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of the context, and the further ids of context + continuation.
+        """Return the ids of the context, and the further ids of context + continuation. Called by
+        TemplateLM.loglikelihood for each request with a context.
 
         There may be no further ids if the tokenizer merges tokens across words. lm_eval's own
         backend then fails. This one scores the ids of context + continuation after its common
@@ -126,7 +130,8 @@ class HarnessModel(TemplateLM):
         """Return the text of a conversation in the checkpoint's chat template.
 
         add_generation_prompt=False: the model continues the last message, so the text that the
-        template writes after this message is cut off.
+        template writes after this message is cut off. Raises ValueError if the template does not
+        write the content of this message as it is.
         """
         text = self._tokenizer.chat_text(chat_history, add_generation_prompt)
         if add_generation_prompt:
@@ -139,8 +144,8 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives it) of each continuation.
 
-        Called by TemplateLM.loglikelihood. Each result also goes to lm_eval's cache at once, so
-        that an interrupted run keeps it.
+        Called by TemplateLM.loglikelihood. Each result also goes to
+        lm_eval's cache at once, so that an interrupted run keeps it.
         """
         answers: list[Any] = [None] * len(requests)
         for number, nats, greedy in self.score([r[1:] for r in requests], disable_tqdm):
@@ -151,8 +156,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-likelihood of each whole text in nats, summed over windows of max_length
-        ids. The context of a window is the last id of the previous window.
+        """Return the log-likelihood of each whole text in nats, summed over windows: see
+        rolling_windows. request.args: (text,).
 
         The result of a text goes to lm_eval's cache when all its windows are scored.
         """
@@ -170,7 +175,12 @@ class HarnessModel(TemplateLM):
 
     def rolling_windows(self, texts: Sequence[str]) -> tuple[list[tuple[Ids, Ids]], list[int]]:
         """Divide texts into windows for loglikelihood_rolling. Return two lists with an entry for
-        each window: its (context ids, scored ids), and the index of its text."""
+        each window: its (context ids, scored ids), and the index of its text.
+
+        A window scores max_length ids; the last window of a text scores the ids that remain. The
+        context is the id before the scored ids (BOS or EOS before the first window), and in a last,
+        shorter window of several as many ids as fill max_length.
+        """
         pairs: list[tuple[Ids, Ids]] = []
         owners: list[int] = []
         for number, text in enumerate(texts):
@@ -178,6 +188,7 @@ class HarnessModel(TemplateLM):
             for context, scored in get_rolling_token_windows(
                 ids, self.prefix_token_id, self.max_length, context_len=1
             ):
+                # lm_eval's context also has the scored ids but the last one: cut them off.
                 pairs.append((context[: len(context) - len(scored) + 1], scored))
                 owners.append(number)
         return pairs, owners
@@ -186,8 +197,9 @@ class HarnessModel(TemplateLM):
         """Yield the score of each continuation, given pairs (context ids, continuation ids), in
         another order than the pairs: see SequenceScore.number.
 
-        As in lm_eval, a pair that is too long loses its first ids, BOS included. Raises ValueError
-        for a continuation that is empty or longer than max_length. quiet: show no progress bar.
+        A context must not be empty. As in lm_eval, a pair that is too long loses its first ids, BOS
+        included. Raises ValueError for a continuation that is empty or longer than max_length.
+        quiet: show no progress bar.
         """
         sequences = []
         for context, continuation in pairs:
@@ -205,8 +217,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each text, up to a stop string, EOS or max_gen_toks.
 
-        Requests with equal gen_kwargs are generated together. Each continuation also goes to
-        lm_eval's cache at once, so that an interrupted run keeps it.
+        request.args: (text, gen_kwargs). Requests with equal gen_kwargs are generated together.
+        Each continuation also goes to lm_eval's cache at once, so that an interrupted run keeps it.
         """
         groups: dict[str, list[int]] = {}  # gen_kwargs as JSON -> indices of its requests
         for number, request in enumerate(requests):
@@ -223,8 +235,9 @@ class HarnessModel(TemplateLM):
         return texts
 
     def prompt_ids(self, text: str, config: GenerationConfig) -> list[int]:
-        """Return the last ids of a prompt, as many as leave capacity for max_new_tokens. A prompt
-        that loses its first ids is counted in `shortened`."""
+        """Return the last ids of a prompt, as many as leave room for max_new_tokens in max_length.
+        A prompt that loses its first ids is counted in `shortened`. max_new_tokens must be less
+        than max_length, which generation_config checks."""
         ids, max_prompt = self.tok_encode(text), self.max_length - config.max_new_tokens
         self.shortened += len(ids) > max_prompt
         return ids[-max_prompt:]
@@ -232,7 +245,8 @@ class HarnessModel(TemplateLM):
     def generated(
         self, prompts: dict[int, list[int]], config: GenerationConfig
     ) -> Iterator[tuple[int, str]]:
-        """Yield (number, continuation) for each prompt. prompts: number -> ids.
+        """Yield (number, continuation) for each prompt. prompts: number -> ids, not empty. The
+        number also selects the random stream of the text.
 
         Batches begin with the longest prompts, so that a lack of memory shows at once and prompts
         of a batch have similar lengths. All batches use the same KV caches.
@@ -254,7 +268,8 @@ class HarnessModel(TemplateLM):
 
 def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> GenerationConfig:
     """Return the GenerationConfig for a task's gen_kwargs, by lm_eval's defaults: greedy, unless
-    do_sample is true. Raises ValueError for an unsupported key or value."""
+    do_sample is true. max_length: tokens of prompt and answer together. Raises ValueError for an
+    unsupported key or value, and if max_gen_toks is not less than max_length."""
     kwargs = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
     count = kwargs.pop("max_gen_toks")
     if not 0 < count < max_length:
@@ -298,7 +313,7 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
     The directory include_path is searched first. lm_eval's own 14,000 tasks, which take ten seconds
     to list, are added only if a task is not there. Raises ValueError for an unknown task.
     """
-    setup_logging(logging.ERROR)
+    setup_logging(logging.ERROR)  # lm_eval logs errors only
     files = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
     for defaults in (False, True):
         if defaults or options.include_path:

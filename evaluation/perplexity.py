@@ -1,7 +1,8 @@
 """Perplexity of a text: exp of the mean negative log-likelihood of its ids, over windows.
 
 Start at perplexity. `windows` divides the ids into windows of at most max_seq_length ids. With a
-stride shorter than a window, windows overlap: ids that an earlier window scored are context.
+stride shorter than a window, windows overlap: ids that an earlier window scored are context, which
+is read and not scored. The stride is the number of ids between the begins of two windows.
 
 Source: https://huggingface.co/docs/transformers/perplexity (strided sliding window).
 """
@@ -36,9 +37,9 @@ class PerplexityOptions:
 def perplexity(lm: LoadedModel, text: str, name: str, options: PerplexityOptions) -> dict[str, Any]:
     """Score a text; return its perplexity, nats per token, bits per byte, tokens/s and settings.
 
-    name: what the output and the log call the text. Bits per byte extend the mean over the scored
-    tokens to all tokens of the text. Raises ValueError for a stride longer than a window, and for a
-    text without an id to score.
+    name: what the output and the log call the text. "tokens": how many are scored. Bits per byte
+    extend the mean over the scored tokens to all tokens of the text. Raises ValueError for a stride
+    longer than a window, and for a text without an id to score.
     """
     ids, nbytes = lm.tokenizer.encode(text, bos=False, special=True), len(text.encode())
     prefix = [lm.tokenizer.bos_id] if options.bos else []
@@ -98,8 +99,8 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
 
 
 def limited_count(limit: float | None, count: int) -> int:
-    """Return how many of `count` windows to score. limit: their number or, if it is below 1, a
-    share of `count`, rounded up, as in lm_eval; None: all."""
+    """Return how many of `count` windows to score. limit: their number, which may exceed `count`,
+    or, if it is below 1, a share of `count`, rounded up, as in lm_eval; None: all."""
     if limit is None:
         return count
     return math.ceil(count * limit) if limit < 1 else limit

@@ -5,8 +5,16 @@ answers, become a tree (build_prefix_trees), and the model reads each node once:
 model read a batch of nodes, and their children continue from copies of the KV cache. The output
 head computes logits only at positions whose next id is scored.
 
-Words: a node is a run of ids that several sequences share; a target is an id whose log-probability
-is computed; a pool is the KV caches, one for each layer, of one level of the trees.
+Words: a node is a run of ids in a tree: ids that all sequences below it share, or, in a leaf, the
+last ids of a sequence; a level is the set of nodes at one depth, 0 for the roots; a target is an id
+whose log-probability is computed; a pool is the KV caches, one for each layer, of one level of the
+trees; a call is one run of the model, which reads one node, or a chunk of it, in each row of its
+caches; padding is what a call computes in vain: shorter nodes repeat their last id, and rows
+without a node repeat the last node. Compiled prefill (lm.prefill) is the model, compiled for calls
+with many ids.
+
+Shapes: B rows and T ids per row of a call, L positions that attention reads, V ids of the
+vocabulary, W targets, N different positions whose logits they need.
 
 Source: prefix sharing as in SGLang's RadixAttention (arXiv 2312.07104).
 """
@@ -64,9 +72,9 @@ class PrefixNode:
     """Ids that all sequences of a subtree have in common, after the ids of the parent."""
 
     ids: Ids
-    begin: int  # position of ids[0] in the sequences
+    begin: int  # position of ids[0] in the sequences; so many ids are in the ancestors
     parent: "PrefixNode | None"
-    start: int = 0  # first position of the subtree that is scored
+    start: int = 0  # smallest first scored position of the subtree's sequences
     end: int = 0  # KV cache positions that the subtree needs
     children: list["PrefixNode"] = field(default_factory=list)
     # (number, first scored position) of each sequence that ends with this node
@@ -76,7 +84,7 @@ class PrefixNode:
 
     @property
     def scored(self) -> int:
-        """The position of the first scored id of this node."""
+        """The position of the first scored id of this node, if any of its ids are scored."""
         return max(self.start, self.begin)
 
     @property
@@ -102,12 +110,12 @@ class PrefixNode:
 def log_likelihoods(
     lm: LoadedModel, sequences: Sequence[tuple[Ids, int]], batch_size: int | None = None
 ) -> Iterator[SequenceScore]:
-    """Yield the score of ids[start:] for each sequence (ids, start), 1 <= start < len(ids).
+    """Yield the score of ids[start:] for each sequence (ids, start), 1 <= start < len(ids). The ids
+    before `start` are the context, which is read but not scored.
 
     batch_size: the rows of one call; None: chosen by CALL_LIMITS and the free memory. Scores are
     computed in float32. They come in another order than the sequences: see SequenceScore.number.
-    Raises ValueError for a sequence that is longer than the model's context plus one, and
-    MemoryError.
+    Raises the ValueErrors of `check`, and MemoryError.
     """
     if not sequences:
         return
@@ -138,7 +146,8 @@ def min_shared_ids(args: ModelArgs, longest: int) -> float:
     """Return how many ids a common prefix must have to be shared by sequences.
 
     The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
-    whole sequence (model.DynamicRotaryPositions). longest: ids of the longest sequence.
+    whole sequence (model.DynamicRotaryPositions): for "dynamic" positions, if a sequence is longer
+    than the context that the model was trained on. longest: ids of the longest sequence.
     """
     by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
     return math.inf if by_length else MIN_SHARED_IDS
@@ -174,6 +183,7 @@ class TreeBuilder:
         self, first: int, stop: int, begin: int, parent: PrefixNode | None
     ) -> list[PrefixNode]:
         """Return the nodes, with their subtrees, of texts[first:stop] from position `begin` on.
+        `nodes` and `node` call each other, one level deeper each time.
 
         The first `begin` ids of these texts are equal: they are the ids of `parent` and its
         ancestors. Neighbours belong to one node if they share enough ids; see MIN_SHARED_IDS.
@@ -240,7 +250,7 @@ class TreeScorer:
         bytes_per_position = lm.kv_bytes_per_token() * depth(roots)
         positions_in_memory = broadcast_from_rank0(
             lambda: available_memory(lm.device) // 4 // bytes_per_position
-        )
+        )  # rank 0's value, because all ranks must make the same calls
         self.max_positions = min(max_positions, positions_in_memory)
         self.longest_sequence = max(node.end for node in roots)
         self.pools: dict[int, list[KVCache]] = {}
@@ -268,8 +278,9 @@ class TreeScorer:
         todo = sorted((n for n in nodes if n[0].read_length), key=lambda n: -n[0].end)
         while todo:
             positions = self.longest_sequence if self.fixed_rows else todo[0][0].end
+            # Rounded up: how often the pool is filled, and with how many nodes, about equally many.
             pools = -(-len(todo) // self.pool_rows(positions))
-            size = -(-len(todo) // pools)  # the pools get about equal numbers of nodes
+            size = -(-len(todo) // pools)
             pooled, todo = sorted(todo[:size], key=lambda n: -n[0].read_length), todo[size:]
             yield from self.score_pool(pooled, level)
             children = [(n, row) for row, (node, _) in enumerate(pooled) for n in node.children]
@@ -288,6 +299,7 @@ class TreeScorer:
         pool = self.pool(level, len(pooled), max(node.end for node, _ in pooled))
         first_row = 0
         for batch, parent_rows in self.batches(pooled):
+            # Rows beyond len(batch) are padding; the next call overwrites them.
             rows = slice(first_row, first_row + max(len(batch), self.fixed_rows))
             caches = [cache.part(rows) for cache in pool]
             if level:
@@ -298,7 +310,8 @@ class TreeScorer:
             first_row += len(batch)
 
     def pool_rows(self, positions: int) -> int:
-        """Return how many rows a pool may have if each row has this many positions."""
+        """Return how many rows a pool may have if each row has this many positions: at least
+        batch_size, even if the memory limit is then exceeded."""
         return max(1, min(MAX_POOL_ROWS, self.max_positions // positions), self.batch_size or 0)
 
     def pool(self, level: int, rows: int, positions: int) -> list[KVCache]:
@@ -331,7 +344,8 @@ class TreeScorer:
 
     def rows_of_call(self, lengths: Sequence[int]) -> int:
         """Return how many nodes the next call reads: the first ones, as many as batch_size or
-        max_ids allow and need no more than max_padding padding ids.
+        max_ids allow and need no more than max_padding padding ids. Each row is as long as the
+        first.
 
         lengths: the read_length of each unread node, sorted in descending order.
         """
@@ -347,7 +361,10 @@ class TreeScorer:
         sources: list[KVCache],
     ) -> None:
         """Copy the keys and values of the nodes' parents from `sources`, the previous level's pool,
-        to `caches`: row n gets row parent_rows[n], and padding rows the last of them."""
+        to `caches`: row n gets row parent_rows[n], and rows without a node the last of them. All
+        rows get as many positions as the longest prefix; a shorter one's excess is not visible to
+        its ids.
+        """
         padding = [parent_rows[-1]] * (caches[0].rows - len(parent_rows))
         (rows,) = self.to_device([*parent_rows, *padding])
         filled = max(node.begin for node in nodes)
@@ -355,8 +372,8 @@ class TreeScorer:
             cache.take(source, rows, filled)
 
     def read_nodes(self, nodes: Sequence[PrefixNode], caches: list[KVCache]) -> None:
-        """Let the model read one node in each row, in chunks of ids; append the scores of the
-        targets to their nodes.
+        """Let the model read one node in each row, in chunks of ids that keep within PREFILL_TOKENS
+        and MAX_LOGITS; append the scores of the targets to their nodes.
 
         Targets are the ids of these nodes, and the first id of each of their children, if they are
         scored. The nodes' parents must have been read before. At most caches[0].rows nodes; the
@@ -380,8 +397,9 @@ class TreeScorer:
         caches: list[KVCache],
         to_score: Sequence[Target],
     ) -> Iterator[tuple[float, bool]]:
-        """Let the model read the ids of `rows` at the indices `chunk`, (B, T); return the scores of
-        the targets, as `scores` does. The nodes' ids before the chunk must be in the caches."""
+        """Let the model read the ids of `rows` at the indices `chunk`, counted within each node;
+        return the scores of the targets, as `scores` does. The nodes' ids before the chunk, and
+        those of their ancestors, must be in the caches."""
         # A row shorter than the chunk repeats its last id, which rewrites the same cache entry.
         indices = [[min(n, node.read_length - 1) for n in chunk] for node in rows]
         tokens = [[node.ids[n] for n in row] for node, row in zip(rows, indices, strict=True)]
@@ -399,13 +417,15 @@ class TreeScorer:
         lengths: Tensor,
         to_score: Sequence[Target],
     ) -> Iterator[tuple[float, bool]]:
-        """Call the model; return (log-probability, whether it is the most likely id) per target.
+        """Call the model; return (log-probability, whether it is the most likely id) per target, in
+        the order of to_score.
 
         inputs: tokens (B, T), positions (B, T), key positions (L,) and caches. lengths: (B, 1), the
         tokens of each row's whole sequence. Without targets the call only fills the caches.
         """
         # The children of a node begin after the same index: its logits are computed once.
         logit_row = {index: n for n, index in enumerate(dict.fromkeys(t.index for t in to_score))}
+        # Without targets the model still needs an index: 0, whose logits are not used.
         (at,) = self.to_device(list(logit_row) or [0])
         logits = self.lm.prefill(*inputs, at, lengths)  # (N, V)
         if not to_score:

@@ -21,7 +21,8 @@ def saved_bandwidth(device: torch.device) -> float | None:
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Measure a device's bytes per second, and save them for the reports of later runs."""
+    """Measure a device's bytes per second, and save them for the reports of later runs. Takes
+    seconds; an earlier result is not used, see saved_bandwidth."""
     save_measurement("bandwidth", bandwidth_key(device), bandwidth := read_bandwidth(device))
     return bandwidth
 
@@ -34,8 +35,10 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Read a large buffer several times; returns the bytes per second of the fastest pass.
 
     A pass is a reduction over the buffer, `repeats` by dot, the fastest on Intel's CPUs, and
-    `repeats` by amax, the fastest on AMD's. The buffer lies in huge pages, as weights do.
+    `repeats` by amax, the fastest on AMD's. The buffer lies in huge pages, as weights do. It is at
+    most a quarter of the free memory: below the size of the caches the result would be too high.
     """
+    # A multiple of 8: two halves of whole float32 numbers.
     nbytes = min(READ_BYTES[device.type], available_memory(device) // 4) // 8 * 8
     # fill_ makes the system allocate the pages: it maps untouched ones to a single page of zeros.
     numbers = page_aligned(nbytes, device).fill_(1).view(torch.float32)
@@ -43,6 +46,6 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
     seconds = []
     for reduction in repeats * (lambda: torch.dot(first_half, second_half), numbers.amax):
         start = time.perf_counter()
-        reduction().item()
+        reduction().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return numbers.nbytes / min(seconds)

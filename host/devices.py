@@ -4,7 +4,8 @@ import torch
 
 
 def find_device(name: str) -> torch.device:
-    """Returns the torch.device of a name. auto: cuda, else mps, else cpu, whichever exists.
+    """Returns the torch.device of a name, such as cuda:1. auto: cuda, else mps, else cpu, whichever
+    exists. Whether a GPU with the number exists is not checked.
 
     Raises ValueError, which lists the available devices, if there is no device of that type.
     """

@@ -50,7 +50,8 @@ def without_surrogates(text: str) -> str:
 def parse_json(text: str | bytes, where: str) -> Any:
     """Parse JSON. Raises ValueError, which begins with `where`, if it is not valid or too deep.
 
-    where: the subject of the error message, such as the file's path.
+    where: the subject of the error message, such as the file's path. NaN and Infinity, which
+    Python's json accepts, are accepted.
     """
     try:
         return json.loads(text)
@@ -84,7 +85,8 @@ def short_json(value: Any) -> str:
 
 
 def short_text(value: Any) -> str:
-    """Returns a name or value of a file for a message: printable, at most 80 characters."""
+    """Returns a name or value that was read from a file as text for a message: printable, at most
+    80 characters. Text with unprintable characters, such as escape codes, is escaped and quoted."""
     text = value if isinstance(value, str) else short_json(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -102,8 +104,8 @@ def json_text(value: Any, **options: Any) -> str:
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
     """Write pieces of text to a file, completely or, if anything fails, not at all.
 
-    A device or a pipe is written directly, and keeps what was written. Raises OSError with the
-    path.
+    A device or a pipe is written directly, and keeps what was written. pieces: may be a generator,
+    whose exceptions pass to the caller. Raises OSError with the path.
     """
     try:
         write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
@@ -112,7 +114,10 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if write_whole could not write the path. Call it before long work."""
+    """Raises OSError if write_whole could not write the path. Call it before long work.
+
+    Nothing is written to the path itself: a file without a name is made in its directory.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.is_dir():
@@ -138,7 +143,8 @@ def write_in_place(path: Path, pieces: Iterable[str]) -> None:
 def replace(path: Path, pieces: Iterable[str]) -> None:
     """Write a temporary file in the same folder, then rename it to `path`.
 
-    The rename is atomic: `path` has either its old content or all of the new one.
+    The rename is atomic: `path` has either its old content or all of the new one. path: no
+    symbolic link, which the rename would replace: write_whole resolves it.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -149,7 +155,7 @@ def replace(path: Path, pieces: Iterable[str]) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # after an error; the rename has moved it otherwise
 
 
 def sync(directory: Path) -> None:

@@ -32,7 +32,8 @@ def cache_directory() -> Path | None:
 
 
 def load_measurement(name: str, key: Any) -> Any:
-    """Returns the value that save_measurement saved under this name and key, or None."""
+    """Returns the value that save_measurement saved under this name and key, or None, also if the
+    file is not readable. A tuple comes back as a list, as JSON has none."""
     try:
         return json.loads(path_of(name, key).read_text())
     except (OSError, ValueError, AttributeError):  # AttributeError: there is no cache directory

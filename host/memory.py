@@ -1,5 +1,7 @@
 """Memory of this machine: the free bytes, the sizes of caches, and page-aligned buffers.
 
+A cgroup is a set of processes whose memory Linux limits, as in a container; cgroups are nested.
+
 Start at available_memory and page_aligned.
 """
 
@@ -47,9 +49,10 @@ def cgroup_headroom() -> Iterator[int]:
 
     The page cache counts as free, because the kernel drops it when memory is needed.
     """
+    # The line of version 2 is "0::" and the path of the process's cgroup below /sys/fs/cgroup.
     own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
     leaf = Path("/sys/fs/cgroup", own)
-    for group in (leaf, *leaf.parents):
+    for group in (leaf, *leaf.parents):  # the limits of outer groups count, too
         limit = group / "memory.max"
         if limit.is_file() and (maximum := limit.read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -73,14 +76,15 @@ HUGE_PAGE_BYTES = 2 * 2**20
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
     """Returns a buffer of zero bytes (uint8) that begins at a multiple of BLOCK_BYTES.
 
-    pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge pages if it is at
-    least one page long and the system has them. Then a direct read has fewer segments, and a
-    decoding step, which reads every weight once, misses the TLB less often.
+    nbytes: may be 0. pinned: page-locked, for copies to a GPU. On a CPU the buffer lies in huge
+    pages if it is at least one of them long and the system has them. Then a direct read has fewer
+    segments, and a decoding step, which reads every weight once, misses the TLB less often.
     """
     if device.type != "cpu" or pinned:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
+    # Huge pages need an address at a multiple of their size: map more, and begin there.
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES * huge, flags)
@@ -120,9 +124,9 @@ def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/c
 
 
 def machine_name(device: torch.device) -> str:
-    """Returns the GPU's name, or the CPU's name and torch's number of threads.
+    """Returns the GPU's name, or for other devices the CPU's name and torch's number of threads.
 
-    It is part of the key of saved measurements.
+    It is part of the key of saved measurements, which differ with the number of threads.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -16,7 +16,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 def set_threads(count: int | None) -> None:
     """Set torch's number of threads. count: --threads.
 
-    None: at most free_threads(), but unchanged if OMP_NUM_THREADS is set.
+    None: torch's own number, but at most free_threads(); unchanged if OMP_NUM_THREADS is set, which
+    torch has read already. Call it before the first computation, and before machine_name.
     """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return
@@ -36,7 +37,8 @@ def free_threads() -> int:
 def quotas() -> Iterator[int]:
     """Yield the number of cores that each cgroup of this process allows, rounded up.
 
-    Only cgroups (version 2) with a limit in cpu.max are counted.
+    A cgroup is a set of processes that Linux limits together, such as a container. Only cgroups
+    (version 2) with a limit in cpu.max are counted.
     """
     try:
         own = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip("/\n")
@@ -44,6 +46,7 @@ def quotas() -> Iterator[int]:
         for group in (leaf, *leaf.parents):
             limit = group / "cpu.max"
             if limit.is_file() and (words := limit.read_text().split())[0] != "max":
+                # The microseconds of computing that are allowed in a period, and the period.
                 yield math.ceil(int(words[0]) / int(words[1]))
     except OSError:  # not Linux, or not readable
         return

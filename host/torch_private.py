@@ -21,7 +21,8 @@ from torch import Tensor, nn
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Copy a module and all its submodules, but not its parameters and buffers.
 
-    The copy refers to the same tensors. Replacing one in the copy does not change the original.
+    The copy refers to the same tensors. Replacing one in the copy does not change the original;
+    writing to one changes both.
     """
     copied = copy.copy(module)
     copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
@@ -30,7 +31,8 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def copy_with_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> nn.Module:
-    """Copy a module that has no submodules, and replace its buffers by the given tensors."""
+    """Copy a module that has no submodules, with the given tensors as its buffers, by name. For
+    views of KV caches."""
     copied = copy.copy(module)
     copied._buffers = buffers
     return copied
@@ -49,7 +51,8 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def allow_recompiles(limit: int) -> None:
-    """Let torch.compile compile a function `limit` times before it runs the function uncompiled."""
+    """Let torch.compile compile a function `limit` times, for different inputs, before it runs the
+    function uncompiled. Holds for the whole process."""
     importlib.import_module("torch._dynamo").config.recompile_limit = limit
 
 
@@ -137,8 +140,9 @@ def add_in_store(key: str, amount: int) -> int:
 def one_shot_all_reduce(x: Tensor, group: str) -> Tensor:
     """Returns the sum of a tensor over the ranks, by one kernel that reads the other GPUs' memory.
 
-    group: the name of the process group. Raises RuntimeError if the GPUs cannot read each other's
-    memory, and ImportError if torch was built without this feature.
+    All ranks must call it together. group: the name of the process group. Raises RuntimeError if
+    the GPUs cannot read each other's memory, and ImportError if torch was built without this
+    feature.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory
 

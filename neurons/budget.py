@@ -5,8 +5,10 @@ neurons these tokens use, and how many records the next token reads if so many n
 (calibration/predictor.py). With the machine's costs (costs.py) this gives the seconds of a token
 for each window, depth and gap. choose_plan takes the fastest plan that fits into memory.
 
+    pack     the directory with the records of a model's neurons, and their predictors
     record   the weights of one neuron on disk
-    entry    memory for one record
+    entry    memory for one record; each layer has a cache of them
+    window   the number of last tokens whose neurons stay in memory
     depth    requests that are pending at a time
     gap      unneeded records between two needed ones that one request still reads
 
@@ -28,9 +30,10 @@ from neurons.pack import Pack
 
 DEPTHS = 16, 32, 64, 128
 WINDOW_TOKENS = 1, 2, 3, 4, 6, 8, 12, 16  # windows to consider, and the longest that fits
-LAYER_STREAM_SECONDS = 5e-3  # to read a layer whole, plus its bytes: chunks pass between threads
+# Seconds to read a layer whole that do not depend on its bytes: chunks pass between threads.
+LAYER_STREAM_SECONDS = 5e-3
 LAYER_MANAGE_SECONDS = 60e-6  # to look up and evict cache entries for a token in a layer
-BISECTIONS = 30
+BISECTIONS = 30  # steps of the search for the longest window: it is then exact enough
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class CachePlan:
     requests: float  # requests per token
 
     def seconds(self, calls: int, requests: int, records: int) -> float:
-        """Return the expected seconds to read so many records with so many requests and calls."""
+        """Return the expected seconds to read so many records with so many requests and calls. A
+        request reads contiguous records; a call submits a batch of requests."""
         reading = requests * self.request_seconds + records * self.record_seconds
         return calls * self.call_seconds + reading
 
@@ -60,7 +64,8 @@ class CachePlan:
         """Whether reading a whole layer is faster than reading the missing neurons one by one.
 
         missing: (n,) ids that are not in memory, ascending. entries: cache entries of the layer;
-        one call reads at most so many records.
+        one call reads at most so many records. Asked for each layer in each step (feed_forward.py).
+        The bytes of records in gaps are not counted.
         """
         calls = -(-len(missing) // entries)
         # At most one request per record: the usual case is decided without counting gaps.
@@ -71,7 +76,8 @@ class CachePlan:
         return seconds > self.whole_layer_seconds
 
     def lines(self, neurons: int) -> list[str]:
-        """Return lines for the user about the plan. neurons: their number in a layer."""
+        """Return lines for the user about the plan: its memory and its expected costs. neurons:
+        their number in a layer."""
         share = 100 * sum(self.entries) / (neurons * len(self.entries))
         return [
             f"flash: {share:.1f} % of the neurons in memory, as many as {self.window:.1f} tokens "
@@ -92,9 +98,10 @@ class NeuronUsage:
     def __init__(self, pack: Pack, neurons: int):
         """Read the figures as tables for interpolation. neurons: their number in a layer.
 
-        For each of K windows: _usage (L, K), different neurons in use; _reads, records and requests
-        per token, (L, K, gaps) each. predicted: (L,), the mean neurons that a token's predictor
-        names. Windows without figures in one of the layers are left out.
+        For each of K windows, in _windows: _usage (L, K), different neurons in use; _reads, records
+        and requests per token, (L, K, gaps) each. Windows without figures in one of the layers are
+        left out; the last one, twice the longest of the others, has all neurons. predicted: (L,),
+        the mean number of neurons that the predictor names for a token.
         """
         layers, self.gaps = pack.layers, pack.manifest["gaps"]
         count = min(len(layer["usage"]) for layer in layers)
@@ -127,7 +134,8 @@ class NeuronUsage:
     def longest_window(self, fits: Callable[[float], bool]) -> float:
         """Return the longest window, in tokens, for which `fits` is true, by bisection.
 
-        If a window fits, all shorter ones must fit. 0 if none does.
+        fits: tells whether the neurons of a window of so many tokens fit into memory. If a window
+        fits, all shorter ones must fit. 0 if none does. At most the window that has all neurons.
         """
         low, high = 0.0, float(self._windows[-1])
         if fits(high):
@@ -147,13 +155,17 @@ def choose_plan(
 ) -> CachePlan:
     """Return the plan with the fewest expected seconds for a token.
 
+    Compares the windows of WINDOW_TOKENS that fit, and the longest that fits, with every depth of
+    `costs` and every gap of the pack. Called once, when a model is loaded (attach_neurons).
     neurons: their number in a layer. memory: bytes for all weights; `fixed` of them are needed for
-    weights other than cache entries. window: tokens whose neurons stay in memory, or None to choose
-    it. Raises ValueError if the window's neurons, or one neuron of each layer, do not fit.
+    weights other than cache entries, and for buffers. window: tokens whose neurons stay in memory,
+    or None to choose it. Raises ValueError if the window's neurons, or one neuron of each layer, do
+    not fit.
     """
     usage, stride = NeuronUsage(pack, neurons), pack.format.stride
 
     def nbytes(k: float) -> int:
+        """Return the bytes of all weights with the neurons of `k` tokens; 0: one of each layer."""
         return fixed + int(usage.entries(k).sum()) * stride
 
     check_budget(nbytes(window or 0), memory, fixed, window)
@@ -172,8 +184,8 @@ def choose_plan(
 def check_budget(needed: int, memory: int, fixed: int, window: float | None) -> None:
     """Raise ValueError if `needed` bytes are more than `memory`, the bytes of --dram_budget.
 
-    needed: `fixed` bytes of other weights, and the neurons of `window` tokens, or one neuron of
-    each layer if window is None.
+    needed: `fixed` bytes of other weights and buffers, and the neurons of `window` tokens, or one
+    neuron of each layer if window is None. The message names a budget that is enough.
     """
     if needed <= memory:
         return
@@ -195,8 +207,10 @@ def expected_plan(
 ) -> CachePlan:
     """Return the plan of one window, depth and gap, with its expected costs.
 
-    neurons: their number in a layer. stride: bytes of a record on disk. A layer computes the
-    neurons that are already in memory while it reads the others.
+    neurons: their number in a layer. stride: bytes of a record on disk. window: tokens whose
+    neurons stay in memory. depth: a key of costs.reads. gap: one of usage.gaps. A layer computes
+    the neurons that are already in memory while it reads the others: in_memory is the most of the
+    computation that this can hide.
     """
     records, requests = usage.reads(window, gap)  # (L,) each
     entries = usage.entries(window)

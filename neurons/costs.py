@@ -1,9 +1,10 @@
 """Seconds of this machine's disk and products, measured once and saved for later runs.
 
 Start at machine_costs. A call reads a batch of requests, each of contiguous records, which hold the
-weights of one neuron each. Batches of several sizes are read from a pack's own file, and a linear
-model is fitted to the seconds: per call + per request + per byte. choose_plan (budget.py) uses the
-costs.
+weights of one neuron each, into entries, each of which is memory for one record. Batches of several
+sizes are read from the records of a pack (the directory that flash.py writes), and a linear model
+is fitted to the seconds: per call + per request + per byte. The depth is the number of requests
+that the disk has at a time. choose_plan (budget.py) uses the costs.
 
 Shapes: C entries of a neuron cache.
 """
@@ -32,7 +33,7 @@ STREAM_BYTES = 2**27  # the most bytes that stream_byte_seconds reads
 PRODUCT_BYTES = 2**26  # memory of records in timed runs: more than a processor's caches hold
 EVICTING_BYTES = 2**24  # weights of the product before each timed batch of reads
 STREAM_REPEATS, PRODUCT_REPEATS = 3, 5
-NEURONS = 17  # in the timed product: one is active, the last stands for an empty entry
+NEURONS = 17  # in the timed product: the first is active, the last stands for an empty entry
 SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # seconds per call, request, byte, if a file is too small
 
 
@@ -67,7 +68,8 @@ def machine_costs(
 
     depths: numbers of pending requests to measure. device, dtype: of the model's activations.
     Saved costs are used again if the machine, the disk, the file's size, the record format and
-    these arguments are the same.
+    these arguments are the same. Called by attach_neurons when a model is loaded. The timed product
+    is that of a layer of NEURONS neurons: the bias makes the first one active and no other.
     """
     format, stat = pack.format, pack.neurons_path.stat()
     kernel = has_kernel(format, device, dtype)
@@ -91,8 +93,9 @@ def machine_costs(
 def batch_costs(pack: Pack, depth: int) -> list[float]:
     """Measure the seconds per call, per request and per byte of reads with this depth.
 
-    They are fitted to the median seconds of BATCHES, by least squares of relative errors. Batches
-    with more than half the file's records are left out; SMALL_FILE_COSTS if these are all.
+    They are fitted to the median seconds of BATCHES, by least squares of relative errors; a
+    negative result counts as 0. Batches with more than half the file's records are left out;
+    SMALL_FILE_COSTS if these are all.
     """
     stride = pack.format.stride
     timer = BatchTimer(pack, depth)
@@ -119,6 +122,7 @@ class BatchTimer:
         self.total = pack.neurons_path.stat().st_size // self.stride  # records
         self.entries = range(PRODUCT_BYTES // self.stride)
         self.memory = page_aligned(len(self.entries) * self.stride, CPU).fill_(1)
+        # A row of 2048 bfloat16 numbers has 4096 bytes. Its product evicts the caches.
         self.matrix = torch.ones(EVICTING_BYTES // 4096, 2048, dtype=torch.bfloat16)
         self.random = random.Random(0)
 
@@ -131,7 +135,11 @@ class BatchTimer:
         return statistics.median(self._seconds(requests, records) for _ in range(BATCH_REPEATS))
 
     def _seconds(self, requests: int, records: int) -> float:
-        """Read one random batch, after a product that evicts caches, and return its seconds."""
+        """Read one random batch, after a product that evicts caches, and return its seconds.
+
+        The batch has `requests` requests of `records` contiguous records each, as if the file were
+        one layer. Each record goes to another entry, so there must be as many entries.
+        """
         starts = sorted(self.random.sample(range(self.total // records), requests))
         ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
         entries = np.array(self.random.sample(self.entries, len(ids)))
@@ -143,7 +151,8 @@ class BatchTimer:
 
 
 def stream_byte_seconds(pack: Pack) -> float:
-    """Measure the seconds per byte of a contiguous read from the start of the file."""
+    """Measure the seconds per byte of a contiguous read from the start of the file, as if a layer
+    were read whole. The length is a multiple of 4096 bytes, which O_DIRECT needs."""
     file = NeuronFile(pack.neurons_path, pack.format.stride, 1)
     nbytes = min(STREAM_BYTES, pack.neurons_path.stat().st_size // 4096 * 4096)
     memory = page_aligned(nbytes, CPU)
@@ -153,7 +162,8 @@ def stream_byte_seconds(pack: Pack) -> float:
 def record_seconds(products: Products, device: torch.device) -> float:
     """Measure the seconds to compute one record in memory for one token, with unpacking.
 
-    products: of a layer with few neurons; many entries hold each of them here.
+    products: of a layer with few neurons; many entries hold each of them here. The last neuron
+    stands for an empty entry and is in none. All entries are computed in one call.
     """
     format, neurons = products.format, len(products.bias) - 1
     count = PRODUCT_BYTES // format.stride

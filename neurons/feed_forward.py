@@ -5,8 +5,9 @@ predictor names the neurons that may be active, and those not in memory are read
 on disk are a record; memory for a record is an entry of the layer's cache. The product covers all
 neurons in memory, predicted or not, so an active neuron is missed only if it is on disk and not
 predicted. Neurons in memory are computed while the others are read. For many tokens at once, as in
-a prompt, a layer reads all its neurons in file order, and the neurons that the last tokens use go
-into the cache.
+a prompt, a layer is read whole: all its neurons in file order, in chunks; and the neurons that the
+last tokens use go into the cache. A neuron's id is its place in this order. The records, predictors
+and figures of a model are in a pack, the directory that flash.py writes (pack.py).
 
 Based on "LLM in a flash" (arXiv 2312.11514, section 3): predictor, window, bundles of rows and
 columns.
@@ -47,13 +48,15 @@ torch.library.define(
 
 @torch.library.register_fake("gpt_flex::sparse_feed_forward")
 def fake_sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
-    """Return an empty tensor of the output's shape and dtype, for torch.compile."""
+    """Return an empty tensor of the output's shape and dtype, for torch.compile. The arguments are
+    those of sparse_feed_forward."""
     return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.impl("gpt_flex::sparse_feed_forward", "CompositeExplicitAutograd")
 def sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
-    """Call neuron_sums of the layer with this number (a key of LAYERS) from compiled code."""
+    """Call neuron_sums of the layer with this number (a key of LAYERS) from compiled code. x and
+    predicted: its arguments. KeyError if the model of the layer is deleted."""
     return LAYERS[int(number)].neuron_sums(x, predicted)
 
 
@@ -98,9 +101,9 @@ class SparseFeedForward(nn.Module):
     def attach(self, layer: int, source: NeuronSource, entries: int) -> None:
         """Connect the layer to its neurons on disk, and allocate a cache of so many entries.
 
-        Called once the parameters are loaded. layer: its index in the model. source: the neuron
-        file, which all layers share. `number` is this layer's key in LAYERS, as a tensor for
-        compiled code.
+        Called by attach_neurons, once the parameters are loaded. layer: its index in the model.
+        source: the neuron file, which all layers share. `number` is this layer's key in LAYERS, as
+        a tensor for compiled code.
         """
         self.layer, self.source, self.stats = layer, source, source.stats
         LAYERS[id(self)] = self
@@ -114,7 +117,8 @@ class SparseFeedForward(nn.Module):
         """Return the layer's outputs: (B, T, D) -> (B, T, D).
 
         Neurons are predicted for all tokens if N <= MAX_SPARSE_TOKENS, else only for the last ones
-        of each row, at least CACHED_TOKENS. Compiled code calls neuron_sums through an operator.
+        of each row, at least CACHED_TOKENS (n tokens in all): the others' neurons are not needed,
+        because the layer is read whole. Compiled code calls neuron_sums through an operator.
         """
         last = max(CACHED_TOKENS, MAX_SPARSE_TOKENS // len(x))
         predicted = self.predictor(x[:, -last:].flatten(0, 1))  # (n, F)
@@ -148,6 +152,7 @@ class SparseFeedForward(nn.Module):
         x: (N, D). ids: predicted neurons, ascending. Neurons in memory are computed while the
         others are read. If there are more ids than cache entries, they are read and computed in
         turns. Neurons that are not predicted are left out where they would have to be unpacked.
+        in_memory: the entries to compute during the first read; None: all.
         """
         self.stats.sparse_layers += 1
         self.stats.predicted += len(ids)
@@ -162,7 +167,7 @@ class SparseFeedForward(nn.Module):
         return y
 
     def _fetch(self, ids: np.ndarray, overlap: Callback) -> tuple[np.ndarray, np.ndarray]:
-        """Read those of the neurons `ids`, ascending, that are not in memory.
+        """Read those of the neurons `ids`, ascending, that are not in memory, into cache entries.
 
         overlap: called once, while they are read if any is missing; entries that are being filled
         are then empty and add nothing to the layer's sums. Returns the entries that were filled,
@@ -200,8 +205,10 @@ class SparseFeedForward(nn.Module):
     def _whole_layer(self, x: Tensor, predicted: Tensor) -> Tensor:
         """Sum the outputs of all neurons, in chunks: (B, T, D) -> (B, T, D) float32.
 
-        predicted: (n, F) bool, neurons that may be active, for the last tokens of each row. Those
-        of the last CACHED_TOKENS go into the cache, as many as fit, for the tokens that follow.
+        predicted: (n, F) bool, neurons that may be active, for the last tokens of each row: t per
+        row. Those of the last CACHED_TOKENS go into the cache, as many as fit, for the tokens that
+        follow; those with the lowest ids first, which the calibration texts used most. uses: how
+        many of these tokens use each neuron.
         """
         predicted = predicted.unflatten(0, (len(x), -1))  # (B, t, F)
         predicted = predicted[:, -CACHED_TOKENS:].flatten(0, 1)  # (n, F)
@@ -223,7 +230,8 @@ class SparseFeedForward(nn.Module):
     def _count_prompt(self, active: Tensor, predicted: Tensor) -> None:
         """Count active neurons, and how many of them were predicted, for the reported recall.
 
-        Both are bool and have the same shape: last tokens of a prompt, neurons of a chunk.
+        Both are bool and have the same shape: last tokens of a prompt, neurons of a chunk. Recall
+        is the share of active neurons that were predicted.
         """
         self.stats.prompt_active = self.stats.prompt_active + active.sum()
         self.stats.prompt_predicted = self.stats.prompt_predicted + (active & predicted).sum()
@@ -233,7 +241,8 @@ class SparseFeedForward(nn.Module):
     ) -> None:
         """Copy the records of the neurons `ids` that a chunk contains to their cache entries.
 
-        entries: the entry for each id. start: the chunk's first neuron. records: of the chunk.
+        entries: the entry for each id. start: the chunk's first neuron. records: of the chunk,
+        (n, stride) bytes. Called for each chunk; the caller commits the ids after the last.
         """
         in_chunk = (ids >= start) & (ids < start + len(records))
         if in_chunk.any():
@@ -248,7 +257,7 @@ def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
     """Replace the feed-forward layers of a model by sparse ones, before its weights are allocated.
 
     The parameters of the new layers are uninitialised; fill_from_pack fills them. Each predictor
-    has the rank that the pack's manifest gives for its layer.
+    has the rank that the pack's manifest gives for its layer: figures["rank"].
     """
     for layer, figures in zip(model.layers, pack.layers, strict=True):
         layer.feed_forward = SparseFeedForward(model.args, pack.format, figures["rank"])
@@ -256,7 +265,8 @@ def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
 
 def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
     """Return a fill function for loading the model's weights: tensors whose names the pack has are
-    copied from the pack (predictors, biases, scales), all others are filled by `fill`.
+    copied from the pack (predictors, biases, scales), all others are filled by `fill`, which reads
+    the checkpoint. Used after swap_feed_forwards, whose layers have the pack's names.
     """
     resident = pack.resident()
 
@@ -272,8 +282,9 @@ def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
 def attach_neurons(model: Transformer, pack: Pack, options: FlashOptions) -> None:
     """Choose a cache plan and connect each layer to its neurons on disk.
 
-    The model has sparse layers (swap_feed_forwards) with loaded parameters. Measures the machine if
-    no earlier run has. Raises ValueError if the memory in `options` is too little.
+    The last of the three steps of loading: the model has sparse layers (swap_feed_forwards) with
+    loaded parameters (fill_from_pack). Measures the machine if no earlier run has. Raises
+    ValueError if the memory in `options` is too little.
     """
     layers = [layer.feed_forward for layer in model.layers]
     weight, neurons, format = model.tok_embeddings.weight, model.args.hidden_dim, pack.format
@@ -291,7 +302,8 @@ def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tup
     """Return the bytes of memory for all weights, and how many of them are not for cache entries.
 
     memory: bytes, or up to 1 a share of the weights of a model with all neurons in memory and no
-    predictors. The second number covers loaded weights and the buffers for reading whole layers.
+    predictors (`dense` is their bytes). The second number covers loaded weights and the buffers for
+    reading whole layers. format.used: bytes of a record without padding.
     """
     neurons = model.args.hidden_dim
     resident = sum(tensor.nbytes for tensor, _ in stored_tensors(model).values())
@@ -306,13 +318,14 @@ def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tup
 
 
 def neuron_source(model: Transformer) -> NeuronSource | None:
-    """Return the source from which a model's layers read neurons; None if all are in memory."""
+    """Return the source from which a model's layers read neurons; None if all are in memory. All
+    layers share the source of the first."""
     first = model.layers[0]
     return getattr(getattr(first, "feed_forward", None), "source", None)
 
 
 def flash_report(model: Transformer) -> Iterator[str]:
-    """Yield lines for the user: the expected and the measured costs of a token.
+    """Yield lines for the user after a run: the expected and the measured costs of a token.
 
     None for a model without neurons on disk, or before its first token.
     """

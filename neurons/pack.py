@@ -1,9 +1,11 @@
 """A pack: the directory of neurons and predictors that --flash reads and flash.py writes.
 
-Start at open_pack. By default a pack is next to the checkpoint that it was made from. `neurons.bin`
-has one record for each neuron (records.py), layer after layer, a layer's most active neurons first;
-`resident.pth` has the predictors and the biases and scales that stay in memory; `manifest.json`,
-written last, has the record format, the figures of each layer and the hashes of both files.
+Start at open_pack. A record holds the weights of one feed-forward neuron; a predictor names the
+neurons that may be active for a token. By default a pack is next to the checkpoint that it was made
+from. `neurons.bin` has one record for each neuron (records.py), layer after layer, a layer's most
+active neurons first; `resident.pth` has the predictors and the biases and scales that stay in
+memory; `manifest.json`, written last, has the record format, the figures of each layer and the
+hashes of both files.
 
 When a pack is opened, both files are read and compared with their hashes. The manifest then gets
 their sizes and dates, and the next time unchanged files are not read.
@@ -56,7 +58,8 @@ class Pack:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Figures of each layer: those of predictor.LearnedLayer.figures, and `rank`."""
+        """Figures of each layer: those of LearnedLayer.figures (calibration/predictor.py), and
+        `rank`, of its predictor."""
         return self.manifest["layers"]
 
     def resident(self) -> dict[str, Tensor]:
@@ -78,7 +81,8 @@ def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
 
     Raises FileNotFoundError if the pack or one of its files is absent. Raises ValueError if the
     model has no ReLU, or the pack has another format version, was made from other weights, or is
-    damaged. The messages name the command that makes a pack.
+    damaged. The messages, except the one for a model without ReLU, name the command that makes a
+    pack.
     """
     remedy = f"run python flash.py --checkpoint_path {checkpoint.path} --calibration_file TEXT"
     check_relu(checkpoint.args)
@@ -96,7 +100,8 @@ def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
 
 
 def check_relu(args: ModelArgs) -> None:
-    """Raise ValueError if the activation is not ReLU, because all neurons are then active."""
+    """Raise ValueError if the activation is not ReLU, because all neurons are then active. Called
+    before a pack is made, and before one is opened."""
     if args.activation != "relu":
         raise ValueError(
             f"--flash needs a ReLU model: this model's activation is {args.activation}, and all "
@@ -107,8 +112,9 @@ def check_relu(args: ModelArgs) -> None:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return a hash of the model's args and its feed-forward weights, which a pack is made from.
 
-    Of each stored tensor it covers name, dtype, shape and the first FINGERPRINT_BYTES, so that it
-    takes milliseconds. A tensor that was loaded into memory adds no bytes.
+    Of each stored part of a tensor (a fused tensor has several) it covers name, dtype, shape and
+    the first FINGERPRINT_BYTES, so that it takes milliseconds. A part that was loaded into memory
+    (part.tensor) adds no bytes. The manifest has the fingerprint of the pack's checkpoint.
     """
     digest = hashlib.blake2b(repr(checkpoint.args).encode(), digest_size=16)
     for name, stored in sorted(checkpoint.tensors.items()):
@@ -127,8 +133,8 @@ def verify_files(directory: Path, manifest: dict[str, Any], remedy: str) -> None
     """Raise FileNotFoundError if a file of the pack is absent, ValueError if its hash is wrong.
 
     manifest: that of the directory. remedy: the last clause of the message. Nothing is read if all
-    sizes and dates are those of the last verification. Else both files are read, and their sizes
-    and dates are added to the manifest.
+    sizes and dates are those of the last verification. Else both files are read, which takes
+    long for a large pack, and their sizes and dates are added to manifest.json.
     """
     present = [name for name in HASHED_FILES if (directory / name).is_file()]
     if absent := set(HASHED_FILES).difference(present):
@@ -154,7 +160,7 @@ def size_and_date(file: Path) -> list[int]:
 def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) -> str:
     """Return the hash of a file, and drop the file from the page cache: it may fill all memory.
 
-    progress: called with the bytes of each chunk that was read.
+    progress: called with the number of bytes of each chunk that was read.
     """
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as f:
@@ -166,5 +172,6 @@ def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) 
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json. The file is replaced as a whole, so no reader sees a part of it."""
+    """Write manifest.json. The file is replaced as a whole, so no reader sees a part of it.
+    flash.py calls this when both files are complete; verify_files, to add sizes and dates."""
     write_whole(directory / MANIFEST_FILE, [json.dumps(manifest, indent=1)])

@@ -1,6 +1,7 @@
 """The feed-forward product of records: by kernels/cpu/neurons.cpp or by torch.
 
 Start at Products.sums. A record holds the weights of one neuron; an entry is memory for one record.
+A neuron is active for a token if its ReLU, of gate or without a gate of up, is not zero.
 On a CPU with the necessary instructions, the kernel computes records as they are stored. For an
 inactive neuron it reads only the row (gate, or up without a gate) that shows it to be inactive.
 Elsewhere torch unpacks quantised weights and multiplies by all of them.
@@ -32,7 +33,8 @@ def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -
     """Return whether kernels/cpu/neurons.cpp can compute records of this format.
 
     device, dtype: of the activations. False on a GPU, on a CPU without the instructions or without
-    a compiler, and if the kernel's chunks do not divide the sizes. The first call compiles it.
+    a compiler, and if the kernel's chunks do not divide the sizes. The first call compiles it,
+    about twenty seconds once for a machine. `build` returns why it failed, or None.
     """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
@@ -66,8 +68,9 @@ class Products:
         """Sum the outputs of neurons in a cache, without the layer's outer scales and biases.
 
         x: (N, D), the layer's inputs. records: (C, stride) bytes. ids: (C,), the neuron in each
-        entry. entries: (n,) entries to compute, or None for all. Returns the sums, (N, D) float32,
-        and how many neurons were active for at least one token.
+        entry; the id of an empty entry is that of the last bias, so it adds nothing. entries: (n,)
+        entries to compute, or None for all. Returns the sums, (N, D) float32, and how many neurons
+        were active for at least one token: a tensor without the kernel.
         """
         index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
@@ -84,8 +87,8 @@ class Products:
     def hidden(self, x: Tensor, records: Tensor, ids: Tensor) -> Tensor:
         """Return the activations of neurons for the inputs x: (N, D) -> (N, n), by torch.
 
-        records: (n, stride) bytes. ids: (n,), the neuron of each record. The activation is
-        ReLU(up), or ReLU(gate) * up in a gated layer.
+        records: (n, stride) bytes. ids: (n,), the neuron of each record, on x's device: they select
+        biases and scales. The activation is ReLU(up), or ReLU(gate) * up in a gated layer.
         """
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
@@ -100,7 +103,8 @@ class Products:
 def gather_records(records: Tensor, index: Tensor) -> Tensor:
     """Copy records out of a cache: (C, stride) bytes -> (n, stride). index: (n,) entries.
 
-    Copies 8 bytes at a time, which is 40 times as fast as single bytes.
+    Copies 8 bytes at a time, which is 40 times as fast as single bytes: stride must be a multiple
+    of 8. index is on the cache's device.
     """
     return records.view(torch.int64)[index].view(torch.uint8)
 
@@ -108,7 +112,8 @@ def gather_records(records: Tensor, index: Tensor) -> Tensor:
 def scatter_records(cache: Tensor, index: Tensor, records: Tensor) -> None:
     """Copy records, (n, stride) bytes, into entries of a cache, (C, stride) bytes.
 
-    index: (n,) entries, on the cache's device. The records may be on the host.
+    index: (n,) entries, on the cache's device. The records may be on the host. stride is a multiple
+    of 8, because 8 bytes are copied at a time.
     """
     words = to_device(records, cache.device).view(torch.int64)
     cache.view(torch.int64)[index] = words

@@ -4,7 +4,9 @@ Start at RecordFormat: a neuron's row of the up (and gate) projection and its co
 projection are one record, so that one read brings them ("LLM in a flash", arXiv 2312.11514,
 section 3.2). A NeuronFile reads batches of records past the page cache, each straight into an entry
 (memory for one record) of a layer's NeuronCache, which overwrites the least used entries. A
-neuron's id is its position among the records of its layer.
+neuron's id is its position among the records of its layer. A request is a read of a contiguous
+range of the file; a gap is the unneeded records between two needed ones that one request still
+reads. A pack is the directory with the neuron file (pack.py).
 
 Shapes: F neurons of a layer, C entries of its cache, D dim, n records.
 """
@@ -78,7 +80,8 @@ class RecordFormat:
     def starts(self) -> list[int]:
         """The first bytes of weight, scales and zeros of each matrix, for kernels/cpu/neurons.cpp.
 
-        Three numbers for each matrix; 0 for a part that this kind does not have.
+        Three numbers for each matrix, in the order of `matrices`; 0 for a part that this kind does
+        not have.
         """
         parts = ("weight", "scales", "zeros")
         return [self.fields.get((m, part), (0,))[0] for m in self.matrices for part in parts]
@@ -96,7 +99,8 @@ class RecordFormat:
     def part(self, records: Tensor, matrix: str, name: str) -> Tensor:
         """Return a part of each record as a view: (n, stride) bytes -> (n, numbers).
 
-        name: weight, scales or zeros.
+        name: weight, scales or zeros. matrix: one of `matrices`. KeyError for a part that this kind
+        does not have.
         """
         start, count, dtype = self.fields[matrix, name]
         return records[:, start : start + count * dtype.itemsize].view(dtype)
@@ -104,7 +108,8 @@ class RecordFormat:
     def rows(self, records: Tensor, matrix: str, dtype: torch.dtype) -> Tensor:
         """Return a matrix's weights in each record: (n, stride) bytes -> (n, D) of `dtype`.
 
-        int4 weights are dequantised. int8 weights are not: their scales are not in the record.
+        int4 weights are dequantised. int8 weights are not, only converted: their scales are not in
+        the record. The rows of "down" are its columns, one for each neuron.
         """
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
@@ -115,10 +120,10 @@ class RecordFormat:
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantise the weights of a layer and write them as records, which flash.py stores.
 
-        weights: float32, by the names of the matrices: gate and up (F, D), down (D, F). Returns the
-        records, (F, stride) uint8, and the scales that stay in memory: inner_scales (F, 1 or 2),
-        for up or for gate and up; outer_scales (D,), for the outputs of down. All scales are ones
-        unless the kind is int8.
+        weights: float32, by the names of the matrices: gate and up (F, D), down (D, F), with the
+        neurons in the order of the file. Returns the records, (F, stride) uint8, and the scales
+        that stay in memory: inner_scales (F, 1 or 2), for up or for gate and up; outer_scales (D,),
+        for the outputs of down. All scales are ones unless the kind is int8.
         """
         records = torch.zeros(len(weights["up"]), self.stride, dtype=torch.uint8)
         scales = {m: torch.ones(len(records)) for m in self.matrices[:-1]}
@@ -157,6 +162,7 @@ class NeuronFile(DirectFile):
         """Open the file, without O_DIRECT where it refuses reads of one record.
 
         stride: bytes from one record to the next. depth: requests that are pending at a time.
+        `direct` tells whether O_DIRECT is used; without it the page cache is.
         """
         super().__init__(path)
         self.stride, self.nbytes, self.requests = stride, 0, 0
@@ -189,9 +195,11 @@ class NeuronFile(DirectFile):
     ) -> None:
         """Read records of one layer into memory, and wait until all are read.
 
-        layer_offset: byte offset of the layer in the file. ids: (n,) ascending. addresses: (n,),
-        the memory for each record. gap: records between two needed ones that one request still
-        reads, and discards. overlap: called once while the disk reads.
+        layer_offset: byte offset of the layer in the file. ids: (n,) ascending; none is fine.
+        addresses: (n,), the memory for each record, `stride` bytes aligned to a sector. gap:
+        records between two needed ones that one request still reads, and discards. overlap: called
+        once while the disk reads, or alone if there are no ids. One thread at a time may call this:
+        it is the reader's limit.
         Raises OSError, and ValueError if the file is shorter than its records.
         """
         if not len(ids):
@@ -201,7 +209,8 @@ class NeuronFile(DirectFile):
         self.requests += len(requests)
         self.nbytes += self.stride * len(iovecs)
         results = self._reader.read(self._file, requests, overlap)
-        # A signal or the kernel's limits can end a request early.
+        # A signal or the kernel's limits can end a request early. `start` is the index of the
+        # request's first iovec, from its address.
         for n in np.flatnonzero(results != self.stride * requests["count"].astype(np.int64)):
             start = (int(requests[n]["iovecs"]) - iovecs.ctypes.data) // IOVEC.itemsize
             end = start + requests[n]["count"]
@@ -212,7 +221,8 @@ class NeuronFile(DirectFile):
 
         request: a row of REQUEST; iovecs: its ranges of memory, one record each. result: the bytes
         that it read, or a negative errno. Raises OSError for an error of the disk, and ValueError
-        where the file ends before the request does.
+        where the file ends before the request does. done: the bytes read so far; part: those of
+        them in the first record that is not complete.
         """
         total, done = self.stride * len(iovecs), 0
         while True:
@@ -241,8 +251,9 @@ def build_requests(
     ids: (n,) ascending, at least one. addresses: (n,), the memory for each record. layer_offset:
     byte offset of the layer in the file. gap: a request reads across so many records that are not
     among the ids. discard: address of `stride` bytes for all of these.
-    Returns requests, one row of REQUEST each, and the iovecs, one for each record that is read. The
-    requests hold addresses of iovecs, so the caller must keep these until the reads have ended.
+    Returns requests, one row of REQUEST each, and the iovecs (an address and a length each), one
+    for each record that is read, also in gaps. The requests hold addresses of iovecs, so the caller
+    must keep these until the reads have ended.
     """
     splits = ids[1:] - ids[:-1] > gap + 1
     # Ids of a request lie between two multiples of MAX_IOVECS: it has at most so many iovecs.
@@ -254,6 +265,7 @@ def build_requests(
     first_iovecs = counts.cumsum() - counts
     iovecs = np.empty(counts.sum(), dtype=IOVEC)
     iovecs["address"], iovecs["nbytes"] = discard, stride
+    # The iovec of an id is as far from its request's first iovec as the id from the first id.
     iovecs["address"][ids + np.repeat(first_iovecs - first_ids, ends - starts)] = addresses
     requests = np.empty(len(starts), dtype=REQUEST)
     requests["offset"] = layer_offset + first_ids * stride
@@ -265,11 +277,12 @@ def build_requests(
 class NeuronCache:
     """The neurons of one layer that are in memory: the records, and which neuron each entry holds.
 
-    `admit` chooses entries to overwrite, the caller reads records into them, `commit` records that
-    they are filled. In between they are empty, and stay empty if the read fails, so no lookup
-    returns an entry with bytes of two neurons. The least used entries are overwritten. Use is a
-    count that decays with each token (USE_DECAY): it misses a quarter fewer neurons than "least
-    recently used" with as many entries.
+    records: (C, stride) bytes. ids: (C,), the neuron of each entry, `empty` (F) for none. `admit`
+    chooses entries to overwrite, the caller reads records into them, `commit` records that they are
+    filled. In between they are empty, and stay empty if the read fails, so no lookup returns an
+    entry with bytes of two neurons. The least used entries are overwritten. Use is a count that
+    decays with each token (USE_DECAY): it misses a quarter fewer neurons than "least recently used"
+    with as many entries.
     """
 
     def __init__(self, neurons: int, entries: int, stride: int, device: torch.device):
@@ -279,7 +292,7 @@ class NeuronCache:
         self.empty = neurons  # the id that stands for no neuron
         self.ids = np.full(entries, self.empty)  # (C,): the neuron of each entry
         self._entry_of = np.full(neurons + 1, -1)  # the entry of each neuron, or -1
-        self._use = np.zeros(neurons + 1)  # each neuron's uses, weighted: see _age
+        self._use = np.zeros(neurons + 1)  # the sum of each neuron's uses, weighted: see _age
         self._use[self.empty] = -1  # empty entries are overwritten first
         self._unit = 1.0  # the weight of a use now
 
@@ -305,9 +318,11 @@ class NeuronCache:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count a use of neurons, and empty an entry for each neuron that is not in memory.
 
-        ids: ascending; their own entries are never emptied. uses: how many tokens use each neuron.
+        Each call counts as one token in the decay of uses. ids: ascending; their own entries are
+        never emptied. uses: how many tokens use each neuron.
         Returns the ids that the caller must read now, an entry for each (ascending), and the ids
-        that must wait, because no more entries can be emptied.
+        that must wait, because no more entries can be emptied: those of `ids` are needed now. For
+        the waiting ids, call again after the product has used the entries.
         Call `commit` after the read.
         """
         self._age()
@@ -319,7 +334,7 @@ class NeuronCache:
         if not len(fitting):
             return fitting, fitting, waiting
         use = self._use[self.ids]  # (C,)
-        use[entries[present]] = np.inf
+        use[entries[present]] = np.inf  # these are not emptied
         victims = np.argpartition(use, len(fitting) - 1)[: len(fitting)]
         victims.sort()
         self._entry_of[self.ids[victims]] = -1
@@ -329,7 +344,8 @@ class NeuronCache:
     def _age(self) -> None:
         """Decay all use counts by USE_DECAY for a new token.
 
-        The weight of later uses grows instead, which gives the same order and touches one number.
+        The weight of later uses, _unit, grows instead, which gives the same order and touches one
+        number. Above MAX_USE_UNIT all sums are scaled back.
         """
         self._unit /= USE_DECAY
         if self._unit > MAX_USE_UNIT:

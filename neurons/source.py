@@ -2,7 +2,10 @@
 
 Start at NeuronSource.fetch and NeuronSource.stream_layer. An entry is memory for one record, which
 holds the weights of one neuron. A CPU reads records straight into their entries. No file can be
-read into a GPU's memory, so records pass through pinned host memory.
+read into a GPU's memory, so records pass through pinned host memory (page-locked, so that the GPU
+copies from it by itself). A gap is the unneeded records between two needed ones that one read still
+covers; the depth is the number of reads that the disk has at a time. A layer that needs most of its
+neurons is read whole, in chunks of records in file order.
 
 Shapes: C entries of a layer's cache, n records.
 """
@@ -39,7 +42,8 @@ CHUNK_BUFFERS = 2  # one chunk is computed with while the next is read
 
 @dataclass
 class FlashStats:
-    """Counts and host seconds, summed over all tokens and the sparse layers of a model.
+    """Counts and host seconds, summed over all tokens and the sparse layers of a model. The layers
+    add to them (feed_forward.py).
 
     On a GPU, counts of active neurons are tensors, so that the host need not wait for them.
     """
@@ -80,7 +84,11 @@ class StatsTimer:
 
 
 class NeuronSource:
-    """The neuron file of a model and the buffers through which its records pass."""
+    """The neuron file of a model and the buffers through which its records pass.
+
+    All layers share it. layer_bytes: from one layer to the next in the file. chunks: the first
+    neuron of each chunk of a layer, and one past the last.
+    """
 
     def __init__(
         self,
@@ -90,8 +98,9 @@ class NeuronSource:
         device: torch.device,
         plan: CachePlan,
     ):
-        """file: read by both ways; its depth is the plan's. layers, neurons: their number in the
-        model and in a layer. device: of the model's weights. plan: see CachePlan."""
+        """file: read by both ways, single records and chunks; its depth is the plan's. layers,
+        neurons: their number in the model and in a layer. device: of the model's weights. plan: see
+        CachePlan."""
         self.file, self.device, self.plan, self.stats = file, device, plan, FlashStats()
         self.layers, self.neurons = layers, neurons
         self.layer_bytes = round_up_to_block(neurons * file.stride)
@@ -109,7 +118,7 @@ class NeuronSource:
         """Return a reader that fills a GPU's memory by way of pinned host memory.
 
         Allocates one host buffer of nbytes for each chunk that is read at a time, and `_pinned` of
-        the same size for single records.
+        the same size for single records. nbytes: of a whole chunk.
         """
         pinned = self.device.type == "cuda"
         buffers = [page_aligned(nbytes, CPU, pinned) for _ in range(CHUNK_BUFFERS + 1)]
@@ -119,7 +128,9 @@ class NeuronSource:
     def _chunk_ring(self, nbytes: int) -> Ring:
         """Return a ring that prefetches the chunks of all layers, in file order, for stream_layer.
 
-        Its items are (layer, first neuron, end neuron). nbytes: size of each buffer on the device.
+        Its items are (layer, first neuron, end neuron). nbytes: size of each buffer on the device,
+        that of the longest chunk. At the end of a layer it prefetches the next layer's first
+        chunks.
         """
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
         parts = [{"": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
@@ -129,8 +140,9 @@ class NeuronSource:
     def _fetch_chunk(self, item: tuple[int, int, int], buffer: Buffer) -> Future:
         """Start to read a chunk into a buffer of the ring; the future is done when it is there.
 
-        item: (layer, first neuron, end neuron). The CUDA stream of the worker first waits until the
-        buffer's last use has ended.
+        item: (layer, first neuron, end neuron). Called by the ring. The CUDA stream of the worker
+        first waits until the buffer's last use has ended. The buffer's memory has no name: its only
+        part has the key "".
         """
         layer, start, end = item
         stride = self.file.stride
@@ -143,7 +155,8 @@ class NeuronSource:
     def stream_layer(self, layer: int) -> Iterator[tuple[int, Tensor]]:
         """Yield each chunk of a layer: the number of its first neuron, and its records (n, stride).
 
-        For a layer that is read whole. Its memory is overwritten once the next chunk is requested.
+        For a layer that is read whole. A chunk's memory is overwritten once the next chunk is
+        requested, after the GPU's work that was queued until then.
         """
         stride = self.file.stride
         for start, end in self.chunks:
@@ -165,7 +178,8 @@ class NeuronSource:
 
         ids: (n,) ascending; entries: (n,), the entry for each id; cache: (C, stride) bytes.
         overlap: called once, while the disk reads on a CPU; before the reads on a GPU, because it
-        only starts kernels, which run while the host reads.
+        only starts kernels, which run while the host reads. The caller has emptied the entries
+        (NeuronCache.admit), so that no kernel takes a half-read record for a neuron.
         """
         stride, gap, layer_offset = self.file.stride, self.plan.gap, layer * self.layer_bytes
         if self._pinned is None:
@@ -180,7 +194,8 @@ class NeuronSource:
     def _fetch_through_pinned(
         self, layer_offset: int, ids: np.ndarray, entries: np.ndarray, cache: Tensor
     ) -> None:
-        """Read neurons of one layer into pinned memory; let the GPU copy them to their entries.
+        """Read neurons of one layer into pinned memory; let the GPU copy them to their entries. The
+        copies are queued on the current stream, so that later kernels find the records.
 
         layer_offset: byte offset of the layer in the file. ids: ascending, at most as many as
         `_pinned` can hold. entries: the entry for each id. cache: (C, stride) bytes on the GPU.
@@ -200,9 +215,11 @@ class NeuronSource:
         self.file.nbytes = self.file.requests = 0
 
     def lines(self) -> Iterator[str]:
-        """Yield lines for the user with the measured means per token.
+        """Yield lines for the user with the measured means per token, after those of the plan
+        (flash_report).
 
-        A token runs each layer once, so the number of tokens is that of layer runs / layers.
+        A token, or a batch's tokens of one step, runs each layer once, so the number of tokens is
+        that of layer runs / layers. Layers of long prompts are not counted.
         At least one sparse or whole layer must have been counted.
         """
         stats, file = self.stats, self.file
@@ -227,7 +244,8 @@ class NeuronSource:
     def _prediction_line(self) -> str:
         """Return the line for the user about predicted neurons: share, cache hits, excess.
 
-        The means are over the sparse layers, at least one of which must have been counted.
+        The means are over the sparse layers, at least one of which must have been counted. Excess:
+        predicted neurons for each that was active. max: no division by zero without any.
         """
         stats, predicted = self.stats, max(self.stats.predicted, 1)
         share, hits = predicted / stats.sparse_layers / self.neurons, 1 - stats.missed / predicted
@@ -238,5 +256,6 @@ class NeuronSource:
 
 
 def chunk_records(neurons: int, stride: int) -> int:
-    """Return how many records a chunk has: CHUNK_BYTES, at most a sixteenth of the layer."""
+    """Return how many records a chunk has: CHUNK_BYTES, at most a sixteenth of the layer, so that
+    reading and computing overlap in small layers, too; at least one."""
     return max(1, min(neurons // 16, CHUNK_BYTES // stride))

@@ -2,12 +2,15 @@
 
 Start at open_reader. A thread that waits for one read costs a context switch per request, and
 Python threads also queue for the interpreter's lock: on two cores 120 records of 8 KiB take 3.5 ms
-by threads and 1.8 ms by io_uring. With io_uring, requests are rows of arrays that are shared with
-the kernel; a few array operations fill them and one system call submits them all.
+by threads and 1.8 ms by io_uring. A request is a read of contiguous bytes of a file into several
+ranges of memory; a batch is the requests of one call. With io_uring, requests are rows of arrays
+that are shared with the kernel; a few array operations fill them and one system call submits them
+all.
 
 An io_uring has two queues in shared memory. The program writes submission entries (SQEs) and moves
 the tail of the submission queue (SQ); the kernel moves its head. The kernel writes completion
-entries (CQEs) and moves the tail of the completion queue (CQ); the program moves its head.
+entries (CQEs) and moves the tail of the completion queue (CQ); the program moves its head. Heads
+and tails count entries since the start, modulo 2**32; the mask gives an entry's index.
 
 Based on io_uring(7) and the kernel's include/uapi/linux/io_uring.h; names follow that header.
 """
@@ -72,7 +75,8 @@ class BatchReader(Protocol):
 
 
 def open_reader(depth: int) -> BatchReader:
-    """Return an io_uring reader, or a reader with threads where io_uring is refused."""
+    """Return an io_uring reader, or a reader with threads where io_uring is refused, as in many
+    containers. depth: requests that the disk has at a time, at least 1."""
     try:
         return UringReader(depth)
     except OSError:
@@ -80,7 +84,8 @@ def open_reader(depth: int) -> BatchReader:
 
 
 def read_request(file: int, request: np.void) -> int:
-    """Read one request, a row of REQUEST, in this thread. file: descriptor.
+    """Read one request, a row of REQUEST, in this thread. file: descriptor. The iovecs and their
+    memory must exist: the request has only their addresses.
 
     Returns the bytes read, which may be fewer than requested, or a negative errno.
     """
@@ -112,11 +117,13 @@ class ThreadReader:
 
         overlap: called once while the threads read. Returns (n,): the bytes read by each request,
         or a negative errno. After an exception in `overlap` or Ctrl-C, requests that have begun are
-        completed, the others are dropped, and the pool is replaced.
+        completed, the others are dropped, and the pool is replaced. The requests are shared out to
+        at most MAX_THREADS tasks; with a smaller depth, fewer run at a time.
         """
         results = np.zeros(len(requests), dtype=np.int64)
 
         def read_every_nth(start: int) -> None:
+            """Read the requests `start`, `start` + MAX_THREADS, ..., and write their results."""
             for n in range(start, len(requests), MAX_THREADS):
                 results[n] = read_request(file, requests[n])
 
@@ -195,6 +202,7 @@ class UringReader:
         shared = mmap.mmap(self._ring, nbytes, offset=IORING_OFF_SQ_RING)
 
         def uint32(offset: int, count: int = 1) -> np.ndarray:
+            """Return `count` uint32 numbers at a byte offset of the queues' memory, as a view."""
             return np.frombuffer(shared, np.uint32, count, offset)
 
         self._sq_head, self._sq_tail = uint32(submission.head), uint32(submission.tail)
@@ -226,7 +234,8 @@ class UringReader:
         """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
 
         The requests go to the kernel in batches of `depth`. overlap: called once while the first
-        batch is read. Returns (n,): the bytes read by each request, or a negative errno.
+        batch is read, or not at all without requests. Returns (n,): the bytes read by each request,
+        or a negative errno. After an exception, see _read_batch.
         """
         results = np.zeros(len(requests), dtype=np.int64)
         self._fields["fd"][:] = file
@@ -236,24 +245,28 @@ class UringReader:
         return results
 
     def _read_batch(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
-        """Read at most `depth` requests, and write their results, (n,), in place.
+        """Read at most `depth` requests, and write their results, (n,), in place. No other request
+        may be pending.
 
         overlap: called once while the kernel reads. Progress is computed from the shared heads and
         tails alone, so that Ctrl-C at any point leaves it right. On an exception, wait for the
         requests that the kernel has taken, because it writes to their memory, and withdraw others.
         """
+        # The submission queue's tail and the completion queue's head before the batch.
         count, tail, head = len(requests), int(self._sq_tail[0]), int(self._cq_head[0])
         self._fill_entries(requests, tail)
 
         def submitted() -> int:
+            """Return how many requests of the batch the kernel has taken."""
             return (int(self._sq_head[0]) - tail) & UINT32_MASK
 
         def collected() -> int:
+            """Return how many results of the batch `_collect` has written."""
             return (int(self._cq_head[0]) - head) & UINT32_MASK
 
         try:
             self._sq_tail[0] = (tail + count) & UINT32_MASK
-            self._enter(count, 0)
+            self._enter(count, 0)  # submit all, wait for none
             overlap()
             self._poll(count, head)
             self._collect(results)
@@ -264,6 +277,7 @@ class UringReader:
             while collected() < submitted():
                 self._enter(0, 1)
                 self._collect(results)
+            # Withdraw requests that the kernel has not taken.
             self._sq_tail[0] = (tail + submitted()) & UINT32_MASK
 
     def _fill_entries(self, requests: np.ndarray, tail: int) -> None:
@@ -289,7 +303,8 @@ class UringReader:
             pass
 
     def _enter(self, submit: int, wait: int) -> None:
-        """Submit so many requests, then sleep until so many have completed or a signal arrives.
+        """Submit so many requests, then sleep until so many have completed or a signal arrives. The
+        requests must be in the submission queue. wait: 0 returns at once.
 
         After a signal (EINTR), or if the kernel lacks resources (EAGAIN), it returns early: the
         caller must count submissions and completions, and call again. Raises OSError otherwise.

@@ -1,9 +1,10 @@
 """The table of options that need or exclude one another, for the commands and load_model.
 
-Start at broken_rule. Rules contain names of options, and of three features: `placed` (the model is
-offloaded, by --offload, --percent or --plan), `self_draft` (the draft is the model itself in fewer
+Start at broken_rule. Rules contain names of options, and of three features: `placed` (the model has
+a policy that offloads it, which load_model knows and the command line does not), `self_draft` (the draft is the model itself in fewer
 bits), `ranks` (torchrun has started several processes). `chosen` maps such names to values; a false
-value means that the option or feature is not used.
+value means that the option or feature is not used. A draft proposes tokens that the model verifies.
+OPTION_RULES hold for the parsed options of a command, MODEL_RULES for a model that is to be loaded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ PLACING = "offload", "percent", "plan"  # options that offload the model
 class Needs:
     """The rule that `option` works only together with one of the options `any_of`.
 
-    message: the error; "": a message that names the options.
+    message: the error; "": a message that names the options. `chosen` in the methods: see above.
     """
 
     option: str
@@ -27,8 +28,9 @@ class Needs:
     def broken(self, chosen: Mapping[str, Any]) -> bool:
         """Returns whether `option` is used without any of `any_of`.
 
-        A command, or load_model, may lack options: if `chosen` has no name of any_of, this is
-        False.
+        The rules serve all commands and load_model, each of which lacks some of the options. So the
+        rule is not broken where no option of `any_of` exists, that is if `chosen` has none of these
+        names: the user could not obey it.
         """
         existing = [name for name in self.any_of if name in chosen]
         return bool(chosen.get(self.option) and existing and not any(chosen[n] for n in existing))
@@ -44,6 +46,7 @@ class Excludes:
     """The rule that the options `one` and `other` do not work together.
 
     message: the error, in which {} stands for the value of `other`; "": one that names the options.
+    `chosen` in the methods: see above.
     """
 
     one: str

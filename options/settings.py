@@ -2,6 +2,10 @@
 
 The commands make them from their options (cli/options.py). A program passes the fields of
 LoadOptions to load_model by name.
+
+Terms: a draft proposes tokens that the model verifies. A policy divides an offloaded model among
+device, host and disk, and the rows (texts of a batch) into micro-batches. Ranks are processes that
+run one model together.
 """
 
 from dataclasses import dataclass, fields
@@ -26,8 +30,9 @@ class FromArguments:
     def from_arguments(cls, args: Any, **overrides: Any) -> Self:
         """Returns the dataclass with the values of the options that have the names of its fields.
 
-        args: an argparse.Namespace. overrides: values of fields, which replace those of options. A
-        field that is in neither keeps its default.
+        args: an argparse.Namespace, which may have more options, and not all fields. overrides:
+        values of fields, which replace those of options. A field that is in neither keeps its
+        default.
         """
         names = {field.name for field in fields(cls)} & vars(args).keys()
         return cls(**({name: getattr(args, name) for name in names} | overrides))
@@ -68,7 +73,8 @@ class LoadOptions:
     micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
 
     def chosen(self) -> dict[str, Any]:
-        """Returns the features in use, under their names in options/rules.py, for broken_rule."""
+        """Returns the features in use, under their names in options/rules.py, for broken_rule:
+        False, None or the like if not in use. load_model applies MODEL_RULES to them."""
         return {
             "compile": self.compile,
             "draft": self.draft is not None,
@@ -120,7 +126,8 @@ class PlanOptions(FromArguments):
 
 @dataclass(frozen=True)
 class PromptOptions(FromArguments):
-    """Which prompts a command continues, and how it encodes them."""
+    """Which prompts a command continues, and how it encodes them. All fields but random_tokens are
+    options of generate.py; None: not given."""
 
     prompt: tuple[str, ...] | None = None
     prompt_file: Path | None = None

@@ -4,6 +4,9 @@ Start at `chat`. Conversation turns messages into ids with the model's chat temp
 template it joins the plain texts. The ids of a turn are compared with those in the KV cache, and
 only the ids after the common prefix are prefilled. prompt_ids applies the template to one prompt of
 a batch.
+
+Words: a turn is a user's message and the model's answer; prefill is the reading of a prompt by the
+model, which fills the KV cache; a rank is a process of torchrun.
 """
 
 import os
@@ -57,6 +60,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
         while len(ids) > self.max_prompt and len(messages) > self._system_messages + 1:
+            # the oldest question and its answer
             del messages[self._system_messages : self._system_messages + 2]
             ids = self._ids(messages)
         if len(ids) > self.max_prompt:
@@ -71,7 +75,7 @@ class Conversation:
         return ids, self._reused
 
     def add_answer(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> None:
-        """Add the model's answer, and record which ids the KV cache has now.
+        """Add the model's answer, `text`, and record which ids the KV cache has now.
 
         prompt: the ids that `ask` returned. ids: the new ids. The last of them is not in the KV
         cache, because the model did not read it. Without new ids the answer was interrupted during
@@ -81,7 +85,8 @@ class Conversation:
         self._cached = [*prompt, *ids[:-1]] if ids else [*prompt[: self._reused]]
 
     def reset(self) -> None:
-        """Remove all messages but the system message."""
+        """Remove all messages but the system message. The KV cache keeps its ids, so the next
+        prompt can still reuse those of the system message."""
         del self.messages[self._system_messages :]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -98,13 +103,14 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     answer(ids, cached, show) generates an answer and returns its Completion. ids: the prompt;
     cached: how many ids from its begin are in the KV cache; show(row, text): prints new text, and
     raises KeyboardInterrupt if the user stops the answer. `answer` must catch this exception, and
-    return the Completion as it is then. Under torchrun all ranks call `chat`; rank 0 reads the
-    messages and broadcasts them.
+    return the Completion as it is then. ChatMode.run (cli/interactive.py) calls `chat`. Under
+    torchrun all ranks call `chat`; rank 0 reads the messages and broadcasts them.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     messages = Messages(under_torchrun)
     if under_torchrun:  # Ctrl-C then arrives as a byte (see Messages); torchrun's end sends SIGINT
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # 130: a shell's code for SIGINT
+    # Whether `stopped` below must be polled. Only rank 0 has the keyboard, so its value counts.
     polls = broadcast_from_rank0(lambda: messages.polls_ctrl_c)
     log(HELP)
     with messages.opened():
@@ -143,14 +149,14 @@ def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
 
 def command_in(text: str) -> str | None:
     """Return the command, /word, with which a message begins, or None. A path, /a/b, is no
-    command."""
+    command: the word must end at a space or with the message."""
     match = re.match(r"\s*(/\w*)(?!\S)", text)
     return match and match[1]
 
 
 def run_command(command: str, conversation: Conversation) -> None:
-    """Run /reset; for /help and unknown commands print the list of commands. `chat` handles /exit
-    itself."""
+    """Run /reset on the conversation; for /help and unknown commands print the list of commands.
+    command: as returned by command_in. `chat` handles /exit itself."""
     if command == "/reset":
         conversation.reset()
         return

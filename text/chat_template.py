@@ -34,7 +34,8 @@ class RenderProcess:
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: str) -> dict[str, str]:
-        """Send a request, one line of JSON, to the render process, and return its reply.
+        """Send a request, one line of JSON, to the render process, and return its reply: {"text":
+        the output} or {"error": a message}. The request has the arguments of `render`, by name.
 
         Raises ValueError if the template exceeds a limit, so that no complete reply comes. The
         process is then ended, and the next request starts another.
@@ -74,7 +75,8 @@ class RenderProcess:
             )
 
     def _end(self) -> None:
-        """Kill the render process, and close the socket."""
+        """Kill the render process, and close the socket. The next request starts another
+        process."""
         self._process.kill()
         self._process.wait()
         self._process = None
@@ -88,8 +90,9 @@ RENDERER = RenderProcess()
 def render(template: str, variables: dict[str, Any], cpu_seconds: int = CPU_SECONDS) -> str:
     """Return the text that a chat template, Jinja source, renders from its variables.
 
-    variables: by name, with values that JSON can represent. Raises ValueError if they are not such,
-    or if the template fails, rejects them, or exceeds a limit.
+    variables: by name, with values that JSON can represent. cpu_seconds: limit on the CPU time of
+    this call, whole seconds. Raises ValueError if JSON cannot represent the variables, or if the
+    template fails, rejects them, or exceeds a limit.
     """
     request = {"template": template, "variables": variables, "cpu_seconds": cpu_seconds}
     try:
@@ -123,7 +126,8 @@ def serve() -> None:
     stdin. The reply is a line of JSON with "text", or with the message of an "error".
 
     Memory is limited for the whole process. CPU time is limited for each request: the kernel counts
-    it from the start of the process, so the limit is set again, and it kills the process.
+    it from the start of the process, so each request sets a later limit. The kernel kills the
+    process at this limit, and RenderProcess.ask then gets no reply.
     """
     limit(resource.RLIMIT_AS, MEMORY_BYTES)
     for line in sys.stdin.buffer:
@@ -153,8 +157,8 @@ def limit(kind: int, value: int) -> None:
 
 
 def rendered(template: str, variables: dict[str, Any], max_characters: int) -> str:
-    """Return the output of a template, in the render process. Raises ValueError if it has more than
-    max_characters, and jinja2's errors."""
+    """Return the output of a template; called in the render process by `serve`. Raises ValueError
+    if the output has more than max_characters, and jinja2's errors."""
     pieces, length = [], 0
     for piece in compiled(template).generate(variables):
         length += len(piece)
@@ -167,7 +171,8 @@ def rendered(template: str, variables: dict[str, Any], max_characters: int) -> s
 @lru_cache(8)
 def compiled(template: str) -> Any:
     """Return the jinja2.Template of a template's source, in the environment that transformers gives
-    to chat templates: the same settings, functions, filter tojson and tag {% generation %}."""
+    to chat templates: the same settings, functions, filter tojson and tag {% generation %}. Called
+    in the render process. The last 8 templates are kept, because a chat uses one in each turn."""
     import jinja2  # here, because only the render process needs it
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -180,7 +185,8 @@ def compiled(template: str) -> Any:
 
         def parse(self, parser):
             """Return the syntax tree of the content up to {% endgeneration %}."""
-            lineno = next(parser.stream).lineno
+            lineno = next(parser.stream).lineno  # skips the tag's name
+            # drop_needle: also skip the end tag. A Scope keeps variables that are set in it.
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=lineno)
 

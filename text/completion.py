@@ -5,7 +5,8 @@ as in transformers' stop_strings and lm_eval's `until`. So stop strings are sear
 with these names; the text that a caller gets omits the names.
 
 Characters are final when no stop string can begin with them any more. Others are pending: the end
-of the text may be the beginning of a stop string.
+of the text may be the beginning of a stop string. engine.complete makes a Completion for each
+prompt, calls `extend` after each step, and `close` when the text has ended.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,7 @@ class Completion:
         self.ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.text = ""
-        self.finish_reason = "length"
+        self.finish_reason = "length"  # also while the text has not ended
         self._config, self._tokenizer = config, tokenizer
         self._eos_ids = () if config.ignore_eos else tokenizer.eos_ids
         self._stream = tokenizer.stream(prompt)
@@ -47,9 +48,10 @@ class Completion:
 
     def logprobs_json(self) -> list[dict[str, Any]]:
         """Return one dict for each new id, for JSON: id, text and log-probability, and under "top"
-        the same for the most likely ids at its position."""
+        the same for the most likely ids at its position. Only if the config asks for logprobs."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
+            """Return the dict of one id."""
             return {"id": token, "token": self._tokenizer.id_to_text(token), "logprob": logprob}
 
         return [
@@ -61,7 +63,8 @@ class Completion:
         """Add new ids, and return the characters that have become final.
 
         Ids after a stop string or EOS are dropped: a step of speculative decoding yields several
-        ids. If the config asks for logprobs, each id must have the attribute `logprobs`.
+        ids. If the config asks for logprobs, each id must be a ScoredId (sampling.py), an int with
+        the attribute `logprobs`.
         """
         start = len(self.text)
         for token in ids:

@@ -43,8 +43,9 @@ class GenerationConfig:
     logprobs: int | None = None  # also report this many most likely ids; None: report no logprobs
 
     def __post_init__(self):
-        """Check and convert each field by its validator in VALIDATORS. Raises ValueError, naming
-        the field, its value and the values that are allowed."""
+        """Check and convert each field by its validator in VALIDATORS. The dataclass calls this at
+        the end of __init__. Raises ValueError, naming the field, its value and the values that are
+        allowed."""
         for name, (convert, expected) in VALIDATORS.items():
             value = getattr(self, name)
             try:
@@ -65,8 +66,9 @@ class GenerationConfig:
 
 
 def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
-    """Return a validator for integers from minimum to maximum: it returns the value as an int, and
-    raises TypeError or ValueError for others. A bool is not an integer here."""
+    """Return a validator (see VALIDATORS) for integers from minimum to maximum: it returns the
+    value as an int, and raises TypeError or ValueError for others. A bool is not an integer
+    here."""
 
     def convert(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
@@ -79,8 +81,9 @@ def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
 
 
 def number(allowed: Callable[[float], bool] = lambda value: True) -> Callable[[Any], float]:
-    """Return a validator for finite numbers for which `allowed` is true: it returns the value as a
-    float, and raises TypeError or ValueError for others. A bool is not a number here."""
+    """Return a validator (see VALIDATORS) for finite numbers for which `allowed` is true: it
+    returns the value as a float, and raises TypeError or ValueError for others. A bool is not a
+    number here."""
 
     def convert(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -110,7 +113,9 @@ def boolean(value: Any) -> bool:
 
 
 def logit_biases(value: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[Any, ...]:
-    """Validator of logit_bias: return pairs (id, bias) for a dict or for pairs."""
+    """Validator of logit_bias: return pairs (id, bias) for a dict or for pairs; of several pairs
+    with one id, the last counts. Raises TypeError or ValueError for ids below 0 and other types,
+    and for a bias beyond MAX_LOGIT_BIAS."""
     check_id, check_bias = integer(0), number(lambda bias: abs(bias) <= MAX_LOGIT_BIAS)
     return tuple((check_id(token), check_bias(bias)) for token, bias in dict(value).items())
 

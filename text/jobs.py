@@ -5,6 +5,11 @@ groups the jobs, and a sink takes the texts: ConsoleSink prints them, JsonlSink 
 ResultsFile. A result is one line of JSON, with the model and the settings that produced it, and is
 on disk in the step in which its text ends. A later run with the same prompts, model, settings and
 --output skips the jobs that have a result.
+
+Words: a row is the index of a text in its batch; a completion is the Completion
+(text/completion.py) of a text. In Provenance and ResultsFile a row is the object of a result's JSON
+line. cli/prompts.py calls a sink's `begin` with each batch, and passes `text` and `ended` to
+engine.complete, which calls them while the batch is generated.
 """
 
 import hashlib
@@ -80,7 +85,8 @@ def fingerprint(files: Iterable[Path]) -> str:
     """Return a hash of a model's files, by which a run recognises the model of stored results.
 
     It covers the size of each file and 64 samples of 1 KiB, because reading all weights takes too
-    long: a change between the samples is not noticed. File names do not count.
+    long: a change between the samples is not noticed. File names do not count, but the order of the
+    files does. The samples begin at equal distances; those of a small file overlap.
     """
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
@@ -140,7 +146,8 @@ def piped_prompt() -> str | None:
     """Return the text of stdin, without its last line end, if stdin is a pipe or a file; return
     None for a terminal or /dev/null.
 
-    Waits until a pipe is closed; after STDIN_NOTICE_SECONDS without input a log line says so.
+    Called on rank 0 if no option gives a prompt. Waits until a pipe is closed; after
+    STDIN_NOTICE_SECONDS without input a log line says so.
     """
     kind = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
@@ -164,8 +171,9 @@ def make_jobs(
 ) -> list[Job]:
     """Return num_samples jobs for each prompt, in the order of the prompts.
 
-    prompts: pairs (prompt, its ids), each with fewer ids than the context. context: the largest
-    number of tokens of prompt and new text together.
+    prompts: pairs (prompt, its ids), each with fewer ids than the context. max_new_tokens: the
+    largest number of new tokens of a text. context: the largest number of tokens of prompt and new
+    text together.
     """
     jobs = []
     for index, (prompt, ids) in enumerate(prompts):
@@ -189,8 +197,9 @@ class FinishCounts:
         self.texts, self.at_limit, self.at_context = 0, 0, 0
 
     def add(self, job: Job, completion: Any) -> None:
-        """Count a text that has ended. If it was cut ("length"), the job's limit tells where: it is
-        below max_new_tokens if the context is the shorter of the two."""
+        """Count a text that has ended, and its `completion`. If it was cut ("length"), the job's
+        limit tells where: it is below max_new_tokens if the context leaves room for fewer
+        tokens."""
         self.texts += 1
         if completion.finish_reason == "length":
             self.at_limit += job.limit >= self.max_new_tokens
@@ -288,9 +297,9 @@ class ResultsFile:
     ) -> tuple[int, int]:
         """Return (Job.index, Job.sample) of a stored result. where: the file and the line.
 
-        Raises ValueError if this run would not produce the result: it has another model, other
-        settings, another prompt or more samples, or it is not a result at all. So results of two
-        runs are never mixed in one file.
+        prompts, num_samples: those of this run. Raises ValueError if this run would not produce the
+        result: it has another model, other settings, another prompt, or a sample from num_samples
+        on, or it is not a result at all. So results of two runs are never mixed in one file.
         """
         index, sample = row.get("index"), row.get("sample")
         if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
@@ -300,6 +309,7 @@ class ResultsFile:
                 f"{where} does not say which model and settings made it (an older version wrote "
                 "it): give another --output"
             )
+        # The error lists one kind only: model and settings, else the prompt, else the samples.
         differences = self._provenance.differences(row)
         if not differences and (index >= len(prompts) or row.get("prompt") != prompts[index]):
             differences = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
@@ -322,8 +332,9 @@ class ResultsFile:
         return sorted(missing, key=lambda job: -len(job.ids))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append results with their provenance, one line each. In a regular file they are on disk
-        (fsync) when this returns, so a crash loses no text that has ended.
+        """Append results, the objects that `result` returns, with their provenance, one line each.
+        In a regular file they are on disk (fsync) when this returns, so a crash loses no text that
+        has ended.
 
         Raises BrokenPipeError if the reader of a pipe has ended, and else OSError, naming the file.
         """
@@ -341,7 +352,7 @@ class ResultsFile:
             raise OSError(f"{self._path} cannot be written: {error.strerror}{again}") from error
 
     def __del__(self):
-        if hasattr(self, "_file"):
+        if hasattr(self, "_file"):  # false if the file could not be opened
             os.close(self._file)
 
 
@@ -419,8 +430,8 @@ class JsonlSink:
         self._advance_bar()
 
     def _advance_bar(self) -> None:
-        """Show the tokens generated until now. The bar's total, an upper bound, falls when a text
-        ends before its limit."""
+        """Show the tokens generated until now, at most the total. The bar's total, an upper bound
+        of the tokens of all texts, falls when a text ends before its limit."""
         self._bar.total = self._ended_tokens + self._limit_of_unfinished
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 
@@ -445,15 +456,17 @@ def result(job: Job, completion: Any) -> dict[str, Any]:
 def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, result) for each complete line of a results file.
 
-    Then cut off a last line without a line end, which an interrupted run leaves: the next result
-    would be appended to it. Raises ValueError for a line that is no JSON object and, before
-    anything is cut, for an incomplete line that is not the beginning of a result.
+    When the caller has taken all lines, cut off a last line without a line end, which an
+    interrupted run leaves: the next result would be appended to it. Raises ValueError for a line
+    that is no JSON object and, before anything is cut, for an incomplete line that is not the
+    beginning of a result.
     """
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     complete, incomplete = content[:end], content[end:]
     for n, line in enumerate(complete.split(b"\n"), 1):
         if line.strip():
+            # The second argument is the beginning of the error message.
             value = parse_json(line, f"--output {path} is no result in line {n}: it")
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {n} is no result: give another --output")

@@ -48,7 +48,7 @@ def checked(path: Path, key: str, value: Any) -> float:
         isinstance(value, bool)
         or not isinstance(value, (int, float))
         or not abs(value) <= sys.float_info.max  # true for NaN, too
-        or kind(value) != value
+        or kind(value) != value  # top_k with a fraction
     ):
         expected = "a whole number" if kind is int else "a finite number"
         raise ValueError(f"{path}: {key} is {short_json(value)} and must be {expected}")

@@ -7,8 +7,11 @@ before it, so several draft tokens are verified in one call.
 The order is that of transformers: bias, repetition penalty, frequency and presence penalty, the
 caller's functions; then, in sampling.py, temperature and filters.
 
-Shapes: B rows, T positions that are sampled in one call, L ids of the longest text, V ids of the
-vocabulary.
+Words: a row is one text of the batch; draft tokens are guesses of speculative decoding, which the
+model accepts or rejects; a filter (top_k, top_p, min_p) excludes unlikely tokens.
+
+Shapes: B rows, T positions that are sampled in one call, L ids that each row has capacity for, V
+ids of the vocabulary, N a part of the rows or positions.
 """
 
 import copy
@@ -41,9 +44,11 @@ class LogitsProcessors:
         functions: Sequence[LogitsProcessor],
         device: torch.device,
     ):
-        """prompts: the ids of each row. Reserves config.max_new_tokens new ids for each row."""
+        """prompts: the ids of each row. device: of the logits. Reserves room for
+        config.max_new_tokens new ids in each row."""
         self.config, self.functions = config, functions
         L = max(map(len, prompts)) + config.max_new_tokens
+        # Id 0 after the end of a text is padding: the masks in __call__ exclude it.
         padded = [[*prompt, *[0] * (L - len(prompt))] for prompt in prompts]
         self.ids = torch.tensor(padded, device=device)  # (B, L)
         self.prompt_lengths = torch.tensor([[len(p)] for p in prompts], device=device)  # (B, 1)
@@ -52,8 +57,9 @@ class LogitsProcessors:
         self.biases = torch.tensor(biases[1], dtype=torch.float32, device=device)
 
     def part(self, rows: Tensor) -> "LogitsProcessors":
-        """Return the processors of a part of the batch. rows: (N,), indices of its rows. The stored
-        ids are copied, so a later `write` changes only one of the two objects."""
+        """Return the processors of a part of the batch, for Sampler.select_rows. rows: (N,),
+        indices of its rows. The stored ids are copied, so a later `write` changes only one of the
+        two objects."""
         part = copy.copy(self)
         part.ids, part.prompt_lengths = self.ids[rows], self.prompt_lengths[rows]
         return part
@@ -106,7 +112,7 @@ class LogitsProcessors:
         for index, length in enumerate((self.prompt_lengths + numbers).flatten().tolist()):
             indices[length].append(index)
         for length, same_length in indices.items():
-            at = torch.tensor(same_length, device=logits.device)  # (N,)
+            at = torch.tensor(same_length, device=logits.device)  # (N,); at // T: their rows
             ids, changed = self.ids[at // T, :length], logits[at]  # (N, L), (N, V)
             for function in self.functions:
                 changed = checked(function, function(ids, changed), changed)

@@ -4,6 +4,10 @@ Start at TokenizerConfig, which checks the type of each value that it returns. t
 between these files and the vocabulary; vocabulary.py adds the added tokens to the vocabulary. As in
 transformers' `from_pretrained`, special_tokens_map.json and added_tokens.json are read only if
 tokenizer_config.json has no added_tokens_decoder; special_tokens_map.json then overrides it.
+
+Words: a special token, such as </s>, stands for no text; an added token extends the vocabulary or
+is split off before the vocabulary encodes a text. Some added tokens are special.
+added_tokens_decoder maps the ids of added tokens, as texts, to objects {"content": text, flags}.
 """
 
 import json
@@ -33,8 +37,8 @@ class TokenizerConfig:
     """
 
     def __init__(self, directory: Path):
-        """Read tokenizer_config.json; without its added_tokens_decoder, special_tokens_map.json,
-        too. Methods read the other files when they need them."""
+        """Read the checkpoint directory's tokenizer_config.json; without its added_tokens_decoder,
+        special_tokens_map.json, too. Methods read the other files when they need them."""
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
         self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
@@ -67,7 +71,7 @@ class TokenizerConfig:
     @cached_property
     def added(self) -> Added:
         """The added tokens as (id, token): first those with an id, in the order of ids, then the
-        additional special tokens, whose id is None, without those that already have an id."""
+        tokens under EXTRA_KEYS, whose id is None, without those that already have an id."""
         extra = self._extra()
         special = {*self.special_texts(), *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
@@ -158,8 +162,9 @@ class TokenizerConfig:
     def _token(self, key: str, entry: Any, special: bool) -> AddedToken:
         """Return the AddedToken that JSON describes by a text, or by an object with text and FLAGS.
 
-        special: for an entry without that flag. As in transformers, tokens that are not special
-        are normalized by default. Raises ValueError for another value. key: for the message.
+        entry: the text or the object. special: the flag of an entry without it. As in transformers,
+        tokens that are not special are normalized by default. Raises ValueError for another value.
+        key: for the message.
         """
         flags = {f: v for f, v in entry.items() if f in FLAGS} if isinstance(entry, dict) else {}
         text = self._text(key, entry)
@@ -169,7 +174,8 @@ class TokenizerConfig:
         return AddedToken(text, **{"normalized": not flags["special"], **flags})
 
     def _id(self, key: str, value: Any, file: str = "tokenizer_config.json") -> int:
-        """Return a token id, or raise ValueError if the value is not an integer below MAX_IDS."""
+        """Return `value` if it is a token id, an integer from 0 to MAX_IDS - 1; else raise
+        ValueError. key, file: where the value stands, for the message."""
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_IDS:
             raise self._wrong(key, value, f"a token id from 0 to {MAX_IDS - 1}", file)
         return value
@@ -180,8 +186,9 @@ class TokenizerConfig:
     def _wrong(
         self, key: str, value: Any, expected: str, file: str = "tokenizer_config.json"
     ) -> ValueError:
-        """Return the error for a value of the wrong type. It names the file that has the value: a
-        key in special_tokens_map.json overrides the same key in tokenizer_config.json."""
+        """Return the error for a value of the wrong type, for the caller to raise. expected: the
+        valid values, in words. It names the file that has the value: a key in
+        special_tokens_map.json overrides the same key in tokenizer_config.json."""
         if key in self._overrides and file == "tokenizer_config.json":
             file = "special_tokens_map.json"
         shown = json.dumps(value)

@@ -26,7 +26,7 @@ class Messages:
         """Check stdin. polls_ctrl_c: whether Ctrl-C arrives as a byte, which must be polled."""
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
-        if hasattr(sys.stdin, "reconfigure"):
+        if hasattr(sys.stdin, "reconfigure"):  # not if a program has replaced stdin
             sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 do not end the chat
         self._is_terminal = sys.stdin.isatty()
         self.polls_ctrl_c = under_torchrun and self._is_terminal
@@ -44,8 +44,8 @@ class Messages:
     def read(self) -> str | None:
         """Return the next message that is not blank, or None at the end of the input (Ctrl-D).
 
-        Ctrl-C at the prompt of a terminal discards the line. From a pipe, it raises
-        KeyboardInterrupt.
+        Ctrl-C at the prompt of a terminal discards the line, and the user is asked again. If stdin
+        is a pipe, Ctrl-C raises KeyboardInterrupt.
         """
         text = ""
         while not text.strip():
@@ -93,10 +93,11 @@ def use_readline() -> bool:
         import readline  # `input` uses it once it is imported
     except ImportError:
         return False
-    if "libedit" in (readline.__doc__ or ""):
+    if "libedit" in (readline.__doc__ or ""):  # macOS's library, without bracketed paste
         return False
     readline.parse_and_bind("set enable-bracketed-paste on")
-    readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')  # Ctrl-C as a character drops the line
+    # Ctrl-C as a character: go to the line's end, delete all before it, Enter. `read` asks again.
+    readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
     return sys.stdout.isatty()  # without a terminal `input` ignores readline
 
 
@@ -104,11 +105,13 @@ def use_readline() -> bool:
 def changed_terminal(without: int = 0) -> Iterator[None]:
     """Let the terminal send Ctrl-C as a byte instead of a signal, in this block.
 
-    without: flags of termios, such as ECHO, that are cleared in the block, too.
+    without: local flags of termios that are cleared in the block, too. ICANON: input waits for the
+    end of a line; ECHO: typed characters are shown. 0: none.
     """
     terminal = sys.stdin.fileno()
     before, changed = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
-    changed[3] &= ~without
+    changed[3] &= ~without  # [3]: the local flags; [6]: the characters with a meaning
+    # VINTR is the character that sends SIGINT; with PC_VDISABLE no character does.
     changed[6][termios.VINTR] = bytes([os.fpathconf(terminal, "PC_VDISABLE")])
     termios.tcsetattr(terminal, termios.TCSADRAIN, changed)
     try:
@@ -118,7 +121,8 @@ def changed_terminal(without: int = 0) -> Iterator[None]:
 
 
 def ctrl_c_pressed() -> bool:
-    """Return whether Ctrl-C was pressed since the last call. Other keys are discarded. The terminal
-    must send Ctrl-C as a byte, without waiting for the end of a line: see changed_terminal."""
+    """Return whether Ctrl-C was pressed since the last call, without waiting. Other keys are
+    discarded, at most 4096 bytes per call. The terminal must send Ctrl-C as a byte, without waiting
+    for the end of a line: see changed_terminal."""
     terminal = sys.stdin.fileno()
     return bool(select.select([terminal], [], [], 0)[0]) and CTRL_C in os.read(terminal, 4096)

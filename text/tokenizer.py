@@ -48,7 +48,8 @@ class TextStream:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """Add an id and return the text that is complete now; it may be empty."""
+        """Add an id and return the text that is complete now. It is empty for a special token, for
+        an id outside the vocabulary, and while a character is incomplete."""
         data = self._backend.token_bytes(token)
         if self._strip and data:
             self._strip = False
@@ -110,7 +111,7 @@ class Tokenizer:
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of the special token with this text, or None."""
+        """Return the id of the special token with this text, such as "</s>", or None."""
         return self._backend.special_id(text)
 
     def id_to_text(self, token: int) -> str:
@@ -184,6 +185,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = TokenizerConfig(Path(directory))
     backend = open_backend(config.directory, config)
     bos, eos, own_eos = find_bos_and_eos(backend, config)
+    # Templates get the texts of the ids that were found, "" without one, not those of the files.
     names = config.names | {
         "bos_token": "".join(map(backend.id_to_token, bos[:1])),
         "eos_token": "".join(map(backend.id_to_token, own_eos[:1])),
@@ -202,6 +204,7 @@ def find_bos_and_eos(
     may differ from EOS, because generation_config.json comes first for EOS only.
     """
     own_eos = named_id(backend, config, "eos_token")
+    # Each has two lists of ids: those of generation_config.json, and those of config.json.
     bos_ids, eos_ids = (
         [config.ids(file, key) for file in ("generation_config.json", "config.json")]
         for key in ("bos_token_id", "eos_token_id")
@@ -224,8 +227,9 @@ def first_valid(backend: Backend, size: int, *sources: Iterable[int | None]) -> 
     """Return the valid ids, without repetitions, of the first source that has a valid id; () if no
     source has one.
 
-    An id is valid if it is in range(size), is not <unk>, and has a text. An id from
-    backend.vocab_size on needs no text: the model has it, and the tokenizer does not.
+    An id is valid if it is in range(size), is not <unk>, and has a text. size: the number of ids of
+    tokenizer or model, the larger one. An id from backend.vocab_size on needs no text: the model
+    has it, and the tokenizer does not.
     """
 
     def is_valid(token: int | None) -> bool:

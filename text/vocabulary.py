@@ -3,6 +3,11 @@
 Start at open_backend and at FORMATS, the last lines: tokenizer.json, sentencepiece's
 tokenizer.model, Llama 3's tiktoken file of the same name, and GPT-2's vocab.json with merges.txt.
 
+Words: a piece is a token's text in the notation of its format ("▁the", "Ġthe"); a special token,
+such as </s>, stands for no text; an added token is listed in the checkpoint's JSON files, and text
+is split at it before the vocabulary encodes the parts. `special` in `encode`: whether the names of
+special tokens in the text become their ids, else they are plain text.
+
 Source: the libraries tokenizers and sentencepiece. Tiktoken files follow tiktoken (merge the
 adjacent pair whose joined bytes have the lowest rank) with the split pattern and the special tokens
 that Llama 3 published; the byte alphabet is that of GPT-2.
@@ -108,7 +113,9 @@ def stderr_to_devnull() -> Iterator[None]:
 
 def check_usable(backend: "Backend") -> None:
     """Encode and decode a text, so that a damaged vocabulary raises its error now and not in the
-    middle of a run. Raises ValueError for token ids above MAX_IDS, and any error of the library."""
+    middle of a run. Raises ValueError for a vocabulary without ids or with more than MAX_IDS, and
+    any error of the library."""
+    # The text has characters of 1 to 4 bytes, spaces, and the name of a special token.
     if not 0 < backend.vocab_size <= MAX_IDS:
         raise ValueError(f"it has token ids up to {backend.vocab_size - 1}")
     for special in (False, True):
@@ -168,7 +175,7 @@ class TokenizersBackend:
         self._special = {t.content: i for i, t in self._added.items() if t.special}
         self.eos_ids = tuple(self._special[t] for t in EOS_TOKENS if t in self._special)
         self.vocab_size = 1 + max(tk.get_vocab().values(), default=-1)  # ids may have gaps
-        example = tk.encode("a")
+        example = tk.encode("a")  # its mask has a 1 for each id that the post-processor adds
         self.adds_bos = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if self.adds_bos else None
 
@@ -223,9 +230,9 @@ class SentencePieceBackend:
         self._ids = {token.content: i for i, token in self._added.items()}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Return the ids of a text. sentencepiece puts a space before each part of the text, as in
-        Llama 2's reference code before each turn of a chat; if "legacy" is false in the config,
-        only before a part at the beginning of the text."""
+        """Return the ids of a text; special: see the top of this file. sentencepiece puts a space
+        before each part of the text, as in Llama 2's reference code before each turn of a chat; if
+        "legacy" is false in the config, only before a part at the beginning of the text."""
         ids: list[int] = []
         for n, part in enumerate(self._split(text, special)):
             if isinstance(part, int):
@@ -270,7 +277,8 @@ def added_to_pieces(
     """Return the tokens at which text is split, by id: the control pieces of a sentencepiece model,
     such as </s>, and the added tokens of the config.
 
-    An added token without an id gets the id of the piece with the same text, else the next free id.
+    A control piece is a special token of the model itself. An added token without an id gets the id
+    of the piece with the same text, else the next free id.
     """
     pieces = {i: sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)}
     added = {i: special_token(piece) for i, piece in pieces.items()}
@@ -299,6 +307,7 @@ class AddedTokenSplitter:
 
     def __call__(self, text: str, special: bool) -> Iterator[str | int]:
         """Yield the parts of a text in order: the id of an added token, or the text between two.
+        The ids are those of the argument `added`, not those that the library gives.
 
         special: whether the names of special tokens are split off; else they are plain text.
         """
@@ -344,7 +353,8 @@ def _piece_rule(decoder):
     """Return a function from the text of a token to its bytes, and whether decoding removes the
     space before the first word of a text.
 
-    decoder: of a tokenizers.Tokenizer, or None. tokenizer.json files describe the same decoder in
+    decoder: of a tokenizers.Tokenizer, or None: then the library joins the texts of the tokens with
+    spaces, which is refused, too. tokenizer.json files describe the same decoder in
     many ways, so it is recognised by the texts that it returns for two examples. Raises ValueError
     for a decoder that is neither GPT-2's (byte level) nor sentencepiece's (metaspace).
     """
@@ -357,7 +367,7 @@ def _piece_rule(decoder):
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    """Return the bytes of a token that is written in GPT-2's byte alphabet."""
+    """Return the bytes of a token that is written in GPT-2's byte alphabet (see CHAR_OF)."""
     try:
         return bytes(BYTE_OF[c] for c in piece)
     except KeyError:  # a piece with other characters is plain text
@@ -395,6 +405,7 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
     if list(ranks.values()) != list(range(len(ranks))):
         raise ValueError("its ranks do not count 0, 1, 2, ...")
     # tiktoken merges any two tokens whose joined bytes are a token, so each such pair is a merge.
+    # The library merges the pair first that is earlier in `merges`, so they are in order of rank.
     # (If two pairs overlap, tiktoken merges the left one, this library the first of `merges`.)
     merges = [
         (token[:i], token[i:])
@@ -403,6 +414,8 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
         if token[:i] in ranks and token[i:] in ranks
     ]
     tk = tokenizers.Tokenizer(models.BPE(ranks, merges, ignore_merges=True))
+    # ignore_merges: a piece of text that is a whole token becomes it at once, as in tiktoken.
+    # "isolated": each match of the pattern is a piece of its own, within which tokens are merged.
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tk.pre_tokenizer = pre_tokenizers.Sequence([split, to_alphabet])
@@ -410,8 +423,8 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
 
 
 def _from_merges(vocab: Path, merges: Path, config: TokenizerConfig) -> Backend:
-    """Read OPT's files vocab.json and merges.txt, and build GPT-2's tokenizer, except that </s> is
-    both BOS and EOS."""
+    """Read OPT's files vocab.json (piece -> id) and merges.txt (pairs of pieces), and build GPT-2's
+    tokenizer, except that </s> is both BOS and EOS."""
     pieces, pairs = models.BPE.read_file(str(vocab), str(merges))
     used_ids = set(pieces.values())
     # Added tokens get their ids here, because the library would number them without gaps.
@@ -428,7 +441,8 @@ def _byte_level(
     tk: tokenizers.Tokenizer, special: list[str], bos: str, config: TokenizerConfig
 ) -> Backend:
     """Complete a byte-level tokenizer: set its decoder, add its special tokens, and let it put
-    `bos` before each text if `bos` is in `special`. Return its backend."""
+    `bos` before each text if `bos` is in `special`. Return its backend. special: the texts of the
+    special tokens."""
     tk.decoder = decoders.ByteLevel()
     tk.add_special_tokens(special)
     if bos in special:

@@ -5,6 +5,10 @@ the layers that were read last, but those that were read longest ago are needed 
 bypasses the page cache, so memory is not filled with file contents, and the disk works at its full
 rate. With O_DIRECT, offsets, lengths and addresses must be multiples of BLOCK_BYTES. On a file
 system without O_DIRECT the same calls go through the page cache.
+
+A piece is a pair: an offset in a file, and memory that is read from there or written to it. A cell
+is the KV cache of one layer for one group of rows (kv_cache.py). A scratch file is made for one run
+and has no name.
 """
 
 import errno
@@ -19,7 +23,8 @@ from torch import Tensor
 LARGE_REQUEST_BYTES = 4 * 2**20  # larger requests are no faster
 SMALL_REQUEST_BYTES = 2**20  # if the disk also has the KV cache, so that its reads wait less long
 REQUESTS_IN_FLIGHT = 8
-# The error numbers of open() on a file system without O_DIRECT.
+# The error numbers of open() on a file system without O_DIRECT. A read that the disk refuses, for
+# example one of less than its block size, has the same ones.
 ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP
 
 Pieces = Iterable[tuple[int, Tensor]]  # (offset in the file, bytes in memory)
@@ -64,13 +69,15 @@ class DirectFile:
         self._transfer(os.preadv, pieces)
 
     def write(self, pieces: Pieces) -> None:
-        """Write each piece to the file, up to the file's size. Raises OSError."""
+        """Write each piece to the file, up to the file's size. Pieces are aligned as for `read`.
+        Raises OSError."""
         self._transfer(os.pwritev, pieces)
 
     def _transfer(self, call: Callable[..., int], pieces: Pieces) -> None:
         """Read or write pieces, in several requests at a time; return when all have ended.
 
-        call: os.preadv or os.pwritev. Raises the error of the first request that failed.
+        call: os.preadv or os.pwritev. Raises the error of the first request, in the order of the
+        pieces, that failed.
         """
         requests = [request for piece in pieces for request in self._requests(*piece)]
         futures = [self.threads.submit(self._complete, call, *request) for request in requests]
@@ -80,8 +87,8 @@ class DirectFile:
             future.result()
 
     def _requests(self, offset: int, piece: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """Yield the requests for a piece: the offset in the file, and at most `request_bytes` bytes
-        of the piece's memory."""
+        """Yield the requests for a piece, a contiguous uint8 tensor on the host: the offset in the
+        file, and at most `request_bytes` bytes of the piece's memory."""
         memory = memoryview(piece.numpy())
         for start in range(0, len(memory), self.request_bytes):
             yield offset + start, memory[start : start + self.request_bytes]
@@ -105,7 +112,8 @@ class ScratchFile(DirectFile):
     """A file without a name: the system deletes it when the process ends, even if it is killed."""
 
     def __init__(self, directory: Path, nbytes: int):
-        """Make a file of `nbytes` bytes on the disk of a directory, which need not exist.
+        """Make a file of `nbytes` bytes on the disk of a directory, which need not exist and is not
+        made. The space is reserved now, so that no later write finds the disk full.
 
         Raises ValueError if the disk is too full, OSError if the file cannot be made, and
         NotADirectoryError if `directory` is a file.
@@ -118,14 +126,14 @@ class ScratchFile(DirectFile):
                 "there: choose another --offload_dir, or smaller batches"
             )
         try:
-            super().__init__(parent, os.O_RDWR | os.O_TMPFILE)
+            super().__init__(parent, os.O_RDWR | os.O_TMPFILE)  # O_TMPFILE: a file without a name
             os.posix_fallocate(self._file, 0, nbytes)
         except OSError as error:
             raise OSError(
                 f"{parent} takes no file of {nbytes / 1e9:.1f} GB ({error.strerror}): choose "
                 "another --offload_dir"
             ) from error
-        self._size = nbytes
+        self._size = nbytes  # it was 0 when DirectFile opened the file
 
 
 def nearest_directory(directory: Path) -> Path:

@@ -2,7 +2,8 @@
 
 Start at HostAttention: queries, new keys and new values are copied to the host, and the attention's
 output is copied back. These are fewer bytes than the cache, which would otherwise be copied to the
-device.
+device. A cache here is that of one layer for one micro-batch (a group of rows that pass through the
+layer together); kv_cache.py makes a HostAttention of it.
 Based on FlexGen (arXiv 2303.06865, sections 4.2 and 5).
 
 Shapes: B rows, T new tokens, H query heads, G key/value heads, R = H/G, S positions, E head_dim.
@@ -22,8 +23,9 @@ from tiers.prefetch import record_event, to_device
 class HostAttention:
     """A cache in host memory whose attention the host computes for a block on the device.
 
-    It takes the place of a KVCache. The calling thread waits for the host; the device can compute
-    other micro-batches that other threads launch (offload.compute_in_threads).
+    It takes the place of a KVCache, whose tensors are in host memory (_cache). The calling thread
+    waits for the host; the device can compute other micro-batches that other threads launch
+    (offload.compute_in_threads).
     """
 
     # One micro-batch at a time attends, and its attention uses all cores of the host.
@@ -36,7 +38,8 @@ class HostAttention:
         """Store k and v, (B, T, G, E), at pos, (B, T), in the cache; return the attention of
         queries q, (B, T, H, E), to the cache, in that shape. All tensors are on the device.
 
-        mask: see Transformer.mask.
+        mask: (B, 1, R*T, S), see Transformer.mask. Called by the block's attention, as
+        KVCache.attend is.
         """
         if torch.compiler.is_compiling():  # torch.compile supports neither events nor locks
             host = self._cache.device
@@ -47,8 +50,8 @@ class HostAttention:
         return to_device(y, q.device)
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
-        """Return copies of tensors in host memory. Waits for these copies, and not for work that
-        other threads give to the same CUDA stream later."""
+        """Return copies of tensors in host memory; they are on the device. Waits for these copies,
+        and not for work that other threads give to the same CUDA stream later."""
         copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
         if copied := record_event(tensors[0].device):
             copied.synchronize()
@@ -59,7 +62,8 @@ class HostAttention:
         return HostAttention(self._cache.part(rows))
 
     def take(self, source: "KVCache | HostAttention", rows: Tensor, filled: int) -> None:
-        """Copy the first `filled` positions of these rows of another cache, as KVCache.take."""
+        """Copy the first `filled` positions of rows of another cache, as KVCache.take, to the rows
+        of this one. rows: (B,), their numbers in `source`."""
         self._cache.take(source, rows, filled)
 
     def buffers(self) -> Iterator[Tensor]:
@@ -70,7 +74,7 @@ class SparseHostAttention(HostAttention):
     """Attention that reads all keys, but values only of the tokens with the highest weights.
 
     It is an approximation, for rows with one new token; the attention of prompts is exact (FlexGen,
-    section 5). share: of the tokens whose values are read, in (0, 1).
+    section 5). share: the share of the tokens so far whose values are read, in (0, 1).
     """
 
     def __init__(self, cache: KVCache, share: float):
@@ -95,7 +99,8 @@ class SparseHostAttention(HostAttention):
 
         For each row and key/value head, only values of the tokens with the highest weights, summed
         over the head's queries, are read. Weights are not scaled up for the tokens that are left
-        out. mask: see Transformer.mask.
+        out. mask: (B, 1, R, S), see Transformer.mask. The number of tokens that are read, `count`,
+        is that of the longest row, for all rows.
         """
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)

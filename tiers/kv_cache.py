@@ -1,7 +1,8 @@
 """KV caches whose parts lie on the device, in host memory or on disk.
 
 Start at TieredCaches, which takes the place of a list with one KVCache for each layer. The caches
-are cut into cells, one for each layer and micro-batch, each on one tier. A resident cell is used
+are cut into cells, one for each layer and micro-batch (rows that pass through a layer together),
+each on one tier: device, host memory or disk. A resident cell is used
 where it is. Any other cell moves: its bytes are in a store (host memory or a file). They are read
 into a buffer while the device computes with earlier cells, and are used there as a KVCache; then
 the new positions are written back to the store. The buffers are used in turn and are called a ring
@@ -50,7 +51,8 @@ def tiered_caches(
     model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
 ) -> Sequence[KVCache]:
     """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the
-    policy's tiers. If the device holds all of them, they are ordinary KVCaches.
+    policy's tiers. If the device holds all of them, they are ordinary KVCaches. Called for each
+    block of texts, by load.py's place_caches.
 
     wait_time: the seconds that computation waits for cells are added to it. Raises ValueError if
     the disk is too full.
@@ -77,9 +79,14 @@ class CellAllocator:
 
     The memory of a cell is ordered by position, then by row. So the filled positions are one range
     of bytes; the new positions of a step are a short range if the rows have similar lengths.
+    layout: of a cell's tensors (keys, values and, if quantised, scales) in this order. length:
+    usable positions of a row; one more is allocated and never used (Transformer.make_caches).
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int):
+        """Find the layout of a cell; allocates nothing yet. _template, _host_template: KVCaches
+        without memory, from which the caches on the model's device, and those whose attention the
+        host computes, are copied. _position_bytes: of one position, for each tensor."""
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -90,8 +97,8 @@ class CellAllocator:
         self._position_bytes = {name: tensor[0].nbytes for name, tensor in by_position.items()}
 
     def cells(self, tiers: Sequence[str]) -> list[Cell]:
-        """Allocate one cell for each entry of `tiers`; cells on disk share one scratch file. Raises
-        ValueError if the disk is too full."""
+        """Allocate one cell for each entry of `tiers`, the name of a tier; cells on disk share one
+        scratch file. Raises ValueError if the disk is too full."""
         nbytes, on_disk = self.layout.nbytes, tiers.count("disk")
         file = self._scratch_store(on_disk * nbytes) if on_disk else None
         offsets = iter(range(0, on_disk * nbytes, nbytes))
@@ -156,7 +163,7 @@ class CellAllocator:
 
         A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
         neighbouring positions: their bytes in `parts` must equal the bytes in the store, except
-        for positions that have no contents yet.
+        for positions that have no contents yet. parts: of a buffer, laid out as `layout`.
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
@@ -171,6 +178,8 @@ class TieredCaches(Sequence["TieredCache"]):
 
     The ring's order is the order of use: for each layer, its cells that are not resident, one for
     each micro-batch in use. The same order repeats at each step.
+    rows, length: the rows of a block of texts, and the usable positions of each. wait_time: the
+    seconds that computation waits for cells are added to it.
     """
 
     def __init__(
@@ -181,6 +190,11 @@ class TieredCaches(Sequence["TieredCache"]):
         length: int,
         wait_time: WaitTime | None = None,
     ):
+        """Allocate all cells, on the policy's tiers, and the ring's buffers. K: micro-batches.
+
+        Raises ValueError if the disk is too full. The ring is empty until the first cell that is
+        not resident is acquired.
+        """
         self._allocator = CellAllocator(model, policy, length)
         self.policy, self.device = policy, self._allocator.device
         self.rows, self.length, self.layout = rows, length, self._allocator.layout
@@ -207,7 +221,8 @@ class TieredCaches(Sequence["TieredCache"]):
         """Yield the cell of micro-batch k as a cache; on exit, start to write its new positions to
         the store. The write has ended on exit only if the policy does not overlap.
 
-        pos: (B, T), the positions at which each row of the batch writes.
+        cell: cells[k] of the layer that is computed now. Cells must be acquired in the ring's order
+        to be prefetched. pos: (B, T), the positions at which each row of the batch writes.
         """
         if cell.cache is not None:
             yield cell.cache
@@ -228,7 +243,9 @@ class TieredCaches(Sequence["TieredCache"]):
         cells: the layer's cells. rows: the old numbers of the rows, ascending; row rows[i] becomes
         row i. filled: the number of positions that are copied for each row.
         The old cells are read in order, and the new ones are built from them one at a time. No row
-        gets a higher number, so a cell is read before it is overwritten.
+        gets a higher number, so a cell is read before it is overwritten. Cells that are not
+        resident are read into the first buffer and built in the last one.
+        k: the number of the old cell, m: of the new one.
         """
         g = self.policy.micro_batch
         self._ring_over(0)  # drops prefetched cells, whose rows have the old numbers
@@ -250,7 +267,8 @@ class TieredCaches(Sequence["TieredCache"]):
         filled: int,
     ) -> None:
         """Copy the first `filled` positions of rows `old` of the source to rows `new` of a cell, or
-        to the last buffer if the cell moves; `_write` then stores that buffer.
+        to the last buffer if the cell is not resident; `_write` then stores that buffer. For
+        `compact`.
 
         old, new: row numbers in the batch; those of `old` are in one cell, and so are those of
         `new`, which are consecutive. source: the cache of the old cell.
@@ -274,7 +292,7 @@ class TieredCaches(Sequence["TieredCache"]):
 
     def _write(self, cell: Cell, filled: int) -> None:
         """Declare `filled` positions of a cell filled, for `compact`. If the cell is not resident,
-        write the last buffer to its store and wait for the write."""
+        write the last buffer, which holds its new rows, to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
             buffer = self._ring_buffers[-1]
@@ -286,7 +304,8 @@ class TieredCaches(Sequence["TieredCache"]):
         """Return the ring over the cells of the first K micro-batches of all layers.
 
         A new ring is made if K has changed, because fewer rows are in use, and after `compact`. It
-        drops the cells that the old ring has prefetched.
+        drops the cells that the old ring has prefetched, after all transfers have ended. K = 0
+        makes an empty ring: nothing is prefetched, and the buffers are free for other uses.
         """
         if self._ring_micro_batches != K:
             # A worker has one thread, so all earlier transfers end before this result.
@@ -302,7 +321,7 @@ class TieredCaches(Sequence["TieredCache"]):
         """Return the first position that micro-batch k writes, and one past the last.
 
         pos: (B, T), the positions that each row writes. The result is computed once for all layers,
-        which are called with the same tensor, because tolist waits for the device.
+        which are called with the same tensor object, because tolist waits for the device.
         """
         if pos is not self._spans_pos:
             row_spans = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # (B, 2)
@@ -338,7 +357,10 @@ class TieredCaches(Sequence["TieredCache"]):
 
 
 class TieredCache:
-    """The cache of one layer: cells, one for each micro-batch. It implements model.Cache."""
+    """The cache of one layer: cells, one for each micro-batch. It implements model.Cache.
+
+    row_granularity: rows of a micro-batch. rows: those in use, which `first` reduces in a view.
+    """
 
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
@@ -364,11 +386,13 @@ class TieredCache:
 
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
         """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
-        first `filled` positions are copied. The contents of other rows are lost."""
+        first `filled` positions are copied. The contents of other rows are lost. Called by
+        decoding.py when so many texts have ended that computing the others alone pays."""
         self._caches.compact(self.cells, rows, filled)
         return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
-        """Discard the positions from `filled` on, so that later reads of the cells are shorter."""
+        """Discard the positions from `filled` on, so that later reads of the cells are shorter.
+        Called before a prompt is read, with the number of leading tokens that the cache has."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)

@@ -5,7 +5,8 @@ waits for two all-reduces in each layer, which are so small that their time is t
 In a pipeline every device is a stage: it has its share of the layers, and micro-batches are in
 different stages at the same time, which hides the time of the transfers. A single text passes
 through the stages one after the other. The figures combine published times of links with the read
-rate of one device; they are not measured. They agree with gpt-fast's published rates on A100s to
+rate of one device; they are not measured. generate.py --plan --link prints them (plan.on_devices).
+They agree with gpt-fast's published rates on A100s to
 within 15 % (tests/test_links.py).
 """
 
@@ -46,7 +47,8 @@ class Step:
 
     shared: bytes of weights that the devices divide among them. whole: bytes of weights that every
     device reads. hidden: bytes of one token's activations between two layers. rows: tokens that
-    one step computes, one of each text.
+    one step computes, one of each text. In a pipeline: those of one micro-batch, a group of texts
+    that is in one stage at a time.
     """
 
     layers: int
@@ -57,8 +59,9 @@ class Step:
 
 
 def all_reduce_seconds(link: Link, nbytes: float, count: int) -> float:
-    """Return the seconds of an all-reduce of `nbytes` bytes over `count` devices: the latency, plus
-    the transfer, in which each device sends nearly 2 * nbytes. 0 for one device."""
+    """Return the seconds of an all-reduce of `nbytes` bytes over `count` devices (each gets the sum
+    of all): the latency, plus the transfer, in which each device sends nearly 2 * nbytes. 0 for one
+    device."""
     if count == 1:
         return 0.0
     transfer = 2 * nbytes * (1 - 1 / count) / link.rate
@@ -82,7 +85,8 @@ def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[f
     micro-batches.
 
     The second is the time of the slowest stage or, if longer, of a transfer. The slowest stage has
-    the number of layers per stage, rounded up. step.rows: tokens of one micro-batch. rate: bytes of
+    the number of layers per stage, rounded up, and reads step.whole. No time is counted for
+    computation beside the reading of weights. step.rows: tokens of one micro-batch. rate: bytes of
     weights per second that one device reads.
     """
     slowest = -(-step.layers // count) / step.layers * step.shared / rate + step.whole / rate
@@ -92,8 +96,9 @@ def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[f
 
 def table(step: Step, rate: float, link: Link) -> Iterator[tuple[int, float, float | None]]:
     """Yield, for each of DEVICE_COUNTS, that number, the tokens per second with tensor parallelism,
-    and the tokens per second with a pipeline whose stages are all busy; None for a pipeline with
-    more stages than the model has layers.
+    and the tokens per second with a pipeline whose stages are all busy, each with another
+    micro-batch of step.rows texts; None for a pipeline with more stages than the model has layers.
+    With one device both rates are those of the device.
 
     rate: bytes of weights per second that one device reads.
     """

@@ -12,7 +12,9 @@ measured (probe.py), and several kinds of transfer may share a resource.
 Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block (texts that are
 generated together). A cell is the KV cache of one layer for one micro-batch. A split is the number
 of layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each
-row.
+row. A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage
+on each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are
+not on the device (prefetch.py).
 """
 
 import itertools
@@ -88,7 +90,8 @@ class Prediction:
 
     @property
     def latency(self) -> float:
-        """Seconds to generate a block of rows: the busiest resource counts in each phase."""
+        """Seconds to generate a block of rows: the busiest resource counts in each phase. The
+        prompts give the first new token, and each step one more. Needs a measured machine."""
         return max(self.prefill.values()) + max(self.step.values()) * (self.workload.new - 1)
 
     @property
@@ -133,7 +136,8 @@ class Planner:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Return two dicts of the seconds by resource: for all prompts of a block, which are read
         in chunks, and for one step. A token attends to half of the prompt on average in the first,
-        and to the prompt and half of the new tokens in the second. Needs a measured machine."""
+        and to the prompt and half of the new tokens in the second. Both have the same resources in
+        the same order. Needs a measured machine."""
         chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # tokens a row
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
@@ -143,7 +147,8 @@ class Planner:
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
         """Return the seconds for which each resource is busy, in one pass through all layers.
 
-        tokens: new tokens of each row. positions: the number to which each of them attends.
+        tokens: new tokens of each row. positions: the number to which each of them attends, a mean.
+        Returns seconds by resource; which resources there are depends only on device_is_cpu.
         "disk" is the time in which the disk transfers, and "cells" the time in which reads of cells
         wait for the disk and are done. The seconds are linear in the split, on which `best_split`
         relies, with one exception: the first layer on disk delays all cells there.
@@ -153,7 +158,7 @@ class Planner:
         _, host_cells, disk_cells = split.cache
         cell_read = g * positions * sizes.cache_position  # bytes that are read of a cell
         cell_written = g * tokens * sizes.cache_position
-        # A read of a cell waits for the requests for weights that the disk already has.
+        # A read of a cell waits for the requests for weights that the disk already has: seconds.
         queue = REQUESTS_IN_FLIGHT * SMALL_REQUEST_BYTES / machine.stream * (disk_layers > 0)
         copied_cells = host_cells * (not policy.cpu_attention)
         cells_on_host = (host_cells + disk_cells) * policy.cpu_attention
@@ -184,15 +189,18 @@ class Planner:
         """Return the seconds for which the device computes, in one pass through all layers: matrix
         products, the head, delays by fetched cells, and attention that the host does not compute.
 
-        tokens: new tokens of each row. positions: the number to which each of them attends.
+        tokens: new tokens of each row. positions: the number to which each of them attends. On a
+        CPU, `busy` adds copies and attention on the host, because the same threads do them.
         """
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         device_cells, host_cells, disk_cells = split.cache
         calls = math.ceil(g * tokens / policy.tokens_at_once)  # of a layer, for a micro-batch
         products = sizes.layers * K * calls * machine.products(g * tokens / calls)
+        # products: seconds of one layer. The head takes as much longer as it has more bytes.
         head = machine.products(g * K) * sizes.head / sizes.layer
         fetched_cells = host_cells * (not policy.cpu_attention) + disk_cells
         cells_on_device = device_cells + (host_cells + disk_cells) * (not policy.cpu_attention)
+        # Attention of one token to one position: measured in decoding, and in a prompt.
         per_pair = machine.per_position if tokens == 1 else machine.per_pair
         attention = cells_on_device * g * tokens * positions * per_pair
         return products + head + fetched_cells * HANDOVER_SECONDS + attention
@@ -201,7 +209,8 @@ class Planner:
         """Return the largest number of bytes in use on each tier. On a CPU there is no tier "host".
 
         The bytes are linear in the split, on which `best_split` relies, with one exception: the
-        ring of layers, or of cells, is not needed if all of them are on the device.
+        ring of layers, or of cells, is not needed if all of them are on the device. All activations
+        are counted on the device, as if the policy offloaded none.
         """
         sizes, K = self.sizes, policy.micro_batches
         cell = self.cell_bytes(policy, work)
@@ -221,7 +230,8 @@ class Planner:
 
     def activation_bytes(self, policy: Policy, work: Workload) -> int:
         """Return the largest number of bytes of activations and logits: those between two layers,
-        for all rows; those in a layer, for the tokens that are computed at once; and the logits."""
+        for all rows; those in a layer, for the tokens that are computed at once; and the logits.
+        chunk: tokens of a pass; at_once: those that a layer computes at once."""
         sizes, rows = self.sizes, policy.rows
         chunk = max(min(policy.prefill_chunk_tokens, rows * work.prompt), rows)
         at_once = max(min(policy.tokens_at_once, chunk), policy.micro_batch)
@@ -229,7 +239,9 @@ class Planner:
         return chunk * between + at_once * inside + rows * sizes.logits
 
     def cell_bytes(self, policy: Policy, work: Workload) -> int:
-        """Return the bytes of one cell, long enough for a prompt and its new tokens."""
+        """Return the bytes of one cell, long enough for a prompt and its new tokens. The length is
+        rounded up as in attention (visible_length), plus the position that a cache allocates and
+        never uses (Transformer.make_caches)."""
         positions = visible_length(work.prompt + work.new, MAX_POSITIONS) + 1
         return policy.micro_batch * positions * self.sizes.cache_position
 
@@ -244,8 +256,9 @@ class Planner:
         """Return the prediction of the policy that generates the most tokens per second and fits
         into the budgets. Needs a measured machine.
 
-        budgets: bytes that may be used on each tier. start: the policy whose other fields the
-        result has: those that are not searched. max_rows: the largest number of rows of a block.
+        budgets: bytes that may be used on each tier. start: the policy from which the result has
+        the fields that are not searched, such as `directory`. max_rows: the rows that a block needs
+        at most; it may have more, by less than one micro-batch.
         Raises ValueError, which states the missing bytes, if no policy fits. The numbers are for
         the first grouping with all weights and cells on disk.
         """
@@ -264,6 +277,7 @@ class Planner:
         The rows of a block exceed max_rows by less than one micro-batch. Other fields are those of
         `start`; the shares of the tiers are found by `best_split`.
         """
+        # Powers of two below max_rows, and max_rows itself.
         micro_batch_sizes = sorted(
             {min(1 << n, max_rows) for n in range(max_rows.bit_length() + 1)}
         )
@@ -282,7 +296,7 @@ class Planner:
         Their shares: everything on the device, and the whole numbers of layers and cells near the
         optimal split. This split is computed three times: weights and cache may both be on other
         tiers; only the cache may; only the weights may.
-        budgets: bytes that may be used on each tier.
+        budgets: bytes that may be used on each tier. There may be no policy that fits.
         """
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
         shares = [(Share(), Share())]
@@ -308,19 +322,23 @@ class Planner:
         """
         from scipy.optimize import linprog  # importing it takes 0.3 s
 
+        # The seconds and bytes of an empty split, then what each layer or cell on a tier adds.
         base = self._requirements(policy, work, [0.0] * 6)
         slopes = [self._requirements(policy, work, unit) - base for unit in np.eye(6)]
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
-        # A ring that is not needed leaves its memory on the device to layers and cells.
+        # Both rings are in `base`. One that is not needed leaves its memory to layers and cells:
+        # index 2 * resources is the limit of the device's bytes.
         limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
-        # No resource may take longer than the phase in which it is used.
+        # No resource may take longer than the phase in which it is used. Column 0: the variable for
+        # the seconds of the prompts; column 1: for those of a step.
         phases = np.zeros((len(base), 2))
         phases[:resources, 0] = phases[resources : 2 * resources, 1] = -1
         solved = linprog(
-            [0] * 6 + [1, work.new - 1],
+            [0] * 6 + [1, work.new - 1],  # seconds of a block; the prompts give the first token
             A_ub=np.column_stack([*slopes, phases]),
             b_ub=limits - base,
+            # All layers, and all cells, are on some tier.
             A_eq=[[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]],
             b_eq=(self.sizes.layers, self.sizes.layers * policy.micro_batches),
             bounds=self._bounds(resident),
@@ -330,7 +348,8 @@ class Planner:
     def _requirements(self, policy: Policy, work: Workload, units: Sequence[float]) -> np.ndarray:
         """Return the coefficients of a split for `best_split`, as one vector: the seconds of the
         prompts for each resource, the seconds of a step for each resource, and the bytes on each
-        tier. units: the split, as the layers on each of TIERS, then the cells on each.
+        tier. units: the split, as the layers on each of TIERS, then the cells on each. It need not
+        cover all layers: `best_split` gives no layer or cell, or a single one.
         """
         split = Split(tuple(units[:3]), tuple(units[3:]))
         prompts, step = self.times(policy, split, work)
@@ -353,7 +372,8 @@ class Planner:
     @staticmethod
     def shortage(plan: Prediction, budgets: dict[str, float]) -> str | None:
         """Return a message that names each tier on which the plan needs more bytes than the budget
-        allows, or None if it fits. budgets: bytes that may be used on each tier."""
+        allows, or None if it fits. budgets: bytes that may be used on each tier. It is the error if
+        no policy fits, and plan.py's for a policy by hand."""
         names = {
             "device": "memory" if plan.device_is_cpu else "device memory",
             "host": "host memory",
@@ -372,7 +392,7 @@ class Planner:
 
         counts: layers, or cells, on each of TIERS, with fractions. total: their sum. The numbers on
         the device and in host memory are rounded down, and also tried with one more; other items
-        are on disk.
+        are on disk. On a CPU the number in host memory is 0.
         """
         device, host = int(counts[0] + 1e-6), int(counts[1] + 1e-6)  # 1e-6: the solver's error
         hosts = (host,) if self.device_is_cpu else (host, host + 1)

@@ -3,10 +3,12 @@
 Start at Policy. offload.py and kv_cache.py run exactly what a policy states; planner.py searches
 for the best policy for a machine.
 
-The terms are FlexGen's (arXiv 2303.06865, section 3). A block of rows is cut into micro-batches,
-which pass through a layer one after the other, so that its weights are loaded once for all of them.
+The terms are FlexGen's (arXiv 2303.06865, section 3). A row is one text. A block of rows is cut
+into micro-batches, which pass through a layer one after the other, so that its weights are loaded
+once for all of them.
 One share of the weights, of the cache and of the activations is on the device, one in host memory,
-the rest on disk. If the device is the CPU, device and host are the same memory.
+the rest on disk. If the device is the CPU, device and host are the same memory. A cell is the KV
+cache of one layer for one micro-batch. A pass runs all layers once.
 """
 
 from dataclasses import dataclass
@@ -41,7 +43,8 @@ class Share:
     def tiers(self, count: int) -> tuple[str, ...]:
         """Return the tier of each of `count` items, such as layers. The tiers are interleaved, so
         that transfers are spread evenly over a pass: among the first n items, the number on each
-        tier differs from its share of n by at most one."""
+        tier differs from its share of n by at most one. Each item gets the tier that lacks most of
+        its share so far."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
         assigned, result = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
@@ -93,7 +96,7 @@ class Policy:
     @property
     def plain(self) -> bool:
         """Whether the model can run without offloading: all is on the device, a block is one
-        micro-batch, and weights are not compressed."""
+        micro-batch, and weights are not compressed. load.py then makes no StreamedLayers."""
         shares = self.weights, self.cache, self.activations
         grouped = self.micro_batches > 1 or self.compress_weight
         return not grouped and all(share.device == 100 for share in shares)

@@ -6,6 +6,10 @@ bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned h
 TransferWorker is the thread that copies the bytes, on a GPU in a CUDA stream of its own. No call
 synchronizes the whole device, and no memory is allocated after a ring is made.
 
+A cell is the KV cache of one layer for one group of rows. A piece is a pair: an offset in a store,
+and memory that is filled from there or written to it. Memory that is pinned is never moved by the
+system, so that a GPU can copy from it by itself.
+
 FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, but
 waits for all transfers after every step. Here a wait concerns one buffer (Buffer.last_use).
 """
@@ -35,7 +39,8 @@ Event = torch.cuda.Event | None  # marks the end of work on a CUDA stream; None 
 class Layout:
     """The offsets of tensors that lie one after the other in memory or in a file.
 
-    Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. nbytes: the length of all.
+    Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. nbytes: the length of all. The
+    layout of a layer's weights (offload.block_layout) and that of a cell (kv_cache.py) are such.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -88,7 +93,8 @@ class HostMemory:
 
     def read(self, pieces: Pieces) -> None:
         """Fill each piece from the offset with which it is paired. A copy to a GPU is cut into
-        COPY_PIECE_BYTES, so that other threads' copies need not wait for a whole layer."""
+        COPY_PIECE_BYTES, so that other threads' copies need not wait for a whole layer. On a CPU
+        the bytes have arrived when the call returns."""
         for offset, piece in pieces:
             source = self.memory[offset : offset + len(piece)]
             size = COPY_PIECE_BYTES if piece.is_cuda else max(1, len(piece))
@@ -131,7 +137,7 @@ class BounceBuffer:
         same length, cut from one buffer. The pieces together must fit into it.
 
         On exit, wait for the copies of the current CUDA stream, then free the buffer for other
-        calls.
+        calls. pieces: read once, so that an iterator is enough.
         """
         buffer, triples, at = self._bounce_buffers.get(), [], 0
         for offset, piece in pieces:
@@ -176,7 +182,8 @@ class TransferWorker:
         have arrived.
 
         after: the worker's stream waits for this event first, because earlier work on the GPU
-        still uses the memory. It does not delay the transfer's own reads of files.
+        still uses the memory. It does not delay the transfer's own reads of files. None: no wait.
+        The future has no value; it raises the transfer's error.
         """
         return self._thread.submit(self._run, transfer, after)
 
@@ -246,12 +253,14 @@ class Ring(Generic[Item]):
         wait_time: WaitTime,
         prefetch: bool = True,
     ):
-        """order: the items in the order of use. fetch: starts to read an item into a buffer;
-        returns a future of the read. It must wait until the device has finished with the buffer.
+        """order: the items in the order of use, each once. fetch: starts to read an item into a
+        buffer; returns a future of the read. The read must wait until the device has finished with
+        the buffer (its last_use). buffers: at most as many as items.
         wait_time: the seconds that `acquire` waits are added to it. prefetch: False fetches an item
         only when it is acquired."""
         self._order, self._fetch = order, fetch
         self._index = {item: n for n, item in enumerate(order)}
+        # _fetched: (item, buffer, future of the read), in order; the read may still run.
         self._free, self._fetched = deque(buffers), deque()
         self._next, self._prefetch = 0, prefetch
         self._wait_time = wait_time
@@ -262,7 +271,9 @@ class Ring(Generic[Item]):
         into it the next item in order, unless prefetch is False.
 
         If the item is not the next one in order, for example after an error, drop the fetched items
-        and fetch this one. Before the exit, the caller must set buffer.last_use.
+        and fetch this one. Before the exit, the caller must set buffer.last_use. Raises the error
+        of the fetch. One thread at a time may use a ring, but several items may be acquired at once
+        if there are as many buffers.
         """
         if not self._fetched or self._fetched[0][0] != item:
             self._restart_at(item)
@@ -278,8 +289,8 @@ class Ring(Generic[Item]):
 
     def _restart_at(self, item: Item) -> None:
         """Drop the fetched items and start to fetch `item` and those after it, into all buffers;
-        only `item` if prefetch is False. Called at the first use and if the order was
-        interrupted."""
+        only `item` if prefetch is False. Called by `acquire` at the first use and if the order was
+        interrupted. `item` must be one of the ring's order."""
         for _, buffer, arrival in self._fetched:
             arrival.exception()  # waits, because the buffer is being written to
             self._free.append(buffer)

@@ -4,7 +4,8 @@ Start at probe. It times the operations of offload.py as they are run there: rea
 several sizes with O_DIRECT, copies between host and device, and one block of the model's shape on
 several numbers of tokens. The result is a Machine, from which planner.py computes the costs of a
 policy. To measure takes about 20 seconds for each machine, disk and shape, and plan.py keeps the
-results.
+results. A scratch file has no name and ends with the process; a cell is the KV cache of one layer
+for one group of rows.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ class Curve:
     def __call__(self, size: float) -> float:
         """Return the seconds for a size: linear between two points, and beyond the last point on
         the line through the last two. Below the first point: the seconds of the first. A curve of
-        one point is proportional to the size above that point."""
+        one point is proportional to the size above that point. size: bytes or tokens, whatever was
+        measured."""
         if size <= self.sizes[0] or len(self.sizes) == 1:
             return self.seconds[0] * max(size / self.sizes[0], 1.0)
         n = min(bisect_left(self.sizes, size), len(self.sizes) - 1)
@@ -87,8 +89,10 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
 
     model: has one layer and the args that `sample_args` returns; it is on the device to measure and
     is moved to the CPU by this call. args: those of the real model, which may be wider; times of
-    computation are scaled to its width. directory: a folder on the disk to measure.
-    Raises ValueError or OSError if the disk takes no scratch file.
+    computation are scaled to its width: those of matrix products with its square (they grow with
+    the weights), those of attention with the width. directory: a folder on the disk to measure.
+    Raises ValueError or OSError if the disk takes no scratch file. Called by plan.py's `machine` if
+    there are no saved results. narrowing: how many times wider the real model is.
     """
     narrowing = args.dim / model.args.dim
     device = model.tok_embeddings.weight.device
@@ -115,7 +119,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
 
 def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Return the seconds of a call of `work`: the median of `repeats` calls after a warm-up, or the
-    seconds of the warm-up if it takes more than MAX_SECONDS. Waits for the device after each."""
+    seconds of the warm-up if it takes more than MAX_SECONDS. Waits for the device after each: the
+    one on which `work` computes or copies."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -148,7 +153,8 @@ def disk_curves(directory: Path) -> tuple[float, Curve, Curve]:
 
 def stream_rate(file: ScratchFile, memory: list[torch.Tensor]) -> float:
     """Return the bytes per second of reading the file in TRANSFERS pieces by two threads, as
-    offload.py reads layers. memory: two buffers, each as long as a piece."""
+    offload.py reads layers. memory: two buffers, each as long as a piece; what they hold at the end
+    does not matter, so two reads may share one."""
     size = len(memory[0])
 
     def stream() -> None:
@@ -165,10 +171,11 @@ def transfer_curve(transfer: Callable[..., None], memory: torch.Tensor) -> Curve
     """Return the seconds of one read or write as a function of its bytes, one transfer at a time.
 
     transfer: ScratchFile.read or ScratchFile.write. memory: as long as the longest transfer; the
-    file is TRANSFERS times as long.
+    file is TRANSFERS times as long. Transfers of one size start at so many different offsets.
     """
 
     def transfers(nbytes: int) -> None:
+        """Make TRANSFERS transfers of so many bytes, one after the other."""
         for n in range(TRANSFERS):
             transfer([(n * len(memory), memory[:nbytes])])
 
@@ -178,7 +185,8 @@ def transfer_curve(transfer: Callable[..., None], memory: torch.Tensor) -> Curve
 
 def copy_curves(device: torch.device) -> tuple[Curve, Curve]:
     """Return the seconds, as a function of the bytes, of a copy from host memory to the device, and
-    of a copy back. One size is measured, and longer copies take proportionally longer."""
+    of a copy back. One size, the largest of TRANSFER_BYTES, is measured: longer copies take
+    proportionally longer, shorter ones count as this one."""
     size = max(TRANSFER_BYTES)
     on_device = page_aligned(size, device)
     on_host = page_aligned(size, CPU, device.type == "cuda")
@@ -198,10 +206,12 @@ class BlockTimer:
         """Return the seconds of one call of the layer with `rows` rows of `tokens` new tokens each.
 
         positions: length of the KV cache; the new tokens are at its end and attend to all of it.
+        At least `tokens`.
         """
         model = self.model
         (cache,) = model.make_caches(rows, positions)
         pos = torch.arange(positions - tokens, positions, device=self.device).expand(rows, tokens)
+        # Any ids do, because times do not depend on the values.
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
         x, rotation = model.positions(x, pos)
         mask = model.mask(pos, torch.arange(positions, device=self.device), x.dtype)
@@ -232,7 +242,8 @@ class BlockTimer:
 
     def per_pair(self, products: Curve) -> float:
         """Return the seconds of attention of a prompt token to one other: those of the layer for a
-        prompt, less those of its products, divided by the square of the prompt's tokens.
+        prompt, less those of its products, divided by the square of the prompt's tokens. A prompt
+        token is counted as attending to all of them, although a mask hides half.
 
         products: the result of `products`.
         """
@@ -244,7 +255,8 @@ def sample_args(args: ModelArgs, layer_bytes: int) -> ModelArgs:
     """Return args of a model with one layer and a small vocabulary, for `probe`.
 
     args: those of the real model. layer_bytes: size of one of its layers; above MAX_LAYER_BYTES all
-    widths are halved, repeatedly, as long as the key/value heads can be divided.
+    widths and numbers of heads are halved, repeatedly, as long as the key/value heads can be
+    divided: a layer then has a quarter of the bytes. head_dim stays.
     """
     factor = 1
     while layer_bytes / factor**2 > MAX_LAYER_BYTES and args.n_kv_heads % (2 * factor) == 0:

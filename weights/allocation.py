@@ -2,7 +2,7 @@
 
 All tensors of such a model are on the meta device, except non-persistent buffers (rotary
 frequencies), which are computed on the CPU. Start at allocate. stored_tensors lists the tensors of
-a model that its checkpoint stores.
+a model that its checkpoint stores. The aliases of a shared tensor are all its names.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from host.memory import check_memory, page_aligned
 
+Fill = Callable[[str, Tensor], Any]  # (name, tensor): writes the values of a weight into tensor
 # A function that allocates a tensor, given its name, shape and dtype. Returns None if the tensor is
 # to stay on the meta device.
-Fill = Callable[[str, Tensor], Any]  # (name, tensor): writes the values of a weight into tensor
 Allocator = Callable[[str, torch.Size, torch.dtype], Tensor | None]
 
 
@@ -30,8 +30,10 @@ def allocate(
 
     dtype: the dtype of floating-point parameters; other tensors keep the dtype that the model
     declares. fill: called with each tensor's name and its memory, to read the values into it.
-    allocator: offload.py's, which decides where each tensor lies. None: all tensors are allocated
-    on `device`, and MemoryError is raised, before the first allocation, if they do not fit.
+    allocator: StreamedLayers.destination of offload.py, which decides where each tensor lies; one
+    for which it returns None stays on the meta device and is not filled. None: all tensors are
+    allocated on `device`, and MemoryError is raised, before the first allocation, if they do not
+    fit.
     """
     stored = stored_tensors(model)
     dtypes = {name: final_dtype(tensor, dtype) for name, (tensor, _) in stored.items()}
@@ -86,7 +88,8 @@ def allocate_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device)
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or a buffer of a model by `value`. name: as in the state dict.
 
-    A value for a parameter is wrapped in nn.Parameter if it is not one.
+    A value for a parameter is wrapped in nn.Parameter if it is not one. Shape and device may differ
+    from those of the old tensor.
     """
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)

@@ -6,7 +6,10 @@ torch.save file whose tensors begin at multiples of 4096 bytes, as O_DIRECT need
 
 safetensors: 8 bytes of header length, a JSON header, the data (github.com/huggingface/safetensors).
 torch.save: a zip that holds a pickle and the uncompressed bytes of each tensor. Pickles are loaded
-with weights_only, which cannot run code.
+with weights_only, which cannot run code. Where this file says "pickle", it means a torch.save file.
+
+Words: the metadata of a file is what it holds besides tensors, the config and the quantisation
+scheme; a storage is the memory, or the range of a file, that one or more tensors are views of.
 """
 
 import math
@@ -90,7 +93,8 @@ def index_file(file: Path) -> Index:
 def index_safetensors(file: Path) -> Index:
     """Read the header of a safetensors file; see index_file. The metadata is {}.
 
-    The header is checked as untrusted input: sizes, types and byte ranges.
+    The header is checked as untrusted input: sizes, types and byte ranges. It begins after 8 bytes,
+    which hold its length.
     """
     size = file.stat().st_size
     with open(file, "rb") as f:
@@ -187,6 +191,7 @@ def index_pickle(file: Path) -> Index:
             f"scripts/convert_hf_checkpoint.py --checkpoint_dir {file.parent}"
         )
     if any(part.offset < 0 for part in parts.values()):
+        # mmap, which torch has for zip files only, reads just the tensors that are used.
         content = load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         _, loaded = split_content(file, content)
         parts = {
@@ -197,7 +202,7 @@ def index_pickle(file: Path) -> Index:
 
 
 def in_memory(part: Part, tensor: Tensor) -> Part:
-    """Returns the part with its values. For a tensor that is not contiguous in the file.
+    """Returns the part with its values, for a tensor whose offset is -1 (pickle_part).
 
     tensor: the same tensor, loaded. Raises ValueError if it was saved on the meta device.
     """
@@ -253,6 +258,7 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
         )
     storage = tensor.untyped_storage()
     start = offset_in_file(storage)
+    # is_neg: the file stores the negated values of the tensor.
     contiguous = start is not None and tensor.is_contiguous() and not tensor.is_neg()
     offset = start + tensor.storage_offset() * tensor.itemsize if contiguous else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
@@ -293,8 +299,9 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
 def staging_buffer(device: torch.device) -> Tensor:
     """Returns a buffer that bytes pass through on their way to another dtype or to a GPU.
 
-    Use one for a whole load. A new one for each tensor fragments the heap between the weights: in
-    one load out of six the peak was 1.7 times the size of the weights.
+    device: where the tensors go; for a GPU the buffer is pinned. Use one for a whole load. A new
+    one for each tensor fragments the heap between the weights: in one load out of six the peak was
+    1.7 times the size of the weights.
     """
     pinned = device.type == "cuda"
     return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
@@ -322,13 +329,19 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
 
 
 def check_complete(part: Part, moved: int, target: Tensor) -> None:
-    """Raises ValueError if fewer bytes were moved than `target` has: the file is too short."""
+    """Raises ValueError if fewer bytes were moved than `target` has: the file is too short.
+
+    part: what was read into `target`, or a piece of it; for the message.
+    """
     if moved < target.nbytes:
         raise ValueError(f"{part.file} ends within {part.name}: download or convert it again")
 
 
 def rows_of(part: Part, rows: range) -> Part:
-    """Returns the part of a file that holds a range of rows of `part`."""
+    """Returns the part of a file that holds a range of rows of `part`, which must have rows.
+
+    rows: of step 1, within the part. Used by StoredTensor to read some rows of a tensor.
+    """
     row_bytes = part.nbytes // part.shape[0]
     return replace(
         part,
@@ -341,8 +354,8 @@ def rows_of(part: Part, rows: range) -> Part:
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
     """Read a range of a matrix's columns into `out`, (rows, len(columns)), of any device and dtype.
 
-    Reads each row's bytes by a call of its own, so no other bytes of the file are read. stage: as
-    in read_part.
+    columns: of step 1, not empty. Reads each row's bytes by a call of its own, so no other bytes of
+    the file are read. stage: as in read_part.
     """
     if part.tensor is not None:
         out.copy_(part.tensor[:, columns.start : columns.stop])
@@ -370,8 +383,9 @@ def write_aligned(
 ) -> None:
     """Write a torch.save file of {**metadata, "tensors": tensors}, whose tensors O_DIRECT can read.
 
-    tensors: only shapes and dtypes are used. values: a pair (name, tensor) for each of them, in any
-    order; one is in memory at a time. Raises ValueError if values and tensors do not match.
+    metadata: the config and the scheme. tensors: by name; only shapes and dtypes are used. values:
+    a pair (name, tensor) for each of them, in any order; one is in memory at a time. Raises
+    ValueError if values and tensors do not match.
     """
     write_skeleton(file, metadata, tensors)
     _, parts = index_pickle(file)
@@ -392,10 +406,11 @@ def write_aligned(
 def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a torch.save file as a sparse file, without the tensors' bytes.
 
-    write_aligned then writes the bytes into it. The checksums of the zip are wrong afterwards, but
-    torch.load does not check them.
+    The file has the final size and all offsets; write_aligned then writes the bytes into it. The
+    checksums of the zip are wrong afterwards, but torch.load does not check them.
     """
     with fake_tensors():
+        # tensors without memory, for which torch.save leaves holes in the file
         holes = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors.items()}
     aligned = serialization.patch("save.storage_alignment", ALIGNMENT_BYTES)
     with aligned, torch.serialization.skip_data(materialize_fake_tensors=True):

@@ -4,6 +4,10 @@ Start at model_args, then FAMILIES; Config checks each value that is read. tenso
 export_tensors use the name tables at the end. Nothing here opens a file. Keys and defaults are
 those of transformers' configurations; rotary settings are read in both schemas, `rope_theta` with
 `rope_scaling`, and `rope_parameters` of transformers 5.
+
+Words: in a tensor's name such as layers.3.fc1.bias, layers.3.fc1 is the module and bias the kind,
+which may also be weight or, in a quantised layer, the name of a packed tensor. Some of our tensors
+are stacked along rows from parts: several tensors of Hugging Face.
 """
 
 import re
@@ -59,7 +63,7 @@ class Config:
         return float(self._read(key, fits, f"a number above 0 and at most {maximum:g}", default))
 
     def flag(self, key: str, default: bool) -> bool:
-        """Returns a boolean."""
+        """Returns a boolean, `default` if the key is absent."""
         return self._read(key, lambda v: isinstance(v, bool), "true or false", default)
 
     def choice(
@@ -70,7 +74,8 @@ class Config:
         *,
         null: Any = REQUIRED,
     ) -> str:
-        """Returns a string that is one of the supported values."""
+        """Returns a string that is one of the supported values, or `default` or `null` (see the
+        class), which need not be among them."""
 
         def fits(value: Any) -> bool:
             return isinstance(value, str) and value in supported
@@ -137,7 +142,8 @@ def llama_args(config: Config) -> ModelArgs:
         head_dim=config.integer("head_dim", None, null=None) or equal_share(dim, n_heads),
         hidden_dim=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size", maximum=2**28),
-        # The limit is vLLM's; transformers has none.
+        # Dynamic positions extend the context by the factor. This limit is vLLM's; transformers has
+        # none.
         context=int(context * max(1.0, scaling.factor)) if dynamic else context,
         embed_dim=dim,
         norm_eps=config.number("rms_norm_eps", 1e-6, maximum=1.0),
@@ -222,6 +228,7 @@ def rope_settings(config: Config, context: int) -> tuple[float, RopeScaling | No
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     rope = old if old.values else new
+    # The base lies in the section in transformers 5, beside it in the older schema.
     theta = (rope if "rope_theta" in rope.values else config).number("rope_theta", 10000.0)
     key = "rope_type" if "rope_type" in rope.values else "type"
     kind = rope.choice(key, ("default", *ROPE_SCALINGS), "default")
@@ -248,7 +255,10 @@ def llama3_settings(rope: Config, scaling: RopeScaling) -> RopeScaling:
 
 
 def check_sizes(args: ModelArgs) -> None:
-    """Raises ValueError for sizes that contradict each other or exceed any computer's memory."""
+    """Raises ValueError for sizes that contradict each other or exceed any computer's memory.
+    Called by model_args: each size alone is in its range already."""
+    # layer, tables: upper bounds of the weights of a layer, and of embedding, output head and
+    # learned positions.
     rotary, minimum = args.positions != "learned", 4 if args.positions == "dynamic" else 2
     layer = args.dim * (2 * (args.n_heads + args.n_kv_heads) * args.head_dim + 3 * args.hidden_dim)
     tables = (2 * args.vocab_size + (0 if rotary else args.context)) * max(args.dim, args.embed_dim)
@@ -270,10 +280,12 @@ def check_sizes(args: ModelArgs) -> None:
 def with_stored_biases(args: ModelArgs, names: Collection[str], path: Path) -> ModelArgs:
     """Returns args without the biases that no layer has in the file, and logs their names.
 
-    names: our names of the stored tensors. Relatives of Llama with biases of q, k and v but not of
-    the output also declare attention_bias; as in transformers, absent biases are zero. If only some
-    layers lack a bias, it stays declared, and Checkpoint.check raises an error.
+    path: the checkpoint's, for the log. names: our names of the stored tensors. Relatives of Llama
+    with biases of q, k and v but not of the output also declare attention_bias; as in transformers,
+    absent biases are zero. If only some layers lack a bias, it stays declared, and Checkpoint.check
+    raises an error.
     """
+    # The stored biases, by their names without layers.N.
     stored = {n.split(".", 2)[2] for n in names if n.startswith("layers.") and n.endswith(".bias")}
     absent = {
         flag: module
@@ -304,7 +316,8 @@ def tensor_name(name: str) -> tuple[str, int] | None:
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """Returns our tensors under Hugging Face's names, with stacked tensors split into their parts.
 
-    config: the content of config.json. An output head that is tied to the embedding is left out.
+    Used by scripts/train_demo.py. config: the content of config.json, of a family of FAMILIES. An
+    output head that is tied to the embedding is left out.
     """
     args = model_args(config)
     row_counts = {
@@ -312,7 +325,7 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
         "w13": [args.hidden_dim, args.hidden_dim],
     }
     prefix, table = ("model.decoder.", OPT) if config["model_type"] == "opt" else ("model.", LLAMA)
-    theirs: dict[str, list[str]] = {}
+    theirs: dict[str, list[str]] = {}  # our module -> their modules, in the order of the parts
     for module, (ours, _) in table.items():
         theirs.setdefault(ours, []).append(module if module == "lm_head" else prefix + module)
     exported = {}

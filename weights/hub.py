@@ -6,6 +6,9 @@ transformers finds them, too, or, for scripts/download.py, into a plain folder. 
 HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured. Nothing here imports torch, and
 huggingface_hub (0.5 s) is imported only where a repository must be found. The cache's layout:
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+
+Words: a snapshot is the cache's folder of one commit; a revision is a branch, a tag or a commit;
+the files of SUPPORT are the small ones that running a model needs, such as config and tokenizer.
 """
 
 import errno
@@ -95,7 +98,8 @@ def not_found(path: Path) -> str:
 
 
 def refuse_offline(repo_id: str) -> None:
-    """Raises FileNotFoundError if HF_HUB_OFFLINE is set. Called before a download."""
+    """Raises FileNotFoundError if HF_HUB_OFFLINE is set. Called before a download, when the cache
+    has no complete copy of the repository."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -118,7 +122,7 @@ def repository_folder(repo_id: str) -> Path:
 def cached(repo_id: str, revision: str | None) -> Path | None:
     """Returns the folder of a revision in the cache; None if the cached copy is not complete.
 
-    revision: branch, tag or commit; None: the branch main.
+    revision: branch, tag or commit; None: the branch main. No network is used.
     """
     folder = repository_folder(repo_id)
     ref = folder / "refs" / (revision or "main")
@@ -160,9 +164,11 @@ def download(
 ) -> Path:
     """Download the files that a model needs from a repository; returns their folder.
 
-    folder: a plain folder for the files; None: the cache of huggingface_hub. check: called with the
-    folder when all files but the weights are downloaded; it raises an error for a model that cannot
-    run. An interrupted download is resumed. Raises the errors of `resolve`.
+    revision: branch, tag or commit; None: the branch main. token: of a user who may read the
+    repository; None: the one that huggingface_hub finds. folder: a plain folder for the files;
+    None: the cache of huggingface_hub. say: called with each line for the user. check: called with
+    the folder when all files but the weights are downloaded; it raises an error for a model that
+    cannot run. An interrupted download is resumed. Raises the errors of `resolve`.
     """
     from huggingface_hub import HfApi
 
@@ -179,7 +185,7 @@ def download(
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """Lock a folder while the block runs.
+    """Lock a folder, which must exist, while the block runs. say: called with a line if it waits.
 
     The processes of torchrun would otherwise download the same files at the same time. A process
     that finds the folder locked waits. On a file system without locks this does nothing.
@@ -267,9 +273,9 @@ class Transfer:
     def run(self, revision: str | None, check: Callable[[Path], Any] | None) -> Path:
         """Download the files; returns the folder that holds them.
 
-        The small files of SUPPORT come first, so that `check` (see download) can refuse the model
-        before its weights are downloaded. At the end the cache records the commit of the branch
-        `revision`.
+        The folder is the snapshot in the cache, or `store`. The small files of SUPPORT come first,
+        so that `check` (see download) can refuse the model before its weights are downloaded. At
+        the end the cache records the commit of the branch `revision`.
         """
         names = [file.rfilename for file in self.files]
         folder = self.download_missing([name for name in names if re.fullmatch(SUPPORT, name)])
@@ -313,7 +319,7 @@ class Transfer:
         """
         part = self.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "a+b") as f:
+        with open(part, "a+b") as f:  # "a": f is at its end
             if f.tell() > file.size:
                 f.truncate(0)
             resumed = f.seek(0, os.SEEK_END) > 0
@@ -324,7 +330,8 @@ class Transfer:
         part.replace(self.final_path(file))
 
     def append(self, file: "RepoSibling", f: BinaryIO) -> None:
-        """Download the bytes of a file from f's length on, and append them to f."""
+        """Download the bytes of a file from f's length on, and append them to f, its incomplete
+        copy opened for appending. Raises an error if the size is then not file.size."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
@@ -355,7 +362,11 @@ def size_text(nbytes: int) -> str:
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
-    """Turn network and file errors of the block into errors of one line; see explain."""
+    """Turn network and file errors of the block into errors of one line; see explain.
+
+    An unusable HF_ENDPOINT gives a ValueError. Other errors pass. store: the folder of the
+    download.
+    """
     from huggingface_hub import constants, errors
 
     try:
@@ -372,7 +383,9 @@ def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -
     """Returns an error whose message tells the user in one line what failed and what to do.
 
     A ValueError if the user can correct the mistake, else a ConnectionError. error: raised while
-    `repo_id` was downloaded to the folder `store`.
+    `revision` of `repo_id` was downloaded to the folder `store`; of one of the types that
+    `explained` catches. The order of the tests counts: some of these types are subclasses of later
+    ones.
     """
     from huggingface_hub import constants, errors
 

@@ -5,6 +5,11 @@ foreign_fields, which converts each tensor. In both layouts an int32 holds eight
 bits, the first in the lowest bits. In GPTQ these are eight inputs of one output; in AWQ, eight
 outputs of one input, in the order AWQ_ORDER. Scales and zero points mean the same as in
 quant/linear.py, but the older format of GPTQ stores each zero point minus one.
+
+Words: qweight, qzeros and scales are the packed tensors of a linear layer: its numbers, its zero
+points and its scales, the last two one for each output and group of inputs; a nibble is half a
+byte, one number of four bits.
+
 Source: AutoGPTQ 0.7.1, qlinear_cuda_old.py; AutoAWQ 0.2.9, gemm.py.
 
 Shapes: N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
@@ -87,7 +92,9 @@ def quantization_config(
 def foreign_scheme(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the quantisation scheme (see quant/linear.py) that a quantization_config describes.
 
-    Raises ValueError, which lists the keys whose values are not supported.
+    settings: as returned by quantization_config. In the scheme, "linears" holds the bits and the
+    group size of all linears in layers; "output" is empty because the output head is dense (lm_head
+    is False). Raises ValueError, which lists the keys whose values are not supported.
     """
     method = settings.get("quant_method", "unknown")
     known_method = isinstance(method, str) and method in SUPPORTED
@@ -122,8 +129,10 @@ def same(a: Any, b: Any) -> bool:
 def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]]:
     """Returns suffix of a packed tensor -> (buffer of Int4Linear, function that converts to it).
 
-    mode: "gptq", "gptq_v2" or "awq", and "_sym" after it for symmetric quantisation. The functions
-    raise ValueError for a tensor of the wrong dtype or shape, or with a zero point of 16.
+    mode, groupsize: of a scheme of foreign_scheme. mode: "gptq", "gptq_v2" or "awq", and "_sym"
+    after it for symmetric quantisation. The functions also accept meta tensors, for the shape of
+    their result. They raise ValueError for a tensor of the wrong dtype or shape, or with a zero
+    point of 16.
     """
     kind, symmetric = mode.removesuffix("_sym"), mode.endswith("_sym")
     is_gptq, stores_minus_one = kind != "awq", kind == "gptq"
@@ -159,7 +168,8 @@ def foreign_fields(mode: str, groupsize: int) -> dict[str, tuple[str, Translate]
 def check_matrix(tensor: Tensor, dtype_fits: bool, expected: str) -> None:
     """Raises ValueError unless the tensor is a matrix and dtype_fits is true.
 
-    expected: the right dtype, in words for the message.
+    expected: the right dtype, in words for the message, before which the caller
+    (StoredTensor.converted) puts the names of file and tensor.
     """
     if tensor.dim() != 2 or not dtype_fits:
         actual = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"

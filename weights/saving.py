@@ -25,7 +25,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     values: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a `model.pth`.
+    """Write a `model.pth`, which replaces an existing file only when it is complete.
 
     config: the keys of Hugging Face's config.json. scheme: the quantisation scheme; None for dense
     weights. tensors: by this project's names. values: None: the values of `tensors`. Otherwise a
@@ -53,7 +53,11 @@ def temporary_path(path: Path) -> Path:
 
 
 def check_checkpoint_writable(path: Path) -> None:
-    """Raises OSError if a `model.pth` cannot be created at `path`. Call it before long work."""
+    """Raises OSError if a `model.pth` cannot be created at `path`. Call it before long work.
+
+    It creates and removes the temporary file that save_checkpoint will write; a file at `path`
+    stays.
+    """
     try:
         temporary_path(path).open("wb").close()
         temporary_path(path).unlink()
@@ -65,7 +69,8 @@ def check_checkpoint_writable(path: Path) -> None:
 
 
 def log_replaced(path: Path) -> None:
-    """Log the size and date of an existing file. Call it before the file is replaced."""
+    """Log the size and date of the file at `path`, if there is one. Call it before the file is
+    replaced."""
     if path.exists():
         stat = path.stat()
         modified = time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))

@@ -2,7 +2,9 @@
 
 Start at read_index, which merges the headers of all files; translate then renames Hugging Face's
 tensors and groups those that this model stacks: q, k and v into wqkv, gate and up into w13. A Part
-(formats.py) is one tensor as a file stores it: a name, a file, an offset, a dtype and a shape.
+(formats.py) is one tensor as a file stores it: a name, a file, an offset, a dtype and a shape. Its
+piece is the same tensor after conversion: some of the rows of our tensor. A packed tensor
+is one of a GPTQ or AWQ layer, which int4_layouts.py converts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +101,7 @@ class StoredTensor:
 
     def read_columns_into(self, columns: range, out: Tensor, stage: Tensor) -> None:
         """Read a range of a matrix's columns into `out`, (rows of the whole tensor, len(columns)).
+        Columns are counted after conversion. A part that needs it is read and converted completely.
 
         Tensor parallelism calls this for a rank's columns.
         """
@@ -119,7 +122,8 @@ class StoredTensor:
         return self.converted(part, stored)
 
     def differences(self, name: str, tensor: Tensor) -> Iterator[str]:
-        """Yield a sentence for each difference of shape or dtype from `tensor`, the model's own.
+        """Yield a sentence for each difference of shape or dtype from `tensor`, the model's own,
+        whose name is `name`. Checkpoint.check raises an error of these sentences.
 
         The stored dtype must be the same; for a parameter any floating-point dtype will do.
         """
@@ -143,7 +147,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     name in the files -> Part. Raises ValueError if two files hold a tensor of the same name and the
     index does not tell which one counts, and for a file of this project among shards.
     """
-    files, owners = shards(path)
+    files, owners = shards(path)  # owners: the index's weight_map, tensor name -> file name
     metadata: dict[str, Any] = {}
     parts: dict[str, Part] = {}
     for file in files:
@@ -167,7 +171,7 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
     scheme: the quantisation scheme of a GPTQ or AWQ checkpoint (foreign_scheme), whose packed
     tensors are converted; None: no tensor is packed. Raises ValueError if parts cannot be stacked.
     """
-    fields = {}
+    fields = {}  # of packed tensors: last word of the name -> (its word here, conversion)
     if scheme:
         from weights.int4_layouts import foreign_fields  # only for a checkpoint in such a layout
 
@@ -185,8 +189,8 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
 def group_parts(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
     """Returns our tensor name -> {index of the part in the stacked tensor -> Part}.
 
-    Tensors that are not weights are left out (hf.tensor_name). Raises ValueError if two parts have
-    the same name and index.
+    parts: with Hugging Face's names. Tensors that are not weights are left out (hf.tensor_name).
+    Raises ValueError if two parts have the same name and index.
     """
     groups: dict[str, dict[int, Part]] = {}
     for part in parts:
@@ -200,7 +204,8 @@ def group_parts(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
 
 
 def check_stackable(name: str, tensor: StoredTensor) -> None:
-    """Raises ValueError if the parts differ in more than their number of rows."""
+    """Raises ValueError if the parts of a tensor differ in more than their number of rows, so that
+    they cannot be stacked. name: the tensor's, for the message. A single part is always valid."""
     pieces = tensor.pieces
     if len(pieces) > 1 and not (pieces[0].dim() and len({p.shape[1:] for p in pieces}) == 1):
         shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in tensor.parts)

@@ -4,6 +4,9 @@ Start at find_weights, then shards. Order of preference: this project's `model.p
 transformers looks for, in its order, a single file before an index; then, as in vLLM and llama.cpp,
 numbered shards without an index, or a single safetensors file of any name. Commands call this
 before they import torch, so nothing here imports it.
+
+Words: a shard is one of several files that hold a model's weights together; an index is a JSON file
+whose weight_map tells which shard holds each tensor; a prepared model is a `model.pth`.
 """
 
 import re
@@ -114,7 +117,8 @@ def find_unnamed(folder: Path) -> Path | None:
 def describe_unreadable(folder: Path) -> str | None:
     """Returns "FILE is KIND; REMEDY" for a file in the folder that cannot be read, or None.
 
-    Called for the error message if a folder has no weights.
+    Called by find_weights, for the error message, if a folder has no weights that can be read. The
+    kind and the remedy are those of KINDS.
     """
     names = sorted(file.name for file in folder.iterdir())
     for pattern, kind, remedy in KINDS[:-1]:  # without *.json: every model has a config.json
@@ -135,7 +139,7 @@ def kind_by_name(name: str) -> tuple[str, str] | None:
 
 def check_readable(file: Path) -> None:
     """Raises ValueError for a file of KINDS or BEGINNINGS, naming what it is and what to do."""
-    with file.open("rb") as f:
+    with file.open("rb") as f:  # a web page may begin with spaces, and in capitals
         beginning = f.read(64).lstrip().lower()
     kinds = (rest for magic, *rest in BEGINNINGS if beginning.startswith(magic.lower()))
     if match := next(kinds, None) or kind_by_name(file.name):
