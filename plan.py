@@ -7,9 +7,9 @@ together. A cell is the KV cache of one layer for one micro-batch. A workload is
 texts, of prompt tokens and of new tokens. A step generates one token of each row of a block; its
 resources are the disk, the copies, and the computation on device and host.
 
-Start at plan_texts, which cli/generation.py calls; make_plan chooses. It needs only the shape of a model, so that `--plan` predicts how a model runs
-on this machine before it is downloaded. tiers/planner.py searches for the policy; tiers/probe.py
-measures the machine.
+Start at plan_texts, which cli/generation.py calls; make_plan chooses the plan. It needs only the
+shape of a model, so that `--plan` predicts how a model runs on this machine before it is
+downloaded. tiers/planner.py searches for the policy; tiers/probe.py measures the machine.
 """
 
 import os

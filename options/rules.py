@@ -1,9 +1,10 @@
 """The table of options that need or exclude one another, for the commands and load_model.
 
 Start at broken_rule. Rules contain names of options, and of three features: `placed` (the model has
-a policy that offloads it, which load_model knows and the command line does not), `self_draft` (the draft is the model itself in fewer
-bits), `ranks` (torchrun has started several processes). `chosen` maps such names to values; a false
-value means that the option or feature is not used. A draft proposes tokens that the model verifies.
+a policy that offloads it, which load_model knows and the command line does not), `self_draft` (the
+draft is the model itself in fewer bits), `ranks` (torchrun has started several processes). `chosen`
+maps such names to values; a false value means that the option or feature is not used. A draft
+proposes tokens that the model verifies.
 OPTION_RULES hold for the parsed options of a command, MODEL_RULES for a model that is to be loaded.
 """
 
