@@ -252,8 +252,8 @@ class DraftStats:
         # draft token. A proposal after a rejected one counts, too.
         self.drafted: list[int] = []
         self.accepted: list[int] = []
-        self.seconds = 0.0  # of all cycles
-        self.plain_seconds = 0.0  # estimate: plain decoding of the same tokens
+        self.seconds = 0.0  # of all cycles, plain steps included
+        self.plain_seconds = 0.0  # estimate: plain decoding of the tokens of all these cycles
 
     def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
         """Add a cycle of k draft tokens (0: a plain step) to the counts.

@@ -569,6 +569,7 @@ def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
         compile_views(*inputs)
     from neurons.feed_forward import neuron_source
 
+    # any_rows is False for a compiled model: the calls above read neurons, which must not count.
     if (source := neuron_source(lm.model)) and not lm.any_rows:
         source.reset_stats()
 

@@ -241,7 +241,7 @@ class StreamedLayers(nn.ModuleList):
         """Return the store from which layers in this file are read: the checkpoint's file or the
         scratch file. A GPU cannot read a file directly: there the bytes go through host memory, as
         large as a layer for each buffer of the ring, so that as many layers are read at a time."""
-        file.threads = layer_threads
+        file.threads = layer_threads  # apart from the KV cache's, whose reads must not queue here
         # Large requests would delay reads of the KV cache from the same disk.
         if not self.policy.cache.disk:
             file.request_bytes = LARGE_REQUEST_BYTES

@@ -108,8 +108,10 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     messages = Messages(under_torchrun)
-    if under_torchrun:  # Ctrl-C then arrives as a byte (see Messages); torchrun's end sends SIGINT
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # 130: a shell's code for SIGINT
+    if under_torchrun:
+        # Ctrl-C arrives as a byte (see Messages). A SIGINT comes from torchrun, which has received
+        # one itself and ends all ranks with it. 130: a shell's code for SIGINT.
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     # Whether `stopped` below must be polled. Only rank 0 has the keyboard, so its value counts.
     polls = broadcast_from_rank0(lambda: messages.polls_ctrl_c)
     log(HELP)

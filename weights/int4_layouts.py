@@ -90,11 +90,14 @@ def quantization_config(
 
 
 def foreign_scheme(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the quantisation scheme (see quant/linear.py) that a quantization_config describes.
+    """Returns the quantisation scheme (see quant.linear.make_scheme) that a quantization_config
+    describes.
 
-    settings: as returned by quantization_config. In the scheme, "linears" holds the bits and the
-    group size of all linears in layers; "output" is empty because the output head is dense (lm_head
-    is False). Raises ValueError, which lists the keys whose values are not supported.
+    settings: as returned by quantization_config. In the scheme, "mode" tells foreign_fields the
+    layout: "gptq", "gptq_v2" or "awq", and "_sym" after it for symmetric GPTQ, whose zero points
+    should all be 8. "linears" holds the bits and the group size of all linears in layers; "output"
+    is empty because the output head is dense (lm_head is False). Raises ValueError, which lists the
+    keys whose values are not supported.
     """
     method = settings.get("quant_method", "unknown")
     known_method = isinstance(method, str) and method in SUPPORTED

@@ -153,10 +153,12 @@ def store_part(
 ):
     """Store a program's partial sums of a key/value head, for the program that combines them.
 
+    BR: the rows of the tile, R*T or more. WIDTH: its channels, of an int4 cache half of them.
     low: (BR, WIDTH), sums of weighted values, for int4 of the even channels; high: of the odd ones.
     top, sum: (BR,), the largest score and the sum of weights. part: (BR,), each row's index in
-    `parts`. e: channels. real: rows that exist; mask: the same for rows and channels. A barrier
-    must follow before the program counts as arrived.
+    `parts`. e: (WIDTH,), 0, 1, ...: channel e or, for int4, channels 2e and 2e + 1. real: rows that
+    exist; mask: the same for rows and channels. A barrier must follow before the program counts as
+    arrived.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     tl.store(tops + part * 2, top, real)

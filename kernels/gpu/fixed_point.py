@@ -5,8 +5,10 @@ Start at fixed_point, in PyTorch: the reference of one_row.fixed_point_kernel.
 A chunk is 16 or 32 inputs, whose weights take 16 bytes. Its inputs share a unit, a power of two:
 x = unit * q with q from -32768 to 32767. Scaling by a power of two is exact, so a bfloat16 input of
 at least 1/128 of its chunk's largest is exact; a smaller one is off by at most 2**-15 of the
-largest. A word is 32 bits: four int8 weights or eight int4 weights, and two numbers q. A plane is
-the part of the result that multiplies the same bytes and nibbles of all words.
+largest. A word is 32 bits. A word of weights holds four int8 or eight int4 numbers; a word of the
+result holds two numbers q, which multiply two bytes of a word of weights, or one nibble of each of
+these bytes. A plane is all q that multiply the same bytes and nibbles of their words: int8 has two
+planes (the low two bytes, the high two), int4 four (for low nibbles, then for high ones).
 
 Shapes: K in_features, C chunks = ceil(K / size of a chunk).
 """
