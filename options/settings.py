@@ -73,9 +73,9 @@ class LoadOptions:
     micro_batches: int | None = None  # in a pipeline; None: enough to keep all stages busy
 
     def chosen(self) -> dict[str, Any]:
-        """Returns each feature's name in options/rules.py -> its value, which is false if the feature is
-        not in use. load_model applies MODEL_RULES to it. "self_draft" is the name of the draft, because
-        messages of the rules quote it."""
+        """Returns each feature's name in options/rules.py -> its value, which is false if the
+        feature is not in use. load_model applies MODEL_RULES to it. "self_draft" is the name of the
+        draft, because messages of the rules quote it."""
         return {
             "compile": self.compile,
             "draft": self.draft is not None,
