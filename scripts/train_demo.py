@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import complete
 from load import load_model
-from model import KVCache, Transformer
+from model import Transformer, grouped_attention
 from text.generation_config import GenerationConfig
 from weights.hf import export_tensors, model_args
 
@@ -70,14 +70,12 @@ CONFIGS = {
 DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
 
-class NoCache(KVCache):
-    """Stores nothing: training windows begin at position 0, and attention sees them whole."""
+class NoCache:
+    """Stores nothing: training windows begin at position 0, and attention sees them whole. An
+    AttentionCache (model.py)."""
 
-    def __init__(self):
-        nn.Module.__init__(self)
-
-    def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        return k, v
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
 
 
 class MeasuredActivation:

@@ -114,8 +114,8 @@ def test_a_mistake_of_all_ranks_is_printed_once():
     ("how", "says"),
     [
         (["--nproc_per_node=3"], "3 ranks cannot share this model: it has 8 heads; 1, 2, 4, 8 can"),
-        (["--pipeline", "--draft", "ngram"], "a pipeline's stages do not guess"),
-        (["--pipeline", "--compile"], "a pipeline's stages are not compiled"),
+        (["--pipeline", "--draft", "ngram"], "a pipeline does not verify draft tokens"),
+        (["--pipeline", "--compile"], "the stages of a pipeline are not compiled"),
     ],
 )
 def test_what_ranks_cannot_do_is_one_line(how: list[str], says: str):
@@ -149,7 +149,7 @@ FAULT = """
 import os, sys
 sys.path.insert(0, {root!r})
 import generate
-from cli import options
+from cli import generation, options
 from decoding import LoadedModel
 
 if os.environ["RANK"] == "{rank}":
