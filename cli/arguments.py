@@ -11,10 +11,15 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from text.generation_config import MAX_LOGIT_BIAS
+
+
+# How long other ranks let rank 0 report an error: time for its start on a busy machine.
+RANK0_SECONDS = 4.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,13 +53,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Print the message in one line on stderr, and end the process with exit code 2.
 
-        Under torchrun only rank 0 prints it.
+        Under torchrun all ranks usually fail here. The others let rank 0 print the line: torchrun
+        ends them once rank 0 has failed. A rank that is not ended prints the line itself.
         """
-        is_other_rank = os.environ.get("RANK", "0") not in ("0", "")
-        message = " ".join(message.split())
-        self.exit(
-            2, None if is_other_rank else f"{self.prog}: {message} (--help lists the options)\n"
-        )
+        if os.environ.get("RANK", "0") not in ("0", ""):
+            time.sleep(RANK0_SECONDS)
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
 
     def _underscored(self, arg: str) -> str:
         """Replace hyphens in an option's name: --max-new-tokens=5 -> --max_new_tokens=5.

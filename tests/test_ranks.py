@@ -134,6 +134,20 @@ def test_what_ranks_cannot_do_is_one_line(how: list[str], says: str):
     assert done.stderr.count("Traceback (most recent call last)") <= 1  # torchrun's own
 
 
+def test_a_rank_that_fails_alone_prints_its_wrong_option():
+    """torchrun ends all ranks when the first one fails: the line must not depend on the order."""
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--pipeline", "--draft", "ngram"],
+        cwd=ROOT,
+        env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("generate.py: a pipeline does not verify draft tokens")
+
+
 def test_a_pipeline_needs_ranks(capfd: pytest.CaptureFixture):
     words = ["generate.py", "--checkpoint_path", DEMO, *GREEDY, "--pipeline"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
