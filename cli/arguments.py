@@ -17,7 +17,6 @@ from typing import Any
 
 from text.generation_config import MAX_LOGIT_BIAS
 
-
 # How long other ranks let rank 0 report an error: time for its start on a busy machine.
 RANK0_SECONDS = 4.0
 
