@@ -1,11 +1,8 @@
-// Activations as 16-bit fixed-point numbers: scale * (256 * high + low), with one scale for each
-// block of a row. `high` and `low` are signed bytes, because vpdpbusd and AMX multiply bytes. The
-// rounding error is 2^-16 of the block's largest value, less than that of bfloat16.
+// Activations as 16-bit fixed-point numbers with one scale for each block of a row. The rounding
+// error is 2^-16 of the block's largest value, less than that of bfloat16. Products with integer
+// weights are then exact integers, which every instruction set adds up to the same bits.
 
 #pragma once
-
-#include <ATen/ATen.h>
-#include <immintrin.h>
 
 #include <vector>
 
@@ -13,68 +10,95 @@
 
 namespace {
 
-using at::Tensor;
-
-constexpr int64_t kAmxRows = 8;  // rows of one AMX tile: 8 high and 8 low rows of bytes
+constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX multiplies as many
 // Inputs that pad a row: a row stride of a power of two would hit the same cache sets.
 constexpr int64_t kPad = 32;
 
-// M rows, padded to M', a multiple of kAmxRows.
+// How a row's numbers are stored. vpdpbusd and AMX multiply bytes: a number is 256 * high + low,
+// both signed, and all high bytes of a row lie before all low ones. Other CPUs multiply pairs of 16
+// bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile of weights hold the
+// inputs 0 and 2, and 1 and 3 (pairs.h).
+#if defined(__AVX512VNNI__) && !defined(GPT_FLEX_SCALAR)
+constexpr bool kBytePlanes = true;
+#else
+constexpr bool kBytePlanes = false;
+#endif
+
+// M rows, padded to M', a multiple of kRowGroup.
 struct FixedPointRows {
   int64_t stride, blocks;         // stride: inputs of a row and padding; blocks: of a row
-  std::vector<int8_t> bytes;      // (M', 2, stride): high and low
+  std::vector<int16_t> numbers;   // (M', stride)
   std::vector<float> scale, sum;  // (M' / 8, blocks, 8); sum: of a block's fixed-point numbers
 
-  const int8_t* high(int64_t m) const { return &bytes[2 * m * stride]; }
+  int8_t* high(int64_t m) { return reinterpret_cast<int8_t*>(&numbers[m * stride]); }
+  const int8_t* high(int64_t m) const {
+    return reinterpret_cast<const int8_t*>(&numbers[m * stride]);
+  }
   const int8_t* low(int64_t m) const { return high(m) + stride; }
+  // Returns row m as pairs of numbers.
+  const int32_t* pairs(int64_t m) const {
+    return reinterpret_cast<const int32_t*>(&numbers[m * stride]);
+  }
   // Returns the index of row m and block b in `scale` and `sum`.
   int64_t block(int64_t m, int64_t b) const {
-    return (m / kAmxRows * blocks + b) * kAmxRows + m % kAmxRows;
+    return (m / kRowGroup * blocks + b) * kRowGroup + m % kRowGroup;
   }
 };
 
-// Converts one block of a row.
-void to_fixed_point(const at::BFloat16* x, int64_t block, int8_t* high, int8_t* low, float* scale,
-                    float* sum) {
-  constexpr float kMax = 32639;  // 127 * 256 + 127: the largest number of two signed bytes
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < block; i += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(load_bf16(x + i)));
-  const float top = _mm512_reduce_max_ps(largest);
-  const __m512 factor = _mm512_set1_ps(top > 0 ? kMax / top : 0);
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < block; i += 16) {
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16(x + i), factor));
-    __m512i highs = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-    total = _mm512_add_epi32(total, q);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(highs));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(q));  // modulo 256
+// Stores sixteen numbers of row m from input k on, as this CPU multiplies them.
+inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& rows) {
+  alignas(kLine) int32_t numbers[kStrip];
+  store(numbers, q);
+  if constexpr (kBytePlanes) {
+    int8_t *high = rows.high(m) + k, *low = high + rows.stride;
+    for (int i = 0; i < kStrip; i++) high[i] = static_cast<int8_t>((numbers[i] + 128) >> 8);
+    for (int i = 0; i < kStrip; i++) low[i] = static_cast<int8_t>(numbers[i]);  // modulo 256
+  } else {
+    int16_t* to = &rows.numbers[m * rows.stride + k];
+    for (int i = 0; i < kStrip; i += 4) {
+      to[i] = static_cast<int16_t>(numbers[i]), to[i + 1] = static_cast<int16_t>(numbers[i + 2]);
+      to[i + 2] = static_cast<int16_t>(numbers[i + 1]);
+      to[i + 3] = static_cast<int16_t>(numbers[i + 3]);
+    }
   }
-  *scale = top / kMax;
-  *sum = _mm512_reduce_add_epi32(total);
+}
+
+// Converts block b of row m. x: the block's activations.
+template <class T>
+void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointRows& rows) {
+  constexpr float kMax = 32639;  // 127 * 256 + 127: the largest number of two signed bytes
+  Floats largest = splat(0.f);
+  for (int64_t i = 0; i < block; i += kStrip) largest = max(largest, abs(load(x + i)));
+  const float top = reduce_max(largest);
+  const Floats factor = splat(top > 0 ? kMax / top : 0.f);
+  Ints total = splat(0);
+  for (int64_t i = 0; i < block; i += kStrip) {
+    const Ints q = round_to_ints(load(x + i) * factor);
+    total = total + q;
+    store_numbers(q, m, b * block + i, rows);
+  }
+  rows.scale[rows.block(m, b)] = top / kMax;
+  rows.sum[rows.block(m, b)] = reduce_add(to_floats(total));  // exact: below 2^24
 }
 
 // Makes `rows` large enough for M rows. It never shrinks: a vector that grows again clears memory.
-void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows) {
-  const size_t padded = (M + kAmxRows - 1) / kAmxRows * kAmxRows;
+inline void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows) {
+  const size_t padded = (M + kRowGroup - 1) / kRowGroup * kRowGroup;
   auto reserve = [](auto& values, size_t size) {
     if (values.size() < size) values.resize(size);
   };
   rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
-  reserve(rows.bytes, padded * 2 * rows.stride);
+  reserve(rows.numbers, padded * rows.stride);
   reserve(rows.scale, padded * rows.blocks), reserve(rows.sum, padded * rows.blocks);
 }
 
 // Converts rows m to `end` of x, (M, K).
-void to_fixed_point(const Tensor& x, const PackedWeights& w, int64_t m, int64_t end,
+template <class T>
+void to_fixed_point(const T* x, const PackedWeights& w, int64_t m, int64_t end,
                     FixedPointRows& rows) {
-  const auto* from = x.const_data_ptr<at::BFloat16>() + m * w.K;
-  for (; m < end; m++) {
-    int8_t *high = &rows.bytes[2 * m * rows.stride], *low = high + rows.stride;
-    for (int64_t b = 0; b < rows.blocks; b++, from += w.block, high += w.block, low += w.block)
-      to_fixed_point(from, w.block, high, low, &rows.scale[rows.block(m, b)],
-                     &rows.sum[rows.block(m, b)]);
-  }
+  for (; m < end; m++)
+    for (int64_t b = 0; b < rows.blocks; b++)
+      to_fixed_point(x + m * w.K + b * w.block, w.block, m, b, rows);
 }
 
 }  // namespace

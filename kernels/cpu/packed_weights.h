@@ -1,10 +1,9 @@
-// Reads packed weights (layout.h): where strips and spans begin, a block's scales and zero points,
-// and a register of weights as tiles.
+// Reads packed weights (layout.h): where strips and spans begin, a block's scales and zero points.
+// Adds the products of a block to the outputs of a row.
 
 #pragma once
 
-#include "avx512.h"
-#include "layout.h"
+#include "vector.h"
 
 namespace {
 
@@ -15,34 +14,42 @@ struct PackedWeights {
   int64_t blocks() const { return K / block; }
   const uint8_t* scales(int64_t n) const { return data + n * strip; }  // of strip n
   const uint8_t* spans(int64_t n) const { return scales(n) + kStrip * sizeof(float); }
+  Floats output_scales(int64_t n) const {
+    return load(reinterpret_cast<const float*>(scales(n)));
+  }
 };
+
+// Spreads the 8 nibbles of 4 bytes over 8 bytes, low nibbles first.
+inline uint64_t spread_nibbles(uint64_t pairs) {
+  pairs = (pairs | pairs << 16) & 0x0000ffff0000ffff;
+  pairs = (pairs | pairs << 8) & 0x00ff00ff00ff00ff;
+  return (pairs | pairs << 4) & 0x0f0f0f0f0f0f0f0f;
+}
 
 // Returns the zero points, (16,), of block b of a span.
 template <Format F>
-__m512 load_zeros(const uint8_t* header, int64_t block, int64_t b) {
-  if constexpr (F == kInt8) return _mm512_set1_ps(128);
-  const uint8_t* zeros = header + zeros_offset<F>(block, b);
-  auto pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(unpack_pairs(pairs)));
+inline Floats load_zeros(const uint8_t* header, int64_t block, int64_t b) {
+  if constexpr (F == kInt8) return splat(128.f);
+  uint32_t pairs[2];
+  std::memcpy(pairs, header + zeros_offset<F>(block, b), sizeof(pairs));
+  const uint64_t zeros[2] = {spread_nibbles(pairs[0]), spread_nibbles(pairs[1])};
+  return load(reinterpret_cast<const uint8_t*>(zeros));
 }
 
 // Returns the scales, (16,), of block b of a span.
 template <Format F>
-__m512 load_scales(const uint8_t* header, int64_t b) {
+inline Floats load_scales(const uint8_t* header, int64_t b) {
   const uint8_t* scales = header + b * kStrip * scale_bytes(F);
-  if constexpr (F == kInt8) return _mm512_set1_ps(1);
-  if constexpr (F == kInt4Half)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-  auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+  if constexpr (F == kInt8) return splat(1.f);
+  if constexpr (F == kInt4Half) return load(reinterpret_cast<const Half*>(scales));
+  return load(scales);
 }
 
-// Writes a register of packed weights as one tile (int8) or two tiles (int4) of unsigned bytes.
-template <Format F>
-inline void unpack(const uint8_t* from, __m512i* tiles) {
-  const __m512i v = _mm512_loadu_si512(from);
-  if constexpr (bits(F) == 8) tiles[0] = v;
-  if constexpr (bits(F) == 4) tiles[0] = low_nibbles(v), tiles[1] = high_nibbles(v);
+// Returns y, (16,), plus scales * (sums of products - zero points * sum of the row's block).
+inline Floats add_block(Floats y, Ints sums, Floats zeros, Floats scales, float row_sum,
+                        float row_scale) {
+  const Floats dot = fnma(zeros, splat(row_sum), to_floats(sums));
+  return fma(scales * splat(row_scale), dot, y);
 }
 
 }  // namespace

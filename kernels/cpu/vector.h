@@ -1,0 +1,197 @@
+// Vectors of sixteen numbers, for every instruction set: one register of AVX-512, two of AVX2, four
+// of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
+//
+// Lanes are independent and a multiplication followed by an addition is rounded once, so every
+// instruction set gives the same bits. vector_*.h define the functions for one register; this file
+// extends them to sixteen numbers. GPT_FLEX_SCALAR, a macro, selects the plain form, which is the
+// reference of the others in tests/test_instruction_sets.py.
+//
+// NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
+// pairs of 16-bit integers, or four bytes, in place of each number.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+}  // namespace
+
+#if defined(GPT_FLEX_SCALAR)
+#include "vector_scalar.h"
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512DQ__)
+#include "vector_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "vector_avx2.h"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include "vector_neon.h"
+#else
+#include "vector_scalar.h"
+#endif
+
+namespace {
+
+constexpr int kParts = kStrip / kLanes;  // registers of sixteen numbers
+
+struct Floats {
+  NativeFloat part[kParts];
+};
+struct Ints {
+  NativeInt part[kParts];
+};
+
+// Applies `op` to each register of the arguments.
+template <class Result, class Op, class... Vectors>
+inline Result each(Op op, const Vectors&... vectors) {
+  Result result;
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) result.part[p] = op(vectors.part[p]...);
+  return result;
+}
+
+inline Floats splat(float value) {
+  Floats result;
+  for (auto& part : result.part) part = native_splat(value);
+  return result;
+}
+inline Ints splat(int32_t value) {
+  Ints result;
+  for (auto& part : result.part) part = native_splat(value);
+  return result;
+}
+
+// Loads sixteen numbers as floats. T: float, BFloat16, Half, int8_t or uint8_t.
+template <class T>
+inline Floats load(const T* from) {
+  Floats result;
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) result.part[p] = native_load(from + p * kLanes);
+  return result;
+}
+
+// Stores sixteen floats; rounds to nearest, ties to even. T: float, BFloat16 or Half.
+template <class T>
+inline void store(T* to, const Floats& values) {
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) native_store(to + p * kLanes, values.part[p]);
+}
+inline void store(int32_t* to, const Ints& values) {
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) native_store(to + p * kLanes, values.part[p]);
+}
+
+// Loads the 64 bytes of sixteen 32-bit numbers as they are.
+inline Ints load_bits(const void* from) {
+  Ints result;
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++)
+    result.part[p] = native_load_bits(static_cast<const uint8_t*>(from) + 4 * p * kLanes);
+  return result;
+}
+inline void store_bits(void* to, const Ints& values) {
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++)
+    native_store(reinterpret_cast<int32_t*>(to) + p * kLanes, values.part[p]);
+}
+
+// The inputs are called a, b, c in the order of the formulas.
+inline Floats operator+(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return native_add(x, y); }, a, b);
+}
+inline Ints operator+(Ints a, Ints b) {
+  return each<Ints>([](auto x, auto y) { return native_add(x, y); }, a, b);
+}
+inline Floats operator-(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return native_subtract(x, y); }, a, b);
+}
+inline Floats operator*(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return native_multiply(x, y); }, a, b);
+}
+inline Floats max(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return native_max(x, y); }, a, b);
+}
+inline Floats abs(Floats a) {
+  return each<Floats>([](auto x) { return native_abs(x); }, a);
+}
+// Returns a * b + c, rounded once.
+inline Floats fma(Floats a, Floats b, Floats c) {
+  return each<Floats>([](auto x, auto y, auto z) { return native_fma(x, y, z); }, a, b, c);
+}
+// Returns c - a * b, rounded once.
+inline Floats fnma(Floats a, Floats b, Floats c) {
+  return each<Floats>([](auto x, auto y, auto z) { return native_fnma(x, y, z); }, a, b, c);
+}
+inline Floats to_floats(Ints a) {
+  return each<Floats>([](auto x) { return native_to_float(x); }, a);
+}
+// Rounds to nearest, ties to even.
+inline Ints round_to_ints(Floats a) {
+  return each<Ints>([](auto x) { return native_round(x); }, a);
+}
+// Returns `value` where a > limit, elsewhere 0.
+inline Floats keep_above(Floats a, Floats limit, Floats value) {
+  return each<Floats>([](auto x, auto y, auto z) { return native_keep_above(x, y, z); }, a, limit,
+                      value);
+}
+// Returns a * 2^exponent, for results that are no denormals.
+inline Floats scale_by_power(Floats a, Ints exponent) {
+  return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
+}
+// Adds to each sum the products of the two 16-bit integers of a and b that lie in its lane.
+inline Ints add_pair_products(Ints sums, Ints a, Ints b) {
+  return each<Ints>([](auto x, auto y, auto z) { return native_add_pair_products(x, y, z); }, sums,
+                    a, b);
+}
+
+// Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
+template <class Op>
+inline float reduce(const Floats& values, Op op) {
+  alignas(kLine) float lanes[kStrip];
+  store(lanes, values);
+  for (int half = kStrip / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = op(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float reduce_add(const Floats& values) {
+  return reduce(values, [](float a, float b) { return a + b; });
+}
+inline float reduce_max(const Floats& values) {
+  return reduce(values, [](float a, float b) { return std::max(a, b); });
+}
+
+// Bytes between a load and its prefetch. With 4096 memory is read 1.5 times as fast as without
+// (Xeon with AVX-512). With 2048 one of two threads sometimes ran a whole step without that gain;
+// with 4096 none did.
+constexpr int64_t kAhead = 4096;
+constexpr int64_t kGrain = 1 << 16;  // multiplications from which on another thread pays
+
+inline void prefetch(const void* from, int64_t bytes = 1) {
+  for (int64_t i = 0; i < bytes; i += kLine)
+    __builtin_prefetch(static_cast<const uint8_t*>(from) + i);
+}
+
+}  // namespace

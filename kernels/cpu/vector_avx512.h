@@ -1,0 +1,98 @@
+// Vectors of AVX-512 (F, BW, VL, DQ), of 512 bits. Where the CPU has them, VNNI multiplies and adds
+// pairs, and BF16 rounds to bfloat16; BF16 rounds denormals to zero. Included by vector.h, which
+// describes the functions.
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+using NativeFloat = __m512;
+using NativeInt = __m512i;
+constexpr int kLanes = 16;
+
+inline NativeFloat native_splat(float value) { return _mm512_set1_ps(value); }
+inline NativeInt native_splat(int32_t value) { return _mm512_set1_epi32(value); }
+
+inline __m256i load_sixteen_halves(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+inline NativeFloat native_load(const float* from) { return _mm512_loadu_ps(from); }
+inline NativeFloat native_load(const BFloat16* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(load_sixteen_halves(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline NativeFloat native_load(const Half* from) {
+  return _mm512_cvtph_ps(load_sixteen_halves(from));
+}
+inline NativeFloat native_load(const int8_t* from) {
+  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+inline NativeFloat native_load(const uint8_t* from) {
+  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+inline NativeInt native_load_bits(const uint8_t* from) { return _mm512_loadu_si512(from); }
+
+inline void native_store(float* to, NativeFloat v) { _mm512_storeu_ps(to, v); }
+inline void native_store(int32_t* to, NativeInt v) { _mm512_storeu_si512(to, v); }
+inline void native_store(Half* to, NativeFloat v) {
+  const auto halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+inline void native_store(BFloat16* to, NativeFloat v) {
+#ifdef __AVX512BF16__
+  const auto rounded = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  // See vector_avx2.h.
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i wide = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m256i rounded =
+      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(wide, is_nan, _mm512_set1_epi32(0x7fff)));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+}
+
+inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return _mm512_add_ps(a, b); }
+inline NativeInt native_add(NativeInt a, NativeInt b) { return _mm512_add_epi32(a, b); }
+inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return _mm512_sub_ps(a, b); }
+inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return _mm512_mul_ps(a, b); }
+inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return _mm512_max_ps(a, b); }
+inline NativeFloat native_abs(NativeFloat a) { return _mm512_abs_ps(a); }
+inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline NativeFloat native_fnma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return _mm512_fnmadd_ps(a, b, c);
+}
+inline NativeFloat native_to_float(NativeInt a) { return _mm512_cvtepi32_ps(a); }
+inline NativeInt native_round(NativeFloat a) { return _mm512_cvtps_epi32(a); }
+inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_GT_OQ), value);
+}
+inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(exponent, 23)));
+}
+
+inline NativeInt native_and(NativeInt a, NativeInt b) { return _mm512_and_si512(a, b); }
+template <int BITS>
+inline NativeInt native_shift_right_16(NativeInt a) {
+  return _mm512_srli_epi16(a, BITS);
+}
+inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt b) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpwssd_epi32(sums, a, b);
+#else
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+#endif
+}
+// See vector_avx2.h.
+inline void native_keep(NativeInt& sums) { asm volatile("" : "+v"(sums)); }
+
+}  // namespace

@@ -1,0 +1,85 @@
+// Vectors of ARM's NEON (AArch64), of 128 bits. Included by vector.h, which describes the
+// functions.
+
+#pragma once
+
+#include <arm_neon.h>
+
+namespace {
+
+using NativeFloat = float32x4_t;
+using NativeInt = int32x4_t;
+constexpr int kLanes = 4;
+
+inline NativeFloat native_splat(float value) { return vdupq_n_f32(value); }
+inline NativeInt native_splat(int32_t value) { return vdupq_n_s32(value); }
+
+inline NativeFloat native_load(const float* from) { return vld1q_f32(from); }
+inline NativeFloat native_load(const BFloat16* from) {
+  const uint16x4_t halves = vld1_u16(reinterpret_cast<const uint16_t*>(from));
+  return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+}
+inline NativeFloat native_load(const Half* from) {
+  const uint16x4_t halves = vld1_u16(reinterpret_cast<const uint16_t*>(from));
+  return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+}
+inline NativeFloat native_load(const int8_t* from) {
+  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+}
+inline NativeFloat native_load(const uint8_t* from) {
+  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+}
+inline NativeInt native_load_bits(const uint8_t* from) {
+  return vreinterpretq_s32_u8(vld1q_u8(from));
+}
+
+inline void native_store(float* to, NativeFloat v) { vst1q_f32(to, v); }
+inline void native_store(int32_t* to, NativeInt v) { vst1q_s32(to, v); }
+inline void native_store(Half* to, NativeFloat v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+// See vector_avx2.h.
+inline void native_store(BFloat16* to, NativeFloat v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint16x4_t halves = vshrn_n_u32(rounded, 16);
+  const uint16x4_t is_number = vmovn_u32(vceqq_f32(v, v));
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vbsl_u16(is_number, halves, vdup_n_u16(0x7fff)));
+}
+
+inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return vaddq_f32(a, b); }
+inline NativeInt native_add(NativeInt a, NativeInt b) { return vaddq_s32(a, b); }
+inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return vsubq_f32(a, b); }
+inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return vmulq_f32(a, b); }
+inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return vmaxq_f32(a, b); }
+inline NativeFloat native_abs(NativeFloat a) { return vabsq_f32(a); }
+inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return vfmaq_f32(c, a, b);
+}
+inline NativeFloat native_fnma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return vfmsq_f32(c, a, b);
+}
+inline NativeFloat native_to_float(NativeInt a) { return vcvtq_f32_s32(a); }
+inline NativeInt native_round(NativeFloat a) { return vcvtnq_s32_f32(a); }
+inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
+  return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a, limit), vreinterpretq_u32_f32(value)));
+}
+inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
+  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(exponent, 23)));
+}
+
+inline NativeInt native_and(NativeInt a, NativeInt b) { return vandq_s32(a, b); }
+template <int BITS>
+inline NativeInt native_shift_right_16(NativeInt a) {
+  return vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(a), BITS));
+}
+inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+  const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+  return vaddq_s32(sums, vpaddq_s32(low, vmull_high_s16(x, y)));
+}
+// See vector_avx2.h.
+inline void native_keep(NativeInt& sums) { asm volatile("" : "+w"(sums)); }
+
+}  // namespace

@@ -1,0 +1,85 @@
+// Vectors of one number, in plain C++17: the reference of the other instruction sets, and the form
+// of CPUs that have none of them. Included by vector.h, which describes the functions.
+
+#pragma once
+
+namespace {
+
+using NativeFloat = float;
+using NativeInt = int32_t;
+constexpr int kLanes = 1;
+
+inline NativeFloat native_splat(float value) { return value; }
+inline NativeInt native_splat(int32_t value) { return value; }
+
+inline NativeFloat native_load(const float* from) { return *from; }
+inline NativeFloat native_load(const BFloat16* from) { return float_of(from->bits << 16); }
+inline NativeFloat native_load(const int8_t* from) { return *from; }
+inline NativeFloat native_load(const uint8_t* from) { return *from; }
+inline NativeFloat native_load(const Half* from) {
+  const uint32_t sign = (from->bits & 0x8000u) << 16, rest = from->bits & 0x7fffu;
+  // Moved to the place of a float's bits, a half is too small by 2^112. Infinity and NaN need the
+  // largest exponent.
+  const float value = float_of(rest << 13) * 0x1p112f;
+  return float_of(sign | (rest < 0x7c00u ? bits_of(value) : 0x7f800000u | rest << 13));
+}
+inline NativeInt native_load_bits(const uint8_t* from) {
+  NativeInt value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+inline void native_store(float* to, NativeFloat v) { *to = v; }
+inline void native_store(int32_t* to, NativeInt v) { *to = v; }
+inline void native_store(BFloat16* to, NativeFloat v) {
+  const uint32_t bits = bits_of(v);
+  to->bits = std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline void native_store(Half* to, NativeFloat v) {
+  const uint32_t sign = bits_of(v) >> 16 & 0x8000u;
+  const float size = std::abs(v);
+  uint32_t bits = 0x7c00u;                      // infinity
+  if (std::isnan(v)) bits = 0x7e00u | (bits_of(v) >> 13 & 0x3ffu);
+  else if (size < 0x1p-14f)                     // a multiple of 2^-24
+    bits = static_cast<uint32_t>(std::nearbyint(size * 0x1p24f));
+  else if (size < 65520.f)                      // rounds to at most 65504
+    bits = (bits_of(size) - (112u << 23) + 0xfffu + (bits_of(size) >> 13 & 1)) >> 13;
+  to->bits = sign | bits;
+}
+
+inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return a + b; }
+inline NativeInt native_add(NativeInt a, NativeInt b) { return a + b; }
+inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return a - b; }
+inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
+inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return a > b ? a : b; }
+inline NativeFloat native_abs(NativeFloat a) { return std::abs(a); }
+// Where the CPU has no such instruction, std::fma is a slow function. A double holds the product
+// exactly; its sum is rounded twice, which changes about one result in 2^29.
+inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return static_cast<float>(static_cast<double>(a) * b + c);
+}
+inline NativeFloat native_fnma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return native_fma(-a, b, c);
+}
+inline NativeFloat native_to_float(NativeInt a) { return static_cast<float>(a); }
+inline NativeInt native_round(NativeFloat a) { return static_cast<int32_t>(std::nearbyint(a)); }
+inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
+  return a > limit ? value : 0.f;
+}
+inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
+  return float_of(bits_of(a) + (static_cast<uint32_t>(exponent) << 23));
+}
+
+inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
+template <int BITS>
+inline NativeInt native_shift_right_16(NativeInt a) {
+  constexpr uint32_t kKept = (0xffffu >> BITS) * 0x10001u;
+  return static_cast<int32_t>(static_cast<uint32_t>(a) >> BITS & kKept);
+}
+inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt b) {
+  const auto low = [](int32_t v) { return static_cast<int32_t>(static_cast<int16_t>(v)); };
+  return sums + low(a) * low(b) + (a >> 16) * (b >> 16);
+}
+inline void native_keep(NativeInt&) {}
+
+}  // namespace
