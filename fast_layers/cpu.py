@@ -1,7 +1,7 @@
 """Layers that run on the C++ kernels of kernels/cpu.
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
-integers in the order in which the kernels read them, and dense linears by FewRowsLinear.
+integers in the order in which the kernels read them, and dense linears by DenseLinear.
 use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
 its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
 does not support the kernels.
@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from host.log import log
 from host.memory import page_aligned
-from kernels.cpu.build import build, layout, unsupported_reason
+from kernels.cpu.build import DTYPES, build, layout, unsupported_reason
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
-# Compiling the kernels does not pay for a model whose dense bfloat16 linears have fewer bytes.
+# Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
 
 
 class PackedLinear(nn.Module):
     """A quantised linear with its weights in the kernels' order, see kernels/cpu/layout.h.
 
-    Computes in bfloat16, and returns the dtype of its input. Needs the operators: `build` must have
+    Takes bfloat16 and float16, in the dtype of the bias. Needs the operators: `build` must have
     succeeded. packed: (strips, bytes of a strip) uint8, None before load_from.
     """
 
@@ -61,8 +61,8 @@ class PackedLinear(nn.Module):
     def load_from(self, linear: QuantizedLinear) -> None:
         """Pack the weights of `linear` into this layer, in place of its earlier weights.
 
-        Sets `packed`, the bias (in bfloat16, padded to whole strips) and _layout, the operator's
-        last arguments. linear: of the same kind and shape as at construction; it may be freed
+        Sets `packed`, the bias (padded to whole strips) and _layout, the operator's last arguments.
+        linear: of the same kind and shape as at construction; it may be freed
         afterwards. Uses only the calling thread and releases the interpreter's lock, so that other
         threads can compute.
         """
@@ -71,20 +71,21 @@ class PackedLinear(nn.Module):
         size = strip_bytes(linear, format)
         self.packed = self._buffer[: self.strips * size].view(self.strips, size)
         if linear.bias is not None:
-            self.bias = F.pad(linear.bias.bfloat16(), (0, -self.out_features % layout().strip))
+            self.bias = F.pad(linear.bias, (0, -self.out_features % layout().strip))
         self._layout = format, inputs_per_scale(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).bfloat16()  # (M, K)
+        rows = x.flatten(0, -2)  # (M, K)
         y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._layout)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-class FewRowsLinear(nn.Module):
-    """A dense bfloat16 linear on the operator gpt_flex::linear; shares the weights of `linear`.
+class DenseLinear(nn.Module):
+    """A dense bfloat16 or float16 linear on the operator gpt_flex::linear.
 
-    With AMX (the CPU's instructions for products of matrices), a product of up to 16 rows takes the
-    time of one row. The operator passes more rows to PyTorch.
+    Shares the weights of `linear`. On CPUs that multiply bfloat16 (AVX-512 BF16, AMX) the operator
+    passes more than 16 rows to PyTorch; on others PyTorch takes several times as long as the
+    operator for any number of rows.
     """
 
     def __init__(self, linear: Linear):
@@ -115,8 +116,8 @@ def strip_bytes(linear: QuantizedLinear, format: int) -> int:
 def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
     """Replace the linears of a model on the CPU by fast ones, in place.
 
-    Quantised linears become PackedLinear, and dense bfloat16 linears FewRowsLinear, if the CPU, the
-    compiler and dtype allow it. dtype: of the model's activations. large: whether to replace dense
+    Quantised linears become PackedLinear, and dense bfloat16 and float16 linears DenseLinear, if
+    the compiler and dtype allow it. dtype: of the model's activations. large: whether to replace dense
     linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta device,
     which have no weights to pack.
     """
@@ -126,12 +127,12 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
         if isinstance(module, (Linear, QuantizedLinear)) and not module.weight.is_meta
     }
     pack_quantized(model, linears, dtype)
-    dense = {n: m for n, m in linears.items() if m.weight.dtype == torch.bfloat16}
+    dense = {n: m for n, m in linears.items() if isinstance(m, Linear) and m.weight.dtype in DTYPES}
     if large is None:
         large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
     if dense and large and not (unsupported_reason(dtype) or build()):
         for name, linear in dense.items():
-            model.set_submodule(name, FewRowsLinear(linear))
+            model.set_submodule(name, DenseLinear(linear))
 
 
 def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
@@ -163,7 +164,7 @@ def use_fast_attention(model: Transformer) -> None:
     alike: with a draft, the text must be the same to the bit.
     """
     grouped = model.args.n_heads != model.args.n_kv_heads
-    fast = any(isinstance(m, (PackedLinear, FewRowsLinear)) for m in model.modules())
+    fast = any(isinstance(m, (PackedLinear, DenseLinear)) for m in model.modules())
     if fast and not grouped:
         model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 

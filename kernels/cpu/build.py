@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import platform
 import shutil
 import sys
 import zlib
@@ -24,7 +25,43 @@ from host.torch_private import has_cpu_kernel
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
-NEEDED = "avx512_vnni", "avx512_bf16"  # features of the CPU that all operators use
+DTYPES = torch.bfloat16, torch.float16  # of activations; float32 would lose precision
+CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS, which forbids better ones
+
+
+class InstructionSet(NamedTuple):
+    """Instructions that the kernels are compiled for.
+
+    features: of torch.cpu.get_capabilities; the CPU needs them all. flags: of the compiler.
+    """
+
+    architecture: str
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+AVX2 = "avx2", "fma3", "f16c"
+AVX2_FLAGS = "-mavx2", "-mfma", "-mf16c", "-mbmi2"
+AVX512 = *AVX2, "bmi2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"
+AVX512_FLAGS = *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"
+VNNI, VNNI_FLAGS = (*AVX512, "avx512_vnni"), (*AVX512_FLAGS, "-mavx512vnni")
+BF16, BF16_FLAGS = (*VNNI, "avx512_bf16"), (*VNNI_FLAGS, "-mavx512bf16")
+AMX_FLAGS = *BF16_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"
+# From the fastest to the plainest. "scalar" needs nothing, and every CPU can be held to it.
+INSTRUCTION_SETS = {
+    "amx": InstructionSet("x86_64", (*BF16, "amx_int8", "amx_bf16"), AMX_FLAGS),
+    "avx512_bf16": InstructionSet("x86_64", BF16, BF16_FLAGS),
+    "avx512_vnni": InstructionSet("x86_64", VNNI, VNNI_FLAGS),
+    "avx512": InstructionSet("x86_64", AVX512, AVX512_FLAGS),
+    "avx_vnni": InstructionSet("x86_64", (*AVX2, "avx_vnni"), (*AVX2_FLAGS, "-mavxvnni")),
+    "avx2": InstructionSet("x86_64", AVX2, AVX2_FLAGS),
+    "neon": InstructionSet("arm64", (), ()),
+    "scalar": InstructionSet("", (), ("-DGPT_FLEX_SCALAR",)),
+}
+ARM_NAMES = "aarch64", "arm64"  # of platform.machine(): Linux, macOS
+# The kernels cast pointers between types of numbers. Scalar code must round as vectors do, which a
+# fused multiplication and addition would not.
+FLAGS = "-O3", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off"
 
 torch.library.define(
     "gpt_flex::quantized_linear",
@@ -66,19 +103,40 @@ def layout() -> Layout:
     return Layout(*torch.ops.gpt_flex.layout())
 
 
+def supported_sets() -> list[str]:
+    """Return the names of INSTRUCTION_SETS that this CPU has, the fastest first.
+
+    Raises ValueError if GPT_FLEX_ISA names none of them.
+    """
+    has = torch.cpu.get_capabilities()
+    machine = "arm64" if platform.machine() in ARM_NAMES else "x86_64"
+    names = [
+        name
+        for name, need in INSTRUCTION_SETS.items()
+        if need.architecture in ("", machine) and all(has.get(key) for key in need.features)
+    ]
+    if not (chosen := os.environ.get(CHOICE)):
+        return names
+    if chosen not in names:
+        raise ValueError(f"{CHOICE}={chosen}: this CPU can be held to {', '.join(names)}")
+    return names[names.index(chosen) :]
+
+
 def unsupported_reason(dtype: torch.dtype) -> str | None:
-    """Return why this CPU or dtype of activations cannot use the operators, or None if it can.
+    """Return why this machine or dtype of activations cannot use the operators, or None if it can.
 
     Call it before build. It compiles nothing.
     """
-    has = torch.cpu.get_capabilities()
-    if lacking := [name for name in NEEDED if not has.get(name)]:
-        return f"this CPU lacks {', '.join(lacking)}"
-    if dtype != torch.bfloat16:
-        return f"the fast products take bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        return "the fast products need a C++ compiler: install g++"
+    if dtype not in DTYPES:
+        return f"the fast products take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if not shutil.which(compiler()):
+        return f"the fast products need a C++ compiler: install {compiler()}"
     return None
+
+
+def compiler() -> str:
+    """Return the name of the C++ compiler that torch's extensions use."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def build() -> str | None:
@@ -92,47 +150,65 @@ def build() -> str | None:
         return None
     if (cache := cache_directory()) is None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
-    folder = cache / f"cpu_products-{build_key():08x}"
-    if not list(folder.glob("*.so")):
-        log("compiling products for this CPU, once: about twenty seconds ...")
     if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), locked(folder):
-            load_library(folder)
-    except (OSError, RuntimeError, ImportError) as error:
-        return f"the products for this CPU did not compile ({str(error).splitlines()[0]})"
-    return None
+    for name in supported_sets():
+        try:
+            load_library(cache / f"cpu_products-{build_key(name):08x}", name)
+        except (OSError, RuntimeError, ImportError) as error:
+            reason = f"they did not compile ({str(error).splitlines()[0]})"
+            log(f"the products for {name} are left out: {reason}")
+        else:
+            loaded.append(name)
+            return None
+    return f"the products for this CPU: {reason}"
 
 
-def build_key() -> int:
-    """Return a checksum of the sources, the version of torch and the features of the CPU.
+loaded: list[str] = []  # the name of the instruction set whose library this process has loaded
+
+
+def instruction_set() -> str | None:
+    """Return the name of the instruction set that the operators use; None before build."""
+    return loaded[0] if loaded else None
+
+
+def build_key(name: str) -> int:
+    """Return a checksum of the sources, the version of torch, the CPU and an instruction set.
 
     It names the library's folder, so that a change of any of them gives a new library. A library is
-    compiled for one CPU (-march=native): on another machine with the same home directory it may
-    crash.
+    tuned for one CPU (-mtune=native).
     """
-    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES
+    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES, name
     texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
-    return zlib.crc32(repr(kind).encode() + texts)
+    return zlib.crc32(repr((kind, flags(name))).encode() + texts)
 
 
-def load_library(folder: Path) -> None:
-    """Load the library of operators; compile it first if the folder does not hold it.
+def flags(name: str) -> list[str]:
+    """Return the compiler's flags for an instruction set. macOS's clang has no OpenMP of its own:
+    there the operators use one thread."""
+    openmp = () if sys.platform == "darwin" else ("-fopenmp",)
+    return [*FLAGS, "-mtune=native", *INSTRUCTION_SETS[name].flags, *openmp]
+
+
+def load_library(folder: Path, name: str) -> None:
+    """Load the operators for an instruction set; compile them first if the folder lacks them.
 
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
-    failure. Call it within locked(folder).
+    failure.
     """
     from torch.utils import cpp_extension  # imports setuptools, which takes time
 
-    cpp_extension.load(
-        "gpt_flex_cpu_products",
-        [str(source) for source in SOURCES],
-        build_directory=str(folder),
-        extra_cflags=["-O3", "-march=native", "-fopenmp"],
-        extra_ldflags=["-fopenmp"],
-        is_python_module=False,
-    )
+    if not list(folder.glob("*.so")):
+        log(f"compiling products for this CPU ({name}), once: about twenty seconds ...")
+    with contextlib.redirect_stdout(sys.stderr), locked(folder):
+        cpp_extension.load(
+            "gpt_flex_cpu_products",
+            [str(source) for source in SOURCES],
+            build_directory=str(folder),
+            extra_cflags=flags(name),
+            extra_ldflags=["-fopenmp"] if "-fopenmp" in flags(name) else [],
+            is_python_module=False,
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ constexpr int64_t kPad = 32;
 // both signed, and all high bytes of a row lie before all low ones. Other CPUs multiply pairs of 16
 // bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile of weights hold the
 // inputs 0 and 2, and 1 and 3 (pairs.h).
-#if defined(__AVX512VNNI__) && !defined(GPT_FLEX_SCALAR)
+#ifdef __AVX512VNNI__
 constexpr bool kBytePlanes = true;
 #else
 constexpr bool kBytePlanes = false;

@@ -1,39 +1,45 @@
-// Products of many rows: PyTorch's GEMM, by weights that each thread dequantizes to bfloat16.
+// Products of many bfloat16 rows on CPUs that multiply bfloat16 (AVX-512 BF16, AMX): PyTorch's GEMM,
+// by weights that each thread dequantizes to bfloat16.
 
 #pragma once
+
+#ifdef __AVX512BF16__
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include "fixed_point.h"
+#include "vnni.h"
 
 namespace {
+
+using at::Tensor;
 
 // Writes outputs n0 to n1 of the weights to `into`, (K, n1 - n0) in bfloat16.
 template <Format F>
 void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Tensor& into) {
-  auto* data = into.mutable_data_ptr<at::BFloat16>();
+  auto* data = reinterpret_cast<BFloat16*>(into.mutable_data_ptr());
   const int64_t stride = into.stride(0), header = header_bytes<F>(w.block);
   for (int64_t n = n0 / kStrip; n < n1 / kStrip; n++) {
-    const __m512 output_scales = _mm512_loadu_ps(w.scales(n));
+    const Floats output_scales = w.output_scales(n);
     const uint8_t *tiles = w.spans(n), *span_header = nullptr;
     auto* out = data + n * kStrip - n0;
     for (int64_t k = 0; k < w.K; k += kChunk) {
       if (k % kSpan == 0) span_header = tiles, tiles += header;
       const int64_t b = k % kSpan / w.block;
-      const __m512 zero = load_zeros<F>(span_header, w.block, b);
-      const __m512 scale = _mm512_mul_ps(load_scales<F>(span_header, b), output_scales);
+      const Floats zero = load_zeros<F>(span_header, w.block, b);
+      const Floats scale = load_scales<F>(span_header, b) * output_scales;
       __m512i bytes[8];
       constexpr int kTiles = 8 / bits(F);
       for (int i = 0; i < 8; i += kTiles) {
-        _mm_prefetch(tiles + kAhead, _MM_HINT_T0);
+        prefetch(tiles + kAhead);
         unpack<F>(tiles, bytes + i);
         tiles += 64;
       }
       for (int i = 0; i < 32; i++) {
-        __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
-        __m512 v = _mm512_cvtepi32_ps(_mm512_and_si512(q, _mm512_set1_epi32(255)));
-        store_bf16(out + (k + i) * stride, _mm512_mul_ps(_mm512_sub_ps(v, zero), scale));
+        const __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
+        const Floats v = to_floats({{_mm512_and_si512(q, _mm512_set1_epi32(255))}});
+        store(out + (k + i) * stride, (v - zero) * scale);
       }
     }
   }
@@ -62,3 +68,5 @@ Tensor gemm_product(const Tensor& x, const PackedWeights& w, const std::optional
 }
 
 }  // namespace
+
+#endif

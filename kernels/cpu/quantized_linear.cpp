@@ -1,21 +1,32 @@
-// The operator quantized_linear: bfloat16 rows by packed int8 or int4 weights, for CPUs with
-// AVX-512 VNNI and BF16. This file shares the work between threads.
+// The operator quantized_linear: rows by packed int8 or int4 weights. This file shares the work
+// between threads.
 //
 // Start at packed_linear. The rate at which memory is read bounds decoding, so the arithmetic must
 // cost little beside a load, and it must be exact. fixed_point.h therefore converts activations to
-// pairs of signed bytes, and vnni.h (vpdpbusd) or amx_int8.h (tdpbsud, eight rows at a time) adds
-// up products of bytes in 32 bits without rounding. Weights are read from the first byte to the
-// last, as layout.h orders them. A row's result has the same bits whatever rows are beside it,
-// unless there are so many rows that gemm.h is faster.
+// 16-bit integers, and products with weights add up in 32 bits without rounding: by pairs.h, or on
+// CPUs with AVX-512 VNNI as bytes by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud, eight rows at a
+// time). Weights are read from the first byte to the last, as layout.h orders them. A row's result
+// has the same bits whatever rows are beside it and whatever instructions the CPU has, unless there
+// are so many rows that gemm.h is faster.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "dtypes.h"
+
+#ifdef __AVX512VNNI__
 #include "amx_int8.h"
 #include "gemm.h"
+#else
+#include "pairs.h"
+#endif
 
 namespace {
+
+using at::Tensor;
+
+#ifdef __AVX512VNNI__
 
 // Multiplies all rows by strips `from` to `to`. A thread splits its strips into STREAMS parts and
 // reads the parts side by side.
@@ -39,39 +50,56 @@ void multiply_all_rows(const PackedWeights& w, const FixedPointRows& rows, int64
   }
 }
 
-// Multiplies x by packed weights, each thread by strips of its own. Up to kAmxRows rows every
+template <Format F>
+void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
+              const Output& out) {
+  const int64_t streams = out.M <= kMaxVnniRows ? 4 : 2;
+  if (streams == 4) return multiply_all_rows<F, 4>(w, rows, from, to, out);
+  const AmxTiles configured;
+  multiply_all_rows<F, 2>(w, rows, from, to, out);
+}
+
+#else
+
+template <Format F>
+void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
+              const Output& out) {
+  multiply_pairs<F>(w, rows, from, to, out);
+}
+
+#endif
+
+// Multiplies x by packed weights, each thread by strips of its own. Up to kRowGroup rows every
 // thread converts all of them for itself, while its first weights arrive; of more rows each thread
 // converts some, for all threads.
-template <Format F>
-Tensor integer_product(const Tensor& x, const PackedWeights& w, const std::optional<Tensor>& bias) {
-  Tensor out = at::empty({x.size(0), w.N}, x.options());
-  const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
-  const Tensor contiguous = x.contiguous();
-  const Output into{out.mutable_data_ptr<at::BFloat16>(), b, out.size(0), w.N};
-  const bool together = into.M > kAmxRows;
+template <Format F, class T>
+void integer_product(const T* x, const PackedWeights& w, const Output& out) {
+  const bool together = out.M > kRowGroup;
   thread_local FixedPointRows of_caller;
   FixedPointRows& shared = of_caller;
   if (together) {
-    reserve_rows(into.M, w, shared);
-    at::parallel_for(0, into.M, 1, [&](int64_t from, int64_t to) {
-      to_fixed_point(contiguous, w, from, to, shared);
+    reserve_rows(out.M, w, shared);
+    at::parallel_for(0, out.M, 1, [&](int64_t from, int64_t to) {
+      to_fixed_point(x, w, from, to, shared);
     });
   }
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
-    const int64_t streams = into.M <= kMaxVnniRows ? 4 : 2;
-    for (int64_t i = 0; i < streams; i++)
-      prefetch(w.scales(from + i * ((to - from) / streams)), kAhead);
+    for (int64_t i = 0; i < 2; i++) prefetch(w.scales(from + i * ((to - from) / 2)), kAhead);
     thread_local FixedPointRows own;
-    if (!together) reserve_rows(into.M, w, own), to_fixed_point(contiguous, w, 0, into.M, own);
-    const FixedPointRows& rows = together ? shared : own;
-    if (streams == 4) return multiply_all_rows<F, 4>(w, rows, from, to, into);
-    const AmxTiles configured;
-    multiply_all_rows<F, 2>(w, rows, from, to, into);
+    if (!together) reserve_rows(out.M, w, own), to_fixed_point(x, w, 0, out.M, own);
+    multiply<F>(w, together ? shared : own, from, to, out);
   });
-  return out;
 }
 
-// Chooses between integer products and, from `many` rows on, a GEMM of dequantized weights.
+// Returns the number of rows from which a GEMM of dequantized weights is faster.
+template <Format F>
+int64_t gemm_rows(const Tensor& x) {
+#ifdef __AVX512BF16__
+  if (x.scalar_type() == at::kBFloat16) return !has_amx() ? 48 : bits(F) == 8 ? 256 : 56;
+#endif
+  return std::numeric_limits<int64_t>::max();
+}
+
 template <Format F>
 Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
                      int64_t block) {
@@ -79,14 +107,22 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
   const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span_bytes<F>(block) * kSpan;
   const PackedWeights w{packed.const_data_ptr<uint8_t>(), packed.size(0) * kStrip, K, block,
                         packed.size(1)};
-  TORCH_CHECK(x.dim() == 2 && x.size(1) <= K && x.scalar_type() == at::kBFloat16);
-  const int64_t many = !has_amx() ? 48 : bits(F) == 8 ? 256 : 56;  // where the GEMM is faster
-  if (x.size(1) < K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
-  return x.size(0) < many ? integer_product<F>(x, w, bias) : gemm_product<F>(x, w, bias);
+  TORCH_CHECK(x.dim() == 2 && x.size(1) <= K);
+  TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "a bias of another dtype");
+  x = x.size(1) < K ? at::constant_pad_nd(x, {0, K - x.size(1)}) : x.contiguous();
+#ifdef __AVX512BF16__
+  if (x.size(0) >= gemm_rows<F>(x)) return gemm_product<F>(x, w, bias);
+#endif
+  Tensor out = at::empty({x.size(0), w.N}, x.options());
+  const Output into{out.mutable_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+                    dtype_of(x), out.size(0), w.N};
+  with_data(x, [&](const auto* rows) { integer_product<F>(rows, w, into); });
+  return out;
 }
 
-// x: (M, at most K). packed: (N / 16, bytes of a strip). Weights and bias are padded to whole
-// strips. Returns the first `out_features` outputs.
+// x: (M, at most K), bfloat16, float16 or float32. packed: (N / 16, bytes of a strip). Weights and
+// bias, which has the dtype of x, are padded to whole strips. Returns the first `out_features`
+// outputs.
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t format, int64_t block, int64_t out_features) {
   Tensor y = format == kInt8   ? packed_linear<kInt8>(x, packed, bias, block)

@@ -104,6 +104,21 @@ inline void store(int32_t* to, const Ints& values) {
   for (int p = 0; p < kParts; p++) native_store(to + p * kLanes, values.part[p]);
 }
 
+// Converts one number.
+template <class T>
+inline float to_float(T value) {
+  T lanes[kLanes] = {value};
+  float converted[kLanes];
+  native_store(converted, native_load(lanes));
+  return converted[0];
+}
+template <class T>
+inline T to_type(float value) {
+  T lanes[kLanes];
+  native_store(lanes, native_splat(value));
+  return lanes[0];
+}
+
 // Loads the 64 bytes of sixteen 32-bit numbers as they are.
 inline Ints load_bits(const void* from) {
   Ints result;

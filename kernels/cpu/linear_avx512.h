@@ -1,16 +1,16 @@
-// The operator linear: up to 16 bfloat16 rows by dense bfloat16 weights, as they lie in memory. It
-// uses AMX where the CPU has it, else AVX-512 BF16.
-//
-// Start at linear. Reading the weights takes the time. A row's result has the same bits whatever
-// rows are beside it.
+// Dense bfloat16 products of few rows on CPUs that multiply bfloat16: by AMX where the CPU has it,
+// else by AVX-512 BF16. linear.cpp calls linear_by_amx or linear_by_avx512.
+
+#pragma once
+
+#ifdef __AVX512BF16__
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <immintrin.h>
-#include <torch/library.h>
 
 #include "amx.h"
-#include "avx512.h"
+#include "vector.h"
 
 namespace {
 
@@ -107,18 +107,6 @@ void linear_by_avx512(const Tensor& x, const Tensor& weight, const at::BFloat16*
   });
 }
 
-// Returns F.linear in bfloat16. x: (M, K), weight: (N, K). More than 16 rows go to PyTorch.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (x.size(0) > kStrip || !weight.is_contiguous()) return at::linear(x, weight, bias);
-  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  const auto* b = bias ? bias->const_data_ptr<at::BFloat16>() : nullptr;
-#ifdef __AMX_BF16__
-  const bool fills_tiles = x.size(1) % kChunk == 0 && weight.size(0) % (2 * kStrip) == 0;
-  if (fills_tiles && has_amx()) return linear_by_amx(x.contiguous(), weight, b, out), out;
-#endif
-  return linear_by_avx512(x.contiguous(), weight, b, out), out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) { library.impl("linear", linear); }
+#endif
