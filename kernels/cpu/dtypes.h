@@ -1,0 +1,31 @@
+// Tensors of PyTorch as the plain types of the kernels.
+
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "output.h"
+
+namespace {
+
+inline bool is_supported(const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline Dtype dtype_of(const at::Tensor& x) {
+  TORCH_CHECK(is_supported(x), "the kernels take bfloat16, float16 and float32, not ", x.dtype());
+  if (x.scalar_type() == at::kBFloat16) return kBFloat16;
+  return x.scalar_type() == at::kHalf ? kFloat16 : kFloat32;
+}
+
+// Calls `use` with the data of a contiguous tensor, as a pointer to its type.
+template <class Use>
+void with_data(const at::Tensor& x, Use use) {
+  const Dtype dtype = dtype_of(x);
+  if (dtype == kBFloat16) use(static_cast<const BFloat16*>(x.const_data_ptr()));
+  if (dtype == kFloat16) use(static_cast<const Half*>(x.const_data_ptr()));
+  if (dtype == kFloat32) use(static_cast<const float*>(x.const_data_ptr()));
+}
+
+}  // namespace

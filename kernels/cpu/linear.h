@@ -1,0 +1,169 @@
+// Products of rows by dense bfloat16 or float16 weights, (N, K) as they lie in memory, with float32
+// sums.
+//
+// Start at multiply_few_rows and multiply_many_rows. Reading the weights takes the time of few
+// rows; they are multiplied as dot products along K. For many rows, 16 outputs are transposed into
+// a float32 panel that stays in the L1 cache, and kDenseRows rows share each load of it. In either
+// function a row's result has the same bits whatever rows are beside it.
+
+#pragma once
+
+#include <vector>
+
+#include "output.h"
+
+namespace {
+
+constexpr int64_t kMaxFewRows = 16;
+constexpr int64_t kPanelInputs = 256;  // of a panel of 16 outputs, which takes 16 KB
+constexpr int kDenseRows = 6;          // their sums and a panel's weights fit in the registers
+// Outputs and rows of a dot product: with these AVX2's 16 registers hold sums and operands.
+constexpr int kDotOutputs = 2, kDotRows = 3;
+
+struct DenseWeights {
+  const void* data;  // (N, K)
+  int64_t N, K;
+};
+
+// Converts rows, (M, K), to float32 with `stride` floats from row to row; pads them with zeros.
+template <class T>
+void to_float_rows(const T* x, int64_t K, int64_t stride, int64_t from, int64_t to, float* rows) {
+  for (int64_t m = from; m < to; m++) {
+    int64_t k = 0;
+    for (; k + kStrip <= K; k += kStrip) store(rows + m * stride + k, load(x + m * K + k));
+    for (; k < stride; k++) rows[m * stride + k] = k < K ? to_float(x[m * K + k]) : 0.f;
+  }
+}
+
+// Loads inputs k to k + 15 of a row of weights; those from K on are 0.
+template <class W>
+inline Floats load_weights(const W* row, int64_t k, int64_t K) {
+  if (k + kStrip <= K) return load(row + k);
+  W padded[kStrip] = {};
+  for (int64_t i = k; i < K; i++) padded[i - k] = row[i];
+  return load(padded);
+}
+
+// Writes sums of the products of M rows by N outputs to y, (M, N).
+template <class W, int M, int N>
+void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride, float* y) {
+  Floats sums[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * N; i++) sums[i / N][i % N] = splat(0.f);
+  for (int64_t k = 0; k < K; k += kStrip) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      prefetch(weights + n * K + k + kAhead / 2);
+      const Floats w = load_weights(weights + n * K, k, K);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sums[m][n] = fma(w, load(rows + m * stride + k), sums[m][n]);
+    }
+  }
+  for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
+}
+
+// Computes N outputs from n on of rows m to `end`, M rows at a time.
+template <class W, int M, int N>
+int64_t dot_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t m, int64_t end,
+                 int64_t n, const Output& out) {
+  float y[M * N];
+  for (; m + M <= end; m += M) {
+    dot_products<W, M, N>(static_cast<const W*>(w.data) + n * w.K, w.K, rows + m * stride, stride,
+                          y);
+    for (int i = 0; i < M * N; i++) out.store_one(m + i / N, n + i % N, y[i]);
+  }
+  return m;
+}
+
+// Multiplies up to kMaxFewRows float32 rows by outputs `from` to `to`.
+template <class W>
+void multiply_few_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
+                       int64_t to, const Output& out) {
+  int64_t n = from;
+  for (; out.M > 1 && n + kDotOutputs <= to; n += kDotOutputs) {
+    const int64_t m = dot_rows<W, kDotRows, kDotOutputs>(w, rows, stride, 0, out.M, n, out);
+    dot_rows<W, 1, kDotOutputs>(w, rows, stride, m, out.M, n, out);
+  }
+  for (; n < to; n++) dot_rows<W, 1, 1>(w, rows, stride, 0, out.M, n, out);
+}
+
+struct alignas(kLine) DensePanel {
+  float weights[kPanelInputs][kStrip];
+};
+
+// Transposes inputs k to k + count - 1 of the outputs of strip n; outputs from N on are 0.
+template <class W>
+void fill_panel(const DenseWeights& w, int64_t n, int64_t k, int64_t count, DensePanel& panel) {
+  alignas(kLine) float rows[kStrip][kStrip] = {};
+  const int64_t outputs = std::min(kStrip, w.N - n * kStrip);
+  const W* data = static_cast<const W*>(w.data) + n * kStrip * w.K;
+  for (int64_t i = 0; i < count; i += kStrip) {
+    for (int64_t j = 0; j < outputs; j++) {
+      prefetch(data + (j + kStrip) * w.K + k + i);
+      store(rows[j], load_weights(data + j * w.K, k + i, w.K));
+    }
+    for (int64_t a = 0; a < kStrip; a++)
+      for (int64_t j = 0; j < kStrip; j++) panel.weights[i + a][j] = rows[j][a];
+  }
+}
+
+// Adds the products of a panel and R rows of float32 to y, (R, 16).
+template <int R>
+void multiply_dense_panel(const DensePanel& panel, int64_t count, const float* rows,
+                          int64_t stride, Floats* y) {
+  NativeFloat sums[R][kParts];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; p++) sums[r][p] = y[r].part[p];
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < count; k++) {
+    NativeFloat weights[kParts];
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; p++) weights[p] = native_load(&panel.weights[k][p * kLanes]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const NativeFloat input = native_splat(rows[r * stride + k]);
+#pragma GCC unroll 16
+      for (int p = 0; p < kParts; p++) sums[r][p] = native_fma(weights[p], input, sums[r][p]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; p++) y[r].part[p] = sums[r][p];
+}
+
+// Does multiply_dense_panel for `rows_count` rows, a number from 1 to R.
+template <int R = kDenseRows>
+void multiply_dense_rows(int64_t rows_count, const DensePanel& panel, int64_t count,
+                         const float* rows, int64_t stride, Floats* y) {
+  if (rows_count == R) return multiply_dense_panel<R>(panel, count, rows, stride, y);
+  if constexpr (R > 1) multiply_dense_rows<R - 1>(rows_count, panel, count, rows, stride, y);
+}
+
+// Multiplies float32 rows by strips `from` to `to`, of 16 outputs each.
+template <class W>
+void multiply_many_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
+                        int64_t to, const Output& out) {
+  constexpr int64_t kRows = 192;  // rows whose outputs of a strip stay in the L1 cache
+  DensePanel panel;
+  Floats y[kRows];
+  for (int64_t n = from; n < to; n++)
+    for (int64_t first = 0; first < out.M; first += kRows) {
+      const int64_t M = std::min(kRows, out.M - first), groups = (M + kDenseRows - 1) / kDenseRows;
+      for (int64_t m = 0; m < M; m++) y[m] = splat(0.f);
+      for (int64_t k = 0; k < w.K; k += kPanelInputs) {
+        const int64_t count = std::min(kPanelInputs, w.K - k);
+        fill_panel<W>(w, n, k, count, panel);
+        for (int64_t g = 0; g < groups; g++) {
+          const int64_t m = M * g / groups, size = M * (g + 1) / groups - m;
+          multiply_dense_rows(size, panel, count, rows + (first + m) * stride + k, stride, y + m);
+        }
+      }
+      const int64_t outputs = std::min(kStrip, w.N - n * kStrip);
+      for (int64_t m = 0; m < M; m++) out.store_outputs(first + m, n, outputs, y[m]);
+    }
+}
+
+}  // namespace
