@@ -28,6 +28,7 @@ from tqdm import tqdm
 from decoding import LoadedModel
 from host.bandwidth import measured_bandwidth
 from host.memory import cache_bytes, machine_name, size_text
+from kernels.cpu.build import instruction_set
 from model import Cache
 from text.generation_config import GenerationConfig
 
@@ -100,7 +101,8 @@ class Stats:
         ceiling: the memory's read bandwidth in bytes per second; None if it was not measured.
         """
         compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
-        yield f"loaded in {self.load_seconds:.1f} s{compiled}"
+        kernels = f", CPU kernels for {name}" if (name := instruction_set()) else ""
+        yield f"loaded in {self.load_seconds:.1f} s{compiled}{kernels}"
         yield (
             f"prefill: {self.prompt_tokens} tokens in {self.prefill_seconds:.2f} s, "
             f"{self.prefill_rate:.1f} tokens/s"
@@ -172,8 +174,11 @@ def print_table(tests: dict[str, list[float]], batch: int) -> None:
         print(f"{test:>8} {batch:6} {mean:10.2f} {deviation:8.2f}", file=sys.stderr)
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Return commit, machine, torch version, command and date, to store with measured figures."""
+def provenance(device: torch.device) -> dict[str, str | None]:
+    """Return commit, machine, versions, command and date, to store with measured figures.
+
+    cpu_kernels: the instruction set of the CPU kernels that this process has loaded, or None.
+    """
     root = Path(__file__).parent
     # The commit's hash; --exclude=* ignores tags.
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
@@ -185,6 +190,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         "commit": commit or "unknown",
         "machine": machine_name(device),
         "torch": torch.__version__,
+        "cpu_kernels": instruction_set(),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
     }
