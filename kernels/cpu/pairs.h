@@ -6,8 +6,9 @@
 // turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below 2^31:
 // 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
 //
-// Start at multiply_pairs. For one row, weights are unpacked in registers; for more rows, a span is
-// unpacked once into a panel that stays in the L1 cache, and kPanelRows rows share each load of it.
+// Start at multiply_pairs. For up to kFewRows rows, weights are unpacked in registers; for more rows,
+// a span is unpacked once into a panel that stays in the L1 cache, and kPanelRows rows share each
+// load of it.
 
 #pragma once
 
@@ -17,6 +18,7 @@
 namespace {
 
 constexpr int kPanelRows = kLanes == 4 ? 5 : 6;  // their sums and a strip's weights fit in registers
+constexpr int kFewRows = 8;  // rows that are multiplied by weights in registers
 constexpr int64_t kRowsInCache = 192;  // rows whose outputs of a strip stay in the L1 cache
 
 // Returns pairs j of a register of packed weights. A register holds 16 / bits(F) pairs.
@@ -74,6 +76,93 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
   for (int t = 0; t < STRIPS; t++) y[t] = y[t] * w.output_scales(n[t]);
 }
 
+// The scales and zero points of a span.
+struct SpanScales {
+  Floats zeros[kSpan / kChunk], scales[kSpan / kChunk];
+};
+
+template <Format F>
+SpanScales load_span_scales(const uint8_t* header, int64_t block) {
+  SpanScales all;
+  for (int64_t b = 0; b < kSpan / block; b++)
+    all.zeros[b] = load_zeros<F>(header, block, b), all.scales[b] = load_scales<F>(header, b);
+  return all;
+}
+
+// Where R rows of a span begin: their pairs, and for each block their sums and scales.
+template <int R>
+struct RowPointers {
+  const int32_t* pairs[R];
+  const float *sums[R], *scales[R];
+
+  RowPointers(const FixedPointRows& x, int64_t row, int64_t span, int64_t block) {
+    for (int r = 0; r < R; r++) {
+      const int64_t at = x.block(row + r, span * (kSpan / block));
+      pairs[r] = x.pairs(row + r) + span * kSpan / 2;
+      sums[r] = &x.sum[at], scales[r] = &x.scale[at];
+    }
+  }
+};
+
+// Returns register p of y plus the products of a block, as add_block does for a whole strip.
+inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zeros,
+                                  NativeFloat scales, float row_sum, float row_scale) {
+  const NativeFloat dot = native_fnma(zeros, native_splat(row_sum), native_to_float(sums));
+  return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
+}
+
+// Adds the products of a span and R rows from `row` on to y, (R, 16). Unpacks weights in registers,
+// for one register of outputs at a time: sums of 8 rows and 4 pairs of weights are all that AVX2's
+// 16 registers hold.
+template <Format F, int R>
+void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPointRows& x,
+                   int64_t row, Floats* y) {
+  const SpanScales all = load_span_scales<F>(span, block);
+  const RowPointers<R> rows(x, row, s, block);
+  span += header_bytes<F>(block);
+  for (int p = 0; p < kParts; p++) {
+    const uint8_t* tiles = span + 4 * p * kLanes;
+    for (int64_t b = 0; b < kSpan / block; b++) {
+      NativeInt sums[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r] = native_splat(0);
+      for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k += kPairsOf<F>, tiles += kLine) {
+        prefetch(tiles + kAhead);
+        const NativeInt v = native_load_bits(tiles);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPairsOf<F>; j++) {
+          const NativeInt weights = weight_pairs<F>(v, j);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            sums[r] =
+                native_add_pair_products(sums[r], weights, native_splat(rows.pairs[r][k + j]));
+            native_keep(sums[r]);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        y[r].part[p] =
+            add_block_part(y[r].part[p], sums[r], all.zeros[b].part[p], all.scales[b].part[p],
+                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
+    }
+  }
+}
+
+// Multiplies R rows by strip n in registers, for R = out.M, and stores them.
+template <Format F, int R>
+void multiply_few(const PackedWeights& w, int64_t n, const FixedPointRows& x, const Output& out) {
+  if (out.M < R) {
+    if constexpr (R > 2) multiply_few<F, R - 1>(w, n, x, out);
+    return;
+  }
+  Floats y[R];
+  for (auto& row : y) row = splat(0.f);
+  for (int64_t s = 0; s < w.K / kSpan; s++)
+    multiply_span<F, R>(w.spans(n) + s * span_bytes<F>(w.block), w.block, s, x, 0, y);
+  for (int r = 0; r < R; r++) out.store_strip(r, n, y[r] * w.output_scales(n));
+}
+
 // The weights of a strip and a span as pairs of 16-bit integers.
 struct alignas(kLine) Panel {
   int32_t pairs[kSpan / 2][kStrip];
@@ -95,15 +184,9 @@ void unpack_panel(const uint8_t* tiles, Panel& panel) {
 
 // Adds the products of a span's panel and R rows from `row` on to y, (R, 16).
 template <Format F, int R>
-void multiply_panel(const Panel& panel, const uint8_t* header, int64_t block, int64_t span,
+void multiply_panel(const Panel& panel, const SpanScales& all, int64_t block, int64_t s,
                     const FixedPointRows& x, int64_t row, Floats* y) {
-  const int32_t* pairs[R];
-  const float *row_sums[R], *row_scales[R];
-  for (int r = 0; r < R; r++) {
-    const int64_t at = x.block(row + r, span * (kSpan / block));
-    pairs[r] = x.pairs(row + r) + span * kSpan / 2;
-    row_sums[r] = &x.sum[at], row_scales[r] = &x.scale[at];
-  }
+  const RowPointers<R> rows(x, row, s, block);
   for (int64_t b = 0; b < kSpan / block; b++) {
     NativeInt sums[R][kParts];
 #pragma GCC unroll 8
@@ -119,32 +202,30 @@ void multiply_panel(const Panel& panel, const uint8_t* header, int64_t block, in
             reinterpret_cast<const uint8_t*>(&panel.pairs[k][p * kLanes]));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const NativeInt input = native_splat(pairs[r][k]);
+        const NativeInt input = native_splat(rows.pairs[r][k]);
 #pragma GCC unroll 16
-        for (int p = 0; p < kParts; p++)
+        for (int p = 0; p < kParts; p++) {
           sums[r][p] = native_add_pair_products(sums[r][p], weights[p], input);
-        for (int p = 0; p < kParts; p++) native_keep(sums[r][p]);
+          native_keep(sums[r][p]);
+        }
       }
     }
-    const Floats zeros = load_zeros<F>(header, block, b), scales = load_scales<F>(header, b);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Ints total;
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-      for (int p = 0; p < kParts; p++) total.part[p] = sums[r][p];
-      y[r] = add_block(y[r], total, zeros, scales, row_sums[r][b * kRowGroup],
-                       row_scales[r][b * kRowGroup]);
-    }
+      for (int p = 0; p < kParts; p++)
+        y[r].part[p] =
+            add_block_part(y[r].part[p], sums[r][p], all.zeros[b].part[p], all.scales[b].part[p],
+                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
   }
 }
 
 // Does multiply_panel for `count` rows, a number from 1 to R.
 template <Format F, int R = kPanelRows>
-void multiply_panel_rows(int64_t count, const Panel& panel, const uint8_t* header, int64_t block,
-                         int64_t span, const FixedPointRows& x, int64_t row, Floats* y) {
-  if (count == R) return multiply_panel<F, R>(panel, header, block, span, x, row, y);
-  if constexpr (R > 1)
-    multiply_panel_rows<F, R - 1>(count, panel, header, block, span, x, row, y);
+void multiply_panel_rows(int64_t count, const Panel& panel, const SpanScales& all, int64_t block,
+                         int64_t s, const FixedPointRows& x, int64_t row, Floats* y) {
+  if (count == R) return multiply_panel<F, R>(panel, all, block, s, x, row, y);
+  if constexpr (R > 1) multiply_panel_rows<F, R - 1>(count, panel, all, block, s, x, row, y);
 }
 
 // Multiplies all rows by strip n, and stores them.
@@ -160,11 +241,12 @@ void multiply_strip(const PackedWeights& w, int64_t n, const FixedPointRows& x,
     for (int64_t s = 0; s < w.K / kSpan; s++) {
       const uint8_t* span = w.spans(n) + s * span_bytes_of;
       unpack_panel<F>(span + header, panel);
+      const SpanScales all = load_span_scales<F>(span, w.block);
       // As many groups as are needed, of sizes that differ by at most one.
       const int64_t groups = (rows + kPanelRows - 1) / kPanelRows;
       for (int64_t g = 0; g < groups; g++) {
         const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-        multiply_panel_rows<F>(count, panel, span, w.block, s, x, first + r, y + r);
+        multiply_panel_rows<F>(count, panel, all, w.block, s, x, first + r, y + r);
       }
     }
     for (int64_t r = 0; r < rows; r++)
@@ -195,7 +277,10 @@ template <Format F>
 void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                     const Output& out) {
   if (out.M == 1) return multiply_one_row<F, 2>(w, x, from, to, out);
-  for (int64_t n = from; n < to; n++) multiply_strip<F>(w, n, x, out);
+  for (int64_t n = from; n < to; n++) {
+    if (out.M <= kFewRows) multiply_few<F, kFewRows>(w, n, x, out);
+    else multiply_strip<F>(w, n, x, out);
+  }
 }
 
 }  // namespace
