@@ -6,9 +6,8 @@
 // turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below 2^31:
 // 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
 //
-// Start at multiply_pairs. For up to kFewRows rows, weights are unpacked in registers; for more rows,
-// a span is unpacked once into a panel that stays in the L1 cache, and kPanelRows rows share each
-// load of it.
+// Start at multiply_pairs. Weights are unpacked in registers, for up to eight rows at a time: to
+// unpack them into memory for more rows takes longer.
 
 #pragma once
 
@@ -17,8 +16,7 @@
 
 namespace {
 
-constexpr int kPanelRows = kLanes == 4 ? 5 : 6;  // their sums and a strip's weights fit in registers
-constexpr int kFewRows = 8;  // rows that are multiplied by weights in registers
+constexpr int kRowsTogether = 8;  // rows that share a load of weights; AVX2 has registers for 8
 constexpr int64_t kRowsInCache = 192;  // rows whose outputs of a strip stay in the L1 cache
 
 // Returns pairs j of a register of packed weights. A register holds 16 / bits(F) pairs.
@@ -149,104 +147,29 @@ void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPoi
   }
 }
 
-// Multiplies R rows by strip n in registers, for R = out.M, and stores them.
-template <Format F, int R>
-void multiply_few(const PackedWeights& w, int64_t n, const FixedPointRows& x, const Output& out) {
-  if (out.M < R) {
-    if constexpr (R > 2) multiply_few<F, R - 1>(w, n, x, out);
-    return;
-  }
-  Floats y[R];
-  for (auto& row : y) row = splat(0.f);
-  for (int64_t s = 0; s < w.K / kSpan; s++)
-    multiply_span<F, R>(w.spans(n) + s * span_bytes<F>(w.block), w.block, s, x, 0, y);
-  for (int r = 0; r < R; r++) out.store_strip(r, n, y[r] * w.output_scales(n));
+// Does multiply_span for `count` rows, a number from 1 to R.
+template <Format F, int R = kRowsTogether>
+void multiply_span_rows(int64_t count, const uint8_t* span, int64_t block, int64_t s,
+                        const FixedPointRows& x, int64_t row, Floats* y) {
+  if (count == R) return multiply_span<F, R>(span, block, s, x, row, y);
+  if constexpr (R > 1) multiply_span_rows<F, R - 1>(count, span, block, s, x, row, y);
 }
 
-// The weights of a strip and a span as pairs of 16-bit integers.
-struct alignas(kLine) Panel {
-  int32_t pairs[kSpan / 2][kStrip];
-};
-
-template <Format F>
-void unpack_panel(const uint8_t* tiles, Panel& panel) {
-  for (int64_t k = 0; k < kSpan / 2; k += kPairsOf<F>, tiles += kLine) {
-    prefetch(tiles + kAhead);
-#pragma GCC unroll 16
-    for (int p = 0; p < kParts; p++) {
-      const NativeInt v = native_load_bits(tiles + 4 * p * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kPairsOf<F>; j++)
-        native_store(&panel.pairs[k + j][p * kLanes], weight_pairs<F>(v, j));
-    }
-  }
-}
-
-// Adds the products of a span's panel and R rows from `row` on to y, (R, 16).
-template <Format F, int R>
-void multiply_panel(const Panel& panel, const SpanScales& all, int64_t block, int64_t s,
-                    const FixedPointRows& x, int64_t row, Floats* y) {
-  const RowPointers<R> rows(x, row, s, block);
-  for (int64_t b = 0; b < kSpan / block; b++) {
-    NativeInt sums[R][kParts];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int p = 0; p < kParts; p++) sums[r][p] = native_splat(0);
-#pragma GCC unroll 4
-    for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k++) {
-      NativeInt weights[kParts];
-#pragma GCC unroll 16
-      for (int p = 0; p < kParts; p++)
-        weights[p] = native_load_bits(
-            reinterpret_cast<const uint8_t*>(&panel.pairs[k][p * kLanes]));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const NativeInt input = native_splat(rows.pairs[r][k]);
-#pragma GCC unroll 16
-        for (int p = 0; p < kParts; p++) {
-          sums[r][p] = native_add_pair_products(sums[r][p], weights[p], input);
-          native_keep(sums[r][p]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int p = 0; p < kParts; p++)
-        y[r].part[p] =
-            add_block_part(y[r].part[p], sums[r][p], all.zeros[b].part[p], all.scales[b].part[p],
-                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
-  }
-}
-
-// Does multiply_panel for `count` rows, a number from 1 to R.
-template <Format F, int R = kPanelRows>
-void multiply_panel_rows(int64_t count, const Panel& panel, const SpanScales& all, int64_t block,
-                         int64_t s, const FixedPointRows& x, int64_t row, Floats* y) {
-  if (count == R) return multiply_panel<F, R>(panel, all, block, s, x, row, y);
-  if constexpr (R > 1) multiply_panel_rows<F, R - 1>(count, panel, all, block, s, x, row, y);
-}
-
-// Multiplies all rows by strip n, and stores them.
+// Multiplies all rows by strip n, and stores them. A span of weights stays in the L1 cache while
+// all rows are multiplied by it, in groups whose sizes differ by at most one.
 template <Format F>
 void multiply_strip(const PackedWeights& w, int64_t n, const FixedPointRows& x,
                     const Output& out) {
-  Panel panel;
   Floats y[kRowsInCache];
-  const int64_t header = header_bytes<F>(w.block), span_bytes_of = span_bytes<F>(w.block);
   for (int64_t first = 0; first < out.M; first += kRowsInCache) {
     const int64_t rows = std::min(kRowsInCache, out.M - first);
+    const int64_t groups = (rows + kRowsTogether - 1) / kRowsTogether;
     for (int64_t r = 0; r < rows; r++) y[r] = splat(0.f);
     for (int64_t s = 0; s < w.K / kSpan; s++) {
-      const uint8_t* span = w.spans(n) + s * span_bytes_of;
-      unpack_panel<F>(span + header, panel);
-      const SpanScales all = load_span_scales<F>(span, w.block);
-      // As many groups as are needed, of sizes that differ by at most one.
-      const int64_t groups = (rows + kPanelRows - 1) / kPanelRows;
+      const uint8_t* span = w.spans(n) + s * span_bytes<F>(w.block);
       for (int64_t g = 0; g < groups; g++) {
         const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-        multiply_panel_rows<F>(count, panel, all, w.block, s, x, first + r, y + r);
+        multiply_span_rows<F>(count, span, w.block, s, x, first + r, y + r);
       }
     }
     for (int64_t r = 0; r < rows; r++)
@@ -277,10 +200,7 @@ template <Format F>
 void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                     const Output& out) {
   if (out.M == 1) return multiply_one_row<F, 2>(w, x, from, to, out);
-  for (int64_t n = from; n < to; n++) {
-    if (out.M <= kFewRows) multiply_few<F, kFewRows>(w, n, x, out);
-    else multiply_strip<F>(w, n, x, out);
-  }
+  for (int64_t n = from; n < to; n++) multiply_strip<F>(w, n, x, out);
 }
 
 }  // namespace
