@@ -17,7 +17,8 @@
 namespace {
 
 constexpr int kRowsTogether = 8;  // rows that share a load of weights; AVX2 has registers for 8
-constexpr int64_t kRowsInCache = 192;  // rows whose outputs of a strip stay in the L1 cache
+// Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
+constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
 // Returns pairs j of a register of packed weights. A register holds 16 / bits(F) pairs.
 template <Format F>
@@ -155,26 +156,26 @@ void multiply_span_rows(int64_t count, const uint8_t* span, int64_t block, int64
   if constexpr (R > 1) multiply_span_rows<F, R - 1>(count, span, block, s, x, row, y);
 }
 
-// Multiplies all rows by strip n, and stores them. A span of weights stays in the L1 cache while
-// all rows are multiplied by it, in groups whose sizes differ by at most one.
+// Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One span of
+// these rows stays in the L1 cache while all the strips are multiplied by it.
 template <Format F>
-void multiply_strip(const PackedWeights& w, int64_t n, const FixedPointRows& x,
-                    const Output& out) {
-  Floats y[kRowsInCache];
-  for (int64_t first = 0; first < out.M; first += kRowsInCache) {
-    const int64_t rows = std::min(kRowsInCache, out.M - first);
-    const int64_t groups = (rows + kRowsTogether - 1) / kRowsTogether;
-    for (int64_t r = 0; r < rows; r++) y[r] = splat(0.f);
-    for (int64_t s = 0; s < w.K / kSpan; s++) {
-      const uint8_t* span = w.spans(n) + s * span_bytes<F>(w.block);
-      for (int64_t g = 0; g < groups; g++) {
+void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
+                     int64_t first, int64_t rows, const Output& out) {
+  Floats y[kStripsInCache][kRowsInCache];
+  const int64_t groups = (rows + kRowsTogether - 1) / kRowsTogether;
+  for (int64_t i = 0; i < strips; i++)
+    for (int64_t r = 0; r < rows; r++) y[i][r] = splat(0.f);
+  for (int64_t s = 0; s < w.K / kSpan; s++)
+    for (int64_t i = 0; i < strips; i++) {
+      const uint8_t* span = w.spans(n + i) + s * span_bytes<F>(w.block);
+      for (int64_t g = 0; g < groups; g++) {  // of sizes that differ by at most one
         const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-        multiply_span_rows<F>(count, span, w.block, s, x, first + r, y + r);
+        multiply_span_rows<F>(count, span, w.block, s, x, first + r, &y[i][r]);
       }
     }
+  for (int64_t i = 0; i < strips; i++)
     for (int64_t r = 0; r < rows; r++)
-      out.store_strip(first + r, n, y[r] * w.output_scales(n));
-  }
+      out.store_strip(first + r, n + i, y[i][r] * w.output_scales(n + i));
 }
 
 // Multiplies the one row by strips `from` to `to`, of which it reads STRIPS side by side.
@@ -200,7 +201,10 @@ template <Format F>
 void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                     const Output& out) {
   if (out.M == 1) return multiply_one_row<F, 2>(w, x, from, to, out);
-  for (int64_t n = from; n < to; n++) multiply_strip<F>(w, n, x, out);
+  for (int64_t n = from; n < to; n += kStripsInCache)
+    for (int64_t m = 0; m < out.M; m += kRowsInCache)
+      multiply_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,
+                         std::min(kRowsInCache, out.M - m), out);
 }
 
 }  // namespace
