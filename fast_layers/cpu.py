@@ -62,9 +62,8 @@ class PackedLinear(nn.Module):
         """Pack the weights of `linear` into this layer, in place of its earlier weights.
 
         Sets `packed`, the bias (padded to whole strips) and _layout, the operator's last arguments.
-        linear: of the same kind and shape as at construction; it may be freed
-        afterwards. Uses only the calling thread and releases the interpreter's lock, so that other
-        threads can compute.
+        linear: of the same kind and shape as at construction; it may be freed afterwards. Uses only
+        the calling thread and releases the interpreter's lock, so that other threads can compute.
         """
         zeros = getattr(linear, "zeros", None)
         format = torch.ops.gpt_flex.pack(linear.weight, linear.scales, zeros, self._buffer)
@@ -117,9 +116,9 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     """Replace the linears of a model on the CPU by fast ones, in place.
 
     Quantised linears become PackedLinear, and dense bfloat16 and float16 linears DenseLinear, if
-    the compiler and dtype allow it. dtype: of the model's activations. large: whether to replace dense
-    linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta device,
-    which have no weights to pack.
+    the compiler and dtype allow it. dtype: of the model's activations. large: whether to replace
+    dense linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta
+    device, which have no weights to pack.
     """
     linears = {
         name: module

@@ -26,7 +26,7 @@ from host.torch_private import has_cpu_kernel
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
 DTYPES = torch.bfloat16, torch.float16  # of activations; float32 would lose precision
-CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS, which forbids better ones
+CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS; forbids faster ones
 
 
 class InstructionSet(NamedTuple):
@@ -128,7 +128,8 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
     Call it before build. It compiles nothing.
     """
     if dtype not in DTYPES:
-        return f"the fast products take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        name = str(dtype).removeprefix("torch.")
+        return f"the fast products take bfloat16 and float16, not {name}"
     if not shutil.which(compiler()):
         return f"the fast products need a C++ compiler: install {compiler()}"
     return None
