@@ -133,6 +133,8 @@ def assemble(
     order of the calls is the one that each feature needs: the layers are replaced before their
     tensors are allocated, and views are made of a model that has its weights.
     """
+    from fast_layers.install import prepare_fast_layers
+
     if options.draft is not None:
         from speculate import check_draft
 
@@ -146,6 +148,7 @@ def assemble(
         model.cache_factory = find_cache(options.kv_dtype)
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
+        prepare_fast_layers(model, device, dtype, options.flash is not None or None)
         layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy)
         # Weights that are rounded while they are read are stored in no file as they are needed.

@@ -14,6 +14,7 @@ Shapes: M rows, N out_features, K in_features; for attention B rows, T new token
 positions, H query heads, G key/value heads, E head_dim.
 """
 
+import threading
 from dataclasses import replace
 
 import torch
@@ -120,18 +121,38 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     dense linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta
     device, which have no weights to pack.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (Linear, QuantizedLinear)) and not module.weight.is_meta
-    }
+    linears = {name: m for name, m in all_linears(model).items() if not m.weight.is_meta}
     pack_quantized(model, linears, dtype)
     dense = {n: m for n, m in linears.items() if isinstance(m, Linear) and m.weight.dtype in DTYPES}
-    if large is None:
-        large = sum(linear.weight.nbytes for linear in dense.values()) >= MIN_DENSE_BYTES
-    if dense and large and not (unsupported_reason(dtype) or build()):
+    if dense and are_large(dense, large) and not (unsupported_reason(dtype) or build()):
         for name, linear in dense.items():
             model.set_submodule(name, DenseLinear(linear))
+
+
+def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
+    """Start to compile the kernels in another thread, if use_fast_linears will need them.
+
+    model: on the meta device, before its weights are loaded. dtype, large: as in use_fast_linears,
+    which then waits for the thread. After the first time, it only loads the compiled library.
+    """
+    linears = all_linears(model)
+    quantized = any(isinstance(m, QuantizedLinear) for m in linears.values())
+    needed = quantized or (dtype in DTYPES and are_large(linears, large))
+    if needed and not unsupported_reason(dtype):
+        threading.Thread(target=build, daemon=True).start()
+
+
+def all_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the dense and quantised linears of a model by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (Linear, QuantizedLinear))}
+
+
+def are_large(linears: dict[str, nn.Module], large: bool | None) -> bool:
+    """Return whether compiling the kernels pays for dense linears: `large`, or if it is None,
+    whether they have MIN_DENSE_BYTES or more in 16 bits."""
+    if large is None:
+        return sum(2 * linear.weight.numel() for linear in linears.values()) >= MIN_DENSE_BYTES
+    return large
 
 
 def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fast_layers.cpu import use_fast_attention, use_fast_linears
+from fast_layers.cpu import build_while_loading, use_fast_attention, use_fast_linears
 from model import Transformer
 
 
@@ -20,3 +20,14 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
         from fast_layers import gpu
 
         gpu.use_fast_layers(model)
+
+
+def prepare_fast_layers(
+    model: Transformer, device: torch.device, dtype: torch.dtype, large: bool | None = None
+) -> None:
+    """Start in the background what use_fast_layers will need, before the weights are loaded.
+
+    model: on the meta device. device, dtype, large: those that use_fast_layers will find.
+    """
+    if device.type == "cpu":
+        build_while_loading(model, dtype, large)

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,8 +148,12 @@ def build() -> str | None:
     twenty seconds once for each CPU and version of torch. Requires that unsupported_reason returned
     None. Other calls in this process return at once: the operator then has a CPU kernel.
     """
-    if has_cpu_kernel("gpt_flex::quantized_linear"):
-        return None
+    with BUILDING:
+        return None if has_cpu_kernel("gpt_flex::quantized_linear") else build_best()
+
+
+def build_best() -> str | None:
+    """Do what `build` does, for the fastest instruction set that compiles."""
     if (cache := cache_directory()) is None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
     if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
@@ -165,6 +170,7 @@ def build() -> str | None:
     return f"the products for this CPU: {reason}"
 
 
+BUILDING = threading.Lock()  # held by the thread that builds
 loaded: list[str] = []  # the name of the instruction set whose library this process has loaded
 
 
