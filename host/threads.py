@@ -17,8 +17,9 @@ def set_threads(count: int | None) -> None:
     """Set torch's number of threads. count: --threads.
 
     None: torch's own number, but at most free_threads() and the physical cores: two threads on one
-    core share its units, which one thread of the kernels keeps busy. Unchanged if OMP_NUM_THREADS is set, which
-    torch has read already. Call it before the first computation, and before machine_name.
+    core share its units, which one thread of the kernels keeps busy. Unchanged if OMP_NUM_THREADS
+    is set, which torch has read already. Call it before the first computation, and before
+    machine_name.
     """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return

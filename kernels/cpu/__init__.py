@@ -1,21 +1,23 @@
-"""C++ operators for CPUs with AVX-512 VNNI and BF16; they use AMX where the CPU has it.
+"""C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON, and plain C++.
 
-build.py compiles the sources at the first use, for the CPU that it runs on, and registers each as
-torch.ops.gpt_flex.NAME. Python calls four operators for computing, one for packing, and two that
-return the constants of the packed layout:
+build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
+and registers each operator as torch.ops.gpt_flex.NAME. Each operator is a header with the kernel,
+which knows nothing of torch, and a .cpp file that shares its work between torch's threads:
 
-    pack.cpp              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
-    quantized_linear.cpp  rows by packed weights. fixed_point.h converts the rows to integers;
-                          vnni.h multiplies few rows, amx_int8.h eight at a time, gemm.h many
-    linear.cpp            up to 16 rows by dense bfloat16 weights
-    attention.cpp         attention of few queries over the KV cache
-    neurons.cpp           feed-forward layers of which few neurons are active (neurons/)
+    pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
+    quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers; pairs.h
+                      multiplies them, on CPUs with AVX-512 VNNI vnni.h, amx_int8.h or gemm.h
+    linear            rows by dense bfloat16 or float16 weights
+    attention         attention of few queries over the KV cache
+    neurons           feed-forward layers of which few neurons are active (neurons/)
 
-amx.h, avx512.h and packed_weights.h are helpers of these. Weights and inputs are bfloat16 or
-quantised, sums are float32 or exact integers, and a row's result has the same bits whatever rows
-are beside it.
+vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h
+define them for each instruction set. Products of integers are exact and other sums have a fixed
+order, so all instruction sets give the same bits (dense bfloat16 products by AVX-512 BF16, AMX and
+PyTorch excepted), and a row's result has the same bits whatever rows are beside it.
 
-Start at layout.h, then quantized_linear.cpp. fast_layers/cpu.py puts the operators into a model;
-neurons/products.py calls neurons. PyTorch's own layers are the reference in
-tests/test_cpu_products.py, and tests/test_packed_layout.py checks layout.h on any CPU.
+Start at layout.h, vector.h, then quantized_linear.h. fast_layers/cpu.py puts the operators into a
+model; neurons/products.py calls neurons. PyTorch's own layers are the reference in
+tests/test_cpu_products.py; tests/test_instruction_sets.py compares the instruction sets, with ARM
+under emulation.
 """
