@@ -1,6 +1,6 @@
-"""Packing for the CPU's products: against a slow one, and the bytes of a layer that streams by.
+"""The CPU's kernels in torch: packing against a slow one, products against exact sums.
 
-Dense products of few rows: against exact sums, and against themselves.
+More on the bits of products: test_instruction_sets.py.
 """
 
 import copy
@@ -56,31 +56,51 @@ def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
 
 
 def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):
-    """Of any machine: a CPU that lacks instructions, another dtype, no compiler; or nothing."""
-    has = dict.fromkeys(build.AVX2, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", has.copy)
+    """On any machine: another dtype, no compiler; or nothing."""
     monkeypatch.setenv("CXX", "sh")
     assert build.unsupported_reason(torch.bfloat16) is None
-    assert "bfloat16, not float32" in build.unsupported_reason(torch.float32)
+    assert build.unsupported_reason(torch.float16) is None
+    assert "bfloat16 and float16, not float32" in build.unsupported_reason(torch.float32)
     monkeypatch.setenv("CXX", "no-compiler-of-this-name")
-    assert "install g++" in build.unsupported_reason(torch.bfloat16)
-    del has["avx512_vnni"]
-    assert build.unsupported_reason(torch.bfloat16) == "this CPU lacks avx512_vnni"
+    assert "install no-compiler-of-this-name" in build.unsupported_reason(torch.bfloat16)
 
 
-def test_a_cpu_without_the_instructions_keeps_the_layers_and_says_so(
+def test_a_machine_without_a_compiler_keeps_the_layers_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ):
     caplog.set_level("INFO", "gpt_flex")  # as the commands do without --quiet
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setenv("CXX", "no-compiler")
     model = torch.nn.ModuleList([filled(64, 32, None, True), filled(64, 32, 32, False)])
     model.append(linear(64, 32, True))
     cpu_products.use_fast_linears(model, torch.bfloat16, large=True)
     assert [type(m) for m in model] == [Int8Linear, Int4Linear, Linear]
     said = capsys.readouterr().err
-    assert said == "quantised layers run slowly here: this CPU lacks avx512_vnni, avx512_bf16\n"
+    reason = "the fast products need a C++ compiler: install no-compiler"
+    assert said == f"quantised layers run slowly here: {reason}\n"
+
+
+def test_an_instruction_set_that_does_not_compile_gives_way_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """As with a compiler that is older than the CPU."""
+    tried = []
+
+    def load_library(folder: Path, name: str) -> None:
+        tried.append(name)
+        if name != "avx2":
+            raise RuntimeError("unrecognized command-line option")
+
+    monkeypatch.setattr(build, "has_cpu_kernel", lambda operator: False)
+    monkeypatch.setattr(build, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(build, "load_library", load_library)
+    monkeypatch.setattr(build, "loaded", [])
+    monkeypatch.setattr(build, "supported_sets", lambda: ["avx512", "avx2", "scalar"])
+    assert build.build() is None
+    assert (tried, build.instruction_set()) == (["avx512", "avx2"], "avx2")
+    monkeypatch.setattr(build, "supported_sets", lambda: ["avx512"])
+    assert "did not compile (unrecognized" in build.build()
 
 
 def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
@@ -262,31 +282,52 @@ def test_huge_pages_are_as_large_as_is_asked():
             assert room.data_ptr() % 2**21 == 0
 
 
-def linear(K: int, N: int, bias: bool) -> Linear:
+def linear(K: int, N: int, bias: bool, dtype: torch.dtype = torch.bfloat16) -> Linear:
     generator = torch.Generator().manual_seed(K + N)
-    made = Linear(K, N, bias=bias).bfloat16().requires_grad_(False)
+    made = Linear(K, N, bias=bias).to(dtype).requires_grad_(False)
     for parameter in made.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return made
 
 
-def rows(M: int, K: int) -> torch.Tensor:
-    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).bfloat16()
+def rows(M: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
 
 
 @needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("K, N", [(32, 32), (96, 160), (2048, 64), (100, 64), (64, 40)])
-def test_products_are_exact_to_one_rounding(K: int, N: int, bias: bool):
-    """Float32 sums, rounded once, bias included. AMX takes whole tiles only, not 100 and 40."""
-    slow = linear(K, N, bias)
+@pytest.mark.parametrize("K, N", [(32, 32), (96, 160), (2048, 64), (100, 64), (64, 40), (300, 33)])
+def test_dense_products_are_exact_to_one_rounding(K: int, N: int, bias: bool, dtype: torch.dtype):
+    """Float32 sums, rounded once, bias included. AMX takes whole tiles only, not 100, 40 and 33."""
+    slow = linear(K, N, bias, dtype)
     fast = DenseLinear(slow)
-    for M in (1, 2, 7, 15, 16, 17, 40):
-        x = rows(M, K)
+    for M in (1, 2, 7, 15, 16, 17, 40, 230):
+        x = rows(M, K, dtype)
         exact = x.double() @ slow.weight.double().T + (slow.bias.double() if bias else 0)
         found = fast(x.view(M, 1, K)).view(M, N)
-        assert (found != exact.bfloat16()).float().mean() < 0.02
+        assert (found != exact.to(dtype)).float().mean() < 0.02
         assert (found.double() - exact).abs().max() <= exact.abs().max() / 128
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("groupsize", [None, *GROUP_SIZES])
+@pytest.mark.parametrize("K, N", [(2048, 48), (300, 40), (1000, 33)])
+def test_quantised_products_are_those_of_the_formula(
+    K: int, N: int, groupsize: int | None, dtype: torch.dtype
+):
+    """To a rounding of the result, and to 2^-16 of the largest input for each input."""
+    linear = filled(K, N, groupsize, True)
+    linear.bias.data = linear.bias.data.to(dtype)
+    fast = PackedLinear(linear)
+    weight = linear.dequantize(torch.float64)
+    for M in (1, 2, 7, 8, 9, 50, 70):
+        x = rows(M, K, dtype)
+        exact = F.linear(x.double(), weight, linear.bias.double())
+        sizes = x.double().abs() @ weight.abs().T + exact.abs()
+        rounding = 2.0**-15 + torch.finfo(dtype).eps
+        assert ((fast(x).double() - exact).abs() <= sizes * rounding).all()
 
 
 @needed
