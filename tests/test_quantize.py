@@ -130,10 +130,10 @@ def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, in
     assert layer.dequantize(torch.float32).shape == shape
 
 
-# A float32 sum of some hundred products, then the rounding of the result.
+# A float32 sum of some hundred products, then the rounding of the result; with bfloat16 two.
 @pytest.mark.parametrize(
     "dtype, near",
-    [(torch.float32, 2**-19), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)],
+    [(torch.float32, 2**-19), (torch.bfloat16, 1.01 * 2**-8), (torch.float16, 2**-10)],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -144,8 +144,9 @@ def test_products_in_blocks_are_float64_s(
     bias: bool, said: dict, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
 ):
     chosen = random.Random(SEED)
-    for _ in range(6):
-        N, K, M = chosen.randint(1, 90), chosen.randint(1, 600), chosen.randint(1, 40)
+    for _ in range(8):
+        N, M = chosen.randint(1, 90), chosen.randint(1, 40)
+        K = chosen.choice([chosen.randint(1, 600), 32 * chosen.randint(1, 20)])
         monkeypatch.setattr(quant.linear, "BLOCK_SIZE", chosen.randint(1, 20) * K)
         linear = random_linear((N, K), bias)
         layer = quantized_linear(linear, said)
