@@ -2,7 +2,8 @@
 
     python benchmarks/formula.py --threads 1
 
-Start at main. A dense bfloat16 F.linear and the int8 and int4 layers of its shape take turns; the
+Start at main. A dense bfloat16 F.linear and the int8 and int4 layers of its shape take turns, each
+of as many calls as multiply 32 rows: one call of a row takes less than a slice of the CPU. The
 result is the time of each layer over the dense time of the same round. The bar is 5, and less is
 better: the formula of quant/linear.py is the fallback where kernels/cpu do not run.
 """
@@ -62,15 +63,16 @@ def over_dense(
     x: Tensor, weight: Tensor, layers: dict[str, QuantizedLinear], rounds: int
 ) -> dict[str, Any]:
     """Return the spread of each layer's time over the dense product's, and the dense seconds."""
-    bfloat16 = x.bfloat16(), weight.bfloat16()
+    bfloat16, calls_per_turn = (x.bfloat16(), weight.bfloat16()), max(1, 32 // len(x))
     calls: dict[str, Callable[[], Tensor]] = {"dense": lambda: F.linear(*bfloat16)}
     calls |= {name: lambda layer=layer: layer.reference(x) for name, layer in layers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
         for name, call in calls.items():
             start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(calls_per_turn):
+                call()
+            seconds[name].append((time.perf_counter() - start) / calls_per_turn)
     dense = seconds.pop("dense")[1:]  # the first round is warm-up
     figures = {"dense_seconds": spread(dense)}
     for name, of in seconds.items():
