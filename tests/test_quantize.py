@@ -2,8 +2,11 @@
 
 import json
 import math
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from common import ROOT
 from torch import Tensor, nn
 
+import quant.linear
 import quantize
 from calibration.texts import calibration_text
 from checkpoint import Checkpoint
@@ -31,6 +35,7 @@ from quant.linear import (
     quantized_linear,
     round_int4,
     round_int8,
+    round_to_nearest,
     scale_units,
     unpack_nibbles,
 )
@@ -123,6 +128,62 @@ def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, in
     wanted = F.linear(x, layer.dequantize(torch.float32), layer.bias)
     torch.testing.assert_close(layer(x), wanted)
     assert layer.dequantize(torch.float32).shape == shape
+
+
+# A float32 sum of some hundred products, then the rounding of the result; with bfloat16 two.
+@pytest.mark.parametrize(
+    "dtype, near",
+    [(torch.float32, 2**-19), (torch.bfloat16, 1.01 * 2**-8), (torch.float16, 2**-10)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "said", [EIGHT, *({"bits": 4, "groupsize": s} for s in GROUP_SIZES)], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_blocks_are_float64_s(
+    bias: bool, said: dict, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = random.Random(SEED)
+    for _ in range(8):
+        N, M = chosen.randint(1, 90), chosen.randint(1, 40)
+        K = chosen.choice([chosen.randint(1, 600), 32 * chosen.randint(1, 20)])
+        monkeypatch.setattr(quant.linear, "BLOCK_SIZE", chosen.randint(1, 20) * K)
+        linear = random_linear((N, K), bias)
+        layer = quantized_linear(linear, said)
+        layer.load_state_dict(round_to_nearest(linear.weight.detach(), layer), strict=False)
+        x, weight = torch.randn(M, K).to(dtype), layer.dequantize(torch.float64)
+        layer.bias = nn.Parameter(torch.randn(N).to(dtype), False) if bias else None
+        added = layer.bias.double() if bias else torch.zeros(N).double()
+        found, wanted = layer.reference(x), x.double() @ weight.t() + added
+        bound = x.double().abs() @ weight.t().abs() + added.abs()
+        assert found.dtype == dtype and found.shape == (M, N)
+        assert ((found.double() - wanted).abs() <= near * bound + 1e-7).all(), (M, N, K)
+
+
+@pytest.mark.parametrize("said", [EIGHT, FOUR], ids=str)
+def test_products_in_blocks_have_a_gradient(said: dict):
+    layer, x = filled(random_linear((48, 100)), said), torch.randn(3, 100, requires_grad=True)
+    layer.reference(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize(torch.float32).sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("said", [EIGHT, FOUR], ids=str)
+def test_compiled_products_in_blocks_are_one_operator(said: dict):
+    """Traced, not compiled, for any number of rows; the bits are eager code's."""
+    layer, graphs = filled(random_linear((48, 100)), said), []
+
+    def backend(graph: torch.fx.GraphModule, _examples: list[Tensor]) -> Callable[..., Any]:
+        graphs.append([node.target for node in graph.graph.nodes if "multiply" in str(node)])
+        return graph.forward
+
+    traced = torch.compile(layer.reference, backend=backend, dynamic=True, fullgraph=True)
+    with torch.inference_mode():
+        for M in (2, 5):
+            x = torch.randn(M, 100)
+            assert torch.equal(traced(x), layer.reference(x))
+    assert graphs == [[torch.ops.gpt_flex.multiply]]
+    on_meta = torch.empty(3, 100, device="meta")
+    assert layer.to("meta").reference(on_meta).shape == (3, 48)
 
 
 @tiles

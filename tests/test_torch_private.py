@@ -91,6 +91,16 @@ def test_kernels_of_an_operator():
     assert not torch_private.has_cpu_kernel("gpt_flex_test::nothing")
 
 
+@pytest.mark.parametrize("M, N, K", [(1, 1, 32), (3, 17, 64), (8, 100, 2048)])
+def test_int8_product(M: int, N: int, K: int):
+    torch.manual_seed(11)
+    x, weight = torch.randn(M, K).bfloat16(), torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    wanted = (x.double() @ weight.double().t()).float()
+    bound = x.double().abs() @ weight.double().abs().t()
+    error = (torch_private.int8_product(x, weight).float() - wanted).abs()
+    assert (error <= 2**-8 * wanted.abs() + 2**-18 * bound).all()
+
+
 def test_fake_tensors_are_saved_as_holes_and_found_in_the_file(tmp_path: Path):
     file = tmp_path / "hole.pth"
     with torch_private.fake_tensors():
