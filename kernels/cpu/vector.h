@@ -37,6 +37,8 @@ inline uint32_t bits_of(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+inline float to_float(float a) { return a; }
+inline float to_float(BFloat16 a) { return float_of(static_cast<uint32_t>(a.bits) << 16); }
 
 }  // namespace
 
@@ -91,6 +93,16 @@ inline Floats load(const T* from) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++) result.part[p] = native_load(from + p * kLanes);
   return result;
+}
+
+// Loads sixteen bytes of two 4-bit numbers each.
+inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) {
+    const NativeInt bytes = native_load_bytes(from + p * kLanes);
+    low.part[p] = native_to_float(native_and(bytes, native_splat(15)));
+    high.part[p] = native_to_float(native_shift_right_16<4>(bytes));
+  }
 }
 
 // Stores sixteen floats; rounds to nearest, ties to even. T: float, BFloat16 or Half.

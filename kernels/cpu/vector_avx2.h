@@ -28,10 +28,13 @@ inline NativeFloat native_load(const int8_t* from) {
   const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
-inline NativeFloat native_load(const uint8_t* from) {
-  const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
+inline NativeFloat native_load(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(native_load_bytes(from));
+}
+inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
 inline NativeInt native_load_bits(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }

@@ -30,9 +30,14 @@ inline NativeFloat native_load(const int8_t* from) {
   const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 inline NativeFloat native_load(const uint8_t* from) {
-  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+  return _mm512_cvtepi32_ps(native_load_bytes(from));
+}
+inline float to_float(Half a) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits)));
 }
 inline NativeInt native_load_bits(const uint8_t* from) { return _mm512_loadu_si512(from); }
 

@@ -24,10 +24,22 @@ inline NativeFloat native_load(const Half* from) {
   return vcvt_f32_f16(vreinterpret_f16_u16(halves));
 }
 inline NativeFloat native_load(const int8_t* from) {
-  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+  uint32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  const int16x8_t wide = vmovl_s8(vcreate_s8(four));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  uint32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+  return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
 }
 inline NativeFloat native_load(const uint8_t* from) {
-  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+  return vcvtq_f32_s32(native_load_bytes(from));
+}
+inline float to_float(Half a) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a.bits))), 0);
 }
 inline NativeInt native_load_bits(const uint8_t* from) {
   return vreinterpretq_s32_u8(vld1q_u8(from));
