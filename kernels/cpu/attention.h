@@ -66,7 +66,7 @@ inline void dots(const float* query, const T* const* keys, int64_t E, float* y) 
 #pragma GCC unroll 4
     for (int j = 0; j < kTogether; j++) sums[j] = fma(x, load(keys[j] + e), sums[j]);
   }
-  for (int j = 0; j < kTogether; j++) y[j] = reduce_add(sums[j]);
+  reduce_add_four(sums, y);
 }
 
 // Adds the values of COUNT positions, times their weights, to the sums of a query.
@@ -173,7 +173,8 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   const int64_t positions = (a.S + kStrip - 1) / kStrip * kStrip;
   thread_local std::vector<float> buffer;
   buffer.assign(2 * numbers + (queries + a.Q) * positions + kTogether * a.E, 0);
-  Scratch w{b, first, last, queries};
+  Scratch w{};
+  w.b = b, w.first = first, w.last = last, w.queries = queries;
   w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
   w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
   const T* q = a.q + (b * a.G + first) * a.Q * a.E;

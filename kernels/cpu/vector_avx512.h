@@ -85,6 +85,17 @@ inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
       _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(exponent, 23)));
 }
 
+inline __m128 add_quarters(__m512 v) {
+  const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+}
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  const __m128 a = add_quarters(v[0]), b = add_quarters(v[1]), c = add_quarters(v[2]), d = add_quarters(v[3]);
+  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+}
+
 inline NativeInt native_and(NativeInt a, NativeInt b) { return _mm512_and_si512(a, b); }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {

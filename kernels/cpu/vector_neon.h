@@ -81,6 +81,16 @@ inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(exponent, 23)));
 }
 
+// Returns a0 + a2, a1 + a3, b0 + b2, b1 + b3.
+inline NativeFloat add_halves(NativeFloat a, NativeFloat b) {
+  const float64x2_t x = vreinterpretq_f64_f32(a), y = vreinterpretq_f64_f32(b);
+  return vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(x, y)),
+                   vreinterpretq_f32_f64(vzip2q_f64(x, y)));
+}
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  vst1q_f32(to, vpaddq_f32(add_halves(v[0], v[1]), add_halves(v[2], v[3])));
+}
+
 inline NativeInt native_and(NativeInt a, NativeInt b) { return vandq_s32(a, b); }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {

@@ -72,6 +72,10 @@ inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return float_of(bits_of(a) + (static_cast<uint32_t>(exponent) << 23));
 }
 
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  std::copy(v, v + 4, to);
+}
+
 inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {
