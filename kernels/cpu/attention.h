@@ -125,11 +125,11 @@ void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& he
 template <class T>
 float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
   const Floats masked = splat(kMasked), scale = splat(1 / std::sqrt(static_cast<float>(a.E)));
-  const int64_t blocks = (a.S + kStrip - 1) / kStrip;
+  const int64_t blocks = (a.S + kStrip - 1) / kStrip, row = i % a.Q;
   Floats largest = masked, sum = splat(0.f);
   for (int64_t n = 0; n < blocks; n++) {
     float* scores = w.scores + (n * w.queries + i) * kStrip;
-    const Floats mask = load(w.masks + (n * a.Q + i % a.Q) * kStrip);
+    const Floats mask = load(w.masks + (n * a.Q + row) * kStrip);
     const Floats score = keep_above(mask, masked, scale * load(scores)) + mask;
     store(scores, score);
     largest = max(largest, score);
@@ -172,18 +172,19 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   const int64_t queries = (last - first) * a.Q, numbers = queries * a.E;
   const int64_t positions = (a.S + kStrip - 1) / kStrip * kStrip;
   thread_local std::vector<float> buffer;
-  buffer.assign(2 * numbers + (queries + a.Q) * positions + kTogether * a.E, 0);
+  buffer.resize(2 * numbers + (queries + a.Q) * positions + kTogether * a.E);
   Scratch w{};
   w.b = b, w.first = first, w.last = last, w.queries = queries;
   w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
   w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
   const T* q = a.q + (b * a.G + first) * a.Q * a.E;
-  for (int64_t i = 0; i < numbers; i += kStrip) store(w.q + i, load(q + i));
+  for (int64_t i = 0; i < numbers; i += kStrip)
+    store(w.q + i, load(q + i)), store(w.sums + i, splat(0.f));
   const T* mask = a.mask + b * a.Q * a.S;
-  for (int64_t i = 0; i < a.Q * positions; i++) {  // (blocks, Q, kStrip) <- (Q, S)
-    const int64_t s = i / (a.Q * kStrip) * kStrip + i % kStrip, row = i / kStrip % a.Q;
-    w.masks[i] = s < a.S ? to_float(mask[row * a.S + s]) : kMasked;
-  }
+  for (int64_t s = 0; s < positions; s++)
+    for (int64_t i = 0; i < a.Q; i++)
+      w.masks[(s / kStrip * a.Q + i) * kStrip + s % kStrip] =
+          s < a.S ? to_float(mask[i * a.S + s]) : kMasked;
   attend(a, w);
 }
 
