@@ -18,8 +18,7 @@
 
 namespace {
 
-// Rows that share an unpacked weight. Their sums and a chunk of weights fit in registers.
-constexpr int64_t kSharedRows = kLanes == 16 ? 4 : 2;
+constexpr int64_t kSharedRows = 4;  // rows that share an unpacked weight
 
 struct Nibbles {};  // two weights to a byte, in groups that share a scale and a zero point
 
@@ -37,15 +36,18 @@ struct Layer {
   Matrix matrices[3];
 };
 
-// Reads the weights of one neuron and one matrix, kChunk at a time.
+// Reads the weights of one neuron and one matrix, kChunk at a time. Prefetches what lies `ahead`
+// bytes further.
 template <class W>
 struct Reader {
   const W* data;
+  int64_t ahead;
 
-  Reader(const uint8_t* record, const Matrix& matrix, int64_t)
-      : data(reinterpret_cast<const W*>(record + matrix.weights)) {}
+  Reader(const uint8_t* record, const Matrix& matrix, int64_t, int64_t ahead)
+      : data(reinterpret_cast<const W*>(record + matrix.weights)), ahead(ahead) {}
 
   void next(Floats (&values)[2]) {
+    prefetch(reinterpret_cast<const uint8_t*>(data) + ahead, kChunk * sizeof(W));
     values[0] = load(data), values[1] = load(data + kStrip);
     data += kChunk;
   }
@@ -55,27 +57,28 @@ template <>
 struct Reader<Nibbles> {
   const uint8_t *data, *zeros;
   const Half* scales;
-  int64_t group, k = 0;  // k: weights read so far of the group, whose number is g
-  int64_t g = 0;
-  Floats scale, offset;
+  int64_t ahead, group, left = 0;  // left: weights of the group that are not read yet
+  uint64_t g = 0;                  // the number of the next group
+  float scale = 0, offset = 0;
 
-  Reader(const uint8_t* record, const Matrix& matrix, int64_t group)
+  Reader(const uint8_t* record, const Matrix& matrix, int64_t group, int64_t ahead)
       : data(record + matrix.weights),
         zeros(record + matrix.zeros),
         scales(reinterpret_cast<const Half*>(record + matrix.scales)),
+        ahead(ahead),
         group(group) {}
 
   // (weight - zero) * scale is a float32 number, and so is each product here: nothing is rounded.
   void next(Floats (&values)[2]) {
-    if (k == 0) {
-      const float zero = zeros[g / 2] >> 4 * (g % 2) & 15, factor = to_float(scales[g]);
-      scale = splat(factor), offset = splat(-zero * factor);
-      g++;
+    if (left == 0) {
+      const int zero = zeros[g / 2] >> 4 * (g % 2) & 15;
+      scale = to_float(scales[g]), offset = -scale * zero;
+      g++, left = group;
     }
+    prefetch(data + ahead);
     load_nibbles(data, values[0], values[1]);
-    for (Floats& v : values) v = fma(v, scale, offset);
-    data += kChunk / 2, k += kChunk;
-    if (k == group) k = 0;
+    for (Floats& v : values) v = fma(v, splat(scale), splat(offset));
+    data += kChunk / 2, left -= kChunk;
   }
 };
 
@@ -144,12 +147,14 @@ void add(Reader<W> weights, const float* h, int64_t N, int64_t dim, float* sums)
 }
 
 // Computes the hidden values h, (N,), of one neuron: ReLU(up), or ReLU(gate) * up. Returns whether
-// any of them is not 0.
+// any of them is not 0. next: the record that is read after this one. Records are too far apart for
+// the CPU's prefetcher.
 template <class W, class T>
-bool hidden(const Layer<T>& layer, const uint8_t* record, int64_t id, const float* rows, int64_t N,
-            float* h, float* up) {
+bool hidden(const Layer<T>& layer, const uint8_t* record, const uint8_t* next, int64_t id,
+            const float* rows, int64_t N, float* h, float* up) {
   auto scaled = [&](int64_t matrix, float* y) {
-    dots(Reader<W>(record, layer.matrices[matrix], layer.group), rows, N, layer.dim, y);
+    const int64_t ahead = matrix ? kAhead : next - record;
+    dots(Reader<W>(record, layer.matrices[matrix], layer.group, ahead), rows, N, layer.dim, y);
     const int64_t at = id * layer.inner + matrix;
     const float scale = layer.scales ? layer.scales[at] : 1, bias = to_float(layer.bias[at]);
     for (int64_t m = 0; m < N; m++) y[m] = y[m] * scale + bias;
@@ -171,19 +176,16 @@ int64_t add_neurons(const Layer<T>& layer, const int64_t* entries, int64_t from,
                     const float* rows, int64_t N, float* sums) {
   std::vector<float> buffer(2 * N);
   float *h = buffer.data(), *up = h + N;
-  const int64_t line = layer.dim * bits_of_weight<W> / 8;
   auto record_of = [&](int64_t n) {
     return layer.records + (entries ? entries[n] : n) * layer.stride;
   };
   int64_t active = 0;
   for (int64_t n = from; n < to; n++) {
-    // Records are too far apart for the CPU's prefetcher.
-    prefetch(record_of(std::min(n + 1, to - 1)) + layer.matrices[0].weights, line);
-    const uint8_t* record = record_of(n);
+    const uint8_t *record = record_of(n), *next = record_of(std::min(n + 1, to - 1));
     const int64_t id = layer.ids[entries ? entries[n] : n];
-    if (id == layer.empty || !hidden<W>(layer, record, id, rows, N, h, up)) continue;
+    if (id == layer.empty || !hidden<W>(layer, record, next, id, rows, N, h, up)) continue;
     active++;
-    add(Reader<W>(record, layer.matrices[layer.inner], layer.group), h, N, layer.dim, sums);
+    add(Reader<W>(record, layer.matrices[layer.inner], layer.group, kAhead), h, N, layer.dim, sums);
   }
   return active;
 }
