@@ -42,7 +42,7 @@ Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   const auto dtype = q.scalar_type();
   bool fits = q.size(2) <= kMaxQueries && q.size(3) % kStrip == 0 && k.stride(3) == 1 &&
-              v.stride(3) == 1;
+              v.stride(3) == 1 && mask.size(1) == 1;
   for (const Tensor& t : {k, v, mask}) fits &= t.scalar_type() == dtype;
   if (fits && dtype == at::kBFloat16) return attention_of<BFloat16>(q, k, v, mask);
   if (fits && dtype == at::kHalf) return attention_of<Half>(q, k, v, mask);

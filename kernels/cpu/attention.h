@@ -34,7 +34,7 @@ struct Attention {
   T* y;           // (B, G, Q, E)
 };
 
-// Numbers of the heads `first` to `last` of row b, in float32. Positions are in blocks of kStrip.
+// The float32 numbers of heads `first` to `last` of row b. Positions are in blocks of kStrip.
 struct Scratch {
   int64_t b, first, last, queries;  // queries: those of all these heads, n
   float *q, *sums;                  // (n, E)
@@ -54,6 +54,11 @@ inline Floats exponential(Floats x) {
   Floats y = splat(kTerms[0]);
   for (int i = 1; i < 7; i++) y = fma(y, rest, splat(kTerms[i]));
   return keep_above(x, limit, scale_by_power(y, whole));
+}
+
+template <class T>
+inline void copy_as_floats(const T* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kStrip) store(to + i, load(from + i));
 }
 
 // Multiplies a query by the keys of kTogether positions.
@@ -89,6 +94,15 @@ inline void add_weighted(const float* weights, const T* const* values, int64_t E
     if (weights[j] != 0) add_values<1>(weights + j, values + j, E, sums);
 }
 
+// Returns whether any of Q queries sees any of kTogether positions. masks: (Q, kStrip), from the
+// first position on.
+inline bool any_seen(const float* masks, int64_t Q) {
+  bool seen = false;
+  for (int64_t i = 0; i < Q; i++)
+    for (int j = 0; j < kTogether; j++) seen |= masks[i * kStrip + j] != kMasked;
+  return seen;
+}
+
 // Calls visit(g, s, rows) for positions s to s + kTogether - 1 of head g, unless no query sees one
 // of them. rows: pointers to E numbers each; those of positions from S on repeat the last.
 template <class T, class Visit>
@@ -99,23 +113,18 @@ void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& he
   const float* widened[kTogether];
   for (int j = 0; j < kTogether; j++) widened[j] = w.widened + j * a.E;
   for (int64_t s = 0; s < a.S; s += kTogether) {
-    const float* masks = w.masks + s / kStrip * a.Q * kStrip + s % kStrip;
-    bool seen = false;
-    for (int64_t i = 0; i < a.Q * kTogether; i++)
-      seen |= masks[i / kTogether * kStrip + i % kTogether] != kMasked;
-    for (int64_t g = w.first; g < w.last && seen; g++) {
+    if (!any_seen(w.masks + s / kStrip * a.Q * kStrip + s % kStrip, a.Q)) continue;
+    for (int64_t g = w.first; g < w.last; g++) {
       for (int j = 0; j < kTogether; j++) {
         rows[j] = row + g * heads.head_stride + std::min(s + j, a.S - 1) * heads.position_stride;
         prefetch(rows[j] + offset, bytes);
       }
       if (a.Q == 1) {
         visit(g, s, rows);
-        continue;
+      } else {  // the queries share one conversion
+        for (int j = 0; j < kTogether; j++) copy_as_floats(rows[j], a.E, w.widened + j * a.E);
+        visit(g, s, widened);
       }
-      for (int j = 0; j < kTogether; j++)
-        for (int64_t e = 0; e < a.E; e += kStrip)
-          store(w.widened + j * a.E + e, load(rows[j] + e));
-      visit(g, s, widened);
     }
   }
 }
@@ -177,9 +186,8 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   w.b = b, w.first = first, w.last = last, w.queries = queries;
   w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
   w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
-  const T* q = a.q + (b * a.G + first) * a.Q * a.E;
-  for (int64_t i = 0; i < numbers; i += kStrip)
-    store(w.q + i, load(q + i)), store(w.sums + i, splat(0.f));
+  copy_as_floats(a.q + (b * a.G + first) * a.Q * a.E, numbers, w.q);
+  std::fill_n(w.sums, numbers, 0.f);
   const T* mask = a.mask + b * a.Q * a.S;
   for (int64_t s = 0; s < positions; s++)
     for (int64_t i = 0; i < a.Q; i++)

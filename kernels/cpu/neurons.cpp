@@ -62,7 +62,7 @@ Result neurons_as(const Tensor& x, const Tensor& records, const std::optional<Te
 // x: (N, D). records: (C, stride) bytes. entries: the records to use, none: all. ids: (C,), the
 // neuron of each record. bias: (F + 1, inner), of x's dtype; its last row belongs to empty records.
 // scales: the same shape. fields: the first bytes of weights, scales and zero points of each matrix
-// in a record. bits: of a weight; 4, 8, or any other number for weights of x's dtype. Returns (N, D)
+// in a record. bits: 4 or 8 of a weight, or another number for weights of x's dtype. Returns (N, D)
 // in float32, and how many neurons were active for a row.
 Result neurons(const Tensor& x, const Tensor& records, const std::optional<Tensor>& entries,
                const Tensor& ids, const Tensor& bias, const std::optional<Tensor>& scales,
@@ -72,10 +72,12 @@ Result neurons(const Tensor& x, const Tensor& records, const std::optional<Tenso
   TORCH_CHECK(records.stride(1) == 1 && ids.is_contiguous() && bias.is_contiguous());
   TORCH_CHECK(static_cast<int64_t>(fields.size()) == 3 * (inner + 1) && inner <= 2);
   TORCH_CHECK(bias.scalar_type() == x.scalar_type(), "biases of another dtype than the rows");
-  const auto compute = x.scalar_type() == at::kBFloat16 ? neurons_as<BFloat16>
-                       : x.scalar_type() == at::kHalf   ? neurons_as<Half>
-                                                        : neurons_as<float>;
-  TORCH_CHECK(compute != neurons_as<float> || x.scalar_type() == at::kFloat, "rows of ", x.dtype());
+  const auto dtype = x.scalar_type();
+  const bool known = dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat;
+  TORCH_CHECK(known, "rows of ", dtype);
+  const auto compute = dtype == at::kBFloat16 ? neurons_as<BFloat16>
+                       : dtype == at::kHalf   ? neurons_as<Half>
+                                              : neurons_as<float>;
   return compute(x.contiguous(), records, entries, ids, bias, scales, fields, bits, group);
 }
 

@@ -73,6 +73,8 @@ struct Reader<Nibbles> {
     if (left == 0) {
       const int zero = zeros[g / 2] >> 4 * (g % 2) & 15;
       scale = to_float(scales[g]), offset = -scale * zero;
+      prefetch(reinterpret_cast<const uint8_t*>(scales + g) + ahead);
+      prefetch(zeros + g / 2 + ahead);
       g++, left = group;
     }
     prefetch(data + ahead);
@@ -169,8 +171,8 @@ bool hidden(const Layer<T>& layer, const uint8_t* record, const uint8_t* next, i
   return active;
 }
 
-// Adds the outputs of neurons `from` to `to` of the entries to the sums, (N, D). entries: indices of
-// records, nullptr: all. Returns how many neurons were active for a row.
+// Adds the outputs of neurons `from` to `to` of the entries to the sums, (N, D). entries: the
+// records to use, nullptr: all. Returns how many neurons were active for a row.
 template <class W, class T>
 int64_t add_neurons(const Layer<T>& layer, const int64_t* entries, int64_t from, int64_t to,
                     const float* rows, int64_t N, float* sums) {

@@ -195,17 +195,17 @@ inline float reduce_max(const Floats& values) {
   return reduce(values, [](float a, float b) { return std::max(a, b); });
 }
 
-// Writes the sums of four vectors' numbers, each of the same bits as by reduce_add.
-inline void reduce_add_four(Floats (&values)[4], float* to) {
+// Writes the sums of four vectors, with the same bits as by reduce_add, which goes through memory.
+inline void reduce_add_four(const Floats (&values)[4], float* to) {
   NativeFloat sums[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
+    Floats v = values[i];
 #pragma GCC unroll 4
     for (int half = kParts / 2; half; half /= 2)
 #pragma GCC unroll 8
-      for (int p = 0; p < half; p++)
-        values[i].part[p] = native_add(values[i].part[p], values[i].part[p + half]);
-    sums[i] = values[i].part[0];
+      for (int p = 0; p < half; p++) v.part[p] = native_add(v.part[p], v.part[p + half]);
+    sums[i] = v.part[0];
   }
   native_reduce_add_four(sums, to);
 }

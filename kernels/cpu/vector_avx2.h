@@ -88,7 +88,9 @@ inline __m128 add_halves(__m256 v) {
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }
 inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
-  const __m128 a = add_halves(v[0]), b = add_halves(v[1]), c = add_halves(v[2]), d = add_halves(v[3]);
+  const __m128 a = add_halves(v[0]), b = add_halves(v[1]);
+  const __m128 c = add_halves(v[2]), d = add_halves(v[3]);
+  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
   const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
   const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
   _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
