@@ -37,6 +37,8 @@ inline uint32_t bits_of(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+inline float to_float(float a) { return a; }
+inline float to_float(BFloat16 a) { return float_of(static_cast<uint32_t>(a.bits) << 16); }
 
 }  // namespace
 
@@ -91,6 +93,16 @@ inline Floats load(const T* from) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++) result.part[p] = native_load(from + p * kLanes);
   return result;
+}
+
+// Loads sixteen bytes of two 4-bit numbers each.
+inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++) {
+    const NativeInt bytes = native_load_bytes(from + p * kLanes);
+    low.part[p] = native_to_float(native_and(bytes, native_splat(15)));
+    high.part[p] = native_to_float(native_shift_right_16<4>(bytes));
+  }
 }
 
 // Stores sixteen floats; rounds to nearest, ties to even. T: float, BFloat16 or Half.
@@ -196,6 +208,21 @@ inline float reduce_add(const Floats& values) {
 }
 inline float reduce_max(const Floats& values) {
   return reduce(values, [](float a, float b) { return std::max(a, b); });
+}
+
+// Writes the sums of four vectors, with the same bits as by reduce_add, which goes through memory.
+inline void reduce_add_four(const Floats (&values)[4], float* to) {
+  NativeFloat sums[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    Floats v = values[i];
+#pragma GCC unroll 4
+    for (int half = kParts / 2; half; half /= 2)
+#pragma GCC unroll 8
+      for (int p = 0; p < half; p++) v.part[p] = native_add(v.part[p], v.part[p + half]);
+    sums[i] = v.part[0];
+  }
+  native_reduce_add_four(sums, to);
 }
 
 // Bytes between a load and its prefetch. With 4096 memory is read 1.5 times as fast as without

@@ -28,10 +28,13 @@ inline NativeFloat native_load(const int8_t* from) {
   const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
-inline NativeFloat native_load(const uint8_t* from) {
-  const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
+inline NativeFloat native_load(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(native_load_bytes(from));
+}
+inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
 inline NativeInt native_load_bits(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
@@ -79,6 +82,18 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return _mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(exponent, 23)));
+}
+
+inline __m128 add_halves(__m256 v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  const __m128 a = add_halves(v[0]), b = add_halves(v[1]);
+  const __m128 c = add_halves(v[2]), d = add_halves(v[3]);
+  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
+  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 }
 
 inline NativeInt native_and(NativeInt a, NativeInt b) { return _mm256_and_si256(a, b); }

@@ -30,9 +30,14 @@ inline NativeFloat native_load(const int8_t* from) {
   const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 inline NativeFloat native_load(const uint8_t* from) {
-  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+  return _mm512_cvtepi32_ps(native_load_bytes(from));
+}
+inline float to_float(Half a) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits)));
 }
 inline NativeInt native_load_bits(const uint8_t* from) { return _mm512_loadu_si512(from); }
 
@@ -78,6 +83,19 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return _mm512_castsi512_ps(
       _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(exponent, 23)));
+}
+
+inline __m128 add_quarters(__m512 v) {
+  const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+}
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  const __m128 a = add_quarters(v[0]), b = add_quarters(v[1]);
+  const __m128 c = add_quarters(v[2]), d = add_quarters(v[3]);
+  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
+  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 }
 
 inline NativeInt native_and(NativeInt a, NativeInt b) { return _mm512_and_si512(a, b); }

@@ -24,10 +24,22 @@ inline NativeFloat native_load(const Half* from) {
   return vcvt_f32_f16(vreinterpret_f16_u16(halves));
 }
 inline NativeFloat native_load(const int8_t* from) {
-  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+  uint32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  const int16x8_t wide = vmovl_s8(vcreate_s8(four));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+inline NativeInt native_load_bytes(const uint8_t* from) {
+  uint32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+  return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
 }
 inline NativeFloat native_load(const uint8_t* from) {
-  return vcvtq_f32_s32(int32x4_t{from[0], from[1], from[2], from[3]});
+  return vcvtq_f32_s32(native_load_bytes(from));
+}
+inline float to_float(Half a) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a.bits))), 0);
 }
 inline NativeInt native_load_bits(const uint8_t* from) {
   return vreinterpretq_s32_u8(vld1q_u8(from));
@@ -67,6 +79,16 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
 }
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(exponent, 23)));
+}
+
+// Returns a0 + a2, a1 + a3, b0 + b2, b1 + b3.
+inline NativeFloat add_halves(NativeFloat a, NativeFloat b) {
+  const float64x2_t x = vreinterpretq_f64_f32(a), y = vreinterpretq_f64_f32(b);
+  return vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(x, y)),
+                   vreinterpretq_f32_f64(vzip2q_f64(x, y)));
+}
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  vst1q_f32(to, vpaddq_f32(add_halves(v[0], v[1]), add_halves(v[2], v[3])));
 }
 
 inline NativeInt native_and(NativeInt a, NativeInt b) { return vandq_s32(a, b); }

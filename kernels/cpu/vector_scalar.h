@@ -13,16 +13,18 @@ inline NativeFloat native_splat(float value) { return value; }
 inline NativeInt native_splat(int32_t value) { return value; }
 
 inline NativeFloat native_load(const float* from) { return *from; }
-inline NativeFloat native_load(const BFloat16* from) { return float_of(from->bits << 16); }
+inline NativeFloat native_load(const BFloat16* from) { return to_float(*from); }
 inline NativeFloat native_load(const int8_t* from) { return *from; }
+inline NativeInt native_load_bytes(const uint8_t* from) { return *from; }
 inline NativeFloat native_load(const uint8_t* from) { return *from; }
-inline NativeFloat native_load(const Half* from) {
-  const uint32_t sign = (from->bits & 0x8000u) << 16, rest = from->bits & 0x7fffu;
+inline float to_float(Half a) {
+  const uint32_t sign = (a.bits & 0x8000u) << 16, rest = a.bits & 0x7fffu;
   // Moved to the place of a float's bits, a half is too small by 2^112. Infinity and NaN need the
   // largest exponent.
   const float value = float_of(rest << 13) * 0x1p112f;
   return float_of(sign | (rest < 0x7c00u ? bits_of(value) : 0x7f800000u | rest << 13));
 }
+inline NativeFloat native_load(const Half* from) { return to_float(*from); }
 inline NativeInt native_load_bits(const uint8_t* from) {
   NativeInt value;
   std::memcpy(&value, from, sizeof(value));
@@ -68,6 +70,10 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
 }
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   return float_of(bits_of(a) + (static_cast<uint32_t>(exponent) << 23));
+}
+
+inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
+  std::copy(v, v + 4, to);
 }
 
 inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }

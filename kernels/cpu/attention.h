@@ -1,0 +1,209 @@
+// Attention of few queries over a KV cache, in plain C++17.
+//
+// Start at attend_heads. The KV cache stores the heads of a position side by side. A thread visits
+// four positions at a time, all its heads of these before the next, so it reads memory once and
+// nearly in order. Sums are float32. A query's result has the same bits whatever queries are beside
+// it, and on every instruction set.
+
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t kTogether = 4;  // positions that share each load of a query or a sum
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+
+// T is BFloat16, Half or float. Strides are in elements.
+template <class T>
+struct Heads {  // (B, G, S, E)
+  const T* data;
+  int64_t row_stride, head_stride, position_stride;
+};
+
+// Q queries of each of G heads see S positions. A head has E channels, a multiple of kStrip.
+template <class T>
+struct Attention {
+  int64_t G, Q, S, E;
+  const T* q;  // (B, G, Q, E)
+  Heads<T> k, v;
+  const T* mask;  // (B, Q, S), added to the scores; -infinity hides a position from a query
+  T* y;           // (B, G, Q, E)
+};
+
+// The float32 numbers of heads `first` to `last` of row b. Positions are in blocks of kStrip.
+struct Scratch {
+  int64_t b, first, last, queries;  // queries: those of all these heads, n
+  float *q, *sums;                  // (n, E)
+  float *scores, *masks;            // (blocks, n, kStrip), (blocks, Q, kStrip)
+  float* widened;                   // (kTogether, E)
+};
+
+// Returns e^x for x <= 0, to 2^-22: a power of two times the Taylor series of the remainder.
+// Returns 0 below x = -80, so also for masked positions.
+inline Floats exponential(Floats x) {
+  constexpr float kTerms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
+                              2.4022651e-1f, 6.9314718e-1f, 1.f};
+  const Floats limit = splat(-80.f);
+  const Floats power = keep_above(x, limit, x * splat(1.44269504f));
+  const Ints whole = round_to_ints(power);
+  const Floats rest = power - to_floats(whole);
+  Floats y = splat(kTerms[0]);
+  for (int i = 1; i < 7; i++) y = fma(y, rest, splat(kTerms[i]));
+  return keep_above(x, limit, scale_by_power(y, whole));
+}
+
+template <class T>
+inline void copy_as_floats(const T* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kStrip) store(to + i, load(from + i));
+}
+
+// Multiplies a query by the keys of kTogether positions.
+template <class T>
+inline void dots(const float* query, const T* const* keys, int64_t E, float* y) {
+  Floats sums[kTogether];
+  for (auto& sum : sums) sum = splat(0.f);
+  for (int64_t e = 0; e < E; e += kStrip) {
+    const Floats x = load(query + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; j++) sums[j] = fma(x, load(keys[j] + e), sums[j]);
+  }
+  reduce_add_four(sums, y);
+}
+
+// Adds the values of COUNT positions, times their weights, to the sums of a query.
+template <int COUNT, class T>
+inline void add_values(const float* weights, const T* const* values, int64_t E, float* sums) {
+  for (int64_t e = 0; e < E; e += kStrip) {
+    Floats sum = load(sums + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < COUNT; j++) sum = fma(splat(weights[j]), load(values[j] + e), sum);
+    store(sums + e, sum);
+  }
+}
+
+// As add_values for kTogether positions. Values of weight 0 are not used: they may be NaN.
+template <class T>
+inline void add_weighted(const float* weights, const T* const* values, int64_t E, float* sums) {
+  if (std::all_of(weights, weights + kTogether, [](float w) { return w != 0; }))
+    return add_values<kTogether>(weights, values, E, sums);
+  for (int j = 0; j < kTogether; j++)
+    if (weights[j] != 0) add_values<1>(weights + j, values + j, E, sums);
+}
+
+// Returns whether any of Q queries sees any of kTogether positions. masks: (Q, kStrip), from the
+// first position on.
+inline bool any_seen(const float* masks, int64_t Q) {
+  bool seen = false;
+  for (int64_t i = 0; i < Q; i++)
+    for (int j = 0; j < kTogether; j++) seen |= masks[i * kStrip + j] != kMasked;
+  return seen;
+}
+
+// Calls visit(g, s, rows) for positions s to s + kTogether - 1 of head g, unless no query sees one
+// of them. rows: pointers to E numbers each; those of positions from S on repeat the last.
+template <class T, class Visit>
+void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& heads, Visit visit) {
+  const int64_t bytes = a.E * sizeof(T), ahead = kAhead / ((w.last - w.first) * bytes);
+  const int64_t offset = std::max(ahead, kTogether) * heads.position_stride;
+  const T *rows[kTogether], *row = heads.data + w.b * heads.row_stride;
+  const float* widened[kTogether];
+  for (int j = 0; j < kTogether; j++) widened[j] = w.widened + j * a.E;
+  for (int64_t s = 0; s < a.S; s += kTogether) {
+    if (!any_seen(w.masks + s / kStrip * a.Q * kStrip + s % kStrip, a.Q)) continue;
+    for (int64_t g = w.first; g < w.last; g++) {
+      for (int j = 0; j < kTogether; j++) {
+        rows[j] = row + g * heads.head_stride + std::min(s + j, a.S - 1) * heads.position_stride;
+        prefetch(rows[j] + offset, bytes);
+      }
+      if (a.Q == 1) {
+        visit(g, s, rows);
+      } else {  // the queries share one conversion
+        for (int j = 0; j < kTogether; j++) copy_as_floats(rows[j], a.E, w.widened + j * a.E);
+        visit(g, s, widened);
+      }
+    }
+  }
+}
+
+// Replaces the products of query i by softmax weights before their division by their sum, and
+// returns the sum.
+template <class T>
+float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
+  const Floats masked = splat(kMasked), scale = splat(1 / std::sqrt(static_cast<float>(a.E)));
+  const int64_t blocks = (a.S + kStrip - 1) / kStrip, row = i % a.Q;
+  Floats largest = masked, sum = splat(0.f);
+  for (int64_t n = 0; n < blocks; n++) {
+    float* scores = w.scores + (n * w.queries + i) * kStrip;
+    const Floats mask = load(w.masks + (n * a.Q + row) * kStrip);
+    const Floats score = keep_above(mask, masked, scale * load(scores)) + mask;
+    store(scores, score);
+    largest = max(largest, score);
+  }
+  const Floats top = splat(reduce_max(largest));
+  for (int64_t n = 0; n < blocks; n++) {
+    float* scores = w.scores + (n * w.queries + i) * kStrip;
+    const Floats weight = exponential(load(scores) - top);
+    store(scores, weight);
+    sum = sum + weight;
+  }
+  return reduce_add(sum);
+}
+
+// Computes the heads of `w`, whose q and masks are set.
+template <class T>
+void attend(const Attention<T>& a, const Scratch& w) {
+  const auto scores_of = [&](int64_t i, int64_t s) {
+    return w.scores + (s / kStrip * w.queries + i) * kStrip + s % kStrip;
+  };
+  visit_positions(a, w, a.k, [&](int64_t g, int64_t s, auto keys) {
+    for (int64_t i = (g - w.first) * a.Q, end = i + a.Q; i < end; i++)
+      dots(w.q + i * a.E, keys, a.E, scores_of(i, s));
+  });
+  std::vector<float> totals(w.queries);
+  for (int64_t i = 0; i < w.queries; i++) totals[i] = exponentiate(a, w, i);
+  visit_positions(a, w, a.v, [&](int64_t g, int64_t s, auto values) {
+    for (int64_t i = (g - w.first) * a.Q, end = i + a.Q; i < end; i++)
+      add_weighted(scores_of(i, s), values, a.E, w.sums + i * a.E);
+  });
+  T* y = a.y + (w.b * a.G + w.first) * a.Q * a.E;
+  for (int64_t i = 0; i < w.queries; i++)
+    for (int64_t e = 0; e < a.E; e += kStrip)
+      store(y + i * a.E + e, load(w.sums + i * a.E + e) * splat(1 / totals[i]));
+}
+
+// Does attend for the heads `first` to `last` of row b.
+template <class T>
+void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
+  const int64_t queries = (last - first) * a.Q, numbers = queries * a.E;
+  const int64_t positions = (a.S + kStrip - 1) / kStrip * kStrip;
+  thread_local std::vector<float> buffer;
+  buffer.resize(2 * numbers + (queries + a.Q) * positions + kTogether * a.E);
+  Scratch w{};
+  w.b = b, w.first = first, w.last = last, w.queries = queries;
+  w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
+  w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
+  copy_as_floats(a.q + (b * a.G + first) * a.Q * a.E, numbers, w.q);
+  std::fill_n(w.sums, numbers, 0.f);
+  const T* mask = a.mask + b * a.Q * a.S;
+  for (int64_t s = 0; s < positions; s++)
+    for (int64_t i = 0; i < a.Q; i++)
+      w.masks[(s / kStrip * a.Q + i) * kStrip + s % kStrip] =
+          s < a.S ? to_float(mask[i * a.S + s]) : kMasked;
+  attend(a, w);
+}
+
+// Computes heads `start` to `end` of the B * G heads of all rows.
+template <class T>
+void attend_heads(const Attention<T>& a, int64_t start, int64_t end) {
+  while (start < end) {  // heads of one row, then of the next
+    const int64_t first = start % a.G, last = std::min(a.G, first + end - start);
+    attend_row(a, start / a.G, first, last);
+    start += last - first;
+  }
+}
+
+}  // namespace
