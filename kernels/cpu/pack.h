@@ -1,0 +1,268 @@
+// Writes a quantised linear's weights in the order of layout.h. The calling thread packs alone, at
+// about the speed of memory, while other threads may compute.
+//
+// Start at pack_strips, at the end. Vectors of dwords (numbers of 32 bits) are GCC's and Clang's,
+// which translate their operators for every instruction set.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#include "vector.h"
+
+namespace {
+
+// The tensors of Int8Linear or Int4Linear (quant/linear.py). int8 has one float scale for each
+// output.
+struct StoredLinear {
+  const uint8_t* weight;       // (N, bytes)
+  const float* output_scales;  // (N), int8
+  const Half* scales;          // (N, groups), int4
+  const uint8_t* zeros;        // (N, ceil(groups / 2)), int4
+  int64_t N, bytes, groups, block;
+};
+
+typedef uint32_t FourDwords __attribute__((vector_size(16)));
+typedef uint32_t EightDwords __attribute__((vector_size(32)));
+
+// A dword of 16 groups or a cache line of each of 16 outputs, or its transpose.
+struct alignas(kLine) Square {
+  uint32_t dwords[kStrip * kStrip];
+};
+
+inline FourDwords load_four(const void* from) {
+  FourDwords four;
+  std::memcpy(&four, from, sizeof(four));
+  return four;
+}
+
+// Stores past the caches where a CPU lets us ask for it: a normal store would read the memory first
+// and evict what is read soon.
+inline void stream(uint8_t* to, FourDwords four) {
+#ifdef __SSE2__
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)four);
+#else
+  std::memcpy(to, &four, sizeof(four));
+#endif
+}
+inline void wait_for_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+inline uint8_t* stream_copy(const void* from, int64_t bytes, uint8_t* to) {
+  for (int64_t i = 0; i < bytes; i += sizeof(FourDwords))
+    stream(to + i, load_four(static_cast<const uint8_t*>(from) + i));
+  return to + bytes;
+}
+
+// Copies `bytes` bytes, clamped to 0 to SIZE, and fills SIZE bytes up with `padding`.
+template <int64_t SIZE>
+inline void copy_padded(void* to, const void* from, int64_t bytes, uint8_t padding = 0) {
+  if (bytes >= SIZE) {
+    std::memcpy(to, from, SIZE);
+    return;
+  }
+  std::memset(to, padding, SIZE);
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
+// Returns the dwords of a and b, numbered 0 to 7, at AT.
+template <int... AT>
+inline FourDwords shuffle(FourDwords a, FourDwords b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, AT...);
+#else
+  return __builtin_shuffle(a, b, FourDwords{AT...});
+#endif
+}
+
+// Calls store(i, four) for the dwords from i on of the transposed square.
+template <class Store>
+inline void transpose(const Square& from, Store store) {
+  for (int64_t i = 0; i < kStrip; i += 4)
+    for (int64_t j = 0; j < kStrip; j += 4) {
+      const uint32_t* dwords = from.dwords + j * kStrip + i;
+      const FourDwords a = load_four(dwords), b = load_four(dwords + kStrip);
+      const FourDwords c = load_four(dwords + 2 * kStrip), d = load_four(dwords + 3 * kStrip);
+      const FourDwords ab = shuffle<0, 4, 1, 5>(a, b), cd = shuffle<0, 4, 1, 5>(c, d);
+      const FourDwords ab2 = shuffle<2, 6, 3, 7>(a, b), cd2 = shuffle<2, 6, 3, 7>(c, d);
+      const int64_t at = i * kStrip + j;
+      store(at, shuffle<0, 1, 4, 5>(ab, cd));
+      store(at + kStrip, shuffle<2, 3, 6, 7>(ab, cd));
+      store(at + 2 * kStrip, shuffle<0, 1, 4, 5>(ab2, cd2));
+      store(at + 3 * kStrip, shuffle<2, 3, 6, 7>(ab2, cd2));
+    }
+}
+
+// Transposes 16 rows of 16 nibbles. In blocks of 16, 8, 4 and 2 it swaps the off-diagonal quarters.
+inline void transpose_nibbles(uint64_t (&rows)[kStrip]) {
+  uint64_t left = 0x00000000ffffffff;  // nibbles of the quarters that go to other rows
+#pragma GCC unroll 4
+  for (int64_t half = kStrip / 2; half; half /= 2, left ^= left << 4 * half)
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kStrip; i++) {
+      if (i & half) continue;
+      const uint64_t change = (rows[i] >> 4 * half ^ rows[i + half]) & left;
+      rows[i] ^= change << 4 * half, rows[i + half] ^= change;
+    }
+}
+
+// Writes the float scales, (16), of the outputs from n on. For kInt4 a scale is the power of two of
+// which the output's largest block scale is 128 to 255 multiples, as in scale_units
+// (quant/linear.py).
+template <Format F>
+void load_units(const StoredLinear& from, int64_t n, float* units) {
+  const int64_t rows = std::min(kStrip, from.N - n);
+  if constexpr (F == kInt8) std::copy_n(from.output_scales + n, rows, units);
+  if constexpr (F == kInt4Half) std::fill_n(units, rows, 1.f);
+  if constexpr (F != kInt4) return;
+  Half largest[kStrip] = {};
+  const Half* scales = from.scales + n * from.groups;
+  for (int64_t i = 0; i < rows; i++, scales += from.groups) {
+    int16_t bits = 0;  // of positive halves: in their order
+    for (int64_t g = 0; g < from.groups; g++)
+      bits = std::max(bits, static_cast<int16_t>(scales[g].bits));
+    largest[i].bits = bits;
+  }
+  store(units, load(largest));
+  for (int64_t i = 0; i < rows; i++) {
+    int exponent;
+    std::frexp(units[i], &exponent);
+    units[i] = std::ldexp(1.f, std::max(exponent - 8, -24));
+  }
+}
+
+// Loads the scales of 16 groups, from g on, for each of the outputs from n on, as the integers that
+// a header stores: multiples of the unit (kInt4), or the bits of the scales (kInt4Half). Returns
+// false if a multiple is no integer of 0 to 255.
+template <Format F>
+bool load_scales(const StoredLinear& from, int64_t n, int64_t g, const float* inverse_units,
+                 Square& to) {
+  Half scales[kStrip * kStrip];
+  float errors[kStrip * kStrip];
+  for (int64_t i = 0; i < kStrip; i++) {
+    const int64_t at = i * kStrip, groups = n + i < from.N ? from.groups - g : 0;
+    copy_padded<kStrip * sizeof(Half)>(scales + at, from.scales + (n + i) * from.groups + g,
+                                       groups * sizeof(Half));
+    if constexpr (F == kInt4Half) continue;
+    const Floats multiples = load(scales + at) * splat(inverse_units[i]);
+    const Ints integers = round_to_ints(multiples);
+    store_bits(to.dwords + at, integers);
+    store(errors + at, to_floats(integers) - multiples);
+  }
+  // GCC makes vectors of these long loops, and none of loops over a row.
+  uint32_t misfits = 0;
+  for (int64_t i = 0; i < kStrip * kStrip; i++)
+    if constexpr (F == kInt4Half) to.dwords[i] = scales[i].bits;
+    else misfits |= bits_of(errors[i]) | (to.dwords[i] & ~255u);
+  return !misfits;
+}
+
+// Loads the zero points of 16 outputs, from n on, for each of the groups from g on.
+inline void load_zeros(const StoredLinear& from, int64_t n, int64_t g, uint64_t (&zeros)[kStrip]) {
+  const int64_t row_bytes = (from.groups + 1) / 2;
+  for (int64_t i = 0; i < kStrip; i++) {
+    const int64_t bytes = n + i < from.N ? row_bytes - g / 2 : 0;
+    copy_padded<sizeof(zeros[i])>(&zeros[i], from.zeros + (n + i) * row_bytes + g / 2, bytes);
+  }
+  transpose_nibbles(zeros);
+}
+
+// Writes the headers of a strip, one after another. Returns false if a scale does not fit in a
+// byte.
+template <Format F>
+bool pack_headers(const StoredLinear& from, int64_t n, const float* units, uint8_t* headers) {
+  const int64_t span_blocks = kSpan / from.block;
+  const int64_t zeros_at = zeros_offset<F>(from.block, 0), bytes = header_bytes<F>(from.block);
+  float inverse_units[kStrip];
+  for (int64_t i = 0; i < kStrip; i++) inverse_units[i] = units[i] ? 1 / units[i] : 0;
+  for (int64_t g = 0; g < from.groups; g += kStrip) {
+    Square integers;
+    if (!load_scales<F>(from, n, g, inverse_units, integers)) return false;
+    alignas(kLine) uint32_t by_group[kStrip * kStrip];
+    transpose(integers, [&](int64_t i, FourDwords v) { std::memcpy(by_group + i, &v, sizeof(v)); });
+    std::conditional_t<F == kInt4, uint8_t, uint16_t> scales[kStrip * kStrip];
+    std::copy_n(by_group, kStrip * kStrip, scales);
+    uint64_t zeros[kStrip];
+    load_zeros(from, n, g, zeros);
+    const int64_t groups = std::min(kStrip, from.groups - g);
+    for (int64_t i = 0; i < groups; i += span_blocks, headers += bytes) {
+      const int64_t blocks = std::min(span_blocks, groups - i);
+      std::memcpy(headers, scales + i * kStrip, blocks * kStrip * sizeof(*scales));
+      std::memcpy(headers + zeros_at, zeros + i, blocks * sizeof(*zeros));
+    }
+  }
+  return true;
+}
+
+// Copies a cache line. Adds 128 to int8 weights. Reorders nibbles 0 to 7 of each dword of int4
+// weights as 0 4 1 5 2 6 3 7: low nibbles then belong to the first tile, high nibbles to the second
+// one.
+template <Format F>
+inline void reorder(const uint8_t* from, uint32_t* to) {
+  for (int64_t i = 0; i < kLine; i += sizeof(EightDwords), to += 8) {
+    EightDwords v;
+    std::memcpy(&v, from + i, sizeof(v));
+    if constexpr (F == kInt8) {
+      v ^= 0x80808080;
+    } else {
+      EightDwords change = (v ^ v >> 8) & 0x0000ff00;
+      v ^= change | change << 8;  // 0 1 4 5 2 3 6 7
+      change = (v ^ v >> 4) & 0x00f000f0;
+      v ^= change | change << 4;
+    }
+    std::memcpy(to, &v, sizeof(v));
+  }
+}
+
+// Packs a cache line of each of 16 outputs, from byte `at` on. It prefetches the same lines of the
+// next strip: rows are too short for the CPU's prefetcher, and without this packing takes 1.6 times
+// as long. Returns the byte after the tiles.
+template <Format F>
+uint8_t* pack_tiles(const StoredLinear& from, int64_t n, int64_t at, uint8_t* to) {
+  Square lines;
+  const uint8_t* line = from.weight + n * from.bytes + at;
+  for (int64_t i = 0; i < kStrip; i++, line += from.bytes) {
+    __builtin_prefetch(line + kStrip * from.bytes, 0, 2);  // to the second cache
+    const int64_t bytes = n + i < from.N ? from.bytes - at : 0;
+    uint8_t padded[kLine];
+    if (bytes < kLine)  // with what `reorder` makes 0
+      copy_padded<kLine>(padded, line, bytes, F == kInt8 ? 0x80 : 0);
+    reorder<F>(bytes < kLine ? padded : line, lines.dwords + i * kStrip);
+  }
+  transpose(lines, [to](int64_t i, FourDwords four) { stream(to + 4 * i, four); });
+  return to + sizeof(lines);
+}
+
+// Writes all strips to `to`, the beginning of a cache line. Returns false if the scales do not fit
+// this format; what was written then has no meaning.
+template <Format F>
+bool pack_strips(const StoredLinear& from, uint8_t* to) {
+  const int64_t row = kSpan * bits(F) / 8, spans = spans_of_row<F>(from.bytes);
+  const int64_t header = header_bytes<F>(from.block);
+  std::vector<uint8_t> headers(spans * header);
+  for (int64_t n = 0; n < from.N; n += kStrip) {
+    float units[kStrip] = {};
+    load_units<F>(from, n, units);
+    if (F != kInt8 && !pack_headers<F>(from, n, units, headers.data())) return false;
+    to = stream_copy(units, sizeof(units), to);
+    for (int64_t s = 0; s < spans; s++) {
+      to = stream_copy(headers.data() + s * header, header, to);
+      for (int64_t at = s * row; at < (s + 1) * row; at += kLine)
+        to = pack_tiles<F>(from, n, at, to);
+    }
+  }
+  wait_for_streams();
+  return true;
+}
+
+}  // namespace
