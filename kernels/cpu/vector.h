@@ -116,14 +116,7 @@ inline void store(int32_t* to, const Ints& values) {
   for (int p = 0; p < kParts; p++) native_store(to + p * kLanes, values.part[p]);
 }
 
-// Converts one number.
-template <class T>
-inline float to_float(T value) {
-  T lanes[kLanes] = {value};
-  float converted[kLanes];
-  native_store(converted, native_load(lanes));
-  return converted[0];
-}
+// Rounds one number, as native_store does.
 template <class T>
 inline T to_type(float value) {
   T lanes[kLanes];
