@@ -141,8 +141,9 @@ void load_units(const StoredLinear& from, int64_t n, float* units) {
   }
 }
 
-// Returns in `to` what a header stores of scales, (16, 16): multiples of the outputs' units (kInt4),
-// or the bits of the scales (kInt4Half). Returns false if a multiple is no integer of 0 to 255.
+// Returns in `to` what a header stores of scales, (16, 16): multiples of the outputs' units
+// (kInt4), or the bits of the scales (kInt4Half). Returns false if a multiple is no integer of 0 to
+// 255.
 template <Format F>
 inline bool scale_integers(const Half* scales, const float* inverse_units, Square& to) {
   uint32_t misfits = 0;
