@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -135,9 +134,9 @@ void load_units(const StoredLinear& from, int64_t n, float* units) {
   }
   store(units, load(largest));
   for (int64_t i = 0; i < rows; i++) {
-    int exponent;
-    std::frexp(units[i], &exponent);
-    units[i] = std::ldexp(1.f, std::max(exponent - 8, -24));
+    // std::frexp and std::ldexp would take a tenth of the time of packing.
+    const int exponent = units[i] ? static_cast<int>(bits_of(units[i]) >> 23) - 126 : 0;
+    units[i] = float_of((std::max(exponent - 8, -24) + 127) << 23);
   }
 }
 
