@@ -253,7 +253,7 @@ def test_a_layer_may_be_made_in_inference_mode_and_packed_by_another_thread():
         tiled = PackedLinear(filled(300, 40, 64, True))
     linear = filled(300, 40, 64, True, seed=1)
     with ThreadPoolExecutor(1) as others:
-        others.submit(tiled.take, linear).result()
+        others.submit(tiled.load_from, linear).result()
     assert_packed(tiled, linear)
 
 
