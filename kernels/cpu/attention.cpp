@@ -3,10 +3,7 @@
 // heads.
 
 #include "attention.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "torch.h"
 
 namespace {
 

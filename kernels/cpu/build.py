@@ -62,7 +62,7 @@ INSTRUCTION_SETS = {
 ARM_NAMES = "aarch64", "arm64"  # of platform.machine(): Linux, macOS
 # The kernels cast pointers between types of numbers. Scalar code must round as vectors do, which a
 # fused multiplication and addition would not.
-FLAGS = "-O3", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off"
+FLAGS = "-O3", "-fno-strict-aliasing", "-ffp-contract=off"
 
 torch.library.define(
     "gpt_flex::quantized_linear",

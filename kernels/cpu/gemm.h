@@ -5,10 +5,8 @@
 
 #ifdef __AVX512BF16__
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
 #include "fixed_point.h"
+#include "torch.h"
 #include "vnni.h"
 
 namespace {

@@ -4,13 +4,9 @@
 // Start at linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX), PyTorch's GEMM is faster
 // for many bfloat16 rows, and linear_avx512.h for few.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
-#include "dtypes.h"
 #include "linear.h"
 #include "linear_avx512.h"
+#include "torch.h"
 
 namespace {
 

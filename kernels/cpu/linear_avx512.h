@@ -5,11 +5,10 @@
 
 #ifdef __AVX512BF16__
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <immintrin.h>
 
 #include "amx.h"
+#include "torch.h"
 #include "vector.h"
 
 namespace {

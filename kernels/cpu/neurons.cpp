@@ -2,10 +2,7 @@
 // neurons.h computes it; start at neurons.
 
 #include "neurons.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+#include "torch.h"
 
 #include <numeric>
 

@@ -1,10 +1,8 @@
 // The operator pack: writes a quantised linear's weights in the order of layout.h (pack.h). The
 // operators layout and strip_bytes tell Python what layout.h says.
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include "pack.h"
+#include "torch.h"
 
 namespace {
 

@@ -3,15 +3,11 @@
 //
 // Start at packed_linear.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <limits>
 
-#include "dtypes.h"
 #include "gemm.h"
 #include "quantized_linear.h"
+#include "torch.h"
 
 namespace {
 
