@@ -115,7 +115,7 @@ def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> 
         made.weight.random_(256, generator=generator)
         made.zeros.random_(256, generator=generator)  # the last may stand for no group
     if bias:
-        made.bias.data.normal_(generator=generator)
+        made.bias.data = torch.randn(N, generator=generator).bfloat16()
     return made
 
 
@@ -169,7 +169,7 @@ def assert_packed(tiled: PackedLinear, linear: QuantizedLinear) -> None:
     if linear.bias is None:
         assert tiled.bias is None
     else:
-        assert torch.equal(tiled.bias, pad(linear.bias.detach().bfloat16(), 16))
+        assert torch.equal(tiled.bias, pad(linear.bias.detach(), 16))
 
 
 @needed
