@@ -23,12 +23,20 @@ from torch import Tensor, nn
 
 from host.log import log
 from host.memory import page_aligned
-from kernels.cpu.build import DTYPES, build, layout, unsupported_reason
+from kernels.cpu.build import (
+    DTYPES,
+    build,
+    layout,
+    multiplies_bfloat16,
+    unsupported_reason,
+)
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
+# Query heads of a key/value head up to which the attention kernel takes a verify pass of 16 tokens.
+MAX_SHARING = 8
 
 
 class PackedLinear(nn.Module):
@@ -179,13 +187,13 @@ def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.cpp.
 
     Call it after use_fast_linears, before caches are made. Only a model with fast linears gets this
-    attention: the kernels are then compiled. Models with fewer key/value heads than query heads
-    keep PyTorch's attention, which is as fast for them. The kernel serves prefill and decoding
-    alike: with a draft, the text must be the same to the bit.
+    attention: the kernels are then compiled. Where several query heads share a key/value head,
+    PyTorch's attention is as fast on CPUs that multiply bfloat16. The kernel serves prefill and
+    decoding alike: with a draft, the text must be the same to the bit.
     """
-    grouped = model.args.n_heads != model.args.n_kv_heads
+    queries = model.args.n_heads // model.args.n_kv_heads
     fast = any(isinstance(m, (PackedLinear, DenseLinear)) for m in model.modules())
-    if fast and not grouped:
+    if fast and (queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16())):
         model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 

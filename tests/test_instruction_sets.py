@@ -32,7 +32,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         if not shutil.which(cxx):
             pytest.skip(f"{cxx} is not installed")
         program = tmp_path_factory.mktemp(name) / name
-        command = [cxx, *FLAGS, "-std=c++17", *flags, f"-I{FOLDER}", str(SOURCE), "-o", str(program)]
+        command = [
+            cxx,
+            *FLAGS,
+            "-std=c++17",
+            *flags,
+            f"-I{FOLDER}",
+            str(SOURCE),
+            "-o",
+            str(program),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return program

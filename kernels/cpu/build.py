@@ -179,6 +179,14 @@ def instruction_set() -> str | None:
     return loaded[0] if loaded else None
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether the operators' instruction set has products of bfloat16. Call it after build.
+
+    PyTorch's own products and attention are then fast in bfloat16.
+    """
+    return "avx512_bf16" in INSTRUCTION_SETS[loaded[0]].features
+
+
 def build_key(name: str) -> int:
     """Return a checksum of the sources, the version of torch, the CPU and an instruction set.
 
