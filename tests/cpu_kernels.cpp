@@ -8,7 +8,10 @@
 #include <cstdlib>
 #include <vector>
 
+#include "attention.h"
 #include "linear.h"
+#include "neurons.h"
+#include "pack.h"
 #include "quantized_linear.h"
 
 namespace {
@@ -114,6 +117,99 @@ void dense_case(Random& random, const char* name) {
   print(name, M, N, K, 0, y);
 }
 
+// Computes all heads together, then one query of each head alone; prints both.
+template <class T>
+void attention_case(Random& random, const char* name) {
+  const int64_t B = 1 + random.below(2), G = 1 + random.below(4), Q = 1 + random.below(9);
+  const int64_t S = 1 + random.below(200), E = kStrip * (1 + random.below(4)), row = S * G * E;
+  const auto q = random_values<T>(random, B * G * Q * E), k = random_values<T>(random, B * row);
+  const auto v = random_values<T>(random, B * row);
+  std::vector<T> y(B * G * Q * E), alone(y.size()), one(G * E), result(G * E), mask;
+  for (int64_t i = 0; i < B * Q; i++) {
+    const int64_t last = random.below(S);
+    for (int64_t s = 0; s < S; s++) mask.push_back(to_type<T>(s > last ? kMasked : 0.f));
+  }
+  Attention<T> all{G, Q, S, E, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
+                   mask.data(), y.data()};
+  attend_heads(all, 0, B * G);
+  for (int64_t i = 0; i < B * Q; i++) {
+    const int64_t b = i / Q, first = (b * G * Q + i % Q) * E;
+    for (int64_t g = 0; g < G; g++)
+      std::copy_n(&q[first + g * Q * E], E, &one[g * E]);
+    Attention<T> single{G, 1, S, E, one.data(), all.k, all.v, &mask[i * S], result.data()};
+    single.k.data += b * row, single.v.data += b * row;
+    attend_heads(single, 0, G);
+    for (int64_t g = 0; g < G; g++)
+      std::copy_n(&result[g * E], E, &alone[first + g * Q * E]);
+  }
+  print(name, B, G, Q, S, y), print(name, B, G, Q, S, alone);
+}
+
+template <class W, class T>
+void neurons_case(Random& random, const char* name) {
+  constexpr bool kNibbles = std::is_same_v<W, Nibbles>, kIntegers = std::is_same_v<W, int8_t>;
+  const int64_t F = 1 + random.below(40), inner = 1 + random.below(2), N = 1 + random.below(6);
+  const int64_t dim = kChunk * (1 + random.below(20)), group = kChunk, groups = dim / group;
+  Layer<T> layer{};
+  int64_t end = 0;  // of a record's bytes so far
+  for (int64_t i = 0; i <= inner; i++) {
+    layer.matrices[i].scales = end, end += kNibbles ? 2 * groups : 0;
+    layer.matrices[i].weights = end, end += dim * bits_of_weight<W> / 8;
+    layer.matrices[i].zeros = end, end += kNibbles ? 2 * groups : 0;
+  }
+  const int64_t stride = (end + kLine - 1) / kLine * kLine;
+  std::vector<uint8_t> records(F * stride);
+  for (auto& byte : records) byte = static_cast<uint8_t>(random.next() >> 32);
+  for (int64_t f = 0; f < F; f++)
+    for (int64_t i = 0; i <= inner; i++) {
+      uint8_t* record = &records[f * stride];
+      for (int64_t g = 0; kNibbles && g < groups; g++) {
+        const Half scale = to_type<Half>(random.uniform());
+        std::memcpy(record + layer.matrices[i].scales + 2 * g, &scale, sizeof(scale));
+      }
+      for (int64_t d = 0; !kNibbles && !kIntegers && d < dim; d++) {
+        const T weight = to_type<T>(random.uniform());
+        std::memcpy(record + layer.matrices[i].weights + d * sizeof(T), &weight, sizeof(weight));
+      }
+    }
+  std::vector<int64_t> ids(F);
+  for (int64_t f = 0; f < F; f++) ids[f] = random.below(7) ? f : F;
+  const auto bias = random_values<T>(random, (F + 1) * inner);
+  const auto scales = random_values<float>(random, (F + 1) * inner);
+  const auto inputs = random_values<T>(random, N * dim);
+  layer.records = records.data(), layer.ids = ids.data(), layer.bias = bias.data();
+  layer.scales = kIntegers ? scales.data() : nullptr, layer.stride = stride;
+  layer.inner = inner, layer.empty = F, layer.dim = dim, layer.group = group;
+  std::vector<float> rows(N * dim), sums(N * dim), y(N * dim);
+  arrange_rows<W>(inputs.data(), N, dim, rows.data());
+  add_neurons<W>(layer, nullptr, 0, F, rows.data(), N, sums.data());
+  add_parts<W>(sums.data(), 1, N, dim, y.data());
+  print(name, N, F, dim, inner, y);
+}
+
+template <Format F>
+void pack_case(Random& random, const char* name) {
+  const int64_t N = 1 + random.below(70), block = F == kInt8 ? kInt8Block : kChunk << random.below(4);
+  const int64_t groups = 1 + random.below(9);
+  const int64_t bytes = F == kInt8 ? 1 + random.below(900) : groups * block / 2;
+  std::vector<uint8_t> weight(N * bytes), zeros(N * ((groups + 1) / 2));
+  for (auto& byte : weight) byte = static_cast<uint8_t>(random.next() >> 32);
+  for (auto& byte : zeros) byte = static_cast<uint8_t>(random.next() >> 32);
+  const auto output_scales = random_values<float>(random, N);
+  auto scales = random_values<Half>(random, N * groups);
+  // Multiples that a byte holds, in half of the cases.
+  if (random.below(2))
+    for (auto& scale : scales) scale = to_type<Half>(static_cast<float>(1 + random.below(255)));
+  const StoredLinear from{weight.data(), output_scales.data(), scales.data(), zeros.data(),
+                          N, bytes, groups, block};
+  const int64_t strip = strip_bytes<F>(bytes, block), strips = (N + kStrip - 1) / kStrip;
+  std::vector<uint8_t> memory(strips * strip + kLine);
+  uint8_t* to = memory.data() + kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine;
+  const bool fits = pack_strips<F>(from, to);
+  std::vector<uint8_t> packed(to, to + (fits ? strips * strip : 0));
+  print(name, N, bytes, groups, block, packed);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -125,5 +221,12 @@ int main(int, char** arguments) {
     quantized_case<kInt4Half, float>(random, "int4_half");
     quantized_case<kInt4Half, Half>(random, "int4_half");
     dense_case<BFloat16>(random, "dense_bfloat16"), dense_case<Half>(random, "dense_float16");
+    attention_case<BFloat16>(random, "attention"), attention_case<Half>(random, "attention");
+    attention_case<float>(random, "attention");
+    neurons_case<BFloat16, BFloat16>(random, "neurons"), neurons_case<Half, Half>(random, "neurons");
+    neurons_case<int8_t, BFloat16>(random, "neurons_int8");
+    neurons_case<Nibbles, float>(random, "neurons_int4");
+    pack_case<kInt8>(random, "pack_int8"), pack_case<kInt4>(random, "pack_int4");
+    pack_case<kInt4Half>(random, "pack_int4_half");
   }
 }
