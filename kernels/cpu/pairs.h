@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int kPanelRows = kLanes == 4 ? 5 : 6;  // their sums and a strip's weights fit in registers
+constexpr int kRowStreams = 2;         // strips that one row reads side by side
 constexpr int64_t kRowsInCache = 192;  // rows whose outputs of a strip stay in the L1 cache
 
 // Returns pairs j of a register of packed weights. A register holds 16 / bits(F) pairs.
@@ -194,7 +195,7 @@ void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t f
 template <Format F>
 void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                     const Output& out) {
-  if (out.M == 1) return multiply_one_row<F, 2>(w, x, from, to, out);
+  if (out.M == 1) return multiply_one_row<F, kRowStreams>(w, x, from, to, out);
   for (int64_t n = from; n < to; n++) multiply_strip<F>(w, n, x, out);
 }
 
