@@ -12,10 +12,6 @@ namespace {
 constexpr int64_t kMaxSums = 16;     // sums that stay in registers, of which there are 32
 constexpr int64_t kMaxVnniRows = 4;  // with more rows AMX is faster
 
-// Sums of 16 outputs, as vpdpbusd adds to them. GCC 12 copies an __m512i, which holds numbers of 64
-// bits, before each addition.
-using Sum = int32_t __attribute__((vector_size(kLine)));
-
 inline __m512i low_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 
 // Writes a register of packed weights as one tile (int8) or two tiles (int4) of unsigned bytes.
@@ -34,7 +30,7 @@ template <Format F, int M, int STRIPS>
 [[gnu::always_inline]] inline void add_tile_products(const uint8_t* const (&tiles)[STRIPS],
                                                      const int8_t* row, int64_t stride,
                                                      int64_t block, bool prefetches,
-                                                     Sum (&sums)[STRIPS * M]) {
+                                                     NativeInt (&sums)[STRIPS * M]) {
   constexpr int kTiles = 8 / bits(F);  // of a register of packed weights
   for (int64_t at = 0; at < block / 4; at += kTiles) {
     __m512i tile[STRIPS][2];
@@ -52,7 +48,8 @@ template <Format F, int M, int STRIPS>
         const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int*>(inputs));
 #pragma GCC unroll 4
         for (int t = 0; t < STRIPS; t++)
-          sums[t * M + m] = (Sum)_mm512_dpbusd_epi32((__m512i)sums[t * M + m], tile[t][j], four);
+          sums[t * M + m] =
+              (NativeInt)_mm512_dpbusd_epi32((__m512i)sums[t * M + m], tile[t][j], four);
       }
     }
   }
@@ -78,9 +75,9 @@ template <Format F, int M, int STRIPS>
     // All high bytes are multiplied, the sums shifted, and the products of the low bytes added: one
     // register serves both, and a block of 256 inputs cannot overflow it. This unpacks weights
     // twice, which makes one row no slower.
-    Sum sums[STRIPS * M];
+    NativeInt sums[STRIPS * M];
 #pragma GCC unroll 16
-    for (auto& sum : sums) sum = Sum{};
+    for (auto& sum : sums) sum = native_splat(0);
     add_tile_products<F, M, STRIPS>(tiles, x.high(first) + k, stride, w.block, false, sums);
 #pragma GCC unroll 16
     for (auto& sum : sums) sum <<= 8;
@@ -92,9 +89,8 @@ template <Format F, int M, int STRIPS>
       const Floats scale = load_scales<F>(headers[t], in_span);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const Ints sum{{(__m512i)sums[t * M + m]}};
-        Floats& total = y[t * M + m];
-        total = add_block(total, sum, zero, scale, row_sums[m], row_scales[m]);
+        const int64_t i = t * M + m;
+        y[i] = add_block(y[i], Ints{{sums[i]}}, zero, scale, row_sums[m], row_scales[m]);
       }
     }
     row_sums += kRowGroup, row_scales += kRowGroup;
