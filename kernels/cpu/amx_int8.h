@@ -71,8 +71,8 @@ void multiply_two_strips(const PackedWeights& w, const int64_t (&n)[2], const Fi
         for (int m = 0; m < kRowGroup; m++) {
           const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[t][m][0]), 8);
           const __m512i sum = _mm512_add_epi32(high, _mm512_load_si512(sums[t][m][1]));
-          totals[t][m] =
-              add_block(totals[t][m], Ints{{sum}}, zero, scale, row_sums[m], row_scales[m]);
+          totals[t][m] = add_block(totals[t][m], Ints{{(NativeInt)sum}}, zero, scale, row_sums[m],
+                                   row_scales[m]);
         }
       }
       row_sums += kRowGroup, row_scales += kRowGroup;

@@ -36,7 +36,7 @@ void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Te
       }
       for (int i = 0; i < 32; i++) {
         const __m512i q = _mm512_srli_epi32(bytes[i / 4], 8 * (i % 4));
-        const Floats v = to_floats({{_mm512_and_si512(q, _mm512_set1_epi32(255))}});
+        const Floats v = to_floats({{(NativeInt)q & native_splat(255)}});
         store(out + (k + i) * stride, (v - zero) * scale);
       }
     }

@@ -16,6 +16,7 @@
 
 namespace {
 
+constexpr int kRowStreams = 2;    // strips that one row reads side by side
 constexpr int kRowsTogether = 8;  // rows that share a load of weights; AVX2 has registers for 8
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
@@ -200,7 +201,7 @@ void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t f
 template <Format F>
 void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                     const Output& out) {
-  if (out.M == 1) return multiply_one_row<F, 2>(w, x, from, to, out);
+  if (out.M == 1) return multiply_one_row<F, kRowStreams>(w, x, from, to, out);
   for (int64_t n = from; n < to; n += kStripsInCache)
     for (int64_t m = 0; m < out.M; m += kRowsInCache)
       multiply_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,

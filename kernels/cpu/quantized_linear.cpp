@@ -28,7 +28,8 @@ void integer_product(const T* x, const PackedWeights& w, const Output& out) {
     });
   }
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = 0; i < 2; i++) prefetch(w.scales(from + i * ((to - from) / 2)), kAhead);
+    const int64_t parts = streams(out.M), part = (to - from) / parts;
+    for (int64_t i = 0; i < parts; i++) prefetch(w.scales(from + i * part), kAhead);
     thread_local FixedPointRows own;
     if (!together) reserve_rows(out.M, w, own), to_fixed_point(x, w, 0, out.M, own);
     multiply<F>(w, together ? shared : own, from, to, out);

@@ -19,6 +19,9 @@ namespace {
 
 #ifdef __AVX512VNNI__
 
+// Returns the number of parts of a thread's strips that M rows read side by side.
+inline int64_t streams(int64_t M) { return M <= kMaxVnniRows ? 4 : 2; }
+
 // Multiplies all rows by strips `from` to `to`. A thread splits its strips into STREAMS parts and
 // reads the parts side by side.
 template <Format F, int STREAMS>
@@ -44,13 +47,14 @@ void multiply_all_rows(const PackedWeights& w, const FixedPointRows& rows, int64
 template <Format F>
 void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
               const Output& out) {
-  const int64_t streams = out.M <= kMaxVnniRows ? 4 : 2;
-  if (streams == 4) return multiply_all_rows<F, 4>(w, rows, from, to, out);
-  const AmxTiles configured;
+  if (streams(out.M) == 4) return multiply_all_rows<F, 4>(w, rows, from, to, out);
+  [[maybe_unused]] const AmxTiles configured;
   multiply_all_rows<F, 2>(w, rows, from, to, out);
 }
 
 #else
+
+inline int64_t streams(int64_t M) { return M == 1 ? kRowStreams : 1; }
 
 template <Format F>
 void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
