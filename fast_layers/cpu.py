@@ -26,8 +26,10 @@ from host.memory import page_aligned
 from kernels.cpu.build import (
     DTYPES,
     build,
+    instruction_set,
     layout,
     multiplies_bfloat16,
+    supported_sets,
     unsupported_reason,
 )
 from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
@@ -132,9 +134,12 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     linears = {name: m for name, m in all_linears(model).items() if not m.weight.is_meta}
     pack_quantized(model, linears, dtype)
     dense = {n: m for n, m in linears.items() if isinstance(m, Linear) and m.weight.dtype in DTYPES}
-    if dense and are_large(dense, large) and not (unsupported_reason(dtype) or build()):
-        for name, linear in dense.items():
-            model.set_submodule(name, DenseLinear(linear))
+    if not dense or not are_large(dense, large) or unsupported_reason(dtype) or build():
+        return
+    if instruction_set() == "scalar":  # PyTorch has faster code for the oldest CPUs
+        return
+    for name, linear in dense.items():
+        model.set_submodule(name, DenseLinear(linear))
 
 
 def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
@@ -142,11 +147,13 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
 
     model: on the meta device, before its weights are loaded. dtype, large: as in use_fast_linears,
     which then waits for the thread. After the first time, it only loads the compiled library.
+    Raises ValueError if GPT_FLEX_ISA names an instruction set that this CPU lacks.
     """
     linears = all_linears(model)
     quantized = any(isinstance(m, QuantizedLinear) for m in linears.values())
     needed = quantized or (dtype in DTYPES and are_large(linears, large))
     if needed and not unsupported_reason(dtype):
+        supported_sets()  # raises ValueError here, not in the thread
         threading.Thread(target=build, daemon=True).start()
 
 

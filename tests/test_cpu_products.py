@@ -27,6 +27,7 @@ from quant.linear import (
     Int4Linear,
     Int8Linear,
     QuantizedLinear,
+    make_scheme,
     round_int4,
     round_int8,
     scale_units,
@@ -101,6 +102,14 @@ def test_an_instruction_set_that_does_not_compile_gives_way_to_the_next(
     assert (tried, build.instruction_set()) == (["avx512", "avx2"], "avx2")
     monkeypatch.setattr(build, "supported_sets", lambda: ["avx512"])
     assert "did not compile (unrecognized" in build.build()
+
+
+def test_a_wrong_instruction_set_is_refused_before_the_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("GPT_FLEX_ISA", "sse9")
+    with pytest.raises(ValueError, match="GPT_FLEX_ISA=sse9: this CPU can be held to"):
+        random_model(CONFIG, scheme=make_scheme("int8"), device="cpu", dtype=torch.bfloat16)
 
 
 def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
