@@ -6,7 +6,7 @@
 // turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below 2^31:
 // 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
 //
-// Start at multiply_pairs. Weights are unpacked in registers, for up to eight rows at a time: to
+// Start at multiply_pairs. Weights are unpacked in registers, for kRowsTogether rows at a time: to
 // unpack them into memory for more rows takes longer.
 
 #pragma once
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int kRowStreams = 2;    // strips that one row reads side by side
-constexpr int kRowsTogether = 8;  // rows that share a load of weights; AVX2 has registers for 8
+constexpr int kRowsTogether = kLanes == 16 ? 8 : 4;  // rows whose sums fit in the registers
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
@@ -111,41 +111,48 @@ inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zer
   return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
 }
 
-// Adds the products of a span and R rows from `row` on to y, (R, 16). Unpacks weights in registers,
-// for one register of outputs at a time: sums of 8 rows and 4 pairs of weights are all that AVX2's
-// 16 registers hold.
+// Adds the products of a span and R rows from `row` on to y, (R, 16). Unpacks weights in registers.
 template <Format F, int R>
 void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPointRows& x,
                    int64_t row, Floats* y) {
   const SpanScales all = load_span_scales<F>(span, block);
   const RowPointers<R> rows(x, row, s, block);
   span += header_bytes<F>(block);
-  for (int p = 0; p < kParts; p++) {
-    const uint8_t* tiles = span + 4 * p * kLanes;
-    for (int64_t b = 0; b < kSpan / block; b++) {
-      NativeInt sums[R];
+  const uint8_t* tiles = span;
+  for (int64_t b = 0; b < kSpan / block; b++) {
+    NativeInt sums[R][kParts];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r] = native_splat(0);
-      for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k += kPairsOf<F>, tiles += kLine) {
-        prefetch(tiles + kAhead);
-        const NativeInt v = native_load_bits(tiles);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int p = 0; p < kParts; p++) sums[r][p] = native_splat(0);
+    for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k += kPairsOf<F>, tiles += kLine) {
+      prefetch(tiles + kAhead);
+      NativeInt v[kParts];
+#pragma GCC unroll 16
+      for (int p = 0; p < kParts; p++) v[p] = native_load_bits(tiles + 4 * p * kLanes);
 #pragma GCC unroll 4
-        for (int j = 0; j < kPairsOf<F>; j++) {
-          const NativeInt weights = weight_pairs<F>(v, j);
+      for (int j = 0; j < kPairsOf<F>; j++) {
+        NativeInt weights[kParts];
+#pragma GCC unroll 16
+        for (int p = 0; p < kParts; p++) weights[p] = weight_pairs<F>(v[p], j);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; r++) {
-            sums[r] =
-                native_add_pair_products(sums[r], weights, native_splat(rows.pairs[r][k + j]));
-            native_keep(sums[r]);
+        for (int r = 0; r < R; r++) {
+          const NativeInt x = native_splat(rows.pairs[r][k + j]);
+#pragma GCC unroll 16
+          for (int p = 0; p < kParts; p++) {
+            sums[r][p] = native_add_pair_products(sums[r][p], weights[p], x);
+            native_keep(sums[r][p]);
           }
         }
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
-        y[r].part[p] =
-            add_block_part(y[r].part[p], sums[r], all.zeros[b].part[p], all.scales[b].part[p],
-                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int p = 0; p < kParts; p++)
+        y[r].part[p] =
+            add_block_part(y[r].part[p], sums[r][p], all.zeros[b].part[p], all.scales[b].part[p],
+                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
   }
 }
 
