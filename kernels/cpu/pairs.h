@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int kRowStreams = 2;    // strips that one row reads side by side
+constexpr int kRowStreams = 4;    // strips that one row reads side by side
 constexpr int kRowsTogether = kLanes == 16 ? 8 : 4;  // rows whose sums fit in the registers
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
@@ -54,6 +54,9 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
     Ints sums[STRIPS];
     for (int t = 0; t < STRIPS; t++) sums[t] = splat(0);
     for (int64_t k = 0; k < w.block / 2; k += kPairsOf<F>, pairs += kPairsOf<F>) {
+      NativeInt inputs[kPairsOf<F>];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPairsOf<F>; j++) inputs[j] = native_splat(pairs[j]);
 #pragma GCC unroll 4
       for (int t = 0; t < STRIPS; t++) {
         prefetch(tiles[t] + kAhead);
@@ -63,7 +66,8 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
 #pragma GCC unroll 4
           for (int j = 0; j < kPairsOf<F>; j++)
             sums[t].part[p] = native_add_pair_products(sums[t].part[p], weight_pairs<F>(v, j),
-                                                       native_splat(pairs[j]));
+                                                       inputs[j]);
+          native_keep(sums[t].part[p]);
         }
         tiles[t] += kLine;
       }
