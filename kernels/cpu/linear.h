@@ -19,6 +19,7 @@ constexpr int64_t kPanelInputs = 256;  // of a panel of 16 outputs, which takes 
 constexpr int kDenseRows = 6;          // their sums and a panel's weights fit in the registers
 // Outputs and rows of a dot product: with these AVX2's 16 registers hold sums and operands.
 constexpr int kDotOutputs = 2, kDotRows = 3;
+constexpr int64_t kOutputsTogether = 4;  // outputs of one row whose sums are reduced together
 
 struct DenseWeights {
   const void* data;  // (N, K)
@@ -44,12 +45,10 @@ inline Floats load_weights(const W* row, int64_t k, int64_t K) {
   return load(padded);
 }
 
-// Writes sums of the products of M rows by N outputs to y, (M, N).
+// Adds the products of M rows by N outputs to the sums.
 template <class W, int M, int N>
-void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride, float* y) {
-  Floats sums[M][N];
-#pragma GCC unroll 16
-  for (int i = 0; i < M * N; i++) sums[i / N][i % N] = splat(0.f);
+inline void add_dot_products(const W* weights, int64_t K, const float* rows, int64_t stride,
+                             Floats (&sums)[M][N]) {
   for (int64_t k = 0; k < K; k += kStrip) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
@@ -59,7 +58,31 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
       for (int m = 0; m < M; m++) sums[m][n] = fma(w, load(rows + m * stride + k), sums[m][n]);
     }
   }
+}
+
+// Writes sums of the products of M rows by N outputs to y, (M, N).
+template <class W, int M, int N>
+void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride, float* y) {
+  Floats sums[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * N; i++) sums[i / N][i % N] = splat(0.f);
+  add_dot_products<W, M, N>(weights, K, rows, stride, sums);
   for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
+}
+
+// Computes kOutputsTogether outputs of one row, one after another: reading the weights from the first to
+// the last is faster than four outputs side by side.
+template <class W>
+void dot_one_row(const DenseWeights& w, const float* row, int64_t n, const Output& out) {
+  Floats sums[kOutputsTogether];
+  float y[kOutputsTogether];
+  for (int64_t i = 0; i < kOutputsTogether; i++) {
+    Floats sum[1][1] = {{splat(0.f)}};
+    add_dot_products<W, 1, 1>(static_cast<const W*>(w.data) + (n + i) * w.K, w.K, row, 0, sum);
+    sums[i] = sum[0][0];
+  }
+  reduce_add_four(sums, y);
+  for (int64_t i = 0; i < kOutputsTogether; i++) out.store_one(0, n + i, y[i]);
 }
 
 // Computes N outputs from n on of rows m to `end`, M rows at a time.
@@ -80,6 +103,7 @@ template <class W>
 void multiply_few_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
                        int64_t to, const Output& out) {
   int64_t n = from;
+  for (; out.M == 1 && n + kOutputsTogether <= to; n += kOutputsTogether) dot_one_row<W>(w, rows, n, out);
   for (; out.M > 1 && n + kDotOutputs <= to; n += kDotOutputs) {
     const int64_t m = dot_rows<W, kDotRows, kDotOutputs>(w, rows, stride, 0, out.M, n, out);
     dot_rows<W, 1, kDotOutputs>(w, rows, stride, m, out.M, n, out);
