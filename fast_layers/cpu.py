@@ -37,7 +37,8 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
-# Query heads of a key/value head up to which the attention kernel takes a verify pass of 16 tokens.
+# Query heads of a key/value head for which 16 tokens, a verify pass, are at most kMaxQueries queries
+# (kernels/cpu/attention.cpp).
 MAX_SHARING = 8
 
 
@@ -146,8 +147,8 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
     """Start to compile the kernels in another thread, if use_fast_linears will need them.
 
     model: on the meta device, before its weights are loaded. dtype, large: as in use_fast_linears,
-    which then waits for the thread. After the first time, it only loads the compiled library.
-    Raises ValueError if GPT_FLEX_ISA names an instruction set that this CPU lacks.
+    which calls build and so waits for the thread. After the first time, the thread only loads the
+    compiled library. If the kernels are needed, raises ValueError as supported_sets does.
     """
     linears = all_linears(model)
     quantized = any(isinstance(m, QuantizedLinear) for m in linears.values())
@@ -195,8 +196,9 @@ def use_fast_attention(model: Transformer) -> None:
 
     Call it after use_fast_linears, before caches are made. Only a model with fast linears gets this
     attention: the kernels are then compiled. Where several query heads share a key/value head,
-    PyTorch's attention is as fast on CPUs that multiply bfloat16. The kernel serves prefill and
-    decoding alike: with a draft, the text must be the same to the bit.
+    PyTorch's attention is as fast on CPUs that multiply bfloat16; heads that more than MAX_SHARING
+    share keep it everywhere. A draft's tokens are verified many at once and must give the same bits
+    as one at a time, so one kernel serves both.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     fast = any(isinstance(m, (PackedLinear, DenseLinear)) for m in model.modules())

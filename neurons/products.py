@@ -34,7 +34,7 @@ def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -
 
     device, dtype: of the activations. False on a GPU, on a CPU without the instructions or without
     a compiler, and if the kernel's chunks do not divide the sizes. The first call compiles it,
-    about twenty seconds once for a machine. `build` returns why it failed, or None.
+    20 to 45 seconds once for a machine. `build` returns why it failed, or None.
     """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False

@@ -65,7 +65,8 @@ std::vector<uint8_t> random_packed(Random& random, int64_t N, int64_t K, int64_t
     for (int64_t s = 0; F == kInt4Half && s < spans; s++)
       for (int64_t i = 0; i < kSpan / block * kStrip; i++) {
         const Half scale = to_type<Half>(random.wide());
-        std::memcpy(&data[n * strip + sizeof(scales) + s * span_bytes<F>(block) + 2 * i], &scale, 2);
+        const int64_t span = sizeof(scales) + s * span_bytes<F>(block);
+        std::memcpy(&data[n * strip + span + 2 * i], &scale, sizeof(scale));
       }
   }
   return data;
@@ -189,7 +190,8 @@ void neurons_case(Random& random, const char* name) {
 
 template <Format F>
 void pack_case(Random& random, const char* name) {
-  const int64_t N = 1 + random.below(70), block = F == kInt8 ? kInt8Block : kChunk << random.below(4);
+  const int64_t N = 1 + random.below(70);
+  const int64_t block = F == kInt8 ? kInt8Block : kChunk << random.below(4);
   const int64_t groups = 1 + random.below(9);
   const int64_t bytes = F == kInt8 ? 1 + random.below(900) : groups * block / 2;
   std::vector<uint8_t> weight(N * bytes), zeros(N * ((groups + 1) / 2));
@@ -223,7 +225,8 @@ int main(int, char** arguments) {
     dense_case<BFloat16>(random, "dense_bfloat16"), dense_case<Half>(random, "dense_float16");
     attention_case<BFloat16>(random, "attention"), attention_case<Half>(random, "attention");
     attention_case<float>(random, "attention");
-    neurons_case<BFloat16, BFloat16>(random, "neurons"), neurons_case<Half, Half>(random, "neurons");
+    neurons_case<BFloat16, BFloat16>(random, "neurons");
+    neurons_case<Half, Half>(random, "neurons");
     neurons_case<int8_t, BFloat16>(random, "neurons_int8");
     neurons_case<Nibbles, float>(random, "neurons_int4");
     pack_case<kInt8>(random, "pack_int8"), pack_case<kInt4>(random, "pack_int4");

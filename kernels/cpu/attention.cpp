@@ -9,7 +9,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMaxQueries = 128;  // of a head: a verify pass of 16 tokens of 8 heads has no more
+// Queries of a key/value head. A verify pass of 16 tokens, with 8 heads that share it, has no more.
+constexpr int64_t kMaxQueries = 128;
 
 template <class T>
 const T* data_of(const Tensor& t) {

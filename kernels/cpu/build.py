@@ -60,8 +60,8 @@ INSTRUCTION_SETS = {
     "scalar": InstructionSet("", (), ("-DGPT_FLEX_SCALAR",)),
 }
 ARM_NAMES = "aarch64", "arm64"  # of platform.machine(): Linux, macOS
-# The kernels cast pointers between types of numbers. Scalar code must round as vectors do, which a
-# fused multiplication and addition would not.
+# The kernels cast pointers between types of numbers. The compiler must not fuse multiplications and
+# additions by itself: only the functions fma and fnma of vector.h do, on every CPU alike.
 FLAGS = "-O3", "-fno-strict-aliasing", "-ffp-contract=off"
 
 torch.library.define(
@@ -107,7 +107,8 @@ def layout() -> Layout:
 def supported_sets() -> list[str]:
     """Return the names of INSTRUCTION_SETS that this CPU has, the fastest first.
 
-    Raises ValueError if GPT_FLEX_ISA names none of them.
+    With the environment variable GPT_FLEX_ISA, returns those from that one on. Raises ValueError if
+    this CPU lacks it.
     """
     has = torch.cpu.get_capabilities()
     machine = "arm64" if platform.machine() in ARM_NAMES else "x86_64"
@@ -144,16 +145,24 @@ def compiler() -> str:
 def build() -> str | None:
     """Compile the operators, unless an earlier run has, and load them into this process.
 
-    Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes about
-    twenty seconds once for each CPU and version of torch. Requires that unsupported_reason returned
-    None. Other calls in this process return at once: the operator then has a CPU kernel.
+    Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes 20 to
+    45 seconds on two cores, once for each CPU and version of torch. Requires that
+    unsupported_reason returned None. Later calls in this process return the same at once; calls of
+    other threads wait.
     """
     with BUILDING:
-        return None if has_cpu_kernel("gpt_flex::quantized_linear") else build_best()
+        if has_cpu_kernel("gpt_flex::quantized_linear"):
+            return None
+        if not failures and (reason := build_best()):
+            failures.append(reason)
+        return failures[0] if failures else None
 
 
 def build_best() -> str | None:
-    """Do what `build` does, for the fastest instruction set that compiles."""
+    """Load the fastest instruction set that compiles. Return None, or the reason why none did.
+
+    Raises ValueError as supported_sets does.
+    """
     if (cache := cache_directory()) is None:
         return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
     if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
@@ -171,6 +180,7 @@ def build_best() -> str | None:
 
 
 BUILDING = threading.Lock()  # held by the thread that builds
+failures: list[str] = []  # why the build failed in this process; it is not tried again
 loaded: list[str] = []  # the name of the instruction set whose library this process has loaded
 
 
@@ -180,9 +190,10 @@ def instruction_set() -> str | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether the operators' instruction set has products of bfloat16. Call it after build.
+    """Return whether the operators' instruction set has products of bfloat16.
 
-    PyTorch's own products and attention are then fast in bfloat16.
+    Requires that build succeeded. On a CPU with these instructions PyTorch's own products and
+    attention are fast in bfloat16, too.
     """
     return "avx512_bf16" in INSTRUCTION_SETS[loaded[0]].features
 
@@ -214,7 +225,7 @@ def load_library(folder: Path, name: str) -> None:
     from torch.utils import cpp_extension  # imports setuptools, which takes time
 
     if not list(folder.glob("*.so")):
-        log(f"compiling products for this CPU ({name}), once: about twenty seconds ...")
+        log(f"compiling products for this CPU ({name}), once: 20 to 45 seconds on two cores ...")
     with contextlib.redirect_stdout(sys.stderr), locked(folder):
         cpp_extension.load(
             "gpt_flex_cpu_products",

@@ -1,6 +1,7 @@
 // Activations as 16-bit fixed-point numbers with one scale for each block of a row. The rounding
-// error is 2^-16 of the block's largest value, less than that of bfloat16. Products with integer
-// weights are then exact integers, which every instruction set adds up to the same bits.
+// error is at most about 2^-16 of the block's largest value. bfloat16's is 2^-9 of each number,
+// which is less only for numbers below 1/128 of the largest. Products with integer weights are then
+// exact integers, which every instruction set adds up to the same bits.
 
 #pragma once
 
@@ -11,7 +12,7 @@
 namespace {
 
 constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX multiplies as many
-// Inputs that pad a row: a row stride of a power of two would hit the same cache sets.
+// Half of the inputs that pad a row: a row stride of a power of two would hit the same cache sets.
 constexpr int64_t kPad = 32;
 
 // How a row's numbers are stored. vpdpbusd and AMX multiply bytes: a number is 256 * high + low,
@@ -45,7 +46,7 @@ struct FixedPointRows {
   }
 };
 
-// Stores sixteen numbers of row m from input k on, as this CPU multiplies them.
+// Stores sixteen numbers of row m from input k on, in the form that kBytePlanes selects.
 inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& rows) {
   alignas(kLine) int32_t numbers[kStrip];
   store(numbers, q);
@@ -63,7 +64,7 @@ inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& r
   }
 }
 
-// Converts block b of row m. x: the block's activations.
+// Converts block b of row m, which has `block` inputs from x on.
 template <class T>
 void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointRows& rows) {
   constexpr float kMax = 32639;  // 127 * 256 + 127: the largest number of two signed bytes

@@ -1,5 +1,5 @@
-// Products of many bfloat16 rows on CPUs that multiply bfloat16 (AVX-512 BF16, AMX): PyTorch's GEMM,
-// by weights that each thread dequantizes to bfloat16.
+// Products of many bfloat16 rows on CPUs that multiply bfloat16 (AVX-512 BF16, AMX): PyTorch's
+// GEMM, by weights that each thread dequantizes to bfloat16.
 
 #pragma once
 

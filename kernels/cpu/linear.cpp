@@ -25,7 +25,8 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, const std::optiona
 }
 #endif
 
-// Multiplies float32 rows, (M, stride), by weights of the type W, each thread by outputs of its own.
+// Multiplies float32 rows, (M, stride), by weights of the type W, each thread by outputs of its
+// own.
 template <class W>
 void multiply(const DenseWeights& w, const float* rows, int64_t stride, const Output& out) {
   const bool few = out.M <= kMaxFewRows;
@@ -43,6 +44,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 #ifdef __AVX512BF16__
   if (x.scalar_type() == at::kBFloat16) return bfloat16_linear(input, weight, bias);
 #endif
+  if (x.size(0) == 0) return at::empty({0, weight.size(0)}, x.options());
   const int64_t M = x.size(0), K = x.size(1), stride = (K + kStrip - 1) / kStrip * kStrip + kStrip;
   Tensor out = at::empty({M, weight.size(0)}, x.options());
   const Output into{out.mutable_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(x),

@@ -1,14 +1,12 @@
 // Products of rows by dense bfloat16 or float16 weights, (N, K) as they lie in memory, with float32
 // sums.
 //
-// Start at multiply_few_rows and multiply_many_rows. Reading the weights takes the time of few
-// rows; they are multiplied as dot products along K. For many rows, 16 outputs are transposed into
-// a float32 panel that stays in the L1 cache, and kDenseRows rows share each load of it. In either
-// function a row's result has the same bits whatever rows are beside it.
+// Start at multiply_few_rows and multiply_many_rows. With few rows, reading the weights takes most
+// of the time: they are multiplied as dot products along K, as they lie. For many rows, 16 outputs
+// are transposed into a float32 panel that stays in the L1 cache, and kDenseRows rows share each
+// load of it. In either function a row's result has the same bits whatever rows are beside it.
 
 #pragma once
-
-#include <vector>
 
 #include "output.h"
 
@@ -19,7 +17,7 @@ constexpr int64_t kPanelInputs = 256;  // of a panel of 16 outputs, which takes 
 constexpr int kDenseRows = 6;          // their sums and a panel's weights fit in the registers
 // Outputs and rows of a dot product: with these AVX2's 16 registers hold sums and operands.
 constexpr int kDotOutputs = 2, kDotRows = 3;
-constexpr int64_t kOutputsTogether = 4;  // outputs of one row whose sums are reduced together
+constexpr int64_t kOutputsTogether = 4;  // of one row; reduce_add_four takes four sums
 
 struct DenseWeights {
   const void* data;  // (N, K)
@@ -70,8 +68,8 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
 }
 
-// Computes kOutputsTogether outputs of one row, one after another: reading the weights from the first to
-// the last is faster than four outputs side by side.
+// Computes kOutputsTogether outputs of one row, one after another: reading the weights from the
+// first to the last is faster than four outputs side by side.
 template <class W>
 void dot_one_row(const DenseWeights& w, const float* row, int64_t n, const Output& out) {
   Floats sums[kOutputsTogether];
@@ -103,7 +101,8 @@ template <class W>
 void multiply_few_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
                        int64_t to, const Output& out) {
   int64_t n = from;
-  for (; out.M == 1 && n + kOutputsTogether <= to; n += kOutputsTogether) dot_one_row<W>(w, rows, n, out);
+  for (; out.M == 1 && n + kOutputsTogether <= to; n += kOutputsTogether)
+    dot_one_row<W>(w, rows, n, out);
   for (; out.M > 1 && n + kDotOutputs <= to; n += kDotOutputs) {
     const int64_t m = dot_rows<W, kDotRows, kDotOutputs>(w, rows, stride, 0, out.M, n, out);
     dot_rows<W, 1, kDotOutputs>(w, rows, stride, m, out.M, n, out);
@@ -115,7 +114,8 @@ struct alignas(kLine) DensePanel {
   float weights[kPanelInputs][kStrip];
 };
 
-// Transposes inputs k to k + count - 1 of the outputs of strip n; outputs from N on are 0.
+// Writes inputs k to k + count - 1 of strip n to the panel as float32, transposed; outputs from N
+// on are 0. Prefetches the same inputs of the next strip.
 template <class W>
 void fill_panel(const DenseWeights& w, int64_t n, int64_t k, int64_t count, DensePanel& panel) {
   alignas(kLine) float rows[kStrip][kStrip] = {};

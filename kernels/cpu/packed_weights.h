@@ -19,7 +19,8 @@ struct PackedWeights {
   }
 };
 
-// Spreads the 8 nibbles of 4 bytes over 8 bytes, low nibbles first.
+// Spreads the 8 nibbles of 4 bytes over 8 bytes: of each byte first the low nibble, then the high
+// one.
 inline uint64_t spread_nibbles(uint64_t pairs) {
   pairs = (pairs | pairs << 16) & 0x0000ffff0000ffff;
   pairs = (pairs | pairs << 8) & 0x00ff00ff00ff00ff;
@@ -45,7 +46,8 @@ inline Floats load_scales(const uint8_t* header, int64_t b) {
   return load(scales);
 }
 
-// Returns y, (16,), plus scales * (sums of products - zero points * sum of the row's block).
+// Returns y, (16,), plus scales * row_scale * (sums - zeros * row_sum). sums: of products of the
+// row's integers and the weights' in a block; row_sum: of the row's integers in the block.
 inline Floats add_block(Floats y, Ints sums, Floats zeros, Floats scales, float row_sum,
                         float row_scale) {
   const Floats dot = fnma(zeros, splat(row_sum), to_floats(sums));

@@ -1,10 +1,10 @@
-// Integer products of 16-bit pairs: fixed-point rows by strips of packed weights, on CPUs that
-// multiply pairs of 16-bit integers and add both products (AVX2's vpmaddwd and its kin).
+// Integer products of 16-bit pairs: fixed-point rows by strips of packed weights, on all CPUs
+// without AVX-512 VNNI. AVX2's vpmaddwd multiplies 16 pairs and adds both products of each.
 //
 // A packed tile holds four inputs of an output in four bytes. Seen as two 16-bit lanes, its low
-// bytes are the weights of inputs 0 and 2, its high bytes those of inputs 1 and 3: a mask or a shift
-// turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below 2^31:
-// 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
+// bytes are the weights of inputs 0 and 2, its high bytes those of inputs 1 and 3: a mask or a
+// shift turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below
+// 2^31: 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
 //
 // Start at multiply_pairs. Weights are unpacked in registers, for kRowsTogether rows at a time: to
 // unpack them into memory for more rows takes longer.
@@ -16,12 +16,13 @@
 
 namespace {
 
-constexpr int kRowStreams = 4;    // strips that one row reads side by side
+constexpr int kRowStreams = 4;  // strips that one row reads side by side
 constexpr int kRowsTogether = kLanes == 16 ? 8 : 4;  // rows whose sums fit in the registers
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Returns pairs j of a register of packed weights. A register holds 16 / bits(F) pairs.
+// Returns the j-th pair of weights of each 32-bit lane of a register of packed weights: those of
+// inputs 0 and 2, then 1 and 3; for int4 then those of the second tile.
 template <Format F>
 inline NativeInt weight_pairs(NativeInt v, int j) {
   if constexpr (F == kInt8)
@@ -34,9 +35,10 @@ inline NativeInt weight_pairs(NativeInt v, int j) {
 }
 
 template <Format F>
-constexpr int kPairsOf = 16 / bits(F);  // pairs of inputs in a cache line of packed weights
+constexpr int kPairsOf = 16 / bits(F);  // pairs of weights in a lane
 
-// Multiplies one row by the strips n, which are read side by side. Returns in y: (STRIPS, 16).
+// Multiplies row 0, the only one, by the strips n, which are read side by side. Returns in y:
+// (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
@@ -46,10 +48,11 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
   const int32_t* pairs = x.pairs(0);
   for (int64_t b = 0; b < x.blocks; b++) {
     const int64_t in_span = b % span_blocks;
-    for (int t = 0; t < STRIPS && in_span == 0; t++) {
-      headers[t] = tiles[t];
-      prefetch(tiles[t] + kAhead, header);
-      tiles[t] += header;
+    if (in_span == 0) {
+      for (int t = 0; t < STRIPS; t++) {
+        headers[t] = tiles[t], tiles[t] += header;
+        prefetch(headers[t] + kAhead, header);
+      }
     }
     Ints sums[STRIPS];
     for (int t = 0; t < STRIPS; t++) sums[t] = splat(0);
@@ -115,14 +118,14 @@ inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zer
   return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
 }
 
-// Adds the products of a span and R rows from `row` on to y, (R, 16). Unpacks weights in registers.
+// Adds to y, (R, 16), the products of span s of a strip by rows `row` to row + R - 1. span: its
+// bytes. Unpacks the weights in registers.
 template <Format F, int R>
 void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPointRows& x,
                    int64_t row, Floats* y) {
   const SpanScales all = load_span_scales<F>(span, block);
   const RowPointers<R> rows(x, row, s, block);
-  span += header_bytes<F>(block);
-  const uint8_t* tiles = span;
+  const uint8_t* tiles = span + header_bytes<F>(block);
   for (int64_t b = 0; b < kSpan / block; b++) {
     NativeInt sums[R][kParts];
 #pragma GCC unroll 8
@@ -141,10 +144,10 @@ void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPoi
         for (int p = 0; p < kParts; p++) weights[p] = weight_pairs<F>(v[p], j);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          const NativeInt x = native_splat(rows.pairs[r][k + j]);
+          const NativeInt input = native_splat(rows.pairs[r][k + j]);
 #pragma GCC unroll 16
           for (int p = 0; p < kParts; p++) {
-            sums[r][p] = native_add_pair_products(sums[r][p], weights[p], x);
+            sums[r][p] = native_add_pair_products(sums[r][p], weights[p], input);
             native_keep(sums[r][p]);
           }
         }
@@ -168,8 +171,8 @@ void multiply_span_rows(int64_t count, const uint8_t* span, int64_t block, int64
   if constexpr (R > 1) multiply_span_rows<F, R - 1>(count, span, block, s, x, row, y);
 }
 
-// Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One span of
-// these rows stays in the L1 cache while all the strips are multiplied by it.
+// Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One
+// span of these rows stays in the L1 cache while all the strips are multiplied by it.
 template <Format F>
 void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
                      int64_t first, int64_t rows, const Output& out) {

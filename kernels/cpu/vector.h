@@ -1,13 +1,15 @@
 // Vectors of sixteen numbers, for every instruction set: one register of AVX-512, two of AVX2, four
 // of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
 //
-// Lanes are independent and a multiplication followed by an addition is rounded once, so every
-// instruction set gives the same bits. vector_*.h define the functions for one register; this file
-// extends them to sixteen numbers. GPT_FLEX_SCALAR, a macro, selects the plain form, which is the
-// reference of the others in tests/test_instruction_sets.py.
+// Lanes are independent; fma and fnma round once (the plain form in all but one of 2^29 results),
+// and the compiler fuses nothing else, so every instruction set gives the same bits. vector_*.h
+// define the functions for one register; this file extends them to sixteen numbers.
+// GPT_FLEX_SCALAR, a macro, selects the plain form, which is the reference of the others in
+// tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
-// pairs of 16-bit integers, or four bytes, in place of each number.
+// pairs of 16-bit integers, or four bytes, in place of each number; native_add_pair_products adds
+// to each sum the products of the two pairs in its lane.
 
 #pragma once
 
@@ -124,14 +126,7 @@ inline T to_type(float value) {
   return lanes[0];
 }
 
-// Loads the 64 bytes of sixteen 32-bit numbers as they are.
-inline Ints load_bits(const void* from) {
-  Ints result;
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; p++)
-    result.part[p] = native_load_bits(static_cast<const uint8_t*>(from) + 4 * p * kLanes);
-  return result;
-}
+// Stores the 64 bytes of sixteen 32-bit numbers as they are.
 inline void store_bits(void* to, const Ints& values) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++)
@@ -181,12 +176,6 @@ inline Floats keep_above(Floats a, Floats limit, Floats value) {
 inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
-// Adds to each sum the products of the two 16-bit integers of a and b that lie in its lane.
-inline Ints add_pair_products(Ints sums, Ints a, Ints b) {
-  return each<Ints>([](auto x, auto y, auto z) { return native_add_pair_products(x, y, z); }, sums,
-                    a, b);
-}
-
 // Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
 template <class Op>
 inline float reduce(const Floats& values, Op op) {

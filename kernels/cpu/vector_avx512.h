@@ -1,6 +1,5 @@
-// Vectors of AVX-512 (F, BW, VL, DQ), of 512 bits. Where the CPU has them, VNNI multiplies and adds
-// pairs, and BF16 rounds to bfloat16; BF16 rounds denormals to zero. Included by vector.h, which
-// describes the functions.
+// Vectors of AVX-512 (F, BW, VL, DQ), of 512 bits. Where the CPU has BF16, it rounds to
+// bfloat16, and denormals to zero. Included by vector.h, which describes the functions.
 
 #pragma once
 
@@ -109,11 +108,7 @@ inline NativeInt native_shift_right_16(NativeInt a) {
   return (NativeInt)_mm512_srli_epi16((__m512i)a, BITS);
 }
 inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt b) {
-#ifdef __AVX512VNNI__
-  return (NativeInt)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#else
   return sums + (NativeInt)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#endif
 }
 // See vector_avx2.h.
 inline void native_keep(NativeInt& sums) { asm volatile("" : "+v"(sums)); }
