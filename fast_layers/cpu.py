@@ -37,8 +37,8 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
-# Query heads of a key/value head for which 16 tokens, a verify pass, are at most kMaxQueries queries
-# (kernels/cpu/attention.cpp).
+# Query heads of a key/value head for which a verify pass of 16 tokens has at most kMaxQueries
+# queries (kernels/cpu/attention.cpp).
 MAX_SHARING = 8
 
 
