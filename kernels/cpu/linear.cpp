@@ -30,7 +30,7 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, const std::optiona
 template <class W>
 void multiply(const DenseWeights& w, const float* rows, int64_t stride, const Output& out) {
   const bool few = out.M <= kMaxFewRows;
-  const int64_t width = few ? kOutputsTogether : kStrip, parts = (w.N + width - 1) / width;
+  const int64_t width = few ? kDotOutputs : kStrip, parts = (w.N + width - 1) / width;
   at::parallel_for(0, parts, kGrain / width / w.K / out.M + 1, [&](int64_t from, int64_t to) {
     if (!few) return multiply_many_rows<W>(w, rows, stride, from, to, out);
     multiply_few_rows<W>(w, rows, stride, from * width, std::min(to * width, w.N), out);
