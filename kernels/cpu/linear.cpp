@@ -39,26 +39,31 @@ void multiply(const DenseWeights& w, const float* rows, int64_t stride, const Ou
 
 // Returns F.linear. x: (M, K), weight: (N, K) and bias (N), of one dtype: bfloat16 or float16.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if (!weight.is_contiguous()) return at::linear(x, weight, bias);
+  const auto dtype = x.scalar_type();
+  const int64_t M = x.size(0), K = weight.size(1), N = weight.size(0);
+  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf, "rows of ", x.dtype());
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == K && weight.scalar_type() == dtype);
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->scalar_type() == dtype &&
+                        bias->numel() == N));
+  if (!weight.is_contiguous() || x.numel() == 0) return at::linear(x, weight, bias);
   const Tensor input = x.contiguous();
 #ifdef __AVX512BF16__
-  if (x.scalar_type() == at::kBFloat16) return bfloat16_linear(input, weight, bias);
+  if (dtype == at::kBFloat16) return bfloat16_linear(input, weight, bias);
 #endif
-  if (x.size(0) == 0) return at::empty({0, weight.size(0)}, x.options());
-  const int64_t M = x.size(0), K = x.size(1), stride = (K + kStrip - 1) / kStrip * kStrip + kStrip;
-  Tensor out = at::empty({M, weight.size(0)}, x.options());
-  const Output into{out.mutable_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(x),
-                    M, weight.size(0)};
+  // A row's padding keeps rows apart by other than a power of two.
+  const int64_t stride = (K + kStrip - 1) / kStrip * kStrip + kStrip;
+  const Tensor out = at::empty({M, N}, x.options());
   const Tensor rows = at::empty({M, stride}, x.options().dtype(at::kFloat));
+  const Output into{out.mutable_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(x),
+                    M, N};
   auto* floats = rows.mutable_data_ptr<float>();
   with_data(input, [&](const auto* data) {
     at::parallel_for(0, M, kGrain / K + 1, [&](int64_t from, int64_t to) {
       to_float_rows(data, K, stride, from, to, floats);
     });
   });
-  const DenseWeights w{weight.const_data_ptr(), weight.size(0), K};
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "x and the weights have different dtypes");
-  if (x.scalar_type() == at::kBFloat16) multiply<BFloat16>(w, floats, stride, into);
+  const DenseWeights w{weight.const_data_ptr(), N, K};
+  if (dtype == at::kBFloat16) multiply<BFloat16>(w, floats, stride, into);
   else multiply<Half>(w, floats, stride, into);
   return out;
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "output.h"
+#include "row_groups.h"
 
 namespace {
 
@@ -54,7 +55,7 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   for (int64_t k = 0; k < K; k += kStrip) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-      prefetch(weights + n * K + k + kAhead / 2);
+      if (k % kChunk == 0) prefetch(weights + n * K + k + kAhead / sizeof(W));
       const Floats w = load_weights(weights + n * K, k, K);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) sums[m][n] = fma(w, load(rows + m * stride + k), sums[m][n]);
@@ -75,7 +76,7 @@ void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t ste
     const Floats x = load(row + k);
 #pragma GCC unroll 4
     for (int t = 0; t < kOneRowStreams; t++) {
-      prefetch(weights[t] + k + kAhead / 2);
+      if (k % kChunk == 0) prefetch(weights[t] + k + kAhead / sizeof(W));
       sums[t] = fma(load_weights(weights[t], k, w.K), x, sums[t]);
     }
   }
@@ -84,17 +85,17 @@ void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t ste
   for (int64_t t = 0; t < kOneRowStreams; t++) out.store_one(0, n + t * step, y[t]);
 }
 
-// Computes N outputs from n on of rows m to `end`, M rows at a time.
-template <class W, int M, int N>
-int64_t dot_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t m, int64_t end,
-                 int64_t n, const Output& out) {
-  float y[M * N];
-  for (; m + M <= end; m += M) {
-    dot_products<W, M, N>(static_cast<const W*>(w.data) + n * w.K, w.K, rows + m * stride, stride,
-                          y);
+// Computes N outputs from n on of all rows.
+template <class W, int N>
+void dot_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t n,
+              const Output& out) {
+  const W* weights = static_cast<const W*>(w.data) + n * w.K;
+  in_groups<kDotRows>(out.M, [&](auto count, int64_t m) {
+    constexpr int M = decltype(count)::value;
+    float y[M * N];
+    dot_products<W, M, N>(weights, w.K, rows + m * stride, stride, y);
     for (int i = 0; i < M * N; i++) out.store_one(m + i / N, n + i % N, y[i]);
-  }
-  return m;
+  });
 }
 
 // Multiplies up to kMaxFewRows float32 rows by outputs `from` to `to`.
@@ -107,11 +108,9 @@ void multiply_few_rows(const DenseWeights& w, const float* rows, int64_t stride,
     for (; n < from + step; n++) dot_one_row<W>(w, rows, n, step, out);
     n = from + kOneRowStreams * step;
   }
-  for (; out.M > 1 && n + kDotOutputs <= to; n += kDotOutputs) {
-    const int64_t m = dot_rows<W, kDotRows, kDotOutputs>(w, rows, stride, 0, out.M, n, out);
-    dot_rows<W, 1, kDotOutputs>(w, rows, stride, m, out.M, n, out);
-  }
-  for (; n < to; n++) dot_rows<W, 1, 1>(w, rows, stride, 0, out.M, n, out);
+  for (; out.M > 1 && n + kDotOutputs <= to; n += kDotOutputs)
+    dot_rows<W, kDotOutputs>(w, rows, stride, n, out);
+  for (; n < to; n++) dot_rows<W, 1>(w, rows, stride, n, out);
 }
 
 struct alignas(kLine) DensePanel {
@@ -162,14 +161,6 @@ void multiply_dense_panel(const DensePanel& panel, int64_t count, const float* r
     for (int p = 0; p < kParts; p++) y[r].part[p] = sums[r][p];
 }
 
-// Does multiply_dense_panel for `rows_count` rows, a number from 1 to R.
-template <int R = kDenseRows>
-void multiply_dense_rows(int64_t rows_count, const DensePanel& panel, int64_t count,
-                         const float* rows, int64_t stride, Floats* y) {
-  if (rows_count == R) return multiply_dense_panel<R>(panel, count, rows, stride, y);
-  if constexpr (R > 1) multiply_dense_rows<R - 1>(rows_count, panel, count, rows, stride, y);
-}
-
 // Multiplies float32 rows by strips `from` to `to`, of 16 outputs each.
 template <class W>
 void multiply_many_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
@@ -179,15 +170,15 @@ void multiply_many_rows(const DenseWeights& w, const float* rows, int64_t stride
   Floats y[kRows];
   for (int64_t n = from; n < to; n++)
     for (int64_t first = 0; first < out.M; first += kRows) {
-      const int64_t M = std::min(kRows, out.M - first), groups = (M + kDenseRows - 1) / kDenseRows;
+      const int64_t M = std::min(kRows, out.M - first);
       for (int64_t m = 0; m < M; m++) y[m] = splat(0.f);
       for (int64_t k = 0; k < w.K; k += kPanelInputs) {
         const int64_t count = std::min(kPanelInputs, w.K - k);
         fill_panel<W>(w, n, k, count, panel);
-        for (int64_t g = 0; g < groups; g++) {
-          const int64_t m = M * g / groups, size = M * (g + 1) / groups - m;
-          multiply_dense_rows(size, panel, count, rows + (first + m) * stride + k, stride, y + m);
-        }
+        in_groups<kDenseRows>(M, [&](auto size, int64_t m) {
+          multiply_dense_panel<decltype(size)::value>(panel, count, rows + (first + m) * stride + k,
+                                                      stride, y + m);
+        });
       }
       const int64_t outputs = std::min(kStrip, w.N - n * kStrip);
       for (int64_t m = 0; m < M; m++) out.store_outputs(first + m, n, outputs, y[m]);

@@ -1,5 +1,6 @@
 // Integer products of 16-bit pairs: fixed-point rows by strips of packed weights, on all CPUs
-// without AVX-512 VNNI. AVX2's vpmaddwd multiplies 16 pairs and adds both products of each.
+// without AVX-512 VNNI. AVX2's vpmaddwd multiplies 16 numbers of 16 bits by 16, and adds the
+// products of each two neighbours.
 //
 // A packed tile holds four inputs of an output in four bytes. Seen as two 16-bit lanes, its low
 // bytes are the weights of inputs 0 and 2, its high bytes those of inputs 1 and 3: a mask or a
@@ -13,6 +14,7 @@
 
 #include "fixed_point.h"
 #include "output.h"
+#include "row_groups.h"
 
 namespace {
 
@@ -83,17 +85,20 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
   for (int t = 0; t < STRIPS; t++) y[t] = y[t] * w.output_scales(n[t]);
 }
 
-// The scales and zero points of a span.
-struct SpanScales {
+// A span of a strip: its packed weights, and the scales and zero points of its blocks.
+struct Span {
+  const uint8_t* tiles;
+  int64_t number, block;  // number: of the span in the strip; block: inputs that share a scale
   Floats zeros[kSpan / kChunk], scales[kSpan / kChunk];
 };
 
 template <Format F>
-SpanScales load_span_scales(const uint8_t* header, int64_t block) {
-  SpanScales all;
-  for (int64_t b = 0; b < kSpan / block; b++)
-    all.zeros[b] = load_zeros<F>(header, block, b), all.scales[b] = load_scales<F>(header, b);
-  return all;
+inline void open_span(const uint8_t* header, int64_t number, int64_t block, Span& span) {
+  span.tiles = header + header_bytes<F>(block), span.number = number, span.block = block;
+  for (int64_t b = 0; b < kSpan / block; b++) {
+    span.zeros[b] = load_zeros<F>(header, block, b);
+    span.scales[b] = load_scales<F>(header, b);
+  }
 }
 
 // Where R rows of a span begin: their pairs, and for each block their sums and scales.
@@ -102,10 +107,10 @@ struct RowPointers {
   const int32_t* pairs[R];
   const float *sums[R], *scales[R];
 
-  RowPointers(const FixedPointRows& x, int64_t row, int64_t span, int64_t block) {
+  RowPointers(const FixedPointRows& x, int64_t row, const Span& span) {
     for (int r = 0; r < R; r++) {
-      const int64_t at = x.block(row + r, span * (kSpan / block));
-      pairs[r] = x.pairs(row + r) + span * kSpan / 2;
+      const int64_t at = x.block(row + r, span.number * (kSpan / span.block));
+      pairs[r] = x.pairs(row + r) + span.number * kSpan / 2;
       sums[r] = &x.sum[at], scales[r] = &x.scale[at];
     }
   }
@@ -118,22 +123,20 @@ inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zer
   return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
 }
 
-// Adds to y, (R, 16), the products of span s of a strip by rows `row` to row + R - 1. span: its
-// bytes. Unpacks the weights in registers.
+// Adds to y, (R, 16), the products of a span by rows `row` to row + R - 1. Unpacks the weights in
+// registers.
 template <Format F, int R>
-void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPointRows& x,
-                   int64_t row, Floats* y) {
-  const SpanScales all = load_span_scales<F>(span, block);
-  const RowPointers<R> rows(x, row, s, block);
-  const uint8_t* tiles = span + header_bytes<F>(block);
-  for (int64_t b = 0; b < kSpan / block; b++) {
+void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Floats* y) {
+  const RowPointers<R> rows(x, row, span);
+  const uint8_t* tiles = span.tiles;
+  for (int64_t b = 0; b < kSpan / span.block; b++) {
     NativeInt sums[R][kParts];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++) sums[r][p] = native_splat(0);
-    for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k += kPairsOf<F>, tiles += kLine) {
-      prefetch(tiles + kAhead);
+    const int64_t begin = b * span.block / 2, end = begin + span.block / 2;
+    for (int64_t k = begin; k < end; k += kPairsOf<F>, tiles += kLine) {
       NativeInt v[kParts];
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++) v[p] = native_load_bits(tiles + 4 * p * kLanes);
@@ -158,17 +161,9 @@ void multiply_span(const uint8_t* span, int64_t block, int64_t s, const FixedPoi
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++)
         y[r].part[p] =
-            add_block_part(y[r].part[p], sums[r][p], all.zeros[b].part[p], all.scales[b].part[p],
+            add_block_part(y[r].part[p], sums[r][p], span.zeros[b].part[p], span.scales[b].part[p],
                            rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
   }
-}
-
-// Does multiply_span for `count` rows, a number from 1 to R.
-template <Format F, int R = kRowsTogether>
-void multiply_span_rows(int64_t count, const uint8_t* span, int64_t block, int64_t s,
-                        const FixedPointRows& x, int64_t row, Floats* y) {
-  if (count == R) return multiply_span<F, R>(span, block, s, x, row, y);
-  if constexpr (R > 1) multiply_span_rows<F, R - 1>(count, span, block, s, x, row, y);
 }
 
 // Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One
@@ -176,18 +171,21 @@ void multiply_span_rows(int64_t count, const uint8_t* span, int64_t block, int64
 template <Format F>
 void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
                      int64_t first, int64_t rows, const Output& out) {
+  const int64_t bytes = span_bytes<F>(w.block), spans = w.K / kSpan;
   Floats y[kStripsInCache][kRowsInCache];
-  const int64_t groups = (rows + kRowsTogether - 1) / kRowsTogether;
   for (int64_t i = 0; i < strips; i++)
     for (int64_t r = 0; r < rows; r++) y[i][r] = splat(0.f);
-  for (int64_t s = 0; s < w.K / kSpan; s++)
-    for (int64_t i = 0; i < strips; i++) {
-      const uint8_t* span = w.spans(n + i) + s * span_bytes<F>(w.block);
-      for (int64_t g = 0; g < groups; g++) {  // of sizes that differ by at most one
-        const int64_t r = rows * g / groups, count = rows * (g + 1) / groups - r;
-        multiply_span_rows<F>(count, span, w.block, s, x, first + r, &y[i][r]);
-      }
-    }
+  for (int64_t at = 0; at < spans * strips; at++) {
+    const auto data_at = [&](int64_t at) { return w.spans(n + at % strips) + at / strips * bytes; };
+    // The next span that is multiplied; after the last one, the first span of the next strips.
+    prefetch(at + 1 < spans * strips ? data_at(at + 1) : w.spans(n + strips), bytes);
+    Span span;
+    open_span<F>(data_at(at), at / strips, w.block, span);
+    Floats* sums = y[at % strips];
+    in_groups<kRowsTogether>(rows, [&](auto count, int64_t r) {
+      multiply_span<F, decltype(count)::value>(span, x, first + r, sums + r);
+    });
+  }
   for (int64_t i = 0; i < strips; i++)
     for (int64_t r = 0; r < rows; r++)
       out.store_strip(first + r, n + i, y[i][r] * w.output_scales(n + i));
