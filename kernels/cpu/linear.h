@@ -55,7 +55,7 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   for (int64_t k = 0; k < K; k += kStrip) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-      if (k % kChunk == 0) prefetch(weights + n * K + k + kAhead / sizeof(W));
+      prefetch(weights + n * K + k + kAhead / sizeof(W));
       const Floats w = load_weights(weights + n * K, k, K);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) sums[m][n] = fma(w, load(rows + m * stride + k), sums[m][n]);
