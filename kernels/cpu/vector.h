@@ -59,6 +59,31 @@ inline float to_float(BFloat16 a) { return float_of(static_cast<uint32_t>(a.bits
 
 namespace {
 
+// GCC and Clang translate + - * and & of registers for every instruction set.
+
+// Returns the bytes at `from` as a register.
+template <class Register>
+inline Register register_at(const void* from) {
+  Register result;
+  std::memcpy(&result, from, sizeof(result));
+  return result;
+}
+inline NativeFloat native_load(const float* from) { return register_at<NativeFloat>(from); }
+inline NativeInt native_load_bits(const uint8_t* from) { return register_at<NativeInt>(from); }
+inline void native_store(float* to, NativeFloat v) { std::memcpy(to, &v, sizeof(v)); }
+inline void native_store(int32_t* to, NativeInt v) { std::memcpy(to, &v, sizeof(v)); }
+
+inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
+inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
+inline NativeFloat native_abs(NativeFloat a) {
+  const NativeInt bits = register_at<NativeInt>(&a) & native_splat(0x7fffffff);
+  return register_at<NativeFloat>(&bits);
+}
+inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
+  const NativeInt bits = register_at<NativeInt>(&a) + exponent * native_splat(1 << 23);
+  return register_at<NativeFloat>(&bits);
+}
+
 constexpr int kParts = kStrip / kLanes;  // registers of sixteen numbers
 
 struct Floats {
@@ -102,7 +127,7 @@ inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++) {
     const NativeInt bytes = native_load_bytes(from + p * kLanes);
-    low.part[p] = native_to_float(native_and(bytes, native_splat(15)));
+    low.part[p] = native_to_float(bytes & native_splat(15));
     high.part[p] = native_to_float(native_shift_right_16<4>(bytes));
   }
 }
@@ -135,16 +160,16 @@ inline void store_bits(void* to, const Ints& values) {
 
 // The inputs are called a, b, c in the order of the formulas.
 inline Floats operator+(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_add(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x + y; }, a, b);
 }
 inline Ints operator+(Ints a, Ints b) {
-  return each<Ints>([](auto x, auto y) { return native_add(x, y); }, a, b);
+  return each<Ints>([](auto x, auto y) { return x + y; }, a, b);
 }
 inline Floats operator-(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_subtract(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x - y; }, a, b);
 }
 inline Floats operator*(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_multiply(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x * y; }, a, b);
 }
 inline Floats max(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return native_max(x, y); }, a, b);
@@ -201,7 +226,7 @@ inline void reduce_add_four(const Floats (&values)[4], float* to) {
 #pragma GCC unroll 4
     for (int half = kParts / 2; half; half /= 2)
 #pragma GCC unroll 8
-      for (int p = 0; p < half; p++) v.part[p] = native_add(v.part[p], v.part[p + half]);
+      for (int p = 0; p < half; p++) v.part[p] = v.part[p] + v.part[p + half];
     sums[i] = v.part[0];
   }
   native_reduce_add_four(sums, to);

@@ -7,10 +7,10 @@
 
 namespace {
 
-using NativeFloat = __m512;
+constexpr int kLanes = 16;
+using NativeFloat = float __attribute__((vector_size(64)));
 // Not __m512i, whose numbers have 64 bits: GCC 12 then copies each sum before an addition.
 using NativeInt = int32_t __attribute__((vector_size(64)));
-constexpr int kLanes = 16;
 
 inline NativeFloat native_splat(float value) { return _mm512_set1_ps(value); }
 inline NativeInt native_splat(int32_t value) {
@@ -20,7 +20,6 @@ inline NativeInt native_splat(int32_t value) {
 inline __m256i load_sixteen_halves(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
-inline NativeFloat native_load(const float* from) { return _mm512_loadu_ps(from); }
 inline NativeFloat native_load(const BFloat16* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(load_sixteen_halves(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -41,12 +40,7 @@ inline NativeFloat native_load(const uint8_t* from) {
 inline float to_float(Half a) {
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits)));
 }
-inline NativeInt native_load_bits(const uint8_t* from) {
-  return (NativeInt)_mm512_loadu_si512(from);
-}
 
-inline void native_store(float* to, NativeFloat v) { _mm512_storeu_ps(to, v); }
-inline void native_store(int32_t* to, NativeInt v) { _mm512_storeu_si512(to, (__m512i)v); }
 inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
@@ -67,12 +61,7 @@ inline void native_store(BFloat16* to, NativeFloat v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 }
 
-inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return _mm512_add_ps(a, b); }
-inline NativeInt native_add(NativeInt a, NativeInt b) { return a + b; }
-inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return _mm512_sub_ps(a, b); }
-inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return _mm512_mul_ps(a, b); }
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return _mm512_max_ps(a, b); }
-inline NativeFloat native_abs(NativeFloat a) { return _mm512_abs_ps(a); }
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return _mm512_fmadd_ps(a, b, c);
 }
@@ -83,10 +72,6 @@ inline NativeFloat native_to_float(NativeInt a) { return _mm512_cvtepi32_ps((__m
 inline NativeInt native_round(NativeFloat a) { return (NativeInt)_mm512_cvtps_epi32(a); }
 inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_GT_OQ), value);
-}
-inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
-  const __m512i steps = _mm512_slli_epi32((__m512i)exponent, 23);
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), steps));
 }
 
 inline __m128 add_quarters(__m512 v) {
@@ -102,7 +87,6 @@ inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 }
 
-inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {
   return (NativeInt)_mm512_srli_epi16((__m512i)a, BITS);
