@@ -2,14 +2,19 @@
 // of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
 //
 // Lanes are independent; fma and fnma round once (the plain form in all but one of 2^29 results),
-// and the compiler fuses nothing else, so every instruction set gives the same bits. vector_*.h
-// define the functions for one register; this file extends them to sixteen numbers.
+// and the compiler fuses nothing else, so every instruction set gives the same bits. Exceptions:
+// the bits of a NaN, and whether max returns it; and AVX-512 BF16 rounds denormals to bfloat16 as
+// 0. vector_*.h define the functions for one register; this file extends them to sixteen numbers.
 // GPT_FLEX_SCALAR, a macro, selects the plain form, which is the reference of the others in
 // tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
-// pairs of 16-bit integers, or four bytes, in place of each number; native_add_pair_products adds
-// to each sum the products of the two pairs in its lane.
+// pairs of 16-bit integers, or four bytes, in place of each number.
+//   native_load_bytes         loads kLanes bytes and widens each to 32 bits
+//   native_load_bits          loads 4 * kLanes bytes as they lie
+//   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
+//   native_add_pair_products  adds to each sum the products of the two pairs in its lane
+//   native_keep               makes the compiler finish a sum before it computes more products
 
 #pragma once
 
@@ -151,13 +156,6 @@ inline T to_type(float value) {
   return lanes[0];
 }
 
-// Stores the 64 bytes of sixteen 32-bit numbers as they are.
-inline void store_bits(void* to, const Ints& values) {
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; p++)
-    native_store(reinterpret_cast<int32_t*>(to) + p * kLanes, values.part[p]);
-}
-
 // The inputs are called a, b, c in the order of the formulas.
 inline Floats operator+(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return x + y; }, a, b);
@@ -201,33 +199,36 @@ inline Floats keep_above(Floats a, Floats limit, Floats value) {
 inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
-// Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
-template <class Op>
-inline float reduce(const Floats& values, Op op) {
-  alignas(kLine) float lanes[kStrip];
-  store(lanes, values);
-  for (int half = kStrip / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = op(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-inline float reduce_add(const Floats& values) {
-  return reduce(values, [](float a, float b) { return a + b; });
-}
-inline float reduce_max(const Floats& values) {
-  return reduce(values, [](float a, float b) { return std::max(a, b); });
-}
 
-// Writes the sums of four vectors, with the same bits as by reduce_add, which goes through memory.
+// Combines the first `count` numbers, of a power of two: i and i + count / 2, then i and i + count
+// / 4, and so on.
+template <class T, class Op>
+inline T fold(T* values, int count, Op op) {
+#pragma GCC unroll 4
+  for (int half = count / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) values[i] = op(values[i], values[i + half]);
+  return values[0];
+}
+// Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
+inline float reduce_add(Floats values) {
+  const auto add = [](auto a, auto b) { return a + b; };
+  float lanes[kLanes];
+  native_store(lanes, fold(values.part, kParts, add));
+  return fold(lanes, kLanes, add);
+}
+inline float reduce_max(Floats values) {
+  float lanes[kLanes];
+  native_store(lanes, fold(values.part, kParts, native_max));
+  return fold(lanes, kLanes, [](float a, float b) { return std::max(a, b); });
+}
+// Writes the sums of four vectors, with the same bits as by reduce_add, in fewer instructions.
 inline void reduce_add_four(const Floats (&values)[4], float* to) {
   NativeFloat sums[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     Floats v = values[i];
-#pragma GCC unroll 4
-    for (int half = kParts / 2; half; half /= 2)
-#pragma GCC unroll 8
-      for (int p = 0; p < half; p++) v.part[p] = v.part[p] + v.part[p + half];
-    sums[i] = v.part[0];
+    sums[i] = fold(v.part, kParts, [](auto a, auto b) { return a + b; });
   }
   native_reduce_add_four(sums, to);
 }

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "vector_x86.h"
 
 namespace {
 
@@ -34,7 +34,6 @@ inline NativeInt native_load_bytes(const uint8_t* from) {
 inline NativeFloat native_load(const uint8_t* from) {
   return _mm256_cvtepi32_ps((__m256i)native_load_bytes(from));
 }
-inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
 
 inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
@@ -66,16 +65,9 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
   return _mm256_and_ps(_mm256_cmp_ps(a, limit, _CMP_GT_OQ), value);
 }
 
-inline __m128 add_halves(__m256 v) {
-  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-}
 inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
-  const __m128 a = add_halves(v[0]), b = add_halves(v[1]);
-  const __m128 c = add_halves(v[2]), d = add_halves(v[3]);
-  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
-  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+  reduce_add_four(fold_to_four(v[0]), fold_to_four(v[1]), fold_to_four(v[2]), fold_to_four(v[3]),
+                  to);
 }
 
 template <int BITS>

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "vector_x86.h"
 
 namespace {
 
@@ -36,9 +36,6 @@ inline NativeInt native_load_bytes(const uint8_t* from) {
 }
 inline NativeFloat native_load(const uint8_t* from) {
   return _mm512_cvtepi32_ps((__m512i)native_load_bytes(from));
-}
-inline float to_float(Half a) {
-  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits)));
 }
 
 inline void native_store(Half* to, NativeFloat v) {
@@ -74,17 +71,12 @@ inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFlo
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_GT_OQ), value);
 }
 
-inline __m128 add_quarters(__m512 v) {
-  const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+inline __m128 fold_to_four(__m512 v) {
+  return fold_to_four(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
 inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
-  const __m128 a = add_quarters(v[0]), b = add_quarters(v[1]);
-  const __m128 c = add_quarters(v[2]), d = add_quarters(v[3]);
-  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
-  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+  reduce_add_four(fold_to_four(v[0]), fold_to_four(v[1]), fold_to_four(v[2]), fold_to_four(v[3]),
+                  to);
 }
 
 template <int BITS>
