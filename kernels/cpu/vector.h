@@ -80,9 +80,8 @@ inline void native_store(int32_t* to, NativeInt v) { std::memcpy(to, &v, sizeof(
 
 inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
 inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
-inline NativeFloat native_abs(NativeFloat a) {
-  const NativeInt bits = register_at<NativeInt>(&a) & native_splat(0x7fffffff);
-  return register_at<NativeFloat>(&bits);
+inline NativeInt native_size_bits(NativeFloat a) {
+  return register_at<NativeInt>(&a) & native_splat(0x7fffffff);
 }
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   const NativeInt bits = register_at<NativeInt>(&a) + exponent * native_splat(1 << 23);
@@ -172,8 +171,12 @@ inline Floats operator*(Floats a, Floats b) {
 inline Floats max(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return native_max(x, y); }, a, b);
 }
-inline Floats abs(Floats a) {
-  return each<Floats>([](auto x) { return native_abs(x); }, a);
+inline Ints max(Ints a, Ints b) {
+  return each<Ints>([](auto x, auto y) { return native_max(x, y); }, a, b);
+}
+// Returns the bits of |a|. As integers they have the order of the sizes; NaN is above infinity.
+inline Ints size_bits(Floats a) {
+  return each<Ints>([](auto x) { return native_size_bits(x); }, a);
 }
 // Returns a * b + c, rounded once.
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -217,11 +220,14 @@ inline float reduce_add(Floats values) {
   native_store(lanes, fold(values.part, kParts, add));
   return fold(lanes, kLanes, add);
 }
-inline float reduce_max(Floats values) {
-  float lanes[kLanes];
-  native_store(lanes, fold(values.part, kParts, native_max));
-  return fold(lanes, kLanes, [](float a, float b) { return std::max(a, b); });
+template <class Number, class Vector>
+inline Number reduce_max_to(Vector values) {
+  Number lanes[kLanes];
+  native_store(lanes, fold(values.part, kParts, [](auto a, auto b) { return native_max(a, b); }));
+  return fold(lanes, kLanes, [](Number a, Number b) { return std::max(a, b); });
 }
+inline float reduce_max(const Floats& values) { return reduce_max_to<float>(values); }
+inline int32_t reduce_max(const Ints& values) { return reduce_max_to<int32_t>(values); }
 // Writes the sums of four vectors, with the same bits as by reduce_add, in fewer instructions.
 inline void reduce_add_four(const Floats (&values)[4], float* to) {
   NativeFloat sums[4];

@@ -53,6 +53,9 @@ inline void native_store(BFloat16* to, NativeFloat v) {
 }
 
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return _mm256_max_ps(a, b); }
+inline NativeInt native_max(NativeInt a, NativeInt b) {
+  return (NativeInt)_mm256_max_epi32((__m256i)a, (__m256i)b);
+}
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return _mm256_fmadd_ps(a, b, c);
 }

@@ -59,6 +59,9 @@ inline void native_store(BFloat16* to, NativeFloat v) {
 }
 
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return _mm512_max_ps(a, b); }
+inline NativeInt native_max(NativeInt a, NativeInt b) {
+  return (NativeInt)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return _mm512_fmadd_ps(a, b, c);
 }

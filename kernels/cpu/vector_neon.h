@@ -55,6 +55,7 @@ inline void native_store(BFloat16* to, NativeFloat v) {
 }
 
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return vmaxq_f32(a, b); }
+inline NativeInt native_max(NativeInt a, NativeInt b) { return vmaxq_s32(a, b); }
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return vfmaq_f32(c, a, b);
 }

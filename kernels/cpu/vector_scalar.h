@@ -42,6 +42,7 @@ inline void native_store(Half* to, NativeFloat v) {
 }
 
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return a > b ? a : b; }
+inline NativeInt native_max(NativeInt a, NativeInt b) { return a > b ? a : b; }
 // Where the CPU has no such instruction, std::fma is a slow function. A double holds the product
 // exactly; its sum is rounded twice, which changes about one result in 2^29.
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
