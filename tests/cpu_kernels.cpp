@@ -81,8 +81,8 @@ void print(const char* name, int64_t M, int64_t N, int64_t K, int64_t block,
               static_cast<unsigned long long>(checksum(y.data(), y.size() * sizeof(T))));
 }
 
-// Computes in one call, then row by row, and prints both. In a third of the cases an input is NaN or
-// infinite.
+// Computes in one call, then row by row, and prints both. In a third of the cases an input is NaN
+// or infinite.
 template <Format F, class T>
 void quantized_case(Random& random, const char* name) {
   const int64_t M = 1 + random.below(random.below(4) ? 9 : 260), N = kStrip * (1 + random.below(5));

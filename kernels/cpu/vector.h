@@ -64,7 +64,7 @@ inline float to_float(BFloat16 a) { return float_of(static_cast<uint32_t>(a.bits
 
 namespace {
 
-// GCC and Clang translate + - * and & of registers for every instruction set.
+// GCC and Clang compile + - * and & of registers for every instruction set.
 
 // Returns the bytes at `from` as a register.
 template <class Register>
@@ -203,8 +203,7 @@ inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
 
-// Combines the first `count` numbers, of a power of two: i and i + count / 2, then i and i + count
-// / 4, and so on.
+// Combines `count` values, a power of two: i and i + count / 2, then i and i + count / 4, and so on.
 template <class T, class Op>
 inline T fold(T* values, int count, Op op) {
 #pragma GCC unroll 4
