@@ -203,7 +203,7 @@ inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
 
-// Combines `count` values, a power of two: i and i + count / 2, then i and i + count / 4, and so on.
+// Combines `count` values, a power of two: i and i + count / 2, i and i + count / 4, and so on.
 template <class T, class Op>
 inline T fold(T* values, int count, Op op) {
 #pragma GCC unroll 4
