@@ -81,14 +81,18 @@ void print(const char* name, int64_t M, int64_t N, int64_t K, int64_t block,
               static_cast<unsigned long long>(checksum(y.data(), y.size() * sizeof(T))));
 }
 
-// Computes in one call, then row by row, and prints both.
+// Computes in one call, then row by row, and prints both. In a third of the cases an input is NaN
+// or infinite.
 template <Format F, class T>
 void quantized_case(Random& random, const char* name) {
   const int64_t M = 1 + random.below(random.below(4) ? 9 : 260), N = kStrip * (1 + random.below(5));
   const int64_t K = kSpan * (1 + random.below(6));
   const int64_t block = F == kInt8 ? kInt8Block : kChunk << random.below(4);
   const auto data = random_packed<F>(random, N, K, block);
-  const auto x = random_values<T>(random, M * K), bias = random_values<T>(random, N);
+  auto x = random_values<T>(random, M * K);
+  const auto bias = random_values<T>(random, N);
+  if (random.below(3) == 0)
+    x[random.below(M * K)] = to_type<T>(random.below(2) ? std::nanf("") : -kMasked);
   const PackedWeights w{data.data(), N, K, block, strip_bytes<F>(K * bits(F) / 8, block)};
   FixedPointRows rows;
   std::vector<T> together(M * N), alone(M * N);
@@ -102,6 +106,7 @@ void quantized_case(Random& random, const char* name) {
   print(name, M, N, K, block, together), print(name, M, N, K, block, alone);
 }
 
+// Computes in one call, then row by row if the rows are few, and prints both.
 template <class W>
 void dense_case(Random& random, const char* name) {
   const int64_t M = 1 + random.below(40), N = 1 + random.below(70), K = 1 + random.below(600);
@@ -115,7 +120,11 @@ void dense_case(Random& random, const char* name) {
   const DenseWeights w{weights.data(), N, K};
   if (M <= kMaxFewRows) multiply_few_rows<W>(w, rows.data(), stride, 0, N, out);
   else multiply_many_rows<W>(w, rows.data(), stride, 0, (N + kStrip - 1) / kStrip, out);
-  print(name, M, N, K, 0, y);
+  std::vector<W> alone = y;
+  for (int64_t m = 0; m < M && M <= kMaxFewRows; m++)
+    multiply_few_rows<W>(w, rows.data() + m * stride, stride, 0, N,
+                         {alone.data() + m * N, out.bias, kDtype<W>, 1, N});
+  print(name, M, N, K, 0, y), print(name, M, N, K, 0, alone);
 }
 
 // Computes all heads together, then one query of each head alone; prints both.
@@ -150,7 +159,8 @@ template <class W, class T>
 void neurons_case(Random& random, const char* name) {
   constexpr bool kNibbles = std::is_same_v<W, Nibbles>, kIntegers = std::is_same_v<W, int8_t>;
   const int64_t F = 1 + random.below(40), inner = 1 + random.below(2), N = 1 + random.below(6);
-  const int64_t dim = kChunk * (1 + random.below(20)), group = kChunk, groups = dim / group;
+  const int64_t group = kChunk << random.below(3), groups = 1 + random.below(7);
+  const int64_t dim = group * groups;
   Layer<T> layer{};
   int64_t end = 0;  // of a record's bytes so far
   for (int64_t i = 0; i <= inner; i++) {

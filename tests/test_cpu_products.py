@@ -427,3 +427,48 @@ def test_a_step_attends_as_a_sweep_does_to_the_bit():
         one = slice(n, n + 1)
         alone = torch.ops.gpt_flex.attention(q[:, :, one], k, v, mask[:, :, one])
         assert torch.equal(alone[:, :, 0], together[:, :, n])
+
+
+@needed
+@pytest.mark.parametrize("groupsize", [None, 32, 256])
+def test_a_nan_or_an_infinity_makes_its_row_nan_and_no_other(groupsize: int | None):
+    fast, x = PackedLinear(filled(300, 40, groupsize, True)), rows(9, 300)
+    clean = fast(x)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[4, 17] = bad
+        for found in (fast(x), torch.cat([fast(row) for row in x.split(1)])):
+            assert found[4].isnan().all()
+            assert torch.equal(found[[0, 1, 2, 3, 5, 8]], clean[[0, 1, 2, 3, 5, 8]])
+
+
+@needed
+def test_a_row_of_tiny_numbers_gives_the_bias():
+    linear = filled(300, 40, 32, True)
+    x = torch.full((1, 300), 2.0**-120, dtype=torch.bfloat16)
+    assert torch.equal(PackedLinear(linear)(x)[0], linear.bias)
+
+
+@needed
+def test_attention_leaves_other_shapes_to_torch():
+    """A mask that serves all rows, and no queries."""
+    q, k, v, mask = seen(2, 4, 2, 100, 64)
+    wanted = torch.ops.gpt_flex.attention(q, k, v, mask[:1].expand(2, -1, -1, -1))
+    found = torch.ops.gpt_flex.attention(q, k, v, mask[:1])
+    assert (found - wanted).abs().max() < 0.02
+    assert torch.ops.gpt_flex.attention(q[:, :, :0], k, v, mask[:, :, :0]).shape == (2, 4, 0, 64)
+
+
+@needed
+def test_wrong_arguments_are_refused():
+    fast, x = PackedLinear(filled(300, 48, 32, True)), rows(2, 300)
+    format, block, N = fast._layout
+    for arguments in (
+        (x, fast.packed, fast.bias[1:], format, block, N),
+        (x, fast.packed, fast.bias, format, 0, N),
+        (x, fast.packed.t(), fast.bias, format, block, N),
+    ):
+        with pytest.raises(RuntimeError, match="a bias not|a block of|no matrix"):
+            torch.ops.gpt_flex.quantized_linear(*arguments)
+    none = torch.empty(0, 32, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="of 0 outputs"):
+        torch.ops.gpt_flex.pack(none, torch.empty(0), None, none)

@@ -1,10 +1,12 @@
 // Activations as 16-bit fixed-point numbers with one scale for each block of a row. The rounding
 // error is at most about 2^-16 of the block's largest value. bfloat16's is 2^-9 of each number,
 // which is less only for numbers below 1/128 of the largest. Products with integer weights are then
-// exact integers, which every instruction set adds up to the same bits.
+// exact integers, which every instruction set adds up to the same bits. A NaN or an infinity makes
+// all outputs of its row NaN.
 
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "packed_weights.h"
@@ -68,17 +70,18 @@ inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& r
 template <class T>
 void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointRows& rows) {
   constexpr float kMax = 32639;  // 127 * 256 + 127: the largest number of two signed bytes
-  Floats largest = splat(0.f);
-  for (int64_t i = 0; i < block; i += kStrip) largest = max(largest, abs(load(x + i)));
-  const float top = reduce_max(largest);
-  const Floats factor = splat(top > 0 ? kMax / top : 0.f);
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  Ints largest = splat(0);
+  for (int64_t i = 0; i < block; i += kStrip) largest = max(largest, size_bits(load(x + i)));
+  const float top = float_of(static_cast<uint32_t>(reduce_max(largest)));
+  const Floats factor = splat(top > 0x1p-100f ? kMax / top : 0.f);  // below, it may be infinite
   Ints total = splat(0);
   for (int64_t i = 0; i < block; i += kStrip) {
     const Ints q = round_to_ints(load(x + i) * factor);
     total = total + q;
     store_numbers(q, m, b * block + i, rows);
   }
-  rows.scale[rows.block(m, b)] = top / kMax;
+  rows.scale[rows.block(m, b)] = std::isfinite(top) ? top / kMax : kNaN;
   rows.sum[rows.block(m, b)] = reduce_add(to_floats(total));  // exact: below 2^24
 }
 

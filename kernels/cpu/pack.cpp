@@ -25,7 +25,9 @@ bool pack_as(const StoredLinear& from, const Tensor& buffer) {
 // format. int4 scales take a byte each, or two where a scale is no multiple of its output's unit.
 int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& zeros,
              const Tensor& buffer) {
-  const int64_t N = weight.size(0), bytes = weight.size(1), groups = scales.numel() / N;
+  const int64_t N = weight.size(0), bytes = weight.size(1);
+  TORCH_CHECK(N > 0 && scales.numel() >= N, scales.numel(), " scales of ", N, " outputs");
+  const int64_t groups = scales.numel() / N;
   TORCH_CHECK(weight.is_contiguous() && scales.is_contiguous() && buffer.is_contiguous());
   StoredLinear from{static_cast<const uint8_t*>(weight.const_data_ptr())};
   from.N = N, from.bytes = bytes, from.groups = groups, from.block = 2 * bytes / groups;
@@ -34,7 +36,8 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
     return pack_as<kInt8>(from, buffer), kInt8;
   }
   TORCH_CHECK(zeros->is_contiguous() && zeros->numel() == N * ((groups + 1) / 2));
-  TORCH_CHECK(from.block % kChunk == 0 && kSpan % from.block == 0, "a block of ", from.block);
+  const bool fits = from.block > 0 && from.block % kChunk == 0 && kSpan % from.block == 0;
+  TORCH_CHECK(fits, "a block of ", from.block);
   from.scales = reinterpret_cast<const Half*>(scales.const_data_ptr<at::Half>());
   from.zeros = zeros->const_data_ptr<uint8_t>();
   if (pack_as<kInt4>(from, buffer)) return kInt4;

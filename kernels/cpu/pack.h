@@ -153,7 +153,7 @@ inline bool scale_integers(const Half* scales, const float* inverse_units, Squar
     for (int64_t i = 0; i < kStrip * kStrip; i += kStrip) {
       const Floats multiples = load(scales + i) * splat(inverse_units[i / kStrip]);
       const Ints integers = round_to_ints(multiples);
-      store_bits(to.dwords + i, integers);
+      store(reinterpret_cast<int32_t*>(to.dwords + i), integers);
       store(errors + i, to_floats(integers) - multiples);
     }
     // GCC makes vectors of this long loop, and makes none of a loop over 16.

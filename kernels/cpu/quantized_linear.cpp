@@ -48,12 +48,14 @@ int64_t gemm_rows(const Tensor& x) {
 template <Format F>
 Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
                      int64_t block) {
-  TORCH_CHECK(block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
+  TORCH_CHECK(block > 0 && block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
+  TORCH_CHECK(packed.dim() == 2 && packed.is_contiguous(), "packed weights that are no matrix");
   const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span_bytes<F>(block) * kSpan;
   const PackedWeights w{packed.const_data_ptr<uint8_t>(), packed.size(0) * kStrip, K, block,
                         packed.size(1)};
   TORCH_CHECK(x.dim() == 2 && x.size(1) <= K);
   TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "a bias of another dtype");
+  TORCH_CHECK(!bias || (bias->numel() == w.N && bias->is_contiguous()), "a bias not of ", w.N);
   x = x.size(1) < K ? at::constant_pad_nd(x, {0, K - x.size(1)}) : x.contiguous();
 #ifdef __AVX512BF16__
   if (x.size(0) >= gemm_rows<F>(x)) return gemm_product<F>(x, w, bias);

@@ -30,13 +30,18 @@ inline Dtype dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? kFloat16 : kFloat32;
 }
 
-// Calls `use` with the data of a contiguous tensor, as a pointer to its type.
+template <class T>
+const T* data_of(const at::Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// Calls `use` with the data of a contiguous tensor, as a pointer to its type; returns the result.
 template <class Use>
-void with_data(const at::Tensor& x, Use use) {
+auto with_data(const at::Tensor& x, Use use) {
   const Dtype dtype = dtype_of(x);
-  if (dtype == kBFloat16) use(static_cast<const BFloat16*>(x.const_data_ptr()));
-  if (dtype == kFloat16) use(static_cast<const Half*>(x.const_data_ptr()));
-  if (dtype == kFloat32) use(static_cast<const float*>(x.const_data_ptr()));
+  if (dtype == kBFloat16) return use(data_of<BFloat16>(x));
+  if (dtype == kFloat16) return use(data_of<Half>(x));
+  return use(data_of<float>(x));
 }
 
 }  // namespace

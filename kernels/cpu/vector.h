@@ -2,14 +2,19 @@
 // of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
 //
 // Lanes are independent; fma and fnma round once (the plain form in all but one of 2^29 results),
-// and the compiler fuses nothing else, so every instruction set gives the same bits. vector_*.h
-// define the functions for one register; this file extends them to sixteen numbers.
+// and the compiler fuses nothing else, so every instruction set gives the same bits. Exceptions:
+// the bits of a NaN, and whether max returns it; and AVX-512 BF16 rounds denormals to bfloat16 as
+// 0. vector_*.h define the functions for one register; this file extends them to sixteen numbers.
 // GPT_FLEX_SCALAR, a macro, selects the plain form, which is the reference of the others in
 // tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
-// pairs of 16-bit integers, or four bytes, in place of each number; native_add_pair_products adds
-// to each sum the products of the two pairs in its lane.
+// pairs of 16-bit integers, or four bytes, in place of each number.
+//   native_load_bytes         loads kLanes bytes and widens each to 32 bits
+//   native_load_bits          loads 4 * kLanes bytes as they lie
+//   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
+//   native_add_pair_products  adds to each sum the products of the two pairs in its lane
+//   native_keep               makes the compiler finish a sum before it computes more products
 
 #pragma once
 
@@ -59,6 +64,30 @@ inline float to_float(BFloat16 a) { return float_of(static_cast<uint32_t>(a.bits
 
 namespace {
 
+// GCC and Clang compile + - * and & of registers for every instruction set.
+
+// Returns the bytes at `from` as a register.
+template <class Register>
+inline Register register_at(const void* from) {
+  Register result;
+  std::memcpy(&result, from, sizeof(result));
+  return result;
+}
+inline NativeFloat native_load(const float* from) { return register_at<NativeFloat>(from); }
+inline NativeInt native_load_bits(const uint8_t* from) { return register_at<NativeInt>(from); }
+inline void native_store(float* to, NativeFloat v) { std::memcpy(to, &v, sizeof(v)); }
+inline void native_store(int32_t* to, NativeInt v) { std::memcpy(to, &v, sizeof(v)); }
+
+inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
+inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
+inline NativeInt native_size_bits(NativeFloat a) {
+  return register_at<NativeInt>(&a) & native_splat(0x7fffffff);
+}
+inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
+  const NativeInt bits = register_at<NativeInt>(&a) + exponent * native_splat(1 << 23);
+  return register_at<NativeFloat>(&bits);
+}
+
 constexpr int kParts = kStrip / kLanes;  // registers of sixteen numbers
 
 struct Floats {
@@ -102,7 +131,7 @@ inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++) {
     const NativeInt bytes = native_load_bytes(from + p * kLanes);
-    low.part[p] = native_to_float(native_and(bytes, native_splat(15)));
+    low.part[p] = native_to_float(bytes & native_splat(15));
     high.part[p] = native_to_float(native_shift_right_16<4>(bytes));
   }
 }
@@ -126,31 +155,28 @@ inline T to_type(float value) {
   return lanes[0];
 }
 
-// Stores the 64 bytes of sixteen 32-bit numbers as they are.
-inline void store_bits(void* to, const Ints& values) {
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; p++)
-    native_store(reinterpret_cast<int32_t*>(to) + p * kLanes, values.part[p]);
-}
-
 // The inputs are called a, b, c in the order of the formulas.
 inline Floats operator+(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_add(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x + y; }, a, b);
 }
 inline Ints operator+(Ints a, Ints b) {
-  return each<Ints>([](auto x, auto y) { return native_add(x, y); }, a, b);
+  return each<Ints>([](auto x, auto y) { return x + y; }, a, b);
 }
 inline Floats operator-(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_subtract(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x - y; }, a, b);
 }
 inline Floats operator*(Floats a, Floats b) {
-  return each<Floats>([](auto x, auto y) { return native_multiply(x, y); }, a, b);
+  return each<Floats>([](auto x, auto y) { return x * y; }, a, b);
 }
 inline Floats max(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return native_max(x, y); }, a, b);
 }
-inline Floats abs(Floats a) {
-  return each<Floats>([](auto x) { return native_abs(x); }, a);
+inline Ints max(Ints a, Ints b) {
+  return each<Ints>([](auto x, auto y) { return native_max(x, y); }, a, b);
+}
+// Returns the bits of |a|. As integers they have the order of the sizes; NaN is above infinity.
+inline Ints size_bits(Floats a) {
+  return each<Ints>([](auto x) { return native_size_bits(x); }, a);
 }
 // Returns a * b + c, rounded once.
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -176,33 +202,38 @@ inline Floats keep_above(Floats a, Floats limit, Floats value) {
 inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
-// Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
-template <class Op>
-inline float reduce(const Floats& values, Op op) {
-  alignas(kLine) float lanes[kStrip];
-  store(lanes, values);
-  for (int half = kStrip / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] = op(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-inline float reduce_add(const Floats& values) {
-  return reduce(values, [](float a, float b) { return a + b; });
-}
-inline float reduce_max(const Floats& values) {
-  return reduce(values, [](float a, float b) { return std::max(a, b); });
-}
 
-// Writes the sums of four vectors, with the same bits as by reduce_add, which goes through memory.
+// Combines `count` values, a power of two: i and i + count / 2, i and i + count / 4, and so on.
+template <class T, class Op>
+inline T fold(T* values, int count, Op op) {
+#pragma GCC unroll 4
+  for (int half = count / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) values[i] = op(values[i], values[i + half]);
+  return values[0];
+}
+// Combines the sixteen numbers in a fixed order: lanes i and i + 8, then i + 4, i + 2, i + 1.
+inline float reduce_add(Floats values) {
+  const auto add = [](auto a, auto b) { return a + b; };
+  float lanes[kLanes];
+  native_store(lanes, fold(values.part, kParts, add));
+  return fold(lanes, kLanes, add);
+}
+template <class Number, class Vector>
+inline Number reduce_max_to(Vector values) {
+  Number lanes[kLanes];
+  native_store(lanes, fold(values.part, kParts, [](auto a, auto b) { return native_max(a, b); }));
+  return fold(lanes, kLanes, [](Number a, Number b) { return std::max(a, b); });
+}
+inline float reduce_max(const Floats& values) { return reduce_max_to<float>(values); }
+inline int32_t reduce_max(const Ints& values) { return reduce_max_to<int32_t>(values); }
+// Writes the sums of four vectors, with the same bits as by reduce_add, in fewer instructions.
 inline void reduce_add_four(const Floats (&values)[4], float* to) {
   NativeFloat sums[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     Floats v = values[i];
-#pragma GCC unroll 4
-    for (int half = kParts / 2; half; half /= 2)
-#pragma GCC unroll 8
-      for (int p = 0; p < half; p++) v.part[p] = native_add(v.part[p], v.part[p + half]);
-    sums[i] = v.part[0];
+    sums[i] = fold(v.part, kParts, [](auto a, auto b) { return a + b; });
   }
   native_reduce_add_four(sums, to);
 }

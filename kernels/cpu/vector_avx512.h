@@ -3,14 +3,14 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "vector_x86.h"
 
 namespace {
 
-using NativeFloat = __m512;
+constexpr int kLanes = 16;
+using NativeFloat = float __attribute__((vector_size(64)));
 // Not __m512i, whose numbers have 64 bits: GCC 12 then copies each sum before an addition.
 using NativeInt = int32_t __attribute__((vector_size(64)));
-constexpr int kLanes = 16;
 
 inline NativeFloat native_splat(float value) { return _mm512_set1_ps(value); }
 inline NativeInt native_splat(int32_t value) {
@@ -20,7 +20,6 @@ inline NativeInt native_splat(int32_t value) {
 inline __m256i load_sixteen_halves(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
-inline NativeFloat native_load(const float* from) { return _mm512_loadu_ps(from); }
 inline NativeFloat native_load(const BFloat16* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(load_sixteen_halves(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -38,15 +37,7 @@ inline NativeInt native_load_bytes(const uint8_t* from) {
 inline NativeFloat native_load(const uint8_t* from) {
   return _mm512_cvtepi32_ps((__m512i)native_load_bytes(from));
 }
-inline float to_float(Half a) {
-  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits)));
-}
-inline NativeInt native_load_bits(const uint8_t* from) {
-  return (NativeInt)_mm512_loadu_si512(from);
-}
 
-inline void native_store(float* to, NativeFloat v) { _mm512_storeu_ps(to, v); }
-inline void native_store(int32_t* to, NativeInt v) { _mm512_storeu_si512(to, (__m512i)v); }
 inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
@@ -67,12 +58,10 @@ inline void native_store(BFloat16* to, NativeFloat v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 }
 
-inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return _mm512_add_ps(a, b); }
-inline NativeInt native_add(NativeInt a, NativeInt b) { return a + b; }
-inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return _mm512_sub_ps(a, b); }
-inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return _mm512_mul_ps(a, b); }
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return _mm512_max_ps(a, b); }
-inline NativeFloat native_abs(NativeFloat a) { return _mm512_abs_ps(a); }
+inline NativeInt native_max(NativeInt a, NativeInt b) {
+  return (NativeInt)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return _mm512_fmadd_ps(a, b, c);
 }
@@ -84,25 +73,15 @@ inline NativeInt native_round(NativeFloat a) { return (NativeInt)_mm512_cvtps_ep
 inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, limit, _CMP_GT_OQ), value);
 }
-inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
-  const __m512i steps = _mm512_slli_epi32((__m512i)exponent, 23);
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), steps));
-}
 
-inline __m128 add_quarters(__m512 v) {
-  const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+inline __m128 fold_to_four(__m512 v) {
+  return fold_to_four(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
 }
 inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
-  const __m128 a = add_quarters(v[0]), b = add_quarters(v[1]);
-  const __m128 c = add_quarters(v[2]), d = add_quarters(v[3]);
-  // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
-  const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-  const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
-  _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+  reduce_add_four(fold_to_four(v[0]), fold_to_four(v[1]), fold_to_four(v[2]), fold_to_four(v[3]),
+                  to);
 }
 
-inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {
   return (NativeInt)_mm512_srli_epi16((__m512i)a, BITS);

@@ -7,14 +7,13 @@
 
 namespace {
 
+constexpr int kLanes = 4;
 using NativeFloat = float32x4_t;
 using NativeInt = int32x4_t;
-constexpr int kLanes = 4;
 
 inline NativeFloat native_splat(float value) { return vdupq_n_f32(value); }
 inline NativeInt native_splat(int32_t value) { return vdupq_n_s32(value); }
 
-inline NativeFloat native_load(const float* from) { return vld1q_f32(from); }
 inline NativeFloat native_load(const BFloat16* from) {
   const uint16x4_t halves = vld1_u16(reinterpret_cast<const uint16_t*>(from));
   return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
@@ -41,12 +40,7 @@ inline NativeFloat native_load(const uint8_t* from) {
 inline float to_float(Half a) {
   return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a.bits))), 0);
 }
-inline NativeInt native_load_bits(const uint8_t* from) {
-  return vreinterpretq_s32_u8(vld1q_u8(from));
-}
 
-inline void native_store(float* to, NativeFloat v) { vst1q_f32(to, v); }
-inline void native_store(int32_t* to, NativeInt v) { vst1q_s32(to, v); }
 inline void native_store(Half* to, NativeFloat v) {
   vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
@@ -60,12 +54,8 @@ inline void native_store(BFloat16* to, NativeFloat v) {
   vst1_u16(reinterpret_cast<uint16_t*>(to), vbsl_u16(is_number, halves, vdup_n_u16(0x7fff)));
 }
 
-inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return vaddq_f32(a, b); }
-inline NativeInt native_add(NativeInt a, NativeInt b) { return vaddq_s32(a, b); }
-inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return vsubq_f32(a, b); }
-inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return vmulq_f32(a, b); }
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return vmaxq_f32(a, b); }
-inline NativeFloat native_abs(NativeFloat a) { return vabsq_f32(a); }
+inline NativeInt native_max(NativeInt a, NativeInt b) { return vmaxq_s32(a, b); }
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
   return vfmaq_f32(c, a, b);
 }
@@ -76,9 +66,6 @@ inline NativeFloat native_to_float(NativeInt a) { return vcvtq_f32_s32(a); }
 inline NativeInt native_round(NativeFloat a) { return vcvtnq_s32_f32(a); }
 inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
   return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a, limit), vreinterpretq_u32_f32(value)));
-}
-inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
-  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(exponent, 23)));
 }
 
 // Returns a0 + a2, a1 + a3, b0 + b2, b1 + b3.
@@ -91,7 +78,6 @@ inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
   vst1q_f32(to, vpaddq_f32(add_halves(v[0], v[1]), add_halves(v[2], v[3])));
 }
 
-inline NativeInt native_and(NativeInt a, NativeInt b) { return vandq_s32(a, b); }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {
   return vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(a), BITS));

@@ -5,14 +5,13 @@
 
 namespace {
 
+constexpr int kLanes = 1;
 using NativeFloat = float;
 using NativeInt = int32_t;
-constexpr int kLanes = 1;
 
 inline NativeFloat native_splat(float value) { return value; }
 inline NativeInt native_splat(int32_t value) { return value; }
 
-inline NativeFloat native_load(const float* from) { return *from; }
 inline NativeFloat native_load(const BFloat16* from) { return to_float(*from); }
 inline NativeFloat native_load(const int8_t* from) { return *from; }
 inline NativeInt native_load_bytes(const uint8_t* from) { return *from; }
@@ -25,14 +24,7 @@ inline float to_float(Half a) {
   return float_of(sign | (rest < 0x7c00u ? bits_of(value) : 0x7f800000u | rest << 13));
 }
 inline NativeFloat native_load(const Half* from) { return to_float(*from); }
-inline NativeInt native_load_bits(const uint8_t* from) {
-  NativeInt value;
-  std::memcpy(&value, from, sizeof(value));
-  return value;
-}
 
-inline void native_store(float* to, NativeFloat v) { *to = v; }
-inline void native_store(int32_t* to, NativeInt v) { *to = v; }
 inline void native_store(BFloat16* to, NativeFloat v) {
   const uint32_t bits = bits_of(v);
   to->bits = std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -49,12 +41,8 @@ inline void native_store(Half* to, NativeFloat v) {
   to->bits = sign | bits;
 }
 
-inline NativeFloat native_add(NativeFloat a, NativeFloat b) { return a + b; }
-inline NativeInt native_add(NativeInt a, NativeInt b) { return a + b; }
-inline NativeFloat native_subtract(NativeFloat a, NativeFloat b) { return a - b; }
-inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return a > b ? a : b; }
-inline NativeFloat native_abs(NativeFloat a) { return std::abs(a); }
+inline NativeInt native_max(NativeInt a, NativeInt b) { return a > b ? a : b; }
 // Where the CPU has no such instruction, std::fma is a slow function. A double holds the product
 // exactly; its sum is rounded twice, which changes about one result in 2^29.
 inline NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
@@ -68,15 +56,11 @@ inline NativeInt native_round(NativeFloat a) { return static_cast<int32_t>(std::
 inline NativeFloat native_keep_above(NativeFloat a, NativeFloat limit, NativeFloat value) {
   return a > limit ? value : 0.f;
 }
-inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
-  return float_of(bits_of(a) + (static_cast<uint32_t>(exponent) << 23));
-}
 
 inline void native_reduce_add_four(const NativeFloat (&v)[4], float* to) {
   std::copy(v, v + 4, to);
 }
 
-inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
 template <int BITS>
 inline NativeInt native_shift_right_16(NativeInt a) {
   constexpr uint32_t kKept = (0xffffu >> BITS) * 0x10001u;
