@@ -52,15 +52,18 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   Floats sums[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M * N; i++) sums[i / N][i % N] = splat(0.f);
-  for (int64_t k = 0; k < K; k += kStrip) {
+  const auto add = [&](int64_t k, auto load_row) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       prefetch(weights + n * K + k + kAhead / sizeof(W));
-      const Floats w = load_weights(weights + n * K, k, K);
+      const Floats w = load_row(weights + n * K);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) sums[m][n] = fma(w, load(rows + m * stride + k), sums[m][n]);
     }
-  }
+  };
+  const int64_t whole = K / kStrip * kStrip;  // a condition in the loop would spill the sums
+  for (int64_t k = 0; k < whole; k += kStrip) add(k, [&](const W* row) { return load(row + k); });
+  if (whole < K) add(whole, [&](const W* row) { return load_weights(row, whole, K); });
   for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
 }
 
@@ -72,14 +75,17 @@ void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t ste
   Floats sums[kOneRowStreams];
   for (int64_t t = 0; t < kOneRowStreams; t++)
     weights[t] = static_cast<const W*>(w.data) + (n + t * step) * w.K, sums[t] = splat(0.f);
-  for (int64_t k = 0; k < w.K; k += kStrip) {
+  const int64_t whole = w.K / kStrip * kStrip;  // a condition in the loop would spill the sums
+  for (int64_t k = 0; k < whole; k += kStrip) {
     const Floats x = load(row + k);
 #pragma GCC unroll 4
     for (int t = 0; t < kOneRowStreams; t++) {
-      if (k % kChunk == 0) prefetch(weights[t] + k + kAhead / sizeof(W));
-      sums[t] = fma(load_weights(weights[t], k, w.K), x, sums[t]);
+      prefetch(weights[t] + k + kAhead / sizeof(W));
+      sums[t] = fma(load(weights[t] + k), x, sums[t]);
     }
   }
+  for (int t = 0; whole < w.K && t < kOneRowStreams; t++)
+    sums[t] = fma(load_weights(weights[t], whole, w.K), load(row + whole), sums[t]);
   float y[kOneRowStreams];
   reduce_add_four(sums, y);
   for (int64_t t = 0; t < kOneRowStreams; t++) out.store_one(0, n + t * step, y[t]);
