@@ -7,6 +7,7 @@ import copy
 import fcntl
 import itertools
 import mmap
+import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import load
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
@@ -82,33 +84,59 @@ def test_a_machine_without_a_compiler_keeps_the_layers_and_says_so(
     assert said == f"quantised layers run slowly here: {reason}\n"
 
 
-def test_an_instruction_set_that_does_not_compile_gives_way_to_the_next(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    """As with a compiler that is older than the CPU."""
-    tried = []
-
-    def load_library(folder: Path, name: str) -> None:
-        tried.append(name)
-        if name != "avx2":
-            raise RuntimeError("unrecognized command-line option")
-
-    monkeypatch.setattr(build, "has_cpu_kernel", lambda operator: False)
+@pytest.fixture
+def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A process that has built nothing, on a CPU with AVX-512 and a compiler that is older. Returns
+    the list of the instruction sets that it compiles."""
+    script = tmp_path / "old-compiler"
+    script.write_text("#!/bin/sh\n! echo $* | grep -q mavx512f\n")
+    script.chmod(0o700)
+    tried: list[str] = []
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(build, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(build, "load_library", load_library)
+    monkeypatch.setattr(build, "load_library", lambda folder, name: tried.append(name))
     monkeypatch.setattr(build, "loaded", [])
     monkeypatch.setattr(build, "failures", [])
     monkeypatch.setattr(build, "supported_sets", lambda: ["avx512", "avx2", "scalar"])
-    assert build.build() is None
-    assert (tried, build.instruction_set()) == (["avx512", "avx2"], "avx2")
-    monkeypatch.setattr(build, "supported_sets", lambda: ["avx512"])
-    assert "did not compile (unrecognized" in build.build()
+    return tried
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_gives_way_to_the_next(
+    fresh_build: list[str],
+):
+    assert build.build() is build.build() is None
+    assert (fresh_build, build.instruction_set()) == (["avx2"], "avx2")
+
+
+def test_a_build_that_fails_is_not_repeated_for_another_instruction_set(
+    fresh_build: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As after Ctrl-C, or without ninja: the next would fail alike, or be slow without a word."""
+
+    def load_library(folder: Path, name: str) -> None:
+        fresh_build.append(name)
+        raise RuntimeError("ninja was killed\nand more")
+
+    monkeypatch.setattr(build, "load_library", load_library)
+    assert build.build() == build.build() == "the fast products did not compile: ninja was killed"
+    assert (fresh_build, build.instruction_set()) == (["avx2"], None)
+
+
+def test_a_cpu_without_bmi2_does_not_get_avx2(monkeypatch: pytest.MonkeyPatch):
+    """The compiler may use BMI2's instructions in all that it compiles for AVX2."""
+    has = dict.fromkeys(("avx2", "fma3", "f16c"), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("GPT_FLEX_ISA", raising=False)
+    assert build.supported_sets() == ["scalar"]
 
 
 def test_a_wrong_instruction_set_is_refused_before_the_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("GPT_FLEX_ISA", "sse9")
+    monkeypatch.setenv("CXX", "sh")  # any program: the kernels need a compiler
+    monkeypatch.setattr(load, "fill_model", lambda *given: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="GPT_FLEX_ISA=sse9: this CPU can be held to"):
         random_model(CONFIG, scheme=make_scheme("int8"), device="cpu", dtype=torch.bfloat16)
 
