@@ -124,6 +124,12 @@ def supported_sets() -> list[str]:
     return names[names.index(chosen) :]
 
 
+def fastest_set(device: torch.device) -> str | None:
+    """Return the first of supported_sets, or None for other devices than a CPU: a key of saved
+    measurements, which GPT_FLEX_ISA changes."""
+    return supported_sets()[0] if device.type == "cpu" else None
+
+
 def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Return why this machine or dtype of activations cannot use the operators, or None if it can.
 
@@ -138,7 +144,7 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 
 def compiler() -> str:
-    """Return the name of the C++ compiler that torch's extensions use."""
+    """Return the name of the C++ compiler that Inductor uses. torch's extensions call it c++."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
@@ -182,7 +188,16 @@ def load_best() -> str:
 def is_accepted(name: str) -> bool:
     """Return whether the compiler knows the flags of an instruction set. It may be older than the
     CPU. Raises OSError if it cannot be started."""
-    words = [compiler(), *INSTRUCTION_SETS[name].flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    from torch.utils.cpp_extension import get_cxx_compiler  # imports setuptools, which takes time
+
+    words = [
+        get_cxx_compiler(),
+        *INSTRUCTION_SETS[name].flags,
+        "-x",
+        "c++",
+        "-fsyntax-only",
+        os.devnull,
+    ]
     return subprocess.run(words, capture_output=True).returncode == 0
 
 
@@ -226,8 +241,10 @@ def load_library(folder: Path, name: str) -> None:
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
     failure.
     """
-    from torch.utils import cpp_extension  # imports setuptools, which takes time
+    from torch.utils import cpp_extension
 
+    if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
+        raise RuntimeError("the process ends")
     if not list(folder.glob("*.so")):
         log(f"compiling products for this CPU ({name}), once: 20 to 45 seconds on two cores ...")
     with locked(folder):
