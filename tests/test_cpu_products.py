@@ -8,7 +8,9 @@ import fcntl
 import itertools
 import mmap
 import platform
+import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,11 +32,15 @@ from quant.linear import (
     Int8Linear,
     QuantizedLinear,
     make_scheme,
+    meta_model,
     round_int4,
     round_int8,
     scale_units,
     unpack_nibbles,
 )
+from tiers.policy import Policy, Share
+from weights.hf import model_args
+from weights.weight_files import read_json
 
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 
@@ -139,6 +145,60 @@ def test_a_wrong_instruction_set_is_refused_before_the_weights_are_read(
     monkeypatch.setattr(load, "fill_model", lambda *given: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="GPT_FLEX_ISA=sse9: this CPU can be held to"):
         random_model(CONFIG, scheme=make_scheme("int8"), device="cpu", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU with AVX2 and a compiler, for which nothing is built: a list with an entry for each
+    call of build, which returns the entry as the reason of a failure."""
+    called: list[str] = []
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setattr(cpu_products, "supported_sets", lambda: ["avx2", "scalar"])
+    monkeypatch.setattr(cpu_products, "build", lambda: called.append("not built") or "not built")
+    return called
+
+
+def builds_for(mode: str | None, dtype: torch.dtype, builds: list[str]) -> int:
+    """How often build_while_loading calls build for the demo model."""
+    model = meta_model(model_args(read_json(CONFIG)), mode and make_scheme(mode))
+    cpu_products.build_while_loading(model, dtype)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    return len(builds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_are_built_while_a_model_that_needs_them_loads(
+    dtype: torch.dtype, builds: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert builds_for(None, dtype, builds) == 0  # a small dense model
+    assert builds_for("int8", torch.float32, builds) == 0
+    assert builds_for("int8", dtype, builds) == 1
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
+    assert builds_for(None, torch.float32, builds) == 1
+    assert builds_for(None, dtype, builds) == 2
+
+
+def test_a_cpu_without_vectors_builds_nothing_for_dense_layers(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_products, "supported_sets", lambda: ["scalar"])
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
+    assert builds_for(None, torch.bfloat16, builds) == 0
+    model = torch.nn.ModuleList([linear(64, 32, True)])
+    assert not cpu_products.use_fast_linears(model, torch.bfloat16) and not builds
+    assert builds_for("int8", torch.bfloat16, builds) == 1
+
+
+def test_a_process_waits_for_the_compiler(builds: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Else the compiler goes on without its lock, and the next process starts a second one."""
+    daemons = []
+    monkeypatch.setattr(
+        cpu_products, "build", lambda: daemons.append(threading.current_thread().daemon)
+    )
+    builds_for("int8", torch.bfloat16, builds)
+    assert daemons == [False]
 
 
 def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
@@ -392,6 +452,36 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
     assert kinds() == {Linear}
     monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
     assert kinds() == {DenseLinear}
+
+
+@needed
+def test_only_one_layer_is_in_memory_twice(monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.ModuleList([filled(64, 32, None, False) for _ in range(4)])
+    originals, alive = [weakref.ref(m.weight) for m in model], []
+
+    def packed(linear: QuantizedLinear) -> PackedLinear:
+        alive.append(sum(original() is not None for original in originals))
+        return PackedLinear(linear)
+
+    monkeypatch.setattr(cpu_products, "PackedLinear", packed)
+    cpu_products.use_fast_linears(model, torch.bfloat16)
+    assert alive == [4, 3, 2, 1]
+
+
+@needed
+def test_an_offloaded_model_gets_the_kernels_of_the_one_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Though its layers in memory alone, here the output head, would be too small for them."""
+    args = model_args(read_json(CONFIG))
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 2 * args.vocab_size * args.dim + 1)
+    monkeypatch.setattr(cpu_products, "multiplies_bfloat16", lambda: False)
+    for policy in (None, Policy(Share(0, 0), directory=tmp_path)):
+        lm = random_model(CONFIG, device="cpu", dtype=torch.bfloat16, policy=policy)
+        assert isinstance(lm.model.output, DenseLinear)
+        assert lm.model.cache_factory.attention is cpu_products.kernel_attention
+    block = lm.model.layers.buffers[0].contents.block
+    assert isinstance(block.attention.wo, DenseLinear)
 
 
 def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:
