@@ -3,8 +3,8 @@
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
 use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
-its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
-does not support the kernels.
+its layers, which are slower and are the reference in tests, in float32, without a compiler, and if
+its dense linears are small.
 
 layout() returns the constants of the packed order: layout().strip outputs (16) are packed together
 as a strip; layout().int8, int4 and int4_half number the formats of packed weights. torch.ops.
@@ -95,8 +95,8 @@ class DenseLinear(nn.Module):
     """A dense bfloat16 or float16 linear on the operator gpt_flex::linear.
 
     Shares the weights of `linear`. On CPUs that multiply bfloat16 (AVX-512 BF16, AMX) the operator
-    passes more than 16 rows to PyTorch; on others PyTorch takes several times as long as the
-    operator for any number of rows.
+    passes more than 16 bfloat16 rows to PyTorch; on others PyTorch takes several times as long as
+    the operator for any number of rows.
     """
 
     def __init__(self, linear: Linear):
@@ -188,11 +188,11 @@ def is_large(model: nn.Module) -> bool:
 def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.cpp.
 
-    Call it if use_fast_linears returned True: the kernels are then compiled. Call it before caches
-    are made. Where several query heads share a key/value head,
-    PyTorch's attention is as fast on CPUs that multiply bfloat16; heads that more than MAX_SHARING
-    share keep it everywhere. A draft's tokens are verified many at once and must give the same bits
-    as one at a time, so one kernel serves both.
+    Call it if use_fast_linears returned True (the kernels are then compiled), before caches are
+    made. Where several query heads share a key/value head, PyTorch's attention is as fast on CPUs
+    that multiply bfloat16; heads that more than MAX_SHARING share keep it everywhere. A draft's
+    tokens are verified many at once and must give the same bits as one at a time, so one kernel
+    serves both.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):

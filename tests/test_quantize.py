@@ -140,7 +140,7 @@ def test_a_quantised_layer_multiplies_by_what_it_stands_for(shape: tuple[int, in
     "said", [EIGHT, *({"bits": 4, "groupsize": s} for s in GROUP_SIZES)], ids=str
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_in_blocks_are_float64_s(
+def test_products_in_blocks_match_float64(
     bias: bool, said: dict, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
 ):
     chosen = random.Random(SEED)
