@@ -8,7 +8,7 @@ gpu.py      layers on the kernels of kernels/gpu (Triton): dense products of one
 
 A fast layer has the weights and the arguments of the layer that it replaces. The replaced layer is
 slower and is the reference in tests. Where the GPU, the compiler or the dtype is unsupported, the
-model keeps its layers. On a CPU a log line tells why quantised ones stay.
+model keeps its layers. On a CPU a log line tells why.
 
 Attention is no layer: it is replaced in model.CacheFactory, which makes the KV caches.
 

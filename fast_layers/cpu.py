@@ -130,16 +130,15 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
     meta device stay, as they have no weights to pack. dtype: of the model's activations. Returns
     whether the kernels serve the model, or will serve its linears that are on the meta device now.
-    Logs why quantised linears stay. If it replaces any, it also lets torch.compile fuse the RMS
-    norms, which then may differ in the last bits from eager code.
+    If not, logs why. With quantised linears it also lets torch.compile fuse the RMS norms, which
+    then may differ in the last bits from eager code.
     """
     names = replaceable(model, dtype, large)
     if not names:
         return False
     quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
     if reason := unsupported_reason(dtype) or build():
-        if quantized:
-            log(f"quantised layers run slowly here: {reason}")
+        log(f"{'quantised' if quantized else 'dense'} layers run slowly here: {reason}")
         return False
     for name in names:  # names, not modules: only one layer is in memory twice
         linear = model.get_submodule(name)

@@ -191,6 +191,15 @@ def test_a_cpu_without_vectors_builds_nothing_for_dense_layers(
     assert builds_for("int8", torch.bfloat16, builds) == 1
 
 
+def test_a_build_that_fails_is_said_for_dense_layers_too(
+    builds: list[str], capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "gpt_flex")
+    model = torch.nn.ModuleList([linear(64, 32, True)])
+    assert not cpu_products.use_fast_linears(model, torch.bfloat16, large=True)
+    assert capsys.readouterr().err == "dense layers run slowly here: not built\n"
+
+
 def test_a_process_waits_for_the_compiler(builds: list[str], monkeypatch: pytest.MonkeyPatch):
     """Else the compiler goes on without its lock, and the next process starts a second one."""
     daemons = []

@@ -190,14 +190,8 @@ def is_accepted(name: str) -> bool:
     CPU. Raises OSError if it cannot be started."""
     from torch.utils.cpp_extension import get_cxx_compiler  # imports setuptools, which takes time
 
-    words = [
-        get_cxx_compiler(),
-        *INSTRUCTION_SETS[name].flags,
-        "-x",
-        "c++",
-        "-fsyntax-only",
-        os.devnull,
-    ]
+    needed = INSTRUCTION_SETS[name].flags
+    words = [get_cxx_compiler(), *needed, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(words, capture_output=True).returncode == 0
 
 
