@@ -14,7 +14,6 @@ step, records again for new caches, and warns of each size of the visible cache.
 """
 
 import contextlib
-import os
 import shutil
 import threading
 import weakref
@@ -35,6 +34,7 @@ from host.torch_private import (
     own_buffers,
     shallow_copy,
 )
+from kernels.cpu.build import compiler
 from kernels.gpu import usable
 from kernels.gpu.support import dependent_launch
 from model import KVCache, Rotation, Transformer
@@ -408,8 +408,8 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
 
     model: with its final layers: packed ones (PackedLinear) change the options.
     """
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler here: install g++, or leave it out")
+    if not shutil.which(compiler()):
+        raise ValueError(f"--compile needs a C++ compiler: install {compiler()}, or leave it out")
     # The products and the attention are library calls. With dense weights the code between them
     # takes no measurable time. With packed ones, vectorising it saves 4 % of a step and takes 2 s
     # more to compile.

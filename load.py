@@ -425,6 +425,8 @@ def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) 
     graphs = lm.decode is not lm.model and has_graphs(lm.decode)
     controller = DraftLengthController(options.speculate_k, graphs, by_model)
     if copy:
+        # Whatever the model's dtype: a copy of a float32 model packs its weights, too, and the
+        # packed products take float32 rows.
         use_fast_layers(copy, torch.bfloat16)
         views = make_views(copy, lm.tokenizer, options.compile, options.compile_prefill)
         return replace(lm, draft=SelfDraft(controller, views))
@@ -443,9 +445,11 @@ def stream_layers(
     """
     if options.policy is None:
         return None
+    from fast_layers.cpu import is_large
     from offload import StreamedLayers
 
-    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device)
+    large = is_large(model)
+    model.layers = StreamedLayers(model.layers, options.policy, dtype, options.device, large)
     return model.layers
 
 

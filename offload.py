@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fast_layers.cpu import MIN_DENSE_BYTES, PackedLinear, use_fast_linears
+from fast_layers.cpu import PackedLinear, use_fast_linears
 from host.memory import page_aligned, round_up_to_block
 from model import KVCache, Linear, Rotation
 from quant.linear import QuantizedLinear
@@ -83,15 +83,17 @@ class StreamedLayers(nn.ModuleList):
         policy: Policy,
         dtype: torch.dtype,
         device: torch.device,
+        large: bool,
     ):
         """Allocate the host memory of layers that lie there; `start` allocates the buffers on the
-        device. layers: blocks of the same shapes, on the meta device."""
+        device. layers: blocks of the same shapes, on the meta device. large: of the whole model,
+        see fast_layers.cpu.is_large."""
         super().__init__(layers)
         # Computes a block, given the block and its inputs.
         self.run: Callable[..., Tensor] = eager
         self._files: dict[Path, Store] = {}
         self.wait_times = {"layers": WaitTime(), "cache": WaitTime()}
-        self.policy, self.device, self._dtype = policy, device, dtype
+        self.policy, self.device, self._dtype, self._large = policy, device, dtype, large
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
         self._meta_block = (copy.deepcopy(layers[0]),)  # in a tuple, so that it is no submodule
@@ -257,16 +259,14 @@ class StreamedLayers(nn.ModuleList):
 
         On a CPU the block's linears are replaced by faster ones. Those for quantised weights
         (PackedLinear) hold a repacked copy, so `_fetch` repacks it after each read. Whether dense
-        ones are replaced depends on the bytes of all layers (`large`), not on those of one block.
+        ones are replaced depends on the whole model (`large`), as for layers in memory.
         """
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta_block[0])
         for name, tensor in self.layout.view(parts).items():
             set_tensor(block, name, tensor)
         original = dict(block.named_modules())
         if self.device.type == "cpu":
-            use_fast_linears(
-                block, self._dtype, large=len(self) * self.layout.nbytes >= MIN_DENSE_BYTES
-            )
+            use_fast_linears(block, self._dtype, self._large)
         packed = [
             (module, original[name])
             for name, module in block.named_modules()

@@ -23,12 +23,14 @@ import torch
 from bench import Stats
 from checkpoint import Checkpoint
 from decoding import LoadedModel
+from fast_layers.cpu import is_large, replaceable
 from fast_layers.install import use_fast_layers
 from host.bandwidth import measured_bandwidth, saved_bandwidth
 from host.devices import find_device
 from host.log import log
 from host.measurements import load_measurement, save_measurement
 from host.memory import available_memory, machine_name, process_memory, size_text
+from kernels.cpu.build import fastest_set, unsupported_reason
 from load import (
     compressed_scheme,
     config_dtype,
@@ -55,7 +57,7 @@ from weights.hf import model_args
 from weights.weight_files import read_json
 
 RESERVED_SHARE = 0.1  # of the free memory, for other processes
-# CPU features, each of which makes products in these dtypes faster than in float32.
+# CPU features, each of which makes PyTorch's products in these dtypes faster than in float32.
 FAST_DTYPE_FEATURES = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
@@ -156,7 +158,7 @@ def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan
     Raises ValueError, with the memory that is needed, if the model does not fit.
     """
     plan = plan_for_dtype(spec, workload, options)
-    slow = spec.device.type == "cpu" and not multiplies_fast(spec.dtype)
+    slow = spec.device.type == "cpu" and not multiplies_fast(spec)
     if not (options.plan and options.any_dtype and slow):
         return plan
     try:
@@ -167,9 +169,12 @@ def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan
     return replace(other, faster=True) if faster else plan
 
 
-def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Returns whether this CPU multiplies in a dtype at least as fast as in float32."""
-    has, features = torch.cpu.get_capabilities(), FAST_DTYPE_FEATURES.get(dtype)
+def multiplies_fast(spec: ModelSpec) -> bool:
+    """Returns whether this CPU runs a model in its dtype at least as fast as in float32: by the
+    kernels of kernels/cpu, or by its own instructions."""
+    if replaceable(meta_model(spec.args, spec.scheme), spec.dtype):
+        return unsupported_reason(spec.dtype) is None
+    has, features = torch.cpu.get_capabilities(), FAST_DTYPE_FEATURES.get(spec.dtype)
     return features is None or any(has.get(name) for name in features)
 
 
@@ -286,14 +291,13 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
 def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) -> Machine | None:
     """Returns the machine's measurements for a model: saved ones, or if needed new ones.
 
-    New ones are of one layer of the model's shape, or a narrower one, with random weights; they are
-    saved. directory: a
-    folder, which need not exist yet, on the disk for offloading.
-    needed: True: measure if there are no saved ones; False: return None then. anew: ignore saved
-    ones.
+    New ones are of one layer of the model's shape, or a narrower one, with random weights and the
+    real model's kernels; they are saved. directory: a folder, which need not exist yet, on the disk
+    for offloading. needed: True: measure if there are no saved ones; False: return None then. anew:
+    ignore saved ones.
     """
     disk = nearest_directory(directory).stat().st_dev
-    key = machine_name(spec.device), torch.__version__, disk, spec
+    key = machine_name(spec.device), torch.__version__, disk, spec, fastest_set(spec.device)
     if (saved := load_measurement("machine", key)) and not anew:
         return Machine.from_json(saved)
     if not needed:
@@ -302,7 +306,7 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
     model = meta_model(small, spec.scheme)
     allocate(model, spec.device, spec.dtype, random_filler(spec.device))
     model.cache_factory = find_cache(spec.kv_dtype)
-    use_fast_layers(model, spec.dtype)
+    use_fast_layers(model, spec.dtype, is_large(meta_model(spec.args, spec.scheme)))
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, spec.args, directory)
     save_measurement("machine", key, found.to_json())

@@ -4,8 +4,8 @@
 
 Start at main. A dense bfloat16 F.linear and the int8 and int4 layers of its shape take turns, each
 of as many calls as multiply 32 rows: one call of a row takes less than a slice of the CPU. The
-result is the time of each layer over the dense time of the same round. The bar is 5, and less is
-better: the formula of quant/linear.py is the fallback where kernels/cpu do not run.
+result is the time of each layer over the dense time of the same round; less is better. The formula
+of quant/linear.py is the fallback where kernels/cpu do not run.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     others, figures = Others(), {}
     for N in args.outputs:
         weight = torch.randn(N, args.inputs).mul_(0.02)
-        layers = {name: rounded(weight, layer) for name, layer in empty_layers(*weight.shape[::-1])}
+        layers = quantised(weight)
         for rows in args.rows:
             x = torch.randn(rows, args.inputs).to(DTYPES[args.dtype])
             figures[f"{rows} rows, {N} outputs"] = over_dense(x, weight, layers, args.rounds)
@@ -50,13 +50,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     } | provenance(CPU)
 
 
-def empty_layers(K: int, N: int) -> list[tuple[str, QuantizedLinear]]:
-    return [("int8", Int8Linear(K, N, False)), ("int4", Int4Linear(K, N, False, 32))]
-
-
-def rounded(weight: Tensor, layer: QuantizedLinear) -> QuantizedLinear:
-    layer.load_state_dict(round_to_nearest(weight, layer))
-    return layer
+def quantised(weight: Tensor) -> dict[str, QuantizedLinear]:
+    """Return the int8 and the int4 layer of a dense weight, (N, K), by mode."""
+    N, K = weight.shape
+    layers = {"int8": Int8Linear(K, N, False), "int4": Int4Linear(K, N, False, 32)}
+    for layer in layers.values():
+        layer.load_state_dict(round_to_nearest(weight, layer))
+    return layers
 
 
 def over_dense(
@@ -75,8 +75,8 @@ def over_dense(
             seconds[name].append((time.perf_counter() - start) / calls_per_turn)
     dense = seconds.pop("dense")[1:]  # the first round is warm-up
     figures = {"dense_seconds": spread(dense)}
-    for name, of in seconds.items():
-        figures[name] = spread([a / b for a, b in zip(of[1:], dense, strict=True)])
+    for name, times in seconds.items():
+        figures[name] = spread([a / b for a, b in zip(times[1:], dense, strict=True)])
         shape = f"{len(x):3} rows, {len(weight):5} outputs"
         log(f"{shape}: {name} {show(figures[name])}x dense")
     return figures

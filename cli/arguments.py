@@ -17,7 +17,8 @@ from typing import Any
 
 from text.generation_config import MAX_LOGIT_BIAS
 
-# How long other ranks let rank 0 report an error: time for its start on a busy machine.
+# How long other ranks let rank 0 report an error: time for its start on a busy machine. A rank 0
+# that starts later than this prints the line a second time.
 RANK0_SECONDS = 4.0
 
 

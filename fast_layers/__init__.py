@@ -1,14 +1,14 @@
 """Layers that are faster on one kind of device. They replace layers of a loaded model.
 
 install.py  use_fast_layers: called by load.py after the weights are loaded; picks cpu or gpu
-cpu.py      layers on the kernels of kernels/cpu (C++): packed quantised weights, dense products of
-            few rows, attention
+cpu.py      layers on the kernels of kernels/cpu (C++): packed quantised weights, dense products,
+            attention
 gpu.py      layers on the kernels of kernels/gpu (Triton): dense products of one row, norms and
             gates fused with the product after them, attention over quantised caches
 
 A fast layer has the weights and the arguments of the layer that it replaces. The replaced layer is
-slower and is the reference in tests. Where the CPU, the GPU, the compiler or the dtype is
-unsupported, the model keeps its layers and a log line tells why.
+slower and is the reference in tests. Where the GPU, the compiler or the dtype is unsupported, the
+model keeps its layers. On a CPU a log line tells why.
 
 Attention is no layer: it is replaced in model.CacheFactory, which makes the KV caches.
 

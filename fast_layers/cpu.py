@@ -3,8 +3,8 @@
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
 use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
-its layers, which are slower and are the reference in tests, if the CPU, the compiler or the dtype
-does not support the kernels.
+its layers, which are slower and are the reference in tests, in float32, without a compiler, and if
+its dense linears are small.
 
 layout() returns the constants of the packed order: layout().strip outputs (16) are packed together
 as a strip; layout().int8, int4 and int4_half number the formats of packed weights. torch.ops.
@@ -26,7 +26,6 @@ from host.memory import page_aligned
 from kernels.cpu.build import (
     DTYPES,
     build,
-    instruction_set,
     layout,
     multiplies_bfloat16,
     supported_sets,
@@ -45,8 +44,9 @@ MAX_SHARING = 8
 class PackedLinear(nn.Module):
     """A quantised linear with its weights in the kernels' order, see kernels/cpu/layout.h.
 
-    Takes bfloat16 and float16, in the dtype of the bias. Needs the operators: `build` must have
-    succeeded. packed: (strips, bytes of a strip) uint8, None before load_from.
+    Takes bfloat16 and float16 rows, and float32 rows in a draft's copy of a float32 model; a bias
+    has the dtype of the rows. Needs the operators: `build` must have succeeded. packed: (strips,
+    bytes of a strip) uint8, None before load_from.
     """
 
     def __init__(self, linear: QuantizedLinear):
@@ -95,8 +95,8 @@ class DenseLinear(nn.Module):
     """A dense bfloat16 or float16 linear on the operator gpt_flex::linear.
 
     Shares the weights of `linear`. On CPUs that multiply bfloat16 (AVX-512 BF16, AMX) the operator
-    passes more than 16 rows to PyTorch; on others PyTorch takes several times as long as the
-    operator for any number of rows.
+    passes more than 16 bfloat16 rows to PyTorch; on others PyTorch takes several times as long as
+    the operator for any number of rows.
     """
 
     def __init__(self, linear: Linear):
@@ -124,23 +124,31 @@ def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
 
-def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
+def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> bool:
     """Replace the linears of a model on the CPU by fast ones, in place.
 
-    Quantised linears become PackedLinear, and dense bfloat16 and float16 linears DenseLinear, if
-    the compiler and dtype allow it. dtype: of the model's activations. large: whether to replace
-    dense linears; None: if together they have MIN_DENSE_BYTES or more. Skips linears on the meta
-    device, which have no weights to pack.
+    Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
+    meta device stay, as they have no weights to pack. dtype: of the model's activations. Returns
+    whether the kernels serve the model, or will serve its linears that are on the meta device now.
+    If not, logs why. With quantised linears it also lets torch.compile fuse the RMS norms, which
+    then may differ in the last bits from eager code.
     """
-    linears = {name: m for name, m in all_linears(model).items() if not m.weight.is_meta}
-    pack_quantized(model, linears, dtype)
-    dense = {n: m for n, m in linears.items() if isinstance(m, Linear) and m.weight.dtype in DTYPES}
-    if not dense or not are_large(dense, large) or unsupported_reason(dtype) or build():
-        return
-    if instruction_set() == "scalar":  # PyTorch has faster code for the oldest CPUs
-        return
-    for name, linear in dense.items():
-        model.set_submodule(name, DenseLinear(linear))
+    names = replaceable(model, dtype, large)
+    if not names:
+        return False
+    quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
+    if reason := unsupported_reason(dtype) or build():
+        log(f"{'quantised' if quantized else 'dense'} layers run slowly here: {reason}")
+        return False
+    for name in names:  # names, not modules: only one layer is in memory twice
+        linear = model.get_submodule(name)
+        if not linear.weight.is_meta:
+            packs = isinstance(linear, QuantizedLinear)
+            model.set_submodule(name, PackedLinear(linear) if packs else DenseLinear(linear))
+    for module in model.modules():
+        if quantized and isinstance(module, RMSNorm):
+            module.allow_fusion()
+    return True
 
 
 def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:
@@ -150,59 +158,43 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
     which calls build and so waits for the thread. After the first time, the thread only loads the
     compiled library. If the kernels are needed, raises ValueError as supported_sets does.
     """
-    linears = all_linears(model)
-    quantized = any(isinstance(m, QuantizedLinear) for m in linears.values())
-    needed = quantized or (dtype in DTYPES and are_large(linears, large))
-    if needed and not unsupported_reason(dtype):
+    if replaceable(model, dtype, large) and not unsupported_reason(dtype):
         supported_sets()  # raises ValueError here, not in the thread
-        threading.Thread(target=build, daemon=True).start()
+        # No daemon: after an error the process waits for the compiler, so that the next one does
+        # not start a second compiler in the same folder.
+        threading.Thread(target=build).start()
 
 
-def all_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the dense and quantised linears of a model by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (Linear, QuantizedLinear))}
+def replaceable(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> list[str]:
+    """Return the names of the linears that have a faster version in the kernels for this CPU.
 
-
-def are_large(linears: dict[str, nn.Module], large: bool | None) -> bool:
-    """Return whether compiling the kernels pays for dense linears: `large`, or if it is None,
-    whether they have MIN_DENSE_BYTES or more in 16 bits."""
-    if large is None:
-        return sum(2 * linear.weight.numel() for linear in linears.values()) >= MIN_DENSE_BYTES
-    return large
-
-
-def pack_quantized(model: nn.Module, linears: dict[str, nn.Module], dtype: torch.dtype) -> None:
-    """Replace the quantised linears among `linears` by PackedLinear, or log why they stay.
-
-    linears: modules of the model by name, dense or quantised. dtype: of the activations. If it
-    replaces any, it also lets torch.compile fuse the RMS norms, which then may differ in the last
-    bits from eager code.
+    These are the quantised ones, and in bfloat16 and float16 the dense ones of a large model; not
+    with "scalar", as PyTorch has faster code for the oldest CPUs. model: may be on the meta device.
+    large: whether compiling the kernels pays for the dense linears; None: what is_large returns.
     """
-    quantized = {n: m for n, m in linears.items() if isinstance(m, QuantizedLinear)}
-    if not quantized:
-        return
-    if reason := unsupported_reason(dtype) or build():
-        log(f"quantised layers run slowly here: {reason}")
-        return
-    for name, linear in quantized.items():
-        model.set_submodule(name, PackedLinear(linear))  # only one layer is in memory twice
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.allow_fusion()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (Linear, QuantizedLinear))}
+    pays = dtype in DTYPES and (is_large(model) if large is None else large)
+    dense = pays and supported_sets()[0] != "scalar"
+    return [n for n, linear in linears.items() if dense or isinstance(linear, QuantizedLinear)]
+
+
+def is_large(model: nn.Module) -> bool:
+    """Return whether the dense linears of a model have MIN_DENSE_BYTES or more in 16 bits."""
+    dense = (m for m in model.modules() if isinstance(m, Linear))
+    return sum(2 * linear.weight.numel() for linear in dense) >= MIN_DENSE_BYTES
 
 
 def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.cpp.
 
-    Call it after use_fast_linears, before caches are made. Only a model with fast linears gets this
-    attention: the kernels are then compiled. Where several query heads share a key/value head,
-    PyTorch's attention is as fast on CPUs that multiply bfloat16; heads that more than MAX_SHARING
-    share keep it everywhere. A draft's tokens are verified many at once and must give the same bits
-    as one at a time, so one kernel serves both.
+    Call it if use_fast_linears returned True (the kernels are then compiled), before caches are
+    made. Where several query heads share a key/value head, PyTorch's attention is as fast on CPUs
+    that multiply bfloat16; heads that more than MAX_SHARING share keep it everywhere. A draft's
+    tokens are verified many at once and must give the same bits as one at a time, so one kernel
+    serves both.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
-    fast = any(isinstance(m, (PackedLinear, DenseLinear)) for m in model.modules())
-    if fast and (queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16())):
+    if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):
         model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 

@@ -14,8 +14,8 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
-        use_fast_linears(model, dtype, large)
-        use_fast_attention(model)
+        if use_fast_linears(model, dtype, large):
+            use_fast_attention(model)
     elif device == "cuda":
         from fast_layers import gpu
 

@@ -23,8 +23,11 @@ def set_threads(count: int | None) -> None:
     """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return
-    cores = torch.cpu.get_capabilities().get("num_physical_cores") or free_threads()
-    torch.set_num_threads(count or min(torch.get_num_threads(), free_threads(), cores))
+    if count is None:
+        free = free_threads()
+        cores = torch.cpu.get_capabilities().get("num_physical_cores") or free
+        count = min(torch.get_num_threads(), free, cores)
+    torch.set_num_threads(count)
 
 
 def free_threads() -> int:

@@ -101,11 +101,6 @@ def compiled_graphs() -> int:
 # --- operators and files
 
 
-def has_cpu_kernel(operator: str) -> bool:
-    """Returns whether an operator, such as "aten::mm", has a kernel for tensors on the CPU."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
-
-
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x, (M, K) bfloat16, by integers, (N, K) int8, on the CPU -> (M, N) bfloat16.
 

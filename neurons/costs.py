@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from host.measurements import load_measurement, save_measurement
 from host.memory import machine_name, page_aligned
+from kernels.cpu.build import fastest_set
 from neurons.pack import Pack
 from neurons.products import Products, has_kernel
 from neurons.records import NeuronFile
@@ -67,13 +68,15 @@ def machine_costs(
     """Return this machine's costs: saved by an earlier run, or measured now, which takes seconds.
 
     depths: numbers of pending requests to measure. device, dtype: of the model's activations.
-    Saved costs are used again if the machine, the disk, the file's size, the record format and
-    these arguments are the same. Called by attach_neurons when a model is loaded. The timed product
-    is that of a layer of NEURONS neurons: the bias makes the first one active and no other.
+    Saved costs are used again if the machine, the instruction set, the disk, the file's size, the
+    record format and these arguments are the same. Called by attach_neurons when a model is loaded.
+    The timed product is that of a layer of NEURONS neurons: the bias makes the first one active and
+    no other.
     """
     format, stat = pack.format, pack.neurons_path.stat()
     kernel = has_kernel(format, device, dtype)
-    key = machine_name(device), stat.st_dev, stat.st_size, format, tuple(depths), dtype, kernel
+    computing = machine_name(device), dtype, kernel, fastest_set(device)
+    key = *computing, stat.st_dev, stat.st_size, format, tuple(depths)
     bias = torch.full((NEURONS, len(format.matrices) - 1), -1, device=device, dtype=dtype)
     bias[0] = 1
     products = Products(format, bias, None, kernel)

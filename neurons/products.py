@@ -2,9 +2,9 @@
 
 Start at Products.sums. A record holds the weights of one neuron; an entry is memory for one record.
 A neuron is active for a token if its ReLU, of gate or without a gate of up, is not zero.
-On a CPU with the necessary instructions, the kernel computes records as they are stored. For an
-inactive neuron it reads only the row (gate, or up without a gate) that shows it to be inactive.
-Elsewhere torch unpacks quantised weights and multiplies by all of them.
+On a CPU with a C++ compiler, in bfloat16 and float16, the kernel computes records as they are
+stored. For an inactive neuron it reads only the row (gate, or up without a gate) that shows it to
+be inactive. Elsewhere torch unpacks quantised weights and multiplies by all of them.
 
 Shapes: N tokens, D dim, F neurons of a layer, C entries of its cache, n records.
 """
@@ -32,8 +32,8 @@ torch.library.define(
 def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether kernels/cpu/neurons.cpp can compute records of this format.
 
-    device, dtype: of the activations. False on a GPU, on a CPU without the instructions or without
-    a compiler, and if the kernel's chunks do not divide the sizes. The first call compiles it,
+    device, dtype: of the activations. False on a GPU, in float32, without a compiler, and
+    if the kernel's chunks do not divide the sizes. The first call compiles it,
     20 to 45 seconds once for a machine. `build` returns why it failed, or None.
     """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):

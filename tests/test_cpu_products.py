@@ -7,7 +7,10 @@ import copy
 import fcntl
 import itertools
 import mmap
+import platform
+import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import load
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
@@ -28,11 +32,15 @@ from quant.linear import (
     Int8Linear,
     QuantizedLinear,
     make_scheme,
+    meta_model,
     round_int4,
     round_int8,
     scale_units,
     unpack_nibbles,
 )
+from tiers.policy import Policy, Share
+from weights.hf import model_args
+from weights.weight_files import read_json
 
 CONFIG = Path(__file__).resolve().parent.parent / "checkpoints" / "demo" / "config.json"
 
@@ -82,35 +90,124 @@ def test_a_machine_without_a_compiler_keeps_the_layers_and_says_so(
     assert said == f"quantised layers run slowly here: {reason}\n"
 
 
-def test_an_instruction_set_that_does_not_compile_gives_way_to_the_next(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    """As with a compiler that is older than the CPU."""
-    tried = []
-
-    def load_library(folder: Path, name: str) -> None:
-        tried.append(name)
-        if name != "avx2":
-            raise RuntimeError("unrecognized command-line option")
-
-    monkeypatch.setattr(build, "has_cpu_kernel", lambda operator: False)
+@pytest.fixture
+def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A process that has built nothing, on a CPU with AVX-512 and a compiler that is older. Returns
+    the list of the instruction sets that it compiles."""
+    script = tmp_path / "old-compiler"
+    script.write_text("#!/bin/sh\n! echo $* | grep -q mavx512f\n")
+    script.chmod(0o700)
+    tried: list[str] = []
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(build, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(build, "load_library", load_library)
+    monkeypatch.setattr(build, "load_library", lambda folder, name: tried.append(name))
     monkeypatch.setattr(build, "loaded", [])
     monkeypatch.setattr(build, "failures", [])
     monkeypatch.setattr(build, "supported_sets", lambda: ["avx512", "avx2", "scalar"])
-    assert build.build() is None
-    assert (tried, build.instruction_set()) == (["avx512", "avx2"], "avx2")
-    monkeypatch.setattr(build, "supported_sets", lambda: ["avx512"])
-    assert "did not compile (unrecognized" in build.build()
+    return tried
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_gives_way_to_the_next(
+    fresh_build: list[str],
+):
+    assert build.build() is build.build() is None
+    assert (fresh_build, build.instruction_set()) == (["avx2"], "avx2")
+
+
+def test_a_build_that_fails_is_not_repeated_for_another_instruction_set(
+    fresh_build: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As after Ctrl-C, or without ninja: the next would fail alike, or be slow without a word."""
+
+    def load_library(folder: Path, name: str) -> None:
+        fresh_build.append(name)
+        raise RuntimeError("ninja was killed\nand more")
+
+    monkeypatch.setattr(build, "load_library", load_library)
+    assert build.build() == build.build() == "the fast products did not compile: ninja was killed"
+    assert (fresh_build, build.instruction_set()) == (["avx2"], None)
+
+
+def test_a_cpu_without_bmi2_does_not_get_avx2(monkeypatch: pytest.MonkeyPatch):
+    """The compiler may use BMI2's instructions in all that it compiles for AVX2."""
+    has = dict.fromkeys(("avx2", "fma3", "f16c"), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("GPT_FLEX_ISA", raising=False)
+    assert build.supported_sets() == ["scalar"]
 
 
 def test_a_wrong_instruction_set_is_refused_before_the_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("GPT_FLEX_ISA", "sse9")
+    monkeypatch.setenv("CXX", "sh")  # any program: the kernels need a compiler
+    monkeypatch.setattr(load, "fill_model", lambda *given: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="GPT_FLEX_ISA=sse9: this CPU can be held to"):
         random_model(CONFIG, scheme=make_scheme("int8"), device="cpu", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU with AVX2 and a compiler, for which nothing is built: a list with an entry for each
+    call of build, which returns the entry as the reason of a failure."""
+    called: list[str] = []
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setattr(cpu_products, "supported_sets", lambda: ["avx2", "scalar"])
+    monkeypatch.setattr(cpu_products, "build", lambda: called.append("not built") or "not built")
+    return called
+
+
+def builds_for(mode: str | None, dtype: torch.dtype, builds: list[str]) -> int:
+    """How often build_while_loading calls build for the demo model."""
+    model = meta_model(model_args(read_json(CONFIG)), mode and make_scheme(mode))
+    cpu_products.build_while_loading(model, dtype)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    return len(builds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_are_built_while_a_model_that_needs_them_loads(
+    dtype: torch.dtype, builds: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert builds_for(None, dtype, builds) == 0  # a small dense model
+    assert builds_for("int8", torch.float32, builds) == 0
+    assert builds_for("int8", dtype, builds) == 1
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
+    assert builds_for(None, torch.float32, builds) == 1
+    assert builds_for(None, dtype, builds) == 2
+
+
+def test_a_cpu_without_vectors_builds_nothing_for_dense_layers(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_products, "supported_sets", lambda: ["scalar"])
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
+    assert builds_for(None, torch.bfloat16, builds) == 0
+    model = torch.nn.ModuleList([linear(64, 32, True)])
+    assert not cpu_products.use_fast_linears(model, torch.bfloat16) and not builds
+    assert builds_for("int8", torch.bfloat16, builds) == 1
+
+
+def test_a_build_that_fails_is_said_for_dense_layers_too(
+    builds: list[str], capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "gpt_flex")
+    model = torch.nn.ModuleList([linear(64, 32, True)])
+    assert not cpu_products.use_fast_linears(model, torch.bfloat16, large=True)
+    assert capsys.readouterr().err == "dense layers run slowly here: not built\n"
+
+
+def test_a_process_waits_for_the_compiler(builds: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Else the compiler goes on without its lock, and the next process starts a second one."""
+    daemons = []
+    monkeypatch.setattr(
+        cpu_products, "build", lambda: daemons.append(threading.current_thread().daemon)
+    )
+    builds_for("int8", torch.bfloat16, builds)
+    assert daemons == [False]
 
 
 def filled(K: int, N: int, groupsize: int | None, bias: bool, seed: int = 0) -> QuantizedLinear:
@@ -364,6 +461,36 @@ def test_a_large_model_gets_them_and_a_small_one_does_not(monkeypatch: pytest.Mo
     assert kinds() == {Linear}
     monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
     assert kinds() == {DenseLinear}
+
+
+@needed
+def test_only_one_layer_is_in_memory_twice(monkeypatch: pytest.MonkeyPatch):
+    model = torch.nn.ModuleList([filled(64, 32, None, False) for _ in range(4)])
+    originals, alive = [weakref.ref(m.weight) for m in model], []
+
+    def packed(linear: QuantizedLinear) -> PackedLinear:
+        alive.append(sum(original() is not None for original in originals))
+        return PackedLinear(linear)
+
+    monkeypatch.setattr(cpu_products, "PackedLinear", packed)
+    cpu_products.use_fast_linears(model, torch.bfloat16)
+    assert alive == [4, 3, 2, 1]
+
+
+@needed
+def test_an_offloaded_model_gets_the_kernels_of_the_one_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Though its layers in memory alone, here the output head, would be too small for them."""
+    args = model_args(read_json(CONFIG))
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 2 * args.vocab_size * args.dim + 1)
+    monkeypatch.setattr(cpu_products, "multiplies_bfloat16", lambda: False)
+    for policy in (None, Policy(Share(0, 0), directory=tmp_path)):
+        lm = random_model(CONFIG, device="cpu", dtype=torch.bfloat16, policy=policy)
+        assert isinstance(lm.model.output, DenseLinear)
+        assert lm.model.cache_factory.attention is cpu_products.kernel_attention
+    block = lm.model.layers.buffers[0].contents.block
+    assert isinstance(block.attention.wo, DenseLinear)
 
 
 def seen(B: int, G: int, Q: int, S: int, E: int) -> tuple[Tensor, ...]:

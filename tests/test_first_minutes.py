@@ -12,7 +12,7 @@ import torch
 
 from cli.options import parse_args
 from generate import main
-from host.threads import free_threads, quotas
+from host.threads import free_threads, quotas, set_threads
 from load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,6 +176,23 @@ def test_threads_are_those_that_are_free(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(quotas()) == [2]
     (group / "cpu.max").write_text("max 100000\n")
     assert list(quotas()) == []
+
+
+def test_a_core_gets_one_thread(monkeypatch: pytest.MonkeyPatch):
+    """Two threads on a core share its units. A number that is given is not reduced, and the cores
+    need not be counted."""
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("host.threads.free_threads", lambda: 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for cores in (8, None):
+        has = {"num_physical_cores": cores}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        set_threads(None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: pytest.fail("counted"))
+    set_threads(16)
+    assert chosen == [8, 12, 16]
 
 
 def test_the_number_of_threads_is_an_option():

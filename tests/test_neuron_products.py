@@ -1,6 +1,7 @@
 """The feed-forward product of records, by kernels/cpu/neurons.cpp and by torch, against float64."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.build import supported_sets
+from neurons import costs
 from neurons.products import Products, gather_records, has_kernel
 from neurons.records import GATED_MATRICES, KINDS, PLAIN_MATRICES, RecordFormat
 
@@ -104,6 +107,23 @@ def test_which_records_the_kernel_computes(monkeypatch: pytest.MonkeyPatch):
     assert not has_kernel(other, CPU, torch.float32)
     monkeypatch.setattr("neurons.products.build", lambda: "it did not compile")
     assert not has_kernel(supported, CPU, torch.bfloat16)
+
+
+def test_costs_are_measured_for_each_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    keys, saved = [], {"reads": {"1": [0, 0, 0]}, "stream_byte": 0, "record": 0}
+    monkeypatch.setattr(costs, "has_kernel", lambda *given: True)
+    monkeypatch.setattr(costs, "load_measurement", lambda name, key: keys.append(key) or saved)
+    file = tmp_path / "neurons"
+    file.touch()
+    format = RecordFormat(PLAIN_MATRICES, 64, "dense", torch.bfloat16)
+    pack = SimpleNamespace(format=format, neurons_path=file)
+    for chosen in ("", "scalar", ""):
+        monkeypatch.setenv("GPT_FLEX_ISA", chosen)
+        costs.machine_costs(pack, [1], CPU, torch.bfloat16)
+    assert keys[0] == keys[2]
+    assert keys[0] != keys[1] or supported_sets() == ["scalar"]
 
 
 def test_gather_records():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import platform
 import random
 import re
 import subprocess
@@ -22,6 +23,8 @@ from tiers.kv_cache import TieredCaches
 from tiers.planner import Planner, Sizes, Workload
 from tiers.policy import Policy, Share
 from tiers.probe import Curve, Machine, sample_args
+from weights.hf import model_args
+from weights.weight_files import read_json
 
 SEED = 20261122
 MB = 10**6
@@ -206,3 +209,60 @@ def test_a_plan_needs_a_config_alone(tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert again.returncode == 2
     assert "does not fit" in again.stderr and "allow more" in again.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """What a measurement asks for: its key, and the arguments of use_fast_layers. It measures
+    nothing, and a CPU with AVX2 and a compiler is assumed."""
+    asked: dict[str, list] = {"keys": [], "layers": []}
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.delenv("GPT_FLEX_ISA", raising=False)
+    has = dict.fromkeys(("avx2", "fma3", "f16c", "bmi2"), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(plan, "load_measurement", lambda name, key: asked["keys"].append(key))
+    monkeypatch.setattr(plan, "save_measurement", lambda *given: None)
+    monkeypatch.setattr(plan, "probe", lambda *given: some_machine(random.Random(SEED)))
+    monkeypatch.setattr(plan, "use_fast_layers", lambda *given: asked["layers"].append(given[1:]))
+    return asked
+
+
+def dense_spec(dtype: torch.dtype, device: str = "cpu") -> ModelSpec:
+    args = model_args(read_json(ROOT / "checkpoints" / "demo" / "config.json"))
+    return ModelSpec(args, None, dtype, None, torch.device(device))
+
+
+def test_the_layer_that_is_measured_runs_on_the_kernels_of_the_whole_model(
+    probed: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = dense_spec(torch.bfloat16)
+    plan.machine(spec, tmp_path, needed=True)
+    # More than the layer that is measured has, and less than the model.
+    monkeypatch.setattr("fast_layers.cpu.MIN_DENSE_BYTES", sizes(spec).layer + 2**18)
+    plan.machine(spec, tmp_path, needed=True)
+    assert probed["layers"] == [(torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+def test_what_was_measured_counts_for_its_instruction_set_alone(
+    probed: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = dense_spec(torch.bfloat16)
+    for chosen in ("", "scalar", ""):
+        monkeypatch.setenv("GPT_FLEX_ISA", chosen)
+        plan.machine(spec, tmp_path, needed=False)
+    first, scalar, again = probed["keys"]
+    assert first == again != scalar
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_make_half_precision_as_fast_as_float32(
+    probed: dict[str, list], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    spec = dense_spec(dtype)
+    assert plan.multiplies_fast(dense_spec(torch.float32))
+    assert not plan.multiplies_fast(spec)  # a small model runs on PyTorch's products
+    monkeypatch.setattr("fast_layers.cpu.MIN_DENSE_BYTES", 0)
+    assert plan.multiplies_fast(spec)
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name")
+    assert not plan.multiplies_fast(spec)

@@ -85,12 +85,6 @@ def test_triton_options():
     assert not torch_private.has_triton_option("no_such_option")
 
 
-def test_kernels_of_an_operator():
-    assert torch_private.has_cpu_kernel("aten::add.Tensor")
-    torch.library.define("gpt_flex_test::nothing", "(Tensor x) -> Tensor")
-    assert not torch_private.has_cpu_kernel("gpt_flex_test::nothing")
-
-
 @pytest.mark.parametrize("M, N, K", [(1, 1, 32), (3, 17, 64), (8, 100, 2048)])
 def test_int8_product(M: int, N: int, K: int):
     torch.manual_seed(11)

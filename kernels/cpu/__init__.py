@@ -8,13 +8,15 @@ which knows nothing of torch, and a .cpp file that shares its work between torch
     quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers; pairs.h
                       multiplies them, on CPUs with AVX-512 VNNI vnni.h, amx_int8.h or gemm.h
     linear            rows by dense bfloat16 or float16 weights
-    attention         attention of few queries over the KV cache
+    attention         attention of up to 128 queries of a key/value head over the KV cache
     neurons           feed-forward layers of which few neurons are active (neurons/)
 
 vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h
 define them for each instruction set. Products of integers are exact and other sums have a fixed
-order, so all instruction sets give the same bits (dense bfloat16 products by AVX-512 BF16, AMX and
-PyTorch excepted), and a row's result has the same bits whatever rows are beside it.
+order. So all instruction sets give the same bits, but for dense bfloat16 products by AVX-512 BF16,
+AMX and PyTorch. A row's result has the same bits whatever rows are beside it, with two exceptions:
+`linear` adds in another order from 17 rows on, and AVX-512 BF16 and AMX multiply many bfloat16 rows
+otherwise than few.
 
 Start at layout.h, vector.h, then quantized_linear.h. fast_layers/cpu.py puts the operators into a
 model; neurons/products.py calls neurons. PyTorch's own layers are the reference in

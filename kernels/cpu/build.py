@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import zlib
@@ -22,7 +23,6 @@ import torch
 
 from host.log import log
 from host.measurements import cache_directory
-from host.torch_private import has_cpu_kernel
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
@@ -41,9 +41,9 @@ class InstructionSet(NamedTuple):
     flags: tuple[str, ...]
 
 
-AVX2 = "avx2", "fma3", "f16c"
+AVX2 = "avx2", "fma3", "f16c", "bmi2"
 AVX2_FLAGS = "-mavx2", "-mfma", "-mf16c", "-mbmi2"
-AVX512 = *AVX2, "bmi2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"
+AVX512 = *AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"
 AVX512_FLAGS = *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"
 VNNI, VNNI_FLAGS = (*AVX512, "avx512_vnni"), (*AVX512_FLAGS, "-mavx512vnni")
 BF16, BF16_FLAGS = (*VNNI, "avx512_bf16"), (*VNNI_FLAGS, "-mavx512bf16")
@@ -124,6 +124,12 @@ def supported_sets() -> list[str]:
     return names[names.index(chosen) :]
 
 
+def fastest_set(device: torch.device) -> str | None:
+    """Return the first of supported_sets, or None for other devices than a CPU: a key of saved
+    measurements, which GPT_FLEX_ISA changes."""
+    return supported_sets()[0] if device.type == "cpu" else None
+
+
 def unsupported_reason(dtype: torch.dtype) -> str | None:
     """Return why this machine or dtype of activations cannot use the operators, or None if it can.
 
@@ -138,8 +144,13 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 
 def compiler() -> str:
-    """Return the name of the C++ compiler that torch's extensions use."""
+    """Return the name of the C++ compiler that Inductor uses. torch's extensions call it c++."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+BUILDING = threading.Lock()  # held by the thread that builds
+loaded: list[str] = []  # the name of the instruction set whose library this process has loaded
+failures: list[str] = []  # why the build failed in this process; it is not tried again
 
 
 def build() -> str | None:
@@ -148,40 +159,40 @@ def build() -> str | None:
     Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes 20 to
     45 seconds on two cores, once for each CPU and version of torch. Requires that
     unsupported_reason returned None. Later calls in this process return the same at once; calls of
-    other threads wait.
+    other threads wait. Raises ValueError as supported_sets does.
     """
     with BUILDING:
-        if has_cpu_kernel("gpt_flex::quantized_linear"):
-            return None
-        if not failures and (reason := build_best()):
-            failures.append(reason)
-        return failures[0] if failures else None
+        if not loaded and not failures:
+            try:
+                loaded.append(load_best())
+            except (OSError, RuntimeError, ImportError) as error:
+                failures.append(f"the fast products did not compile: {str(error).splitlines()[0]}")
+        return None if loaded else failures[0]
 
 
-def build_best() -> str | None:
-    """Load the fastest instruction set that compiles. Return None, or the reason why none did.
+def load_best() -> str:
+    """Load the fastest instruction set that this CPU and the compiler have, and return its name.
 
-    Raises ValueError as supported_sets does.
+    Raises ValueError as supported_sets does, and OSError, RuntimeError or ImportError on failure.
     """
     if (cache := cache_directory()) is None:
-        return "no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME"
+        raise OSError("no directory keeps what is compiled for this CPU: set XDG_CACHE_HOME")
     if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    for name in supported_sets():
-        try:
-            load_library(cache / f"cpu_products-{build_key(name):08x}", name)
-        except (OSError, RuntimeError, ImportError) as error:
-            reason = f"they did not compile ({str(error).splitlines()[0]})"
-            log(f"the products for {name} are left out: {reason}")
-        else:
-            loaded.append(name)
-            return None
-    return f"the products for this CPU: {reason}"
+    names = supported_sets()
+    name = next((name for name in names if is_accepted(name)), names[-1])
+    load_library(cache / f"cpu_products-{build_key(name):08x}", name)
+    return name
 
 
-BUILDING = threading.Lock()  # held by the thread that builds
-failures: list[str] = []  # why the build failed in this process; it is not tried again
-loaded: list[str] = []  # the name of the instruction set whose library this process has loaded
+def is_accepted(name: str) -> bool:
+    """Return whether the compiler knows the flags of an instruction set. It may be older than the
+    CPU. Raises OSError if it cannot be started."""
+    from torch.utils.cpp_extension import get_cxx_compiler  # imports setuptools, which takes time
+
+    needed = INSTRUCTION_SETS[name].flags
+    words = [get_cxx_compiler(), *needed, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
 def instruction_set() -> str | None:
@@ -210,8 +221,10 @@ def build_key(name: str) -> int:
 
 
 def flags(name: str) -> list[str]:
-    """Return the compiler's flags for an instruction set. macOS's clang has no OpenMP of its own:
-    there the operators use one thread."""
+    """Return all flags with which the sources are compiled for an instruction set.
+
+    macOS's clang has no OpenMP of its own: there the operators use one thread.
+    """
     openmp = () if sys.platform == "darwin" else ("-fopenmp",)
     return [*FLAGS, "-mtune=native", *INSTRUCTION_SETS[name].flags, *openmp]
 
@@ -222,11 +235,13 @@ def load_library(folder: Path, name: str) -> None:
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
     failure.
     """
-    from torch.utils import cpp_extension  # imports setuptools, which takes time
+    from torch.utils import cpp_extension
 
+    if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
+        raise RuntimeError("the process ends")
     if not list(folder.glob("*.so")):
         log(f"compiling products for this CPU ({name}), once: 20 to 45 seconds on two cores ...")
-    with contextlib.redirect_stdout(sys.stderr), locked(folder):
+    with locked(folder):
         cpp_extension.load(
             "gpt_flex_cpu_products",
             [str(source) for source in SOURCES],
