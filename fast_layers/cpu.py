@@ -2,7 +2,7 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
-use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.cpp. A model keeps
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. A model keeps
 its layers, which are slower and are the reference in tests, in float32, without a compiler, and if
 its dense linears are small.
 
@@ -37,7 +37,7 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
 # Query heads of a key/value head for which a verify pass of 16 tokens has at most kMaxQueries
-# queries (kernels/cpu/attention.cpp).
+# queries (kernels/cpu/layer_operators.cpp).
 MAX_SHARING = 8
 
 
@@ -185,7 +185,7 @@ def is_large(model: nn.Module) -> bool:
 
 
 def use_fast_attention(model: Transformer) -> None:
-    """Let the KV caches compute attention by kernels/cpu/attention.cpp.
+    """Let the KV caches compute attention by kernels/cpu/attention.h.
 
     Call it if use_fast_linears returned True (the kernels are then compiled), before caches are
     made. Where several query heads share a key/value head, PyTorch's attention is as fast on CPUs
@@ -199,7 +199,7 @@ def use_fast_attention(model: Transformer) -> None:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention over a cache by kernels/cpu/attention.cpp (type model.CacheAttention).
+    """Compute attention over a cache by kernels/cpu/attention.h (type model.CacheAttention).
 
     q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
     pos: not used. Returns (B, T, H, E).

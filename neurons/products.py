@@ -1,4 +1,4 @@
-"""The feed-forward product of records: by kernels/cpu/neurons.cpp or by torch.
+"""The feed-forward product of records: by kernels/cpu/neurons.h or by torch.
 
 Start at Products.sums. A record holds the weights of one neuron; an entry is memory for one record.
 A neuron is active for a token if its ReLU, of gate or without a gate of up, is not zero.
@@ -30,11 +30,11 @@ torch.library.define(
 
 
 def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether kernels/cpu/neurons.cpp can compute records of this format.
+    """Return whether kernels/cpu/neurons.h can compute records of this format.
 
     device, dtype: of the activations. False on a GPU, in float32, without a compiler, and
     if the kernel's chunks do not divide the sizes. The first call compiles it,
-    20 to 45 seconds once for a machine. `build` returns why it failed, or None.
+    25 seconds on two cores, once for a machine. `build` returns why it failed, or None.
     """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False

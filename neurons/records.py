@@ -78,7 +78,7 @@ class RecordFormat:
 
     @cached_property
     def starts(self) -> list[int]:
-        """The first bytes of weight, scales and zeros of each matrix, for kernels/cpu/neurons.cpp.
+        """The first bytes of weight, scales and zeros of each matrix, for kernels/cpu/neurons.h.
 
         Three numbers for each matrix, in the order of `matrices`; 0 for a part that this kind does
         not have.

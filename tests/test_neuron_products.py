@@ -1,4 +1,4 @@
-"""The feed-forward product of records, by kernels/cpu/neurons.cpp and by torch, against float64."""
+"""The feed-forward product of records, by kernels/cpu/neurons.h and by torch, against float64."""
 
 import itertools
 from pathlib import Path

@@ -1,8 +1,8 @@
 """C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON, and plain C++.
 
 build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
-and registers each operator as torch.ops.gpt_flex.NAME. Each operator is a header with the kernel,
-which knows nothing of torch, and a .cpp file that shares its work between torch's threads:
+and registers each operator as torch.ops.gpt_flex.NAME. Each operator has a header, which knows
+nothing of torch; linear_operators.cpp and layer_operators.cpp share the work between its threads:
 
     pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
     quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers; pairs.h

@@ -156,8 +156,8 @@ failures: list[str] = []  # why the build failed in this process; it is not trie
 def build() -> str | None:
     """Compile the operators, unless an earlier run has, and load them into this process.
 
-    Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes 20 to
-    45 seconds on two cores, once for each CPU and version of torch. Requires that
+    Returns None, or the reason of a failure, after which callers use PyTorch's layers. Takes about
+    25 seconds on two cores, once for each CPU and version of torch. Requires that
     unsupported_reason returned None. Later calls in this process return the same at once; calls of
     other threads wait. Raises ValueError as supported_sets does.
     """
@@ -240,7 +240,7 @@ def load_library(folder: Path, name: str) -> None:
     if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
         raise RuntimeError("the process ends")
     if not list(folder.glob("*.so")):
-        log(f"compiling products for this CPU ({name}), once: 20 to 45 seconds on two cores ...")
+        log(f"compiling products for this CPU ({name}), once: 25 seconds on two cores ...")
     with locked(folder):
         cpp_extension.load(
             "gpt_flex_cpu_products",

@@ -1,5 +1,5 @@
 // Dense bfloat16 products of few rows on CPUs that multiply bfloat16: by AMX where the CPU has it,
-// else by AVX-512 BF16. linear.cpp calls linear_by_amx or linear_by_avx512.
+// else by AVX-512 BF16. linear_operators.cpp calls linear_by_amx or linear_by_avx512.
 
 #pragma once
 
