@@ -1,6 +1,6 @@
-// The operators attention (scaled_dot_product_attention for few queries) and neurons (a feed-forward
-// layer with ReLU, of some of its neurons, for a few rows). This file checks arguments and shares
-// the work between threads; attention.h and neurons.h compute.
+// The operators attention (scaled_dot_product_attention for few queries) and neurons (a
+// feed-forward layer with ReLU, of some of its neurons, for a few rows). This file checks arguments
+// and shares the work between threads; attention.h and neurons.h compute.
 //
 // Start at attention and neurons. PyTorch's attention takes twenty times as long for one query of
 // each of 32 heads.
