@@ -2,9 +2,9 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
-use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. A model keeps
-its layers, which are slower and are the reference in tests, in float32, without a compiler, and if
-its dense linears are small.
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. In
+float32, or without a compiler, a model keeps its layers, which are slower and are the reference in
+tests. Small dense linears stay, too.
 
 layout() returns the constants of the packed order: layout().strip outputs (16) are packed together
 as a strip; layout().int8, int4 and int4_half number the formats of packed weights. torch.ops.
@@ -166,11 +166,13 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
 
 
 def replaceable(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> list[str]:
-    """Return the names of the linears that have a faster version in the kernels for this CPU.
+    """Return the names of the linears that use_fast_linears should replace.
 
-    These are the quantised ones, and in bfloat16 and float16 the dense ones of a large model; not
-    with "scalar", as PyTorch has faster code for the oldest CPUs. model: may be on the meta device.
+    These are all quantised linears: in float32 it logs why they stay. Dense linears are among them
+    if dtype is bfloat16 or float16, the model is large, and the CPU has a better instruction set
+    than "scalar", with which PyTorch's dense products are faster. model: may be on the meta device.
     large: whether compiling the kernels pays for the dense linears; None: what is_large returns.
+    Raises ValueError as supported_sets does.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (Linear, QuantizedLinear))}
     pays = dtype in DTYPES and (is_large(model) if large is None else large)
@@ -188,10 +190,10 @@ def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.h.
 
     Call it if use_fast_linears returned True (the kernels are then compiled), before caches are
-    made. Where several query heads share a key/value head, PyTorch's attention is as fast on CPUs
-    that multiply bfloat16; heads that more than MAX_SHARING share keep it everywhere. A draft's
-    tokens are verified many at once and must give the same bits as one at a time, so one kernel
-    serves both.
+    made. With one query head for each key/value head the kernel is faster. With 2 to MAX_SHARING it
+    is faster only on CPUs that do not multiply bfloat16. With more, PyTorch's attention stays: a
+    verify pass would have more queries than the kernel takes, and must give the same bits as single
+    steps.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):

@@ -148,8 +148,9 @@ def multiply(
     """Multiply rows, (M, K), by the buffers of a quantised linear -> (M, N), plus the bias.
 
     Returns the dtype of rows. It is also the operator gpt_flex::multiply on the CPU. weight,
-    scales, zeros: see Int4Linear, or, if zeros is None, Int8Linear. Computes in float32 (float64
-    for float64 rows): 32 rows of bfloat16 take five times as long on a CPU with AVX2.
+    scales, zeros: see Int4Linear, or, if zeros is None, Int8Linear. Computes in float32
+    (float64 for float64 rows), because on a CPU with AVX2 32 rows take five times as long in
+    bfloat16; only int8_product rounds to bfloat16 before the scales.
     """
     x = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if zeros is None and suits_int8_product(rows, weight):
@@ -196,17 +197,18 @@ def multiply_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 def multiply_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Multiply x, (M, K) float32 or float64, by an Int4Linear's weights -> (M, N).
 
-    The low nibbles of a block meet the even inputs and the high nibbles the odd ones, so that no
-    nibbles are interleaved. The zero points meet the sum of each group's inputs.
+    With weights (q - zero) * scale, y = x @ (q * scale).T - sums @ (zero * scale).T, where sums are
+    those of each group's inputs. The low nibbles are multiplied by the even inputs and the high
+    nibbles by the odd inputs, so that no nibbles are interleaved.
     """
     P, n = scales.shape[1], block_rows(weight)
     x = F.pad(x, (0, 2 * weight.shape[1] - x.shape[1]))  # (M, P*S)
     even, odd = x[:, 0::2].contiguous(), x[:, 1::2].contiguous()  # (M, P*S/2) each
     scales = scales.to(x.dtype)
     products = [
-        F.linear(even, scale_groups(block & 15, units))
-        + F.linear(odd, scale_groups(block >> 4, units))
-        for block, units in zip(weight.split(n), scales.split(n), strict=True)
+        F.linear(even, scale_groups(block & 15, block_scales))
+        + F.linear(odd, scale_groups(block >> 4, block_scales))
+        for block, block_scales in zip(weight.split(n), scales.split(n), strict=True)
     ]
     sums = x.unflatten(1, (P, -1)).sum(2)  # (M, P, S) -> (M, P)
     offsets = scales * unpack_nibbles(zeros)[:, :P]  # (N, P)

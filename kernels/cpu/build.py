@@ -125,8 +125,10 @@ def supported_sets() -> list[str]:
 
 
 def fastest_set(device: torch.device) -> str | None:
-    """Return the first of supported_sets, or None for other devices than a CPU: a key of saved
-    measurements, which GPT_FLEX_ISA changes."""
+    """Return the name of the fastest supported set, or None if the device is no CPU.
+
+    Saved measurements have the name in their key. GPT_FLEX_ISA changes it.
+    """
     return supported_sets()[0] if device.type == "cpu" else None
 
 

@@ -1,8 +1,8 @@
 // Activations as 16-bit fixed-point numbers with one scale for each block of a row. The rounding
-// error is at most about 2^-16 of the block's largest value. bfloat16's is 2^-9 of each number,
-// which is less only for numbers below 1/128 of the largest. Products with integer weights are then
-// exact integers, which every instruction set adds up to the same bits. A NaN or an infinity makes
-// all outputs of its row NaN.
+// error is at most about 2^-16 of the block's largest value. bfloat16's is at most 2^-8 of each
+// number, which is less only for numbers below 1/256 of the largest. Products with integer weights
+// are then exact integers, which every instruction set adds up to the same bits. A NaN or an
+// infinity makes all outputs of its row NaN.
 
 #pragma once
 
@@ -66,15 +66,17 @@ inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& r
   }
 }
 
-// Converts block b of row m, which has `block` inputs from x on.
+// Converts block b of row m, which has `block` inputs from x on. Writes the block's numbers, its
+// scale and the sum of its numbers to `rows`.
 template <class T>
 void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointRows& rows) {
   constexpr float kMax = 32639;  // 127 * 256 + 127: the largest number of two signed bytes
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   Ints largest = splat(0);
-  for (int64_t i = 0; i < block; i += kStrip) largest = max(largest, size_bits(load(x + i)));
+  for (int64_t i = 0; i < block; i += kStrip) largest = max(largest, magnitude_bits(load(x + i)));
   const float top = float_of(static_cast<uint32_t>(reduce_max(largest)));
-  const Floats factor = splat(top > 0x1p-100f ? kMax / top : 0.f);  // below, it may be infinite
+  // For a smaller top, kMax / top may be infinite; the numbers are then 0.
+  const Floats factor = splat(top > 0x1p-100f ? kMax / top : 0.f);
   Ints total = splat(0);
   for (int64_t i = 0; i < block; i += kStrip) {
     const Ints q = round_to_ints(load(x + i) * factor);

@@ -67,7 +67,8 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
 }
 
-// Computes outputs n, n + step, n + 2 * step and n + 3 * step of row 0, the only one.
+// Computes outputs n, n + step, n + 2 * step and n + 3 * step of row 0, the only one, which is
+// padded with zeros to a multiple of 16.
 template <class W>
 void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t step,
                  const Output& out) {
@@ -123,8 +124,9 @@ struct alignas(kLine) DensePanel {
   float weights[kPanelInputs][kStrip];
 };
 
-// Writes inputs k to k + count - 1 of strip n to the panel as float32, transposed; outputs from N
-// on are 0. Prefetches the same inputs of the next strip.
+// Writes the weights of strip n, outputs 16 * n to 16 * n + 15, for inputs k to k + count - 1 to
+// the panel as float32, transposed. Weights of outputs from N on are 0. Prefetches the next strip's
+// weights for the same inputs.
 template <class W>
 void fill_panel(const DenseWeights& w, int64_t n, int64_t k, int64_t count, DensePanel& panel) {
   alignas(kLine) float rows[kStrip][kStrip] = {};

@@ -2,8 +2,8 @@
 // shares the work between threads; the headers compute. Two files of operators take half as long to
 // compile as five, because of PyTorch's headers.
 //
-// Start at quantized_linear and linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX),
-// PyTorch's GEMM is faster for many bfloat16 rows, and linear_avx512.h for few.
+// Start at quantized_linear and linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX), both
+// use PyTorch's GEMM for many bfloat16 rows, and linear uses linear_avx512.h for few.
 
 #include <limits>
 
@@ -57,14 +57,14 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
 // Returns the fields of Layout in build.py.
 std::vector<int64_t> layout() { return {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half}; }
 
-// Multiplies x by packed weights, each thread by strips of its own. Up to kRowGroup rows every
-// thread converts all of them for itself, while its first weights arrive; of more rows each thread
-// converts some, for all threads.
+// Multiplies x by packed weights. The threads divide the strips. With up to kRowGroup rows, each
+// thread converts all rows into a buffer of its own while its first weights arrive. With more rows,
+// the threads divide the conversion and share one buffer.
 template <Format F, class T>
 void integer_product(const T* x, const PackedWeights& w, const Output& out) {
   const bool together = out.M > kRowGroup;
   thread_local FixedPointRows of_caller;
-  FixedPointRows& shared = of_caller;
+  FixedPointRows& shared = of_caller;  // in a lambda, of_caller would be the running thread's own
   if (together) {
     reserve_rows(out.M, w, shared);
     at::parallel_for(0, out.M, 1, [&](int64_t from, int64_t to) {

@@ -2,9 +2,10 @@
 // without AVX-512 VNNI. AVX2's vpmaddwd multiplies 16 numbers of 16 bits by 16, and adds the
 // products of each two neighbours.
 //
-// A packed tile holds four inputs of an output in four bytes. Seen as two 16-bit lanes, its low
-// bytes are the weights of inputs 0 and 2, its high bytes those of inputs 1 and 3: a mask or a
-// shift turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below
+// Four bytes of packed weights belong to one output. They hold four inputs in int8, and eight in
+// int4: one tile in the low nibbles, the next tile in the high nibbles. Seen as two 16-bit lanes,
+// the low bytes of the lanes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a shift
+// turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below
 // 2^31: 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
 //
 // Start at multiply_pairs. Weights are unpacked in registers, for kRowsTogether rows at a time: to
@@ -23,8 +24,9 @@ constexpr int kRowsTogether = kLanes == 16 ? 8 : 4;  // rows whose sums fit in t
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Returns the j-th pair of weights of each 32-bit lane of a register of packed weights: those of
-// inputs 0 and 2, then 1 and 3; for int4 then those of the second tile.
+// Returns pair j of each 32-bit lane of a register of packed weights, as unsigned 16-bit integers.
+// Pair 0: inputs 0 and 2. Pair 1: inputs 1 and 3. In int4, pairs 2 and 3 are those of the second
+// tile.
 template <Format F>
 inline NativeInt weight_pairs(NativeInt v, int j) {
   if constexpr (F == kInt8)
@@ -88,12 +90,14 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
 // A span of a strip: its packed weights, and the scales and zero points of its blocks.
 struct Span {
   const uint8_t* tiles;
-  int64_t number, block;  // number: of the span in the strip; block: inputs that share a scale
+  int64_t number, block;  // number: its index in the strip; block: inputs that share a scale
   Floats zeros[kSpan / kChunk], scales[kSpan / kChunk];
 };
 
+// Fills `span` from the span that begins at `header`. Its scales and zero points are read once, for
+// all groups of rows.
 template <Format F>
-inline void open_span(const uint8_t* header, int64_t number, int64_t block, Span& span) {
+inline void load_span(const uint8_t* header, int64_t number, int64_t block, Span& span) {
   span.tiles = header + header_bytes<F>(block), span.number = number, span.block = block;
   for (int64_t b = 0; b < kSpan / block; b++) {
     span.zeros[b] = load_zeros<F>(header, block, b);
@@ -123,8 +127,8 @@ inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zer
   return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
 }
 
-// Adds to y, (R, 16), the products of a span by rows `row` to row + R - 1. Unpacks the weights in
-// registers.
+// Adds to y, (R, 16), the products of a span by rows `row` to row + R - 1, without the outputs' own
+// scales. Unpacks the weights in registers.
 template <Format F, int R>
 void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Floats* y) {
   const RowPointers<R> rows(x, row, span);
@@ -180,7 +184,7 @@ void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const Fi
     // The next span that is multiplied; after the last one, the first span of the next strips.
     prefetch(at + 1 < spans * strips ? data_at(at + 1) : w.spans(n + strips), bytes);
     Span span;
-    open_span<F>(data_at(at), at / strips, w.block, span);
+    load_span<F>(data_at(at), at / strips, w.block, span);
     Floats* sums = y[at % strips];
     in_groups<kRowsTogether>(rows, [&](auto count, int64_t r) {
       multiply_span<F, decltype(count)::value>(span, x, first + r, sums + r);

@@ -16,7 +16,8 @@ inline void with_constant(int64_t count, int64_t first, Visit visit) {
 }
 
 // Divides `rows` rows into as few groups of at most R as possible, of sizes that differ by at most
-// one, and calls visit(count, first) for each.
+// one (a group of one row reads as many weights as a full group), and calls visit(count, first) for
+// each.
 template <int R, class Visit>
 inline void in_groups(int64_t rows, Visit visit) {
   const int64_t groups = (rows + R - 1) / R;

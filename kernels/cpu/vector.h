@@ -1,12 +1,12 @@
 // Vectors of sixteen numbers, for every instruction set: one register of AVX-512, two of AVX2, four
 // of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
 //
-// Lanes are independent; fma and fnma round once (the plain form in all but one of 2^29 results),
-// and the compiler fuses nothing else, so every instruction set gives the same bits. Exceptions:
-// the bits of a NaN, and whether max returns it; and AVX-512 BF16 rounds denormals to bfloat16 as
-// 0. vector_*.h define the functions for one register; this file extends them to sixteen numbers.
-// GPT_FLEX_SCALAR, a macro, selects the plain form, which is the reference of the others in
-// tests/test_instruction_sets.py.
+// Lanes are independent, fma and fnma round once, and the compiler fuses nothing else, so every
+// instruction set gives the same bits. Exceptions: the bits of a NaN, and whether max returns it;
+// AVX-512 BF16 rounds denormals to bfloat16 as 0; the plain form computes fma in double and rounds
+// twice, which changes about one result in 2^29. vector_*.h define the functions for one register;
+// this file extends them to sixteen numbers. GPT_FLEX_SCALAR, a macro, selects the plain form,
+// which is the reference of the others in tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
 // pairs of 16-bit integers, or four bytes, in place of each number.
@@ -80,7 +80,7 @@ inline void native_store(int32_t* to, NativeInt v) { std::memcpy(to, &v, sizeof(
 
 inline NativeFloat native_multiply(NativeFloat a, NativeFloat b) { return a * b; }
 inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
-inline NativeInt native_size_bits(NativeFloat a) {
+inline NativeInt native_magnitude_bits(NativeFloat a) {
   return register_at<NativeInt>(&a) & native_splat(0x7fffffff);
 }
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
@@ -175,8 +175,8 @@ inline Ints max(Ints a, Ints b) {
   return each<Ints>([](auto x, auto y) { return native_max(x, y); }, a, b);
 }
 // Returns the bits of |a|. As integers they have the order of the sizes; NaN is above infinity.
-inline Ints size_bits(Floats a) {
-  return each<Ints>([](auto x) { return native_size_bits(x); }, a);
+inline Ints magnitude_bits(Floats a) {
+  return each<Ints>([](auto x) { return native_magnitude_bits(x); }, a);
 }
 // Returns a * b + c, rounded once.
 inline Floats fma(Floats a, Floats b, Floats c) {
