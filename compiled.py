@@ -37,7 +37,9 @@ from host.torch_private import (
 from kernels.cpu.build import compiler
 from kernels.gpu import usable
 from kernels.gpu.support import dependent_launch
-from model import KVCache, Rotation, Transformer
+from layers.kv_cache import KVCache
+from layers.positions import Rotation
+from model import Transformer
 from ranks import has_one_shot_all_reduce
 
 FRAME_WORDS = 2**13  # of Python's stack: 64 kB

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from model import Cache, Transformer, visible_length
+from layers.kv_cache import Cache, visible_length
+from model import Transformer
 from ranks import all_gather_object
 
 CHUNK_TOKENS = 512  # tokens of one forward pass

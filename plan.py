@@ -31,6 +31,7 @@ from host.log import log
 from host.measurements import load_measurement, save_measurement
 from host.memory import available_memory, machine_name, process_memory, size_text
 from kernels.cpu.build import fastest_set, unsupported_reason
+from layers.args import ModelArgs
 from load import (
     compressed_scheme,
     config_dtype,
@@ -40,7 +41,6 @@ from load import (
     parallel_strategy,
     random_filler,
 )
-from model import ModelArgs
 from offload import StreamedLayers
 from options.settings import LoadOptions, ModelChoice, PlanOptions
 from quant.linear import make_scheme

@@ -32,7 +32,10 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
-from model import KVCache, LearnedPositions, ModelArgs, Transformer
+from layers.args import ModelArgs
+from layers.kv_cache import KVCache
+from layers.positions import LearnedPositions
+from model import Transformer
 from offload import Stored
 from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks

@@ -24,7 +24,8 @@ from benchmarks.common import ROOT, exit_code, log
 from benchmarks.gpu_common import seconds
 from calibration.gptq import CalibratedBlock, embed, fill_module, inverse_factor, quantize_block
 from host.devices import find_device
-from model import ModelArgs, Transformer
+from layers.args import ModelArgs
+from model import Transformer
 from weights.hf import model_args
 from weights.weight_files import read_json
 

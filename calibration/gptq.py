@@ -32,7 +32,9 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from kernels import gpu
-from model import KVCache, Linear, Transformer
+from layers.basic import Linear
+from layers.kv_cache import KVCache
+from model import Transformer
 from quant.linear import (
     choose_int4_grid,
     dequantize_int4,

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from calibration.gptq import embed, fill_module
 from checkpoint import Checkpoint
+from layers.basic import Linear
 from load import meta_model
-from model import Linear, Transformer
+from model import Transformer
 from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
 from tiers.prefetch import CPU

@@ -31,7 +31,9 @@ from kernels.cpu.build import (
     supported_sets,
     unsupported_reason,
 )
-from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
+from layers.basic import Linear, RMSNorm
+from layers.kv_cache import KVCache, grouped_attention
+from model import Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
@@ -201,7 +203,7 @@ def use_fast_attention(model: Transformer) -> None:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention over a cache by kernels/cpu/attention.h (type model.CacheAttention).
+    """Compute attention over a cache by kernels/cpu/attention.h (type layers.kv_cache.CacheAttention).
 
     q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
     pos: not used. Returns (B, T, H, E).

@@ -19,15 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gpu
-from model import (
-    GatedFeedForward,
-    KVCache,
-    Linear,
-    PreNormBlock,
-    RMSNorm,
-    Transformer,
-    grouped_attention,
-)
+from layers.basic import Linear, RMSNorm
+from layers.kv_cache import KVCache, grouped_attention
+from model import GatedFeedForward, PreNormBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
@@ -142,7 +136,7 @@ def takes_prologue(linear: nn.Module) -> bool:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention for KVCache.attention (type model.CacheAttention); see attend_on_gpu.
+    """Compute attention for KVCache.attention (type layers.kv_cache.CacheAttention); see attend_on_gpu.
 
     q: (B, T, H, E). pos: (B, T), the positions of the queries. The mask must be causal: the Triton
     kernel takes only the number of visible positions from it, and lets each query see the positions

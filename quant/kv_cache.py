@@ -1,6 +1,6 @@
 """A KV cache of int8 or int4 numbers, for long texts and large batches.
 
-Start at QuantizedKVCache, a model.KVCache. It rounds the keys and values of each token when it
+Start at QuantizedKVCache, a layers.kv_cache.KVCache. It rounds the keys and values of each token when it
 stores them and never changes them afterwards; attention dequantises them. GROUP channels of a head
 share a scale and a lowest value ("low"): x = low + scale * q, with q from 0 to 255 or 15.
 
@@ -13,7 +13,7 @@ Shapes: B rows, T new tokens, G key/value heads, E head_dim, S channels of a gro
 import torch
 from torch import Tensor
 
-from model import CacheAttention, KVCache, sdpa_attention
+from layers.kv_cache import CacheAttention, KVCache, sdpa_attention
 from quant.linear import pack_nibbles, unpack_nibbles
 
 GROUP = 32  # channels; a head whose width is not a multiple of it is one group

@@ -39,8 +39,10 @@ from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
+from layers.args import ModelArgs
+from layers.kv_cache import KVCache, grouped_attention
 from load import find_cache
-from model import KVCache, ModelArgs, Transformer, grouped_attention
+from model import Transformer
 from quant.kv_cache import QuantizedKVCache
 from quant.linear import (
     GROUP_SIZES,

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
 from host.torch_private import copy_with_buffers
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.host_attention import HostAttention, SparseHostAttention
 from tiers.policy import CACHE_BUFFERS, Policy
@@ -357,7 +358,7 @@ class TieredCaches(Sequence["TieredCache"]):
 
 
 class TieredCache:
-    """The cache of one layer: cells, one for each micro-batch. It implements model.Cache.
+    """The cache of one layer: cells, one for each micro-batch. It implements layers.kv_cache.Cache.
 
     row_granularity: rows of a micro-batch. rows: those in use, which `first` reduces in a view.
     """

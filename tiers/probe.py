@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from host.memory import page_aligned
-from model import ModelArgs, Transformer
+from layers.args import ModelArgs
+from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.prefetch import CPU
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from host.files import short_json
 from host.log import log
-from model import ACTIVATIONS, ROPE_SCALINGS, ModelArgs, RopeScaling
+from layers.args import ModelArgs, RopeScaling
+from layers.positions import ROPE_SCALINGS
+from model import ACTIVATIONS
 
 # Limits far above any real model. A larger number is a mistake, and building its model could take
 # minutes.

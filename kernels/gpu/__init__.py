@@ -16,7 +16,7 @@ on programmatic dependent launch, and it would compile a graph for each kernel t
 can choose.
 
 The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
-model.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is missing;
+layers.kv_cache.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is missing;
 unsupported_reason returns why.
 
 Words of this folder: a program is one of the blocks of threads that run a kernel. A tile is the
