@@ -57,7 +57,7 @@ class Checkpoint:
         if metadata:
             self.tensors = {name: StoredTensor((part,)) for name, part in parts.items()}
         else:
-            self.tensors = translate(parts.values(), self.scheme)
+            self.tensors = translate(parts.values(), self.scheme, hf.names_of(self.config))
             self.drop_redundant()
             if self.args.tied and "output.weight" in self.tensors:
                 self.resolve_tied_head()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from decoding import LoadedModel
 from host.files import DEMO
 from layers.args import DTYPES, ModelArgs
-from layers.kv_cache import Cache, CacheFactory, visible_length
+from layers.kv_cache import Cache, KVCache, visible_length
 from model import Transformer
 from options.settings import DRAFTS, SELF_DRAFTS, FlashOptions, LoadOptions
 from quant.linear import QuantizedLinear, make_scheme, meta_model, round_to_nearest
@@ -147,7 +147,7 @@ def assemble(
         scheme = compressed_scheme(policy and policy.compress_weight, weights.scheme)
         strategy = parallel_strategy(options)
         model = strategy.build_skeleton(weights.args, scheme)
-        model.cache_factory = find_cache(options.kv_dtype)
+        model.cache_factory = replace(model.cache_factory, make=find_cache(options.kv_dtype))
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
         prepare_fast_layers(model, device, dtype, options.flash is not None or None)
@@ -349,7 +349,7 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     config: the content of the file; the key is "dtype", or in older files "torch_dtype". Raises
     ValueError for a dtype that models do not run in.
     """
-    from weights.hf import Config
+    from weights.config import Config
 
     key = "torch_dtype" if config.get("dtype") is None else "dtype"
     name = config.get(key, "auto")
@@ -553,16 +553,16 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def find_cache(kv_dtype: str | None) -> CacheFactory:
-    """Returns the factory of the KV caches for --kv_dtype: int8, int4, or None for the model's
-    dtype. ValueError, with the known names, for another name."""
+def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
+    """Returns the class of the KV caches (CacheFactory.make) for --kv_dtype: int8, int4, or None
+    for the model's dtype. ValueError, with the known names, for another name."""
     if kv_dtype is None:
-        return CacheFactory()
+        return KVCache
     if kv_dtype not in CACHE_BITS:
         raise ValueError(f"kv_dtype {kv_dtype} is not one of None, {', '.join(CACHE_BITS)}")
     from quant.kv_cache import QuantizedKVCache
 
-    return CacheFactory(partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype]))
+    return partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype])
 
 
 def count_weights(args: ModelArgs) -> int:

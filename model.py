@@ -1,33 +1,59 @@
-"""Llama and OPT as one Transformer.
+"""Decoder-only language models of all supported families as one Transformer.
 
-Read from the top: ModelArgs (the shape that a checkpoint's config.json gives), Transformer,
-PreNormBlock, Attention, the feed-forwards, then the positions and the KV cache. The two families
-differ in norm, feed-forward, positions and biases. Constructors choose the classes from tables; no
-forward depends on the family.
+Read from the top: Transformer, SequentialBlock, Attention, the feed-forwards; then layers/: the
+shape that a checkpoint's config.json gives (args.py), positions and KV cache. Families differ in
+norms, feed-forward, positions, windows of attention, biases and factors. Constructors choose the
+classes from tables; no forward depends on the family.
 
-Shapes: B rows of a batch, T new tokens per row, S visible positions, D dim, H query heads,
+Shapes: B rows of a batch, T new tokens per row, S visible slots of the cache, D dim, H query heads,
 G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
 
-The token at position p of a row is stored at position p of the KV cache. A step is one call of
-Transformer.forward, which computes T new tokens of each row. Rows of different lengths
-are padded on the right: a padding token writes to a position that the mask hides from every query
-of its row, and the row's own later token overwrites it before a query may attend to it.
+A step is one call of Transformer.forward, which computes T new tokens of each row. Rows of
+different lengths are padded on the right: a padding token writes to a slot of the KV cache that the
+mask hides from every query of its row, and the row's own later token overwrites it before a query
+may attend to it.
 
 Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.09864) and grouped
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.args import ModelArgs
-from layers.basic import Embedding, Linear, make_norm
-from layers.kv_cache import AttentionCache, CacheFactory, KVCache
+from layers.basic import (
+    QK_NORMS,
+    Embedding,
+    Linear,
+    Scale,
+    ScaledEmbedding,
+    SoftCap,
+    gelu_tanh,
+    make_norm,
+)
+from layers.kv_cache import (
+    AttentionCache,
+    CacheFactory,
+    KVCache,
+    Scores,
+    hidden_keys,
+    slots_and_keys,
+)
 from layers.positions import POSITIONS, Rotation
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer needs for attention, besides x and its cache."""
+
+    rotation: Rotation  # of the new tokens
+    mask: Tensor  # (B, 1, R*T, S), see Transformer.mask
+    pos: Tensor  # (B, T), the slots of the cache in which the new tokens are stored
 
 
 class Transformer(nn.Module):
@@ -39,27 +65,28 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        block = PreNormBlock if args.norm_first else PostNormBlock
         resized = args.embed_dim != args.dim  # OPT-350m only
-        self.tok_embeddings = Embedding(args.vocab_size, args.embed_dim)
+        self.tok_embeddings = make_embedding(args)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
-        self.layers = nn.ModuleList(block(args) for _ in range(args.n_layers))
+        self.layers = nn.ModuleList(BLOCKS[args.block](args) for _ in range(args.n_layers))
         self.norm = make_norm(args) if args.final_norm else nn.Identity()
         self.project_out = (
             Linear(args.dim, args.embed_dim, bias=False) if resized else nn.Identity()
         )
         self.output = Linear(args.embed_dim, args.vocab_size, bias=False)
+        self.scale_logits = make_logits_scale(args)
         if args.tied:
             self.output.weight = self.tok_embeddings.weight
-        self.cache_factory = CacheFactory()
+        scores = Scores(args.attention_scale, args.attention_softcap)
+        self.cache_factory = CacheFactory(scores=scores)
 
     def forward(
         self,
         tokens: Tensor,
         pos: Tensor,
         key_pos: Tensor,
-        caches: Iterable["AttentionCache"],
+        caches: Sequence["AttentionCache"],
         at: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
@@ -69,31 +96,73 @@ class Transformer(nn.Module):
         key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max().
         caches: one per layer. at: (N,) indices into the B*T tokens; only these get logits, (N, V),
         since the output head is the widest product. lengths: (B, 1), tokens of each row's whole
-        prompt; see DynamicRotaryPositions.
+        prompt, None while tokens are generated. Tokens at and beyond it are padding. Some rotary
+        positions depend on it (LengthRope), and so do the caches of layers with a sliding window.
         """
-        x, rotation, mask = self.embed(tokens, pos, key_pos, lengths)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotation, mask, pos, cache)
+        slots = [cache.slots for cache in caches]
+        x, inputs = self.embed(tokens, pos, key_pos, slots, lengths)
+        for layer, given, cache in zip(self.layers, inputs, caches, strict=True):
+            x = layer(x, *given, cache)
         return self.unembed(x, at)
 
     def embed(
-        self, tokens: Tensor, pos: Tensor, key_pos: Tensor, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Rotation, Tensor]:
-        """Returns the inputs of the first layer: x, (B, T, D), the rotation and the mask.
+        self,
+        tokens: Tensor,
+        pos: Tensor,
+        key_pos: Tensor,
+        slots: Sequence[int],
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, list[AttentionInputs]]:
+        """Returns the input of the first layer, (B, T, D), and what each layer needs besides.
 
-        The parameters are those of forward. compiled.py and finite.py call the parts of
-        forward themselves: embed, the layers, unembed.
+        slots: those of each layer's cache. The other parameters are those of forward. compiled.py
+        and finite.py call the parts of forward themselves: embed, the layers, unembed.
         """
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
-        x, rotation = self.positions(x, pos, lengths)
-        return x, rotation, self.mask(pos, key_pos, x.dtype)
+        return self.attention_inputs(x, pos, key_pos, slots, lengths)
+
+    def attention_inputs(
+        self,
+        x: Tensor,
+        pos: Tensor,
+        key_pos: Tensor,
+        slots: Sequence[int],
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, list[AttentionInputs]]:
+        """Returns x, (B, T, D), with learned positions added, if the model has any, and the
+        AttentionInputs of each layer. slots: those of each layer's cache. Other parameters: see
+        forward."""
+        x, rotations = self.positions(x, pos, lengths)
+        by_rope = dict(zip(self.args.ropes, rotations, strict=True))
+        keys = {}  # window and slots -> mask and slot of each token: those of several layers
+        inputs = []
+        for layer, count in zip(self.args.layer_types, slots, strict=True):
+            if (layer.window, count) not in keys:
+                slot, held = slots_and_keys(pos, key_pos, count, lengths)
+                keys[layer.window, count] = self.mask(pos, held, x.dtype, layer.window), slot
+            inputs.append(AttentionInputs(by_rope.get(layer.rope), *keys[layer.window, count]))
+        return x, inputs
+
+    def run_layer(self, n: int, block: nn.Module, x: Tensor) -> Tensor:
+        """Run a block, as layer n of the model, over whole texts: (B, T, D) -> (B, T, D).
+
+        Each text starts at position 0 with a new KV cache. x is on the block's device, as the
+        model's positions must be. For calibration, which has one block in memory at a time.
+        """
+        B, T, _ = x.shape
+        key_pos, slots = torch.arange(T, device=x.device), [T] * self.args.n_layers
+        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, slots)
+        factory = replace(self.cache_factory, windows=False)
+        shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)
+        cache = factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
+        return block(x, *inputs[n], cache)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Returns the logits of the last layer's output x, (B, T, D): (B, T, V), or (N, V) for the
         N tokens that `at` lists, see forward."""
         if at is not None:
             x = x.flatten(0, 1)[at]  # (N, D)
-        return self.output(self.project_out(self.norm(x)))
+        return self.scale_logits(self.output(self.project_out(self.norm(x))))
 
     def bytes_per_step(self) -> int:
         """Returns the bytes of weights that a decoding step reads: all but embedding tables, of
@@ -107,13 +176,15 @@ class Transformer(nn.Module):
         tables += [] if getattr(self.output, "weight", None) is table else [table]
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
-    def mask(self, pos: Tensor, key_pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the mask of attention: 0 where a query may attend to a key, else -inf.
+    def mask(
+        self, pos: Tensor, keys: Tensor, dtype: torch.dtype, window: int | None = None
+    ) -> Tensor:
+        """Returns the mask of attention: 0 where a query sees a key, else -inf.
 
-        pos, key_pos: see forward. (B, T), (S,) -> (B, 1, R*T, S): grouped_attention has R*T queries
-        for each key/value head. A key at or before the query's position is visible.
+        pos, (B, T), and keys, (S,) or (B, S): positions of queries and keys, see hidden_keys.
+        Returns (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head.
         """
-        hidden = key_pos > pos.unsqueeze(-1)  # (B, T, S)
+        hidden = hidden_keys(pos, keys, window)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
         mask = mask.masked_fill(hidden, -math.inf)
         R = self.args.n_heads // self.args.n_kv_heads
@@ -122,51 +193,78 @@ class Transformer(nn.Module):
     def make_caches(self, batch: int, length: int) -> list["KVCache"]:
         """Returns empty caches on the model's device, in its dtype: `length` positions per row.
 
-        One more position is allocated and never used: the compiler would make a second graph for
-        steps in which all positions of the cache are visible.
+        A layer with a sliding window has fewer slots than positions, see CacheFactory. One more
+        slot is allocated. Besides holding padding, it keeps the number of visible slots below that
+        of all: the compiler would make a second graph for steps in which they are equal.
         """
-        weight, args = self.tok_embeddings.weight, self.args
-        shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
-        given = shape, weight.dtype, weight.device
-        return [self.cache_factory(*given) for _ in range(args.n_layers)]  # one for each layer
+        weight = self.tok_embeddings.weight
+        return self._caches(batch, length, weight.device)
+
+    def kv_bytes(self, length: int) -> int:
+        """Returns the bytes of the caches of all layers for one row of `length` positions."""
+        caches = self._caches(1, length - 1, torch.device("meta"))  # and one slot more
+        return sum(buffer.nbytes for cache in caches for buffer in cache.buffers())
 
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""
-        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
-        one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
-        return self.args.n_layers * sum(buffer.nbytes for buffer in one.buffers())
+        return self.kv_bytes(1)
+
+    def _caches(self, batch: int, length: int, device: torch.device) -> list["KVCache"]:
+        args, dtype = self.args, self.tok_embeddings.weight.dtype
+        given = (batch, length + 1, args.n_kv_heads, args.head_dim), dtype, device
+        return [self.cache_factory(*given, layer.window) for layer in args.layer_types]
 
 
-class PreNormBlock(nn.Module):
-    """A layer: attention, then the feed-forward, each applied to a norm of its input and added."""
+class SequentialBlock(nn.Module):
+    """A layer: attention, then the feed-forward. Each reads a norm of x, and its output is added
+    to x, after a norm (Gemma, OLMo 2) or a factor (Granite), if the model has one."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FEED_FORWARDS[args.feed_forward](args)
-        self.attention_norm = make_norm(args)
-        self.ffn_norm = make_norm(args)
+        self.attention_norm = make_norm(args) if args.input_norms else nn.Identity()
+        self.ffn_norm = make_norm(args) if args.input_norms else nn.Identity()
+        self.attention_output = make_output_scale(args)
+        self.ffn_output = make_output_scale(args)
 
     # The compiler compiles this once for all layers, so compile time does not grow with depth.
     @torch.compiler.nested_compile_region
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Returns the layer's output for x, (B, T, D). rotation, mask: results of
-        Transformer.embed. pos: (B, T), the positions at which the cache stores the tokens. cache:
-        this layer's."""
-        x = x + self.attention(self.attention_norm(x), rotation, mask, pos, cache)
-        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
+        """Returns the layer's output for x, (B, T, D). rotation, mask, pos: AttentionInputs of this
+        layer. cache: this layer's."""
+        y = self.attention(self.attention_norm(x), rotation, mask, pos, cache)
+        x = x + self.attention_output(y)
+        return x + self.ffn_output(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
 
 
-class PostNormBlock(PreNormBlock):
+class ParallelBlock(SequentialBlock):
+    """A layer whose attention and feed-forward read the same norm of x (StableLM 2)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.ffn_norm = nn.Identity()  # there is no second norm
+
+    @torch.compiler.nested_compile_region
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
+    ) -> Tensor:
+        """Returns the layer's output, (B, T, D); the parameters are those of SequentialBlock."""
+        normed = self.attention_norm(x)
+        x = x + self.attention_output(self.attention(normed, rotation, mask, pos, cache))
+        return x + self.ffn_output(self.feed_forward(normed))  # (B, T, D)
+
+
+class PostNormBlock(SequentialBlock):
     """A layer whose norms follow the residual sums (OPT-350m)."""
 
     @torch.compiler.nested_compile_region
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Returns the layer's output, (B, T, D); the parameters are those of PreNormBlock."""
+        """Returns the layer's output, (B, T, D); the parameters are those of SequentialBlock."""
         x = self.attention_norm(x + self.attention(x, rotation, mask, pos, cache))
         return self.ffn_norm(x + self.feed_forward(x))  # (B, T, D)
 
@@ -181,17 +279,19 @@ class Attention(nn.Module):
         self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
         self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
         self.wo = Linear(self.widths[0], args.dim, bias=args.wo_bias)
+        self.q_norm = QK_NORMS[args.qk_norm](args, args.n_heads)
+        self.k_norm = QK_NORMS[args.qk_norm](args, args.n_kv_heads)
         self.rotate = POSITIONS[args.positions].rotate
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Returns the attention of x, (B, T, D), to the cache, in which it stores keys and values
-        at pos, (B, T). rotation: of the tokens at pos. mask: see Transformer.mask."""
+        """Returns the attention of x, (B, T, D), to the cache, in which it stores keys and values.
+        rotation, mask, pos: see AttentionInputs."""
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
-        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
+        q, k = self.rotate(self.q_norm(q), rotation), self.rotate(self.k_norm(k), rotation)
         y = cache.attend(q, k, v, mask, pos)  # (B, T, H, E)
         return self.wo(y.flatten(2))  # (B, T, H*E) -> (B, T, D)
 
@@ -223,5 +323,31 @@ class PlainFeedForward(nn.Module):
         return self.w2(self.activation(self.w1(x)))
 
 
+def make_embedding(args: ModelArgs) -> Embedding:
+    if args.embedding_scale == 1:
+        return Embedding(args.vocab_size, args.embed_dim)
+    return ScaledEmbedding(args.vocab_size, args.embed_dim, args.embedding_scale)
+
+
+def make_output_scale(args: ModelArgs) -> nn.Module:
+    """Returns what a block's attention or feed-forward output passes through before it is added."""
+    if args.output_norms:
+        return make_norm(args)
+    return nn.Identity() if args.residual_scale == 1 else Scale(args.residual_scale)
+
+
+def make_logits_scale(args: ModelArgs) -> nn.Module:
+    """Returns what the output head's logits pass through."""
+    if args.logits_softcap is not None:
+        return SoftCap(args.logits_softcap)
+    return nn.Identity() if args.logits_divisor == 1 else Scale(1 / args.logits_divisor)
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "post_norm": PostNormBlock}
 FEED_FORWARDS = {"gated": GatedFeedForward, "plain": PlainFeedForward}
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}

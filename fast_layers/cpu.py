@@ -199,11 +199,12 @@ def use_fast_attention(model: Transformer) -> None:
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):
-        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
+        kernels = {"attention": kernel_attention, "window_attention": kernel_attention}
+        model.cache_factory = replace(model.cache_factory, **kernels)
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention over a cache by kernels/cpu/attention.h (type layers.kv_cache.CacheAttention).
+    """Compute attention over a cache by kernels/cpu/attention.h (type CacheAttention).
 
     q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
     pos: not used. Returns (B, T, H, E).

@@ -1,7 +1,9 @@
-"""Linear layers, embedding tables and norms: those of torch.nn, with compiled code in mind.
+"""Linear layers, embedding tables, norms and elementwise functions.
 
 Start at Linear and make_norm. On a CPU, compiled code must return the same bits as eager code:
 operators defined by `kernel` are called by compiled code as they are.
+
+Shapes: B rows of a batch, T new tokens per row, D dim, E head_dim, V vocab.
 """
 
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.args import ModelArgs
+from layers.args import DTYPES, ModelArgs
 
 
 class Embedding(nn.Embedding):
@@ -20,6 +22,43 @@ class Embedding(nn.Embedding):
         # On the meta device this would fill nothing, and import the compiler, which takes 0.7 s.
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+class ScaledEmbedding(Embedding):
+    """An embedding table whose rows are multiplied by `scale`, rounded to the table's dtype."""
+
+    def __init__(self, rows: int, columns: int, scale: float):
+        super().__init__(rows, columns)
+        # The scale in each dtype. Gemma was trained with the rounded one.
+        rounded = {t: torch.tensor(scale, dtype=t, device="cpu").item() for t in DTYPES.values()}
+        self.scales = rounded
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the scaled embeddings, (B, T, D), of ids, (B, T)."""
+        return super().forward(tokens) * self.scales[self.weight.dtype]
+
+
+class Scale(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class SoftCap(nn.Module):
+    """Limits logits to the range from -cap to cap; see soft_cap."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        compute = torch.ops.gpt_flex.soft_cap if takes_kernel(logits) else soft_cap
+        return compute(logits, self.cap)
 
 
 class Linear(nn.Linear):
@@ -70,8 +109,66 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
-def make_norm(args: ModelArgs) -> nn.Module:
-    return NORMS[args.norm](args.dim, args.norm_eps, args.norm_affine)
+class OffsetRMSNorm(nn.Module):
+    """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape and dtype of x."""
+        compute = torch.ops.gpt_flex.rms_norm if takes_kernel(x) else torch.rms_norm
+        factor = 1 + self.weight.float()
+        return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)
+
+
+class WholeNorm(nn.Module):
+    """A norm of queries or keys over the channels of all heads together (OLMo 2)."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x, (B, T, heads, E), in that shape."""
+        return self.norm(x.flatten(2)).view(x.shape)  # (B, T, heads * E) -> (B, T, heads, E)
+
+
+class HeadLayerNorm(nn.Module):
+    """A layer norm of queries or keys with weights of its own for each head (StableLM 2)."""
+
+    def __init__(self, heads: int, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads * dim))
+        self.shape, self.eps = (heads, dim), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x, (B, T, heads, E), over the channels of each head."""
+        compute = torch.ops.gpt_flex.layer_norm if takes_kernel(x) else torch.layer_norm
+        y = compute(x.float(), self.shape[1:], None, None, self.eps)
+        return (y * self.weight.float().view(self.shape)).type_as(x)  # (heads * E,) -> (heads, E)
+
+
+def make_norm(args: ModelArgs, dim: int | None = None) -> nn.Module:
+    """Returns a norm over `dim` channels; None: those of the model's activations."""
+    return NORMS[args.norm](args, dim or args.dim)
+
+
+def layer_norm(args: ModelArgs, dim: int) -> LayerNorm:
+    return LayerNorm(dim, args.norm_eps, args.norm_affine, args.norm_bias)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Returns cap * tanh(x / cap), computed in float32: almost x near 0, never beyond the cap."""
+    return (cap * torch.tanh(x.float() / cap)).type_as(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Returns the GELU of x in its approximation by a hyperbolic tangent."""
+    if takes_kernel(x):
+        return torch.ops.gpt_flex.gelu_tanh(x)
+    return F.gelu(x, approximate="tanh")
 
 
 def takes_kernel(x: Tensor) -> bool:
@@ -93,8 +190,8 @@ def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tenso
     torch.library.register_fake(name)(fake)
 
 
-# On a CPU, Inductor's own norms sum in another order; in bfloat16, compiled text would differ from
-# eager text.
+# On a CPU, Inductor's own norms sum in another order, and its tanh differs in the last bit; in
+# bfloat16, compiled text would differ from eager text.
 kernel(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
@@ -106,4 +203,24 @@ kernel(
     lambda x, *_: torch.empty_like(x),
 )
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+kernel("soft_cap(Tensor x, float cap) -> Tensor", soft_cap, lambda x, cap: torch.empty_like(x))
+kernel(
+    "gelu_tanh(Tensor x) -> Tensor",
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: torch.empty_like(x),
+)
+
+# Name -> function of the args and a number of channels that makes a norm over these.
+NORMS = {
+    "rms": lambda args, dim: RMSNorm(dim, args.norm_eps, args.norm_affine),
+    "offset_rms": lambda args, dim: OffsetRMSNorm(dim, args.norm_eps),
+    "layer": layer_norm,
+}
+# Name -> function of the args and a number of heads that makes a norm of queries or keys, (B, T,
+# heads, E).
+QK_NORMS = {
+    "none": lambda args, heads: nn.Identity(),
+    "head": lambda args, heads: make_norm(args, args.head_dim),
+    "whole": lambda args, heads: WholeNorm(make_norm(args, heads * args.head_dim)),
+    "each_head": lambda args, heads: HeadLayerNorm(heads, args.head_dim, args.norm_eps),
+}

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ SMALL = ModelArgs(
 
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
     """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
-    model.cache_factory = find_cache(kv_dtype)
+    model.cache_factory = replace(model.cache_factory, make=find_cache(kv_dtype))
     key_pos, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)

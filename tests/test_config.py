@@ -14,7 +14,8 @@ from layers.positions import DynamicRotaryPositions, RotaryPositions
 from load import config_dtype, random_model
 from quant.linear import meta_model
 from text.generation_config import GenerationConfig
-from weights.hf import MAX_LAYERS, model_args
+from weights.families.shared import MAX_LAYERS
+from weights.hf import model_args
 from weights.int4_layouts import foreign_scheme, quantization_config
 
 SIZES = {
