@@ -1,7 +1,7 @@
 """Tiny random models of transformers, the oracle of every family that config.json may name.
 
-VARIANTS has at least three configurations of each family; RAW holds the same rotary settings as
-files written before transformers 5 say them. reference builds a variant's model, save writes its
+VARIANTS has at least three configurations of each family; OLD has the same rotary settings as files
+written before transformers 5 say them. reference builds a variant's model, save writes its
 folder, expected asks transformers for the continuation of a prompt and for the logits it came from,
 and continued asks this project.
 
@@ -260,6 +260,44 @@ VARIANTS: dict[str, tuple[str, Options]] = {
         | {"use_parallel_residual": True},
     ),
 } | {f"llama-{name}": llama(name) for name in ROPES}
+def old(rope: Options, key: str, **more: Any) -> Options:
+    """Rotary settings as files written before transformers 5 say them. key: of the rope type."""
+    rope = {key if name == "rope_type" else name: value for name, value in rope.items()}
+    theta = rope.pop("rope_theta", 1e4)
+    return {"rope_theta": theta, "rope_scaling": rope or None, **more}
+
+
+# Of variants: the keys that stand for rope_parameters in an older file.
+OLD: dict[str, Options] = {
+    f"llama-{name}": old(rope, ("type", "rope_type")[n % 2])
+    for n, (name, rope) in enumerate(ROPES.items())
+} | {
+    "qwen2": {"rope_theta": 1e6},
+    "qwen2-yarn": old(YARN | {"rope_theta": 1e6}, "type"),
+    "qwen3-yarn": old(YARN, "rope_type"),
+    "ministral-tied": {"rope_theta": 1e8, "rope_scaling": None},
+    "gemma3-linear": {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma3": {},
+    "phi3-longrope": old(LONGROPE, "type"),
+    "phi3-longrope-window": old(
+        LONGROPE | {"rope_type": "yarn", "factor": 4.0}, "type", partial_rotary_factor=1.0
+    ),
+    "phi4-mini": old(PARTIAL, "type", partial_rotary_factor=0.75),
+    "phi3-partial": {"partial_rotary_factor": 0.5},
+    "smollm3": {"rope_theta": 2e6},
+    "smollm3-yarn": old(YARN | {"rope_theta": 5e6}, "rope_type"),
+    "olmo2-biases": {"rope_theta": 5e5},
+    "olmo3-yarn": old(YARN | {"rope_theta": 5e5, "attention_factor": 1.2}, "rope_type"),
+    "granite-yarn": old(YARN, "type"),
+    "starcoder2-untied": {"rope_theta": 1e5},
+    "stablelm": {"partial_rotary_factor": 0.25},
+    "stablelm-biases": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "stablelm-linear": old(ROPES["linear"], "type"),
+}
 # A variant of each family, with its windows, for the tests that take long.
 OF_EACH_FAMILY = (
     "qwen2-windows qwen3-windows mistral-window ministral-layer-types gemma2 gemma3-linear "
