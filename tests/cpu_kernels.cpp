@@ -72,9 +72,19 @@ std::vector<uint8_t> random_packed(Random& random, int64_t N, int64_t K, int64_t
   return data;
 }
 
+// Makes all NaN alike: their bits may differ between instruction sets.
+template <class T>
+std::vector<T> with_one_nan(std::vector<T> values) {
+  if constexpr (!std::is_same_v<T, uint8_t>)
+    for (auto& value : values)
+      if (std::isnan(to_float(value))) value = to_type<T>(std::nanf(""));
+  return values;
+}
+
 template <class T>
 void print(const char* name, int64_t M, int64_t N, int64_t K, int64_t block,
-           const std::vector<T>& y) {
+           const std::vector<T>& outputs) {
+  const auto y = with_one_nan(outputs);
   std::printf("%s bytes=%d M=%d N=%d K=%d block=%d %016llx\n", name, static_cast<int>(sizeof(T)),
               static_cast<int>(M), static_cast<int>(N), static_cast<int>(K),
               static_cast<int>(block),
