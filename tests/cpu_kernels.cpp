@@ -119,7 +119,8 @@ void quantized_case(Random& random, const char* name) {
 // Computes in one call, then row by row if the rows are few, and prints both.
 template <class W>
 void dense_case(Random& random, const char* name) {
-  const int64_t M = 1 + random.below(40), N = 1 + random.below(70), K = 1 + random.below(600);
+  const int64_t M = 1 + random.below(random.below(2) ? kMaxFewRows : 40);
+  const int64_t N = 1 + random.below(70), K = 1 + random.below(600);
   const int64_t stride = (K + kStrip - 1) / kStrip * kStrip;
   const auto weights = random_values<W>(random, N * K), x = random_values<W>(random, M * K);
   const auto bias = random_values<W>(random, N);
