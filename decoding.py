@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from host.memory import check_memory
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from model import Transformer
 from sampling import Sampler
 
@@ -61,8 +61,8 @@ class Draft(Protocol):
         """Return the draft model, its caches and the most tokens of a row that it reads at once;
         None if no model drafts. caches: those of the model that verifies."""
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one position of the draft's own caches."""
+    def kv_bytes(self, length: int) -> int:
+        """Return the bytes of one row of `length` positions in the draft's own caches."""
 
 
 def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
@@ -73,7 +73,7 @@ def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
     """Make caches for `batch` rows of `length` positions, on the model's device: the default of
     LoadedModel.new_caches. MemoryError before allocating."""
-    needed = batch * length * lm.kv_bytes_per_token()
+    needed = batch * lm.kv_bytes(length)
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
     check_memory(needed, lm.device, what, hint)
@@ -110,10 +110,15 @@ class LoadedModel:
         The length is rounded up, see visible_length. MemoryError before allocating."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
+    def kv_bytes(self, length: int) -> int:
+        """Returns the bytes of one row of `length` positions in the caches of all layers, the
+        draft's included."""
+        drafted = self.draft.kv_bytes(length) if self.draft else 0
+        return self.model.kv_bytes(length) + drafted
+
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers, the draft's included."""
-        drafted = self.draft.kv_bytes_per_token() if self.draft else 0
-        return self.model.kv_bytes_per_token() + drafted
+        return self.kv_bytes(1)
 
 
 def plain_steps(
@@ -248,6 +253,8 @@ def prefill(
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
     # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
+    if any(cache.slots < cache.length for cache in caches):
+        chunk = min(chunk, WINDOW_SLACK)
     logits = None
     for n in range(len(caches)):
         caches[n].keep(past)

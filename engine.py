@@ -51,7 +51,7 @@ def generate(
     rows: the number of the random stream that each row draws from, default 0 to B - 1.
     caches: from lm.make_caches, for B rows or more; a compiled step serves later calls with them.
     past: how many leading tokens of every prompt the caches have already (only after a call with
-    one prompt: a batch moves its rows).
+    one prompt: a batch moves its rows; with sliding windows, see layers.kv_cache.reusable).
     live: a set that is updated to the unfinished rows after each step; a row ends when the caller
     removes it.
     logits_processors: functions that change logits before tokens are drawn, see LogitsProcessor in

@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decoding import LoadedModel, Propose, Texts, prefill
-from draft_length import DraftLengthController
+from draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from host.memory import check_memory
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import Cache, reusable, visible_length
 from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
@@ -178,7 +178,7 @@ class NgramDraft:
     def __init__(self, controller: DraftLengthController):
         self.controller = controller
 
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes(self, length: int) -> int:
         return 0
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> None:
@@ -244,8 +244,8 @@ class ModelDraft:
         self.controller, self.lm = controller, lm
         self._latest: OwnCacheProposer | None = None
 
-    def kv_bytes_per_token(self) -> int:
-        return self.lm.model.kv_bytes_per_token()
+    def kv_bytes(self, length: int) -> int:
+        return self.lm.model.kv_bytes(length)
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
         return self.lm, self._caches_like(caches), OwnCacheProposer.tail
@@ -351,7 +351,7 @@ class SelfDraft:
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
 
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes(self, length: int) -> int:
         return 0
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
@@ -455,5 +455,8 @@ class OwnCacheProposer(ModelProposer):
         self.filled = list(map(min, self.filled, targets))
         if any(n - f > 1 for n, f in zip(targets, self.filled, strict=True)):
             texts = [text[:n] for text, n in zip(self.texts, targets, strict=True)]
-            prefill(self.lm, texts, self.caches, min(self.filled), self._key_pos)
+            # Draft tokens that were rejected are in the caches, too.
+            written = max(map(len, self.texts)) + MAX_DRAFT_TOKENS
+            past = reusable(self.caches, min(self.filled), written)
+            prefill(self.lm, texts, self.caches, past, self._key_pos)
             self.filled = targets

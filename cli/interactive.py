@@ -4,15 +4,17 @@ A session has the loaded model, the sampling settings and the statistics. The KV
 tokens of the conversation so far, so that only new ones are computed.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.session import Session
 from decoding import LoadedModel
+from draft_length import MAX_DRAFT_TOKENS
 from engine import complete
 from host.memory import available_memory
 from layers.args import ModelArgs
-from layers.kv_cache import Cache
+from layers.kv_cache import Cache, reusable
 from options.settings import ModelChoice
 from ranks import broadcast_from_rank0
 from text import chat
@@ -56,7 +58,7 @@ def positions_that_fit(lm: LoadedModel) -> int:
     """Returns how many positions of a KV cache, of one row, fit into half of the free memory of the
     device of rank 0, so that all ranks make equal caches."""
     half_free = broadcast_from_rank0(lambda: available_memory(lm.device) // 2)
-    return half_free // lm.kv_bytes_per_token()
+    return bisect_right(range(lm.model.args.context + 1), half_free, key=lm.kv_bytes) - 1
 
 
 def answerer(
@@ -67,9 +69,11 @@ def answerer(
     Its parameters: ids of the whole conversation; how many of them, from the first on, the caches
     already contain; the function that prints a piece of the answer's text.
     """
+    written = 0  # positions that the last turn may have stored in the caches
 
     def answer(ids: list[int], cached: int, show: Callable[[int, str], None]) -> Completion:
         """Generate an answer; Ctrl-C ends it early, without an error."""
+        nonlocal written
         (completion,) = complete(
             session.lm,
             [ids],
@@ -77,12 +81,13 @@ def answerer(
             # The number of the random stream: each answer has its own.
             rows=[len(conversation.messages)],
             caches=caches,
-            past=cached,
+            past=reusable(caches, cached, written),
             stats=session.stats,
             interruptible=True,
             on_text=show,
         )
         print(flush=True)
+        written = len(ids) + len(completion.ids) + MAX_DRAFT_TOKENS
         return completion
 
     return answer

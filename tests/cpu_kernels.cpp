@@ -151,13 +151,14 @@ void attention_case(Random& random, const char* name) {
     for (int64_t s = 0; s < S; s++) mask.push_back(to_type<T>(s > last ? kMasked : 0.f));
   }
   Attention<T> all{G, Q, S, E, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
-                   mask.data(), y.data()};
+                   mask.data(), y.data(), random.uniform()};
   attend_heads(all, 0, B * G);
   for (int64_t i = 0; i < B * Q; i++) {
     const int64_t b = i / Q, first = (b * G * Q + i % Q) * E;
     for (int64_t g = 0; g < G; g++)
       std::copy_n(&q[first + g * Q * E], E, &one[g * E]);
-    Attention<T> single{G, 1, S, E, one.data(), all.k, all.v, &mask[i * S], result.data()};
+    Attention<T> single{G, 1, S, E, one.data(), all.k, all.v, &mask[i * S], result.data(),
+                        all.scale};
     single.k.data += b * row, single.v.data += b * row;
     attend_heads(single, 0, G);
     for (int64_t g = 0; g < G; g++)

@@ -59,9 +59,7 @@ def check_prompts(model: Transformer, reference: nn.Module, tokens: Tensor) -> N
     """All logits of a batch of prompts, (B, T), which one call reads."""
     B, T = tokens.shape
     key_pos, lengths = torch.arange(T), torch.full((B, 1), T)
-    found = model(
-        tokens, key_pos.expand(B, T), key_pos, model.make_caches(B, T), lengths=lengths
-    )
+    found = model(tokens, key_pos.expand(B, T), key_pos, model.make_caches(B, T), lengths=lengths)
     expected = reference(tokens).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
