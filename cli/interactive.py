@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.session import Session
-from decoding import LoadedModel
-from draft_length import MAX_DRAFT_TOKENS
+from decoding import LoadedModel, reusable_tokens
 from engine import complete
 from host.memory import available_memory
 from layers.args import ModelArgs
-from layers.kv_cache import Cache, reusable
+from layers.kv_cache import Cache
 from options.settings import ModelChoice
 from ranks import broadcast_from_rank0
 from text import chat
@@ -69,11 +68,11 @@ def answerer(
     Its parameters: ids of the whole conversation; how many of them, from the first on, the caches
     already contain; the function that prints a piece of the answer's text.
     """
-    written = 0  # positions that the last turn may have stored in the caches
+    stored = 0  # tokens of the last turn that the caches have
 
     def answer(ids: list[int], cached: int, show: Callable[[int, str], None]) -> Completion:
         """Generate an answer; Ctrl-C ends it early, without an error."""
-        nonlocal written
+        nonlocal stored
         (completion,) = complete(
             session.lm,
             [ids],
@@ -81,13 +80,13 @@ def answerer(
             # The number of the random stream: each answer has its own.
             rows=[len(conversation.messages)],
             caches=caches,
-            past=reusable(caches, cached, written),
+            past=reusable_tokens(session.lm, caches, cached, stored, len(ids)),
             stats=session.stats,
             interruptible=True,
             on_text=show,
         )
         print(flush=True)
-        written = len(ids) + len(completion.ids) + MAX_DRAFT_TOKENS
+        stored = len(ids) + max(0, len(completion.ids) - 1)  # not the last one
         return completion
 
     return answer

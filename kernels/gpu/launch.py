@@ -381,8 +381,9 @@ def attend(
     Returns (B, T, H, E). k, v: (B, positions, G, E), or the bytes (B, positions, G, E*bits/8) of a
     QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. bits: 4,
     8, or 16 for a dense cache of any float dtype, where extra is empty. pos: (B, T), the positions
-    of the queries. scale: of the scores. q and pos must be contiguous. For few rows: the R*T query rows of a key/value
-    head are one tile. The positions are divided among `splits` programs, each of `steps` blocks.
+    of the queries. scale: of the scores. q and pos must be contiguous. For few rows: the R*T query
+    rows of a key/value head are one tile. The positions are divided among `splits` programs, each
+    of `steps` blocks.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R = H // G
