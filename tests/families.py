@@ -260,6 +260,8 @@ VARIANTS: dict[str, tuple[str, Options]] = {
         | {"use_parallel_residual": True},
     ),
 } | {f"llama-{name}": llama(name) for name in ROPES}
+
+
 def old(rope: Options, key: str, **more: Any) -> Options:
     """Rotary settings as files written before transformers 5 say them. key: of the rope type."""
     rope = {key if name == "rope_type" else name: value for name, value in rope.items()}
