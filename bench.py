@@ -29,7 +29,7 @@ from decoding import LoadedModel
 from host.bandwidth import measured_bandwidth
 from host.memory import cache_bytes, machine_name, size_text
 from kernels.cpu.build import instruction_set
-from model import Cache
+from layers.kv_cache import Cache
 from text.generation_config import GenerationConfig
 
 WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, then is recorded

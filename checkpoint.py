@@ -30,7 +30,6 @@ from weights.formats import staging_buffer
 from weights.stored import StoredTensor, read_index, translate
 from weights.weight_files import find_weights, read_json
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Words that follow "NAME is missing" in an error.
 HINTS = {"output.weight": ", unless lm_head is the embedding: tie_word_embeddings is true then"}
 COMPARED_BYTES = 2**22  # read at a time of each of two matrices that are compared
@@ -58,7 +57,7 @@ class Checkpoint:
         if metadata:
             self.tensors = {name: StoredTensor((part,)) for name, part in parts.items()}
         else:
-            self.tensors = translate(parts.values(), self.scheme)
+            self.tensors = translate(parts.values(), self.scheme, hf.names_of(self.config))
             self.drop_redundant()
             if self.args.tied and "output.weight" in self.tensors:
                 self.resolve_tied_head()

@@ -37,7 +37,9 @@ from host.torch_private import (
 from kernels.cpu.build import compiler
 from kernels.gpu import usable
 from kernels.gpu.support import dependent_launch
-from model import KVCache, Rotation, Transformer
+from layers.kv_cache import KVCache
+from layers.positions import Rotation
+from model import Transformer
 from ranks import has_one_shot_all_reduce
 
 FRAME_WORDS = 2**13  # of Python's stack: 64 kB
@@ -102,10 +104,10 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, key_pos, *at)
         at, lengths = at[:1], at[1:]  # each a list of one tensor, or empty
-        x, rotation, mask = embed(tokens, pos, key_pos, *lengths)
-        for layer, cache in zip(model.layers, caches, strict=True):
-            vary_block_inputs(x, rotation, mask, pos)
-            x = run(layer, x, rotation, mask, pos, cache)
+        x, inputs = embed(tokens, pos, key_pos, [cache.slots for cache in caches], *lengths)
+        for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
+            vary_block_inputs(x, *given)
+            x = run(layer, x, *given, cache)
         if x.shape[1] > 1:
             mark_dynamic(x, 1)
         return unembed(x, *at)
@@ -176,7 +178,7 @@ def compiled_block(model: Transformer, device: torch.device) -> Callable[..., Te
     def run(
         block: nn.Module, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: KVCache
     ) -> Tensor:
-        """Compute a block, called as PreNormBlock.forward is, with the block as first argument."""
+        """Compute a block: the parameters are those of SequentialBlock.forward, after it."""
         x, mask, pos = map(fresh, (x, mask, pos))
         vary_block_inputs(x, rotation, mask, pos)
         return compiled(block, x, rotation, mask, pos, cache)

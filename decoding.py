@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from host.memory import check_memory
-from model import Cache, Transformer, visible_length
+from layers.kv_cache import Cache, visible_length
+from model import Transformer
 from sampling import Sampler
 
 if TYPE_CHECKING:

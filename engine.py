@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from decoding import LoadedModel, plain_steps
-from model import Cache
+from layers.kv_cache import Cache
 from sampling import NOT_FINITE, Sampler
 from text.completion import Completion
 from text.generation_config import GenerationConfig

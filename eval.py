@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before torch is imported, so that a wrong option i
     ARGS = command.begin(parse_args)
     find_inputs("eval.py", ARGS, ARGS.perplexity, output=ARGS.output)
 
-from checkpoint import DTYPES, Checkpoint
+from checkpoint import Checkpoint
 from cli.command import exit_code
 from decoding import LoadedModel
 from evaluation.perplexity import DEFAULT_WINDOW, PerplexityOptions, perplexity
@@ -32,6 +32,7 @@ from host.devices import find_device
 from host.files import DEMO, check_writable, json_text, read_text, write_whole
 from host.log import log, set_quiet
 from host.threads import set_threads
+from layers.args import DTYPES
 from load import load_model
 from ranks import is_rank0, join_process_group, leave_process_group, local_device
 from weights import hub

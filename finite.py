@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from model import Cache, Transformer, visible_length
+from layers.kv_cache import Cache, visible_length
+from model import Transformer
 from ranks import all_gather_object
 
 CHUNK_TOKENS = 512  # tokens of one forward pass
@@ -62,10 +63,10 @@ def finite_in_chunk(
 ) -> Tensor:
     """Return, for the embedding, each layer and the head, whether its output is finite: (parts,)
     bool, parts = 2 + layers. The parameters are those of Transformer.forward, with B = 1."""
-    x, rotation, mask = model.embed(tokens, pos, key_pos)
+    x, inputs = model.embed(tokens, pos, key_pos, [cache.slots for cache in caches])
     found = [x.isfinite().all()]
-    for layer, cache in zip(model.layers, caches, strict=True):
-        x = layer(x, rotation, mask, pos, cache)
+    for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
+        x = layer(x, *given, cache)
         # An offloaded model may keep activations in micro-batches, on the host or on disk.
         whole = x if isinstance(x, Tensor) else x.whole()
         found.append(whole.isfinite().all().to(found[0].device))

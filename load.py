@@ -29,17 +29,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import DTYPES, Checkpoint
 from decoding import LoadedModel
 from host.files import DEMO
-from model import Cache, CacheFactory, ModelArgs, Transformer, visible_length
+from layers.args import DTYPES, ModelArgs
+from layers.kv_cache import Cache, KVCache, visible_length
+from model import Transformer
 from options.settings import DRAFTS, SELF_DRAFTS, FlashOptions, LoadOptions
 from quant.linear import QuantizedLinear, make_scheme, meta_model, round_to_nearest
 from weights.allocation import allocate, final_dtype, stored_tensors
-from weights.hf import Config, model_args
-from weights.weight_files import read_json
 
 if TYPE_CHECKING:
+    from checkpoint import Checkpoint
     from offload import Stored, StreamedLayers
     from text.tokenizer import Tokenizer
     from tiers.policy import Policy
@@ -60,6 +60,7 @@ def load_model(
     Raises FileNotFoundError, ValueError and MemoryError, with messages of one line: before it
     allocates the weights, but for a copy of the model as draft, or neurons, that do not fit.
     """
+    from checkpoint import Checkpoint
     from text.tokenizer import load_tokenizer
 
     options = checked(replace(options, **changes))
@@ -84,6 +85,7 @@ def random_model(
     dense. changes: fields of LoadOptions by name.
     """
     from text.tokenizer import id_tokenizer
+    from weights.weight_files import read_json
 
     options = checked(replace(options, **changes))
     options = with_draft_model(options)
@@ -145,7 +147,7 @@ def assemble(
         scheme = compressed_scheme(policy and policy.compress_weight, weights.scheme)
         strategy = parallel_strategy(options)
         model = strategy.build_skeleton(weights.args, scheme)
-        model.cache_factory = find_cache(options.kv_dtype)
+        model.cache_factory = replace(model.cache_factory, make=find_cache(options.kv_dtype))
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
         prepare_fast_layers(model, device, dtype, options.flash is not None or None)
@@ -224,6 +226,8 @@ class RandomWeights:
     """
 
     def __init__(self, config: dict[str, Any], scheme: Scheme, device: torch.device):
+        from weights.hf import model_args
+
         self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
         self.device = device
 
@@ -345,6 +349,8 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     config: the content of the file; the key is "dtype", or in older files "torch_dtype". Raises
     ValueError for a dtype that models do not run in.
     """
+    from weights.config import Config
+
     key = "torch_dtype" if config.get("dtype") is None else "dtype"
     name = config.get(key, "auto")
     name = name.removeprefix("torch.") if isinstance(name, str) else name
@@ -547,16 +553,16 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def find_cache(kv_dtype: str | None) -> CacheFactory:
-    """Returns the factory of the KV caches for --kv_dtype: int8, int4, or None for the model's
-    dtype. ValueError, with the known names, for another name."""
+def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
+    """Returns the class of the KV caches (CacheFactory.make) for --kv_dtype: int8, int4, or None
+    for the model's dtype. ValueError, with the known names, for another name."""
     if kv_dtype is None:
-        return CacheFactory()
+        return KVCache
     if kv_dtype not in CACHE_BITS:
         raise ValueError(f"kv_dtype {kv_dtype} is not one of None, {', '.join(CACHE_BITS)}")
     from quant.kv_cache import QuantizedKVCache
 
-    return CacheFactory(partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype]))
+    return partial(QuantizedKVCache, bits=CACHE_BITS[kv_dtype])
 
 
 def count_weights(args: ModelArgs) -> int:

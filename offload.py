@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from fast_layers.cpu import PackedLinear, use_fast_linears
 from host.memory import page_aligned, round_up_to_block
-from model import KVCache, Linear, Rotation
+from layers.basic import Linear
+from layers.kv_cache import KVCache
+from layers.positions import Rotation
 from quant.linear import QuantizedLinear
 from tiers.direct_io import LARGE_REQUEST_BYTES, DirectFile, ScratchFile, layer_threads
 from tiers.policy import WEIGHT_BUFFERS, Policy

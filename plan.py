@@ -31,6 +31,7 @@ from host.log import log
 from host.measurements import load_measurement, save_measurement
 from host.memory import available_memory, machine_name, process_memory, size_text
 from kernels.cpu.build import fastest_set, unsupported_reason
+from layers.args import ModelArgs
 from load import (
     compressed_scheme,
     config_dtype,
@@ -40,7 +41,6 @@ from load import (
     parallel_strategy,
     random_filler,
 )
-from model import ModelArgs
 from offload import StreamedLayers
 from options.settings import LoadOptions, ModelChoice, PlanOptions
 from quant.linear import make_scheme
@@ -305,7 +305,7 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
     small = sample_args(spec.args, sizes(spec).layer)
     model = meta_model(small, spec.scheme)
     allocate(model, spec.device, spec.dtype, random_filler(spec.device))
-    model.cache_factory = find_cache(spec.kv_dtype)
+    model.cache_factory = replace(model.cache_factory, make=find_cache(spec.kv_dtype))
     use_fast_layers(model, spec.dtype, is_large(meta_model(spec.args, spec.scheme)))
     log("measuring this machine, once for this model's shape: about 20 seconds ...")
     found = probe(model, spec.args, directory)

@@ -32,7 +32,10 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
-from model import KVCache, LearnedPositions, ModelArgs, Transformer
+from layers.args import ModelArgs
+from layers.kv_cache import KVCache
+from layers.positions import LearnedPositions
+from model import Transformer
 from offload import Stored
 from quant.linear import meta_model
 from ranks import COLLECTIVE_TIMEOUT, Ranks
@@ -57,7 +60,7 @@ class PipelineParallel:
     def shard_args(self, args: ModelArgs, scheme: dict[str, Any] | None) -> ModelArgs:
         """Return the args of this rank's stage: fewer layers, else as `args`, the whole model's.
         scheme: not used. Raises ValueError if there are more ranks than layers."""
-        return replace(args, n_layers=len(stage_layers(args, self.ranks)))
+        return args.with_layers(stage_layers(args, self.ranks))
 
     def build_skeleton(self, args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
         """Build this rank's stage on the meta device, before the weights are read. args, scheme: of
@@ -76,7 +79,7 @@ class PipelineParallel:
             if isinstance(model.positions, LearnedPositions):
                 model.positions = NoPositions()
         if not self._is_last:
-            model.norm = model.project_out = nn.Identity()
+            model.norm = model.project_out = model.scale_logits = nn.Identity()
             model.output = SendActivations(self.ranks.rank + 1)
         return model
 
@@ -317,10 +320,11 @@ class BroadcastSampler(Sampler):
 
 class MicroBatchCache:
     """One layer's cache of all rows. parts: the KVCache of each micro-batch, whose rows follow one
-    another. length, device: of each part; rows: of all parts, or fewer after `first`."""
+    another. length, slots, device: of each part; rows: of all parts, or fewer after `first`."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
+        self.slots = parts[0].slots
         self.rows = sum(part.rows for part in parts)
 
     def first(self, count: int) -> "MicroBatchCache":

@@ -43,8 +43,9 @@ from host.log import log, set_quiet
 from host.memory import size_text
 from host.threads import set_threads
 from kernels.cpu.build import unsupported_reason
+from layers.basic import Linear
 from load import meta_model
-from model import Linear, Transformer
+from model import Transformer
 from options.settings import CalibrationOptions
 from quant.linear import (
     QuantizedLinear,

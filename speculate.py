@@ -35,7 +35,8 @@ from tqdm import tqdm
 from decoding import LoadedModel, Propose, Texts, prefill
 from draft_length import DraftLengthController
 from host.memory import check_memory
-from model import Cache, Transformer, visible_length
+from layers.kv_cache import Cache, visible_length
+from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
 from text.tokenizer import Tokenizer, first_difference

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoding import LoadedModel
-from model import Linear, ModelArgs, Transformer
+from layers.args import ModelArgs
+from layers.basic import Linear
+from model import Transformer
 from offload import Stored
 from quant.linear import pack_nibbles, swap_linears, unpack_nibbles
 from ranks import Ranks

@@ -24,8 +24,8 @@ import torch
 
 from bench import provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
-from checkpoint import DTYPES
 from evaluation.scoring import CALL_LIMITS, build_prefix_trees
+from layers.args import DTYPES
 from load import load_model
 
 DATA = ROOT / ".." / "shared" / "data" / "eval" / "hellaswag_val_full.txt.bz2"

@@ -40,8 +40,8 @@ from calibration.gptq import fill_module
 from calibration.predictor import gate_weights
 from checkpoint import Checkpoint
 from kernels.cpu import build
+from layers.kv_cache import visible_length
 from load import LoadedModel, compile_now, load_model, make_views, meta_model
-from model import visible_length
 from neurons.feed_forward import neuron_source
 from neurons.pack import flash_directory
 from neurons.records import NeuronFile

@@ -24,14 +24,15 @@ import torch
 
 from bench import provenance
 from benchmarks.common import ROOT, exit_code, log
-from checkpoint import DTYPES, Checkpoint
+from checkpoint import Checkpoint
 from decoding import LoadedModel
 from engine import complete
 from evaluation.scoring import log_likelihoods
 from host.devices import find_device
 from host.torch_private import compiled_graphs
+from layers.args import DTYPES
+from layers.kv_cache import KVCache, visible_length
 from load import load_model, make_views
-from model import KVCache, visible_length
 from quant.linear import make_scheme
 from quantize import quantize
 from text.generation_config import GenerationConfig

@@ -31,8 +31,8 @@ from decoding import LoadedModel
 from engine import complete, generate
 from host.bandwidth import read_bandwidth
 from host.devices import find_device
+from layers.kv_cache import KVCache
 from load import compile_now, compile_views, make_views, random_model
-from model import KVCache
 from quant.linear import make_scheme
 from text.generation_config import GenerationConfig
 

@@ -24,7 +24,8 @@ from benchmarks.common import ROOT, exit_code, log
 from benchmarks.gpu_common import seconds
 from calibration.gptq import CalibratedBlock, embed, fill_module, inverse_factor, quantize_block
 from host.devices import find_device
-from model import ModelArgs, Transformer
+from layers.args import ModelArgs
+from model import Transformer
 from weights.hf import model_args
 from weights.weight_files import read_json
 
@@ -57,7 +58,8 @@ class Counted:
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> dict[str, Any]:
     device, generator = find_device(args.device), torch.manual_seed(0)
-    shape = replace(model_args(read_json(args.config)), n_layers=args.layers, vocab_size=VOCABULARY)
+    shape = model_args(read_json(args.config)).with_layers(range(args.layers))
+    shape = replace(shape, vocab_size=VOCABULARY)
     tokens = torch.randint(VOCABULARY, (args.samples, args.length), generator=generator)
     weights, counted, in_blocks = RandomWeights(shape), Counted(), 0.0
     with torch.device("meta"):

@@ -27,8 +27,8 @@ from bench import provenance
 from benchmarks.common import ROOT, exit_code, log, spread
 from host.bandwidth import read_bandwidth
 from host.devices import find_device
+from layers.basic import Linear
 from load import meta_model
-from model import Linear
 from quant.linear import Int4Linear, Int8Linear, round_int4, round_int8, unpack_nibbles
 from weights.hf import model_args
 from weights.weight_files import read_json

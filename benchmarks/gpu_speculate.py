@@ -27,8 +27,8 @@ from benchmarks.speculate import Large, synthetic
 from decoding import LoadedModel
 from draft_length import DraftLengthController
 from host.devices import find_device
+from layers.kv_cache import KVCache
 from load import compile_now, compile_views, random_model
-from model import KVCache
 from speculate import ModelDraft
 
 

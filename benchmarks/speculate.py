@@ -38,8 +38,8 @@ from decoding import LoadedModel
 from draft_length import DraftLengthController
 from engine import complete
 from host.devices import find_device
+from layers.kv_cache import KVCache, visible_length
 from load import compile_now, load_model, random_model
-from model import KVCache, visible_length
 from sampling import Sampler
 from speculate import ModelDraft, NgramDraft, SelfDraft
 from text.generation_config import GenerationConfig

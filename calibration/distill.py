@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 from calibration.gptq import Buffers
 from checkpoint import Checkpoint
+from layers.args import ModelArgs
+from layers.basic import Linear
 from load import count_weights, meta_model
-from model import Linear, ModelArgs, Transformer
+from model import Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
 TOKENS_PER_STEP = 2048  # most tokens of a training step; a longer text is a step of its own

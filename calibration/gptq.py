@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from kernels import gpu
-from model import KVCache, Linear, Transformer
+from layers.basic import Linear
+from model import Transformer
 from quant.linear import (
     choose_int4_grid,
     dequantize_int4,
@@ -357,7 +358,7 @@ class CalibratedBlock:
     """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
-        self.model = model
+        self.model, self.layer = model, layer
         self.dense, self.dense_inputs = copy.deepcopy(model.layers[layer]), dense
         self.quantized, self.inputs = model.layers[layer], quantized
 
@@ -417,16 +418,10 @@ class CalibratedBlock:
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         """Run a block over whole texts, (texts, T, D) -> (texts, T, D).
 
-        Computes in float32 on the block's device, where the result is, too. Each text starts at
-        position 0 with causal attention and a new KV cache.
+        Computes in float32 on the block's device, where the result is, too.
         """
-        args, device = self.model.args, next(block.parameters()).device
-        x = x.to(device, torch.float32)
-        key_pos = torch.arange(x.shape[1], device=device)  # (T,)
-        pos = key_pos.expand(x.shape[:2])  # (texts, T)
-        cache = KVCache((*x.shape[:2], args.n_kv_heads, args.head_dim), x.dtype, device)
-        _, rotation = self.model.positions(x, pos)
-        return block(x, rotation, self.model.mask(pos, key_pos, x.dtype), pos, cache)
+        x = x.to(next(block.parameters()).device, torch.float32)
+        return self.model.run_layer(self.layer, block, x)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from calibration.gptq import embed, fill_module
 from checkpoint import Checkpoint
+from layers.basic import Linear
 from load import meta_model
-from model import Linear, Transformer
 from neurons.records import NeuronCache
 from quant.linear import QuantizedLinear
 from tiers.prefetch import CPU
@@ -130,30 +130,16 @@ def feed_forward_inputs(
     fill_module(checkpoint, model, "positions", CPU)
     x = embed(checkpoint, model, tokens).to(device)  # (B, T, D)
     model.positions.to(device)
-    pos = torch.arange(tokens.shape[1], device=device)  # (T,)
     for n, block in enumerate(model.layers):
         fill_module(checkpoint, model, f"layers.{n}", device)
         recorder = InputRecorder(block.feed_forward)
         block.feed_forward = recorder
-        x = torch.cat([run_block(model, block, part, pos) for part in x.split(BLOCK_TEXTS)])
+        x = torch.cat([model.run_layer(n, block, part) for part in x.split(BLOCK_TEXTS)])
         # Cloned outside inference mode, because autograd refuses inference tensors.
         with torch.inference_mode(False):
             inputs = torch.cat([part.clone() for part in recorder.inputs])
         yield inputs, recorder.inner
         block.to("meta")
-
-
-def run_block(model: Transformer, block: nn.Module, x: Tensor, pos: Tensor) -> Tensor:
-    """Run one block over whole texts: (B, T, D) -> (B, T, D). pos: (T,), positions from 0.
-
-    The block gets an empty KV cache. The model's positions module and the block must be loaded.
-    Only the rotation is taken from it: learned positions are in x already (embed).
-    """
-    row_pos = pos.expand(x.shape[:2])  # (B, T)
-    _, rotation = model.positions(torch.zeros_like(x), row_pos)
-    shape = (len(x), len(pos) + 1, model.args.n_kv_heads, model.args.head_dim)
-    cache = model.cache_factory(shape, x.dtype, x.device)
-    return block(x, rotation, model.mask(row_pos, pos, x.dtype), row_pos, cache)
 
 
 class InputRecorder(nn.Module):

@@ -28,8 +28,8 @@ from checkpoint import Checkpoint
 from host.devices import find_device
 from host.files import read_text
 from host.memory import check_memory
+from layers.basic import Linear
 from load import count_weights, meta_model
-from model import Linear
 from options.settings import CalibrationOptions
 from text.tokenizer import load_tokenizer
 

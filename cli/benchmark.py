@@ -9,7 +9,7 @@ from typing import Any
 import bench
 from cli.session import Session
 from engine import complete
-from model import ModelArgs
+from layers.args import ModelArgs
 from options.settings import ModelChoice
 from text.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from cli.session import Session
 from decoding import LoadedModel
 from engine import complete
 from host.memory import available_memory
-from model import Cache, ModelArgs
+from layers.args import ModelArgs
+from layers.kv_cache import Cache
 from options.settings import ModelChoice
 from ranks import broadcast_from_rank0
 from text import chat

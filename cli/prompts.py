@@ -18,7 +18,7 @@ from decoding import LoadedModel
 from engine import check_prompts, complete
 from host.files import read_text, without_surrogates
 from host.log import log
-from model import ModelArgs
+from layers.args import ModelArgs
 from options.settings import ModelChoice, PromptOptions
 from ranks import broadcast_from_rank0, is_rank0
 from text import chat, jobs

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from bench import Stats
 from decoding import LoadedModel
 from host.log import log
+from layers.args import ModelArgs
+from layers.kv_cache import Cache
 from load import compile_now
-from model import Cache, ModelArgs
 from options.settings import ModelChoice
 from text.generation_config import GenerationConfig
 from text.tokenizer import Tokenizer

@@ -30,8 +30,10 @@ from torch import Tensor
 
 from decoding import PREFILL_TOKENS, LoadedModel
 from host.memory import available_memory
+from layers.args import ModelArgs
+from layers.kv_cache import KVCache, visible_length
+from layers.positions import ROPES, LengthRope
 from load import count_weights
-from model import KVCache, ModelArgs, visible_length
 from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
@@ -146,10 +148,13 @@ def min_shared_ids(args: ModelArgs, longest: int) -> float:
     """Return how many ids a common prefix must have to be shared by sequences.
 
     The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
-    whole sequence (model.DynamicRotaryPositions): for "dynamic" positions, if a sequence is longer
-    than the context that the model was trained on. longest: ids of the longest sequence.
+    whole sequence (layers.positions.LengthRope), and a sequence is longer than the context that
+    the model was trained on. longest: ids of the longest sequence.
     """
-    by_length = args.positions == "dynamic" and longest > args.rope_scaling.original_context
+    by_length = any(
+        issubclass(ROPES[rope.kind], LengthRope) and longest > rope.original_context
+        for rope in args.ropes
+    )
     return math.inf if by_length else MIN_SHARED_IDS
 
 

@@ -10,7 +10,7 @@ A fast layer has the weights and the arguments of the layer that it replaces. Th
 slower and is the reference in tests. Where the GPU, the compiler or the dtype is unsupported, the
 model keeps its layers. On a CPU a log line tells why.
 
-Attention is no layer: it is replaced in model.CacheFactory, which makes the KV caches.
+Attention is no layer: it is replaced in layers.kv_cache.CacheFactory, which makes the KV caches.
 
 Start at install.use_fast_layers.
 """

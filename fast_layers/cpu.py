@@ -31,7 +31,9 @@ from kernels.cpu.build import (
     supported_sets,
     unsupported_reason,
 )
-from model import KVCache, Linear, RMSNorm, Transformer, grouped_attention
+from layers.basic import Linear, RMSNorm
+from layers.kv_cache import KVCache, grouped_attention
+from model import Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
@@ -197,11 +199,12 @@ def use_fast_attention(model: Transformer) -> None:
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):
-        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
+        kernels = {"attention": kernel_attention, "window_attention": kernel_attention}
+        model.cache_factory = replace(model.cache_factory, **kernels)
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention over a cache by kernels/cpu/attention.h (type model.CacheAttention).
+    """Compute attention over a cache by kernels/cpu/attention.h (type CacheAttention).
 
     q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
     pos: not used. Returns (B, T, H, E).

@@ -19,15 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gpu
-from model import (
-    GatedFeedForward,
-    KVCache,
-    Linear,
-    PreNormBlock,
-    RMSNorm,
-    Transformer,
-    grouped_attention,
-)
+from layers.basic import Linear, RMSNorm
+from layers.kv_cache import KVCache, grouped_attention
+from model import GatedFeedForward, SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
@@ -128,7 +122,7 @@ def fuse_prologues(layer: nn.Module) -> None:
     """
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
-    if type(layer) is PreNormBlock and normed and takes_prologue(attention.wqkv):
+    if type(layer) is SequentialBlock and normed and takes_prologue(attention.wqkv):
         attention.wqkv = NormedLinear(layer.attention_norm, attention.wqkv)
         layer.attention_norm = nn.Identity()
     gated = type(feed_forward) is GatedFeedForward and feed_forward.activation is F.silu
@@ -142,7 +136,7 @@ def takes_prologue(linear: nn.Module) -> bool:
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention for KVCache.attention (type model.CacheAttention); see attend_on_gpu.
+    """Compute attention for KVCache.attention (type CacheAttention); see attend_on_gpu.
 
     q: (B, T, H, E). pos: (B, T), the positions of the queries. The mask must be causal: the Triton
     kernel takes only the number of visible positions from it, and lets each query see the positions

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import Linear, ModelArgs, Transformer
+from layers.args import ModelArgs
+from layers.basic import Linear
+from model import Transformer
 from neurons.budget import DEPTHS, choose_plan
 from neurons.costs import machine_costs
 from neurons.pack import Pack

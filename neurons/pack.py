@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from host.files import write_whole
-from model import ModelArgs
+from layers.args import ModelArgs
 from neurons.records import RecordFormat
 from weights.weight_files import read_json
 

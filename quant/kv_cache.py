@@ -1,8 +1,9 @@
 """A KV cache of int8 or int4 numbers, for long texts and large batches.
 
-Start at QuantizedKVCache, a model.KVCache. It rounds the keys and values of each token when it
-stores them and never changes them afterwards; attention dequantises them. GROUP channels of a head
-share a scale and a lowest value ("low"): x = low + scale * q, with q from 0 to 255 or 15.
+Start at QuantizedKVCache, a KVCache (layers/kv_cache.py). It rounds the keys and values of each
+token when it stores them and never changes them afterwards; attention dequantises them. GROUP
+channels of a head share a scale and a lowest value ("low"): x = low + scale * q, with q from 0 to
+255 or 15.
 
 FlexGen (arXiv 2303.06865, section 4) groups the same way. KIVI (2402.02750) rounds keys channel by
 channel over windows of tokens; benchmarks/LOG.md has the accuracy that this would gain here.
@@ -10,10 +11,12 @@ channel over windows of tokens; benchmarks/LOG.md has the accuracy that this wou
 Shapes: B rows, T new tokens, G key/value heads, E head_dim, S channels of a group.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from model import CacheAttention, KVCache, sdpa_attention
+from layers.kv_cache import KVCache
 from quant.linear import pack_nibbles, unpack_nibbles
 
 GROUP = 32  # channels; a head whose width is not a multiple of it is one group
@@ -24,7 +27,7 @@ class QuantizedKVCache(KVCache):
 
     k, v: (B, positions, G, E*bits/8) uint8; scales and lows: (B, positions, G, E/S) float16.
     shape: (B, positions, G, E). dtype: of the keys and values that `visible` returns. bits: 8 or 4;
-    4 needs an even E. attention: the function that attends over this cache.
+    4 needs an even E. options: attention, scores and length of KVCache.
     """
 
     def __init__(
@@ -33,10 +36,10 @@ class QuantizedKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device,
         bits: int = 8,
-        attention: CacheAttention = sdpa_attention,
+        **options: Any,
     ):
-        *rows, channels = shape  # (B, positions, G), E
-        super().__init__((*rows, channels * bits // 8), torch.uint8, device, attention)
+        *rows, channels = shape  # (B, slots + 1, G), E
+        super().__init__((*rows, channels * bits // 8), torch.uint8, device, **options)
         self.dtype, self.bits = dtype, bits
         groups = channels // GROUP if channels % GROUP == 0 else 1
         for name in ("k_scales", "k_lows", "v_scales", "v_lows"):

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from host.files import short_text
 from host.torch_private import int8_product, shallow_copy
 from kernels import gpu
-from model import Linear, ModelArgs, Transformer
+from layers.args import ModelArgs
+from layers.basic import Linear
+from model import Transformer
 
 GROUP_SIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4", "int4-gptq")  # of quantize.py --mode

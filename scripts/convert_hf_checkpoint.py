@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES, Checkpoint
+from checkpoint import Checkpoint
 from cli.command import exit_code
 from host.memory import size_text
+from layers.args import DTYPES
 from load import meta_model
 from weights.allocation import final_dtype, stored_tensors
 from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint

@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import DTYPES
 from cli.arguments import positive
 from cli.command import exit_code
 from host.log import log
 from host.memory import size_text
+from layers.args import DTYPES
+from layers.positions import LearnedPositions
 from load import meta_model
-from model import LearnedPositions
 from weights.allocation import stored_tensors
 from weights.formats import Part, pickle_part, read_part
 from weights.hf import model_args, split_name

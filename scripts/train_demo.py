@@ -27,8 +27,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine import complete
+from layers.kv_cache import grouped_attention
 from load import load_model
-from model import Transformer, grouped_attention
+from model import Transformer
 from text.generation_config import GenerationConfig
 from weights.hf import export_tensors, model_args
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
+from layers.args import ModelArgs
+from layers.kv_cache import KVCache, grouped_attention
 from load import find_cache
-from model import KVCache, ModelArgs, Transformer, grouped_attention
+from model import Transformer
 from quant.kv_cache import QuantizedKVCache
 from quant.linear import (
     GROUP_SIZES,
@@ -238,7 +241,7 @@ SMALL = ModelArgs(
 
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
     """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
-    model.cache_factory = find_cache(kv_dtype)
+    model.cache_factory = replace(model.cache_factory, make=find_cache(kv_dtype))
     key_pos, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)

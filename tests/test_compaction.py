@@ -15,8 +15,8 @@ from common import ROOT
 import decoding
 from decoding import LoadedModel, launch_ahead, launched_steps, pays_to_compact
 from engine import complete, generate
+from layers.kv_cache import KVCache
 from load import load_model
-from model import KVCache
 from sampling import Sampler
 from text.completion import Completion
 from text.generation_config import GenerationConfig

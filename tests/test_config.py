@@ -10,11 +10,12 @@ import torch
 from common import LLAMA3
 
 from engine import generate
+from layers.positions import DynamicRotaryPositions, RotaryPositions
 from load import config_dtype, random_model
-from model import DynamicRotaryPositions, RotaryPositions
 from quant.linear import meta_model
 from text.generation_config import GenerationConfig
-from weights.hf import MAX_LAYERS, model_args
+from weights.families.shared import MAX_LAYERS
+from weights.hf import model_args
 from weights.int4_layouts import foreign_scheme, quantization_config
 
 SIZES = {

@@ -24,8 +24,9 @@ from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
 from kernels.cpu import build
+from layers.basic import Linear
+from layers.kv_cache import sdpa_attention
 from load import random_model
-from model import Linear, sdpa_attention
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,

@@ -18,8 +18,8 @@ from calibration import texts as calibrate
 from calibration.distill import LatentInt4, latent_copy
 from calibration.gptq import Buffers
 from checkpoint import Checkpoint
+from layers.basic import Linear
 from load import load_model
-from model import Linear
 from quant.linear import dequantize_int4, pack_int4, round_int4, unpack_nibbles
 from weights.hf import model_args
 

@@ -14,8 +14,8 @@ import decoding
 from decoding import LoadedModel, launch_ahead
 from engine import complete, generate
 from host.torch_private import compiled_graphs
+from layers.kv_cache import visible_length
 from load import load_model, random_model
-from model import visible_length
 from text.completion import Completion
 from text.generation_config import GenerationConfig
 

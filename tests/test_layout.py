@@ -16,9 +16,9 @@ from cli import options
 ROOT = Path(__file__).resolve().parent.parent
 # Packages and modules of the root, from the bottom up. One imports only what stands before it.
 ORDER = (
-    "options host kernels ranks model quant fast_layers weights text tiers checkpoint sampling "
-    "decoding draft_length speculate finite compiled neurons offload tp pp load bench engine plan "
-    "calibration evaluation cli generate eval quantize flash"
+    "options host kernels ranks layers model quant fast_layers weights text tiers checkpoint "
+    "sampling decoding draft_length speculate finite compiled neurons offload tp pp load bench "
+    "engine plan calibration evaluation cli generate eval quantize flash"
 ).split()
 MAX_ROOT_MODULES = 20
 MAX_IMPORTED = 25  # modules with code that `import generate` loads

@@ -18,8 +18,8 @@ from common import ROOT
 from checkpoint import Checkpoint
 from engine import complete
 from host.torch_private import compiled_graphs
+from layers.kv_cache import KVCache
 from load import LoadedModel, load_model, random_model
-from model import KVCache
 from quant.linear import make_scheme
 from quantize import quantize
 from text.generation_config import GenerationConfig

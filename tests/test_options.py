@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import DTYPES
 from cli import options
 from cli.arguments import RANK0_SECONDS, documents, percentage, token_bias
+from layers.args import DTYPES
 from load import CACHE_BITS
 from neurons.records import KINDS
 from options.settings import SELF_DRAFTS

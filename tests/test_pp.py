@@ -9,7 +9,7 @@ from common import ROOT
 
 from checkpoint import Checkpoint
 from decoding import join_micro_batches
-from model import ModelArgs
+from layers.args import ModelArgs
 from pp import MicroBatchCache, PendingSends, split_micro_batches, stage_layers
 from quant.linear import meta_model
 from ranks import Ranks

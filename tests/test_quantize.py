@@ -22,8 +22,8 @@ from engine import complete
 from fast_layers.cpu import PackedLinear
 from host.memory import size_text
 from kernels.cpu import build
+from layers.basic import Linear
 from load import load_model, random_model
-from model import Linear
 from options.settings import CalibrationOptions
 from quant.linear import (
     GROUP_SIZES,

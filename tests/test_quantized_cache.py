@@ -5,8 +5,8 @@ import torch
 from common import ROOT
 
 from engine import complete
+from layers.kv_cache import KVCache
 from load import load_model
-from model import KVCache
 from quant.kv_cache import QuantizedKVCache
 from text.generation_config import GenerationConfig
 

@@ -22,8 +22,8 @@ from draft_length import MAX_DRAFT_TOKENS, PLAIN_EVERY_CYCLES, DraftLengthContro
 from engine import complete, generate
 from host.torch_private import compiled_graphs
 from kernels.cpu.build import unsupported_reason
+from layers.basic import RMSNorm
 from load import compile_now, load_model, random_model
-from model import RMSNorm
 from sampling import candidates
 from speculate import (
     NGRAM_LENGTHS,

@@ -17,8 +17,9 @@ from torch import Tensor
 import quantize
 import tp
 from checkpoint import Checkpoint
+from layers.args import ModelArgs
+from layers.basic import Linear
 from load import meta_model
-from model import Linear, ModelArgs
 from quant.linear import Int4Linear, make_scheme, pack_nibbles, unpack_nibbles
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers

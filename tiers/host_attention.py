@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model import KVCache
+from layers.kv_cache import KVCache
 from tiers.prefetch import record_event, to_device
 
 

@@ -19,7 +19,7 @@ import copy
 import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
 from host.torch_private import copy_with_buffers
-from model import KVCache, Transformer
+from layers.kv_cache import KVCache
+from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.host_attention import HostAttention, SparseHostAttention
 from tiers.policy import CACHE_BUFFERS, Policy
@@ -90,7 +91,10 @@ class CellAllocator:
         args, weight = model.args, model.tok_embeddings.weight
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        factory, arguments = model.cache_factory, (shape, weight.dtype, META)
+        # All layers have the same layout. A layer without a window can use a cache of one with it.
+        window = next((layer.window for layer in args.layer_types if layer.window), None)
+        factory, arguments = model.cache_factory, (shape, weight.dtype, META, window)
+        factory = replace(factory, windows=False)
         self._template, self._host_template = factory(*arguments), factory.portable()(*arguments)
         by_position = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, .)
         self.layout = Layout(by_position)
@@ -357,7 +361,7 @@ class TieredCaches(Sequence["TieredCache"]):
 
 
 class TieredCache:
-    """The cache of one layer: cells, one for each micro-batch. It implements model.Cache.
+    """The cache of one layer: cells, one for each micro-batch. It implements layers.kv_cache.Cache.
 
     row_granularity: rows of a micro-batch. rows: those in use, which `first` reduces in a view.
     """
@@ -365,6 +369,7 @@ class TieredCache:
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
+        self.slots = self.length  # windows are masked, and save no memory
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache | HostAttention"]:

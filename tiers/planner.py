@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from host.memory import size_text
-from model import visible_length
+from layers.kv_cache import visible_length
 from tiers.direct_io import REQUESTS_IN_FLIGHT, SMALL_REQUEST_BYTES
 from tiers.policy import CACHE_BUFFERS, TIERS, WEIGHT_BUFFERS, Policy, Share
 from tiers.probe import Machine

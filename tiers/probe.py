@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from host.memory import page_aligned
-from model import ModelArgs, Transformer
+from layers.args import ModelArgs
+from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.prefetch import CPU
 
@@ -213,9 +214,9 @@ class BlockTimer:
         pos = torch.arange(positions - tokens, positions, device=self.device).expand(rows, tokens)
         # Any ids do, because times do not depend on the values.
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
-        x, rotation = model.positions(x, pos)
-        mask = model.mask(pos, torch.arange(positions, device=self.device), x.dtype)
-        return typical(lambda: model.layers[0](x, rotation, mask, pos, cache), self.device)
+        key_pos = torch.arange(positions, device=self.device)
+        x, (inputs,) = model.attention_inputs(x, pos, key_pos, [cache.slots])
+        return typical(lambda: model.layers[0](x, *inputs, cache), self.device)
 
     def products(self) -> Curve:
         """Return the seconds of the layer's matrix products as a function of the number of tokens.
@@ -262,8 +263,7 @@ def sample_args(args: ModelArgs, layer_bytes: int) -> ModelArgs:
     while layer_bytes / factor**2 > MAX_LAYER_BYTES and args.n_kv_heads % (2 * factor) == 0:
         factor *= 2
     return dataclasses.replace(
-        args,
-        n_layers=1,
+        args.with_layers(range(1)),
         vocab_size=64,
         dim=args.dim // factor,
         embed_dim=args.dim // factor,

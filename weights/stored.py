@@ -165,11 +165,14 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     return metadata, parts
 
 
-def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str, StoredTensor]:
+def translate(
+    parts: Iterable[Part], scheme: dict[str, Any] | None, names: hf.Names
+) -> dict[str, StoredTensor]:
     """Map the tensors of Hugging Face's files to this project's: name -> StoredTensor.
 
-    scheme: the quantisation scheme of a GPTQ or AWQ checkpoint (foreign_scheme), whose packed
-    tensors are converted; None: no tensor is packed. Raises ValueError if parts cannot be stacked.
+    names: of the family's tensors. scheme: the quantisation scheme of a GPTQ or AWQ checkpoint
+    (foreign_scheme), whose packed tensors are converted; None: no tensor is packed. Raises
+    ValueError if parts cannot be stacked.
     """
     fields = {}  # of packed tensors: last word of the name -> (its word here, conversion)
     if scheme:
@@ -177,7 +180,7 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
 
         fields = foreign_fields(scheme["mode"], scheme["linears"]["groupsize"])
     tensors = {}
-    for name, by_index in group_parts(parts).items():
+    for name, by_index in group_parts(parts, names).items():
         module, _, kind = name.rpartition(".")
         kind, convert = fields.get(kind, (kind, None))
         tensor = StoredTensor(tuple(part for _, part in sorted(by_index.items())), convert)
@@ -186,15 +189,15 @@ def translate(parts: Iterable[Part], scheme: dict[str, Any] | None) -> dict[str,
     return tensors
 
 
-def group_parts(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
+def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, Part]]:
     """Returns our tensor name -> {index of the part in the stacked tensor -> Part}.
 
-    parts: with Hugging Face's names. Tensors that are not weights are left out (hf.tensor_name).
-    Raises ValueError if two parts have the same name and index.
+    parts: with Hugging Face's names. names: of the family's tensors. Tensors that are not weights
+    are left out (hf.tensor_name). Raises ValueError if two parts have the same name and index.
     """
     groups: dict[str, dict[int, Part]] = {}
     for part in parts:
-        if target := hf.tensor_name(part.name):
+        if target := hf.tensor_name(part.name, names):
             name, index = target
             if (other := groups.setdefault(name, {}).setdefault(index, part)) is not part:
                 raise ValueError(

@@ -16,8 +16,8 @@ on programmatic dependent launch, and it would compile a graph for each kernel t
 can choose.
 
 The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
-model.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is missing;
-unsupported_reason returns why.
+layers.kv_cache.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is
+missing; unsupported_reason returns why.
 
 Words of this folder: a program is one of the blocks of threads that run a kernel. A tile is the
 part of the result that a program computes, or its sizes. A part (few_rows.py, attention.py) is a

@@ -1,0 +1,96 @@
+"""The shape of a model: ModelArgs, which weights/hf.py reads from a Hugging Face config.
+
+A field that chooses a class is a key of a table, which stands beside the classes: NORMS and
+QK_NORMS (basic.py), POSITIONS and ROPES (positions.py), BLOCKS, FEED_FORWARDS and ACTIVATIONS
+(model.py).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+# The dtypes in which models run.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary positions of some layers. Which fields count depends on the kind."""
+
+    dim: int  # channels of a head that are rotated, the first ones; even
+    theta: float = 10000.0
+    kind: str = "default"  # a key of ROPES
+    factor: float = 1.0  # by which the context exceeds the trained one
+    original_context: int = 0  # the trained one
+    attention_factor: float = 1.0  # multiplies cosines and sines: yarn, longrope
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    short_factors: tuple[float, ...] = ()  # longrope: dim / 2 divisors of the frequencies
+    long_factors: tuple[float, ...] = ()  # longrope
+    # Whether all keys of a text are computed again when it grows beyond original_context.
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """In what the attention of some layers differs from that of others."""
+
+    rope: Rope | None = None  # None: the model has learned positions
+    window: int | None = None  # keys that a query sees, its own included; None: all before it
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    context: int  # positions the model can attend over
+    embed_dim: int  # width of the embedding table; differs from dim in OPT-350m only
+    block: str = "sequential"  # a key of BLOCKS
+    norm: str = "rms"  # a key of NORMS
+    norm_eps: float = 1e-5
+    norm_affine: bool = True
+    norm_bias: bool = True  # of layer norms
+    input_norms: bool = True  # norms before attention and feed-forward
+    output_norms: bool = False  # norms after attention and feed-forward
+    final_norm: bool = True
+    qk_norm: str = "none"  # a key of QK_NORMS
+    feed_forward: str = "gated"  # a key of FEED_FORWARDS
+    activation: str = "silu"  # a key of ACTIVATIONS
+    positions: str = "rotary"  # a key of POSITIONS
+    layer_types: tuple[LayerType, ...] = ()  # of each layer; empty: LayerType() for all
+    attention_bias: bool = False  # of wqkv
+    wo_bias: bool = False
+    mlp_bias: bool = False  # w1, w2, w3
+    tied: bool = False  # the output head is the embedding table
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # of the scores, see soft_cap
+    embedding_scale: float = 1.0  # multiplies embeddings
+    residual_scale: float = 1.0  # multiplies outputs of attention and feed-forward
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
+
+    def __post_init__(self):
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", (LayerType(),) * self.n_layers)
+        if len(self.layer_types) != self.n_layers:
+            raise ValueError(f"{len(self.layer_types)} layer types for {self.n_layers} layers")
+
+    def with_layers(self, layers: range) -> "ModelArgs":
+        """Returns the args of a model of some of the layers, of consecutive numbers."""
+        types = self.layer_types[layers.start : layers.stop]
+        return replace(self, n_layers=len(layers), layer_types=types)
+
+    @property
+    def ropes(self) -> list[Rope]:
+        """The different rotary positions of the layers."""
+        return list(dict.fromkeys(layer.rope for layer in self.layer_types if layer.rope))

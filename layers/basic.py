@@ -1,0 +1,226 @@
+"""Linear layers, embedding tables, norms and elementwise functions.
+
+Start at Linear and make_norm. On a CPU, compiled code must return the same bits as eager code:
+operators defined by `kernel` are called by compiled code as they are.
+
+Shapes: B rows of a batch, T new tokens per row, D dim, E head_dim, V vocab.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.args import DTYPES, ModelArgs
+
+
+class Embedding(nn.Embedding):
+    """An embedding table that is quick to make on the meta device."""
+
+    def reset_parameters(self) -> None:
+        # On the meta device this would fill nothing, and import the compiler, which takes 0.7 s.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class ScaledEmbedding(Embedding):
+    """An embedding table whose rows are multiplied by `scale`, rounded to the table's dtype."""
+
+    def __init__(self, rows: int, columns: int, scale: float):
+        super().__init__(rows, columns)
+        # The scale in each dtype. Gemma was trained with the rounded one.
+        rounded = {t: torch.tensor(scale, dtype=t, device="cpu").item() for t in DTYPES.values()}
+        self.scales = rounded
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the scaled embeddings, (B, T, D), of ids, (B, T)."""
+        return super().forward(tokens) * self.scales[self.weight.dtype]
+
+
+class Scale(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class SoftCap(nn.Module):
+    """Limits logits to the range from -cap to cap; see soft_cap."""
+
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        compute = torch.ops.gpt_flex.soft_cap if takes_kernel(logits) else soft_cap
+        return compute(logits, self.cap)
+
+
+class Linear(nn.Linear):
+    """A dense layer, (..., in_features) -> (..., out_features)."""
+
+    # Inputs that a column of each tensor stands for, for tp.py, which divides columns among ranks.
+    inputs_per_column = {"weight": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A matrix, since for inputs of more dimensions and a bias the compiler takes dynamic sizes
+        # for constants (torch 2.13).
+        rows = x.flatten(0, -2)  # (N, in_features), N: product of the other dimensions
+        y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
+        return y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm. eps: added to the mean square. affine: whether it has a weight. exact: compiled
+    code returns the same bits as eager code."""
+
+    def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
+        super().__init__(dim, eps, affine)
+        self.exact = exact
+
+    def allow_fusion(self) -> None:
+        """Let the compiler fuse this norm with the code around it.
+
+        A decoding step with quantised weights is 7 % faster; the last bits of its result may differ
+        from those of eager code.
+        """
+        self.exact = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
+        if self.exact and takes_kernel(x):
+            return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm; compiled code returns the same bits as eager code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
+        if takes_kernel(x):
+            affine = self.weight, self.bias
+            return torch.ops.gpt_flex.layer_norm(x, self.normalized_shape, *affine, self.eps)
+        return super().forward(x)
+
+
+class OffsetRMSNorm(nn.Module):
+    """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape and dtype of x."""
+        compute = torch.ops.gpt_flex.rms_norm if takes_kernel(x) else torch.rms_norm
+        factor = 1 + self.weight.float()
+        return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)
+
+
+class WholeNorm(nn.Module):
+    """A norm of queries or keys over the channels of all heads together (OLMo 2)."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x, (B, T, heads, E), in that shape."""
+        return self.norm(x.flatten(2)).view(x.shape)  # (B, T, heads * E) -> (B, T, heads, E)
+
+
+class HeadLayerNorm(nn.Module):
+    """A layer norm of queries or keys with weights of its own for each head (StableLM 2)."""
+
+    def __init__(self, heads: int, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads * dim))
+        self.shape, self.eps = (heads, dim), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x, (B, T, heads, E), over the channels of each head."""
+        compute = torch.ops.gpt_flex.layer_norm if takes_kernel(x) else torch.layer_norm
+        y = compute(x.float(), self.shape[1:], None, None, self.eps)
+        return (y * self.weight.float().view(self.shape)).type_as(x)  # (heads * E,) -> (heads, E)
+
+
+def make_norm(args: ModelArgs, dim: int | None = None) -> nn.Module:
+    """Returns a norm over `dim` channels; None: those of the model's activations."""
+    return NORMS[args.norm](args, dim or args.dim)
+
+
+def layer_norm(args: ModelArgs, dim: int) -> LayerNorm:
+    return LayerNorm(dim, args.norm_eps, args.norm_affine, args.norm_bias)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Returns cap * tanh(x / cap), computed in float32: almost x near 0, never beyond the cap."""
+    return (cap * torch.tanh(x.float() / cap)).type_as(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Returns the GELU of x in its approximation by a hyperbolic tangent."""
+    if takes_kernel(x):
+        return torch.ops.gpt_flex.gelu_tanh(x)
+    return F.gelu(x, approximate="tanh")
+
+
+def takes_kernel(x: Tensor) -> bool:
+    """Returns whether to call the operators below for x: in compiled code on CPUs. The operators
+    have no gradient."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
+
+
+def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Define an operator gpt_flex::NAME, which compiled code calls as it is; the compiler would
+    replace the same PyTorch functions by generated code.
+
+    schema: NAME and the signature, in PyTorch's notation. on_cpu: computes the result. fake:
+    returns an uninitialised tensor of the result's shape, which the compiler asks for.
+    """
+    name = f"gpt_flex::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.impl(name, "cpu")(on_cpu)
+    torch.library.register_fake(name)(fake)
+
+
+# On a CPU, Inductor's own norms sum in another order, and its tanh differs in the last bit; in
+# bfloat16, compiled text would differ from eager text.
+kernel(
+    "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
+    torch.rms_norm,
+    lambda x, *_: torch.empty_like(x),
+)
+kernel(
+    "layer_norm(Tensor x, int[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    torch.layer_norm,
+    lambda x, *_: torch.empty_like(x),
+)
+
+kernel("soft_cap(Tensor x, float cap) -> Tensor", soft_cap, lambda x, cap: torch.empty_like(x))
+kernel(
+    "gelu_tanh(Tensor x) -> Tensor",
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: torch.empty_like(x),
+)
+
+# Name -> function of the args and a number of channels that makes a norm over these.
+NORMS = {
+    "rms": lambda args, dim: RMSNorm(dim, args.norm_eps, args.norm_affine),
+    "offset_rms": lambda args, dim: OffsetRMSNorm(dim, args.norm_eps),
+    "layer": layer_norm,
+}
+# Name -> function of the args and a number of heads that makes a norm of queries or keys, (B, T,
+# heads, E).
+QK_NORMS = {
+    "none": lambda args, heads: nn.Identity(),
+    "head": lambda args, heads: make_norm(args, args.head_dim),
+    "whole": lambda args, heads: WholeNorm(make_norm(args, heads * args.head_dim)),
+    "each_head": lambda args, heads: HeadLayerNorm(heads, args.head_dim, args.norm_eps),
+}

@@ -1,0 +1,80 @@
+"""Gemma 2 and 3. Start at FAMILIES. Keys and defaults are those of transformers."""
+
+from typing import Any
+
+from layers.args import LayerType, ModelArgs
+from model import ACTIVATIONS
+from weights.config import Config
+from weights.families.rope import read_rope, read_ropes_by_type
+from weights.families.shared import (
+    LLAMA,
+    OUTPUT_NORMS,
+    QK_NORM,
+    Family,
+    alternating,
+    attention_biases,
+    attention_types,
+    head_dim,
+    rms_gated_args,
+)
+
+
+def gemma2_args(config: Config) -> ModelArgs:
+    """Every second layer has a window. Scores and logits are limited by softcaps."""
+    rope = read_rope(config, head_dim(config))
+    types = attention_types(config, lambda n: n % 2 == 0)
+    layers = alternating(config, types, dict.fromkeys(types, rope))
+    softcap = config.number("attn_logit_softcapping", 50.0, null=None)
+    return gemma_args(config, layers, 30.0, attention_softcap=softcap)
+
+
+def gemma3_args(config: Config) -> ModelArgs:
+    """Five of six layers have a window and other rotary positions than the sixth.
+
+    attn_logit_softcapping is not used, as in transformers.
+    """
+    thetas = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 1e4)
+    ropes = read_ropes_by_type(config, head_dim(config), *thetas)
+    pattern = config.integer("sliding_window_pattern", 6)
+    types = attention_types(config, lambda n: (n + 1) % pattern != 0)
+    return gemma_args(config, alternating(config, types, ropes), None, qk_norm="head")
+
+
+def gemma_args(
+    config: Config, layers: list[LayerType], logits_softcap: float | None, **fields: Any
+) -> ModelArgs:
+    """Returns the ModelArgs of Gemma. logits_softcap: the default; fields: those of one version."""
+    config.refuse("use_bidirectional_attention", [False], "only causal attention is supported")
+    scalar = config.number("query_pre_attn_scalar", 256)
+    return rms_gated_args(
+        config,
+        layers,
+        activation=config.choice("hidden_activation", ACTIVATIONS),
+        norm="offset_rms",
+        output_norms=True,
+        embedding_scale=config.integer("hidden_size") ** 0.5,
+        attention_scale=scalar**-0.5,
+        logits_softcap=config.number("final_logit_softcapping", logits_softcap, null=None),
+        **attention_biases(config),
+        **fields,
+    )
+
+
+GEMMA = LLAMA | OUTPUT_NORMS | {"layers.N.pre_feedforward_layernorm": ("layers.N.ffn_norm", 0)}
+GEMMA_DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+OF_GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072}
+FAMILIES = {
+    "gemma2": Family(gemma2_args, GEMMA, GEMMA_DEFAULTS),
+    "gemma3_text": Family(gemma3_args, GEMMA | QK_NORM, GEMMA_DEFAULTS | OF_GEMMA3),
+}

@@ -1,0 +1,115 @@
+"""Families with layer norms: OPT, StarCoder 2 and StableLM. Start at FAMILIES.
+
+Keys and defaults are those of transformers.
+"""
+
+from layers.args import ModelArgs
+from model import ACTIVATIONS
+from weights.config import Config
+from weights.families.rope import read_rope
+from weights.families.shared import (
+    ATTENTION,
+    LLAMA,
+    Family,
+    equal_share,
+    head_dim,
+    layer_count,
+    same_layers,
+    shared_args,
+)
+
+
+def opt_args(config: Config) -> ModelArgs:
+    """Learned positions, plain feed-forwards; in OPT-350m, norms after the residual sums."""
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    norm_first = config.flag("do_layer_norm_before", True)
+    no_final_norm = config.flag("_remove_final_layer_norm", False)
+    biased = config.flag("enable_bias", True)
+    return ModelArgs(
+        dim=dim,
+        n_layers=layer_count(config),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=equal_share(dim, n_heads),
+        hidden_dim=config.integer("ffn_dim"),
+        vocab_size=config.integer("vocab_size", maximum=2**28),
+        context=config.positions("max_position_embeddings", 2048),
+        embed_dim=config.integer("word_embed_proj_dim", dim, null=dim),
+        block="sequential" if norm_first else "post_norm",
+        norm="layer",
+        norm_affine=config.flag("layer_norm_elementwise_affine", True),
+        final_norm=norm_first and not no_final_norm,
+        feed_forward="plain",
+        activation=config.choice("activation_function", ACTIVATIONS, "relu"),
+        positions="learned",
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=biased,
+        tied=config.flag("tie_word_embeddings", True),
+    )
+
+
+def starcoder2_args(config: Config) -> ModelArgs:
+    """Rotary positions, plain feed-forwards, and biases everywhere."""
+    window = config.positions("sliding_window", None, null=None)
+    biased = config.flag("use_bias", True)
+    return shared_args(
+        config,
+        same_layers(config, read_rope(config, head_dim(config)), window),
+        norm="layer",
+        norm_eps=config.number("norm_epsilon", 1e-5, maximum=1.0),
+        feed_forward="plain",
+        activation=config.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
+        attention_bias=biased,
+        wo_bias=biased,
+        mlp_bias=biased,
+    )
+
+
+def stablelm_args(config: Config) -> ModelArgs:
+    """A quarter of each head is rotated; the 12B model has parallel blocks, and norms of queries
+    and keys with weights for each head."""
+    dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    channels = equal_share(dim, n_heads)
+    rope = read_rope(config, channels, partial=0.25)
+    parallel = config.flag("use_parallel_residual", False)
+    return shared_args(
+        config,
+        same_layers(config, rope),
+        head_dim=channels,
+        block="parallel" if parallel else "sequential",
+        norm="layer",
+        norm_eps=config.number("layer_norm_eps", 1e-5, maximum=1.0),
+        qk_norm="each_head" if config.flag("qk_layernorm", False) else "none",
+        activation=config.choice("hidden_act", ACTIVATIONS, "silu"),
+        attention_bias=config.flag("use_qkv_bias", False),
+    )
+
+
+OPT = ATTENTION | {
+    "embed_positions": ("positions", 0),
+    "project_in": ("project_in", 0),
+    "layers.N.self_attn.out_proj": ("layers.N.attention.wo", 0),
+    "layers.N.fc1": ("layers.N.feed_forward.w1", 0),
+    "layers.N.fc2": ("layers.N.feed_forward.w2", 0),
+    "layers.N.self_attn_layer_norm": ("layers.N.attention_norm", 0),
+    "layers.N.final_layer_norm": ("layers.N.ffn_norm", 0),
+    "final_layer_norm": ("norm", 0),
+    "project_out": ("project_out", 0),
+}
+STARCODER2 = LLAMA | {
+    "layers.N.mlp.c_fc": ("layers.N.feed_forward.w1", 0),
+    "layers.N.mlp.c_proj": ("layers.N.feed_forward.w2", 0),
+}
+# The norm of head n is part n of the tensor.
+STABLELM = LLAMA | {
+    "layers.N.self_attn.q_layernorm.norms": ("layers.N.attention.q_norm", 0),
+    "layers.N.self_attn.k_layernorm.norms": ("layers.N.attention.k_norm", 0),
+}
+CONTEXT_4K = {"max_position_embeddings": 4096}
+STARCODER_DEFAULTS = CONTEXT_4K | {"num_key_value_heads": 2, "tie_word_embeddings": True}
+FAMILIES = {
+    "opt": Family(opt_args, OPT),
+    "starcoder2": Family(starcoder2_args, STARCODER2, STARCODER_DEFAULTS),
+    "stablelm": Family(stablelm_args, STABLELM, CONTEXT_4K | {"num_key_value_heads": 32}),
+}

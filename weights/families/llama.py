@@ -1,0 +1,141 @@
+"""Llama and the families that differ from it in a few switches: Mistral, Ministral, Qwen 2 and 3,
+SmolLM 3, Granite and Phi 3. Start at FAMILIES. Keys and defaults are those of transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from layers.args import LayerType, ModelArgs
+from weights.config import Config
+from weights.families.rope import read_rope
+from weights.families.shared import (
+    LLAMA,
+    QK_NORM,
+    Family,
+    attention_biases,
+    attention_types,
+    head_dim,
+    layer_count,
+    rms_gated_args,
+    same_layers,
+    windows,
+)
+
+
+def llama_args(config: Config) -> ModelArgs:
+    layers = same_layers(config, read_rope(config, head_dim(config)))
+    biases = attention_biases(config) | {"mlp_bias": config.flag("mlp_bias", False)}
+    return rms_gated_args(config, layers, **biases)
+
+
+def mistral_args(config: Config) -> ModelArgs:
+    """All layers have a window, or none has. A config with layer_types is Ministral's, as in
+    transformers."""
+    if "layer_types" in config.values:
+        return ministral_args(config)
+    window = config.positions("sliding_window", 4096, null=None)
+    return rms_gated_args(config, same_layers(config, read_rope(config, head_dim(config)), window))
+
+
+def ministral_args(config: Config) -> ModelArgs:
+    """The layers of layer_types have a window; without that key, all have."""
+    window = config.positions("sliding_window", 4096, null=None)
+    types = attention_types(config, lambda n: window is not None)
+    return rms_gated_args(config, layers_with_windows(config, types, window))
+
+
+def qwen2_args(config: Config, **rope: Any) -> ModelArgs:
+    """Queries, keys and values have biases, the attention's output has none. rope: see
+    read_rope."""
+    return rms_gated_args(config, qwen_layers(config, **rope), attention_bias=True)
+
+
+def qwen3_args(config: Config) -> ModelArgs:
+    """Each head's queries and keys pass through a norm."""
+    biases = attention_biases(config)
+    return rms_gated_args(config, qwen_layers(config), qk_norm="head", **biases)
+
+
+def qwen_layers(config: Config, **rope: Any) -> list[LayerType]:
+    """Returns the layer types of Qwen: with use_sliding_window, those of layer_types, or layers
+    from max_window_layers on, have a window. rope: see read_rope."""
+    used = config.flag("use_sliding_window", False)
+    window = config.positions("sliding_window", 4096, null=None) if used else None
+    first = config.count("max_window_layers", 28)
+    types = attention_types(config, lambda n: window is not None and n >= first)
+    return layers_with_windows(config, types, window, **rope)
+
+
+def smollm3_args(config: Config) -> ModelArgs:
+    """Every fourth layer rotates nothing; with use_sliding_window these layers have a window."""
+    count = layer_count(config)
+    interval = config.integer("no_rope_layer_interval", 4)
+    by_interval = [(n + 1) % interval != 0 for n in range(count)]
+    rotated = config.choices("no_rope_layers", (0, 1), count) or by_interval
+    window = config.positions("sliding_window", None, null=None)
+    used = config.flag("use_sliding_window", False) and window is not None
+    types = attention_types(config, lambda n: used and not rotated[n])
+    rope = read_rope(config, head_dim(config), theta=2e6)
+    ropes = [rope if on else replace(rope, kind="none") for on in rotated]
+    pairs = zip(ropes, windows(config, types, window), strict=True)
+    biases = attention_biases(config) | {"mlp_bias": config.flag("mlp_bias", False)}
+    return rms_gated_args(config, [LayerType(*pair) for pair in pairs], **biases)
+
+
+def granite_args(config: Config) -> ModelArgs:
+    """Embeddings, scores, residual sums and logits are multiplied by factors."""
+    factors = {
+        "embedding_scale": config.number("embedding_multiplier", 1.0),
+        "attention_scale": config.number("attention_multiplier", 1.0),
+        "residual_scale": config.number("residual_multiplier", 1.0),
+        "logits_divisor": config.number("logits_scaling", 1.0),
+    }
+    return replace(llama_args(config), **factors)
+
+
+def phi3_args(config: Config) -> ModelArgs:
+    """Of each head a part is rotated. q, k and v are stored as one tensor, gate and up as another.
+
+    Of scaled rotary positions there is one kind, longrope, which early configs call su or yarn.
+    """
+    aliases = {"su": "longrope", "yarn": "longrope"}
+    kinds = ["default", "longrope"]
+    rope = read_rope(config, head_dim(config), partial=1.0, aliases=aliases, kinds=kinds)
+    window = config.positions("sliding_window", None, null=None)
+    return rms_gated_args(config, same_layers(config, replace(rope, recompute=True), window))
+
+
+def layers_with_windows(
+    config: Config, types: Sequence[str], window: int | None, **rope: Any
+) -> list[LayerType]:
+    """Returns layers with the same rotary positions. types, window: see `windows`; rope: see
+    read_rope."""
+    same = read_rope(config, head_dim(config), **rope)
+    return [LayerType(same, each) for each in windows(config, types, window)]
+
+
+PHI3 = LLAMA | {
+    "layers.N.self_attn.qkv_proj": ("layers.N.attention.wqkv", 0),
+    "layers.N.mlp.gate_up_proj": ("layers.N.feed_forward.w13", 0),
+}
+CONTEXT_2K = {"max_position_embeddings": 2048}
+CONTEXT_32K = {"max_position_embeddings": 32768}
+MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+QWEN_DEFAULTS = CONTEXT_32K | {"num_key_value_heads": 32}
+SMOLLM_DEFAULTS = CONTEXT_32K | {"num_key_value_heads": 4, "tie_word_embeddings": True}
+PHI_DEFAULTS = {
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = {
+    "llama": Family(llama_args, LLAMA, CONTEXT_2K),
+    "mistral": Family(mistral_args, LLAMA, MISTRAL_DEFAULTS),
+    "ministral": Family(ministral_args, LLAMA, MISTRAL_DEFAULTS),
+    "qwen2": Family(qwen2_args, LLAMA, QWEN_DEFAULTS),
+    "qwen3": Family(qwen3_args, LLAMA | QK_NORM, QWEN_DEFAULTS | {"head_dim": 128}),
+    "smollm3": Family(smollm3_args, LLAMA, SMOLLM_DEFAULTS),
+    "granite": Family(granite_args, LLAMA, CONTEXT_2K),
+    "phi3": Family(phi3_args, PHI3, PHI_DEFAULTS),
+}

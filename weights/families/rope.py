@@ -1,0 +1,182 @@
+"""Reads the rotary positions of a config.json. Start at read_rope and read_ropes_by_type.
+
+A config has one of two schemas: `rope_theta` with `rope_scaling`, or `rope_parameters` of
+transformers 5. If it has both, `rope_scaling`, the older one, counts, as in transformers. In some
+families `rope_parameters` has a section for each type of layer. Defaults are those of transformers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from layers.args import Rope
+from layers.positions import ROPES
+from weights.config import Config
+
+KINDS = [kind for kind in ROPES if kind != "none"]
+
+
+def read_rope(
+    config: Config,
+    head_dim: int,
+    theta: float = 10000.0,
+    *,
+    partial: float | None = None,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    kinds: Sequence[str] = KINDS,
+) -> Rope:
+    """Returns the rotary positions that all layers have.
+
+    theta: the family's default base. partial: the family's default of partial_rotary_factor, the
+    share of a head's channels that is rotated; None: the family rotates all. aliases: names of
+    kinds in this family -> names in ROPES. kinds: those that the family supports.
+    """
+    old, new = config.section("rope_scaling"), config.section("rope_parameters")
+    section = old if old.values else new
+    # The base lies in the section in transformers 5, beside it in the older schema.
+    theta = (section if "rope_theta" in section.values else config).number("rope_theta", theta)
+    kind = read_kind(section, ("rope_type", "type"), aliases, kinds)
+    rope = Rope(rotated_channels(config, section, head_dim, partial), theta)
+    original = config.positions("original_max_position_embeddings", None, null=None)
+    return READERS.get(kind, plain)(config, section, replace(rope, kind=kind), original)
+
+
+def read_ropes_by_type(
+    config: Config, head_dim: int, full_theta: float, sliding_theta: float
+) -> dict[str, Rope]:
+    """Returns the rotary positions of layers with full attention and of those with a sliding
+    window: a Rope for the keys full_attention and sliding_attention.
+
+    full_theta, sliding_theta: the bases where the section of such layers has none.
+    """
+    sections, scaled = config.section("rope_parameters"), config.section("rope_scaling")
+    if others := sections.values.keys() - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{sections.where}: '{min(others)}' is not supported: this family has a section for "
+            "each type of layer, full_attention and sliding_attention"
+        )
+    if "type" in scaled.values and "rope_type" not in scaled.values:
+        raise ValueError(f"{scaled.where}: 'type' is not supported in this family: use 'rope_type'")
+    full = sections.section("full_attention")
+    full = Config(full.values | scaled.values, full.where)
+    return {
+        "full_attention": rope_of_type(config, full, head_dim, full_theta),
+        "sliding_attention": rope_of_type(
+            config, sections.section("sliding_attention"), head_dim, sliding_theta
+        ),
+    }
+
+
+def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -> Rope:
+    """Returns the rotary positions of a type of layers. section: its part of the config. theta: the
+    base if the section has none."""
+    section.refuse("truncate", [True], "only true is supported in a section for a type of layer")
+    kind = read_kind(section, ("rope_type",), {}, KINDS)
+    theta = section.number("rope_theta", theta)
+    rope = Rope(rotated_channels(config, section, head_dim, None), theta, kind)
+    return READERS.get(kind, plain)(config, section, rope, None)
+
+
+def read_kind(
+    section: Config, keys: Sequence[str], aliases: Mapping[str, str], kinds: Sequence[str]
+) -> str:
+    """Returns the kind of rotary positions, a key of ROPES. keys: the first one that is there
+    counts."""
+    key = next((key for key in keys if key in section.values), keys[0])
+    kind = section.choice(key, [*kinds, *aliases], "default")
+    return aliases.get(kind, kind)
+
+
+def rotated_channels(config: Config, section: Config, head_dim: int, partial: float | None) -> int:
+    """Returns how many channels of a head are rotated, see read_rope."""
+    where = section if "partial_rotary_factor" in section.values else config
+    if partial is None:
+        where.refuse("partial_rotary_factor", [1], "this family rotates all channels")
+        return head_dim
+    return int(head_dim * where.number("partial_rotary_factor", partial, maximum=1.0))
+
+
+def plain(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    return rope
+
+
+def read_linear(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    return replace(rope, factor=section.number("factor", maximum=1e6))
+
+
+def read_dynamic(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """The trained context of this kind is always max_position_embeddings."""
+    context = config.positions("max_position_embeddings")
+    return replace(rope, factor=section.number("factor", maximum=1e6), original_context=context)
+
+
+def read_llama3(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """Raises ValueError if low_freq_factor is not less than high_freq_factor."""
+    low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
+    if low >= high:
+        raise ValueError(
+            f"{section.where}: 'low_freq_factor' is {low:g} and must be less than "
+            f"'high_freq_factor', {high:g}"
+        )
+    return replace(
+        read_linear(config, section, rope, original),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=trained_context(config, section, original),
+    )
+
+
+def read_yarn(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """Zero or null for beta_fast or beta_slow means the default, as in transformers."""
+    context = trained_context(config, section, original)
+    factor = section.number("factor", null=None, maximum=1e6)
+    factor = factor or config.positions("max_position_embeddings") / context
+    section = Config({k: v for k, v in section.values.items() if v != 0}, section.where)
+    fast, slow = section.number("beta_fast", 32, null=32), section.number("beta_slow", 1, null=1)
+    mscales = [section.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
+    numerator, denominator = mscales if all(mscales) else (1, 0)
+    scale = 0.1 * math.log(max(factor, 1))
+    default = (numerator * scale + 1) / (denominator * scale + 1)
+    return replace(
+        rope,
+        factor=factor,
+        original_context=context,
+        attention_factor=section.number("attention_factor", default, null=default),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=section.flag("truncate", True),
+    )
+
+
+def read_longrope(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    context = trained_context(config, section, original)
+    longest = config.positions("max_position_embeddings")
+    factor = section.number("factor", None, null=None) or longest / context
+    default = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+    return replace(
+        rope,
+        factor=factor,
+        original_context=context,
+        attention_factor=section.number("attention_factor", default, null=default),
+        short_factors=section.numbers("short_factor", rope.dim // 2),
+        long_factors=section.numbers("long_factor", rope.dim // 2),
+    )
+
+
+def trained_context(config: Config, section: Config, original: int | None) -> int:
+    """Returns the positions of the training. original: of the config itself, or None; it counts
+    before that of the section."""
+    longest = config.positions("max_position_embeddings")
+    return original or section.positions("original_max_position_embeddings", longest, null=longest)
+
+
+# Kind -> function of the config, the rope's section, the Rope with dim, theta and kind, and the
+# config's original_max_position_embeddings: the whole Rope.
+READERS = {
+    "linear": read_linear,
+    "dynamic": read_dynamic,
+    "llama3": read_llama3,
+    "yarn": read_yarn,
+    "longrope": read_longrope,
+}
