@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,21 @@ def forgetful_compiler() -> Iterator[None]:
     """What one file compiles does not count towards another's limit of recompilations."""
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that saves the model of a variant of families.py, once, and returns its folder."""
+    import families
+
+    folder = tmp_path_factory.mktemp("families")
+
+    def save(variant: str) -> Path:
+        if not (folder / variant).exists():
+            families.save(families.reference(variant), folder / variant)
+        return folder / variant
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ VARIANTS: dict[str, tuple[str, Options]] = {
     "mistral-window": ("Mistral", SMALL | {"sliding_window": WINDOW}),
     "mistral-no-window": ("Mistral", SMALL | {"sliding_window": None}),
     "mistral-head-dim": ("Mistral", SMALL | {"head_dim": 24, "sliding_window": 2 * WINDOW}),
-    "mistral-window-of-1": ("Mistral", SMALL | {"sliding_window": 1}),
+    "mistral-window-of-2": ("Mistral", SMALL | {"sliding_window": 2}),
     "ministral": ("Ministral", SMALL | {"head_dim": 24, "sliding_window": WINDOW}),
     "ministral-layer-types": (
         "Ministral",

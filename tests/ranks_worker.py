@@ -34,7 +34,7 @@ def answers(
     path: str,
     ranks: Ranks | None,
     *,
-    texts: Sequence[str] = TEXTS,
+    texts: Sequence[str | list[int]] = TEXTS,
     percent: Sequence[float] | None = None,
     how: dict[str, Any] | None = None,
     lag: float = 0,
@@ -43,8 +43,9 @@ def answers(
     """Return the ids of a batch of distinct prompts, the bytes of the rank's weights and, except
     in a pipeline, a step's logits and its number of collectives.
 
-    percent: of weights and of the cache on the device and in host memory. how: changes to the
-    GenerationConfig of greedy decoding. lag: seconds by which a stage receives tokens late.
+    texts: prompts, each as text or as ids. percent: of weights and of the cache on the device and
+    in host memory. how: changes to the GenerationConfig of greedy decoding. lag: seconds by which a
+    stage receives tokens late.
     """
     if percent:
         WG, WC, CG, CC = percent
@@ -54,7 +55,7 @@ def answers(
     lm = load_model(path, device="cpu", dtype=torch.float32, ranks=ranks, **options)
     if lag and ranks.rank < ranks.world_size - 1:
         lm = replace(lm, sampler=partial(LateSampler, lag, *lm.sampler.args))
-    prompts = [lm.tokenizer.encode(text) for text in texts]
+    prompts = [lm.tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
     how = {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True} | (how or {})
     done = complete(lm, prompts, GenerationConfig(**how))
     result: dict[str, Any] = {"ids": [c.ids for c in done]}

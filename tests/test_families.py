@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 from families import CONTEXT, MULTIMODAL, OF_EACH_FAMILY, OLD, VARIANTS, VOCAB
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
@@ -25,20 +26,7 @@ TOLERANCE = 1e-4  # max abs, fp32
 COUNT = 100  # new tokens
 LENGTHS = 3, 50  # of prompts: within windows and contexts, and beyond
 SEED = 20261129
-Saved = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A function that saves the model of a variant and returns its folder."""
-    folder = tmp_path_factory.mktemp("families")
-
-    def save(variant: str) -> Path:
-        if not (folder / variant).exists():
-            families.save(families.reference(variant), folder / variant)
-        return folder / variant
-
-    return save
+Folder = Callable[[str], Path]
 
 
 def load(path: Path) -> Transformer:
@@ -66,15 +54,15 @@ def check_prompts(model: Transformer, reference: nn.Module, tokens: Tensor) -> N
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *MULTIMODAL])
-def test_logits_of_prompts(variant: str, saved: Saved):
-    model = load(saved(variant))
+def test_logits_of_prompts(variant: str, family_folder: Folder):
+    model = load(family_folder(variant))
     for length in (20, 50):
         check_prompts(model, families.reference(variant), whole_prompts(length))
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *MULTIMODAL])
-def test_greedy_tokens_and_their_logits(variant: str, saved: Saved):
-    lm = load_model(saved(variant), device="cpu", dtype="float32")
+def test_greedy_tokens_and_their_logits(variant: str, family_folder: Folder):
+    lm = load_model(family_folder(variant), device="cpu", dtype="float32")
     prompts = families.prompts_of(SEED, LENGTHS)
     print(f"seed {SEED}")
     rows = families.continued(lm, prompts, COUNT)
@@ -84,7 +72,7 @@ def test_greedy_tokens_and_their_logits(variant: str, saved: Saved):
 
 
 @pytest.mark.parametrize("variant", OLD)
-def test_older_files_mean_the_same(variant: str, saved: Saved, tmp_path: Path):
+def test_older_files_mean_the_same(variant: str, family_folder: Folder, tmp_path: Path):
     family, options = VARIANTS[variant]
     options = {key: v for key, v in options.items() if key != "rope_parameters"} | OLD[variant]
     reference = families.reference(variant)
@@ -94,7 +82,7 @@ def test_older_files_mean_the_same(variant: str, saved: Saved, tmp_path: Path):
     tokens = whole_prompts(50)
     with torch.no_grad():
         assert torch.equal(as_read(tokens).logits, reference(tokens).logits)
-    for file in saved(variant).iterdir():
+    for file in family_folder(variant).iterdir():
         (tmp_path / file.name).symlink_to(file)
     written = json.loads((tmp_path / "config.json").read_text())
     del written["rope_parameters"]
@@ -105,10 +93,10 @@ def test_older_files_mean_the_same(variant: str, saved: Saved, tmp_path: Path):
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in VARIANTS.values()}))
 def test_absent_keys_mean_what_they_mean_to_transformers(family: str):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 96}
-    bare = sizes | {"num_hidden_layers": 7, "num_attention_heads": 32}
-    config = getattr(transformers, f"{family}Config")(**bare, pad_token_id=None, head_dim=16)
-    bare |= {"model_type": config.model_type, "head_dim": 16}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 96}
+    bare = sizes | {"num_hidden_layers": 7, "num_attention_heads": 32, "head_dim": 16}
+    config = getattr(transformers, f"{family}Config")(**bare, pad_token_id=None)
+    bare |= {"model_type": config.model_type}
     full = config.to_dict()
     assert len(full) > 2 * len(bare)
     assert model_args(bare) == model_args(full)
@@ -135,50 +123,38 @@ def test_qwen_vl_of_the_hub_has_text_keys_beside_those_of_the_vision_tower():
     assert model_args(flat | {"vision_config": {"depth": 1}}) == model_args(nested)
 
 
-# Names of tensors on the Hub, of which transformers makes others: (of transformers, of the Hub).
-RENAMED = {
-    "gemma3-vision": [
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ],
-    "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
-    "mistral3": [
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ],
-}
+@pytest.mark.parametrize("variant", MULTIMODAL)
+def test_text_part_under_the_names_of_the_class(
+    variant: str, family_folder: Folder, tmp_path: Path
+):
+    """save_pretrained writes those of the Hub, language_model.model.* for model.language_model.*;
+    files of other tools have those of the class."""
+    reference = families.reference(variant)
+    tied = Checkpoint(family_folder(variant)).args.tied
+    tensors = {
+        name: tensor
+        for name, tensor in reference.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    assert any(name.startswith("model.language_model.") for name in tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(family_folder(variant) / "config.json")
+    check_prompts(load(tmp_path), reference, whole_prompts(50))
 
 
 @pytest.mark.parametrize("variant", MULTIMODAL)
-@pytest.mark.parametrize("names", ["of the Hub", "of the class"])
-def test_text_part_of_either_tensor_names(
-    variant: str, names: str, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_tensors_of_the_vision_tower_are_skipped_and_said(
+    variant: str, family_folder: Folder, capsys: pytest.CaptureFixture
 ):
-    from safetensors.torch import save_file
-
-    reference = families.reference(variant)
-    tensors = dict(reference.state_dict())
-    if reference.get_output_embeddings().weight is reference.get_input_embeddings().weight:
-        tensors.pop("lm_head.weight")
-    for theirs, hub in RENAMED[variant] if names == "of the Hub" else []:
-        tensors = {
-            hub + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
-            for name, tensor in tensors.items()
-        }
-    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((saved(variant) / "config.json").read_text())
-    check_prompts(load(tmp_path), reference, whole_prompts(50))
-    assert "vision" in capsys.readouterr().err  # whose tensors are skipped
+    model = load(family_folder(variant))
+    assert not [name for name in model.state_dict() if "vis" in name]
+    assert "vis" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [*OF_EACH_FAMILY, *MULTIMODAL])
-def test_a_converted_file_has_the_same_weights(variant: str, saved: Saved):
-    source = load(saved(variant)).state_dict()
-    converted = convert(saved(variant), None)
+def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Folder):
+    source = load(family_folder(variant)).state_dict()
+    converted = convert(family_folder(variant), None)
     model = load(converted)
     converted.unlink()  # other tests read the files that it was made from
     assert model.state_dict().keys() == source.keys()
@@ -186,5 +162,5 @@ def test_a_converted_file_has_the_same_weights(variant: str, saved: Saved):
 
 
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)
-def test_the_context_is_not_that_of_the_window(variant: str, saved: Saved):
-    assert Checkpoint(saved(variant)).args.context == CONTEXT
+def test_the_context_is_not_that_of_the_window(variant: str, family_folder: Folder):
+    assert Checkpoint(family_folder(variant)).args.context == CONTEXT
