@@ -58,7 +58,8 @@ class Draft(Protocol):
     def start(self, prompts: Texts, texts: Texts, caches: list[Cache], sampler: Sampler) -> Propose:
         """Return a function that proposes draft tokens for these texts as they grow.
 
-        texts: the prompts, each with one new id or more. caches, sampler: those of the model that verifies.
+        texts: the prompts, each with one new id or more. caches, sampler: those of the model that
+        verifies.
         """
 
     def warm_up_inputs(self, caches: list[Cache]) -> "tuple[LoadedModel, list[Cache], int] | None":
@@ -176,9 +177,9 @@ def launched_steps(
     To launch is to start a step's computation without waiting for its ids; see Launched.
     prompts: of all rows. past: leading tokens of each prompt that the caches have. sampler: for all
     rows. numbers: those of the new tokens, which the sampler needs: from 0, unless the prompts end
-    with new tokens of an earlier call. live: the unfinished rows, read before every step; a finished row gets no ids, or
-    meaningless ones. Once enough rows have finished, the other rows are moved together, if the
-    model takes any number of rows.
+    with new tokens of an earlier call. live: the unfinished rows, read before every step; a
+    finished row gets no ids, or meaningless ones. Once enough rows have finished, the other rows
+    are moved together, if the model takes any number of rows.
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length  # positions of a cache
     key_pos = torch.arange(length, device=lm.device)  # (length,)

@@ -91,6 +91,7 @@ def generate(
             return
         if batch.outdated:
             texts = [*map(tuple, batch.texts), *[tuple(batch.texts[-1])] * unused]
+            record_new_ids(sampler, padded, texts, lm.device)
             steps = make_steps(lm, counts, padded, texts, caches, 0, sampler, live=batch.live)
 
 
@@ -116,6 +117,16 @@ def make_steps(
     from speculate import speculative_steps
 
     return speculative_steps(lm, prompts, texts, *given, counts, live)
+
+
+def record_new_ids(sampler: Sampler, prompts: Texts, texts: Texts, device: torch.device) -> None:
+    """Give the new ids of all rows to a sampler that has not drawn them: steps draw with samplers
+    of some of the rows. texts: the prompts with their new ids."""
+    new = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
+    width = max(map(len, new))
+    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new], device=device)
+    # Numbers beyond a row's new ids are written again before they count.
+    sampler.record_draft(padded, torch.arange(width, device=device).expand_as(padded))
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
