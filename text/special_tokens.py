@@ -56,13 +56,15 @@ class TokenizerConfig:
     def names(self) -> dict[str, str]:
         """The texts of the tokens that the files name, by key: {"eos_token": "</s>", ...}.
 
-        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token and have a text,
-        which chat templates may use.
+        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token, and those of an
+        object under extra_special_tokens, which have a text and which chat templates may use.
         """
         both = self._config | self._overrides
         texts = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
-        others = [key for key in both if key.endswith("_token") and key not in TOKEN_KEYS]
-        return texts | {key: both[key] for key in others if isinstance(both[key], str)}
+        extra = both.get("extra_special_tokens")
+        others = {key: both[key] for key in both if key.endswith("_token")}
+        others |= extra if isinstance(extra, dict) else {}
+        return {key: others[key] for key in others if isinstance(others[key], str)} | texts
 
     def special_texts(self) -> list[str]:
         """Return the texts of the tokens of TOKEN_KEYS that have a text."""
@@ -91,6 +93,11 @@ class TokenizerConfig:
         """Return vocab_size of config.json, or 0 if it is absent."""
         size = self._other("config.json").get("vocab_size")
         return size if isinstance(size, int) else 0
+
+    def is_qwen(self) -> bool:
+        """Return whether the tokenizer's class or, without one, the model's type is Qwen's."""
+        name = self._config.get("tokenizer_class") or self._other("config.json").get("model_type")
+        return str(name).lower().startswith("qwen")
 
     def chat_template(self) -> str | None:
         """Return the Jinja source of the chat template, or None. It comes from the first of
@@ -181,7 +188,13 @@ class TokenizerConfig:
         return value
 
     def _other(self, file: str) -> dict[str, Any]:
-        return read_config(self.directory / file)
+        """Return the object in a JSON file. The config.json of a model that reads images, too, has
+        some values of its language model in the object "text_config"; the outer ones count first.
+        """
+        config = read_config(self.directory / file)
+        inner = config.get("text_config") if file == "config.json" else None
+        outer = {key: value for key, value in config.items() if value is not None}
+        return inner | outer if isinstance(inner, dict) else config
 
     def _wrong(
         self, key: str, value: Any, expected: str, file: str = "tokenizer_config.json"
