@@ -33,7 +33,6 @@ from text.generation_config import GenerationConfig
 from text.tokenizer import Tokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-pb2 = pytest.importorskip("transformers.utils.sentencepiece_model_pb2_new")
 
 SEED = 20260729
 QWEN = (
@@ -146,19 +145,19 @@ def train_sentencepiece(folder: Path, **options: object) -> Path:
 def converted(model: Path) -> tokenizers.Tokenizer:
     """The pieces of a sentencepiece model, their merges in order of score, and its special and
     user-defined pieces as added tokens."""
-    proto = pb2.ModelProto()
-    proto.ParseFromString(model.read_bytes())
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (1, 4)}
-    halves = [(w, w[:i], w[i:]) for w in scores for i in range(1, len(w))]
-    halves = [(w, a, b) for w, a, b in halves if a in scores and b in scores]
-    halves.sort(key=lambda half: (-scores[half[0]], vocab[half[0]]))
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    named = {t: i for t, i in vocab.items() if sp.is_control(i) or sp.is_unknown(i)}
+    user = [text for text in GEMMA_PIECES if vocab.get(text, sp.unk_id()) != sp.unk_id()]
+    words = [t for t, i in vocab.items() if t not in named and not sp.is_byte(i)]
+    halves = [(w, w[:i], w[i:]) for w in words for i in range(1, len(w))]
+    halves = [(w, a, b) for w, a, b in halves if a in words and b in words]
+    halves.sort(key=lambda half: (-sp.get_score(vocab[half[0]]), vocab[half[0]]))
     merges = [(a, b) for _, a, b in halves]
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tk = tokenizers.Tokenizer(bpe)
     turns = ("<start_of_turn>", "<end_of_turn>")
-    added = [(p.piece, p.type in (2, 3) or p.piece in turns) for p in proto.pieces if p.type != 1]
-    added = [pair for pair in added if not pair[0].startswith("<0x")]
+    added = [(text, text in named or text in turns) for text in [*named, *user]]
     tk.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in added])
     return tk
 
@@ -455,6 +454,9 @@ def test_both_files_give_the_same_ids(folders, copy_of, name):
             assert model.decode(ids) == both.decode(ids)
     assert (model.bos_id, model.eos_ids) == (both.bos_id, both.eos_ids)
     assert model.vocab_size == both.vocab_size
+    bare = load_tokenizer(copy_of(name, "tokenizer.json", "tokenizer_config.json"))
+    unk = both.special_id("<unk>")
+    assert unk in bare.encode("a<unk>", special=True) and unk not in bare.encode("a<unk>")
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
@@ -514,6 +516,68 @@ def test_only_opts_merges_begin_with_its_eos(copy_of):
     (folder / "tokenizer.json").unlink()
     tok = load_tokenizer(folder)
     assert tok.encode("a") == [vocab["a"]] and tok.eos_ids == ()
+
+
+def set_flags(folder: Path, text: str, json_flags: dict, decoder_flags: dict | None) -> None:
+    """Change the flags of a token in tokenizer.json and in added_tokens_decoder; None: remove the
+    latter, and write added_tokens.json."""
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token |= json_flags if token["content"] == text else {}
+    write_json(folder / "tokenizer.json", spec)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if decoder_flags is None:
+        del settings["added_tokens_decoder"]
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        write_json(folder / "added_tokens.json", ids)
+    else:
+        for token in settings["added_tokens_decoder"].values():
+            token |= decoder_flags if token["content"] == text else {}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+FLAGS = [
+    {"special": s, "rstrip": r, "normalized": n} for s in (0, 1) for r in (0, 1) for n in (0, 1)
+]
+FLAGS = [{key: bool(value) for key, value in flags.items()} for flags in FLAGS]
+TOKEN = {"content": "<|im_start|>", "lstrip": True}
+WAYS = [
+    {},
+    {"eos_token": "<|im_start|>"},
+    {"eos_token": TOKEN},
+    {"additional_special_tokens": ["<|im_start|>", "[NEW]"]},
+    {"extra_special_tokens": [TOKEN]},
+]
+
+
+def test_flags_that_contradict_one_another(copy_of):
+    """A token that a config names is special, and only added_tokens_decoder replaces flags."""
+    rng = random.Random(SEED)
+    for _ in range(40):
+        json_flags, decoder_flags = rng.choice(FLAGS), rng.choice([*FLAGS, None, None, None])
+        way, in_map = rng.choice(WAYS), rng.random() < 0.5
+        typed = json.dumps(way).replace('{"content', '{"__type": "AddedToken", "content')
+        files = {"special_tokens_map": way} if in_map else {"settings": json.loads(typed)}
+        folder = copy_of("qwen", **files)
+        set_flags(folder, "<|im_start|>", json_flags, decoder_flags)
+        tok = load_tokenizer(folder)
+        hf = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        case = f"seed {SEED}: {json_flags} {decoder_flags} {way} {in_map}"
+        for text in ("hi <|im_start|> \nthere[NEW]", "<|im_end|>\n<|im_start|>\n"):
+            ids = tok.encode(text, special=True)
+            assert ids == hf.encode(text), case
+            assert tok.decode(ids) == hf.decode(ids, skip_special_tokens=True), case
+
+
+@pytest.mark.parametrize("without", [[], ["tokenizer.json"]], ids=["both", "sentencepiece"])
+def test_the_eos_that_a_config_names_is_special(copy_of, without):
+    folder = copy_of("gemma", settings={"eos_token": "<end_of_turn>"})
+    set_flags(folder, "<end_of_turn>", {"special": False}, {"special": False})
+    for file in without:
+        (folder / file).unlink()
+    tok = load_tokenizer(folder)
+    assert tok.decode(tok.eos_ids) == "" and tok.special_id("<end_of_turn>") == tok.eos_ids[0]
+    assert tok.eos_ids[0] not in tok.encode("<end_of_turn>")
 
 
 # ---- what ends a text ---------------------------------------------------------------------------

@@ -32,8 +32,8 @@ Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets
 class TokenizerConfig:
     """The values of the JSON files next to a vocabulary.
 
-    Each method and property raises ValueError, naming the file and the key, if a value has the
-    wrong type.
+    has_decoder: whether tokenizer_config.json has an added_tokens_decoder. Each method and property
+    raises ValueError, naming the file and the key, if a value has the wrong type.
     """
 
     def __init__(self, directory: Path):
@@ -42,7 +42,8 @@ class TokenizerConfig:
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
         self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
-        if self._config.get("added_tokens_decoder") is None:
+        self.has_decoder = self._config.get("added_tokens_decoder") is not None
+        if not self.has_decoder:
             self._overrides = read_config(directory / "special_tokens_map.json")
 
     def flag(self, key: str) -> bool | None:
@@ -73,10 +74,13 @@ class TokenizerConfig:
     @cached_property
     def added(self) -> Added:
         """The added tokens as (id, token): first those with an id, in the order of ids, then the
-        tokens under EXTRA_KEYS, whose id is None, without those that already have an id."""
-        extra = self._extra()
-        special = {*self.special_texts(), *(token.content for token in extra)}
+        tokens under EXTRA_KEYS, whose id is None, without those that already have an id. Tokens of
+        TOKEN_KEYS are special, whatever their flag is."""
+        extra, named = self._extra(), self.special_texts()
+        special = {*named, *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
+        for _, token in added:
+            token.special |= token.content in named
         added_texts = {token.content for _, token in added}
         return added + [(None, token) for token in extra if token.content not in added_texts]
 
@@ -133,7 +137,7 @@ class TokenizerConfig:
         texts and ids; added_tokens_decoder has a flag "special" for each token.
         """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
-        if decoder is not None:
+        if self.has_decoder:
             if not isinstance(decoder, dict) or not all(
                 re.fullmatch("[0-9]{1,9}", i) for i in decoder
             ):

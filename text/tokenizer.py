@@ -16,7 +16,8 @@ The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.
 eos_token come from special_tokens_map.json, then from tokenizer_config.json; the former is ignored
 if the latter has an added_tokens_decoder. This order is the order of transformers. There the
 tokenizer determines BOS, because config.json may have a library's default values; a bos_token of
-null means that the tokenizer has none, as Qwen's. The generation config determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model
+null, as Qwen has it, means that the tokenizer has no BOS but that of its vocabulary. The generation
+config determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model
 has it, or if it is the id of <unk> or of an empty text.
 """
 

@@ -164,20 +164,13 @@ class TokenizersBackend:
     _from_ranks or _from_merges."""
 
     def __init__(self, tk: tokenizers.Tokenizer, config: TokenizerConfig):
-        """Add the config's added tokens to `tk`, each with its own flag "special".
-
-        A token that the config only names, such as eos_token, becomes a special token if the
-        vocabulary has it and it is no added token yet. BOS is the token that the post-processor of
-        `tk` puts before a text, if any.
-        """
+        """Add the config's added tokens to `tk`: see _add_tokens. BOS is the token that the
+        post-processor of `tk` puts before a text, if any."""
         # tokenizer.json may contain the truncation of a training run, which would cut prompts.
         tk.no_truncation()
         tk.no_padding()
         self._tk = tk
-        tk.add_tokens([token for _, token in config.added])
-        added_texts = {token.content for token in tk.get_added_tokens_decoder().values()}
-        special_texts = [t for t in config.special_texts() if tk.token_to_id(t) is not None]
-        tk.add_tokens([special_token(text) for text in special_texts if text not in added_texts])
+        _add_tokens(tk, config)
         self._added = tk.get_added_tokens_decoder()
         self._bytes_of, self._bytes_of_added, self.strips_space = _piece_rules(tk.decoder)
         self._special = {t.content: i for i, t in self._added.items() if t.special}
@@ -374,6 +367,26 @@ class IdBackend:
 
 def special_token(text: str) -> AddedToken:
     return AddedToken(text, special=True, normalized=False)
+
+
+def _add_tokens(tk: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
+    """Add the config's added tokens to `tk`. Of a token that `tk` has already, the flags change
+    only if the config has an added_tokens_decoder with this token: other files have no flags.
+
+    A token that the config names, such as eos_token, becomes special if the vocabulary has it. No
+    token that is special in `tk` ceases to be special: the library would still omit its text.
+    """
+    own = {token.content: token for token in tk.get_added_tokens_decoder().values()}
+    replaces = config.has_decoder
+    added = [t for i, t in config.added if t.content not in own or (replaces and i is not None)]
+    tokens = {token.content: token for token in added}
+    for text in config.special_texts():
+        if text not in tokens and tk.token_to_id(text) is not None:
+            tokens[text] = own.get(text, special_token(text))
+            tokens[text].special = True
+    for text in tokens.keys() & own.keys():
+        tokens[text].special |= own[text].special
+    tk.add_tokens(list(tokens.values()))
 
 
 def _id_count(tk: tokenizers.Tokenizer) -> int:
