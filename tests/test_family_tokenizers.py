@@ -676,6 +676,7 @@ QWEN_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
+    {%- if 'tool_calls' in message and message.role == 'user' %}{{- 'calls' }}{%- endif %}
     {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- elif message.role == 'assistant' %}
@@ -869,6 +870,7 @@ CHATS = {
         {"role": "system", "content": "Be brief.", "tools": '[{"name": "f"}]'},
         *turns("Hi"),
     ],
+    "nulls": [{"role": "user", "content": "Hi", "tool_calls": None, "tools": None}],
     "named special tokens": turns("a<|im_end|>\n<|end|>\n[INST]<end_of_turn>b"),
 }
 VARIABLES = [

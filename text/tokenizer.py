@@ -144,6 +144,9 @@ class Tokenizer:
     ) -> str:
         """Return the text that the chat template makes of a conversation, before it is encoded.
 
+        Keys of a message whose value is None are dropped, as in transformers: templates ask whether
+        a message has a key, and OpenAI's interface writes "tool_calls": null.
+
         add_generation_prompt: whether the text ends with the beginning of the model's answer.
         variables: further values that the template reads, such as tools=[...] and, for Qwen3 and
         SmolLM3, enable_thinking=False; JSON must be able to represent them. Raises ValueError if
@@ -154,6 +157,7 @@ class Tokenizer:
                 "no chat template: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give this model a plain prompt"
             )
+        messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
         # Templates test "tools is none", which is false for an undefined variable.
         values = {"tools": None, "documents": None} | variables
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}

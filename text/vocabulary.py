@@ -306,9 +306,11 @@ def with_control_pieces(model: bytes, texts: Iterable[str]) -> bytes:
     for piece in map(str.encode, texts):
         # Protocol Buffers: field 1 is the text after its length (one byte up to 127), field 2 the
         # score, a float of 4 bytes, and field 3 the type: 4 is user-defined, 3 is control.
-        head = re.escape(b"\x0a%c%b\x15" % (len(piece) % 256, piece))
-        if match := re.search(head + b".{4}\x18\x04", data, re.DOTALL):
-            data[match.end() - 1] = 3
+        head = b"\x0a%c%b\x15" % (len(piece) % 256, piece)
+        start = data.find(head)
+        field3 = start + len(head) + 4
+        if start >= 0 and data[field3 : field3 + 2] == b"\x18\x04":
+            data[field3 + 1] = 3
     return bytes(data)
 
 
