@@ -316,7 +316,7 @@ OLD: dict[str, Options] = {
     "stablelm": {"partial_rotary_factor": 0.25},
     "stablelm-biases": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
     "stablelm-linear": old(ROPES["linear"], "type"),
-    "nemotron": {"partial_rotary_factor": 0.5},
+    "nemotron": {"rope_theta": 1e4},
     "nemotron-tied": {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
     "nemotron-yarn": old(YARN | {"rope_theta": 1e6}, "type", partial_rotary_factor=1.0),
 }
