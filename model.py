@@ -37,6 +37,7 @@ from layers.basic import (
     SoftCap,
     gelu_tanh,
     make_norm,
+    squared_relu,
 )
 from layers.kv_cache import (
     AttentionCache,
@@ -353,6 +354,7 @@ FEED_FORWARDS = {"gated": GatedFeedForward, "plain": PlainFeedForward}
 ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
+    "relu2": squared_relu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
 }

@@ -109,6 +109,15 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x)
 
 
+class OffsetLayerNorm(LayerNorm):
+    """The layer norm of Nemotron: the stored weight is the factor minus 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x over its last dimension, in the shape of x."""
+        compute = torch.ops.gpt_flex.layer_norm if takes_kernel(x) else torch.layer_norm
+        return compute(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
 class OffsetRMSNorm(nn.Module):
     """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32."""
 
@@ -168,6 +177,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """Returns the square of the ReLU of x."""
+    return F.relu(x).square()
+
+
 def takes_kernel(x: Tensor) -> bool:
     """Returns whether to call the operators below for x: in compiled code on CPUs. The operators
     have no gradient."""
@@ -212,6 +226,7 @@ NORMS = {
     "rms": lambda args, dim: RMSNorm(dim, args.norm_eps, args.norm_affine),
     "offset_rms": lambda args, dim: OffsetRMSNorm(dim, args.norm_eps),
     "layer": layer_norm,
+    "offset_layer": lambda args, dim: OffsetLayerNorm(dim, args.norm_eps),
 }
 # Name -> function of the args and a number of heads that makes a norm of queries or keys, (B, T,
 # heads, E).

@@ -100,12 +100,12 @@ def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
 
 
 def check_relu(args: ModelArgs) -> None:
-    """Raise ValueError if the activation is not ReLU, because all neurons are then active. Called
-    before a pack is made, and before one is opened."""
+    """Raise ValueError if the activation is not ReLU, which alone the kernels compute: behind most
+    others all neurons are active. Called before a pack is made, and before one is opened."""
     if args.activation != "relu":
         raise ValueError(
-            f"--flash needs a ReLU model: this model's activation is {args.activation}, and all "
-            "its neurons are active; --offload auto streams whole layers instead"
+            f"--flash needs a ReLU model: this model's activation is {args.activation}; "
+            "--offload auto streams whole layers instead"
         )
 
 

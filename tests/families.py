@@ -259,6 +259,23 @@ VARIANTS: dict[str, tuple[str, Options]] = {
         | {"rope_parameters": ROPES["linear"] | THETA | {"partial_rotary_factor": 0.25}}
         | {"use_parallel_residual": True},
     ),
+    "nemotron": ("Nemotron", SMALL),
+    "nemotron-biases": (
+        "Nemotron",
+        SMALL | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    ),
+    "nemotron-tied": (
+        "Nemotron",
+        SMALL
+        | {"tie_word_embeddings": True, "head_dim": 24, "norm_eps": 1e-2, "hidden_act": "gelu"}
+        | {"rope_parameters": {"partial_rotary_factor": 0.25, **THETA}},
+    ),
+    "nemotron-yarn": (
+        "Nemotron",
+        SMALL
+        | {"num_key_value_heads": 1, "mlp_bias": True}
+        | {"rope_parameters": YARN | {"rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+    ),
 } | {f"llama-{name}": llama(name) for name in ROPES}
 
 
@@ -299,12 +316,15 @@ OLD: dict[str, Options] = {
     "stablelm": {"partial_rotary_factor": 0.25},
     "stablelm-biases": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
     "stablelm-linear": old(ROPES["linear"], "type"),
+    "nemotron": {"rope_theta": 1e4},
+    "nemotron-tied": {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "nemotron-yarn": old(YARN | {"rope_theta": 1e6}, "type", partial_rotary_factor=1.0),
 }
 # A variant of each family, with its windows, for the tests that take long.
 OF_EACH_FAMILY = (
     "qwen2-windows qwen3-windows mistral-window ministral-layer-types gemma2 gemma3-linear "
     "phi4-mini smollm3-windows olmo2-groups olmo3-yarn granite-tied starcoder2 stablelm-parallel "
-    "llama-yarn"
+    "nemotron-biases llama-yarn"
 ).split()
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -370,10 +390,11 @@ def copied(options: Any) -> Any:
 def randomised(model: nn.Module, seed: int) -> nn.Module:
     """The model with random weights: no norm multiplies by 1, no bias is 0.
 
-    The scales of Gemma's norms are offsets from 1, and those of other norms are not. The embedding
-    of a tied head is small, for otherwise the likeliest token would always be the last one.
+    The scales of the norms of Gemma and Nemotron are offsets from 1, and those of other norms are
+    not. The embedding of a tied head is small, for otherwise the likeliest token would always be
+    the last one.
     """
-    offsets = type(model).__name__.startswith("Gemma")
+    offsets = type(model).__name__.startswith(("Gemma", "Nemotron"))
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Families with layer norms: OPT, StarCoder 2 and StableLM. Start at FAMILIES.
+"""Families with layer norms: OPT, StarCoder 2, StableLM and Nemotron. Start at FAMILIES.
 
 Keys and defaults are those of transformers.
 """
@@ -11,6 +11,7 @@ from weights.families.shared import (
     ATTENTION,
     LLAMA,
     Family,
+    attention_biases,
     equal_share,
     head_dim,
     layer_count,
@@ -86,6 +87,22 @@ def stablelm_args(config: Config) -> ModelArgs:
     )
 
 
+def nemotron_args(config: Config) -> ModelArgs:
+    """Half of each head is rotated; norms store their factors minus 1; plain feed-forwards have
+    squared ReLUs."""
+    rope = read_rope(config, head_dim(config), partial=0.5)
+    return shared_args(
+        config,
+        same_layers(config, rope),
+        norm="offset_layer",
+        norm_eps=config.number("norm_eps", 1e-5, maximum=1.0),
+        feed_forward="plain",
+        activation=config.choice("hidden_act", ACTIVATIONS, "relu2"),
+        mlp_bias=config.flag("mlp_bias", False),
+        **attention_biases(config),
+    )
+
+
 OPT = ATTENTION | {
     "embed_positions": ("positions", 0),
     "project_in": ("project_in", 0),
@@ -106,10 +123,12 @@ STABLELM = LLAMA | {
     "layers.N.self_attn.q_layernorm.norms": ("layers.N.attention.q_norm", 0),
     "layers.N.self_attn.k_layernorm.norms": ("layers.N.attention.k_norm", 0),
 }
+NEMOTRON = LLAMA | {"layers.N.mlp.up_proj": ("layers.N.feed_forward.w1", 0)}
 CONTEXT_4K = {"max_position_embeddings": 4096}
 STARCODER_DEFAULTS = CONTEXT_4K | {"num_key_value_heads": 2, "tie_word_embeddings": True}
 FAMILIES = {
     "opt": Family(opt_args, OPT),
     "starcoder2": Family(starcoder2_args, STARCODER2, STARCODER_DEFAULTS),
     "stablelm": Family(stablelm_args, STABLELM, CONTEXT_4K | {"num_key_value_heads": 32}),
+    "nemotron": Family(nemotron_args, NEMOTRON, CONTEXT_4K),
 }
