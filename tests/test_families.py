@@ -11,14 +11,14 @@ import families
 import pytest
 import torch
 from families import CONTEXT, MULTIMODAL, OF_EACH_FAMILY, OLD, VARIANTS, VOCAB
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from load import load_model
 from model import Transformer
 from scripts.convert_hf_checkpoint import convert
-from weights.hf import model_args
+from weights.hf import export_tensors, model_args
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,3 +164,14 @@ def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Fold
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)
 def test_the_context_is_not_that_of_the_window(variant: str, family_folder: Folder):
     assert Checkpoint(family_folder(variant)).args.context == CONTEXT
+
+
+@pytest.mark.parametrize("variant", ["llama-linear", "gemma3", "olmo2", "starcoder2", "nemotron"])
+def test_exported_tensors_are_those_of_the_file(variant: str, family_folder: Folder):
+    path = family_folder(variant)
+    checkpoint = Checkpoint(path)
+    ours = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    exported = export_tensors(ours, json.loads((path / "config.json").read_text()))
+    stored = load_file(path / "model.safetensors")
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)

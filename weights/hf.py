@@ -156,25 +156,28 @@ def of_encoder(name: str) -> bool:
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """Returns our tensors under Hugging Face's names, with stacked tensors split into their parts.
 
-    Used by scripts/train_demo.py. config: the content of config.json, of a family of FAMILIES. An
-    output head that is tied to the embedding is left out.
+    Used by scripts/train_demo.py. config: the content of config.json, of a family of FAMILIES other
+    than Phi 3 and StableLM's with norms of queries. An output head that is tied to the embedding is
+    left out.
     """
     args = model_args(config)
     row_counts = {
         "wqkv": [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)],
         "w13": [args.hidden_dim, args.hidden_dim],
     }
-    table, prefix = names_of(config), "model.decoder." if args.norm == "layer" else "model."
-    theirs: dict[str, list[str]] = {}  # our module -> their modules, in the order of the parts
-    for module, (ours, _) in table.items():
-        theirs.setdefault(ours, []).append(module if module == "lm_head" else prefix + module)
+    table = names_of(config)
+    prefix = "model.decoder." if "embed_positions" in table else "model."  # OPT's, or the others'
+    theirs: dict[str, dict[int, str]] = {}  # our module -> their modules, by the part
+    for module, (ours, part) in table.items():
+        # Of two names of a part, the family's own comes after the one that it has from Llama.
+        theirs.setdefault(ours, {})[part] = module if module == "lm_head" else prefix + module
     exported = {}
     for name, tensor in tensors.items():
         ours, layer, kind = split_name(name)
         if ours == "output" and args.tied:
             continue
-        modules = theirs[ours]
-        pieces = tensor.split(row_counts.get(ours.rpartition(".")[2], len(tensor)))
+        modules = theirs[ours].values()
+        pieces = tensor.split(row_counts[ours.rpartition(".")[2]]) if len(modules) > 1 else [tensor]
         exported |= {
             f"{module.replace('N', layer)}.{kind}": piece
             for module, piece in zip(modules, pieces, strict=True)
