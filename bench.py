@@ -54,7 +54,8 @@ class Stats:
         in_caches = lm.model.bytes_per_step() < 2 * cache_bytes(lm.device)
         self.reads_memory = lm.draft is None and not in_caches
         self._weight_bytes = lm.model.bytes_per_step()
-        self._kv_bytes_per_token = lm.model.kv_bytes_per_token()
+        self._kv_slots = lm.model.kv_slots
+        self._bytes_per_slot = lm.model.kv_bytes(1) / lm.model.kv_slots(1)
 
     def timed(
         self, steps: Iterator[list[list[int]]], prompts: Sequence[Sequence[int]], past: int = 0
@@ -76,8 +77,9 @@ class Stats:
                 self.decode_seconds += seconds
                 self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
-                kv_read = sum(n for n, ids in zip(filled, step, strict=True) if ids)  # positions
-                self.decoded_bytes += self._weight_bytes + self._kv_bytes_per_token * kv_read
+                rows = zip(filled, step, strict=True)
+                kv_read = sum(self._kv_slots(n) for n, ids in rows if ids)
+                self.decoded_bytes += self._weight_bytes + self._bytes_per_slot * kv_read
             filled = [n + len(ids) for n, ids in zip(filled, step, strict=True)]
             start = time.perf_counter()
             yield step

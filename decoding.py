@@ -10,6 +10,7 @@ Start at plain_steps, which engine.generate consumes. speculate.py makes steps o
 load.py makes the LoadedModel that both run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from host.memory import check_memory
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import WINDOW_SLACK, Cache, keeps_past, visible_length
 from model import Transformer
 from sampling import Sampler
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Prompt tokens of all rows together in one call: bounds the size of the mask and activations.
 PREFILL_TOKENS = 4096
+# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
+# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
+MAX_DRAFT_TOKENS = 15
 # Share of the rows that must have ended before the other rows are moved together. At a quarter, the
 # move copies three quarters of the KV cache, and every later step reads a quarter less, so that six
 # steps make up for it. All moves of a batch together copy less than three times its filled cache.
@@ -51,18 +55,19 @@ class Draft(Protocol):
     controller: "DraftLengthController"
     lm: "LoadedModel | None"  # the draft model; None for NgramDraft
 
-    def start(self, texts: Texts, caches: list[Cache], sampler: Sampler) -> Propose:
+    def start(self, prompts: Texts, texts: Texts, caches: list[Cache], sampler: Sampler) -> Propose:
         """Return a function that proposes draft tokens for these texts as they grow.
 
-        caches, sampler: those of the model that verifies.
+        texts: the prompts, each with one new id or more. caches, sampler: those of the model that
+        verifies.
         """
 
     def warm_up_inputs(self, caches: list[Cache]) -> "tuple[LoadedModel, list[Cache], int] | None":
         """Return the draft model, its caches and the most tokens of a row that it reads at once;
         None if no model drafts. caches: those of the model that verifies."""
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one position of the draft's own caches."""
+    def kv_bytes(self, length: int) -> int:
+        """Return the bytes of one row of `length` positions in the draft's own caches."""
 
 
 def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
@@ -73,7 +78,7 @@ def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
     """Make caches for `batch` rows of `length` positions, on the model's device: the default of
     LoadedModel.new_caches. MemoryError before allocating."""
-    needed = batch * length * lm.kv_bytes_per_token()
+    needed = batch * lm.kv_bytes(length)
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
     check_memory(needed, lm.device, what, hint)
@@ -110,10 +115,30 @@ class LoadedModel:
         The length is rounded up, see visible_length. MemoryError before allocating."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
+    def kv_bytes(self, length: int) -> int:
+        """Returns the bytes of one row of `length` positions in the caches of all layers, the
+        draft's included."""
+        drafted = self.draft.kv_bytes(length) if self.draft else 0
+        return self.model.kv_bytes(length) + drafted
+
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers, the draft's included."""
-        drafted = self.draft.kv_bytes_per_token() if self.draft else 0
-        return self.model.kv_bytes_per_token() + drafted
+        return self.kv_bytes(1)
+
+
+def reusable_tokens(
+    lm: LoadedModel, caches: Sequence[Cache], past: int, stored: int, length: int
+) -> int:
+    """Returns how many of the first `past` tokens of a prompt generate need not compute: past or 0.
+
+    past: they are the first ones of an earlier text, too. stored: tokens of that text that the
+    caches have. length: tokens of the prompt. All must be computed again if a ring has lost some
+    that are still seen, or if only one of the two texts is longer than recompute_after.
+    """
+    limit = lm.model.args.recompute_after or math.inf
+    same_positions = (stored > limit) == (length > limit)
+    kept = keeps_past(caches, past, stored + MAX_DRAFT_TOKENS)
+    return past if same_positions and kept else 0
 
 
 def plain_steps(
@@ -123,7 +148,7 @@ def plain_steps(
     a row that has ended.
 
     prompts: the ids of each row's prompt, one for each row of the caches. given: past, sampler,
-    count and live of launched_steps. Ends after `count` steps, or when `live` is empty.
+    numbers and live of launched_steps. Ends after the last number, or when `live` is empty.
     On a GPU the host launches a step before it reads the ids of the step before.
     """
     micro_batches = [
@@ -144,28 +169,29 @@ def launched_steps(
     micro_batch: MicroBatch,
     past: int,
     sampler: Sampler,
-    count: int,
+    numbers: range,
     live: AbstractSet[int],
 ) -> Iterator[Launched]:
-    """Launch at most `count` steps of a micro-batch, each when the next item is asked for.
+    """Launch the steps of a micro-batch, each when the next item is asked for.
 
     To launch is to start a step's computation without waiting for its ids; see Launched.
     prompts: of all rows. past: leading tokens of each prompt that the caches have. sampler: for all
-    rows. live: the unfinished rows, read before every step; a finished row gets no ids, or
-    meaningless ones. Once enough rows have finished, the other rows are moved together, if the
-    model takes any number of rows.
+    rows. numbers: those of the new tokens, which the sampler needs: from 0, unless the prompts end
+    with new tokens of an earlier call. live: the unfinished rows, read before every step; a
+    finished row gets no ids, or meaningless ones. Once enough rows have finished, the other rows
+    are moved together, if the model takes any number of rows.
     """
     (rows, caches), length = micro_batch, micro_batch[1][0].length  # positions of a cache
     key_pos = torch.arange(length, device=lm.device)  # (length,)
     texts, sampler = [prompts[row] for row in rows], sampler.select_rows(key_pos.new_tensor(rows))
     lengths = torch.tensor([len(p) for p in texts], device=lm.device).unsqueeze(1)  # (B, 1)
     logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
-    for n in range(count):
-        # key_pos[n] is n, the number of the new token, on the device.
-        tokens = sampler(logits, key_pos[n : n + 1].expand(len(rows), 1))  # (B, 1)
+    for n, number in enumerate(numbers):
+        # key_pos[number] is the number of the new token, on the device.
+        tokens = sampler(logits, key_pos[number : number + 1].expand(len(rows), 1))  # (B, 1)
         yield rows, sampler.copy_to_host_async(tokens)
         going = [i for i, row in enumerate(rows) if row in live]  # indices of unfinished rows
-        if n + 1 == count or not going:
+        if n + 1 == len(numbers) or not going:
             return
         if lm.any_rows and pays_to_compact(len(rows), len(going), caches[0].row_granularity):
             rows, at = [rows[i] for i in going], torch.tensor(going, device=lm.device)
@@ -248,6 +274,8 @@ def prefill(
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
     # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
+    if any(cache.slots < cache.length for cache in caches):
+        chunk = min(chunk, WINDOW_SLACK)
     logits = None
     for n in range(len(caches)):
         caches[n].keep(past)

@@ -23,11 +23,9 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+from decoding import MAX_DRAFT_TOKENS
 from ranks import broadcast_from_rank0
 
-# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
-# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
-MAX_DRAFT_TOKENS = 15
 TIMES_PER_MEDIAN = 9  # the median is that of so many latest cycles with the same k
 GRAPH_CYCLES = 2  # the first cycles with each k warm up and record CUDA graphs: not timed
 PLAIN_EVERY_CYCLES = 64  # a plain step among so many cycles times plain decoding

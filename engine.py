@@ -12,6 +12,7 @@ Based on gpt-fast (prefill and decode as two views of one model) and mlx-lm (a g
 launches a step before it reads the ids of the previous one).
 """
 
+import math
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from decoding import LoadedModel, plain_steps
+from decoding import LoadedModel, Texts, plain_steps
 from layers.kv_cache import Cache
 from sampling import NOT_FINITE, Sampler
 from text.completion import Completion
@@ -51,7 +52,7 @@ def generate(
     rows: the number of the random stream that each row draws from, default 0 to B - 1.
     caches: from lm.make_caches, for B rows or more; a compiled step serves later calls with them.
     past: how many leading tokens of every prompt the caches have already (only after a call with
-    one prompt: a batch moves its rows).
+    one prompt: a batch moves its rows; see decoding.reusable_tokens).
     live: a set that is updated to the unfinished rows after each step; a row ends when the caller
     removes it.
     logits_processors: functions that change logits before tokens are drawn, see LogitsProcessor in
@@ -71,9 +72,12 @@ def generate(
     # The most new tokens of each row: its position must stay within the caches.
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
     # `texts` grow with the batch; `padded` below keeps the prompts as they are.
-    batch = Batch(texts, counts, () if config.ignore_eos else lm.tokenizer.eos_ids, live)
+    ends = () if config.ignore_eos else lm.tokenizer.eos_ids
+    batch = Batch(texts, counts, ends, live, lm.model.args.recompute_after)
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
+    if past <= (lm.model.args.recompute_after or 0) < max(map(len, texts)):
+        past = 0  # the caches have the rotary positions for shorter texts
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
@@ -82,26 +86,49 @@ def generate(
     # The sampler prepares no more steps than the caches can hold.
     config = replace(config, max_new_tokens=max(counts))
     sampler = make_sampler(lm, config, padded, streams, logits_processors)
-    for step in make_steps(lm, counts, padded, caches, past, sampler, live=batch.live):
-        yield batch.add(step, lambda text: error_not_finite(lm, text, caches))
+    steps = make_steps(lm, counts, padded, padded, caches, past, sampler, live=batch.live)
+    while True:
+        yield batch.add(next(steps), lambda text: error_not_finite(lm, text, caches))
         if not batch.live:
             return
+        if batch.outdated:
+            texts = [*map(tuple, batch.texts), *[tuple(batch.texts[-1])] * unused]
+            record_new_ids(sampler, padded, texts, lm.device)
+            steps = make_steps(lm, counts, padded, texts, caches, 0, sampler, live=batch.live)
 
 
 def make_steps(
-    lm: LoadedModel, counts: Sequence[int], *given: Any, live: set[int]
+    lm: LoadedModel,
+    counts: Sequence[int],
+    prompts: Texts,
+    texts: Texts,
+    *given: Any,
+    live: set[int],
 ) -> Iterator[list[list[int]]]:
     """Yield steps, lists of each row's new ids, by plain decoding or with the model's draft.
 
-    counts: new tokens of each row at most, without unused rows. given: prompts, caches, past and
-    sampler, as in plain_steps. live: the unfinished rows. Steps with a draft do not end by
-    themselves, and may give a row more ids than its count: the caller stops and cuts.
+    counts: new tokens of each row at most, without unused rows. prompts: of each row. texts: the
+    same, or the prompts with the new ids so far: as many in each live row if there is no draft.
+    given: caches, past and sampler, as in plain_steps. live: the unfinished rows. Steps with a
+    draft do not end by themselves, and may give a row more ids than its count: the caller stops and
+    cuts.
     """
     if not lm.draft:
-        return plain_steps(lm, *given, max(counts), live)
+        first = max(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True))
+        return plain_steps(lm, texts, *given, range(first, max(counts)), live)
     from speculate import speculative_steps
 
-    return speculative_steps(lm, *given, counts, live)
+    return speculative_steps(lm, prompts, texts, *given, counts, live)
+
+
+def record_new_ids(sampler: Sampler, prompts: Texts, texts: Texts, device: torch.device) -> None:
+    """Give the new ids of all rows to a sampler that has not drawn them: steps draw with samplers
+    of some of the rows. texts: the prompts with their new ids."""
+    new = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
+    width = max(map(len, new))
+    padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new], device=device)
+    # Numbers beyond a row's new ids are written again before they count.
+    sampler.record_draft(padded, torch.arange(width, device=device).expand_as(padded))
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
@@ -119,7 +146,8 @@ class Batch:
 
     texts: the ids of each row, to which `add` appends. counts: the most new ids of each row.
     ends: the ids that end a text. live: the set of unfinished rows; the constructor adds all rows.
-    `add` and the caller remove them.
+    `add` and the caller remove them. recompute_after: see ModelArgs. outdated: whether in the
+    latest step a live text has grown beyond it, so that the caches must be filled again.
     """
 
     def __init__(
@@ -128,8 +156,10 @@ class Batch:
         counts: Sequence[int],
         ends: Sequence[int],
         live: set[int] | None = None,
+        recompute_after: int | None = None,
     ):
         self.texts, self.ends = texts, ends
+        self.recompute_after, self.outdated = recompute_after or math.inf, False
         self.limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
         self.live = set() if live is None else live
         self.live.update(range(len(texts)))
@@ -146,15 +176,26 @@ class Batch:
         logits are not finite numbers.
         """
         new: list[list[int]] = [[]] * len(self.texts)
+        self.outdated = False
         for row in tuple(self.live):
             text = self.texts[row]
-            new[row] = until_end(step[row], self.limits[row] - len(text), self.ends)
+            new[row] = until_end(step[row], self.most(row), self.ends)
             if NOT_FINITE in new[row]:
                 raise error(text + new[row][: new[row].index(NOT_FINITE)])
+            grows = len(text) <= self.recompute_after < len(text) + len(new[row])
             text += new[row]
             if len(text) == self.limits[row] or new[row][-1] in self.ends:
                 self.live.remove(row)
+            elif grows:
+                self.outdated = True
         return new
+
+    def most(self, row: int) -> int:
+        """Returns how many ids of a step to append to a row: up to its limit, and of a text that
+        grows beyond recompute_after, only the first one beyond."""
+        have = len(self.texts[row])
+        first_beyond = self.recompute_after + 1
+        return min(self.limits[row], first_beyond if have < first_beyond else math.inf) - have
 
 
 def new_token_limits(texts: Sequence[Sequence[int]], most: int, length: int) -> list[int]:

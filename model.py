@@ -18,6 +18,7 @@ query attention (2305.13245); names follow Llama's reference code, sizes gpt-fas
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -197,22 +198,26 @@ class Transformer(nn.Module):
         slot is allocated. Besides holding padding, it keeps the number of visible slots below that
         of all: the compiler would make a second graph for steps in which they are equal.
         """
-        weight = self.tok_embeddings.weight
-        return self._caches(batch, length, weight.device)
+        weight, args = self.tok_embeddings.weight, self.args
+        shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
+        given = shape, weight.dtype, weight.device
+        return [self.cache_factory(*given, layer.window) for layer in args.layer_types]
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of the caches of all layers for one row of `length` positions."""
-        caches = self._caches(1, length - 1, torch.device("meta"))  # and one slot more
-        return sum(buffer.nbytes for cache in caches for buffer in cache.buffers())
+        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
+        one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
+        return self.kv_slots(length) * sum(buffer.nbytes for buffer in one.buffers())
+
+    def kv_slots(self, length: int) -> int:
+        """Returns the slots of the caches of all layers together for one row of `length`
+        positions."""
+        counts = Counter(layer.window for layer in self.args.layer_types)
+        return sum(n * self.cache_factory.slots(length, window) for window, n in counts.items())
 
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""
         return self.kv_bytes(1)
-
-    def _caches(self, batch: int, length: int, device: torch.device) -> list["KVCache"]:
-        args, dtype = self.args, self.tok_embeddings.weight.dtype
-        given = (batch, length + 1, args.n_kv_heads, args.head_dim), dtype, device
-        return [self.cache_factory(*given, layer.window) for layer in args.layer_types]
 
 
 class SequentialBlock(nn.Module):

@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decoding import LoadedModel, Propose, Texts, prefill
-from draft_length import DraftLengthController
+from draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from host.memory import check_memory
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import Cache, keeps_past, visible_length
 from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
@@ -50,6 +50,7 @@ MAX_PADDED_IDS = 128
 def speculative_steps(
     lm: LoadedModel,
     prompts: Texts,
+    texts: Texts,
     caches: Sequence[Cache],
     past: int,
     sampler: Sampler,
@@ -59,16 +60,18 @@ def speculative_steps(
     """Yield lists of each row's new ids: first one id after prefill; then, after every cycle, the
     accepted draft tokens and the token after them. Does not end by itself.
 
-    lm: has a draft. prompts: of each row, the ids. caches: of all layers. past: prompt tokens that
+    lm: has a draft. prompts: of each row, the ids. texts: the same, or the prompts with new ids of
+    an earlier call. caches: of all layers. past: prompt tokens that
     the caches hold already. limits: new ids of each row at most; a row may get more, and the caller
     discards them. live: the unfinished rows; other rows get no ids after the first. The caller
     removes rows that end, and must stop before `live` is empty.
     """
     key_pos = torch.arange(caches[0].length, device=lm.device)
-    logits = prefill(lm, prompts, caches, past, key_pos)  # (B, 1, V)
-    first = sampler(logits, key_pos[:1].expand(len(prompts), 1))  # (B, 1)
+    logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
+    numbers = [[len(t) - len(p)] for t, p in zip(texts, prompts, strict=True)]
+    first = sampler(logits, torch.tensor(numbers, device=lm.device))  # (B, 1)
     step = sampler.copy_to_host_async(first)()
-    texts = [[*prompt, *ids] for prompt, ids in zip(prompts, step, strict=True)]
+    texts = [[*text, *ids] for text, ids in zip(texts, step, strict=True)]
     controller = lm.draft.controller.for_batch(len(texts))
     cycle = Cycle(lm, prompts, texts, caches, sampler, key_pos)
     yield step
@@ -101,7 +104,7 @@ class Cycle:
     propose: Propose = field(init=False)
 
     def __post_init__(self):
-        self.propose = self.lm.draft.start(self.texts, self.caches, self.sampler)
+        self.propose = self.lm.draft.start(self.prompts, self.texts, self.caches, self.sampler)
 
     def run(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
         """Propose at most k draft tokens for each row, and verify them; k = 0 is a plain step.
@@ -178,13 +181,15 @@ class NgramDraft:
     def __init__(self, controller: DraftLengthController):
         self.controller = controller
 
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes(self, length: int) -> int:
         return 0
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> None:
         return None
 
-    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
+    def start(
+        self, prompts: Texts, texts: Texts, caches: Sequence[Cache], sampler: Sampler
+    ) -> Propose:
         """Return a function that proposes draft tokens for these texts, which grow between calls.
 
         The function returns ids, (B, width of the longest row), padded with 0, and each row's
@@ -244,13 +249,15 @@ class ModelDraft:
         self.controller, self.lm = controller, lm
         self._latest: OwnCacheProposer | None = None
 
-    def kv_bytes_per_token(self) -> int:
-        return self.lm.model.kv_bytes_per_token()
+    def kv_bytes(self, length: int) -> int:
+        return self.lm.model.kv_bytes(length)
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
         return self.lm, self._caches_like(caches), OwnCacheProposer.tail
 
-    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
+    def start(
+        self, prompts: Texts, texts: Texts, caches: Sequence[Cache], sampler: Sampler
+    ) -> Propose:
         """Return a function that proposes draft tokens for these texts, after the draft model has
         read them. caches, sampler: of the model that verifies; the draft's caches have their size.
 
@@ -262,7 +269,7 @@ class ModelDraft:
         if last and last.caches is caches:
             pairs = zip(last.texts, texts, last.filled, strict=True)
             filled = [min(len(os.path.commonprefix([a, b])), valid) for a, b, valid in pairs]
-        self._latest = OwnCacheProposer(self.lm, texts, caches, sampler, filled)
+        self._latest = OwnCacheProposer(self.lm, prompts, texts, caches, sampler, filled)
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
@@ -351,30 +358,39 @@ class SelfDraft:
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
         self.controller, self.lm = controller, lm
 
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes(self, length: int) -> int:
         return 0
 
     def warm_up_inputs(self, caches: Sequence[Cache]) -> tuple[LoadedModel, Sequence[Cache], int]:
         return self.lm, caches, ModelProposer.tail
 
-    def start(self, texts: Texts, caches: Sequence[Cache], sampler: Sampler) -> Propose:
-        return ModelProposer(self.lm, texts, caches, sampler)
+    def start(
+        self, prompts: Texts, texts: Texts, caches: Sequence[Cache], sampler: Sampler
+    ) -> Propose:
+        return ModelProposer(self.lm, prompts, texts, caches, sampler)
 
 
 class ModelProposer:
     """Draws draft tokens with a model. It is a decoding.Propose, which the verify pass follows.
 
-    lm: the draft model. texts: prompts with one generated id; the caller appends to them between
-    calls. caches: they hold all tokens of each text but the last `tail` ones. sampler: the
+    lm: the draft model. texts: the prompts with new ids; the caller appends to them between calls.
+    caches: they hold all tokens of each text but the last `tail` ones. sampler: the
     verifying model's, so that the draft draws with the same noise.
     """
 
     tail = 1  # the number of last tokens of each text that the first draft step reads
 
-    def __init__(self, lm: LoadedModel, texts: Texts, caches: Sequence[Cache], sampler: Sampler):
+    def __init__(
+        self,
+        lm: LoadedModel,
+        prompts: Texts,
+        texts: Texts,
+        caches: Sequence[Cache],
+        sampler: Sampler,
+    ):
         self.lm, self.texts, self.caches = lm, texts, caches
         self._sampler = sampler
-        self._prompt_lengths = [len(text) - 1 for text in texts]
+        self._prompt_lengths = list(map(len, prompts))
         self._key_pos = torch.arange(caches[0].length, device=lm.device)
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
@@ -424,12 +440,13 @@ class OwnCacheProposer(ModelProposer):
     def __init__(
         self,
         lm: LoadedModel,
+        prompts: Texts,
         texts: Texts,
         caches: Sequence[Cache],
         sampler: Sampler,
         filled: list[int],
     ):
-        super().__init__(lm, texts, caches, sampler)
+        super().__init__(lm, prompts, texts, caches, sampler)
         self.filled = filled
         self._prefill_missing()
 
@@ -455,5 +472,9 @@ class OwnCacheProposer(ModelProposer):
         self.filled = list(map(min, self.filled, targets))
         if any(n - f > 1 for n, f in zip(targets, self.filled, strict=True)):
             texts = [text[:n] for text, n in zip(self.texts, targets, strict=True)]
-            prefill(self.lm, texts, self.caches, min(self.filled), self._key_pos)
+            # Draft tokens that were rejected are in the caches, too.
+            written = max(map(len, self.texts)) + MAX_DRAFT_TOKENS
+            past = min(self.filled)
+            past = past if keeps_past(self.caches, past, written) else 0
+            prefill(self.lm, texts, self.caches, past, self._key_pos)
             self.filled = targets

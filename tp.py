@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import LoadedModel
 from layers.args import ModelArgs
-from layers.basic import Linear
+from layers.basic import Linear, WholeRMSNorm
 from model import Transformer
 from offload import Stored
 from quant.linear import pack_nibbles, swap_linears, unpack_nibbles
@@ -116,6 +116,9 @@ def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlic
     )
     w3_rows = range(F_ + neurons.start, F_ + neurons.stop)
     yield "attention.wqkv", ShardSlice(rows=(q, k, v))
+    if args.qk_norm in ("whole", "each_head"):  # others have the same weights for all heads
+        yield "attention.q_norm", ShardSlice(rows=(q,))
+        yield "attention.k_norm", ShardSlice(rows=(range(k.start - H * E, k.stop - H * E),))
     yield "attention.wo", ShardSlice(columns=q)
     yield "feed_forward.w1", ShardSlice(rows=(neurons,))
     yield "feed_forward.w13", ShardSlice(rows=(neurons, w3_rows))
@@ -159,6 +162,25 @@ class ColumnParallel(nn.Module):
         return all_gather(y)[..., : self.outputs]
 
 
+class ShardedRMSNorm(nn.Module):
+    """A WholeRMSNorm of queries or keys, of which each rank has some heads.
+
+    norm: this rank's part of the norm. count: the number of ranks. Each has as many heads, and a
+    key/value head that several ranks have is on as many as the others.
+    """
+
+    def __init__(self, norm: WholeRMSNorm, count: int):
+        super().__init__()
+        self.weight, self.eps, self.count = norm.weight, norm.eps, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the norm of x, (B, T, heads, E), over the heads of all ranks."""
+        wide = x.float()
+        mean = all_reduce(wide.square().mean((2, 3), keepdim=True)) / self.count  # (B, T, 1, 1)
+        y = wide * torch.rsqrt(mean + self.eps)
+        return (y * self.weight.float().view(x.shape[2:])).type_as(x)  # weight: (heads, E)
+
+
 def all_reduce(x: Tensor) -> Tensor:
     """Return the sum of the ranks' tensors, on all ranks."""
     return collectives.all_reduce(x, "sum", dist.group.WORLD)
@@ -198,6 +220,9 @@ class TensorParallel:
         if args.tied and isinstance(model.output, Linear):
             model.output.weight = model.tok_embeddings.weight
         for layer in model.layers:
+            if args.qk_norm == "whole":
+                layer.attention.q_norm = ShardedRMSNorm(layer.attention.q_norm, ranks.world_size)
+                layer.attention.k_norm = ShardedRMSNorm(layer.attention.k_norm, ranks.world_size)
             layer.attention.wo = RowParallel(layer.attention.wo)
             layer.feed_forward.w2 = RowParallel(layer.feed_forward.w2)
         model.output = ColumnParallel(model.output, args.vocab_size, ranks.world_size)

@@ -154,7 +154,7 @@ def measure(precision: Precision, peer: str | None, args: argparse.Namespace) ->
     finally:
         if peer:
             sides["llama.cpp"].close()
-    cached = lm.model.kv_bytes_per_token() * (args.prompt + args.new_tokens // 2)
+    cached = lm.model.kv_bytes(args.prompt + args.new_tokens // 2)
     peers = runs.get("llama.cpp")
     figures = {
         name: summary(of, peers if name != "llama.cpp" else None) for name, of in runs.items()

@@ -4,11 +4,12 @@ A session has the loaded model, the sampling settings and the statistics. The KV
 tokens of the conversation so far, so that only new ones are computed.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.session import Session
-from decoding import LoadedModel
+from decoding import LoadedModel, reusable_tokens
 from engine import complete
 from host.memory import available_memory
 from layers.args import ModelArgs
@@ -23,11 +24,11 @@ from text.tokenizer import Tokenizer
 class ChatMode:
     """A Mode (session.py) that answers messages from the terminal until the input ends.
 
-    system: the system message, or None.
+    system: the system message, or None. variables: of the chat template.
     """
 
-    def __init__(self, system: str | None):
-        self.system = system
+    def __init__(self, system: str | None, variables: dict[str, Any]):
+        self.system, self.variables = system, variables
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """Returns the length of one prompt that, with its answer of `new` tokens, fills the
@@ -48,7 +49,8 @@ class ChatMode:
         caches = lm.make_caches(1, positions)
         session.compile(caches)
         length = caches[0].length  # make_caches has rounded the positions up
-        conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
+        given = length, config.max_new_tokens, self.system, self.variables
+        conversation = chat.Conversation(lm.tokenizer, *given)
         chat.chat(conversation, answerer(session, conversation, caches))
 
 
@@ -56,7 +58,7 @@ def positions_that_fit(lm: LoadedModel) -> int:
     """Returns how many positions of a KV cache, of one row, fit into half of the free memory of the
     device of rank 0, so that all ranks make equal caches."""
     half_free = broadcast_from_rank0(lambda: available_memory(lm.device) // 2)
-    return half_free // lm.kv_bytes_per_token()
+    return bisect_right(range(lm.model.args.context + 1), half_free, key=lm.kv_bytes) - 1
 
 
 def answerer(
@@ -67,9 +69,11 @@ def answerer(
     Its parameters: ids of the whole conversation; how many of them, from the first on, the caches
     already contain; the function that prints a piece of the answer's text.
     """
+    stored = 0  # tokens of the last turn that the caches have
 
     def answer(ids: list[int], cached: int, show: Callable[[int, str], None]) -> Completion:
         """Generate an answer; Ctrl-C ends it early, without an error."""
+        nonlocal stored
         (completion,) = complete(
             session.lm,
             [ids],
@@ -77,12 +81,13 @@ def answerer(
             # The number of the random stream: each answer has its own.
             rows=[len(conversation.messages)],
             caches=caches,
-            past=cached,
+            past=reusable_tokens(session.lm, caches, cached, stored, len(ids)),
             stats=session.stats,
             interruptible=True,
             on_text=show,
         )
         print(flush=True)
+        stored = len(ids) + max(0, len(completion.ids) - 1)  # not the last one
         return completion
 
     return answer

@@ -11,6 +11,7 @@ positions, H query heads, G key/value heads, E head_dim.
 """
 
 import functools
+import math
 import sys
 from dataclasses import replace
 
@@ -104,14 +105,15 @@ def replace_layers(model: Transformer) -> None:
 
     Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList:
     streamed layers (offload.py) stay unfused. Caches that the model makes later use
-    kernel_attention.
+    kernel_attention, which knows no softcap, and no sliding window: PyTorch computes these.
     """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
-    model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
+    if model.args.attention_softcap is None:
+        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
 
 
 def fuse_prologues(layer: nn.Module) -> None:
@@ -146,11 +148,19 @@ def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Te
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
     extra = [cache.get_buffer(name) for name in names]
     bits = cache.bits if quantized else 16
-    return torch.ops.gpt_flex.attend(q, cache.k, cache.v, extra, mask, pos, bits)
+    scale = cache.scores.scale or 1 / math.sqrt(q.shape[-1])
+    return torch.ops.gpt_flex.attend(q, cache.k, cache.v, extra, mask, pos, bits, scale)
 
 
 def attend_on_gpu(
-    q: Tensor, k: Tensor, v: Tensor, extra: list[Tensor], mask: Tensor, pos: Tensor, bits: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: list[Tensor],
+    mask: Tensor,
+    pos: Tensor,
+    bits: int,
+    scale: float,
 ) -> Tensor:
     """Compute attention of queries, (B, T, H, E), over a cache. Returns (B, T, H, E).
 
@@ -166,18 +176,19 @@ def attend_on_gpu(
 
     S, (T, H), G = mask.shape[-1], q.shape[1:3], k.shape[2]
     if T * H // G <= MAX_KERNEL_ROWS:
-        return launch.attend(q.contiguous(), k, v, extra, pos.contiguous(), S, bits)
+        return launch.attend(q.contiguous(), k, v, extra, pos.contiguous(), S, bits, scale)
     k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or (B, S, G, E*bits/8) bytes
     if extra:
         k_scales, k_lows, v_scales, v_lows = (t[:, :S] for t in extra)
         k = dequantize(k, k_scales, k_lows, bits, q.dtype)
         v = dequantize(v, v_scales, v_lows, bits, q.dtype)
-    return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask).contiguous()
+    attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
+    return grouped_attention(attention, q, k, v, mask).contiguous()
 
 
 gpu.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor pos, int bits) "
-    "-> Tensor",
+    "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor pos, int bits, "
+    "float scale) -> Tensor",
     attend_on_gpu,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )

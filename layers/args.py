@@ -91,6 +91,13 @@ class ModelArgs:
         return replace(self, n_layers=len(layers), layer_types=types)
 
     @property
+    def recompute_after(self) -> int | None:
+        """The number of tokens after which all keys of a growing text are computed again, with the
+        rotary positions for longer texts (Phi 3); None: never."""
+        lengths = {rope.original_context for rope in self.ropes if rope.recompute}
+        return min(lengths, default=None)
+
+    @property
     def ropes(self) -> list[Rope]:
         """The different rotary positions of the layers."""
         return list(dict.fromkeys(layer.rope for layer in self.layer_types if layer.rope))

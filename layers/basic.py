@@ -123,16 +123,13 @@ class OffsetRMSNorm(nn.Module):
         return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)
 
 
-class WholeNorm(nn.Module):
-    """A norm of queries or keys over the channels of all heads together (OLMo 2)."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
+class WholeRMSNorm(RMSNorm):
+    """An RMS norm of queries or keys over the channels of all heads together (OLMo 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x, (B, T, heads, E), in that shape."""
-        return self.norm(x.flatten(2)).view(x.shape)  # (B, T, heads * E) -> (B, T, heads, E)
+        y = super().forward(x.flatten(2))  # (B, T, heads * E)
+        return y.view(x.shape)  # (B, T, heads, E)
 
 
 class HeadLayerNorm(nn.Module):
@@ -221,6 +218,6 @@ NORMS = {
 QK_NORMS = {
     "none": lambda args, heads: nn.Identity(),
     "head": lambda args, heads: make_norm(args, args.head_dim),
-    "whole": lambda args, heads: WholeNorm(make_norm(args, heads * args.head_dim)),
+    "whole": lambda args, heads: WholeRMSNorm(heads * args.head_dim, args.norm_eps, affine=True),
     "each_head": lambda args, heads: HeadLayerNorm(heads, args.head_dim, args.norm_eps),
 }

@@ -327,14 +327,14 @@ def hidden_keys(pos: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return hidden
 
 
-def reusable(caches: Sequence["Cache"], past: int, written: int) -> int:
-    """Returns how many of the first `past` tokens of a text need not be computed again: past, or 0.
+def keeps_past(caches: Sequence["Cache"], past: int, written: int) -> bool:
+    """Returns whether the caches of all layers still have what the tokens of a text from `past` on
+    see: always, except in a ring that has stored more than WINDOW_SLACK positions beyond past.
 
-    written: positions that the caches have stored. Beyond past they are replaced. A ring has lost
-    tokens that the next one sees if more than WINDOW_SLACK positions are replaced.
+    written: positions that the caches have stored, rejected draft tokens included.
     """
     rings = any(cache.slots < cache.length for cache in caches)
-    return 0 if rings and written - past > WINDOW_SLACK else past
+    return not rings or written - past <= WINDOW_SLACK
 
 
 def visible_length(filled: int, most: int) -> int:

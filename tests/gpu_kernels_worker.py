@@ -196,7 +196,7 @@ def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -
     wanted = grouped_attention(F.scaled_dot_product_attention, q, *cache.visible(S), mask)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if bits != 16 else ()
     extra = [cache.get_buffer(name) for name in names]
-    found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits)
+    found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits, 1 / math.sqrt(q.shape[-1]))
     near(found, wanted, 1e-5, wanted.abs().max().item(), (B, T, R, G, E, S, bits))
     assert not launch.arrivals(cache.k.device).any(), "counters are not back at 0"
 

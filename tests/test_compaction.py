@@ -215,7 +215,7 @@ def test_ends_may_be_known_a_step_late(name: str, config: GenerationConfig):
     with torch.inference_mode():
         sampler = Sampler(config, rows, early.lm.device)
         micro_batch = rows, caches
-        steps = launched_steps(early.lm, early.given, micro_batch, 0, sampler, LIMIT, live)
+        steps = launched_steps(early.lm, early.given, micro_batch, 0, sampler, range(LIMIT), live)
         for computed, read in launch_ahead(steps):
             widths.append(len(computed))
             for row, ids in zip(computed, read(), strict=True):

@@ -309,7 +309,9 @@ def test_a_disk_that_fills_up_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def stats(weights: int) -> bench.Stats:
-    model = SimpleNamespace(bytes_per_step=lambda: weights, kv_bytes_per_token=lambda: 1)
+    model = SimpleNamespace(
+        bytes_per_step=lambda: weights, kv_bytes=lambda n: n, kv_slots=lambda n: n
+    )
     made = bench.Stats(SimpleNamespace(model=model, draft=None, device=torch.device("cpu")))
     made.decoded_tokens, made.decode_seconds, made.decoded_bytes = 10, 1.0, 10 * weights
     return made

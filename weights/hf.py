@@ -137,7 +137,7 @@ def tensor_name(name: str, names: Names) -> tuple[str, int] | None:
     Returns None for a stored tensor that is not a weight of the language model, and an unknown name
     unchanged. Channels are not permuted: model.py rotates halves, as transformers does.
     """
-    if NO_WEIGHT.search(name) or multimodal.ENCODERS.search(name):
+    if NO_WEIGHT.search(name) or of_encoder(name):
         return None
     module, layer, kind = split_name(PREFIX.sub("", name))
     module, _, head = module.partition(".norms.")  # of StableLM: a part for each head
@@ -146,6 +146,11 @@ def tensor_name(name: str, names: Names) -> tuple[str, int] | None:
         return name, 0
     ours, part = names[module]
     return f"{ours.replace('N', layer)}.{kind}", int(head or part)
+
+
+def of_encoder(name: str) -> bool:
+    """Returns whether a tensor is a vision encoder's, by Hugging Face's name of it."""
+    return multimodal.ENCODERS.search(name) is not None
 
 
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from host.log import log
 from weights import hf
 from weights.formats import Part, index_file, read_columns, read_part, rows_of
 from weights.weight_files import shards
@@ -196,6 +197,10 @@ def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, P
     are left out (hf.tensor_name). Raises ValueError if two parts have the same name and index.
     """
     groups: dict[str, dict[int, Part]] = {}
+    parts = list(parts)
+    skipped = sum(part.nbytes for part in parts if hf.of_encoder(part.name))
+    if skipped:
+        log(f"{skipped / 2**20:.0f} MiB of vision tensors are skipped: the model reads text only")
     for part in parts:
         if target := hf.tensor_name(part.name, names):
             name, index = target

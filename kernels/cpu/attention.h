@@ -32,6 +32,7 @@ struct Attention {
   Heads<T> k, v;
   const T* mask;  // (B, Q, S), added to the scores; -infinity hides a position from a query
   T* y;           // (B, G, Q, E)
+  float scale;    // of the products of queries and keys
 };
 
 // The float32 numbers of heads `first` to `last` of row b. Positions are in blocks of kStrip.
@@ -133,7 +134,7 @@ void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& he
 // returns the sum.
 template <class T>
 float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
-  const Floats masked = splat(kMasked), scale = splat(1 / std::sqrt(static_cast<float>(a.E)));
+  const Floats masked = splat(kMasked), scale = splat(a.scale);
   const int64_t blocks = (a.S + kStrip - 1) / kStrip, row = i % a.Q;
   Floats largest = masked, sum = splat(0.f);
   for (int64_t n = 0; n < blocks; n++) {

@@ -40,14 +40,14 @@ inline void native_store(Half* to, NativeFloat v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
 }
 // Adds 0x7fff, and one more if the lowest bit that stays is set, and cuts 16 bits off. NaN would
-// overflow, and becomes 0x7fff.
+// overflow, and becomes 0x7fc0, PyTorch's NaN.
 inline void native_store(BFloat16* to, NativeFloat v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
   __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fff), is_nan);
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }

@@ -53,7 +53,7 @@ inline void native_store(BFloat16* to, NativeFloat v) {
   const __m512i wide = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m256i rounded =
-      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(wide, is_nan, _mm512_set1_epi32(0x7fff)));
+      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(wide, is_nan, _mm512_set1_epi32(0x7fc0)));
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 }

@@ -51,7 +51,7 @@ inline void native_store(BFloat16* to, NativeFloat v) {
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
   const uint16x4_t halves = vshrn_n_u32(rounded, 16);
   const uint16x4_t is_number = vmovn_u32(vceqq_f32(v, v));
-  vst1_u16(reinterpret_cast<uint16_t*>(to), vbsl_u16(is_number, halves, vdup_n_u16(0x7fff)));
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vbsl_u16(is_number, halves, vdup_n_u16(0x7fc0)));
 }
 
 inline NativeFloat native_max(NativeFloat a, NativeFloat b) { return vmaxq_f32(a, b); }

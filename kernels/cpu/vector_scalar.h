@@ -27,7 +27,7 @@ inline NativeFloat native_load(const Half* from) { return to_float(*from); }
 
 inline void native_store(BFloat16* to, NativeFloat v) {
   const uint32_t bits = bits_of(v);
-  to->bits = std::isnan(v) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  to->bits = std::isnan(v) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline void native_store(Half* to, NativeFloat v) {
   const uint32_t sign = bits_of(v) >> 16 & 0x8000u;

@@ -374,14 +374,16 @@ def attend(
     pos: Tensor,
     visible: int,
     bits: int,
+    scale: float,
 ) -> Tensor:
     """Compute causal attention of q, (B, T, H, E), over the first `visible` positions of a cache.
 
     Returns (B, T, H, E). k, v: (B, positions, G, E), or the bytes (B, positions, G, E*bits/8) of a
     QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. bits: 4,
     8, or 16 for a dense cache of any float dtype, where extra is empty. pos: (B, T), the positions
-    of the queries. q and pos must be contiguous. For few rows: the R*T query rows of a key/value
-    head are one tile. The positions are divided among `splits` programs, each of `steps` blocks.
+    of the queries. scale: of the scores. q and pos must be contiguous. For few rows: the R*T query
+    rows of a key/value head are one tile. The positions are divided among `splits` programs, each
+    of `steps` blocks.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R = H // G
@@ -408,7 +410,7 @@ def attend(
         G,
         k.stride(0) // (G * width),
         k.stride(1) // (G * width),
-        math.log2(math.e) / math.sqrt(E),
+        math.log2(math.e) * scale,
         R=R,
         E=E,
         BE=wide,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from layers.args import LayerType, ModelArgs
+from layers.args import LayerType, ModelArgs, Rope
 from weights.config import Config
 from weights.families.rope import read_rope
 from weights.families.shared import (
@@ -77,7 +77,7 @@ def smollm3_args(config: Config) -> ModelArgs:
     used = config.flag("use_sliding_window", False) and window is not None
     types = attention_types(config, lambda n: used and not rotated[n])
     rope = read_rope(config, head_dim(config), theta=2e6)
-    ropes = [rope if on else replace(rope, kind="none") for on in rotated]
+    ropes = [rope if on else Rope(rope.dim, kind="none") for on in rotated]
     pairs = zip(ropes, windows(config, types, window), strict=True)
     biases = attention_biases(config) | {"mlp_bias": config.flag("mlp_bias", False)}
     return rms_gated_args(config, [LayerType(*pair) for pair in pairs], **biases)

@@ -6,6 +6,7 @@ from weights.families.rope import read_rope, read_ropes_by_type
 from weights.families.shared import (
     LLAMA,
     OUTPUT_NORMS,
+    QK_NORM,
     Family,
     alternating,
     attention_biases,
@@ -35,14 +36,7 @@ def olmo_args(config: Config, layers: list[LayerType]) -> ModelArgs:
     return rms_gated_args(config, layers, **norms, **attention_biases(config))
 
 
-NAMES = (
-    LLAMA
-    | OUTPUT_NORMS
-    | {
-        "layers.N.self_attn.q_norm": ("layers.N.attention.q_norm.norm", 0),
-        "layers.N.self_attn.k_norm": ("layers.N.attention.k_norm.norm", 0),
-    }
-)
+NAMES = LLAMA | OUTPUT_NORMS | QK_NORM
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 FAMILIES = {
     "olmo2": Family(olmo2_args, NAMES, DEFAULTS),

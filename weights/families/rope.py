@@ -128,13 +128,13 @@ def read_llama3(config: Config, section: Config, rope: Rope, original: int | Non
 
 
 def read_yarn(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
-    """Zero or null for beta_fast or beta_slow means the default, as in transformers."""
+    """Zero or null for a beta or mscale means its default, as in transformers."""
     context = trained_context(config, section, original)
     factor = section.number("factor", null=None, maximum=1e6)
     factor = factor or config.positions("max_position_embeddings") / context
-    section = Config({k: v for k, v in section.values.items() if v != 0}, section.where)
-    fast, slow = section.number("beta_fast", 32, null=32), section.number("beta_slow", 1, null=1)
-    mscales = [section.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
+    given = Config({k: v for k, v in section.values.items() if v != 0}, section.where)
+    fast, slow = given.number("beta_fast", 32, null=32), given.number("beta_slow", 1, null=1)
+    mscales = [given.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
     numerator, denominator = mscales if all(mscales) else (1, 0)
     scale = 0.1 * math.log(max(factor, 1))
     default = (numerator * scale + 1) / (denominator * scale + 1)
@@ -168,7 +168,7 @@ def trained_context(config: Config, section: Config, original: int | None) -> in
     """Returns the positions of the training. original: of the config itself, or None; it counts
     before that of the section."""
     longest = config.positions("max_position_embeddings")
-    return original or section.positions("original_max_position_embeddings", longest, null=longest)
+    return original or section.positions("original_max_position_embeddings", longest)
 
 
 # Kind -> function of the config, the rope's section, the Rope with dim, theta and kind, and the
