@@ -18,8 +18,10 @@ import torch
 from common import LLAMA3, ROOT
 from torch import Tensor, nn
 
+from checkpoint import Checkpoint
 from decoding import LoadedModel
 from engine import generate
+from model import Transformer
 from text.generation_config import GenerationConfig
 
 transformers = pytest.importorskip("transformers")
@@ -411,6 +413,23 @@ def save(model: nn.Module, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "checkpoints" / "demo" / file, folder)
     return folder
+
+
+def load(path: Path) -> Transformer:
+    """This project's model of a folder, in float32."""
+    checkpoint = Checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    checkpoint.load_into(model, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.no_grad()
+def prefill(model: Transformer, tokens: Tensor) -> Tensor:
+    """All logits of this project for a batch of prompts, (B, T), which one call reads."""
+    B, T = tokens.shape
+    key_pos, lengths = torch.arange(T), torch.full((B, 1), T)
+    return model(tokens, key_pos.expand(B, T), key_pos, model.make_caches(B, T), lengths=lengths)
 
 
 def prompts_of(seed: int, lengths: Sequence[int]) -> list[list[int]]:

@@ -29,14 +29,6 @@ SEED = 20261129
 Folder = Callable[[str], Path]
 
 
-def load(path: Path) -> Transformer:
-    checkpoint = Checkpoint(path)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    checkpoint.load_into(model, dtype=torch.float32)
-    return model.eval()
-
-
 def whole_prompts(length: int) -> Tensor:
     print(f"seed {SEED}, {length} tokens")
     return torch.tensor(families.prompts_of(SEED, [length] * 3))
@@ -44,18 +36,15 @@ def whole_prompts(length: int) -> Tensor:
 
 @torch.no_grad()
 def check_prompts(model: Transformer, reference: nn.Module, tokens: Tensor) -> None:
-    """All logits of a batch of prompts, (B, T), which one call reads."""
-    B, T = tokens.shape
-    key_pos, lengths = torch.arange(T), torch.full((B, 1), T)
-    found = model(tokens, key_pos.expand(B, T), key_pos, model.make_caches(B, T), lengths=lengths)
     expected = reference(tokens).logits
     assert expected.std() > 0.1
+    found = families.prefill(model, tokens)
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *MULTIMODAL])
 def test_logits_of_prompts(variant: str, family_folder: Folder):
-    model = load(family_folder(variant))
+    model = families.load(family_folder(variant))
     for length in (20, 50):
         check_prompts(model, families.reference(variant), whole_prompts(length))
 
@@ -88,7 +77,7 @@ def test_older_files_mean_the_same(variant: str, family_folder: Folder, tmp_path
     del written["rope_parameters"]
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(written | OLD[variant]))
-    check_prompts(load(tmp_path), reference, tokens)
+    check_prompts(families.load(tmp_path), reference, tokens)
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in VARIANTS.values()}))
@@ -139,23 +128,23 @@ def test_text_part_under_the_names_of_the_class(
     assert any(name.startswith("model.language_model.") for name in tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").symlink_to(family_folder(variant) / "config.json")
-    check_prompts(load(tmp_path), reference, whole_prompts(50))
+    check_prompts(families.load(tmp_path), reference, whole_prompts(50))
 
 
 @pytest.mark.parametrize("variant", MULTIMODAL)
 def test_tensors_of_the_vision_tower_are_skipped_and_said(
     variant: str, family_folder: Folder, capsys: pytest.CaptureFixture
 ):
-    model = load(family_folder(variant))
+    model = families.load(family_folder(variant))
     assert not [name for name in model.state_dict() if "vis" in name]
     assert "vis" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [*OF_EACH_FAMILY, *MULTIMODAL])
 def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Folder):
-    source = load(family_folder(variant)).state_dict()
+    source = families.load(family_folder(variant)).state_dict()
     converted = convert(family_folder(variant), None)
-    model = load(converted)
+    model = families.load(converted)
     converted.unlink()  # other tests read the files that it was made from
     assert model.state_dict().keys() == source.keys()
     assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
