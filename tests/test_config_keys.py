@@ -47,7 +47,7 @@ SEED = 20261201
 BASES = (
     "llama-linear qwen2-windows qwen3-windows mistral-window ministral-layer-types gemma2 "
     "gemma3-pattern phi3-longrope-window phi4-mini smollm3-windows olmo2-groups olmo3 granite-tied "
-    "starcoder2 stablelm-parallel"
+    "starcoder2 stablelm-parallel nemotron-biases"
 ).split()
 # Keys that change no logits, whatever their sensible values.
 NO_EFFECT: dict[str, list[Any]] = {
