@@ -178,4 +178,4 @@ def environment(hub_url: str, folder: Path) -> dict[str, str]:
 
 def run(command: list[str], url: str, folder: Path) -> subprocess.CompletedProcess:
     env = environment(url, folder)
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=600)
