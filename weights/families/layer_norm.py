@@ -72,6 +72,7 @@ def stablelm_args(config: Config) -> ModelArgs:
     and keys with weights for each head."""
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     channels = equal_share(dim, n_heads)
+    config.refuse("head_dim", [channels], "this family's is hidden_size / num_attention_heads")
     rope = read_rope(config, channels, partial=0.25)
     parallel = config.flag("use_parallel_residual", False)
     return shared_args(

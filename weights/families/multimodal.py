@@ -19,11 +19,13 @@ class Multimodal:
     """What a multimodal model_type says of its language model.
 
     model_type: where text_config has none. tied: tie_word_embeddings where the whole config has
-    none. values: count whatever text_config says.
+    none; inner_tied: whether that of text_config counts, too. values: count whatever text_config
+    says.
     """
 
     model_type: str
     tied: bool
+    inner_tied: bool = False
     values: dict[str, Any] = field(default_factory=dict)
 
 
@@ -39,7 +41,10 @@ def text_values(config: Any) -> Any:
     inner = config.get("text_config") or config | {"model_type": model.model_type}
     values = {"model_type": model.model_type} | Config(inner, "config.json, text_config").values
     tied = config.get("tie_word_embeddings", model.tied)
-    return values | {"tie_word_embeddings": tied} | model.values
+    if model.inner_tied and values.get("tie_word_embeddings"):
+        tied = True
+    masks = {key: config[key] for key in ("is_causal", "per_layer_config") if key in config}
+    return values | {"tie_word_embeddings": tied} | masks | model.values
 
 
 def qwen_vl_args(config: Config) -> ModelArgs:
@@ -48,7 +53,7 @@ def qwen_vl_args(config: Config) -> ModelArgs:
     return qwen2_args(config, theta=1e6, aliases={"mrope": "default"})
 
 
-QWEN_VL = Multimodal("qwen2_5_vl_text", tied=False)
+QWEN_VL = Multimodal("qwen2_5_vl_text", tied=False, inner_tied=True)
 MODELS = {
     # The softcap of the language model is not used, as in transformers.
     "gemma3": Multimodal("gemma3_text", tied=True, values={"final_logit_softcapping": None}),
