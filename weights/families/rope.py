@@ -155,8 +155,6 @@ def read_longrope(config: Config, section: Config, rope: Rope, original: int | N
     if context == 1:
         key = "original_max_position_embeddings"
         raise ValueError(f"{section.where}: '{key}' is 1 and must be more")
-            f"{section.where}: 'original_max_position_embeddings' is 1, and must be more"
-        )
     factor = section.number("factor", None, null=None) or longest / context
     default = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
     return replace(
