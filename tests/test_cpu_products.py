@@ -25,7 +25,7 @@ from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
 from kernels.cpu import build
 from layers.basic import Linear
-from layers.kv_cache import sdpa_attention
+from layers.kv_cache import attend_capped, sdpa_attention
 from load import random_model
 from quant.linear import (
     GROUP_SIZES,
@@ -518,6 +518,37 @@ def test_attention(B: int, G: int, Q: int, E: int, dtype: torch.dtype):
         ours = Q <= 128 and E != 20
         rounding = torch.finfo(dtype).eps * (0.5 if ours else 4) + 2**-20
         assert (found - exact).abs().max() <= exact.abs().max() * rounding
+
+
+@needed
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "B, G, Q, E", [(3, 2, 1, 64), (2, 4, 8, 256), (1, 2, 129, 16), (1, 1, 2, 20)]
+)
+def test_capped_attention(B: int, G: int, Q: int, E: int, dtype: torch.dtype, softcap: float):
+    """As above, torch computes 129 queries and channels of 20; it rounds the scores, too."""
+    scores = {"scale": 0.7, "softcap": softcap}
+    for S in (1, 48, 333):
+        given = [t.to(dtype) for t in seen(B, G, Q, S, E)]
+        found = torch.ops.gpt_flex.attention(*given, **scores)
+        exact = attend_capped(*(t.double() for t in given), **scores)
+        ours = Q <= 128 and E != 20
+        rounding = torch.finfo(dtype).eps * (0.5 if ours else 4 + softcap) + softcap * 2**-20
+        assert (found - exact).abs().max() <= exact.abs().max() * rounding
+
+
+@needed
+def test_capped_scores_may_be_infinite():
+    """One of 1e38 * 1e38, and of the opposite sign, count as the cap; a NaN query stays NaN."""
+    q = torch.full((1, 1, 2, 16), 1e38)
+    k = torch.tensor([1e38, -1e38, 0.0]).view(1, 1, 3, 1).repeat(1, 1, 1, 16)
+    v, mask = torch.randn(1, 1, 3, 16), torch.zeros(1, 1, 2, 3)
+    q[0, 0, 1, 3] = torch.nan
+    found = torch.ops.gpt_flex.attention(q, k, v, mask, softcap=2.0)
+    weights = torch.tensor([2.0, -2.0, 0.0]).softmax(0)
+    assert (found[0, 0, 0] - weights @ v[0, 0]).abs().max() < 1e-5
+    assert found[0, 0, 1].isnan().all()
 
 
 @needed
