@@ -24,9 +24,11 @@ from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
 from kernels.cpu import build
+from layers.args import LayerType, ModelArgs, Rope
 from layers.basic import Linear
 from layers.kv_cache import attend_capped, sdpa_attention
 from load import random_model
+from model import Transformer
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -576,6 +578,29 @@ def test_models_attend_by_it_where_it_is_faster(
     wanted = cpu_products.kernel_attention if ours else sdpa_attention
     assert cache.attention is wanted
     assert cache.first(1).attention is wanted
+
+
+@needed
+def test_a_model_with_windows_and_a_softcap_attends_by_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_products, "multiplies_bfloat16", lambda: False)
+    args = ModelArgs(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=40,
+        context=80, embed_dim=64, layer_types=(LayerType(Rope(32), window=5), LayerType(Rope(32))),
+        attention_softcap=1.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(args).bfloat16()
+    for parameter in model.parameters():
+        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.2)
+    tokens, pos = torch.randint(40, (2, 30)), torch.arange(30).expand(2, 30)
+
+    def logits() -> Tensor:
+        return model(tokens, pos, torch.arange(30), model.make_caches(2, 40))
+
+    wanted = logits()
+    cpu_products.use_fast_attention(model)
+    assert model.make_caches(1, 40)[0].attention is cpu_products.kernel_attention
+    assert (logits() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 @needed
