@@ -76,6 +76,8 @@ def generate(
     batch = Batch(texts, counts, ends, live, lm.model.args.recompute_after)
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
+    if past <= (lm.model.args.recompute_after or 0) < max(map(len, texts)):
+        past = 0  # the caches have the rotary positions for shorter texts
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]

@@ -7,6 +7,7 @@ torch, which takes seconds: a wrong option is reported without delay.
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
@@ -163,6 +164,17 @@ def window(text: str) -> float:
     value = float(text)
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Convert an object in JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object, as {{"key": true}}')
     return value
 
 

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 # Options that change the generated texts, in addition to those of GenerationConfig. The file of
 # --output records them, so that a rerun does not mix texts of different options.
 TEXT_OPTIONS = (
-    "chat system dtype kv_dtype num_samples compress_weight attn_sparsity flash random_mode".split()
-)
+    "chat system chat_template_kwargs dtype kv_dtype num_samples compress_weight attn_sparsity "
+    "flash random_mode"
+).split()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -149,7 +150,7 @@ def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
     if args.interactive:
         from cli.interactive import ChatMode
 
-        return ChatMode(args.system)
+        return ChatMode(args.system, args.chat_template_kwargs)
     if args.bench:
         from cli.benchmark import BenchMode
 

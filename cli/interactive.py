@@ -24,11 +24,11 @@ from text.tokenizer import Tokenizer
 class ChatMode:
     """A Mode (session.py) that answers messages from the terminal until the input ends.
 
-    system: the system message, or None.
+    system: the system message, or None. variables: of the chat template.
     """
 
-    def __init__(self, system: str | None):
-        self.system = system
+    def __init__(self, system: str | None, variables: dict[str, Any]):
+        self.system, self.variables = system, variables
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """Returns the length of one prompt that, with its answer of `new` tokens, fills the
@@ -49,7 +49,8 @@ class ChatMode:
         caches = lm.make_caches(1, positions)
         session.compile(caches)
         length = caches[0].length  # make_caches has rounded the positions up
-        conversation = chat.Conversation(lm.tokenizer, length, config.max_new_tokens, self.system)
+        given = length, config.max_new_tokens, self.system, self.variables
+        conversation = chat.Conversation(lm.tokenizer, *given)
         chat.chat(conversation, answerer(session, conversation, caches))
 
 

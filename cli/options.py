@@ -25,6 +25,7 @@ from cli.arguments import (
     count,
     count_or_auto,
     documents,
+    json_object,
     nbytes,
     pair,
     percentage,
@@ -64,7 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.stop = tuple(args.stop) or None
     args.logit_bias = args.logit_bias or None
-    args.chat = args.chat or bool(args.system and not args.interactive)
+    of_chats = args.system or args.chat_template_kwargs
+    args.chat = args.chat or bool(of_chats and not args.interactive)
     if args.compress_cache:
         args.kv_dtype = "int4"
     check_rules(parser, vars(args), OPTION_RULES)
@@ -133,6 +135,8 @@ def text_options(add: Add) -> None:
     add("--interactive", action="store_true", help="chat in the terminal")
     add("--chat", action="store_true", help="prompts are messages: apply the chat template")
     add("--system", help="system message for --interactive or --chat; implies --chat")
+    help = 'variables of the chat template, as {"enable_thinking": false}; implies --chat'
+    add("--chat_template_kwargs", type=json_object, default={}, metavar="JSON", help=help)
 
 
 def sampling_options(add: Add) -> None:

@@ -158,7 +158,8 @@ def encoded_prompts(
     vocab_size. Raises ValueError if it is no number.
     """
     if options.chat:
-        return [(prompt, chat.prompt_ids(tokenizer, prompt, options.system)) for prompt in prompts]
+        given = options.system, options.chat_template_kwargs
+        return [(prompt, chat.prompt_ids(tokenizer, prompt, *given)) for prompt in prompts]
     if not options.random_tokens:
         return [(prompt, tokenizer.encode(prompt)) for prompt in prompts]
     if not_numbers := [prompt for prompt in prompts if not prompt.isdecimal()]:

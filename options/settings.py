@@ -8,7 +8,7 @@ device, host and disk, and the rows (texts of a batch) into micro-batches. Ranks
 run one model together.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -137,6 +137,7 @@ class PromptOptions(FromArguments):
     num_samples: int = 1
     chat: bool = False  # apply the chat template
     system: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     random_tokens: bool = False  # a prompt is a number of random tokens
     seed: int | None = None
 

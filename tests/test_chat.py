@@ -23,7 +23,7 @@ from text.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{{ end or '' }}{% endif %}"
 )
 
 
@@ -38,6 +38,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_ids_are_the_templates(tokenizer: Tokenizer):
     conversation = Conversation(tokenizer, max_length=400, max_new_tokens=50, system="Be kind.")
     ids, held = conversation.ask("Hello!")
+    variables = {"end": "!"}
+    other = Conversation(tokenizer, 400, 50, "Be kind.", variables).ask("Hello!")[0]
+    assert tokenizer.decode(other) == tokenizer.decode(ids) + "!"
     assert tokenizer.decode(ids) == "[system] Be kind.\n[user] Hello!\n[assistant]"
     assert held == 0
     conversation.add_answer(ids, tokenizer.encode(" Hi.", bos=False), " Hi.")
@@ -303,6 +306,7 @@ def test_a_prompt_by_the_template(tokenizer: Tokenizer):
 
     assert text("Hi") == "[user] Hi\n[assistant]"
     assert text("Hi", "Be kind.") == "[system] Be kind.\n[user] Hi\n[assistant]"
+    assert text("Hi", None, {"end": "!"}) == "[user] Hi\n[assistant]!"
     roles = ["system", "user", "assistant", "user"]
     messages = [{"role": role, "content": role[0]} for role in roles]
     expected = "[system] s\n[user] u\n[assistant] a\n[user] u\n[assistant]"

@@ -156,6 +156,7 @@ def test_another_rank_gives_rank_0_time_to_tell_of_a_mistake():
 def test_chat_is_implied_by_a_system_message():
     assert options.parse_args(["--system", "Be brief."]).chat
     assert not options.parse_args(["--system", "Be brief.", "--interactive"]).chat
+    assert options.parse_args(["--chat_template_kwargs", '{"thinking": false}']).chat
 
 
 def test_the_version_names_the_parts():

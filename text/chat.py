@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from host.log import log
@@ -36,13 +37,19 @@ class Conversation:
     For each turn, call `ask`, let the model generate, and call `add_answer`. max_length: the limit
     on the tokens of prompt and answer together. max_new_tokens: the tokens that are reserved for
     an answer, at most half of max_length. system: the text of a system message, or None.
+    variables: values that the chat template reads, see Tokenizer.chat_text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, max_length: int, max_new_tokens: int, system: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        max_new_tokens: int,
+        system: str | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ):
         """Begin a conversation without messages but the system message; the KV cache is empty."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.variables = tokenizer, variables
         self.max_prompt = max_length - min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []
         self._system_messages = len(self.messages)
@@ -94,7 +101,7 @@ class Conversation:
         their joined texts."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode("".join(m["content"] for m in messages))
-        return self.tokenizer.apply_chat_template(messages)
+        return self.tokenizer.apply_chat_template(messages, **self.variables)
 
 
 def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
@@ -168,18 +175,24 @@ def run_command(command: str, conversation: Conversation) -> None:
         print(f"  {name:8}{text}", file=sys.stderr)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Any, system: str | None = None) -> list[int]:
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: Any,
+    system: str | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
     """Return the ids of a prompt in the chat template, up to the beginning of the model's answer.
 
     prompt: the text of a user's message, or a list of messages (see check_messages). system: the
-    text of a system message; it is added unless the first message is a system message. Raises
-    ValueError for malformed messages, without a template, or if the template rejects the messages.
+    text of a system message; it is added unless the first message is a system message. variables:
+    values that the chat template reads, see Tokenizer.chat_text. Raises ValueError for malformed
+    messages, without a template, or if the template rejects the messages.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     check_messages(messages)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return tokenizer.apply_chat_template(messages)
+    return tokenizer.apply_chat_template(messages, **variables)
 
 
 def template_hint(tokenizer: Tokenizer) -> str | None:

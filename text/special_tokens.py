@@ -32,8 +32,8 @@ Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets
 class TokenizerConfig:
     """The values of the JSON files next to a vocabulary.
 
-    Each method and property raises ValueError, naming the file and the key, if a value has the
-    wrong type.
+    has_decoder: whether tokenizer_config.json has an added_tokens_decoder. Each method and property
+    raises ValueError, naming the file and the key, if a value has the wrong type.
     """
 
     def __init__(self, directory: Path):
@@ -42,7 +42,8 @@ class TokenizerConfig:
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
         self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
-        if self._config.get("added_tokens_decoder") is None:
+        self.has_decoder = self._config.get("added_tokens_decoder") is not None
+        if not self.has_decoder:
             self._overrides = read_config(directory / "special_tokens_map.json")
 
     def flag(self, key: str) -> bool | None:
@@ -56,13 +57,15 @@ class TokenizerConfig:
     def names(self) -> dict[str, str]:
         """The texts of the tokens that the files name, by key: {"eos_token": "</s>", ...}.
 
-        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token and have a text,
-        which chat templates may use.
+        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token, and those of an
+        object under extra_special_tokens, which have a text and which chat templates may use.
         """
         both = self._config | self._overrides
         texts = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
-        others = [key for key in both if key.endswith("_token") and key not in TOKEN_KEYS]
-        return texts | {key: both[key] for key in others if isinstance(both[key], str)}
+        extra = both.get("extra_special_tokens")
+        others = {key: both[key] for key in both if key.endswith("_token")}
+        others |= extra if isinstance(extra, dict) else {}
+        return {key: others[key] for key in others if isinstance(others[key], str)} | texts
 
     def special_texts(self) -> list[str]:
         """Return the texts of the tokens of TOKEN_KEYS that have a text."""
@@ -71,10 +74,13 @@ class TokenizerConfig:
     @cached_property
     def added(self) -> Added:
         """The added tokens as (id, token): first those with an id, in the order of ids, then the
-        tokens under EXTRA_KEYS, whose id is None, without those that already have an id."""
-        extra = self._extra()
-        special = {*self.special_texts(), *(token.content for token in extra)}
+        tokens under EXTRA_KEYS, whose id is None, without those that already have an id. Tokens of
+        TOKEN_KEYS are special, whatever their flag is."""
+        extra, named = self._extra(), self.special_texts()
+        special = {*named, *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
+        for _, token in added:
+            token.special |= token.content in named
         added_texts = {token.content for _, token in added}
         return added + [(None, token) for token in extra if token.content not in added_texts]
 
@@ -91,6 +97,11 @@ class TokenizerConfig:
         """Return vocab_size of config.json, or 0 if it is absent."""
         size = self._other("config.json").get("vocab_size")
         return size if isinstance(size, int) else 0
+
+    def is_qwen(self) -> bool:
+        """Return whether the tokenizer's class or, without one, the model's type is Qwen's."""
+        name = self._config.get("tokenizer_class") or self._other("config.json").get("model_type")
+        return str(name).lower().startswith("qwen")
 
     def chat_template(self) -> str | None:
         """Return the Jinja source of the chat template, or None. It comes from the first of
@@ -126,7 +137,7 @@ class TokenizerConfig:
         texts and ids; added_tokens_decoder has a flag "special" for each token.
         """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
-        if decoder is not None:
+        if self.has_decoder:
             if not isinstance(decoder, dict) or not all(
                 re.fullmatch("[0-9]{1,9}", i) for i in decoder
             ):
@@ -181,7 +192,13 @@ class TokenizerConfig:
         return value
 
     def _other(self, file: str) -> dict[str, Any]:
-        return read_config(self.directory / file)
+        """Return the object in a JSON file. The config.json of a model that reads images, too, has
+        some values of its language model in the object "text_config"; the outer ones count first.
+        """
+        config = read_config(self.directory / file)
+        inner = config.get("text_config") if file == "config.json" else None
+        outer = {key: value for key, value in config.items() if value is not None}
+        return inner | outer if isinstance(inner, dict) else config
 
     def _wrong(
         self, key: str, value: Any, expected: str, file: str = "tokenizer_config.json"

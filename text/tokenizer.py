@@ -15,7 +15,8 @@ The files of a checkpoint often contradict one another. The first valid answer c
 The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.json. bos_token and
 eos_token come from special_tokens_map.json, then from tokenizer_config.json; the former is ignored
 if the latter has an added_tokens_decoder. This order is the order of transformers. There the
-tokenizer determines BOS, because config.json may have a library's default values. The generation
+tokenizer determines BOS, because config.json may have a library's default values; a bos_token of
+null, as Qwen has it, means that the tokenizer has no BOS but that of its vocabulary. The generation
 config determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model
 has it, or if it is the id of <unk> or of an empty text.
 """
@@ -23,6 +24,7 @@ has it, or if it is the id of <unk> or of an empty text.
 import codecs
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from host.files import without_surrogates
 from text import chat_template
@@ -125,32 +127,41 @@ class Tokenizer:
         return TextStream(self._backend, prompt_ids)
 
     def apply_chat_template(
-        self, messages: list[dict], add_generation_prompt: bool = True
+        self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
         """Return the ids of a conversation, [{"role": "user", "content": "Hello"}, ...].
 
-        BOS is present if the template writes it. As in transformers, the names of special tokens
-        become ids in the messages too: check untrusted messages before the call. Raises ValueError
-        if the checkpoint has no template, or if the template fails or rejects the messages.
+        variables: see chat_text. BOS is present if the template writes it. As in transformers, the
+        names of special tokens become ids in the messages too: check untrusted messages before the
+        call. Raises ValueError if the checkpoint has no template, or if the template fails or
+        rejects the messages.
         """
-        text = self.chat_text(messages, add_generation_prompt)
+        text = self.chat_text(messages, add_generation_prompt, **variables)
         return self.encode(text, bos=False, special=True)
 
-    def chat_text(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def chat_text(
+        self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """Return the text that the chat template makes of a conversation, before it is encoded.
 
+        Keys of a message whose value is None are dropped, as in transformers: templates ask whether
+        a message has a key, and OpenAI's interface writes "tool_calls": null.
+
         add_generation_prompt: whether the text ends with the beginning of the model's answer.
-        Raises ValueError if the checkpoint has no template, or if it fails or rejects the messages.
+        variables: further values that the template reads, such as tools=[...] and, for Qwen3 and
+        SmolLM3, enable_thinking=False; JSON must be able to represent them. Raises ValueError if
+        the checkpoint has no template, or if it fails or rejects the messages.
         """
         if self.chat_template is None:
             raise ValueError(
                 "no chat template: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give this model a plain prompt"
             )
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
         # Templates test "tools is none", which is false for an undefined variable.
-        variables |= {"tools": None, "documents": None}
-        return chat_template.render(self.chat_template, self._names | variables)
+        values = {"tools": None, "documents": None} | variables
+        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return chat_template.render(self.chat_template, self._names | values)
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> str | None:
@@ -209,6 +220,8 @@ def find_bos_and_eos(
         [config.ids(file, key) for file in ("generation_config.json", "config.json")]
         for key in ("bos_token_id", "eos_token_id")
     )
+    if config.names.get("bos_token") == "":  # null
+        bos_ids = []
     size = max(backend.vocab_size, config.model_vocab_size())
     bos = first_valid(
         backend, size, named_id(backend, config, "bos_token"), [backend.bos_id], *bos_ids

@@ -32,9 +32,10 @@ def text_values(config: Any) -> Any:
 
     Early configs of Qwen have no text_config: the language model's keys lie beside vision_config.
     """
-    model = MODELS.get(config.get("model_type")) if isinstance(config, dict) else None
-    if model is None:
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in MODELS:
         return config
+    model = MODELS[kind]
     inner = config.get("text_config") or config | {"model_type": model.model_type}
     values = {"model_type": model.model_type} | Config(inner, "config.json, text_config").values
     tied = config.get("tie_word_embeddings", model.tied)

@@ -168,7 +168,7 @@ def trained_context(config: Config, section: Config, original: int | None) -> in
     """Returns the positions of the training. original: of the config itself, or None; it counts
     before that of the section."""
     longest = config.positions("max_position_embeddings")
-    return original or section.positions("original_max_position_embeddings", longest, null=longest)
+    return original or section.positions("original_max_position_embeddings", longest)
 
 
 # Kind -> function of the config, the rope's section, the Rope with dim, theta and kind, and the
