@@ -196,11 +196,9 @@ def use_fast_attention(model: Transformer) -> None:
     made. With one query head for each key/value head the kernel is faster. With 2 to MAX_SHARING it
     is faster only on CPUs that do not multiply bfloat16. With more, PyTorch's attention stays: a
     verify pass would have more queries than the kernel takes, and must give the same bits as single
-    steps. It also stays for scores with a softcap, which the kernel lacks.
+    steps.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
-    if model.args.attention_softcap is not None:
-        return
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):
         kernels = {"attention": kernel_attention, "window_attention": kernel_attention}
         model.cache_factory = replace(model.cache_factory, **kernels)
@@ -213,5 +211,5 @@ def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Te
     pos: not used. Returns (B, T, H, E).
     """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
-    attention = partial(torch.ops.gpt_flex.attention, scale=cache.scores.scale)
+    attention = partial(torch.ops.gpt_flex.attention, **cache.scores._asdict())
     return grouped_attention(attention, q, k, v, mask)

@@ -2,9 +2,9 @@
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
 This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
-before a quantised linear with the linear, and makes kernel_attention the attention of
-model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its input first. It
-saves the launch of a kernel; for more than one row, norm and gate run as before.
+before a quantised linear with the linear, and makes kernel_attention and masked_attention the
+attention of model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its
+input first. It saves the launch of a kernel; for more than one row, norm and gate run as before.
 
 Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible
 positions, H query heads, G key/value heads, E head_dim.
@@ -14,6 +14,7 @@ import functools
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
-from layers.kv_cache import KVCache, grouped_attention
+from layers.kv_cache import KVCache, attend_capped, grouped_attention
 from model import GatedFeedForward, SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
 # Limit on T * H / G, new tokens times query heads per key/value head: above it, PyTorch is faster.
 MAX_KERNEL_ROWS = 64
+MAX_KERNEL_NUMBERS = 64 * 128  # the same times E: more do not fit the registers of a program
 
 
 class OneRowLinear(Linear):
@@ -105,15 +107,15 @@ def replace_layers(model: Transformer) -> None:
 
     Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList:
     streamed layers (offload.py) stay unfused. Caches that the model makes later use
-    kernel_attention, which knows no softcap, and no sliding window: PyTorch computes these.
+    kernel_attention, or masked_attention in layers with a sliding window.
     """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
-    if model.args.attention_softcap is None:
-        model.cache_factory = replace(model.cache_factory, attention=kernel_attention)
+    kernels = {"attention": kernel_attention, "window_attention": masked_attention}
+    model.cache_factory = replace(model.cache_factory, **kernels)
 
 
 def fuse_prologues(layer: nn.Module) -> None:
@@ -137,7 +139,7 @@ def takes_prologue(linear: nn.Module) -> bool:
     return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
 
 
-def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None) -> Tensor:
     """Compute attention for KVCache.attention (type CacheAttention); see attend_on_gpu.
 
     q: (B, T, H, E). pos: (B, T), the positions of the queries. The mask must be causal: the Triton
@@ -147,9 +149,14 @@ def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Te
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
     extra = [cache.get_buffer(name) for name in names]
-    bits = cache.bits if quantized else 16
-    scale = cache.scores.scale or 1 / math.sqrt(q.shape[-1])
-    return torch.ops.gpt_flex.attend(q, cache.k, cache.v, extra, mask, pos, bits, scale)
+    scale, softcap = cache.scores.scale or 1 / math.sqrt(q.shape[-1]), cache.scores.softcap
+    return torch.ops.gpt_flex.attend(q, cache.k, cache.v, extra, mask, pos, scale, softcap)
+
+
+def masked_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+    """Compute attention as kernel_attention does, for any mask: a layer with a sliding window has
+    slots in an order of its own. pos is not used."""
+    return kernel_attention(cache, q, mask, None)
 
 
 def attend_on_gpu(
@@ -158,37 +165,44 @@ def attend_on_gpu(
     v: Tensor,
     extra: list[Tensor],
     mask: Tensor,
-    pos: Tensor,
-    bits: int,
+    pos: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Compute attention of queries, (B, T, H, E), over a cache. Returns (B, T, H, E).
 
-    Up to MAX_KERNEL_ROWS queries for each key/value head: by a Triton kernel, which reads the cache
-    as it is stored and computes causal attention from pos, (B, T). More: by PyTorch with the mask,
-    on a dequantised cache. The choice is made inside the operator, so that one compiled graph is
-    right for any number of tokens. k, v: (B, positions, G, E), or of a quantised cache the bytes,
-    (B, positions, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a quantised cache,
-    else empty. mask: causal; its last size is S, the visible positions. bits: 4, 8, or 16 for a
-    dense cache of any float dtype.
+    Few queries for each key/value head: by a Triton kernel, which reads the cache as it is stored.
+    More: by PyTorch, on a dequantised cache. The choice is made inside the operator, so that one
+    compiled graph is right for any number of tokens. k, v: (B, positions, G, E), or of a quantised
+    cache the bytes, (B, positions, G, E*bits/8). extra:
+    k_scales, k_lows, v_scales and v_lows of a quantised cache, else empty. mask: (B, 1, R*T, S),
+    0 or -inf, the same for all heads; S visible positions. pos: (B, T), from which the kernel
+    computes a causal mask faster than it reads one; None: the mask is another one. scale, softcap:
+    see Scores.
     """
     from kernels.gpu import launch  # imports Triton
 
-    S, (T, H), G = mask.shape[-1], q.shape[1:3], k.shape[2]
-    if T * H // G <= MAX_KERNEL_ROWS:
-        return launch.attend(q.contiguous(), k, v, extra, pos.contiguous(), S, bits, scale)
+    S, (_, T, H, E), (G, width) = mask.shape[-1], q.shape, k.shape[2:]
+    rows = T * H // G
+    if rows <= MAX_KERNEL_ROWS and rows * E <= MAX_KERNEL_NUMBERS:
+        given = mask.contiguous(), None if pos is None else pos.contiguous()
+        return launch.attend(q.contiguous(), k, v, extra, *given, scale, softcap)
     k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or (B, S, G, E*bits/8) bytes
     if extra:
         k_scales, k_lows, v_scales, v_lows = (t[:, :S] for t in extra)
+        bits = 8 * width // E
         k = dequantize(k, k_scales, k_lows, bits, q.dtype)
         v = dequantize(v, v_scales, v_lows, bits, q.dtype)
-    attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
+    if softcap is None:
+        attention = partial(F.scaled_dot_product_attention, scale=scale)
+    else:
+        attention = partial(attend_capped, scale=scale, softcap=softcap)
     return grouped_attention(attention, q, k, v, mask).contiguous()
 
 
 gpu.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor pos, int bits, "
-    "float scale) -> Tensor",
+    "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor? pos, float scale, "
+    "float? softcap) -> Tensor",
     attend_on_gpu,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )

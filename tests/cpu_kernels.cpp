@@ -138,12 +138,18 @@ void dense_case(Random& random, const char* name) {
   print(name, M, N, K, 0, y), print(name, M, N, K, 0, alone);
 }
 
-// Computes all heads together, then one query of each head alone; prints both.
+// Computes all heads together, then one query of each head alone; prints both. In half of the cases
+// the scores have a softcap, in a third of these a query is NaN.
 template <class T>
 void attention_case(Random& random, const char* name) {
   const int64_t B = 1 + random.below(2), G = 1 + random.below(4), Q = 1 + random.below(9);
   const int64_t S = 1 + random.below(200), E = kStrip * (1 + random.below(4)), row = S * G * E;
-  const auto q = random_values<T>(random, B * G * Q * E), k = random_values<T>(random, B * row);
+  const int exponent = static_cast<int>(random.below(24)) - 4;
+  const float softcap = exponent < 8 ? std::ldexp(1.f, exponent) : 0;
+  auto q = random_values<T>(random, B * G * Q * E);
+  if (softcap != 0 && random.below(3) == 0)
+    q[random.below(B * G * Q * E)] = to_type<T>(std::nanf(""));
+  const auto k = random_values<T>(random, B * row);
   const auto v = random_values<T>(random, B * row);
   std::vector<T> y(B * G * Q * E), alone(y.size()), one(G * E), result(G * E), mask;
   for (int64_t i = 0; i < B * Q; i++) {
@@ -151,14 +157,14 @@ void attention_case(Random& random, const char* name) {
     for (int64_t s = 0; s < S; s++) mask.push_back(to_type<T>(s > last ? kMasked : 0.f));
   }
   Attention<T> all{G, Q, S, E, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
-                   mask.data(), y.data(), random.uniform()};
+                   mask.data(), y.data(), random.uniform(), softcap};
   attend_heads(all, 0, B * G);
   for (int64_t i = 0; i < B * Q; i++) {
     const int64_t b = i / Q, first = (b * G * Q + i % Q) * E;
     for (int64_t g = 0; g < G; g++)
       std::copy_n(&q[first + g * Q * E], E, &one[g * E]);
     Attention<T> single{G, 1, S, E, one.data(), all.k, all.v, &mask[i * S], result.data(),
-                        all.scale};
+                        all.scale, softcap};
     single.k.data += b * row, single.v.data += b * row;
     attend_heads(single, 0, G);
     for (int64_t g = 0; g < G; g++)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ from kernels import gpu
 from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
-from layers.args import ModelArgs
-from layers.kv_cache import KVCache, grouped_attention
+from layers import kv_cache
+from layers.args import LayerType, ModelArgs, Rope
+from layers.kv_cache import KVCache, attend_capped, grouped_attention, hidden_keys
 from load import find_cache
 from model import Transformer
 from quant.kv_cache import QuantizedKVCache
@@ -179,37 +181,67 @@ def products(seed: int, cases: int) -> None:
                 assert not mine[~finite].isfinite().any()
 
 
-def check_attention(B: int, T: int, R: int, G: int, E: int, S: int, bits: int) -> None:
+def filled_cache(B: int, S: int, G: int, E: int, bits: int) -> KVCache:
+    """A cache with S random positions, and some without numbers after them."""
     shape = B, S + 9, G, E
     if bits == 16:
         cache = KVCache(shape, torch.float32, DEVICE)
     else:
         cache = QuantizedKVCache(shape, torch.float32, DEVICE, bits)
-    everywhere = torch.arange(S).expand(B, S)
-    cache.store(everywhere, torch.randn(B, S, G, E), torch.randn(B, S, G, E))
-    ends = torch.randint(0, S - T + 1, (B, 1))
+    cache.store(torch.arange(S).expand(B, S), torch.randn(B, S, G, E), torch.randn(B, S, G, E))
+    return cache
+
+
+def damage(cache: KVCache, unseen: Tensor) -> None:
+    """Replace what the cache holds in some slots, (B, S) bool, by NaN."""
+    for buffer in cache.buffers():
+        if buffer.is_floating_point():
+            buffer[:, : unseen.shape[1]][unseen] = math.nan
+
+
+def hidden_slots(kind: str, B: int, T: int, S: int) -> tuple[Tensor, Tensor | None]:
+    """Which slots each query does not see, (B, T, S) bool, and in causal attention the positions of
+    the queries, (B, T). The other kind is a ring of S slots, which may have gone round."""
+    ends = torch.randint(0, 2 * S if kind == "ring" else S - T + 1, (B, 1))
     ends[0] = S - T
     pos = (ends + torch.arange(T)).contiguous()  # (B, T)
+    if kind == "causal":
+        return hidden_keys(pos, torch.arange(S), None), pos
+    newest = pos.amax(1, keepdim=True)  # (B, 1)
+    keys = newest - (newest - torch.arange(S)) % S  # (B, S)
+    return hidden_keys(pos, keys, random.choice([1, S - T + 1])), None
+
+
+def check_attention(
+    kind: str, softcap: float | None, B: int, T: int, R: int, G: int, E: int, S: int, bits: int
+) -> None:
+    case = kind, softcap, B, T, R, G, E, S, bits
+    cache, (hidden, pos) = filled_cache(B, S, G, E, bits), hidden_slots(kind, B, T, S)
+    mask = torch.zeros(B, T, S).masked_fill(hidden, -math.inf).repeat(1, R, 1).unsqueeze(1)
     q = torch.randn(B, T, G * R, E)
-    mask = torch.zeros(B, T, S).masked_fill(torch.arange(S) > pos.unsqueeze(-1), -math.inf)
-    mask = mask.repeat(1, R, 1).unsqueeze(1)  # (B, 1, R*T, S)
-    wanted = grouped_attention(F.scaled_dot_product_attention, q, *cache.visible(S), mask)
+    formula = partial(F.scaled_dot_product_attention, scale=0.3)
+    if softcap is not None:
+        formula = partial(attend_capped, scale=0.3, softcap=softcap)
+    wanted = grouped_attention(formula, q, *cache.visible(S), mask)
+    damage(cache, hidden.all(1))
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if bits != 16 else ()
     extra = [cache.get_buffer(name) for name in names]
-    found = launch.attend(q, cache.k, cache.v, extra, pos, S, bits, 1 / math.sqrt(q.shape[-1]))
-    near(found, wanted, 1e-5, wanted.abs().max().item(), (B, T, R, G, E, S, bits))
+    found = launch.attend(q, cache.k, cache.v, extra, mask, pos, 0.3, softcap)
+    near(found, wanted, 1e-5, wanted.abs().max().item(), case)
     assert not launch.arrivals(cache.k.device).any(), "counters are not back at 0"
 
 
 def attend(seed: int, cases: int) -> None:
     for _ in range(cases):
         check_attention(
+            kind=random.choice(["causal", "ring"]),
+            softcap=random.choice([None, 0.5, 50.0]),
             B=random.randint(1, 3),
-            T=random.choice([1, 1, 2, 5]),
-            R=random.choice([1, 2, 4]),
+            T=random.choice([1, 1, 2, 5, 8]),
+            R=random.choice([1, 2, 4, 8]),
             G=random.choice([1, 2]),
             E=random.choice([8, 24, 32, 64, 80]),
-            S=random.choice([6, 64, 70, 129, 300]),
+            S=random.choice([8, 64, 70, 129, 300]),
             bits=random.choice([16, 8, 4]),
         )
 
@@ -234,21 +266,23 @@ def loops(seed: int, cases: int) -> None:
 
 
 SMALL = ModelArgs(
-    dim=64, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=40,
-    context=80, embed_dim=64,
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=40,
+    context=80, embed_dim=64, layer_types=(LayerType(Rope(16)), LayerType(Rope(16), window=9)),
 )  # fmt: skip
 
 
 def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
-    """Of a prompt of 20 tokens, of a step of one token, and of two rows with 2 tokens each."""
+    """Of a prompt of 20 tokens and a step of one token; the same of two rows and 2 tokens each. A
+    last step of 8 tokens goes round the ring of 28 slots."""
     model.cache_factory = replace(model.cache_factory, make=find_cache(kv_dtype))
     key_pos, tokens, found = torch.arange(70), torch.randint(40, (2, 30)), []
     for rows in (1, 2):
         caches = model.make_caches(rows, 70)
         pos = key_pos[:20].expand(rows, 20)
         found.append(model(tokens[:rows, :20], pos, key_pos[:64], caches))
-        pos = key_pos[20 : 20 + rows].expand(rows, rows)
-        found.append(model(tokens[:rows, 20 : 20 + rows], pos, key_pos[:64], caches))
+        for first, last in ((20, 20 + rows), (20 + rows, 28 + rows)):
+            pos = key_pos[first:last].expand(rows, last - first)
+            found.append(model(tokens[:rows, first:last], pos, key_pos[:64], caches))
     return found
 
 
@@ -259,10 +293,9 @@ def model(seed: int, cases: int) -> None:
         for name in ("int4_row", "int8_row", "int4_rows", "int8_rows", "dense_row"):
             torch.library.impl(f"gpt_flex::{name}", "cpu")(getattr(gpu, name))
         torch.library.impl("gpt_flex::attend", "cpu")(gpu_products.attend_on_gpu)
-    dense = Transformer(SMALL).to(DEVICE).eval()  # rotary tables begin on the CPU
-    for parameter in dense.parameters():
-        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.1)
-    for mode, kv_dtype in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
+    kv_cache.WINDOW_SLACK = 19
+    for mode, kv_dtype, softcap in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
+        dense = random_model(replace(SMALL, attention_softcap=softcap))
         whole = quantized_copy(dense, make_scheme(mode)) if mode else dense
         gpu.supports = lambda x: False
         torch.manual_seed(seed)
@@ -272,27 +305,42 @@ def model(seed: int, cases: int) -> None:
         gpu_products.replace_layers(fast)
         torch.manual_seed(seed)
         for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
-            near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype))
+            near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype, softcap))
         if mode:
             assert isinstance(fast.layers[0].attention.wqkv, gpu_products.NormedLinear)
             assert isinstance(fast.layers[0].feed_forward, gpu_products.OneRowFeedForward)
 
 
-CASES_OF_MODEL = (("int4", None), ("int8", "int8"), (None, "int4"), ("int4", "int8"))
+def random_model(args: ModelArgs) -> Transformer:
+    model = Transformer(args).to(DEVICE).eval()  # rotary tables begin on the CPU
+    for parameter in model.parameters():
+        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.1)
+    return model
+
+
+# Mode of the weights, dtype of the cache, softcap of the scores.
+CASES_OF_MODEL = (
+    ("int4", None, None),
+    ("int8", "int8", None),
+    (None, "int4", 0.5),
+    ("int4", "int8", None),
+    (None, None, 0.5),
+)
 
 
 ALIGNED = [["tt.divisibility", 16]]
 INTEGERS = {
-    "N", "K", "C", "M", "W", "T", "G", "Kp", "weight_stride", "scale_stride", "zero_stride",
+    "N", "K", "C", "M", "W", "T", "G", "S", "Kp", "weight_stride", "scale_stride", "zero_stride",
     "x_stride", "batch_stride", "position_stride", "slope_stride", "factor_stride",
     "hessian_stride",
 }  # fmt: skip
+NUMBERS = "factor", "cap", "eps"  # round_kernel's factor is a matrix
 POINTERS = {
     "pairs": "i32", "units": "fp32", "sums": "i32", "zeros": "u8", "bias": "bf16", "out": "bf16",
     "x": "bf16", "parts": "fp32", "arrived": "i32", "tops": "fp32", "q": "bf16", "k": "bf16",
     "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
-    "pos": "i64", "norm": "bf16", "factor": "fp32", "hessian": "fp32", "better": "fp32",
-    "steps": "fp32",
+    "pos": "i64", "mask": "bf16", "norm": "bf16", "factor": "fp32", "hessian": "fp32",
+    "better": "fp32", "steps": "fp32",
 }  # fmt: skip
 
 
@@ -359,13 +407,15 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
         yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
-    for bits, stored in ((16, "bf16"), (8, "u8"), (4, "u8")):
+    for bits, E, rows, causal in itertools.product((16, 8, 4), (128, 256), (16, 32), (True, False)):
         constants = {
-            "R": 4, "E": 128, "BE": 128, "GROUP": 32, "BITS": bits, "BR": 16, "BS": 64, "STEPS": 1,
-            "SPLITS": 3, "DOT": tl.bfloat16, "PDL": pdl,
+            "R": 4, "E": E, "BE": E, "GROUP": 32, "BITS": bits, "BR": rows, "BS": 64, "STEPS": 2,
+            "SPLITS": 3, "DOT": tl.bfloat16, "CAUSAL": causal, "CAPPED": not causal, "PDL": pdl,
         }  # fmt: skip
-        types = {"k": stored, "v": stored}
-        yield f"attention {bits}", attention.attention_kernel, types, constants, 4, 3
+        types = dict.fromkeys("kv", "bf16" if bits == 16 else "u8")
+        name = f"attention {bits} {E} {rows} {'causal' if causal else 'masked'}"
+        warps = launch.attention_warps(E, causal)
+        yield name, attention.attention_kernel, types, constants, warps, 3
 
 
 def compile_all(capability: int) -> None:
@@ -379,7 +429,7 @@ def compile_all(capability: int) -> None:
         for argument in kernel.arg_names:
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument in ("factor", "eps") and not kernel.fn.__name__.startswith("round"):
+            elif argument in NUMBERS and not kernel.fn.__name__.startswith("round"):
                 signature[argument] = "fp32"
             elif argument in INTEGERS and argument not in types:
                 signature[argument] = "i32"

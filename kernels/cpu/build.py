@@ -78,9 +78,9 @@ torch.library.define("gpt_flex::layout", "() -> int[]")
 torch.library.define("gpt_flex::strip_bytes", "(int format, int row_bytes, int block) -> int")
 torch.library.define(
     "gpt_flex::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None, float? softcap=None) -> Tensor",
 )
-torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scale: torch.empty_like(q))
+torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: torch.empty_like(q))
 torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])

@@ -24,18 +24,16 @@ Heads<T> heads_of(const Tensor& t) {
   return {data_of<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-float default_scale(int64_t E) { return 1 / std::sqrt(static_cast<float>(E)); }
-
-// queries: q, contiguous, whose data `data` is.
+// queries: q, contiguous, whose data `data` is. softcap: 0 for none.
 template <class T>
 Tensor attention_of(const T* data, const Tensor& queries, const Tensor& k, const Tensor& v,
-                    const Tensor& mask, std::optional<double> scale) {
+                    const Tensor& mask, double scale, double softcap) {
   const int64_t G = k.size(1), Q = queries.size(2), S = k.size(2), E = k.size(3);
   const Tensor masks = mask.contiguous();
   Tensor y = at::empty(queries.sizes(), queries.options());
   const Attention<T> work{G, Q, S, E, data, heads_of<T>(k), heads_of<T>(v), data_of<T>(masks),
-                          static_cast<T*>(y.mutable_data_ptr()),
-                          scale ? static_cast<float>(*scale) : default_scale(E)};
+                          static_cast<T*>(y.mutable_data_ptr()), static_cast<float>(scale),
+                          static_cast<float>(softcap)};
   const int64_t grain = std::max<int64_t>(1, kGrain / (Q * S * E));
   at::parallel_for(0, k.size(0) * G, grain,
                    [&](int64_t start, int64_t end) { attend_heads(work, start, end); });
@@ -54,16 +52,26 @@ bool fits(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask)
          k.stride(3) == 1 && v.stride(3) == 1;
 }
 
+// Attends by PyTorch's functions; those with a softcap are an operator of layers/kv_cache.py.
+Tensor attention_by_torch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
+                          double scale, std::optional<double> softcap) {
+  if (!softcap) return at::scaled_dot_product_attention(q, k, v, mask, 0, false, scale);
+  using Capped = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double);
+  static const auto capped =
+      c10::Dispatcher::singleton().findSchemaOrThrow("gpt_flex::capped", "").typed<Capped>();
+  return capped.call(q, k, v, mask, scale, *softcap);
+}
+
 // q: (B, G, Q, E). k, v: (B, G, S, E), with channels side by side. mask: (B, 1, Q, S), added to the
-// scores. scale: of the products, by default 1 / sqrt(E). Returns (B, G, Q, E). Leaves other tensors
-// to PyTorch.
+// scores. scale: of the products, by default 1 / sqrt(E). softcap: limits the scaled products, see
+// soft_cap; by default they have none. Returns (B, G, Q, E). Leaves other tensors to PyTorch.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
-                 std::optional<double> scale) {
-  if (!fits(q, k, v, mask))
-    return at::scaled_dot_product_attention(q, k, v, mask, 0, false, scale);
+                 std::optional<double> scale, std::optional<double> softcap) {
+  const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
+  if (!fits(q, k, v, mask)) return attention_by_torch(q, k, v, mask, factor, softcap);
   const Tensor queries = q.contiguous();
   return with_data(queries, [&](const auto* data) {
-    return attention_of(data, queries, k, v, mask, scale);
+    return attention_of(data, queries, k, v, mask, factor, softcap.value_or(0));
   });
 }
 

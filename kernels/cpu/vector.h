@@ -2,11 +2,11 @@
 // of NEON, or sixteen plain numbers. The kernels are written once, in terms of these.
 //
 // Lanes are independent, fma and fnma round once, and the compiler fuses nothing else, so every
-// instruction set gives the same bits. Exceptions: the bits of a NaN, and whether max returns it;
-// AVX-512 BF16 rounds denormals to bfloat16 as 0; the plain form computes fma in double and rounds
-// twice, which changes about one result in 2^29. vector_*.h define the functions for one register;
-// this file extends them to sixteen numbers. GPT_FLEX_SCALAR, a macro, selects the plain form,
-// which is the reference of the others in tests/test_instruction_sets.py.
+// instruction set gives the same bits. Exceptions: the bits of a NaN, and whether max returns one
+// of its first argument; AVX-512 BF16 rounds denormals to bfloat16 as 0; the plain form computes
+// fma in double and rounds twice, which changes about one result in 2^29. vector_*.h define the
+// functions for one register; this file extends them to sixteen numbers. GPT_FLEX_SCALAR, a macro,
+// selects the plain form, which is the reference of the others in tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
 // pairs of 16-bit integers, or four bytes, in place of each number.
@@ -168,8 +168,15 @@ inline Floats operator-(Floats a, Floats b) {
 inline Floats operator*(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return x * y; }, a, b);
 }
+inline Floats operator/(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return x / y; }, a, b);
+}
+// If b is NaN, max and min return NaN.
 inline Floats max(Floats a, Floats b) {
   return each<Floats>([](auto x, auto y) { return native_max(x, y); }, a, b);
+}
+inline Floats min(Floats a, Floats b) {
+  return each<Floats>([](auto x, auto y) { return -native_max(-x, -y); }, a, b);
 }
 inline Ints max(Ints a, Ints b) {
   return each<Ints>([](auto x, auto y) { return native_max(x, y); }, a, b);

@@ -42,6 +42,32 @@ def load_numbers(
 
 
 @triton.jit
+def visible_positions(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return which positions of a block each row attends to, (BR, BS), which of them any row does,
+    (BS,), and whether there is one.
+
+    at: (BR,), with CAUSAL the positions of the rows' queries, -1 for padding rows; else the
+    addresses of their rows of the mask. real: rows that exist. first: the block's first position.
+    """
+    s = first + tl.arange(0, BS)
+    if CAUSAL:
+        visible, last = s[None, :] <= at[:, None], tl.max(at, 0)
+        used, some = s <= last, first <= last
+    else:
+        inside = real[:, None] & (s < S)[None, :]
+        visible = tl.load(at[:, None] + s[None, :], inside, -1) == 0
+        users = tl.sum(visible.to(tl.int32), 0)
+        used, some = users > 0, tl.max(users, 0) > 0
+    return visible, used, some
+
+
+@triton.jit
+def soft_cap(scores, cap):
+    """Return cap * tanh(x) for scores that are 2 * log2(e) * x."""
+    return cap * (1 - 2 / (1 + tl.exp2(scores)))
+
+
+@triton.jit
 def softmax_step(scores, visible, top, sum):
     """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
 
@@ -66,16 +92,19 @@ def attention_kernel(
     k_lows,
     v_scales,
     v_lows,
-    pos,  # (B, T) int64: a query attends to all positions up to its own
+    pos,  # (B, T) int64, with CAUSAL: a query attends to all positions up to its own
+    mask,  # (B, R*T, S), else: 0 where a query attends to a position, -inf elsewhere
     parts,  # (B * G, SPLITS, R*T, E) float32
     tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
     arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after a launch
     out,  # (B, T, H, E)
     T,
     G,
+    S,
     batch_stride,  # from row to row of a cache, in tokens
     position_stride,  # from position to position, in tokens
-    factor,  # of the scores: log2(e) / sqrt(E)
+    factor,  # of the products of queries and keys, see launch.exponents
+    cap,  # of the scores, with CAPPED
     R: tl.constexpr,
     E: tl.constexpr,
     BE: tl.constexpr,  # E rounded up to a power of two
@@ -86,14 +115,16 @@ def attention_kernel(
     STEPS: tl.constexpr,  # blocks of BS positions of a program
     SPLITS: tl.constexpr,
     DOT: tl.constexpr,  # the type in which tensor cores multiply
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend with the queries of a key/value head over a program's share of the positions.
 
-    The grid is (B * G, SPLITS). A program goes over STEPS blocks of BS positions. at: the position
-    of each row's query, -1 for padding rows; last: the largest. top, sum, low and high: the online
-    softmax so far, see softmax_step and store_part. Requires causal attention, and the visible
-    positions within SPLITS * STEPS * BS.
+    The grid is (B * G, SPLITS). A program goes over STEPS blocks of BS positions, and skips those
+    that no row attends to. at: see visible_positions. top, sum, low and high: the online softmax so
+    far, see softmax_step and store_part. Requires the visible positions within SPLITS * STEPS * BS.
+    All heads have the same mask: a row reads that of the first head.
     """
     begin(PDL)
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
@@ -101,34 +132,37 @@ def attention_kernel(
     t, r = row // R, row % R
     real = row < R * T
     wait(PDL)
-    at = tl.load(pos + b * T + t, real, -1)  # (BR,)
-    last = tl.max(at, 0)
+    row_of_mask = (b * R * T + t).to(tl.int64)  # (BR,)
+    at = tl.load(pos + b * T + t, real, -1) if CAUSAL else mask + row_of_mask * S  # (BR,)
     HALVES: tl.constexpr = 2 if BITS == 4 else 1  # int4: even channels, then odd ones
     WIDTH: tl.constexpr = BE // HALVES
     e = tl.arange(0, WIDTH)
     inside = e < E // HALVES
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
-    mask = real[:, None] & inside[None, :]
-    low_q = tl.load(query, mask, 0).to(DOT)  # (BR, WIDTH)
-    high_q = tl.load(query + HALVES - 1, mask, 0).to(DOT)
+    cells = real[:, None] & inside[None, :]
+    low_q = tl.load(query, cells, 0).to(DOT)  # (BR, WIDTH)
+    high_q = tl.load(query + HALVES - 1, cells, 0).to(DOT)
     top = tl.full((BR,), -1e38, tl.float32)
     sum = tl.zeros((BR,), tl.float32)
     low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
     for step in range(STEPS):
         first = (split * STEPS + step) * BS
-        if first <= last:
+        visible, used, some = visible_positions(at, real, first, S, BS, CAUSAL)
+        if some:
             s = first + tl.arange(0, BS)
             token = (b * batch_stride + s * position_stride).to(tl.int64) * G + g
             place = token[:, None] * (E // HALVES) + e[None, :]
             group = token[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
-            filled = (s <= last)[:, None] & inside[None, :]
+            filled = used[:, None] & inside[None, :]
             keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
             scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
             if BITS == 4:
                 keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
                 scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
-            visible = s[None, :] <= at[:, None]  # (BR, BS)
-            weights, shrink, top, sum = softmax_step(scores * factor, visible, top, sum)
+            scores *= factor
+            if CAPPED:
+                scores = soft_cap(scores, cap)
+            weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             weights = weights.to(DOT)
             low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
@@ -137,14 +171,14 @@ def attention_kernel(
                 high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
-        finish(low, high, sum, result, mask, BITS)
+        finish(low, high, sum, result, cells, BITS)
     else:
         part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
-        store_part(parts, tops, part, low, high, top, sum, e, real, mask, E, BITS)
+        store_part(parts, tops, part, low, high, top, sum, e, real, cells, E, BITS)
         tl.debug_barrier()  # all of this program has been stored before it counts as arrived
         if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
             tl.store(arrived + tl.program_id(0), 0)
-            combine(parts, tops, result, e, row, real, mask, R * T, E, BR, WIDTH, BITS, SPLITS)
+            combine(parts, tops, result, e, row, real, cells, R * T, E, BR, WIDTH, BITS, SPLITS)
 
 
 @triton.jit

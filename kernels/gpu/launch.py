@@ -371,56 +371,77 @@ def attend(
     k: Tensor,
     v: Tensor,
     extra: Sequence[Tensor],
-    pos: Tensor,
-    visible: int,
-    bits: int,
+    mask: Tensor,
+    pos: Tensor | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute causal attention of q, (B, T, H, E), over the first `visible` positions of a cache.
+    """Compute attention of q, (B, T, H, E), over the first S positions of a cache.
 
     Returns (B, T, H, E). k, v: (B, positions, G, E), or the bytes (B, positions, G, E*bits/8) of a
-    QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. bits: 4,
-    8, or 16 for a dense cache of any float dtype, where extra is empty. pos: (B, T), the positions
-    of the queries. scale: of the scores. q and pos must be contiguous. For few rows: the R*T query
-    rows of a key/value head are one tile. The positions are divided among `splits` programs, each
-    of `steps` blocks.
+    QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. Of a dense
+    cache, of any float dtype, extra is empty. mask: (B, 1, R*T, S), as that of Transformer.mask.
+    pos: (B, T), the positions of the queries if the mask is causal; the kernel then does not read
+    it. scale, softcap: see Scores. q, mask and pos must be contiguous. For few rows: the R*T query
+    rows of a key/value head are one tile.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
-    R = H // G
-    blocks = triton.cdiv(visible, POSITIONS_PER_STEP)
-    splits = max(1, min(blocks, ATTENTION_PROGRAMS // (B * G)))
-    steps = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, steps)
+    R, bits = H // G, 8 * width // E if extra else 16
+    splits, steps = shares(mask.shape[-1], B * G)
     parts = q.new_empty(B * G, splits, R * T, E, dtype=torch.float32)
     tops = q.new_empty(B * G, splits, R * T, 2, dtype=torch.float32)
     out = torch.empty_like(q)
-    wide = max(16 * (2 if bits == 4 else 1), triton.next_power_of_2(E))
-    group = E // extra[0].shape[-1] if extra else E
     attention.attention_kernel[(B * G, splits)](
         q,
         k,
         v,
         *(extra or (k, k, k, k)),  # placeholders that the kernel does not read
         pos,
+        mask,
         parts,
         tops,
         arrivals(q.device),
         out,
         T,
         G,
+        mask.shape[-1],
         k.stride(0) // (G * width),
         k.stride(1) // (G * width),
-        math.log2(math.e) * scale,
+        *exponents(scale, softcap),
         R=R,
         E=E,
-        BE=wide,
-        GROUP=group,
+        BE=max(16 * (2 if bits == 4 else 1), triton.next_power_of_2(E)),
+        GROUP=E // extra[0].shape[-1] if extra else E,
         BITS=bits,
         BR=max(16, triton.next_power_of_2(R * T)),
         BS=POSITIONS_PER_STEP,
         STEPS=steps,
         SPLITS=splits,
         DOT=TENSOR_CORE_TYPES[q.dtype],
-        **options(q, 4),
+        CAUSAL=pos is not None,
+        CAPPED=softcap is not None,
+        **options(q, attention_warps(E, pos is not None)),
     )
     return out
+
+
+def attention_warps(channels: int, causal: bool) -> int:
+    """Return the warps of a program of the attention kernel. 4 were measured; with these, other
+    masks or wider heads would need more registers than a thread has."""
+    return 4 if causal and channels <= 128 else 8
+
+
+def shares(visible: int, heads: int) -> tuple[int, int]:
+    """Return by how many programs the visible positions of a key/value head are divided, and how
+    many blocks of POSITIONS_PER_STEP positions each has. heads: B * G."""
+    blocks = triton.cdiv(visible, POSITIONS_PER_STEP)
+    splits = max(1, min(blocks, ATTENTION_PROGRAMS // heads))
+    steps = triton.cdiv(blocks, splits)
+    return triton.cdiv(blocks, steps), steps
+
+
+def exponents(scale: float, softcap: float | None) -> tuple[float, float]:
+    """Return the attention kernel's factor and cap, with which scores become powers of 2. The
+    factor of capped scores is that of soft_cap."""
+    base = math.log2(math.e)
+    return (base * scale, 0.0) if softcap is None else (2 * base * scale / softcap, base * softcap)
