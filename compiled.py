@@ -104,7 +104,7 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, key_pos, *at)
         at, lengths = at[:1], at[1:]  # each a list of one tensor, or empty
-        x, inputs = embed(tokens, pos, key_pos, [cache.slots for cache in caches], *lengths)
+        x, inputs = embed(tokens, pos, key_pos, [cache.ring for cache in caches], *lengths)
         for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
             vary_block_inputs(x, *given)
             x = run(layer, x, *given, cache)

@@ -274,7 +274,7 @@ def prefill(
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
     # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
-    if any(cache.slots < cache.length for cache in caches):
+    if any(cache.ring for cache in caches):
         chunk = min(chunk, WINDOW_SLACK)
     logits = None
     for n in range(len(caches)):

@@ -63,7 +63,7 @@ def finite_in_chunk(
 ) -> Tensor:
     """Return, for the embedding, each layer and the head, whether its output is finite: (parts,)
     bool, parts = 2 + layers. The parameters are those of Transformer.forward, with B = 1."""
-    x, inputs = model.embed(tokens, pos, key_pos, [cache.slots for cache in caches])
+    x, inputs = model.embed(tokens, pos, key_pos, [cache.ring for cache in caches])
     found = [x.isfinite().all()]
     for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
         x = layer(x, *given, cache)
