@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from model import Transformer
 from ranks import all_gather_object
 
-CHUNK_TOKENS = 512  # tokens of one forward pass
+CHUNK_TOKENS = WINDOW_SLACK  # tokens of one forward pass: as many as rings take
 
 
 @torch.inference_mode()

@@ -215,6 +215,11 @@ class Transformer(nn.Module):
         counts = Counter(layer.window for layer in self.args.layer_types)
         return sum(n * self.cache_factory.slots(length, window) for window, n in counts.items())
 
+    def has_rings(self, length: int) -> bool:
+        """Returns whether caches of `length` positions are rings in some layers, be they those of
+        another rank: all ranks must read a text in the same steps."""
+        return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
+
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""
         return self.kv_bytes(1)

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from decoding import LoadedModel, Propose, Texts, prefill
-from draft_length import MAX_DRAFT_TOKENS, DraftLengthController
+from decoding import LoadedModel, Propose, Texts, keeps_past, prefill
+from draft_length import DraftLengthController
 from host.memory import check_memory
-from layers.kv_cache import Cache, keeps_past, visible_length
+from layers.kv_cache import Cache, visible_length
 from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
@@ -264,12 +264,15 @@ class ModelDraft:
         In a chat the new text begins with the last one: tokens that the draft's caches hold from
         the last call are not read again. `filled` is the number of these tokens of each row.
         """
-        filled, last = [0] * len(texts), self._latest
+        filled, written, last = [0] * len(texts), 0, self._latest
         caches = self._caches_like(caches)
         if last and last.caches is caches:
-            pairs = zip(last.texts, texts, last.filled, strict=True)
-            filled = [min(len(os.path.commonprefix([a, b])), valid) for a, b, valid in pairs]
-        self._latest = OwnCacheProposer(self.lm, prompts, texts, caches, sampler, filled)
+            rows = zip(last.texts, last.filled, texts, strict=True)
+            # At the position of the old text's last token there may be a rejected draft token.
+            held = ((old[: min(n, len(old) - 1)], new) for old, n, new in rows)
+            filled, written = [len(os.path.commonprefix(pair)) for pair in held], last.written
+        given = self.lm, prompts, texts, caches, sampler
+        self._latest = OwnCacheProposer(*given, filled, written)
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
@@ -430,7 +433,8 @@ class OwnCacheProposer(ModelProposer):
     """A ModelProposer for a draft model with its own caches, which this class fills.
 
     filled: of each row, the number of first positions of its cache that hold its text; the
-    positions after them may hold rejected draft tokens. The constructor prefills the texts.
+    positions after them may hold rejected draft tokens. written: positions that some row has stored
+    since all texts were read from their first tokens. The constructor prefills the texts.
     """
 
     # If all draft tokens are accepted, the draft model has read neither the last of them nor the
@@ -445,9 +449,10 @@ class OwnCacheProposer(ModelProposer):
         caches: Sequence[Cache],
         sampler: Sampler,
         filled: list[int],
+        written: int,
     ):
         super().__init__(lm, prompts, texts, caches, sampler)
-        self.filled = filled
+        self.filled, self.written = filled, written
         self._prefill_missing()
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
@@ -459,6 +464,7 @@ class OwnCacheProposer(ModelProposer):
         draft, drafted = super().__call__(k, live)
         if steps := draft.shape[1]:  # the last draft token is drawn, but not read
             self.filled = [len(text) + steps - 1 for text in self.texts]
+            self.written = max(self.written, *self.filled)
         return draft, drafted
 
     def _prefill_missing(self) -> None:
@@ -472,9 +478,7 @@ class OwnCacheProposer(ModelProposer):
         self.filled = list(map(min, self.filled, targets))
         if any(n - f > 1 for n, f in zip(targets, self.filled, strict=True)):
             texts = [text[:n] for text, n in zip(self.texts, targets, strict=True)]
-            # Draft tokens that were rejected are in the caches, too.
-            written = max(map(len, self.texts)) + MAX_DRAFT_TOKENS
             past = min(self.filled)
-            past = past if keeps_past(self.caches, past, written) else 0
+            past = past if keeps_past(self.lm, self.caches, past, self.written) else 0
             prefill(self.lm, texts, self.caches, past, self._key_pos)
-            self.filled = targets
+            self.filled, self.written = targets, max(self.written if past else 0, *targets)

@@ -36,6 +36,11 @@ class Scores(NamedTuple):
     scale: float | None = None  # multiplies the products; None: 1 / sqrt(E)
     softcap: float | None = None  # limits the scaled products; see soft_cap
 
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """Returns the scores, (..., Q, S), of queries, (..., Q, E), and keys, (..., S, E)."""
+        scores = (q @ k.transpose(-2, -1)) * (self.scale or 1 / math.sqrt(q.shape[-1]))
+        return scores if self.softcap is None else soft_cap(scores, self.softcap)
+
 
 def grouped_attention(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor
@@ -80,7 +85,7 @@ def attend_capped(
 
     mask: (B, 1, Q, S), added after the softcap. Softmax is computed in float32.
     """
-    scores = soft_cap((q @ k.transpose(2, 3)) * scale, softcap) + mask  # (B, G, Q, S)
+    scores = Scores(scale, softcap)(q, k) + mask  # (B, G, Q, S)
     return scores.softmax(-1, dtype=torch.float32).type_as(v) @ v
 
 
@@ -323,16 +328,6 @@ def hidden_keys(pos: Tensor, keys: Tensor, window: int | None) -> Tensor:
         oldest = torch.minimum(pos, keys.amax(-1, keepdim=True)) - window  # (B, T, 1)
         hidden = hidden | (keys <= oldest) | (keys < 0)
     return hidden
-
-
-def keeps_past(caches: Sequence["Cache"], past: int, written: int) -> bool:
-    """Returns whether the caches of all layers still have what the tokens of a text from `past` on
-    see: always, except in a ring that has stored more than WINDOW_SLACK positions beyond past.
-
-    written: positions that the caches have stored, rejected draft tokens included.
-    """
-    rings = any(cache.ring for cache in caches)
-    return not rings or written - past <= WINDOW_SLACK
 
 
 def visible_length(filled: int, most: int) -> int:
