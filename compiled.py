@@ -104,7 +104,7 @@ def compiled_parts(model: Transformer, settings: dict[str, Any]) -> Callable[...
         tokens, pos, *at = map(fresh, (tokens, pos, *at))
         vary_inputs(tokens, pos, key_pos, *at)
         at, lengths = at[:1], at[1:]  # each a list of one tensor, or empty
-        x, inputs = embed(tokens, pos, key_pos, [cache.slots for cache in caches], *lengths)
+        x, inputs = embed(tokens, pos, key_pos, [cache.ring for cache in caches], *lengths)
         for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
             vary_block_inputs(x, *given)
             x = run(layer, x, *given, cache)
@@ -230,8 +230,8 @@ class CudaGraphs:
         """Returns the graphs for a set of caches, by the shapes of the inputs; None for shapes that
         were called once. Adds the set, or makes it the latest, and drops the oldest sets."""
         tensors = [t for c in caches for t in own_buffers(c).values()]
-        # The shape, too: a longer cache may have the address of an earlier, shorter one.
-        key = tensors[0].shape, *(t.data_ptr() for t in tensors)
+        # The shapes, too: a longer cache may have the address of an earlier, shorter one.
+        key = tuple((t.shape, t.data_ptr()) for t in tensors)
         graphs = self.sets.pop(key, {})
         while len(self.sets) >= self.MAX_CACHE_SETS:
             self.sets.pop(next(iter(self.sets)))
@@ -295,21 +295,24 @@ class ReusedCaches:
         # Of each layer: a cache of the same memory, and a reference to the returned cache, which is
         # dead once the caller no longer uses it.
         self.latest: list[tuple[KVCache, weakref.ref[KVCache]]] = []
-        self.shape = 0, 0  # rows and length of the latest caches
+        # Of the latest caches: what made them, their rows and their length.
+        self.factory, self.rows, self.length = None, 0, 0
 
     def __call__(self, lm: Any, batch: int, length: int) -> Sequence[KVCache]:
         """Returns empty caches of `batch` rows and at least `length` positions for the model lm.
 
-        Reuses the memory of the latest ones if the caller has dropped them, they have as many rows,
-        and they are long enough. If they are only dropped, their memory is freed first.
+        Reuses the memory of the latest ones if the caller has dropped them, lm.model.cache_factory
+        is the same, they have as many rows, and they are long enough. If they are only dropped,
+        their memory is freed first.
         """
-        rows, longest = self.shape
+        factory = lm.model.cache_factory  # evaluation/scoring.py makes caches without rings
         unused = all(returned() is None for _, returned in self.latest)
-        if not unused or rows != batch or longest < length:
+        same = (factory, batch) == (self.factory, self.rows)
+        if not (unused and same and length <= self.length):
             if unused:
-                self.latest, self.shape = [], (0, 0)  # free their memory before allocating
+                self.latest = []  # free their memory before allocating
             caches = self.make(lm, batch, length)
-            self.shape = batch, length
+            self.factory, self.rows, self.length = factory, batch, length
         else:
             caches = [shallow_copy(cache) for cache, _ in self.latest]
             for tensor in (t for cache in caches for t in cache.buffers()):

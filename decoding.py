@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from host.memory import check_memory
-from layers.kv_cache import WINDOW_SLACK, Cache, keeps_past, visible_length
+from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from model import Transformer
 from sampling import Sampler
 
@@ -131,14 +131,25 @@ def reusable_tokens(
 ) -> int:
     """Returns how many of the first `past` tokens of a prompt generate need not compute: past or 0.
 
-    past: they are the first ones of an earlier text, too. stored: tokens of that text that the
-    caches have. length: tokens of the prompt. All must be computed again if a ring has lost some
-    that are still seen, or if only one of the two texts is longer than recompute_after.
+    past: they are the first ones of an earlier text, too. stored: the most tokens that the caches
+    have had since all tokens of a text were computed. length: tokens of the prompt. All must be
+    computed again if a ring has lost some that are still seen, or if only one of the two texts is
+    longer than recompute_after.
     """
     limit = lm.model.args.recompute_after or math.inf
     same_positions = (stored > limit) == (length > limit)
-    kept = keeps_past(caches, past, stored + MAX_DRAFT_TOKENS)
+    kept = keeps_past(lm, caches, past, stored + MAX_DRAFT_TOKENS)
     return past if same_positions and kept else 0
+
+
+def keeps_past(lm: LoadedModel, caches: Sequence[Cache], past: int, written: int) -> bool:
+    """Returns whether the caches still have what the tokens of a text from `past` on see: always,
+    except if rings have stored more than WINDOW_SLACK positions beyond past.
+
+    written: positions that have been stored since the text was computed from its first token,
+    those of another text and of rejected draft tokens included.
+    """
+    return written - past <= WINDOW_SLACK or not lm.model.has_rings(caches[0].length)
 
 
 def plain_steps(
@@ -274,7 +285,7 @@ def prefill(
     tokens = torch.tensor(padded, device=lm.device)  # (B, width)
     # Tokens of each row in a chunk.
     chunk = max(1, (lm.prefill_chunk_tokens or PREFILL_TOKENS) // len(prompts))
-    if any(cache.slots < cache.length for cache in caches):
+    if lm.model.has_rings(len(key_pos)):
         chunk = min(chunk, WINDOW_SLACK)
     logits = None
     for n in range(len(caches)):

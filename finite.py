@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from decoding import LoadedModel
-from layers.kv_cache import Cache, visible_length
+from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from model import Transformer
 from ranks import all_gather_object
 
-CHUNK_TOKENS = 512  # tokens of one forward pass
+CHUNK_TOKENS = WINDOW_SLACK  # tokens of one forward pass: as many as rings take
 
 
 @torch.inference_mode()
@@ -63,7 +63,7 @@ def finite_in_chunk(
 ) -> Tensor:
     """Return, for the embedding, each layer and the head, whether its output is finite: (parts,)
     bool, parts = 2 + layers. The parameters are those of Transformer.forward, with B = 1."""
-    x, inputs = model.embed(tokens, pos, key_pos, [cache.slots for cache in caches])
+    x, inputs = model.embed(tokens, pos, key_pos, [cache.ring for cache in caches])
     found = [x.isfinite().all()]
     for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
         x = layer(x, *given, cache)

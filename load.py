@@ -19,6 +19,7 @@ the time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -589,12 +590,15 @@ def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
 
 def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
     """Call each compiled view with the shapes of its steps: decoding of one token and of `widest`,
-    and prefill. widest: the most tokens of a row in a decoding step (above 1 with a draft); 2
-    stands for any number above 1, as one graph serves all of them."""
+    and prefill, each also for texts that are longer than a ring. widest: the most tokens of a row
+    in a decoding step (above 1 with a draft); 2 stands for any number above 1, as one graph serves
+    all of them."""
     key_pos = torch.arange(caches[0].length, device=lm.device)
-    visible = key_pos[: visible_length(2, len(key_pos))]
-    for view, width in ((lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)):
+    filled = {2, *(cache.ring + 1 for cache in caches if cache.ring)}
+    lengths = sorted({visible_length(n, len(key_pos)) for n in filled})
+    steps = (lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)
+    for (view, width), length in itertools.product(steps, lengths):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
             at = (tokens[:, 0], tokens[:, :1]) if view is lm.prefill else ()
-            view(tokens, key_pos[:width].expand_as(tokens), visible, caches, *at)
+            view(tokens, key_pos[:width].expand_as(tokens), key_pos[:length], caches, *at)

@@ -101,8 +101,8 @@ class Transformer(nn.Module):
         prompt, None while tokens are generated. Tokens at and beyond it are padding. Some rotary
         positions depend on it (LengthRope), and so do the caches of layers with a sliding window.
         """
-        slots = [cache.slots for cache in caches]
-        x, inputs = self.embed(tokens, pos, key_pos, slots, lengths)
+        rings = [cache.ring for cache in caches]
+        x, inputs = self.embed(tokens, pos, key_pos, rings, lengths)
         for layer, given, cache in zip(self.layers, inputs, caches, strict=True):
             x = layer(x, *given, cache)
         return self.unembed(x, at)
@@ -112,37 +112,37 @@ class Transformer(nn.Module):
         tokens: Tensor,
         pos: Tensor,
         key_pos: Tensor,
-        slots: Sequence[int],
+        rings: Sequence[int | None],
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionInputs]]:
         """Returns the input of the first layer, (B, T, D), and what each layer needs besides.
 
-        slots: those of each layer's cache. The other parameters are those of forward. compiled.py
-        and finite.py call the parts of forward themselves: embed, the layers, unembed.
+        rings: of each layer's cache, see KVCache. The other parameters are those of forward.
+        compiled.py and finite.py call the parts of forward themselves: embed, the layers, unembed.
         """
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
-        return self.attention_inputs(x, pos, key_pos, slots, lengths)
+        return self.attention_inputs(x, pos, key_pos, rings, lengths)
 
     def attention_inputs(
         self,
         x: Tensor,
         pos: Tensor,
         key_pos: Tensor,
-        slots: Sequence[int],
+        rings: Sequence[int | None],
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionInputs]]:
         """Returns x, (B, T, D), with learned positions added, if the model has any, and the
-        AttentionInputs of each layer. slots: those of each layer's cache. Other parameters: see
-        forward."""
+        AttentionInputs of each layer. rings: of each layer's cache, see KVCache. Other parameters:
+        see forward."""
         x, rotations = self.positions(x, pos, lengths)
         by_rope = dict(zip(self.args.ropes, rotations, strict=True))
-        keys = {}  # window and slots -> mask and slot of each token: those of several layers
+        keys = {}  # window and ring -> mask and slot of each token: those of several layers
         inputs = []
-        for layer, count in zip(self.args.layer_types, slots, strict=True):
-            if (layer.window, count) not in keys:
-                slot, held = slots_and_keys(pos, key_pos, count, lengths)
-                keys[layer.window, count] = self.mask(pos, held, x.dtype, layer.window), slot
-            inputs.append(AttentionInputs(by_rope.get(layer.rope), *keys[layer.window, count]))
+        for layer, ring in zip(self.args.layer_types, rings, strict=True):
+            if (layer.window, ring) not in keys:
+                slot, held = slots_and_keys(pos, key_pos, ring, lengths)
+                keys[layer.window, ring] = self.mask(pos, held, x.dtype, layer.window), slot
+            inputs.append(AttentionInputs(by_rope.get(layer.rope), *keys[layer.window, ring]))
         return x, inputs
 
     def run_layer(self, n: int, block: nn.Module, x: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ class Transformer(nn.Module):
         model's positions must be. For calibration, which has one block in memory at a time.
         """
         B, T, _ = x.shape
-        key_pos, slots = torch.arange(T, device=x.device), [T] * self.args.n_layers
-        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, slots)
+        key_pos, rings = torch.arange(T, device=x.device), [None] * self.args.n_layers
+        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings)
         factory = replace(self.cache_factory, windows=False)
         shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)
         cache = factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
@@ -215,6 +215,11 @@ class Transformer(nn.Module):
         positions."""
         counts = Counter(layer.window for layer in self.args.layer_types)
         return sum(n * self.cache_factory.slots(length, window) for window, n in counts.items())
+
+    def has_rings(self, length: int) -> bool:
+        """Returns whether caches of `length` positions are rings in some layers, be they those of
+        another rank: all ranks must read a text in the same steps."""
+        return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
 
     def kv_bytes_per_token(self) -> int:
         """Returns the bytes of one position in the caches of all layers."""

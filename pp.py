@@ -320,11 +320,11 @@ class BroadcastSampler(Sampler):
 
 class MicroBatchCache:
     """One layer's cache of all rows. parts: the KVCache of each micro-batch, whose rows follow one
-    another. length, slots, device: of each part; rows: of all parts, or fewer after `first`."""
+    another. length, ring, device: of each part; rows: of all parts, or fewer after `first`."""
 
     def __init__(self, parts: Sequence[KVCache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
-        self.slots = parts[0].slots
+        self.ring = parts[0].ring
         self.rows = sum(part.rows for part in parts)
 
     def first(self, count: int) -> "MicroBatchCache":

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from decoding import LoadedModel, Propose, Texts, prefill
-from draft_length import MAX_DRAFT_TOKENS, DraftLengthController
+from decoding import LoadedModel, Propose, Texts, keeps_past, prefill
+from draft_length import DraftLengthController
 from host.memory import check_memory
-from layers.kv_cache import Cache, keeps_past, visible_length
+from layers.kv_cache import Cache, visible_length
 from model import Transformer
 from quant.linear import make_scheme, meta_model, quantized_bytes, quantized_copy
 from sampling import Sampler
@@ -264,12 +264,15 @@ class ModelDraft:
         In a chat the new text begins with the last one: tokens that the draft's caches hold from
         the last call are not read again. `filled` is the number of these tokens of each row.
         """
-        filled, last = [0] * len(texts), self._latest
+        filled, written, last = [0] * len(texts), [0] * len(texts), self._latest
         caches = self._caches_like(caches)
         if last and last.caches is caches:
-            pairs = zip(last.texts, texts, last.filled, strict=True)
-            filled = [min(len(os.path.commonprefix([a, b])), valid) for a, b, valid in pairs]
-        self._latest = OwnCacheProposer(self.lm, prompts, texts, caches, sampler, filled)
+            rows = zip(last.texts, last.filled, texts, strict=True)
+            # At the position of the old text's last token there may be a rejected draft token.
+            held = ((old[: min(n, len(old) - 1)], new) for old, n, new in rows)
+            filled, written = [len(os.path.commonprefix(pair)) for pair in held], last.written
+        given = self.lm, prompts, texts, caches, sampler
+        self._latest = OwnCacheProposer(*given, filled, written)
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
@@ -430,7 +433,8 @@ class OwnCacheProposer(ModelProposer):
     """A ModelProposer for a draft model with its own caches, which this class fills.
 
     filled: of each row, the number of first positions of its cache that hold its text; the
-    positions after them may hold rejected draft tokens. The constructor prefills the texts.
+    positions after them may hold rejected draft tokens. written: of each row, the positions that it
+    has stored since its text was read from the first token. The constructor prefills the texts.
     """
 
     # If all draft tokens are accepted, the draft model has read neither the last of them nor the
@@ -445,9 +449,10 @@ class OwnCacheProposer(ModelProposer):
         caches: Sequence[Cache],
         sampler: Sampler,
         filled: list[int],
+        written: list[int],
     ):
         super().__init__(lm, prompts, texts, caches, sampler)
-        self.filled = filled
+        self.filled, self.written = filled, written
         self._prefill_missing()
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
@@ -459,22 +464,30 @@ class OwnCacheProposer(ModelProposer):
         draft, drafted = super().__call__(k, live)
         if steps := draft.shape[1]:  # the last draft token is drawn, but not read
             self.filled = [len(text) + steps - 1 for text in self.texts]
+            self.written = list(map(max, self.written, self.filled))
         return draft, drafted
 
     def _prefill_missing(self) -> None:
         """Prefill the tokens that the caches lack, up to the last token of each text.
 
         Skipped if no row lacks more than one of them: the first draft step reads the last two
-        tokens of each text. All rows are read from the smallest number in `filled` on.
+        tokens of each text. All rows are read from the smallest number in `filled` on, or from
+        their first tokens if a ring has lost what later ones see.
         """
         targets = [min(len(text) - 1, len(self._key_pos)) for text in self.texts]
         # Positions from the text's last token on may hold rejected draft tokens.
         self.filled = list(map(min, self.filled, targets))
-        if any(n - f > 1 for n, f in zip(targets, self.filled, strict=True)):
+        lacking = any(n - f > 1 for n, f in zip(targets, self.filled, strict=True))
+        if lacking or not self._keep_past(self.filled):
             texts = [text[:n] for text, n in zip(self.texts, targets, strict=True)]
-            # Draft tokens that were rejected are in the caches, too.
-            written = max(map(len, self.texts)) + MAX_DRAFT_TOKENS
             past = min(self.filled)
-            past = past if keeps_past(self.caches, past, written) else 0
+            past = past if self._keep_past([past] * len(texts)) else 0
             prefill(self.lm, texts, self.caches, past, self._key_pos)
-            self.filled = targets
+            before = self.written if past else targets
+            self.filled, self.written = targets, list(map(max, before, targets))
+
+    def _keep_past(self, past: list[int]) -> bool:
+        """Returns whether the caches have what each row's tokens from its position `past` on see;
+        see keeps_past."""
+        rows = zip(past, self.written, strict=True)
+        return all(keeps_past(self.lm, self.caches, *row) for row in rows)

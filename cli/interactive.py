@@ -6,6 +6,7 @@ tokens of the conversation so far, so that only new ones are computed.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cli.session import Session
@@ -49,7 +50,8 @@ class ChatMode:
         caches = lm.make_caches(1, positions)
         session.compile(caches)
         length = caches[0].length  # make_caches has rounded the positions up
-        given = length, config.max_new_tokens, self.system, self.variables
+        reusable = partial(reusable_tokens, lm, caches)
+        given = length, config.max_new_tokens, self.system, self.variables, reusable
         conversation = chat.Conversation(lm.tokenizer, *given)
         chat.chat(conversation, answerer(session, conversation, caches))
 
@@ -69,11 +71,9 @@ def answerer(
     Its parameters: ids of the whole conversation; how many of them, from the first on, the caches
     already contain; the function that prints a piece of the answer's text.
     """
-    stored = 0  # tokens of the last turn that the caches have
 
     def answer(ids: list[int], cached: int, show: Callable[[int, str], None]) -> Completion:
         """Generate an answer; Ctrl-C ends it early, without an error."""
-        nonlocal stored
         (completion,) = complete(
             session.lm,
             [ids],
@@ -81,13 +81,12 @@ def answerer(
             # The number of the random stream: each answer has its own.
             rows=[len(conversation.messages)],
             caches=caches,
-            past=reusable_tokens(session.lm, caches, cached, stored, len(ids)),
+            past=cached,
             stats=session.stats,
             interruptible=True,
             on_text=show,
         )
         print(flush=True)
-        stored = len(ids) + max(0, len(completion.ids) - 1)  # not the last one
         return completion
 
     return answer

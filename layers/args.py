@@ -68,6 +68,9 @@ class ModelArgs:
     activation: str = "silu"  # a key of ACTIVATIONS
     positions: str = "rotary"  # a key of POSITIONS
     layer_types: tuple[LayerType, ...] = ()  # of each layer; empty: LayerType() for all
+    # The different windows of the whole model, of which these args may be a part (with_layers);
+    # empty: those of layer_types.
+    windows: tuple[int, ...] = ()
     attention_bias: bool = False  # of wqkv
     wo_bias: bool = False
     mlp_bias: bool = False  # w1, w2, w3
@@ -84,6 +87,9 @@ class ModelArgs:
             object.__setattr__(self, "layer_types", (LayerType(),) * self.n_layers)
         if len(self.layer_types) != self.n_layers:
             raise ValueError(f"{len(self.layer_types)} layer types for {self.n_layers} layers")
+        if not self.windows:
+            windows = {layer.window for layer in self.layer_types if layer.window}
+            object.__setattr__(self, "windows", tuple(sorted(windows)))
 
     def with_layers(self, layers: range) -> "ModelArgs":
         """Returns the args of a model of some of the layers, of consecutive numbers."""

@@ -36,6 +36,11 @@ class Scores(NamedTuple):
     scale: float | None = None  # multiplies the products; None: 1 / sqrt(E)
     softcap: float | None = None  # limits the scaled products; see soft_cap
 
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """Returns the scores, (..., Q, S), of queries, (..., Q, E), and keys, (..., S, E)."""
+        scores = (q @ k.transpose(-2, -1)) * (self.scale or 1 / math.sqrt(q.shape[-1]))
+        return scores if self.softcap is None else soft_cap(scores, self.softcap)
+
 
 def grouped_attention(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor
@@ -80,7 +85,7 @@ def attend_capped(
 
     mask: (B, 1, Q, S), added after the softcap. Softmax is computed in float32.
     """
-    scores = soft_cap((q @ k.transpose(2, 3)) * scale, softcap) + mask  # (B, G, Q, S)
+    scores = Scores(scale, softcap)(q, k) + mask  # (B, G, Q, S)
     return scores.softmax(-1, dtype=torch.float32).type_as(v) @ v
 
 
@@ -113,22 +118,20 @@ class KVCache(nn.Module):
         """Allocate an empty cache.
 
         shape: (B, slots + 1, G, E). attention: how it attends; scores: how attention computes them.
-        length: positions of a text, None: as many as slots.
+        length: positions of a text, None: as many as slots. ring: the slots, if they are fewer than
+        the positions; None: the token at position p is in slot p.
         """
         super().__init__()
         self.attention, self.scores = attention, scores
-        self.length = shape[1] - 1 if length is None else length
+        slots = shape[1] - 1
+        self.length = slots if length is None else length
+        self.ring = slots if slots < self.length else None
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def rows(self) -> int:
         return self.k.shape[0]
-
-    @property
-    def slots(self) -> int:
-        """Slots of each row, without the one for padding."""
-        return self.k.shape[1] - 1
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +202,7 @@ class Cache(Protocol):
 
     rows: int
     length: int  # usable positions of each row
-    slots: int  # as many, or those of a ring
+    ring: int | None  # slots of each row, if they are fewer; see KVCache
     device: torch.device
     row_granularity: int  # rows of a micro-batch: they take as long as one row of it
 
@@ -283,18 +286,18 @@ class CacheFactory:
 
 
 def slots_and_keys(
-    pos: Tensor, key_pos: Tensor, slots: int, lengths: Tensor | None = None
+    pos: Tensor, key_pos: Tensor, ring: int | None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns the slot in which each new token is stored, (B, T), and the positions of the tokens
     in the visible slots, (S,) or (B, S).
 
     pos: (B, T), positions of the new tokens. key_pos: arange over the positions that attention
-    would read of a cache without a window. slots: those of the cache. lengths: (B, 1), tokens of
-    each row's whole prompt, at and beyond which a new token is padding; None: there is no padding.
-    A negative position: the slot is empty. Raises ValueError for so many new tokens that some
-    would replace others that they see.
+    would read of a cache without a window. ring: slots of the cache, see KVCache. lengths: (B, 1),
+    tokens of each row's whole prompt, at and beyond which a new token is padding; None: there is no
+    padding. A negative position: the slot is empty. Raises ValueError for so many new tokens that
+    some would replace others that they see.
     """
-    if len(key_pos) <= slots:
+    if ring is None or len(key_pos) <= ring:
         return pos, key_pos
     # The compiler would take the number of tokens for limited.
     if not torch.compiler.is_compiling() and pos.shape[1] > WINDOW_SLACK + 1:
@@ -302,11 +305,11 @@ def slots_and_keys(
             f"a step has {pos.shape[1]} tokens of a row, and the caches of layers with a sliding "
             f"window take {WINDOW_SLACK + 1} at a time"
         )
-    newest, slot = pos.amax(1, keepdim=True), pos % slots  # (B, 1), (B, T)
+    newest, slot = pos.amax(1, keepdim=True), pos % ring  # (B, 1), (B, T)
     if lengths is not None:
         newest = torch.minimum(newest, lengths - 1)
-        slot = slot.masked_fill(pos >= lengths, slots)
-    return slot, newest - (newest - key_pos[:slots]) % slots  # (B, T), (B, S)
+        slot = slot.masked_fill(pos >= lengths, ring)
+    return slot, newest - (newest - key_pos[:ring]) % ring  # (B, T), (B, S)
 
 
 def hidden_keys(pos: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -325,16 +328,6 @@ def hidden_keys(pos: Tensor, keys: Tensor, window: int | None) -> Tensor:
         oldest = torch.minimum(pos, keys.amax(-1, keepdim=True)) - window  # (B, T, 1)
         hidden = hidden | (keys <= oldest) | (keys < 0)
     return hidden
-
-
-def keeps_past(caches: Sequence["Cache"], past: int, written: int) -> bool:
-    """Returns whether the caches of all layers still have what the tokens of a text from `past` on
-    see: always, except in a ring that has stored more than WINDOW_SLACK positions beyond past.
-
-    written: positions that the caches have stored, rejected draft tokens included.
-    """
-    rings = any(cache.slots < cache.length for cache in caches)
-    return not rings or written - past <= WINDOW_SLACK
 
 
 def visible_length(filled: int, most: int) -> int:

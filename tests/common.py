@@ -1,5 +1,7 @@
 """Values and functions that several test files use: the demo models, texts for them, references."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+
+@contextlib.contextmanager
+def window_slack(tokens: int) -> Iterator[None]:
+    """Let the caches of layers with a sliding window have only so many positions more than it."""
+    names = "layers.kv_cache.WINDOW_SLACK", "decoding.WINDOW_SLACK", "finite.CHUNK_TOKENS"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(name, tokens)
+        yield
 
 
 def complete_ids(

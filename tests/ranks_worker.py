@@ -17,9 +17,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common import window_slack
 
 import tp
 from engine import complete
+from layers.kv_cache import WINDOW_SLACK
 from load import load_model
 from pp import BroadcastSampler
 from ranks import Ranks, join_process_group, leave_process_group
@@ -38,6 +40,7 @@ def answers(
     percent: Sequence[float] | None = None,
     how: dict[str, Any] | None = None,
     lag: float = 0,
+    slack: int = WINDOW_SLACK,
     **options: Any,
 ) -> dict[str, Any]:
     """Return the ids of a batch of distinct prompts, the bytes of the rank's weights and, except
@@ -45,8 +48,22 @@ def answers(
 
     texts: prompts, each as text or as ids. percent: of weights and of the cache on the device and
     in host memory. how: changes to the GenerationConfig of greedy decoding. lag: seconds by which a
-    stage receives tokens late.
+    stage receives tokens late. slack: of the rings of layers with sliding windows.
     """
+    with window_slack(slack):
+        return answered(path, ranks, texts, percent, how, lag, options)
+
+
+def answered(
+    path: str,
+    ranks: Ranks | None,
+    texts: Sequence[str | list[int]],
+    percent: Sequence[float] | None,
+    how: dict[str, Any] | None,
+    lag: float,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what `answers` returns."""
     if percent:
         WG, WC, CG, CC = percent
         options["policy"] = Policy(

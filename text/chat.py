@@ -37,7 +37,10 @@ class Conversation:
     For each turn, call `ask`, let the model generate, and call `add_answer`. max_length: the limit
     on the tokens of prompt and answer together. max_new_tokens: the tokens that are reserved for
     an answer, at most half of max_length. system: the text of a system message, or None.
-    variables: values that the chat template reads, see Tokenizer.chat_text.
+    variables: values that the chat template reads, see Tokenizer.chat_text. reusable:
+    decoding.reusable_tokens for the model and its KV cache: a function of the ids that a prompt
+    shares with the last one, the ids that the KV cache has stored, and the prompt's ids, all as
+    numbers, which returns how many of the first need not be computed again.
     """
 
     def __init__(
@@ -47,13 +50,17 @@ class Conversation:
         max_new_tokens: int,
         system: str | None = None,
         variables: Mapping[str, Any] = MappingProxyType({}),
+        reusable: Callable[[int, int, int], int] = lambda shared, stored, length: shared,
     ):
         """Begin a conversation without messages but the system message; the KV cache is empty."""
         self.tokenizer, self.variables = tokenizer, variables
         self.max_prompt = max_length - min(max_new_tokens, max_length // 2)
         self.messages = [{"role": "system", "content": system}] if system else []
         self._system_messages = len(self.messages)
+        self._reusable = reusable
         self._cached: list[int] = []  # the ids whose keys and values are in the KV cache
+        # The most ids that the KV cache has had since all ids of a prompt were computed.
+        self._stored = 0
         self._reused = 0  # number of ids, from the begin of _cached, that the current turn reuses
 
     def ask(self, text: str) -> tuple[list[int], int]:
@@ -78,7 +85,7 @@ class Conversation:
         self.messages = messages
         common = len(os.path.commonprefix([ids, self._cached]))
         # Prefill must read one id at least, the last one: the answer begins with its logits.
-        self._reused = min(common, len(ids) - 1)
+        self._reused = self._reusable(min(common, len(ids) - 1), self._stored, len(ids))
         return ids, self._reused
 
     def add_answer(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> None:
@@ -90,6 +97,8 @@ class Conversation:
         """
         self.messages.append({"role": "assistant", "content": text})
         self._cached = [*prompt, *ids[:-1]] if ids else [*prompt[: self._reused]]
+        before = self._stored if self._reused else 0
+        self._stored = max(before, len(prompt), len(self._cached))
 
     def reset(self) -> None:
         """Remove all messages but the system message. The KV cache keeps its ids, so the next

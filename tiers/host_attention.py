@@ -74,7 +74,7 @@ class SparseHostAttention(HostAttention):
     """Attention that reads all keys, but values only of the tokens with the highest weights.
 
     It is an approximation, for rows with one new token; the attention of prompts is exact (FlexGen,
-    section 5). share: the share of the tokens so far whose values are read, in (0, 1).
+    section 5). share: the share of the visible tokens whose values are read, in (0, 1).
     """
 
     def __init__(self, cache: KVCache, share: float):
@@ -104,9 +104,9 @@ class SparseHostAttention(HostAttention):
         """
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)
-        scores = q @ k.permute(0, 2, 3, 1) / math.sqrt(q.shape[-1]) + mask  # (B, G, R, S)
-        weights = scores.softmax(-1)
-        count = math.ceil(self._share * (int(pos.max()) + 1))
+        weights = (self._cache.scores(q, k.transpose(1, 2)) + mask).softmax(-1)  # (B, G, R, S)
+        visible = int((mask > -math.inf).sum(-1).max())
+        count = math.ceil(self._share * visible)
         top = weights.sum(2, keepdim=True).topk(count).indices  # (B, G, 1, count), for all R
         top_weights = weights.gather(-1, top.expand(-1, -1, q.shape[2], -1))  # (B, G, R, count)
         index = top.squeeze(2).unsqueeze(-1).expand(-1, -1, -1, v.shape[-1])  # (B, G, count, E)

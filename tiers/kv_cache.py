@@ -369,7 +369,7 @@ class TieredCache:
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
-        self.slots = self.length  # windows are masked, and save no memory
+        self.ring = None  # windows are masked, and save no memory
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache | HostAttention"]:

@@ -215,7 +215,7 @@ class BlockTimer:
         # Any ids do, because times do not depend on the values.
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
         key_pos = torch.arange(positions, device=self.device)
-        x, (inputs,) = model.attention_inputs(x, pos, key_pos, [cache.slots])
+        x, (inputs,) = model.attention_inputs(x, pos, key_pos, [cache.ring])
         return typical(lambda: model.layers[0](x, *inputs, cache), self.device)
 
     def products(self) -> Curve:
