@@ -34,7 +34,7 @@ from checkpoint import Checkpoint
 from decoding import LoadedModel
 from layers.args import ModelArgs
 from layers.kv_cache import KVCache
-from layers.positions import LearnedPositions
+from layers.positions import LearnedPositions, Rotation
 from model import Transformer
 from offload import Stored
 from quant.linear import meta_model
@@ -243,11 +243,13 @@ class SendActivations(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Replaces LearnedPositions, which only the first rank adds: returns x unchanged, and None in
-    place of RoPE's rotation."""
+    """Replaces LearnedPositions, which only the first rank adds: returns x unchanged, and no
+    rotations."""
 
-    def forward(self, x: Tensor, pos: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, None]:
-        return x, None
+    def forward(
+        self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Rotation]]:
+        return x, []
 
 
 class BroadcastSampler(Sampler):
