@@ -174,11 +174,10 @@ def attend_on_gpu(
     Few queries for each key/value head: by a Triton kernel, which reads the cache as it is stored.
     More: by PyTorch, on a dequantised cache. The choice is made inside the operator, so that one
     compiled graph is right for any number of tokens. k, v: (B, positions, G, E), or of a quantised
-    cache the bytes, (B, positions, G, E*bits/8). extra:
-    k_scales, k_lows, v_scales and v_lows of a quantised cache, else empty. mask: (B, 1, R*T, S),
-    0 or -inf, the same for all heads; S visible positions. pos: (B, T), from which the kernel
-    computes a causal mask faster than it reads one; None: the mask is another one. scale, softcap:
-    see Scores.
+    cache the bytes, (B, positions, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a
+    quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos:
+    (B, T), the positions of the queries, if the mask is causal: the kernel then does not read it.
+    scale, softcap: see Scores.
     """
     from kernels.gpu import launch  # imports Triton
 

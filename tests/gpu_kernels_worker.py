@@ -407,7 +407,8 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
         yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
-    for bits, E, rows, causal in itertools.product((16, 8, 4), (128, 256), (16, 32), (True, False)):
+    shapes = (128, 16, True), (256, 16, True), (128, 16, False), (256, 32, False)
+    for bits, (E, rows, causal) in itertools.product((16, 8, 4), shapes):
         constants = {
             "R": 4, "E": E, "BE": E, "GROUP": 32, "BITS": bits, "BR": rows, "BS": 64, "STEPS": 2,
             "SPLITS": 3, "DOT": tl.bfloat16, "CAUSAL": causal, "CAPPED": not causal, "PDL": pdl,

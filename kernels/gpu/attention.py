@@ -6,6 +6,9 @@ values; the last one to finish adds the parts in a fixed order and divides by th
 (flash-decoding; the online softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and
 values are dequantised in registers; no dequantised copy is written to memory.
 
+In causal attention a row sees the positions up to its own. In a layer with a sliding window, whose
+cache may be a ring (layers/kv_cache.py), the kernel reads a mask, which is small beside the keys.
+
 The query heads that share a key/value head, times the new tokens, are the R*T rows of one tile.
 Keys and values of an int4 cache hold two channels in a byte, the even one in the low half. So the
 kernel handles the even channels and the odd ones apart: names with low and high. Other caches have
@@ -62,9 +65,9 @@ def visible_positions(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr
 
 
 @triton.jit
-def soft_cap(scores, cap):
-    """Return cap * tanh(x) for scores that are 2 * log2(e) * x."""
-    return cap * (1 - 2 / (1 + tl.exp2(scores)))
+def limited(scores, cap, CAPPED: tl.constexpr):
+    """Return cap * tanh(x) for scores 2 * log2(e) * x; without CAPPED, return the scores."""
+    return cap * (1 - 2 / (1 + tl.exp2(scores))) if CAPPED else scores
 
 
 @triton.jit
@@ -159,9 +162,7 @@ def attention_kernel(
             if BITS == 4:
                 keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
                 scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
-            scores *= factor
-            if CAPPED:
-                scores = soft_cap(scores, cap)
+            scores = limited(scores * factor, cap, CAPPED)
             weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             weights = weights.to(DOT)

@@ -441,7 +441,6 @@ def shares(visible: int, heads: int) -> tuple[int, int]:
 
 
 def exponents(scale: float, softcap: float | None) -> tuple[float, float]:
-    """Return the attention kernel's factor and cap, with which scores become powers of 2. The
-    factor of capped scores is that of soft_cap."""
+    """Return the attention kernel's factor and cap: its scores are exponents of 2, see limited."""
     base = math.log2(math.e)
     return (base * scale, 0.0) if softcap is None else (2 * base * scale / softcap, base * softcap)
