@@ -212,10 +212,9 @@ def hidden_slots(kind: str, B: int, T: int, S: int) -> tuple[Tensor, Tensor | No
     return hidden_keys(pos, keys, random.choice([1, S - T + 1])), None
 
 
-def check_attention(
-    kind: str, softcap: float | None, B: int, T: int, R: int, G: int, E: int, S: int, bits: int
-) -> None:
-    case = kind, softcap, B, T, R, G, E, S, bits
+def check_attention(kind: str, softcap: float | None, bits: int, **sizes: int) -> None:
+    case = kind, softcap, bits, sizes
+    B, T, R, G, E, S = (sizes[name] for name in "BTRGES")
     cache, (hidden, pos) = filled_cache(B, S, G, E, bits), hidden_slots(kind, B, T, S)
     mask = torch.zeros(B, T, S).masked_fill(hidden, -math.inf).repeat(1, R, 1).unsqueeze(1)
     q = torch.randn(B, T, G * R, E)

@@ -205,7 +205,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
     del tensors["model.layers.0.mlp.up_proj.weight"]
     del tensors["model.layers.0.mlp.down_proj.weight"]
     tensors["model.layers.9.mlp.up_proj.weight"] = torch.ones(1)
-    tensors["model.visual.weight"] = torch.ones(1)
+    tensors["model.other.weight"] = torch.ones(1)
     tensors["model.norm.weight"] = torch.ones(33)
     write_hugging_face(folder, CONFIG, tensors)
     with pytest.raises(ValueError, match="does not fit") as caught:
@@ -214,7 +214,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
     assert "layers.0.feed_forward.w2.weight is missing" in message
     assert "layers.0.feed_forward.w13.weight has shape [40, 32] and should have [80, 32]" in message
     assert "layers.9.feed_forward.w13.weight is not part of the model" in message
-    assert "model.visual.weight is not part of the model" in message
+    assert "model.other.weight is not part of the model" in message
     assert "norm.weight has shape [33] and should have [32]" in message
 
 

@@ -143,10 +143,9 @@ def attention_kernel(
     inside = e < E // HALVES
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     cells = real[:, None] & inside[None, :]
-    low_q = tl.load(query, cells, 0).to(DOT)  # (BR, WIDTH)
-    high_q = tl.load(query + HALVES - 1, cells, 0).to(DOT)
-    top = tl.full((BR,), -1e38, tl.float32)
-    sum = tl.zeros((BR,), tl.float32)
+    # (BR, WIDTH) each
+    low_q, high_q = tl.load(query, cells, 0).to(DOT), tl.load(query + HALVES - 1, cells, 0).to(DOT)
+    top, sum = tl.full((BR,), -1e38, tl.float32), tl.zeros((BR,), tl.float32)
     low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
     for step in range(STEPS):
         first = (split * STEPS + step) * BS
@@ -165,11 +164,12 @@ def attention_kernel(
             scores = limited(scores * factor, cap, CAPPED)
             weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
-            weights = weights.to(DOT)
-            low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
+            low = tl.dot(weights.to(DOT), values.to(DOT), low * shrink, input_precision="ieee")
             if BITS == 4:
                 values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
-                high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
+                high = tl.dot(
+                    weights.to(DOT), values.to(DOT), high * shrink, input_precision="ieee"
+                )
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
         finish(low, high, sum, result, cells, BITS)
