@@ -140,10 +140,8 @@ def attention_kernel(
     HALVES: tl.constexpr = 2 if BITS == 4 else 1  # int4: even channels, then odd ones
     WIDTH: tl.constexpr = BE // HALVES
     e = tl.arange(0, WIDTH)
-    inside = e < E // HALVES
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
-    cells = real[:, None] & inside[None, :]
-    # (BR, WIDTH) each
+    cells = real[:, None] & (e < E // HALVES)[None, :]
     low_q, high_q = tl.load(query, cells, 0).to(DOT), tl.load(query + HALVES - 1, cells, 0).to(DOT)
     top, sum = tl.full((BR,), -1e38, tl.float32), tl.zeros((BR,), tl.float32)
     low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
@@ -155,7 +153,7 @@ def attention_kernel(
             token = (b * batch_stride + s * position_stride).to(tl.int64) * G + g
             place = token[:, None] * (E // HALVES) + e[None, :]
             group = token[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
-            filled = used[:, None] & inside[None, :]
+            filled = used[:, None] & (e < E // HALVES)[None, :]
             keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
             scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
             if BITS == 4:
@@ -163,8 +161,9 @@ def attention_kernel(
                 scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
             scores = limited(scores * factor, cap, CAPPED)
             weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
+            weights = weights.to(DOT)
             values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
-            low = tl.dot(weights.to(DOT), values.to(DOT), low * shrink, input_precision="ieee")
+            low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
             if BITS == 4:
                 values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
                 high = tl.dot(
