@@ -290,7 +290,8 @@ class Chat:
         self.config = dataclasses.replace(GREEDY, max_new_tokens=new_tokens)
         self.draw = random.Random(SEED)
         self.reused: list[tuple[int, int]] = []
-        self.talk = Conversation(Letters(), CONTEXT, new_tokens, self.letters(10), self.reusable)
+        system, given = self.letters(10), {"reusable": self.reusable}
+        self.talk = Conversation(Letters(), CONTEXT, new_tokens, system, **given)
 
     def letters(self, count: int) -> str:
         return Letters().decode([self.draw.randrange(VOCAB) for _ in range(count)])
