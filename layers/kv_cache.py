@@ -223,7 +223,10 @@ class Cache(Protocol):
 
 
 class AttentionCache(Protocol):
-    """The cache of a layer as a block uses it: on the block's device, or on the host."""
+    """The cache of a layer as a block uses it: on the block's device, or on the host.
+
+    Transformer.forward also reads `ring`, int or None, see KVCache.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         """Store k and v, (B, T, G, E), in slots pos, (B, T); return the attention, (B, T, H, E), of

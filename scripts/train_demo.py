@@ -73,7 +73,9 @@ DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
 class NoCache:
     """Stores nothing: training windows begin at position 0, and attention sees them whole. An
-    AttentionCache (model.py)."""
+    AttentionCache (layers/kv_cache.py)."""
+
+    ring = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
         return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
