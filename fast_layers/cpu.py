@@ -32,7 +32,7 @@ from kernels.cpu.build import (
     supported_sets,
     unsupported_reason,
 )
-from layers.basic import Linear, RMSNorm
+from layers.basic import Linear, OffsetRMSNorm, RMSNorm
 from layers.kv_cache import KVCache, grouped_attention
 from model import Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
@@ -133,14 +133,13 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
     meta device stay, as they have no weights to pack. dtype: of the model's activations. Returns
     whether the kernels serve the model, or will serve its linears that are on the meta device now.
-    If not, logs why. With quantised linears it also lets torch.compile fuse the RMS norms, which
-    then may differ in the last bits from eager code.
+    They then compute its RMS norms, too. If not, logs why.
     """
     names = replaceable(model, dtype, large)
     if not names:
         return False
-    quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
     if reason := unsupported_reason(dtype) or build():
+        quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
         log(f"{'quantised' if quantized else 'dense'} layers run slowly here: {reason}")
         return False
     for name in names:  # names, not modules: only one layer is in memory twice
@@ -149,8 +148,8 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
             packs = isinstance(linear, QuantizedLinear)
             model.set_submodule(name, PackedLinear(linear) if packs else DenseLinear(linear))
     for module in model.modules():
-        if quantized and isinstance(module, RMSNorm):
-            module.allow_fusion()
+        if isinstance(module, (RMSNorm, OffsetRMSNorm)):
+            module.fast = True
     return True
 
 

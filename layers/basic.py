@@ -76,24 +76,19 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm. eps: added to the mean square. affine: whether it has a weight. exact: compiled
-    code returns the same bits as eager code."""
+    """RMS norm; compiled code returns the same bits as eager code. eps: added to the mean square.
+    affine: whether it has a weight. fast: whether to call the operator of kernels/cpu."""
 
-    def __init__(self, dim: int, eps: float, affine: bool, exact: bool = True):
+    fast = False
+
+    def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__(dim, eps, affine)
-        self.exact = exact
-
-    def allow_fusion(self) -> None:
-        """Let the compiler fuse this norm with the code around it.
-
-        A decoding step with quantised weights is 7 % faster; the last bits of its result may differ
-        from those of eager code.
-        """
-        self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape of x."""
-        if self.exact and takes_kernel(x):
+        if self.fast:
+            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 0.0)
+        if takes_kernel(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
 
@@ -119,7 +114,10 @@ class OffsetLayerNorm(LayerNorm):
 
 
 class OffsetRMSNorm(nn.Module):
-    """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32."""
+    """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32.
+    fast: see RMSNorm."""
+
+    fast = False
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -127,6 +125,8 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape and dtype of x."""
+        if self.fast:
+            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 1.0)
         compute = torch.ops.gpt_flex.rms_norm if takes_kernel(x) else torch.rms_norm
         factor = 1 + self.weight.float()
         return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)

@@ -13,6 +13,7 @@
 #include "neurons.h"
 #include "pack.h"
 #include "quantized_linear.h"
+#include "rms_norm.h"
 
 namespace {
 
@@ -138,6 +139,17 @@ void dense_case(Random& random, const char* name) {
   print(name, M, N, K, 0, y), print(name, M, N, K, 0, alone);
 }
 
+template <class T>
+void norm_case(Random& random, const char* name) {
+  const int64_t D = 1 + random.below(300);
+  const auto x = random_values<T>(random, D), weight = random_values<T>(random, D);
+  std::vector<T> y(D);
+  const T* factors = random.below(4) ? weight.data() : nullptr;
+  const float offset = static_cast<float>(random.below(2));
+  rms_norm(RmsNorm<T>{D, factors, 1e-6f, offset}, x.data(), y.data());
+  print(name, D, 0, 0, 0, y);
+}
+
 // Computes all heads together, then one query of each head alone; prints both. In half of the cases
 // the scores have a softcap, in a third of these a query is NaN.
 template <class T>
@@ -253,6 +265,8 @@ int main(int, char** arguments) {
     dense_case<BFloat16>(random, "dense_bfloat16"), dense_case<Half>(random, "dense_float16");
     attention_case<BFloat16>(random, "attention"), attention_case<Half>(random, "attention");
     attention_case<float>(random, "attention");
+    norm_case<BFloat16>(random, "norm"), norm_case<Half>(random, "norm");
+    norm_case<float>(random, "norm");
     neurons_case<BFloat16, BFloat16>(random, "neurons");
     neurons_case<Half, Half>(random, "neurons");
     neurons_case<int8_t, BFloat16>(random, "neurons_int8");

@@ -643,9 +643,33 @@ def test_attention_leaves_other_shapes_to_torch():
 
 
 @needed
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("D", [1, 20, 64, 1152])
+def test_rms_norm(D: int, dtype: torch.dtype, offset: float):
+    """Rows apart in memory, with and without a weight; a row has the same bits alone."""
+    generator = torch.Generator().manual_seed(D)
+    x = torch.randn(3, 5, D + 7, generator=generator).to(dtype)[..., :D]
+    for weight in (torch.randn(D, generator=generator).to(dtype), None):
+        found = torch.ops.gpt_flex.fast_rms_norm(x, weight, 1e-5, offset)
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        exact = exact if weight is None else exact * (weight.double() + offset)
+        assert found.dtype == dtype and found.shape == x.shape
+        assert ((found - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 2 + 1e-7).all()
+        alone = torch.ops.gpt_flex.fast_rms_norm(x[1, 2], weight, 1e-5, offset)
+        assert torch.equal(alone, found[1, 2])
+    assert torch.ops.gpt_flex.fast_rms_norm(x[:0], None, 1e-5, offset).shape == (0, 5, D)
+    x[1, 2, 0] = torch.nan
+    lost = torch.ops.gpt_flex.fast_rms_norm(x, None, 1e-5, offset).isnan()
+    assert lost[1, 2].all() and lost.sum() == D
+
+
+@needed
 def test_wrong_arguments_are_refused():
     fast, x = PackedLinear(filled(300, 48, 32, True)), rows(2, 300)
     format, block, N = fast._layout
+    with pytest.raises(RuntimeError, match="a weight not of 300"):
+        torch.ops.gpt_flex.fast_rms_norm(x, torch.ones(300), 1e-5, 0.0)
     for arguments in (
         (x, fast.packed, fast.bias[1:], format, block, N),
         (x, fast.packed, fast.bias, format, 0, N),

@@ -9,6 +9,7 @@ nothing of torch; linear_operators.cpp and layer_operators.cpp share the work be
                       multiplies them, on CPUs with AVX-512 VNNI vnni.h, amx_int8.h or gemm.h
     linear            rows by dense bfloat16 or float16 weights
     attention         attention of up to 128 queries of a key/value head over the KV cache
+    fast_rms_norm     RMS norm of rows
     neurons           feed-forward layers of which few neurons are active (neurons/)
 
 vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h

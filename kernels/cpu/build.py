@@ -81,6 +81,10 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None, float? softcap=None) -> Tensor",
 )
 torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: torch.empty_like(q))
+torch.library.define(
+    "gpt_flex::fast_rms_norm", "(Tensor x, Tensor? weight, float eps, float offset) -> Tensor"
+)
+torch.library.register_fake("gpt_flex::fast_rms_norm")(lambda x, *rest: x.new_empty(x.shape))
 torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,52 @@
+// The RMS norm of one row (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset). Start at
+// rms_norm. The result is computed in float32 and rounded once.
+
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+template <class T>
+struct RmsNorm {
+  int64_t D;        // channels of a row
+  const T* weight;  // (D) or nullptr
+  float eps, offset;
+};
+
+// Loads up to sixteen numbers; the others are 0.
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+  if (count >= kStrip) return load(from);
+  T numbers[kStrip] = {};
+  std::copy_n(from, count, numbers);
+  return load(numbers);
+}
+
+// Stores the first `count` of sixteen numbers, or all.
+template <class T>
+inline void store_some(T* to, int64_t count, const Floats& values) {
+  if (count >= kStrip) return store(to, values);
+  T numbers[kStrip];
+  store(numbers, values);
+  std::copy_n(numbers, count, to);
+}
+
+// Writes the norm of x, (D), to y.
+template <class T>
+void rms_norm(const RmsNorm<T>& norm, const T* x, T* y) {
+  Floats squares = splat(0.f);
+  for (int64_t i = 0; i < norm.D; i += kStrip) {
+    const Floats v = load_some(x + i, norm.D - i);
+    squares = fma(v, v, squares);
+  }
+  const float mean = reduce_add(squares) / static_cast<float>(norm.D);
+  const Floats factor = splat(1 / std::sqrt(mean + norm.eps)), offset = splat(norm.offset);
+  for (int64_t i = 0; i < norm.D; i += kStrip) {
+    Floats v = load_some(x + i, norm.D - i) * factor;
+    if (norm.weight) v = v * (load_some(norm.weight + i, norm.D - i) + offset);
+    store_some(y + i, norm.D - i, v);
+  }
+}
+
+}  // namespace
