@@ -56,7 +56,7 @@ std::vector<T> random_values(Random& random, int64_t count) {
 // Random bytes are valid packed weights, but scales must be finite.
 template <Format F>
 std::vector<uint8_t> random_packed(Random& random, int64_t N, int64_t K, int64_t block) {
-  const int64_t strip = strip_bytes<F>(K * bits(F) / 8, block), spans = K / kSpan;
+  const int64_t strip = strip_bytes<F>(K * bits(F) / 8, block), spans = spans_of(K);
   std::vector<uint8_t> data(N / kStrip * strip);
   for (auto& byte : data) byte = static_cast<uint8_t>(random.next() >> 32);
   for (int64_t n = 0; n < N / kStrip; n++) {
@@ -97,24 +97,25 @@ void print(const char* name, int64_t M, int64_t N, int64_t K, int64_t block,
 template <Format F, class T>
 void quantized_case(Random& random, const char* name) {
   const int64_t M = 1 + random.below(random.below(4) ? 9 : 260), N = kStrip * (1 + random.below(5));
-  const int64_t K = kSpan * (1 + random.below(6));
   const int64_t block = F == kInt8 ? kInt8Block : kChunk << random.below(4);
+  const int64_t inputs = 1 + random.below(6 * kSpan);
+  const int64_t K = strip_inputs<F>((inputs * bits(F) + 7) / 8, block);
   const auto data = random_packed<F>(random, N, K, block);
-  auto x = random_values<T>(random, M * K);
+  auto x = random_values<T>(random, M * inputs);
   const auto bias = random_values<T>(random, N);
   if (random.below(3) == 0)
-    x[random.below(M * K)] = to_type<T>(random.below(2) ? std::nanf("") : -kMasked);
+    x[random.below(M * inputs)] = to_type<T>(random.below(2) ? std::nanf("") : -kMasked);
   const PackedWeights w{data.data(), N, K, block, strip_bytes<F>(K * bits(F) / 8, block)};
   FixedPointRows rows;
   std::vector<T> together(M * N), alone(M * N);
   const void* b = random.below(2) ? bias.data() : nullptr;
-  reserve_rows(M, w, rows), to_fixed_point(x.data(), w, 0, M, rows);
+  reserve_rows(M, w, rows), to_fixed_point(x.data(), inputs, w, 0, M, rows);
   multiply<F>(w, rows, 0, N / kStrip, {together.data(), b, kDtype<T>, M, N});
   for (int64_t m = 0; m < M; m++) {
-    reserve_rows(1, w, rows), to_fixed_point(x.data() + m * K, w, 0, 1, rows);
+    reserve_rows(1, w, rows), to_fixed_point(x.data() + m * inputs, inputs, w, 0, 1, rows);
     multiply<F>(w, rows, 0, N / kStrip, {alone.data() + m * N, b, kDtype<T>, 1, N});
   }
-  print(name, M, N, K, block, together), print(name, M, N, K, block, alone);
+  print(name, M, N, inputs, block, together), print(name, M, N, inputs, block, alone);
 }
 
 // Computes in one call, then row by row if the rows are few, and prints both.

@@ -237,7 +237,7 @@ def pad(x: Tensor, multiple: int) -> Tensor:
 def pack_int8(linear: Int8Linear) -> tuple[Tensor, int]:
     """The bytes of the weights, (N/16, bytes), and their format, with operations of torch."""
     q = (linear.weight ^ -128).view(torch.uint8)  # + 128
-    q = pad(pad(q, 256).t(), 16).t()  # (N', K')
+    q = pad(pad(q, 128).t(), 16).t()  # (N', K')
     tiles = q.reshape(-1, 16, q.shape[1] // 4, 4).transpose(1, 2)  # (N'/16, K'/4, 16, 4)
     return with_scales(linear.scales, tiles), build.layout().int8
 
@@ -261,6 +261,9 @@ def pack_int4(linear: Int4Linear) -> tuple[Tensor, int]:
     zeros = zeros[..., 0::2] | (zeros[..., 1::2] << 4)
     header = torch.cat((by_span(scales).view(torch.uint8).flatten(2), zeros.flatten(2)), 2)
     packed = with_scales(units.squeeze(1), torch.cat((pad(header, 64), tiles), 2))
+    missing = -linear.in_features % max(128, linear.groupsize)  # zeros after the inputs
+    surplus = spans * 256 - linear.in_features - missing  # inputs of the last span
+    packed = packed[:, : packed.shape[1] - surplus * 16 // 2]
     return packed, build.layout().int4 if short else build.layout().int4_half
 
 

@@ -19,8 +19,9 @@ PROGRAM = """
 
 template <Format F>
 void print(long row_bytes, long block) {
-  const int64_t sizes[] = {header_bytes<F>(block), span_bytes<F>(block),
-                           strip_bytes<F>(row_bytes, block), strip_bytes_of(F, row_bytes, block)};
+  const int64_t strip = strip_bytes<F>(row_bytes, block);
+  const int64_t sizes[] = {header_bytes<F>(block), span_bytes<F>(block), strip,
+                           strip_bytes_of(F, row_bytes, block), inputs_of_strip<F>(strip, block)};
   for (int64_t n : sizes) std::printf(" %ld", long(n));
 }
 
@@ -53,16 +54,19 @@ def rounded_up(n: int, multiple: int) -> int:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("inputs", [32, 256, 300, 2048, 4128, 5632])
+@pytest.mark.parametrize("inputs", [32, 256, 300, 1152, 2048, 4128, 5632])
 def test_the_header_gives_the_sizes_of_the_layout(program: Path, name: str, inputs: int):
-    """16 float scales, then for each 256 inputs a header of whole cache lines and the weights."""
+    """16 float scales, then for each 256 inputs a header of whole cache lines and the weights. The
+    last span has only the blocks, and units of 128 inputs, that it needs."""
     format, bits, scale_bytes = FORMATS[name]
     for block in GROUP_SIZES if bits == 4 else [128]:
         row_bytes = rounded_up(inputs, block) // 2 if bits == 4 else inputs
         printed = subprocess.check_output([program, str(format), str(row_bytes), str(block)])
-        *constants, header, span, strip, same_strip = map(int, printed.split())
+        *constants, header, span, strip, same_strip, K = map(int, printed.split())
         blocks = 256 // block
         assert Layout(*constants) == Layout(16, 32, 128, 80, 41, 42)
         assert header == (rounded_up(blocks * (16 * scale_bytes + 8), 64) if bits == 4 else 0)
         assert span == header + 16 * 256 * bits // 8
-        assert strip == same_strip == 64 + rounded_up(inputs, 256) // 256 * span
+        assert rounded_up(inputs, max(128, block)) == K
+        headers = rounded_up(inputs, 256) // 256 * header
+        assert strip == same_strip == 64 + headers + 16 * K * bits // 8

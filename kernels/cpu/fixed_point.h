@@ -98,13 +98,21 @@ inline void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows
   reserve(rows.scale, padded * rows.blocks), reserve(rows.sum, padded * rows.blocks);
 }
 
-// Converts rows m to `end` of x, (M, K).
+// Converts rows m to `end` of x, (M, inputs). Zeros follow the inputs of a row, up to w.K.
 template <class T>
-void to_fixed_point(const T* x, const PackedWeights& w, int64_t m, int64_t end,
+void to_fixed_point(const T* x, int64_t inputs, const PackedWeights& w, int64_t m, int64_t end,
                     FixedPointRows& rows) {
-  for (; m < end; m++)
-    for (int64_t b = 0; b < rows.blocks; b++)
-      to_fixed_point(x + m * w.K + b * w.block, w.block, m, b, rows);
+  for (; m < end; m++) {
+    const T* row = x + m * inputs;
+    int64_t b = 0;
+    for (; (b + 1) * w.block <= inputs; b++)
+      to_fixed_point(row + b * w.block, w.block, m, b, rows);
+    for (; b < rows.blocks; b++) {
+      T padded[kSpan] = {};
+      std::copy(std::min(row + b * w.block, row + inputs), row + inputs, padded);
+      to_fixed_point(padded, w.block, m, b, rows);
+    }
+  }
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 // file is plain C++17, so that a test compiles it on any CPU.
 //
 // A packed matrix consists of strips. A strip holds 16 outputs: 16 float scales, then one span for
-// each 256 inputs. A span consists of a header and tiles. An int4 header holds, for each block of
-// inputs, the scales of the 16 outputs, then for each block their zero points, two to a byte; zeros
-// pad it to a cache line. An int8 span has no header. A tile holds 16 outputs by 4 inputs: the four
+// each 256 inputs. A span consists of a header and tiles; the last one may have fewer inputs, and
+// fewer tiles. An int4 header holds, for each block of inputs, the scales of the 16 outputs, then
+// for each block their zero points, two to a byte; zeros pad it to a cache line. An int8 span has no
+// header. A tile holds 16 outputs by 4 inputs: the four
 // inputs of an output lie side by side, as the instruction vpdpbusd reads them. int8 weights are
 // stored plus 128, one tile to a register. Two int4 tiles share a register: the first one is in the
 // low nibbles, the second one in the high nibbles.
@@ -16,7 +17,8 @@
 namespace {
 
 constexpr int64_t kStrip = 16;       // outputs of a strip
-constexpr int64_t kSpan = 256;       // inputs of a span
+constexpr int64_t kSpan = 256;       // inputs of a span, but for the last one of a strip
+constexpr int64_t kUnit = 128;       // zeros pad the inputs of a strip to a multiple, and to blocks
 constexpr int64_t kChunk = 32;       // inputs that are unpacked together
 constexpr int64_t kLine = 64;        // bytes of a cache line
 constexpr int64_t kInt8Block = 128;  // inputs of an int8 product that share an activation scale
@@ -45,16 +47,28 @@ constexpr int64_t span_bytes(int64_t block) {
   return header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
 }
 
-// Returns the spans that a row of `row_bytes` bytes in a checkpoint takes.
+// Returns the spans that K inputs take.
+constexpr int64_t spans_of(int64_t K) { return (K + kSpan - 1) / kSpan; }
+
+// Returns the inputs of a strip, for rows of `row_bytes` bytes in a checkpoint.
 template <Format F>
-constexpr int64_t spans_of_row(int64_t row_bytes) {
-  const int64_t span_row = kSpan * bits(F) / 8;
-  return (row_bytes + span_row - 1) / span_row;
+constexpr int64_t strip_inputs(int64_t row_bytes, int64_t block) {
+  const int64_t unit = block > kUnit ? block : kUnit;
+  return (row_bytes * 8 / bits(F) + unit - 1) / unit * unit;
 }
 template <Format F>
 constexpr int64_t strip_bytes(int64_t row_bytes, int64_t block) {
   const int64_t scales = kStrip * static_cast<int64_t>(sizeof(float));
-  return scales + spans_of_row<F>(row_bytes) * span_bytes<F>(block);
+  const int64_t K = strip_inputs<F>(row_bytes, block);
+  return scales + spans_of(K) * header_bytes<F>(block) + kStrip * K * bits(F) / 8;
+}
+// Returns the inputs of a strip of `bytes` bytes.
+template <Format F>
+constexpr int64_t inputs_of_strip(int64_t bytes, int64_t block) {
+  const int64_t spans = bytes - kStrip * static_cast<int64_t>(sizeof(float));
+  const int64_t whole = spans / span_bytes<F>(block), rest = spans % span_bytes<F>(block);
+  const int64_t tiles = rest ? rest - header_bytes<F>(block) : 0;
+  return whole * kSpan + tiles * 8 / bits(F) / kStrip;
 }
 inline int64_t strip_bytes_of(int64_t format, int64_t row_bytes, int64_t block) {
   return format == kInt8   ? strip_bytes<kInt8>(row_bytes, block)

@@ -42,7 +42,7 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
   StoredLinear from{static_cast<const uint8_t*>(weight.const_data_ptr())};
   from.N = N, from.bytes = bytes, from.groups = groups, from.block = 2 * bytes / groups;
   if (!zeros) {
-    from.output_scales = scales.const_data_ptr<float>();
+    from.output_scales = scales.const_data_ptr<float>(), from.block = kInt8Block;
     return pack_as<kInt8>(from, buffer), kInt8;
   }
   TORCH_CHECK(zeros->is_contiguous() && zeros->numel() == N * ((groups + 1) / 2));
@@ -57,25 +57,25 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
 // Returns the fields of Layout in build.py.
 std::vector<int64_t> layout() { return {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half}; }
 
-// Multiplies x by packed weights. The threads divide the strips. With up to kRowGroup rows, each
+// Multiplies x, (M, inputs), by packed weights. The threads divide the strips. With up to kRowGroup rows, each
 // thread converts all rows into a buffer of its own while its first weights arrive. With more rows,
 // the threads divide the conversion and share one buffer.
 template <Format F, class T>
-void integer_product(const T* x, const PackedWeights& w, const Output& out) {
+void integer_product(const T* x, int64_t inputs, const PackedWeights& w, const Output& out) {
   const bool together = out.M > kRowGroup;
   thread_local FixedPointRows of_caller;
   FixedPointRows& shared = of_caller;  // in a lambda, of_caller would be the running thread's own
   if (together) {
     reserve_rows(out.M, w, shared);
     at::parallel_for(0, out.M, 1, [&](int64_t from, int64_t to) {
-      to_fixed_point(x, w, from, to, shared);
+      to_fixed_point(x, inputs, w, from, to, shared);
     });
   }
   at::parallel_for(0, w.N / kStrip, 1, [&](int64_t from, int64_t to) {
     const int64_t parts = streams(out.M), part = (to - from) / parts;
     for (int64_t i = 0; i < parts; i++) prefetch(w.scales(from + i * part), kAhead);
     thread_local FixedPointRows own;
-    if (!together) reserve_rows(out.M, w, own), to_fixed_point(x, w, 0, out.M, own);
+    if (!together) reserve_rows(out.M, w, own), to_fixed_point(x, inputs, w, 0, out.M, own);
     multiply<F>(w, together ? shared : own, from, to, out);
   });
 }
@@ -94,20 +94,21 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
                      int64_t block) {
   TORCH_CHECK(block > 0 && block % kChunk == 0 && kSpan % block == 0, "a block of ", block);
   TORCH_CHECK(packed.dim() == 2 && packed.is_contiguous(), "packed weights that are no matrix");
-  const int64_t K = (packed.size(1) - kStrip * sizeof(float)) / span_bytes<F>(block) * kSpan;
+  const int64_t K = inputs_of_strip<F>(packed.size(1), block);
   const PackedWeights w{packed.const_data_ptr<uint8_t>(), packed.size(0) * kStrip, K, block,
                         packed.size(1)};
   TORCH_CHECK(x.dim() == 2 && x.size(1) <= K);
   TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "a bias of another dtype");
   TORCH_CHECK(!bias || (bias->numel() == w.N && bias->is_contiguous()), "a bias not of ", w.N);
-  x = x.size(1) < K ? at::constant_pad_nd(x, {0, K - x.size(1)}) : x.contiguous();
 #ifdef __AVX512BF16__
-  if (x.size(0) >= gemm_rows<F>(x)) return gemm_product<F>(x, w, bias);
+  if (x.size(0) >= gemm_rows<F>(x))
+    return gemm_product<F>(at::constant_pad_nd(x, {0, K - x.size(1)}), w, bias);
 #endif
+  x = x.contiguous();
   Tensor out = at::empty({x.size(0), w.N}, x.options());
   const Output into{out.mutable_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
                     dtype_of(x), out.size(0), w.N};
-  with_data(x, [&](const auto* rows) { integer_product<F>(rows, w, into); });
+  with_data(x, [&](const auto* rows) { integer_product<F>(rows, x.size(1), w, into); });
   return out;
 }
 

@@ -26,7 +26,7 @@ struct StoredLinear {
   const float* output_scales;  // (N), int8
   const Half* scales;          // (N, groups), int4
   const uint8_t* zeros;        // (N, ceil(groups / 2)), int4
-  int64_t N, bytes, groups, block;
+  int64_t N, bytes, groups, block;  // block: inputs of a group; int8: kInt8Block
 };
 
 using FourDwords = uint32_t __attribute__((vector_size(16)));
@@ -262,7 +262,8 @@ uint8_t* pack_tiles(const StoredLinear& from, int64_t n, int64_t at, uint8_t* to
 // this format; what was written then has no meaning.
 template <Format F>
 bool pack_strips(const StoredLinear& from, uint8_t* to) {
-  const int64_t row = kSpan * bits(F) / 8, spans = spans_of_row<F>(from.bytes);
+  const int64_t K = strip_inputs<F>(from.bytes, from.block), spans = spans_of(K);
+  const int64_t row = K * bits(F) / 8, span = kSpan * bits(F) / 8;  // bytes of an output
   const int64_t header = header_bytes<F>(from.block);
   std::vector<uint8_t> headers(spans * header);
   for (int64_t n = 0; n < from.N; n += kStrip) {
@@ -272,7 +273,7 @@ bool pack_strips(const StoredLinear& from, uint8_t* to) {
     to = stream_copy(units, sizeof(units), to);
     for (int64_t s = 0; s < spans; s++) {
       to = stream_copy(headers.data() + s * header, header, to);
-      for (int64_t at = s * row; at < (s + 1) * row; at += kLine)
+      for (int64_t at = s * span; at < std::min(row, (s + 1) * span); at += kLine)
         to = pack_tiles<F>(from, n, at, to);
     }
   }

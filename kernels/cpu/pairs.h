@@ -90,17 +90,19 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
 // A span of a strip: its packed weights, and the scales and zero points of its blocks.
 struct Span {
   const uint8_t* tiles;
-  int64_t number, block;  // number: its index in the strip; block: inputs that share a scale
+  int64_t number;         // its index in the strip
+  int64_t block, blocks;  // block: inputs that share a scale
   Floats zeros[kSpan / kChunk], scales[kSpan / kChunk];
 };
 
-// Fills `span` from the span that begins at `header`. Its scales and zero points are read once, for
-// all groups of rows.
+// Fills `span` from span `number`, which begins at `header`. Its scales and zero points are read
+// once, for all groups of rows.
 template <Format F>
-inline void load_span(const uint8_t* header, int64_t number, int64_t block, Span& span) {
-  span.tiles = header + header_bytes<F>(block), span.number = number, span.block = block;
-  for (int64_t b = 0; b < kSpan / block; b++) {
-    span.zeros[b] = load_zeros<F>(header, block, b);
+inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t number, Span& span) {
+  span.tiles = header + header_bytes<F>(w.block), span.number = number, span.block = w.block;
+  span.blocks = std::min(kSpan, w.K - number * kSpan) / w.block;
+  for (int64_t b = 0; b < span.blocks; b++) {
+    span.zeros[b] = load_zeros<F>(header, w.block, b);
     span.scales[b] = load_scales<F>(header, b);
   }
 }
@@ -133,7 +135,7 @@ template <Format F, int R>
 void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Floats* y) {
   const RowPointers<R> rows(x, row, span);
   const uint8_t* tiles = span.tiles;
-  for (int64_t b = 0; b < kSpan / span.block; b++) {
+  for (int64_t b = 0; b < span.blocks; b++) {
     NativeInt sums[R][kParts];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -175,7 +177,7 @@ void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Float
 template <Format F>
 void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
                      int64_t first, int64_t rows, const Output& out) {
-  const int64_t bytes = span_bytes<F>(w.block), spans = w.K / kSpan;
+  const int64_t bytes = span_bytes<F>(w.block), spans = spans_of(w.K);
   Floats y[kStripsInCache][kRowsInCache];
   for (int64_t i = 0; i < strips; i++)
     for (int64_t r = 0; r < rows; r++) y[i][r] = splat(0.f);
@@ -184,7 +186,7 @@ void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const Fi
     // The next span that is multiplied; after the last one, the first span of the next strips.
     prefetch(at + 1 < spans * strips ? data_at(at + 1) : w.spans(n + strips), bytes);
     Span span;
-    load_span<F>(data_at(at), at / strips, w.block, span);
+    load_span<F>(w, data_at(at), at / strips, span);
     Floats* sums = y[at % strips];
     in_groups<kRowsTogether>(rows, [&](auto count, int64_t r) {
       multiply_span<F, decltype(count)::value>(span, x, first + r, sums + r);
