@@ -32,7 +32,7 @@ from kernels.cpu.build import (
     supported_sets,
     unsupported_reason,
 )
-from layers.basic import Linear, OffsetRMSNorm, RMSNorm
+from layers.basic import Linear, OffsetRMSNorm, RMSNorm, gelu_tanh
 from layers.kv_cache import KVCache, grouped_attention
 from model import Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
@@ -133,7 +133,7 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
     meta device stay, as they have no weights to pack. dtype: of the model's activations. Returns
     whether the kernels serve the model, or will serve its linears that are on the meta device now.
-    They then compute its RMS norms, too. If not, logs why.
+    They then compute its RMS norms and activations, too. If not, logs why.
     """
     names = replaceable(model, dtype, large)
     if not names:
@@ -150,7 +150,14 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
     for module in model.modules():
         if isinstance(module, (RMSNorm, OffsetRMSNorm)):
             module.fast = True
+        if getattr(module, "activation", None) is gelu_tanh:
+            module.activation = fast_gelu_tanh
     return True
+
+
+def fast_gelu_tanh(x: Tensor) -> Tensor:
+    """Returns what gelu_tanh does, by kernels/cpu/functions.h."""
+    return torch.ops.gpt_flex.fast_gelu_tanh(x)
 
 
 def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> None:

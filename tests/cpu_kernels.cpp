@@ -149,6 +149,9 @@ void norm_case(Random& random, const char* name) {
   const float offset = static_cast<float>(random.below(2));
   rms_norm(RmsNorm<T>{D, factors, 1e-6f, offset}, x.data(), y.data());
   print(name, D, 0, 0, 0, y);
+  for (int64_t i = 0; i < D; i += kStrip)
+    store_some(y.data() + i, D - i, gelu_tanh(load_some(x.data() + i, D - i)));
+  print("gelu", D, 0, 0, 0, y);
 }
 
 // Computes all heads together, then one query of each head alone; prints both. In half of the cases

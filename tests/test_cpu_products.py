@@ -6,6 +6,7 @@ More on the bits of products: test_instruction_sets.py.
 import copy
 import fcntl
 import itertools
+import math
 import mmap
 import platform
 import threading
@@ -665,6 +666,23 @@ def test_rms_norm(D: int, dtype: torch.dtype, offset: float):
     x[1, 2, 0] = torch.nan
     lost = torch.ops.gpt_flex.fast_rms_norm(x, None, 1e-5, offset).isnan()
     assert lost[1, 2].all() and lost.sum() == D
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gelu_tanh(dtype: torch.dtype):
+    """Also of rows apart in memory, far from 0, where the result is tiny, and of no number."""
+    x = torch.linspace(-12, 12, 3 * 1001).view(3, 1001).to(dtype)[:, :997]
+    found = torch.ops.gpt_flex.fast_gelu_tanh(x)
+    wide = x.double()  # torch's own result is 0 below -8
+    exact = wide * (2 * (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)).sigmoid()
+    assert (exact - F.gelu(wide, approximate="tanh")).abs().max() < 1e-14
+    assert found.dtype == dtype and found.is_contiguous()
+    tiny = max(2 * torch.finfo(dtype).smallest_normal, 1e-33)
+    assert ((found - exact).abs() <= exact.abs() * (torch.finfo(dtype).eps + 2**-16) + tiny).all()
+    few = torch.tensor([torch.nan, torch.inf, 0.0], dtype=dtype)
+    assert str(torch.ops.gpt_flex.fast_gelu_tanh(few).tolist()) == "[nan, inf, 0.0]"
+    assert torch.ops.gpt_flex.fast_gelu_tanh(x[:0]).shape == (0, 997)
 
 
 @needed

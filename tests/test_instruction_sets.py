@@ -20,8 +20,9 @@ from kernels.cpu.build import FLAGS, FOLDER, INSTRUCTION_SETS, compiler, support
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 SEED = int(os.environ.get("GPT_FLEX_FUZZ_SEED", "1"))
 CASES = 12
-# 11 products and attentions are printed twice; 3 norms, 4 sums of neurons and 3 packed matrices once.
-LINES_PER_CASE = 2 * 11 + 3 + 4 + 3
+# 11 products and attentions are printed twice; 3 norms, 3 GELUs, 4 sums of neurons and 3 packed
+# matrices once.
+LINES_PER_CASE = 2 * 11 + 3 + 3 + 4 + 3
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 Compile = Callable[..., Path]
 

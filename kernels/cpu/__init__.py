@@ -10,6 +10,7 @@ nothing of torch; linear_operators.cpp and layer_operators.cpp share the work be
     linear            rows by dense bfloat16 or float16 weights
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
+    fast_gelu_tanh    the activation of Gemma and StarCoder 2
     neurons           feed-forward layers of which few neurons are active (neurons/)
 
 vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h

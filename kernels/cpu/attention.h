@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "vector.h"
+#include "functions.h"
 
 namespace {
 
@@ -43,35 +43,6 @@ struct Scratch {
   float *scores, *masks;            // (blocks, n, kStrip), (blocks, Q, kStrip)
   float* widened;                   // (kTogether, E)
 };
-
-// Returns c[0] * x^(N-1) + c[1] * x^(N-2) + ... + c[N-1].
-template <int N>
-inline Floats polynomial(const float (&c)[N], Floats x) {
-  Floats y = splat(c[0]);
-  for (int i = 1; i < N; i++) y = fma(y, x, splat(c[i]));
-  return y;
-}
-
-// Returns e^x for x <= 0, to 2^-22: a power of two times the Taylor series of the remainder.
-// Returns 0 below x = -80, so also for masked positions.
-inline Floats exponential(Floats x) {
-  constexpr float kTerms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                              2.4022651e-1f, 6.9314718e-1f, 1.f};
-  const Floats limit = splat(-80.f);
-  const Floats power = keep_above(x, limit, x * splat(1.44269504f));
-  const Ints whole = round_to_ints(power);
-  const Floats rest = power - to_floats(whole);
-  return keep_above(x, limit, scale_by_power(polynomial(kTerms, rest), whole));
-}
-
-// Returns tanh x, to 2^-21 of it: x times a ratio of polynomials in x^2, those with the smallest
-// relative error up to x = 9. Larger x count as 9, whose tangent is 1 - 2^-25. A NaN stays.
-inline Floats hyperbolic_tangent(Floats x) {
-  constexpr float kTop[] = {1.3354660e-8f, 2.0609080e-5f, 3.4955880e-3f, 1.3381025e-1f, 1.f};
-  constexpr float kBottom[] = {7.7765577e-7f, 3.2856344e-4f, 2.5876982e-2f, 4.6714342e-1f, 1.f};
-  const Floats bounded = min(splat(9.f), max(splat(-9.f), x)), square = bounded * bounded;
-  return bounded * polynomial(kTop, square) / polynomial(kBottom, square);
-}
 
 // Returns cap * tanh(score / cap): almost the score near 0, at most the cap anywhere.
 inline Floats soft_cap(Floats score, float cap) {

@@ -81,6 +81,8 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None, float? softcap=None) -> Tensor",
 )
 torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: torch.empty_like(q))
+torch.library.define("gpt_flex::fast_gelu_tanh", "(Tensor x) -> Tensor")
+torch.library.register_fake("gpt_flex::fast_gelu_tanh")(lambda x: x.new_empty(x.shape))
 torch.library.define(
     "gpt_flex::fast_rms_norm", "(Tensor x, Tensor? weight, float eps, float offset) -> Tensor"
 )

@@ -14,24 +14,6 @@ struct RmsNorm {
   float eps, offset;
 };
 
-// Loads up to sixteen numbers; the others are 0.
-template <class T>
-inline Floats load_some(const T* from, int64_t count) {
-  if (count >= kStrip) return load(from);
-  T numbers[kStrip] = {};
-  std::copy_n(from, count, numbers);
-  return load(numbers);
-}
-
-// Stores the first `count` of sixteen numbers, or all.
-template <class T>
-inline void store_some(T* to, int64_t count, const Floats& values) {
-  if (count >= kStrip) return store(to, values);
-  T numbers[kStrip];
-  store(numbers, values);
-  std::copy_n(numbers, count, to);
-}
-
 // Writes the norm of x, (D), to y.
 template <class T>
 void rms_norm(const RmsNorm<T>& norm, const T* x, T* y) {

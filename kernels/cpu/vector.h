@@ -147,6 +147,24 @@ inline void store(int32_t* to, const Ints& values) {
   for (int p = 0; p < kParts; p++) native_store(to + p * kLanes, values.part[p]);
 }
 
+// Loads up to sixteen numbers; the others are 0.
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+  if (count >= kStrip) return load(from);
+  T numbers[kStrip] = {};
+  std::copy_n(from, count, numbers);
+  return load(numbers);
+}
+
+// Stores the first `count` of sixteen numbers, or all.
+template <class T>
+inline void store_some(T* to, int64_t count, const Floats& values) {
+  if (count >= kStrip) return store(to, values);
+  T numbers[kStrip];
+  store(numbers, values);
+  std::copy_n(numbers, count, to);
+}
+
 // Rounds one number, as native_store does.
 template <class T>
 inline T to_type(float value) {
