@@ -4,8 +4,8 @@
 
 Start at main. All shapes are loaded with random weights, compiled, and decode in turns. After each
 turn the bandwidth is measured anew, since that of a shared machine drifts. A share is the bytes
-that a step reads, over its seconds, over that bandwidth; the last column compares it with the share
-of the first shape in the same round.
+that a step reads, over its seconds, over that bandwidth. The last two columns compare it with the first
+shape's: in the same round, and each at its fastest, which neighbours on the machine disturb least.
 """
 
 import argparse
@@ -64,14 +64,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for name, shape in shapes.items():
             seconds[name].append(shape.step_seconds(args.steps))
             shares[name].append(shape.bytes / seconds[name][-1] / read_bandwidth(CPU, repeats=2))
-    first, figures = shares[args.config[0].stem], {}
+    first, figures, rates = shares[args.config[0].stem], {}, {}
     for name, of in shares.items():
         relative = spread([a / b for a, b in zip(of[1:], first[1:], strict=True)])
         figures[name] = {"bytes": shapes[name].bytes, "seconds": spread(seconds[name][1:])}
         figures[name] |= {"share": spread(of[1:]), "over_first": relative}
+        rates[name] = shapes[name].bytes / figures[name]["seconds"]["min"]
+        figures[name]["fastest_over_first"] = fastest = rates[name] / next(iter(rates.values()))
         milliseconds = 1e3 * figures[name]["seconds"]["median"]
         share = show(figures[name]["share"])
-        log(f"{name:16} {milliseconds:7.1f} ms, share {share}, over the first {show(relative)}")
+        ratios = f"{show(relative)}, at its fastest {fastest:.2f}"
+        log(f"{name:16} {milliseconds:7.1f} ms, share {share}, over the first {ratios}")
     return {
         "benchmark": "shapes",
         "mode": args.mode,

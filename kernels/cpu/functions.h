@@ -1,5 +1,6 @@
 // Elementary functions of sixteen numbers, from polynomials with fixed coefficients: the C library's
-// own differ between systems.
+// own differ between systems. They are inlined: a call passes vectors through memory, which takes as
+// long as an exponential.
 
 #pragma once
 
@@ -9,15 +10,16 @@ namespace {
 
 // Returns c[0] * x^(N-1) + c[1] * x^(N-2) + ... + c[N-1].
 template <int N>
-inline Floats polynomial(const float (&c)[N], Floats x) {
+[[gnu::always_inline]] inline Floats polynomial(const float (&c)[N], Floats x) {
   Floats y = splat(c[0]);
+#pragma GCC unroll 8
   for (int i = 1; i < N; i++) y = fma(y, x, splat(c[i]));
   return y;
 }
 
 // Returns e^x for x <= 0, to 2^-22: a power of two times the Taylor series of the remainder.
 // Returns 0 below x = -80, so also for masked positions.
-inline Floats exponential(Floats x) {
+[[gnu::always_inline]] inline Floats exponential(Floats x) {
   constexpr float kTerms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
                               2.4022651e-1f, 6.9314718e-1f, 1.f};
   const Floats limit = splat(-80.f);
@@ -29,7 +31,7 @@ inline Floats exponential(Floats x) {
 
 // Returns tanh x, to 2^-21 of it: x times a ratio of polynomials in x^2, those with the smallest
 // relative error up to x = 9. Larger x count as 9, whose tangent is 1 - 2^-25. A NaN stays.
-inline Floats hyperbolic_tangent(Floats x) {
+[[gnu::always_inline]] inline Floats hyperbolic_tangent(Floats x) {
   constexpr float kTop[] = {1.3354660e-8f, 2.0609080e-5f, 3.4955880e-3f, 1.3381025e-1f, 1.f};
   constexpr float kBottom[] = {7.7765577e-7f, 3.2856344e-4f, 2.5876982e-2f, 4.6714342e-1f, 1.f};
   const Floats bounded = min(splat(9.f), max(splat(-9.f), x)), square = bounded * bounded;
@@ -38,7 +40,7 @@ inline Floats hyperbolic_tangent(Floats x) {
 
 // Returns the GELU of x by its approximation x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 // (arXiv 1606.08415, section 2), which is x / 2 (1 + tanh u) without its cancellation.
-inline Floats gelu_tanh(Floats x) {
+[[gnu::always_inline]] inline Floats gelu_tanh(Floats x) {
   const Floats cube = x * x * x, zero = splat(0.f), one = splat(1.f);
   const Floats z = splat(1.59576912f) * fma(splat(0.044715f), cube, x);  // 2u
   const Floats power = exponential(min(z, zero - z));

@@ -84,7 +84,7 @@ inline NativeInt native_magnitude_bits(NativeFloat a) {
   return register_at<NativeInt>(&a) & native_splat(0x7fffffff);
 }
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
-  const NativeInt bits = register_at<NativeInt>(&a) + exponent * native_splat(1 << 23);
+  const NativeInt bits = register_at<NativeInt>(&a) + (exponent << 23);
   return register_at<NativeFloat>(&bits);
 }
 
