@@ -4,8 +4,8 @@
 
 Start at main. All shapes are loaded with random weights, compiled, and decode in turns. After each
 turn the bandwidth is measured anew, since that of a shared machine drifts. A share is the bytes
-that a step reads, over its seconds, over that bandwidth. The last two columns compare it with the first
-shape's: in the same round, and each at its fastest, which neighbours on the machine disturb least.
+that a step reads, over its seconds, over that bandwidth. The last two columns compare it with that
+of the first shape: in the same round, and each at its fastest, which neighbours disturb least.
 """
 
 import argparse

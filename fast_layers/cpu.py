@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.log import log
-from host.memory import page_aligned
+from host.memory import HugePages, page_aligned
 from kernels.cpu.build import (
     DTYPES,
     build,
@@ -52,11 +52,12 @@ class PackedLinear(nn.Module):
     bytes of a strip) uint8, None before load_from.
     """
 
-    def __init__(self, linear: QuantizedLinear):
+    def __init__(self, linear: QuantizedLinear, memory: HugePages | None = None):
         """Pack a linear, or only allocate memory for its shape if it is on the meta device.
 
-        In the latter case call load_from before forward, as offload.py does for streamed layers.
-        The memory fits the widest format of the linear's kind: `pack` chooses the format later, by
+        In the latter case call load_from before forward. memory: where to allocate the packed
+        bytes; None: in a buffer that fits the widest format of the linear's kind, so that load_from
+        may be called again, as offload.py does for streamed layers. `pack` chooses the format by
         the scales.
         """
         super().__init__()
@@ -68,9 +69,13 @@ class PackedLinear(nn.Module):
         # If the scales fit a narrower format, the end of the buffer is never written, and the OS
         # assigns no memory to it.
         nbytes = self.strips * strip_bytes(linear, widest)
-        self._buffer = page_aligned(nbytes, torch.device("cpu"))
+        allocate = memory.take if memory else partial(page_aligned, device=torch.device("cpu"))
+        self._buffer = allocate(nbytes)
         if not linear.weight.is_meta:
             self.load_from(linear)
+        if memory:
+            self._buffer = memory.shorten(self.packed.numel())
+            self.packed = self._buffer.view_as(self.packed)
 
     @torch.no_grad()
     def load_from(self, linear: QuantizedLinear) -> None:
@@ -127,13 +132,19 @@ def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
 
-def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> bool:
+def use_fast_linears(
+    model: nn.Module,
+    dtype: torch.dtype,
+    large: bool | None = None,
+    memory: HugePages | None = None,
+) -> bool:
     """Replace the linears of a model on the CPU by fast ones, in place.
 
     Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
-    meta device stay, as they have no weights to pack. dtype: of the model's activations. Returns
-    whether the kernels serve the model, or will serve its linears that are on the meta device now.
-    They then compute its RMS norms and activations, too. If not, logs why.
+    meta device stay, as they have no weights to pack. dtype: of the model's activations. memory:
+    see PackedLinear. Returns whether the kernels serve the model, or will serve its linears that
+    are on the meta device now. They then compute its RMS norms and activations, too. If not, logs
+    why.
     """
     names = replaceable(model, dtype, large)
     if not names:
@@ -146,7 +157,8 @@ def use_fast_linears(model: nn.Module, dtype: torch.dtype, large: bool | None = 
         linear = model.get_submodule(name)
         if not linear.weight.is_meta:
             packs = isinstance(linear, QuantizedLinear)
-            model.set_submodule(name, PackedLinear(linear) if packs else DenseLinear(linear))
+            fast = PackedLinear(linear, memory) if packs else DenseLinear(linear)
+            model.set_submodule(name, fast)
     for module in model.modules():
         if isinstance(module, (RMSNorm, OffsetRMSNorm)):
             module.fast = True

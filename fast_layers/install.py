@@ -3,6 +3,7 @@
 import torch
 
 from fast_layers.cpu import build_while_loading, use_fast_attention, use_fast_linears
+from host.memory import HugePages
 from model import Transformer
 
 
@@ -14,7 +15,7 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
     """
     device = model.tok_embeddings.weight.device.type
     if device == "cpu":
-        if use_fast_linears(model, dtype, large):
+        if use_fast_linears(model, dtype, large, HugePages()):
             use_fast_attention(model)
     elif device == "cuda":
         from fast_layers import gpu

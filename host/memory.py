@@ -71,6 +71,7 @@ def size_text(nbytes: float) -> str:
 
 BLOCK_BYTES = 4096  # O_DIRECT needs offsets, lengths and memory at multiples of it
 HUGE_PAGE_BYTES = 2 * 2**20
+CACHE_LINE_BYTES = 64
 
 
 def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
@@ -84,6 +85,13 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
         return torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
+    memory, start = huge_pages(nbytes)
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
+
+
+def huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Returns memory of the CPU, and the byte in it at which `nbytes` zero bytes begin that lie in
+    huge pages, see page_aligned."""
     # Huge pages need an address at a multiple of their size: map more, and begin there.
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
@@ -91,7 +99,37 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
     if huge:
         start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
+    return memory, start
+
+
+class HugePages:
+    """Allocates buffers on the CPU one after another, all in huge pages, see page_aligned.
+
+    The end of a buffer of its own, or all of one below 2 MiB, lies in small pages: a matrix of 1 MB
+    then takes 1.2 times as long to read (Zen 3). A buffer begins at a multiple of a cache line. The
+    memory of a chunk is freed with the last of its buffers.
+    """
+
+    CHUNK_BYTES = 2**26
+
+    def __init__(self):
+        # The chunk, its length, and where in it the latest and the next buffer begin.
+        self.memory, self.length, self.latest, self.next = None, 0, 0, 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """Returns a buffer of `nbytes` uninitialised bytes, uint8."""
+        if nbytes > self.length - self.next:
+            size = max(nbytes, self.CHUNK_BYTES)
+            self.memory, self.next = huge_pages(size)
+            self.length = self.next + size
+        self.latest = self.next
+        return self.shorten(nbytes)
+
+    def shorten(self, nbytes: int) -> Tensor:
+        """Returns the first `nbytes` bytes of the latest buffer. The next one begins behind."""
+        self.next = self.latest + -(-nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        # No view of a tensor of the chunk: torch.compile refuses weights that share one.
+        return torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.latest, count=nbytes)
 
 
 def round_up_to_block(nbytes: int) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 import load
 from fast_layers import cpu as cpu_products
 from fast_layers.cpu import DenseLinear, PackedLinear
-from host.memory import page_aligned
+from host.memory import HugePages, page_aligned
 from kernels.cpu import build
 from layers.args import LayerType, ModelArgs, Rope
 from layers.basic import Linear
@@ -300,6 +300,29 @@ def test_packing_gives_the_bytes_of_the_slow_one(K: int, N: int, groupsize: int 
         assert_packed(PackedLinear(linear), linear)
 
 
+@needed
+def test_packed_weights_follow_one_another_in_memory():
+    """Only whole cache lines are between them, though room for the widest format was taken; a
+    matrix larger than the rest of the chunk begins a new chunk."""
+    memory, x = HugePages(), rows(3, 300)
+    linears = [filled(300, 40, size, True) for size in (32, None, 64)]
+    fast = [PackedLinear(linear, memory) for linear in linears]
+    starts = [layer.packed.data_ptr() for layer in fast]
+    sizes = [layer.packed.numel() for layer in fast]
+    assert [b - a for a, b in zip(starts, starts[1:], strict=False)] == [
+        -(-size // 64) * 64 for size in sizes[:-1]
+    ]
+    for layer, linear in zip(fast, linears, strict=True):
+        assert_packed(layer, linear)
+        assert layer.packed.untyped_storage().nbytes() == layer.packed.numel()
+        assert torch.equal(layer(x), PackedLinear(linear)(x))
+    linears[0].scales.copy_(foreign(linears[0].scales))
+    with pytest.raises(RuntimeError, match="bytes for"):  # the wider format would overwrite others
+        fast[0].load_from(linears[0])
+    assert memory.take(HugePages.CHUNK_BYTES).data_ptr() % 2**12 == 0
+    assert len(memory.take(HugePages.CHUNK_BYTES + 1)) == HugePages.CHUNK_BYTES + 1
+
+
 def foreign(scales: Tensor) -> Tensor:
     """Scales of other quantisers, which are no multiples of a byte's."""
     return scales * (1 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(1)))
@@ -475,9 +498,9 @@ def test_only_one_layer_is_in_memory_twice(monkeypatch: pytest.MonkeyPatch):
     model = torch.nn.ModuleList([filled(64, 32, None, False) for _ in range(4)])
     originals, alive = [weakref.ref(m.weight) for m in model], []
 
-    def packed(linear: QuantizedLinear) -> PackedLinear:
+    def packed(linear: QuantizedLinear, memory: HugePages | None = None) -> PackedLinear:
         alive.append(sum(original() is not None for original in originals))
-        return PackedLinear(linear)
+        return PackedLinear(linear, memory)
 
     monkeypatch.setattr(cpu_products, "PackedLinear", packed)
     cpu_products.use_fast_linears(model, torch.bfloat16)
