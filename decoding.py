@@ -129,25 +129,26 @@ class LoadedModel:
 def reusable_tokens(
     lm: LoadedModel, caches: Sequence[Cache], past: int, stored: int, length: int
 ) -> int:
-    """Returns how many of the first `past` tokens of a prompt generate need not compute: past or 0.
+    """Returns how many leading tokens of a prompt can be taken from the caches: past or 0.
 
-    past: they are the first ones of an earlier text, too. stored: the most tokens that the caches
-    have had since all tokens of a text were computed. length: tokens of the prompt. All must be
-    computed again if a ring has lost some that are still seen, or if only one of the two texts is
-    longer than recompute_after.
+    past: leading tokens that the prompt has in common with the text in the caches. stored: the most
+    tokens that the caches have held since they were last filled from position 0. length: tokens of
+    the prompt. The result is 0 if a ring has overwritten a key that is still seen, or if `stored`
+    and `length` lie on different sides of recompute_after: the rotary positions then differ.
     """
     limit = lm.model.args.recompute_after or math.inf
     same_positions = (stored > limit) == (length > limit)
+    # Rejected draft tokens have been stored, too.
     kept = keeps_past(lm, caches, past, stored + MAX_DRAFT_TOKENS)
     return past if same_positions and kept else 0
 
 
 def keeps_past(lm: LoadedModel, caches: Sequence[Cache], past: int, written: int) -> bool:
-    """Returns whether the caches still have what the tokens of a text from `past` on see: always,
-    except if rings have stored more than WINDOW_SLACK positions beyond past.
+    """Returns whether the caches still have every key that tokens at and after position `past` see.
 
-    written: positions that have been stored since the text was computed from its first token,
-    those of another text and of rejected draft tokens included.
+    Only rings lose keys: once more than WINDOW_SLACK positions beyond `past` have been stored.
+    written: positions stored since the caches were last filled from position 0, those of another
+    text and of rejected draft tokens included.
     """
     return written - past <= WINDOW_SLACK or not lm.model.has_rings(caches[0].length)
 

@@ -77,7 +77,9 @@ def generate(
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
     if past <= (lm.model.args.recompute_after or 0) < max(map(len, texts)):
-        past = 0  # the caches have the rotary positions for shorter texts
+        # A text is longer than the trained context, and the caches may have the rotary positions
+        # for shorter texts.
+        past = 0
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
@@ -91,7 +93,7 @@ def generate(
         yield batch.add(next(steps), lambda text: error_not_finite(lm, text, caches))
         if not batch.live:
             return
-        if batch.outdated:
+        if batch.outdated:  # fill the caches again, with the rotary positions for longer texts
             texts = [*map(tuple, batch.texts), *[tuple(batch.texts[-1])] * unused]
             record_new_ids(sampler, padded, texts, lm.device)
             steps = make_steps(lm, counts, padded, texts, caches, 0, sampler, live=batch.live)
@@ -108,7 +110,7 @@ def make_steps(
     """Yield steps, lists of each row's new ids, by plain decoding or with the model's draft.
 
     counts: new tokens of each row at most, without unused rows. prompts: of each row. texts: the
-    same, or the prompts with the new ids so far: as many in each live row if there is no draft.
+    same, or the prompts with the new ids so far. Without a draft each live row has equally many.
     given: caches, past and sampler, as in plain_steps. live: the unfinished rows. Steps with a
     draft do not end by themselves, and may give a row more ids than its count: the caller stops and
     cuts.
@@ -122,12 +124,14 @@ def make_steps(
 
 
 def record_new_ids(sampler: Sampler, prompts: Texts, texts: Texts, device: torch.device) -> None:
-    """Give the new ids of all rows to a sampler that has not drawn them: steps draw with samplers
-    of some of the rows. texts: the prompts with their new ids."""
+    """Record the new ids of all rows in the batch's sampler. The steps have drawn them with copies
+    of it for some of the rows (select_rows), so it does not know them. texts: the prompts with
+    their new ids."""
     new = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
     width = max(map(len, new))
     padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new], device=device)
-    # Numbers beyond a row's new ids are written again before they count.
+    # The zeros that pad a shorter row are overwritten when its next ids are drawn; a finished row
+    # draws none.
     sampler.record_draft(padded, torch.arange(width, device=device).expand_as(padded))
 
 
@@ -146,8 +150,8 @@ class Batch:
 
     texts: the ids of each row, to which `add` appends. counts: the most new ids of each row.
     ends: the ids that end a text. live: the set of unfinished rows; the constructor adds all rows.
-    `add` and the caller remove them. recompute_after: see ModelArgs. outdated: whether in the
-    latest step a live text has grown beyond it, so that the caches must be filled again.
+    `add` and the caller remove them. recompute_after: see ModelArgs. outdated: whether a text
+    that is still live grew beyond it in the latest step, so that all keys must be computed again.
     """
 
     def __init__(
@@ -191,8 +195,9 @@ class Batch:
         return new
 
     def most(self, row: int) -> int:
-        """Returns how many ids of a step to append to a row: up to its limit, and of a text that
-        grows beyond recompute_after, only the first one beyond."""
+        """Returns how many ids of a step to append to a row: up to its limit; if the text grows
+        beyond recompute_after, up to the first id beyond: the model chose later ones with outdated
+        keys."""
         have = len(self.texts[row])
         first_beyond = self.recompute_after + 1
         return min(self.limits[row], first_beyond if have < first_beyond else math.inf) - have

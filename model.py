@@ -55,7 +55,9 @@ class AttentionInputs(NamedTuple):
 
     rotation: Rotation  # of the new tokens
     mask: Tensor  # (B, 1, R*T, S), see Transformer.mask
-    pos: Tensor  # (B, T), the slots of the cache in which the new tokens are stored
+    # (B, T), the slots of the cache in which the new tokens are stored: their positions, unless the
+    # cache is a ring.
+    pos: Tensor
 
 
 class Transformer(nn.Module):
@@ -95,11 +97,12 @@ class Transformer(nn.Module):
         """Returns the logits after each new token, (B, T, V); extends the caches.
 
         tokens: (B, T) ids. pos: (B, T), the position of each in its row.
-        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max().
+        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max();
+        of a ring it reads fewer, see slots_and_keys.
         caches: one per layer. at: (N,) indices into the B*T tokens; only these get logits, (N, V),
         since the output head is the widest product. lengths: (B, 1), tokens of each row's whole
-        prompt, None while tokens are generated. Tokens at and beyond it are padding. Some rotary
-        positions depend on it (LengthRope), and so do the caches of layers with a sliding window.
+        prompt, None while tokens are generated. Tokens at positions >= lengths are padding.
+        LengthRope and rings depend on it. Raises ValueError as slots_and_keys does.
         """
         rings = [cache.ring for cache in caches]
         x, inputs = self.embed(tokens, pos, key_pos, rings, lengths)
@@ -131,18 +134,22 @@ class Transformer(nn.Module):
         rings: Sequence[int | None],
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionInputs]]:
-        """Returns x, (B, T, D), with learned positions added, if the model has any, and the
-        AttentionInputs of each layer. rings: of each layer's cache, see KVCache. Other parameters:
-        see forward."""
+        """Returns x, (B, T, D), plus learned positions if the model has them (OPT), and the
+        AttentionInputs of each layer; layers with equal rope, window and ring share tensors.
+
+        rings: of each layer's cache, see KVCache. Other parameters: see forward. Raises ValueError
+        as slots_and_keys does.
+        """
         x, rotations = self.positions(x, pos, lengths)
         by_rope = dict(zip(self.args.ropes, rotations, strict=True))
-        keys = {}  # window and ring -> mask and slot of each token: those of several layers
+        shared = {}  # (window, ring) -> mask and slots, which all layers with these two share
         inputs = []
         for layer, ring in zip(self.args.layer_types, rings, strict=True):
-            if (layer.window, ring) not in keys:
-                slot, held = slots_and_keys(pos, key_pos, ring, lengths)
-                keys[layer.window, ring] = self.mask(pos, held, x.dtype, layer.window), slot
-            inputs.append(AttentionInputs(by_rope.get(layer.rope), *keys[layer.window, ring]))
+            key = layer.window, ring
+            if key not in shared:
+                slots, held_pos = slots_and_keys(pos, key_pos, ring, lengths)
+                shared[key] = self.mask(pos, held_pos, x.dtype, layer.window), slots
+            inputs.append(AttentionInputs(by_rope.get(layer.rope), *shared[key]))
         return x, inputs
 
     def run_layer(self, n: int, block: nn.Module, x: Tensor) -> Tensor:

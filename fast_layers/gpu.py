@@ -1,13 +1,14 @@
 """Layers that run on the Triton kernels of kernels/gpu.
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
-This file replaces dense linears by OneRowLinear, faster for one row, fuses the norm or the gate
-before a quantised linear with the linear, and makes kernel_attention and masked_attention the
-attention of model.cache_factory. A gpu.Prologue is a norm or gate that a kernel applies to its
-input first. It saves the launch of a kernel; for more than one row, norm and gate run as before.
+This file (1) replaces dense linears by OneRowLinear, faster for one row, (2) fuses a norm or a gate
+into the quantised linear after it, and (3) makes kernel_attention the attention of
+model.cache_factory, and masked_attention that of layers with a sliding window. A gpu.Prologue is a
+norm or gate that a kernel applies to its input first. Fusing saves the launch of a kernel; for more
+than one row, norm and gate run separately.
 
-Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible
-positions, H query heads, G key/value heads, E head_dim.
+Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible slots,
+H query heads, G key/value heads, E head_dim.
 """
 
 import functools
@@ -29,7 +30,7 @@ from quant.linear import QuantizedLinear
 
 # Limit on T * H / G, new tokens times query heads per key/value head: above it, PyTorch is faster.
 MAX_KERNEL_ROWS = 64
-MAX_KERNEL_NUMBERS = 64 * 128  # the same times E: more do not fit the registers of a program
+MAX_KERNEL_NUMBERS = 64 * 128  # the same times E: more do not fit the registers of a Triton program
 
 
 class OneRowLinear(Linear):
@@ -142,9 +143,9 @@ def takes_prologue(linear: nn.Module) -> bool:
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None) -> Tensor:
     """Compute attention for KVCache.attention (type CacheAttention); see attend_on_gpu.
 
-    q: (B, T, H, E). pos: (B, T), the positions of the queries. The mask must be causal: the Triton
-    kernel takes only the number of visible positions from it, and lets each query see the positions
-    up to its own. Returns (B, T, H, E).
+    q: (B, T, H, E). pos: (B, T), the slots of the queries' own tokens, which are their positions as
+    the cache is no ring. Each query sees the slots up to its own; only S is taken from the mask,
+    which must be causal. None: the mask is read, and may be any. Returns (B, T, H, E).
     """
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
@@ -173,10 +174,10 @@ def attend_on_gpu(
 
     Few queries for each key/value head: by a Triton kernel, which reads the cache as it is stored.
     More: by PyTorch, on a dequantised cache. The choice is made inside the operator, so that one
-    compiled graph is right for any number of tokens. k, v: (B, positions, G, E), or of a quantised
-    cache the bytes, (B, positions, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a
+    compiled graph is right for any number of tokens. k, v: (B, slots + 1, G, E), or the bytes of a
+    quantised cache, (B, slots + 1, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a
     quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos:
-    (B, T), the positions of the queries, if the mask is causal: the kernel then does not read it.
+    see kernel_attention.
     scale, softcap: see Scores.
     """
     from kernels.gpu import launch  # imports Triton

@@ -36,10 +36,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerType:
-    """In what the attention of some layers differs from that of others."""
+    """What may differ between layers: rotary positions and the attention window."""
 
     rope: Rope | None = None  # None: the model has learned positions
-    window: int | None = None  # keys that a query sees, its own included; None: all before it
+    window: int | None = None  # keys that a query sees, its own included; None: all up to its own
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModelArgs:
     block: str = "sequential"  # a key of BLOCKS
     norm: str = "rms"  # a key of NORMS
     norm_eps: float = 1e-5
-    norm_affine: bool = True
+    norm_affine: bool = True  # norms have weights
     norm_bias: bool = True  # of layer norms
     input_norms: bool = True  # norms before attention and feed-forward
     output_norms: bool = False  # norms after attention and feed-forward
@@ -68,12 +68,12 @@ class ModelArgs:
     activation: str = "silu"  # a key of ACTIVATIONS
     positions: str = "rotary"  # a key of POSITIONS
     layer_types: tuple[LayerType, ...] = ()  # of each layer; empty: LayerType() for all
-    # The different windows of the whole model, of which these args may be a part (with_layers);
-    # empty: those of layer_types.
+    # The distinct windows of the whole model; empty: those of layer_types. with_layers keeps them,
+    # so that each rank knows them all.
     windows: tuple[int, ...] = ()
-    attention_bias: bool = False  # of wqkv
+    attention_bias: bool = False  # of q, k and v
     wo_bias: bool = False
-    mlp_bias: bool = False  # w1, w2, w3
+    mlp_bias: bool = False  # of all products of the feed-forward
     tied: bool = False  # the output head is the embedding table
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # of the scores, see soft_cap
@@ -92,7 +92,7 @@ class ModelArgs:
             object.__setattr__(self, "windows", tuple(sorted(windows)))
 
     def with_layers(self, layers: range) -> "ModelArgs":
-        """Returns the args of a model of some of the layers, of consecutive numbers."""
+        """Returns the args of a model of these consecutive layers."""
         types = self.layer_types[layers.start : layers.stop]
         return replace(self, n_layers=len(layers), layer_types=types)
 
@@ -105,5 +105,5 @@ class ModelArgs:
 
     @property
     def ropes(self) -> list[Rope]:
-        """The different rotary positions of the layers."""
+        """The distinct rotary positions of the layers, in the order of their first layers."""
         return list(dict.fromkeys(layer.rope for layer in self.layer_types if layer.rope))

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from host.torch_private import copy_with_buffers, own_buffers
 from layers.basic import kernel, soft_cap, takes_kernel
 
-# A layer with a sliding window keeps so many more positions than its window. A step may write this
-# many tokens of a row, draft tokens that are rejected included, before one is lost that a query
-# still sees. A chat may drop as many from its end. Larger steps use a GPU no better.
+# Slots of a ring beyond its window. So many tokens of a row may be written in one step, rejected
+# draft tokens included, or be dropped from the end of a chat, before a key is lost that a query
+# still sees. A GPU is busy already with steps of this size.
 WINDOW_SLACK = 512
 
 
@@ -97,8 +97,8 @@ kernel(
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: (B, slots + 1, G, E) each. The last one holds no token of a
-    text: padding is written there.
+    """Keys and values of one layer: (B, slots + 1, G, E) each. The last slot holds no token of a
+    text; the padding of a ring is written there.
 
     It is a module so that the compiler takes k and v for buffers with fixed addresses: a CUDA graph
     writes to them in place, and new caches of the same shape need no new compilation.
@@ -117,9 +117,10 @@ class KVCache(nn.Module):
     ):
         """Allocate an empty cache.
 
-        shape: (B, slots + 1, G, E). attention: how it attends; scores: how attention computes them.
-        length: positions of a text, None: as many as slots. ring: the slots, if they are fewer than
-        the positions; None: the token at position p is in slot p.
+        shape: (B, slots + 1, G, E). attention: the function by which it attends; scores: how
+        attention computes its scores. length: positions of a text, None: as many as slots. Sets the
+        attribute ring: the slots, if they are fewer than the positions; None: the token at position
+        p is in slot p.
         """
         super().__init__()
         self.attention, self.scores = attention, scores
@@ -183,7 +184,7 @@ class KVCache(nn.Module):
     def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
         """Move the first `filled` positions of the given rows to the front; return a view of these
         rows. The decoding loop calls it when enough of the other rows have ended; from then on only
-        the view may be used. rows: ascending.
+        the view may be used, until the caches are filled again from position 0. rows: ascending.
         """
         front = self.first(len(rows))
         front.take(self, torch.tensor(rows, device=self.device), filled)
@@ -191,7 +192,7 @@ class KVCache(nn.Module):
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
         """Copy the first `filled` positions of the given rows, (B,), of another cache to the rows
-        of this one, in order. Of a ring with fewer slots, all are copied."""
+        of this one, in order. For a ring with fewer slots than `filled`, all slots are copied."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
 
@@ -243,10 +244,10 @@ class CacheFactory:
     """Makes the KV cache of each layer; a Transformer holds one.
 
     make: KVCache, or another constructor with the same arguments (quant/kv_cache.py).
-    scores: how attention computes them. attention: how the caches attend; None: by PyTorch;
-    fast_layers replaces it by a kernel for the model's device. window_attention: the same for
-    layers with a sliding window. windows: whether the caches of these are rings, with fewer slots
-    than positions.
+    scores: how attention computes its scores. attention: the function by which caches attend;
+    None: PyTorch's; fast_layers sets it to a kernel for the model's device. window_attention: the
+    same for layers with a sliding window. windows: whether the caches of these layers are rings,
+    with fewer slots than positions; False for callers that read whole texts in one step.
     """
 
     make: Callable[..., KVCache] = KVCache
@@ -264,8 +265,8 @@ class CacheFactory:
     ) -> KVCache:
         """Return an empty cache for (B, positions + 1, G, E) keys and values. window: the sliding
         window of the layer, None: it has none."""
-        rows, length, *head = shape
-        slots = self.slots(length - 1, window)
+        rows, positions, *head = shape[0], shape[1] - 1, *shape[2:]
+        slots = self.slots(positions, window)
         in_pytorch = sdpa_attention if self.scores.softcap is None else capped_attention
         attention = self.attention if window is None else self.window_attention
         return self.make(
@@ -274,7 +275,7 @@ class CacheFactory:
             device,
             attention=attention or in_pytorch,
             scores=self.scores,
-            length=length - 1,
+            length=positions,
         )
 
     def slots(self, length: int, window: int | None) -> int:
@@ -283,26 +284,28 @@ class CacheFactory:
         return min(length, window + WINDOW_SLACK) if ring else length
 
     def portable(self) -> "CacheFactory":
-        """Return a factory of caches that attend on any device, not on the model's alone: for
-        attention on the host."""
+        """Return a factory of caches that attend by PyTorch, on any device: for attention on the
+        host."""
         return replace(self, attention=None, window_attention=None)
 
 
 def slots_and_keys(
     pos: Tensor, key_pos: Tensor, ring: int | None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the slot in which each new token is stored, (B, T), and the positions of the tokens
-    in the visible slots, (S,) or (B, S).
+    """Returns the slot in which each new token is stored, (B, T), and the position of the token
+    that each visible slot holds after the step, (S,) or (B, S); negative: the slot is empty.
 
-    pos: (B, T), positions of the new tokens. key_pos: arange over the positions that attention
-    would read of a cache without a window. ring: slots of the cache, see KVCache. lengths: (B, 1),
-    tokens of each row's whole prompt, at and beyond which a new token is padding; None: there is no
-    padding. A negative position: the slot is empty. Raises ValueError for so many new tokens that
-    some would replace others that they see.
+    pos: (B, T), positions of the new tokens. key_pos: arange(n), n: the positions that attention
+    would read if the cache were no ring. ring: slots of the cache, see KVCache. lengths: (B, 1),
+    tokens of each row's whole prompt. A new token at a position >= lengths is padding and goes, in
+    a ring, to the extra last slot. None: there is no padding. Raises ValueError for more than
+    WINDOW_SLACK + 1 new tokens of a row: a later one would replace a key that an earlier one still
+    sees.
     """
-    if ring is None or len(key_pos) <= ring:
+    if ring is None or len(key_pos) <= ring:  # no position has wrapped: slots are positions
         return pos, key_pos
-    # The compiler would take the number of tokens for limited.
+    # While compiling, the compiler would take this check as a bound on the number of tokens, and
+    # compile again beyond it.
     if not torch.compiler.is_compiling() and pos.shape[1] > WINDOW_SLACK + 1:
         raise ValueError(
             f"a step has {pos.shape[1]} tokens of a row, and the caches of layers with a sliding "
@@ -312,6 +315,7 @@ def slots_and_keys(
     if lengths is not None:
         newest = torch.minimum(newest, lengths - 1)
         slot = slot.masked_fill(pos >= lengths, ring)
+    # Slot s holds the newest position p with p % ring == s.
     return slot, newest - (newest - key_pos[:ring]) % ring  # (B, T), (B, S)
 
 

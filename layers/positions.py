@@ -99,7 +99,9 @@ class LengthRope(FixedRope):
     """Rotary positions with other frequencies for texts that exceed the trained context.
 
     The tokens of a prompt use the frequencies for the length of the whole prompt; a generated token
-    uses those for its position + 1. Keys in the caches keep the rotation they were stored with.
+    uses those for the text up to and including it. Keys in the caches keep the rotation that they
+    were stored with; with Rope.recompute, engine.generate computes them all again when a text grows
+    beyond the trained context.
     """
 
     def __init__(self, rope: Rope):
@@ -109,13 +111,15 @@ class LengthRope(FixedRope):
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
         """Returns the frequencies of the tokens at pos, (B, T): (B, T, 1, P). lengths: see
         RotaryPositions.forward."""
-        length = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)  # (B, T)
+        # (B, T). Only padding is beyond the prompt's length; its result is not used.
+        length = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)
         longer = length[..., None, None] > self.original_context  # (B, T, 1, 1)
         return torch.where(longer, self.long_freqs(length), self.freqs)
 
     def long_freqs(self, length: Tensor) -> Tensor:
-        """Returns the frequencies for texts longer than the trained context, of the lengths
-        `length`, (B, T): (P,), or (B, T, 1, P). For shorter texts the result is not used."""
+        """Returns the frequencies for texts beyond the trained context: (P,), or (B, T, 1, P) if
+        they depend on the length. length: (B, T), that of each token's text; the result for shorter
+        texts is not used."""
         raise NotImplementedError
 
 
@@ -134,15 +138,16 @@ class DynamicRope(LengthRope):
 
 
 class LongRope(LengthRope):
-    """Two sets of frequencies: for texts up to the trained context, and for longer ones."""
+    """Two sets of frequencies: for texts up to the trained context (short_factors, FREQUENCIES),
+    and for longer ones (long_factors, here)."""
 
     def __init__(self, rope: Rope):
         super().__init__(rope)
         freqs = plain_freqs(rope) / torch.tensor(rope.long_factors, device="cpu")  # (P,)
-        self.register_buffer("others", freqs, persistent=False)
+        self.register_buffer("long_set", freqs, persistent=False)
 
     def long_freqs(self, length: Tensor) -> Tensor:
-        return self.others
+        return self.long_set
 
 
 def exponents(rope: Rope) -> Tensor:
@@ -179,7 +184,8 @@ def scale_yarn(freqs: Tensor, rope: Rope) -> Tensor:
     The channels between are those that make beta_fast to beta_slow turns in the trained context.
     freqs: (P,).
     """
-    # Channels, as fractional numbers of pairs, that make so many turns in the trained context.
+    # The indices of the pairs, as fractions, that make beta_fast and beta_slow turns in the trained
+    # context.
     first, last = (
         rope.dim / 2 * math.log(rope.original_context / (turns * 2 * math.pi), rope.theta)
         for turns in (rope.beta_fast, rope.beta_slow)
@@ -187,7 +193,7 @@ def scale_yarn(freqs: Tensor, rope: Rope) -> Tensor:
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rope.dim - 1)
-    # Of equal bounds the interpolation would be 0 / 0.
+    # With equal bounds the interpolation would be 0 / 0.
     last = last if first != last else last + 0.001
     pairs = torch.arange(len(freqs), dtype=torch.float32, device="cpu")  # (P,)
     scaled = ((pairs - first) / (last - first)).clamp(0, 1)
@@ -236,7 +242,7 @@ ROPES = {
     "longrope": LongRope,
 }
 # Rope.kind -> function of the plain frequencies, (P,), and the rope: the frequencies, (P,), for
-# texts up to the trained context or, if the kind does not ask for the length, for all texts.
+# texts up to the trained context or, if the kind does not depend on the length, for all texts.
 FREQUENCIES = {
     "default": lambda freqs, rope: freqs,
     "none": lambda freqs, rope: freqs * 0,  # no rotation: cosine 1, sine 0

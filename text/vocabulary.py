@@ -28,7 +28,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from text.special_tokens import MAX_IDS, TokenizerConfig, refuse_lfs_pointer
 
-# They count only if none of the checkpoint's JSON files names an EOS: Llama's, those of Qwen and
+# Tokens taken for EOS if none of the checkpoint's JSON files names one: Llama's, those of Qwen and
 # other ChatML models, Gemma's, Phi's.
 EOS_TOKENS = (
     *("</s>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
@@ -73,7 +73,7 @@ def open_backend(directory: Path, config: TokenizerConfig) -> "Backend":
         if all(path.is_file() for path in paths):
             for path in paths:
                 refuse_lfs_pointer(path)
-            # Parsed outside library_errors, so that an error in the config names the config file.
+            # A lazy property, read here so that its errors name the config file, not the tokenizer.
             config.added  # noqa: B018
             what = " with ".join(map(str, paths)) + ": not a readable tokenizer"
             with library_errors(what):
@@ -123,9 +123,9 @@ def check_usable(backend: "Backend") -> None:
     """Encode and decode a text, so that a damaged vocabulary raises its error now and not in the
     middle of a run. Raises ValueError for a vocabulary without ids or with more than MAX_IDS, and
     any error of the library."""
-    # The text has characters of 1 to 4 bytes, spaces, and the name of a special token.
     if not 0 < backend.vocab_size <= MAX_IDS:
         raise ValueError(f"it has token ids up to {backend.vocab_size - 1}")
+    # The text has characters of 1 to 4 bytes, spaces, and the name of a special token.
     for special in (False, True):
         for token in backend.encode("Hello <s>\n\t42 \u00e9\u4f60\U0001f600", special):
             backend.token_bytes(token)
@@ -140,8 +140,8 @@ class Backend(Protocol):
     """The interface of a vocabulary, in each of the formats.
 
     It never adds BOS itself. Tokenizer (tokenizer.py) does, and may replace the vocabulary's BOS
-    and EOS by those of the config files. A text of `special_id` and `token_to_id` is the token's
-    name, such as "</s>".
+    and EOS by those of the config files. `text` in special_id and token_to_id is a token's name,
+    such as "</s>".
     """
 
     vocab_size: int  # 1 + the largest id; ids may have gaps
@@ -232,9 +232,9 @@ class SentencePieceBackend:
         self._ids = {token.content: i for i, token in self._added.items()}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Return the ids of a text; special: see the top of this file. sentencepiece puts a space
-        before each part of the text, as in Llama 2's reference code before each turn of a chat; if
-        "legacy" is false in the config, only before a part at the beginning of the text."""
+        """Return the ids of a text; special: see the top of this file. A space is put before
+        each part of the text, as Llama 2's reference code does before each turn of a chat; with
+        "legacy": false in the config, only before a part that begins the text."""
         ids: list[int] = []
         for n, part in enumerate(self._split(text, special)):
             if isinstance(part, int):
@@ -299,8 +299,8 @@ def with_control_pieces(model: bytes, texts: Iterable[str]) -> bytes:
     """Return a sentencepiece model in which the user-defined pieces with these texts are control
     pieces.
 
-    sentencepiece makes a user-defined piece of its text wherever it stands, so that a prompt could
-    forge Gemma's <start_of_turn>. It never makes a control piece of a text.
+    sentencepiece encodes the text of a user-defined piece as that piece wherever it occurs, so that
+    a prompt could forge Gemma's <start_of_turn>. It never encodes text as a control piece.
     """
     data = bytearray(model)
     for piece in map(str.encode, texts):
@@ -372,8 +372,8 @@ def special_token(text: str) -> AddedToken:
 
 
 def _add_tokens(tk: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Add the config's added tokens to `tk`. Of a token that `tk` has already, the flags change
-    only if the config has an added_tokens_decoder with this token: other files have no flags.
+    """Add the config's added tokens to `tk`. The flags of a token that `tk` has already change only
+    if the config's added_tokens_decoder lists it: no other file gives flags.
 
     A token that the config names, such as eos_token, becomes special if the vocabulary has it. No
     token that is special in `tk` ceases to be special: the library would still omit its text.

@@ -29,8 +29,9 @@ MAX_PARAMETERS = 2**46  # far above any real model
 FAMILIES = (
     llama.FAMILIES | gemma.FAMILIES | olmo.FAMILIES | layer_norm.FAMILIES | multimodal.FAMILIES
 )
-# Part of the model_type of other families -> what model.py lacks for them. The first one counts.
+# Part of the model_type of other families -> what model.py lacks for them. The first match counts.
 UNSUPPORTED = {
+    "granitemoehybrid": "layers without attention (Mamba)",  # before "moe", which it contains
     "moe": "mixtures of experts",
     "mixtral": "mixtures of experts",
     "gpt_oss": "mixtures of experts",
@@ -46,7 +47,6 @@ UNSUPPORTED = {
     "zamba": "layers without attention (Mamba)",
     "nemotron_h": "layers without attention (Mamba)",
     "falcon_h1": "layers without attention (Mamba)",
-    "granitemoehybrid": "layers without attention (Mamba)",
     "rwkv": "layers without attention (RWKV)",
     "recurrent_gemma": "layers without attention (RG-LRU)",
     "lfm2": "layers without attention (convolutions)",
@@ -55,11 +55,11 @@ UNSUPPORTED = {
 
 def find_family(config: Any) -> tuple[Family, Config]:
     """Returns the family of a Hugging Face config, and the config of its language model, with the
-    family's defaults. ValueError for an unsupported family, and for keys that change any model in a
-    way that is not supported."""
+    family's defaults. Raises ValueError for a model_type that is not supported, and for keys that
+    no family supports (attention that is not causal, settings of single layers)."""
     config = Config(multimodal.text_values(config))
-    kind = config.values.get("model_type")
-    for part, what in UNSUPPORTED.items() if isinstance(kind, str) else ():
+    kind = str(config.values.get("model_type"))
+    for part, what in UNSUPPORTED.items():
         if part in kind:
             raise ValueError(f"{config.where}: 'model_type' is {kind}: {what} are not supported")
     family = FAMILIES[config.choice("model_type", FAMILIES)]
@@ -81,7 +81,8 @@ def model_args(config: Any) -> ModelArgs:
 
 
 def names_of(config: Any) -> Names:
-    """Returns the names of the tensors of a Hugging Face config's family."""
+    """Returns the table from Hugging Face's module names to ours for a config's family. Raises
+    ValueError as find_family does."""
     return find_family(config)[0].names
 
 
@@ -169,7 +170,7 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
     prefix = "model.decoder." if "embed_positions" in table else "model."  # OPT's, or the others'
     theirs: dict[str, dict[int, str]] = {}  # our module -> their modules, by the part
     for module, (ours, part) in table.items():
-        # Of two names of a part, the family's own comes after the one that it has from Llama.
+        # A family's own name of a part comes after Llama's in the table, and replaces it here.
         theirs.setdefault(ours, {})[part] = module if module == "lm_head" else prefix + module
     exported = {}
     for name, tensor in tensors.items():

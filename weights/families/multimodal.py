@@ -1,4 +1,5 @@
-"""Multimodal configs: the language model of Gemma 3, Mistral 3 and Qwen 2.5-VL, without vision.
+"""Multimodal configs: the language model of Gemma 3, Mistral 3, Qwen 2-VL and 2.5-VL, without
+vision.
 
 Start at text_values. The config of the language model is the object text_config within the whole
 one; an encoder of images, whose tensors are skipped (ENCODERS), is described beside it.
@@ -18,9 +19,9 @@ from weights.families.shared import LLAMA, Family
 class Multimodal:
     """What a multimodal model_type says of its language model.
 
-    model_type: where text_config has none. tied: tie_word_embeddings where the whole config has
-    none; inner_tied: whether that of text_config counts, too. values: count whatever text_config
-    says.
+    model_type: the default of text_config's. tied: the default of the whole config's
+    tie_word_embeddings; inner_tied: whether true in text_config ties them as well. values: override
+    those of text_config.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ def text_values(config: Any) -> Any:
     """Returns the config of the language model within a multimodal one; any other one unchanged.
 
     Early configs of Qwen have no text_config: the language model's keys lie beside vision_config.
+    Raises ValueError for a text_config that is no object.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in MODELS:
@@ -43,19 +45,21 @@ def text_values(config: Any) -> Any:
     tied = config.get("tie_word_embeddings", model.tied)
     if model.inner_tied and values.get("tie_word_embeddings"):
         tied = True
-    masks = {key: config[key] for key in ("is_causal", "per_layer_config") if key in config}
-    return values | {"tie_word_embeddings": tied} | masks | model.values
+    # find_family refuses some of their values, in the whole config as in text_config.
+    checked = {key: config[key] for key in ("is_causal", "per_layer_config") if key in config}
+    return values | {"tie_word_embeddings": tied} | checked | model.values
 
 
 def qwen_vl_args(config: Config) -> ModelArgs:
-    """Qwen 2. The rotary kind mrope has a position for each of three axes, which are equal in a
-    text."""
+    """Returns the args of a Qwen 2. mrope rotates by three positions (time, height, width), which
+    are equal for text: there it is the default kind."""
     return qwen2_args(config, theta=1e6, aliases={"mrope": "default"})
 
 
 QWEN_VL = Multimodal("qwen2_5_vl_text", tied=False, inner_tied=True)
+# model_type of a whole config -> how to read its text_config.
 MODELS = {
-    # The softcap of the language model is not used, as in transformers.
+    # final_logit_softcapping in text_config is ignored, as in transformers.
     "gemma3": Multimodal("gemma3_text", tied=True, values={"final_logit_softcapping": None}),
     "mistral3": Multimodal("mistral", tied=True),
     "qwen2_vl": QWEN_VL,
@@ -68,6 +72,7 @@ QWEN_VL_DEFAULTS = {
     "max_window_layers": 80,
 }
 QWEN_VL_TEXT = Family(qwen_vl_args, LLAMA, QWEN_VL_DEFAULTS)
+# model_type of a text_config -> its family, besides those that are also models of their own.
 FAMILIES = {"qwen2_vl_text": QWEN_VL_TEXT, "qwen2_5_vl_text": QWEN_VL_TEXT}
-# Names of tensors of encoders and of the projections of their outputs.
+# Names of the tensors of image encoders and of the projectors after them.
 ENCODERS = re.compile(r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector)\.")

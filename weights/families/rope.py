@@ -1,8 +1,9 @@
 """Reads the rotary positions of a config.json. Start at read_rope and read_ropes_by_type.
 
 A config has one of two schemas: `rope_theta` with `rope_scaling`, or `rope_parameters` of
-transformers 5. If it has both, `rope_scaling`, the older one, counts, as in transformers. In some
-families `rope_parameters` has a section for each type of layer. Defaults are those of transformers.
+transformers 5. If it has both, the older `rope_scaling` is read and `rope_parameters` ignored, as
+in transformers. In some families `rope_parameters` has a section for each type of layer; there
+`rope_scaling` overrides values of full_attention. Defaults are those of transformers.
 """
 
 import math
@@ -14,7 +15,7 @@ from layers.args import Rope
 from layers.positions import ROPES
 from weights.config import Config
 
-KINDS = [kind for kind in ROPES if kind != "none"]
+KINDS = [kind for kind in ROPES if kind != "none"]  # a family chooses "none", not a config
 
 
 def read_rope(
@@ -26,11 +27,12 @@ def read_rope(
     aliases: Mapping[str, str] = MappingProxyType({}),
     kinds: Sequence[str] = KINDS,
 ) -> Rope:
-    """Returns the rotary positions that all layers have.
+    """Returns the rotary positions of a model whose layers share them.
 
     theta: the family's default base. partial: the family's default of partial_rotary_factor, the
-    share of a head's channels that is rotated; None: the family rotates all. aliases: names of
-    kinds in this family -> names in ROPES. kinds: those that the family supports.
+    share of a head's channels that is rotated; None: the family rotates all channels, and another
+    factor than 1 is refused. aliases: names of kinds in this family -> names in ROPES. kinds: those
+    that the family supports. Raises ValueError for a kind or a value that is not supported.
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     section = old if old.values else new
@@ -48,7 +50,7 @@ def read_ropes_by_type(
     """Returns the rotary positions of layers with full attention and of those with a sliding
     window: a Rope for the keys full_attention and sliding_attention.
 
-    full_theta, sliding_theta: the bases where the section of such layers has none.
+    full_theta, sliding_theta: the default bases of the two types. Raises ValueError as read_rope.
     """
     sections, scaled = config.section("rope_parameters"), config.section("rope_scaling")
     if others := sections.values.keys() - {"full_attention", "sliding_attention"}:
@@ -81,8 +83,8 @@ def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -
 def read_kind(
     section: Config, keys: Sequence[str], aliases: Mapping[str, str], kinds: Sequence[str]
 ) -> str:
-    """Returns the kind of rotary positions, a key of ROPES. keys: the first one that is there
-    counts."""
+    """Returns the kind of rotary positions, a key of ROPES. keys: the kind is read from the first
+    of these that the section has."""
     key = next((key for key in keys if key in section.values), keys[0])
     kind = section.choice(key, [*kinds, *aliases], "default")
     return aliases.get(kind, kind)
@@ -137,6 +139,7 @@ def read_yarn(config: Config, section: Config, rope: Rope, original: int | None)
     mscales = [given.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
     numerator, denominator = mscales if all(mscales) else (1, 0)
     scale = 0.1 * math.log(max(factor, 1))
+    # The paper's 0.1 log(factor) + 1, or the quotient of two such terms (DeepSeek).
     default = (numerator * scale + 1) / (denominator * scale + 1)
     return replace(
         rope,
@@ -152,7 +155,7 @@ def read_yarn(config: Config, section: Config, rope: Rope, original: int | None)
 def read_longrope(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
     context = trained_context(config, section, original)
     longest = config.positions("max_position_embeddings")
-    if context == 1:
+    if context == 1:  # its logarithm, a divisor, would be 0
         key = "original_max_position_embeddings"
         raise ValueError(f"{section.where}: '{key}' is 1 and must be more")
     factor = section.number("factor", None, null=None) or longest / context
@@ -168,8 +171,9 @@ def read_longrope(config: Config, section: Config, rope: Rope, original: int | N
 
 
 def trained_context(config: Config, section: Config, original: int | None) -> int:
-    """Returns the positions of the training. original: of the config itself, or None; it counts
-    before that of the section."""
+    """Returns the length of the context that the model was trained with. original:
+    original_max_position_embeddings of the config itself, which takes precedence over that of the
+    section; None: the config has none."""
     longest = config.positions("max_position_embeddings")
     return original or section.positions("original_max_position_embeddings", longest)
 

@@ -11,11 +11,12 @@ from layers.args import LayerType, ModelArgs, Rope
 from model import ACTIVATIONS
 from weights.config import Config
 
-# Limits far above any real model. A larger number is a mistake, and building its model could take
-# minutes.
+# Far above any real model. A larger number is a mistake, and building its model could take minutes.
 MAX_LAYERS = 2**10
+
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Hugging Face's module -> (our module, index of the part in its stacked tensor). N: layer number.
+# Hugging Face's module -> our module, and which part of our stacked tensor theirs is. N: the number
+# of the layer.
 Names = dict[str, tuple[str, int]]
 
 
@@ -23,8 +24,8 @@ Names = dict[str, tuple[str, int]]
 class Family:
     """Models of one model_type.
 
-    read: returns the ModelArgs of a config. names: of the tensors, without "model." at the front.
-    defaults: values of keys that configs of this family leave out.
+    read: returns the ModelArgs of a config. names: its modules' names, without "model." at the
+    front. defaults: the values that keys have if a config leaves them out.
     """
 
     read: Callable[[Config], ModelArgs]
@@ -65,7 +66,7 @@ def rms_gated_args(config: Config, layer_types: Sequence[LayerType], **fields: A
 
 
 def attention_biases(config: Config) -> dict[str, bool]:
-    """Returns the fields for attention_bias, which is of q, k and v and of the output."""
+    """Returns the fields for attention_bias, which covers q, k, v and the output."""
     biased = config.flag("attention_bias", False)
     return {"attention_bias": biased, "wo_bias": biased}
 
@@ -94,8 +95,8 @@ def equal_share(dim: int, n_heads: int) -> int:
 
 
 def context(config: Config, layer_types: Sequence[LayerType]) -> int:
-    """Returns the positions that a model can attend over. Dynamic positions extend them by the
-    factor. This limit is vLLM's; transformers has none."""
+    """Returns the positions that a model can attend over: max_position_embeddings, times the factor
+    of the rope kind "dynamic". This limit is vLLM's; transformers has none."""
     longest = config.positions("max_position_embeddings")
     ropes = [layer.rope for layer in layer_types if layer.rope and layer.rope.kind == "dynamic"]
     return int(longest * max([1.0, *(rope.factor for rope in ropes)]))
@@ -107,26 +108,27 @@ def same_layers(config: Config, rope: Rope, window: int | None = None) -> list[L
 
 
 def attention_types(config: Config, default: Callable[[int], bool]) -> list[str]:
-    """Returns for each layer FULL or SLIDING: the config's layer_types or, without them, SLIDING
-    for the layers of whose numbers, from 0, `default` is true."""
+    """Returns FULL or SLIDING for each layer: the config's layer_types or, if it has none, SLIDING
+    for each layer n, from 0, for which default(n) is true."""
     count = layer_count(config)
     found = config.choices("layer_types", (FULL, SLIDING), count)
     return list(found) if found else [SLIDING if default(n) else FULL for n in range(count)]
 
 
 def windows(config: Config, types: Sequence[str], window: int | None) -> list[int | None]:
-    """Returns the window of each layer; None: full attention. types: of attention_types. window: of
-    the layers that have one. Raises ValueError if such layers are there, and no window."""
+    """Returns the window of each layer; None: full attention. types: see attention_types. window:
+    that of all sliding layers. Raises ValueError if there is a sliding layer and window is None."""
     if SLIDING in types and window is None:
         raise ValueError(
-            f"{config.where}: 'layer_types' has {SLIDING}, and there is no 'sliding_window', or it "
-            "is switched off"
+            f"{config.where}: the model has layers of {SLIDING}, but 'sliding_window' is missing "
+            "or switched off"
         )
     return [window if name == SLIDING else None for name in types]
 
 
 def alternating(config: Config, types: list[str], ropes: dict[str, Rope]) -> list[LayerType]:
-    """Returns layers with and without a window. types: of attention_types. ropes: of each type."""
+    """Returns the layer types of a model that mixes full and sliding attention. types: see
+    attention_types. ropes: FULL and SLIDING -> Rope."""
     window = config.positions("sliding_window", 4096, null=None)
     pairs = zip(types, windows(config, types, window), strict=True)
     return [LayerType(ropes[name], each) for name, each in pairs]
@@ -154,7 +156,8 @@ QK_NORM: Names = {
     "layers.N.self_attn.q_norm": ("layers.N.attention.q_norm", 0),
     "layers.N.self_attn.k_norm": ("layers.N.attention.k_norm", 0),
 }
-# Norms after attention and feed-forward.
+# Norms after attention and feed-forward. The first name is that of Llama's norm before the
+# feed-forward, which it replaces.
 OUTPUT_NORMS: Names = {
     "layers.N.post_attention_layernorm": ("layers.N.attention_output", 0),
     "layers.N.post_feedforward_layernorm": ("layers.N.ffn_output", 0),
