@@ -167,8 +167,8 @@ def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
 
 
 def adds_bos(lm: LoadedModel, args: argparse.Namespace) -> bool:
-    """Return whether every text begins with BOS: if the tokenizer has one, without --no_bos."""
-    return lm.tokenizer.bos_id is not None and not args.no_bos
+    """Return whether every text begins with BOS: if the tokenizer adds one, without --no_bos."""
+    return lm.tokenizer.adds_bos and not args.no_bos
 
 
 def cache_key(args: argparse.Namespace) -> int:

@@ -188,15 +188,21 @@ def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, sampl
     """Cut evenly spaced pieces out of the text. Returns ids, (at most `samples`, T).
 
     T is seq_length, or the model's context if that is shorter. Each piece begins with BOS (the
-    token that begins a text), if the tokenizer has it. There are no more pieces than fit into the
+    token that begins a text), if the tokenizer adds it. There are no more pieces than fit into the
     text without overlap; the first piece is at its start, the last one at its end. samples: the
-    most pieces. Raises ValueError if the text is shorter than one piece.
+    most pieces. Raises ValueError if the text is shorter than one piece, and if it has ids that the
+    model lacks.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
     length = min(seq_length, checkpoint.args.context)
     ids, piece = tokenizer.encode(text, bos=False), length - len(bos)
     count = min(samples, len(ids) // piece)
+    if (largest := max(ids, default=0)) >= checkpoint.args.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {checkpoint.directory} gives the calibration text the id {largest}, "
+            f"and the model has {checkpoint.args.vocab_size} ids: it is another model's tokenizer"
+        )
     if count == 0:
         raise ValueError(
             f"the calibration text has {len(ids)} tokens and one of {length} is needed: give more "

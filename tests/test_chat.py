@@ -291,6 +291,13 @@ def test_from_a_pipe_each_line_is_a_message_and_bad_bytes_do_not_end_it():
     assert b"/nothing is not a command" in done.stderr
 
 
+def test_a_models_own_switches_and_paths_are_no_commands():
+    for text in ("/no_think What is 2 + 2?", " /think", "/etc/hosts", "a /help"):
+        assert chat.command_in(text) is None
+    for text in ("/help", " /exit now", "/no_thinking", "/"):
+        assert chat.command_in(text) == text.split()[0]
+
+
 def test_a_closed_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(ValueError, match="stdin, which is closed"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import ROOT
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quant.linear
@@ -367,6 +368,18 @@ def test_a_calibration_text_in_another_encoding_is_named(demo: Path, capsys):
     text = "--mode", "int4-gptq", "--calibration_file", demo / "text.txt"
     assert command("--checkpoint_path", demo, *text) == 2
     assert "text.txt, line 1: byte 0xff is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_ids_that_the_model_lacks_is_named(demo: Path, capsys):
+    config = json.loads((demo / "config.json").read_text()) | {"vocab_size": 300}
+    (demo / "config.json").write_text(json.dumps(config))
+    weights = load_file(demo / "model.safetensors")
+    (table,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    save_file(weights | {table: weights[table][:300].clone()}, demo / "model.safetensors")
+    (demo / "text.txt").write_text("One day a dog ran to the park. " * 400)
+    text = "--mode", "int4-gptq", "--calibration_file", demo / "text.txt"
+    assert command("--checkpoint_path", demo, *text) == 2
+    assert "and the model has 300 ids: it is another model's tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

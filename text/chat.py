@@ -29,6 +29,7 @@ COMMANDS = {
     "/reset": "forget the conversation and begin again",
     "/exit": "leave, as Ctrl-D does",
 }
+MODEL_SWITCHES = "/think", "/no_think"  # Qwen3 and SmolLM3 read them in a message
 
 
 class Conversation:
@@ -167,9 +168,9 @@ def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
 
 def command_in(text: str) -> str | None:
     """Return the command, /word, with which a message begins, or None. A path, /a/b, is no
-    command: the word must end at a space or with the message."""
+    command: the word must end at a space or with the message. Nor are MODEL_SWITCHES."""
     match = re.match(r"\s*(/\w*)(?!\S)", text)
-    return match and match[1]
+    return match[1] if match and match[1] not in MODEL_SWITCHES else None
 
 
 def run_command(command: str, conversation: Conversation) -> None:

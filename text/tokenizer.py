@@ -90,7 +90,7 @@ class Tokenizer:
         self.vocab_size = backend.vocab_size
         self.chat_template = chat_template
         self._backend = backend
-        self._adds_bos = bos_id is not None and (backend.adds_bos if add_bos is None else add_bos)
+        self.adds_bos = bos_id is not None and (backend.adds_bos if add_bos is None else add_bos)
         self._names = {"bos_token": "", "eos_token": ""} | (names or {})
         self.bos_token = self._names["bos_token"]
 
@@ -105,7 +105,7 @@ class Tokenizer:
         """
         with library_errors("the tokenizer failed on this text"):
             ids = self._backend.encode(without_surrogates(text), special)
-        return [self.bos_id, *ids] if bos and self._adds_bos and ids[:1] != [self.bos_id] else ids
+        return [self.bos_id, *ids] if bos and self.adds_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, without special tokens and ids outside the vocabulary."""
