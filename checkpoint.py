@@ -15,14 +15,13 @@ load_into then reads each tensor of the model once, into its final memory.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from host.log import log
+from host.log import log_once
 from quant.linear import checked_scheme
 from weights import hf
 from weights.allocation import allocate, stored_tensors
@@ -256,9 +255,3 @@ class Checkpoint:
             more = f"; and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
             listed = "; ".join(sorted(faults)[:MAX_LISTED])
             raise ValueError(f"{self.path} does not fit its config: {listed}{more}")
-
-
-@cache
-def log_once(line: str) -> None:
-    """Log a line once per process, although a file may be opened several times."""
-    log(line)

@@ -1,5 +1,6 @@
 """Log lines on stderr. Start at log; --quiet switches them off."""
 
+import functools
 import logging
 import sys
 
@@ -11,6 +12,12 @@ def log(line: str) -> None:
     """Print a line on stderr, unless --quiet is set."""
     if LOGGER.isEnabledFor(logging.INFO):
         print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """Log a line once per process, although a file may be opened several times."""
+    log(line)
 
 
 def set_quiet(quiet: bool) -> None:

@@ -59,7 +59,6 @@ class ModelArgs:
     norm: str = "rms"  # a key of NORMS
     norm_eps: float = 1e-5
     norm_affine: bool = True  # norms have weights
-    norm_bias: bool = True  # of layer norms
     input_norms: bool = True  # norms before attention and feed-forward
     output_norms: bool = False  # norms after attention and feed-forward
     final_norm: bool = True

@@ -162,7 +162,7 @@ def make_norm(args: ModelArgs, dim: int | None = None) -> nn.Module:
 
 
 def layer_norm(args: ModelArgs, dim: int) -> LayerNorm:
-    return LayerNorm(dim, args.norm_eps, args.norm_affine, args.norm_bias)
+    return LayerNorm(dim, args.norm_eps, args.norm_affine)
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:

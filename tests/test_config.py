@@ -31,6 +31,7 @@ FAMILIES = {
     "mistral": LLAMA | {"model_type": "mistral", "num_key_value_heads": 2},
     "opt": SIZES | {"model_type": "opt", "ffn_dim": 48},
 }
+YARN = {"rope_type": "yarn", "factor": 4.0}
 NAN, INF = math.nan, math.inf
 NEVER = (True, False, [], [4], {}, {"a": 1}, "", "x", "4", NAN, INF, -INF, -1, 0, 0.0)
 WRONG = {
@@ -246,3 +247,73 @@ def test_compiled_angles_are_eager_angles():
     for given in ((x, pos), (x, pos, lengths)):
         for mine, other in zip(compiled(*given)[1][0], positions(*given)[1][0], strict=True):
             assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "context"),
+    [
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 128),
+        # Qwen 2.5's advice for long texts: max_position_embeddings stays that of the training.
+        ("qwen2", {"rope_scaling": YARN | {"original_max_position_embeddings": 64}}, 256),
+        ("qwen2", {"rope_scaling": YARN | {"original_max_position_embeddings": 16}}, 64),
+        ("llama", {"rope_scaling": LLAMA3}, 64),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 64),
+    ],
+)
+def test_scaled_rotary_positions_extend_the_context(kind: str, changes: Any, context: int):
+    config = LLAMA | {"model_type": kind, "head_dim": 8, "num_key_value_heads": 2}
+    assert model_args(config | changes).context == context
+
+
+@pytest.mark.parametrize(("window", "kept"), [(63, 63), (64, None), (262144, None)])
+def test_a_window_that_covers_the_context_is_none(window: int, kept: int | None):
+    args = model_args(FAMILIES["mistral"] | {"sliding_window": window})
+    assert [layer.window for layer in args.layer_types] == [kept, kept]
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo3"])
+def test_a_section_for_a_type_of_layer_may_name_its_kind_in_the_older_way(kind: str):
+    config = LLAMA | {"model_type": kind, "layer_types": ["sliding_attention", "full_attention"]}
+    scaling = {"factor": 2.0, "rope_theta": 1e6}
+    found = [
+        model_args(config | {"rope_parameters": {"full_attention": scaling | {key: "linear"}}})
+        for key in ("type", "rope_type")
+    ]
+    assert found[0] == found[1]
+    assert [layer.rope.kind for layer in found[0].layer_types] == ["default", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_parameters": {"full_attention": YARN}}, ("'full_attention'", "share their rotary")),
+        ({"rope_scaling": YARN | {"rope_theta": 1}}, ("'rope_theta' is 1", "above 1")),
+        (
+            {"model_type": "gemma3", "text_config": LLAMA | {"model_type": "gemma3"}},
+            ("no language",),
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"hidden_size": 0}},
+            ("text_config", "hidden_size"),
+        ),
+        ({"model_type": "qwen9"}, ("'model_type' is \"qwen9\"", "gemma3, mistral3")),
+        ({"model_type": "granitemoehybrid"}, ("Mamba",)),
+    ],
+)
+def test_what_no_family_reads_is_refused_by_name(change: dict[str, Any], named: tuple[str, ...]):
+    with pytest.raises(ValueError) as caught:
+        model_args(LLAMA | change)
+    assert "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in named), str(caught.value)
+
+
+def test_keys_that_transformers_does_not_use_are_not_read():
+    """Gemma's hidden_act, and the layer_types of the Mistral in a Mistral 3."""
+    gemma = LLAMA | {"model_type": "gemma3_text", "head_dim": 8}
+    assert model_args(gemma | {"hidden_act": "x"}) == model_args(gemma)
+    inner = LLAMA | {"model_type": "mistral", "sliding_window": 8, "num_key_value_heads": 2}
+    types = {"layer_types": ["full_attention", "sliding_attention"]}
+    args = model_args({"model_type": "mistral3", "text_config": inner | types})
+    assert [layer.window for layer in args.layer_types] == [8, 8]
+    assert [layer.window for layer in model_args(inner | types).layer_types] == [None, 8]

@@ -57,12 +57,15 @@ def find_family(config: Any) -> tuple[Family, Config]:
     """Returns the family of a Hugging Face config, and the config of its language model, with the
     family's defaults. Raises ValueError for a model_type that is not supported, and for keys that
     no family supports (attention that is not causal, settings of single layers)."""
-    config = Config(multimodal.text_values(config))
+    config = multimodal.text_config(config)
     kind = str(config.values.get("model_type"))
     for part, what in UNSUPPORTED.items():
         if part in kind:
             raise ValueError(f"{config.where}: 'model_type' is {kind}: {what} are not supported")
-    family = FAMILIES[config.choice("model_type", FAMILIES)]
+    # Names those of multimodal models, too, which lie around the language model's.
+    if config.choice("model_type", [*FAMILIES, *multimodal.MODELS]) not in FAMILIES:
+        raise ValueError(f"{config.where}: 'model_type' is {kind}, which is no language model's")
+    family = FAMILIES[kind]
     config.refuse("is_causal", [True], "only causal attention is supported")
     config.refuse("per_layer_config", [{}], "settings of single layers are not supported")
     return family, Config(family.defaults | config.values, config.where)

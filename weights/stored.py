@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from host.log import log
+from host.log import log_once
 from weights import hf
 from weights.formats import Part, index_file, read_columns, read_part, rows_of
 from weights.weight_files import shards
@@ -200,7 +200,9 @@ def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, P
     parts = list(parts)
     skipped = sum(part.nbytes for part in parts if hf.of_encoder(part.name))
     if skipped:
-        log(f"{skipped / 2**20:.0f} MiB of vision tensors are skipped: the model reads text only")
+        log_once(
+            f"{skipped / 2**20:.0f} MiB of vision tensors are skipped: the model reads text only"
+        )
     for part in parts:
         if target := hf.tensor_name(part.name, names):
             name, index = target

@@ -36,8 +36,10 @@ def gemma3_args(config: Config) -> ModelArgs:
     thetas = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 1e4)
     ropes = read_ropes_by_type(config, head_dim(config), *thetas)
     pattern = config.integer("sliding_window_pattern", 6)
-    types = attention_types(config, lambda n: (n + 1) % pattern != 0)
-    return gemma_args(config, alternating(config, types, ropes), None, qk_norm="head")
+    layers = alternating(config, attention_types(config, lambda n: (n + 1) % pattern != 0), ropes)
+    # max_position_embeddings includes the factor of the rotary positions.
+    longest = config.positions("max_position_embeddings")
+    return gemma_args(config, layers, None, qk_norm="head", context=longest)
 
 
 def gemma_args(

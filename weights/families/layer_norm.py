@@ -31,7 +31,7 @@ def opt_args(config: Config) -> ModelArgs:
         n_layers=layer_count(config),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        head_dim=equal_share(dim, n_heads),
+        head_dim=equal_share(config, dim, n_heads),
         hidden_dim=config.integer("ffn_dim"),
         vocab_size=config.integer("vocab_size", maximum=2**28),
         context=config.positions("max_position_embeddings", 2048),
@@ -71,7 +71,7 @@ def stablelm_args(config: Config) -> ModelArgs:
     """A quarter of each head is rotated; the 12B model has parallel blocks, and norms of queries
     and keys with weights for each head."""
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    channels = equal_share(dim, n_heads)
+    channels = equal_share(config, dim, n_heads)
     config.refuse("head_dim", [channels], "this family's is hidden_size / num_attention_heads")
     rope = read_rope(config, channels, partial=0.25)
     parallel = config.flag("use_parallel_residual", False)

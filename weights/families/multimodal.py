@@ -1,7 +1,7 @@
 """Multimodal configs: the language model of Gemma 3, Mistral 3, Qwen 2-VL and 2.5-VL, without
 vision.
 
-Start at text_values. The config of the language model is the object text_config within the whole
+Start at text_config. The config of the language model is the object text_config within the whole
 one; an encoder of images, whose tensors are skipped (ENCODERS), is described beside it.
 """
 
@@ -21,33 +21,37 @@ class Multimodal:
 
     model_type: the default of text_config's. tied: the default of the whole config's
     tie_word_embeddings; inner_tied: whether true in text_config ties them as well. values: override
-    those of text_config.
+    those of text_config. unused: keys of text_config that transformers does not use.
     """
 
     model_type: str
     tied: bool
     inner_tied: bool = False
     values: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
-def text_values(config: Any) -> Any:
-    """Returns the config of the language model within a multimodal one; any other one unchanged.
+def text_config(config: Any) -> Config:
+    """Returns the config of the language model within a multimodal one, or the whole config.
 
     Early configs of Qwen have no text_config: the language model's keys lie beside vision_config.
     Raises ValueError for a text_config that is no object.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in MODELS:
-        return config
+        return Config(config)
     model = MODELS[kind]
     inner = config.get("text_config") or config | {"model_type": model.model_type}
-    values = {"model_type": model.model_type} | Config(inner, "config.json, text_config").values
+    given = Config(inner, "config.json, text_config" if "text_config" in config else "config.json")
+    values = {"model_type": model.model_type} | given.values
+    values = {key: value for key, value in values.items() if key not in model.unused}
     tied = config.get("tie_word_embeddings", model.tied)
     if model.inner_tied and values.get("tie_word_embeddings"):
         tied = True
     # find_family refuses some of their values, in the whole config as in text_config.
     checked = {key: config[key] for key in ("is_causal", "per_layer_config") if key in config}
-    return values | {"tie_word_embeddings": tied} | checked | model.values
+    values |= {"tie_word_embeddings": tied} | checked | model.values
+    return Config(values, given.where)
 
 
 def qwen_vl_args(config: Config) -> ModelArgs:
@@ -61,7 +65,8 @@ QWEN_VL = Multimodal("qwen2_5_vl_text", tied=False, inner_tied=True)
 MODELS = {
     # final_logit_softcapping in text_config is ignored, as in transformers.
     "gemma3": Multimodal("gemma3_text", tied=True, values={"final_logit_softcapping": None}),
-    "mistral3": Multimodal("mistral", tied=True),
+    # Only a Mistral that is a model of its own becomes Ministral by layer_types.
+    "mistral3": Multimodal("mistral", tied=True, unused=("layer_types",)),
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
 }

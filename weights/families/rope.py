@@ -36,6 +36,8 @@ def read_rope(
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     section = old if old.values else new
+    for key in ("full_attention", "sliding_attention"):
+        section.refuse(key, (), "the layers of this family share their rotary positions")
     # The base lies in the section in transformers 5, beside it in the older schema.
     theta = (section if "rope_theta" in section.values else config).number("rope_theta", theta)
     kind = read_kind(section, ("rope_type", "type"), aliases, kinds)
@@ -74,7 +76,7 @@ def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -
     """Returns the rotary positions of a type of layers. section: its part of the config. theta: the
     base if the section has none."""
     section.refuse("truncate", [True], "only true is supported in a section for a type of layer")
-    kind = read_kind(section, ("rope_type",), {}, KINDS)
+    kind = read_kind(section, ("rope_type", "type"), {}, KINDS)
     theta = section.number("rope_theta", theta)
     rope = Rope(rotated_channels(config, section, head_dim, None), theta, kind)
     return READERS.get(kind, plain)(config, section, rope, None)
@@ -130,7 +132,10 @@ def read_llama3(config: Config, section: Config, rope: Rope, original: int | Non
 
 
 def read_yarn(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
-    """Zero or null for a beta or mscale means its default, as in transformers."""
+    """Zero or null for a beta or mscale means its default, as in transformers. Raises ValueError
+    for a base that gives no frequencies below 1."""
+    if rope.theta <= 1:
+        raise ValueError(f"{section.where}: 'rope_theta' is {rope.theta:g} and must be above 1")
     context = trained_context(config, section, original)
     factor = section.number("factor", null=None, maximum=1e6)
     factor = factor or config.positions("max_position_embeddings") / context

@@ -4,7 +4,7 @@ Start at shared_args. A Family tells how to read a config and how the tensors ar
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layers.args import LayerType, ModelArgs, Rope
@@ -36,8 +36,14 @@ class Family:
 def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any) -> ModelArgs:
     """Returns the ModelArgs with the sizes that all families but OPT name alike.
 
-    fields: other fields, and those that a family reads in another way.
+    fields: other fields, and those that a family reads in another way. A window that covers the
+    whole context is left out: attention without one is faster.
     """
+    longest = fields.get("context") or context(config, layer_types)
+    layer_types = [
+        replace(layer, window=layer.window if (layer.window or longest) < longest else None)
+        for layer in layer_types
+    ]
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     sizes = {
         "dim": dim,
@@ -47,7 +53,7 @@ def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any)
         "head_dim": head_dim(config),
         "hidden_dim": config.integer("intermediate_size"),
         "vocab_size": config.integer("vocab_size", maximum=2**28),
-        "context": context(config, layer_types),
+        "context": longest,
         "embed_dim": dim,
         "layer_types": tuple(layer_types),
         "tied": config.flag("tie_word_embeddings", False),
@@ -58,11 +64,10 @@ def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any)
 def rms_gated_args(config: Config, layer_types: Sequence[LayerType], **fields: Any) -> ModelArgs:
     """Returns the ModelArgs of a model with RMS norms and gated feed-forwards. fields: as in
     shared_args."""
-    read = {
-        "norm_eps": config.number("rms_norm_eps", 1e-6, maximum=1.0),
-        "activation": config.choice("hidden_act", ACTIVATIONS, "silu"),
-    }
-    return shared_args(config, layer_types, **read | fields)
+    if "activation" not in fields:
+        fields["activation"] = config.choice("hidden_act", ACTIVATIONS, "silu")
+    eps = config.number("rms_norm_eps", 1e-6, maximum=1.0)
+    return shared_args(config, layer_types, norm_eps=eps, **fields)
 
 
 def attention_biases(config: Config) -> dict[str, bool]:
@@ -81,25 +86,30 @@ def head_dim(config: Config) -> int:
     Raises ValueError if there is no head_dim and the quotient is no integer.
     """
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    return config.integer("head_dim", None, null=None) or equal_share(dim, n_heads)
+    return config.integer("head_dim", None, null=None) or equal_share(config, dim, n_heads)
 
 
-def equal_share(dim: int, n_heads: int) -> int:
-    """Returns dim / n_heads. Raises ValueError if that is no integer."""
+def equal_share(config: Config, dim: int, n_heads: int) -> int:
+    """Returns dim / n_heads, both of the config. Raises ValueError if that is no integer."""
     if dim % n_heads:
         raise ValueError(
-            f"config.json: 'hidden_size' is {dim} and must be a multiple of 'num_attention_heads', "
-            f"{n_heads}, where there is no 'head_dim'"
+            f"{config.where}: 'hidden_size' is {dim} and must be a multiple of "
+            f"'num_attention_heads', {n_heads}, where there is no 'head_dim'"
         )
     return dim // n_heads
 
 
 def context(config: Config, layer_types: Sequence[LayerType]) -> int:
-    """Returns the positions that a model can attend over: max_position_embeddings, times the factor
-    of the rope kind "dynamic". This limit is vLLM's; transformers has none."""
+    """Returns the positions that a model can attend over: max_position_embeddings, extended by the
+    factor of linear and dynamic rotary positions, and to original_max_position_embeddings times the
+    factor of yarn. This limit is vLLM's; transformers has none."""
     longest = config.positions("max_position_embeddings")
-    ropes = [layer.rope for layer in layer_types if layer.rope and layer.rope.kind == "dynamic"]
-    return int(longest * max([1.0, *(rope.factor for rope in ropes)]))
+    extended = [longest]
+    for rope in {layer.rope for layer in layer_types if layer.rope}:
+        trained = rope.original_context if rope.kind == "yarn" else longest
+        if rope.kind in ("linear", "dynamic", "yarn"):
+            extended.append(int(trained * rope.factor))
+    return max(extended)
 
 
 def same_layers(config: Config, rope: Rope, window: int | None = None) -> list[LayerType]:
