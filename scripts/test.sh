@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-pytest=(.venv/bin/python -m pytest -n auto --dist loadfile)
+# Files in the order of LONGEST in tests/conftest.py, not by their number of tests.
+pytest=(.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder)
 if [[ "${1:-}" == --fast ]]; then
     exec "${pytest[@]}" -m "not slow" "${@:2}"
 fi

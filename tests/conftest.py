@@ -27,6 +27,15 @@ FAST = {
         "sampling weight_files"
     ).split()
 }
+# The files that take longest, in the order in which workers take them: one that begins last would
+# keep one core busy and leave the others idle.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "flash config_keys families_modes tp generate quantize families windows family_tokenizers "
+        "gptq ranks compiled speculate instruction_sets offload compaction eval harness"
+    ).split()
+]
 sys.path.insert(0, str(ROOT))
 # A shell lets what it starts in the background ignore Ctrl-C, and so would the programs tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,7 +51,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of files outside FAST as slow."""
+    """Mark the tests of files outside FAST as slow, and put those of LONGEST first."""
+    order = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if is_slow(item.path):
             item.add_marker(pytest.mark.slow)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -323,6 +324,12 @@ OLD: dict[str, Options] = {
     "nemotron-tied": {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
     "nemotron-yarn": old(YARN | {"rope_theta": 1e6}, "type", partial_rotary_factor=1.0),
 }
+# Frequencies depend on the length of the text.
+BY_LENGTH = [
+    variant
+    for variant, (_, options) in VARIANTS.items()
+    if options.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
+]
 # A variant of each family, with its windows, for the tests that take long.
 OF_EACH_FAMILY = (
     "qwen2-windows qwen3-windows mistral-window ministral-layer-types gemma2 gemma3-linear "
@@ -380,7 +387,7 @@ def reference(variant: str) -> nn.Module:
         model_class = f"{family.removesuffix('Text')}ForCausalLM"
     config = getattr(transformers, config_class)(**copied(options))
     seed = zlib.crc32(variant.encode())  # other variants do not change it
-    return randomised(getattr(transformers, model_class)(config), seed)
+    return randomised(getattr(transformers, model_class), config, seed)
 
 
 def copied(options: Any) -> Any:
@@ -390,14 +397,17 @@ def copied(options: Any) -> Any:
     return list(options) if isinstance(options, list) else options
 
 
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """The model with random weights: no norm multiplies by 1, no bias is 0.
+def randomised(model_class: type[nn.Module], config: Any, seed: int) -> nn.Module:
+    """A model of a config with random weights: no norm multiplies by 1, no bias is 0.
 
     The scales of the norms of Gemma and Nemotron are offsets from 1, and those of other norms are
     not. The embedding of a tied head is small, for otherwise the likeliest token would always be
     the last one.
     """
-    offsets = type(model).__name__.startswith(("Gemma", "Nemotron"))
+    # Weights of its own, which are replaced below, would take half of the time.
+    with mock.patch.object(transformers.PreTrainedModel, "initialize_weights"):
+        model = model_class(config)
+    offsets = model_class.__name__.startswith(("Gemma", "Nemotron"))
     table = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
     generator = torch.Generator().manual_seed(seed)
@@ -451,6 +461,18 @@ def expected(
     options |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
     done = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
     return done.sequences[0, len(prompt) :].tolist(), torch.cat(done.logits)
+
+
+@torch.no_grad()
+def expected_of_text(
+    model: nn.Module, prompt: list[int], ids: list[int]
+) -> tuple[list[int], Tensor]:
+    """As `expected`, from one pass over a prompt and ids, which a model may have continued it by.
+
+    Equal to what `expected` returns if the ids are those, unless frequencies depend on the length.
+    """
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]  # (count, V)
+    return logits.argmax(-1).tolist(), logits
 
 
 def continued(

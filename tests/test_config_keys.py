@@ -8,9 +8,10 @@ with a ValueError or read the config.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import families
@@ -213,7 +214,7 @@ def their_model(folder: Path) -> nn.Module | None:
         config = transformers.AutoConfig.from_pretrained(folder)
         tables = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         multimodal = type(config) in tables[1]
-        return families.randomised(tables[multimodal][type(config)](config), SEED)
+        return families.randomised(tables[multimodal][type(config)], config, SEED)
     except Exception:  # of any type: strict dataclasses, KeyError, TypeError, assertions
         return None
 
@@ -240,11 +241,13 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 @cache
-def unchanged(config: str, folder: Path) -> tuple[ModelArgs, Tensor]:
+def unchanged(config: str) -> tuple[ModelArgs, Tensor]:
     """The args and the logits of a config, as JSON, which this project must read as transformers
-    does. folder: for its files."""
-    assert (found := fault(json.loads(config), "", None, folder)) is None, found
-    return model_args(json.loads(config)), their_logits(their_model(folder), some_tokens())
+    does."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        assert (found := fault(json.loads(config), "", None, folder)) is None, found
+        return model_args(json.loads(config)), their_logits(their_model(folder), some_tokens())
 
 
 def some_tokens(vocab_size: int = families.VOCAB) -> Tensor:
@@ -259,37 +262,48 @@ def fault(
     """What is wrong with how this project reads a config; None if nothing is.
 
     key, value: what was changed, one of which an error must name. base: the config before that; the
-    model of one with the same args is not run.
+    model of one with the same args is not run. Nor is transformers asked about a config that is
+    refused with an error that names what was changed.
     """
-    known = base and unchanged(json.dumps(base), folder)
+    known = base and unchanged(json.dumps(base))
     (folder / "config.json").write_text(json.dumps(config))
-    model = their_model(folder)
-    size = model.get_input_embeddings().num_embeddings if model else families.VOCAB
-    tokens = some_tokens(min(families.VOCAB, max(3, size)))
-    expected = their_logits(model, tokens)
     try:
         args = model_args(json.loads(json.dumps(config)))
-        if expected is None:
-            return None
+    except ValueError as error:
+        return bad_message(str(error), key, value, lambda: theirs(folder)[2] is None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    model, tokens, expected = theirs(folder)
+    if expected is None:
+        return None
+    try:
         if known and known[0] == args:
             found, expected = expected, known[1]
         else:
             save(model, folder)
             found = families.prefill(families.load(folder), tokens)
     except ValueError as error:
-        return bad_message(str(error), key, value, expected is None)
+        return bad_message(str(error), key, value, lambda: False)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     difference = (found - expected).abs().max().item()
     return None if difference < TOLERANCE else f"logits differ by {difference:.1e}"
 
 
-def bad_message(message: str, key: str, value: Any, any_reason: bool) -> str | None:
-    """What is wrong with an error message. any_reason: it need not name the key or the value,
-    because transformers fails, too."""
+def theirs(folder: Path) -> tuple[nn.Module | None, Tensor, Tensor | None]:
+    """The model of transformers of a config.json, prompts of its vocabulary, and their logits."""
+    model = their_model(folder)
+    size = model.get_input_embeddings().num_embeddings if model else families.VOCAB
+    tokens = some_tokens(min(families.VOCAB, max(3, size)))
+    return model, tokens, their_logits(model, tokens)
+
+
+def bad_message(message: str, key: str, value: Any, any_reason: Callable[[], bool]) -> str | None:
+    """What is wrong with an error message. any_reason: whether it need not name the key or the
+    value, because transformers fails, too."""
     names = [key, json.dumps(value), *(value if isinstance(value, dict) else ())]
     names += ["short_factor"] if key == "head_dim" else []  # of which the list has another length
-    said = any_reason or any(name in message for name in names)
+    said = any(name in message for name in names) or any_reason()
     return None if said and "\n" not in message else f"does not name the key: {message}"
 
 

@@ -116,7 +116,7 @@ OTHERS = [
 STORED = ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
 STORED += ["demo-gptq", "random", "random-int4"]
 # All of the demos were tried on both; each takes 20 s on two cores.
-COMPILED = {2: ["demo", "demo-opt", "demo-int4"], 4: ["demo", "demo-int8", "demo-gptq"]}
+COMPILED = {2: ["demo-opt", "demo-int4"], 4: ["demo", "demo-int8"]}
 # In groups of 32 four ranks cannot share the random model's neurons, nor the demo OPT's heads.
 CASES = {2: STORED, 4: [name for name in STORED if name not in ("random-int4", "demo-opt-int4")]}
 
@@ -138,8 +138,9 @@ def found(
 def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, Path]):
     """Distinct prompts: gpt-fast's sharding gives every row of a batch what row 0 attends to."""
     _, results = found
+    by_name = {name: answers(str(checkpoints[name]), None) for name, _ in results}
     for (name, compile), by_rank in results.items():
-        alone = answers(str(checkpoints[name]), None)
+        alone = by_name[name]
         assert len({tuple(ids) for ids in alone["ids"]}) == len(TEXTS)
         for rank, result in enumerate(by_rank):
             assert result["ids"] == alone["ids"], (name, compile, rank)
