@@ -150,6 +150,18 @@ def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Fold
     assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_converted_head_stays_apart_from_the_embedding(family_folder: Folder, tmp_path: Path):
+    """Of a config that ties them twice, in text_config, too."""
+    source = family_folder("qwen2.5-vl")
+    config, tied = json.loads((source / "config.json").read_text()), {"tie_word_embeddings": True}
+    text = config["text_config"] | tied
+    (tmp_path / "config.json").write_text(json.dumps(config | tied | {"text_config": text}))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    weights = families.load(source).state_dict()
+    found = families.load(convert(tmp_path, None)).state_dict()
+    assert torch.equal(found["output.weight"], weights["output.weight"])
+
+
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)
 def test_the_context_is_not_that_of_the_window(variant: str, family_folder: Folder):
     assert Checkpoint(family_folder(variant)).args.context == CONTEXT

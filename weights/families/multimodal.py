@@ -47,6 +47,13 @@ def text_values(config: Any) -> Any:
     return values | {"tie_word_embeddings": tied} | masks | model.values
 
 
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config whose output head is not the embedding. config: multimodal, or any other."""
+    change = {"tie_word_embeddings": False}
+    inner = config.get("text_config")
+    return config | change | ({"text_config": inner | change} if isinstance(inner, dict) else {})
+
+
 def qwen_vl_args(config: Config) -> ModelArgs:
     """Qwen 2. The rotary kind mrope has a position for each of three axes, which are equal in a
     text."""
