@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from load import load_model
-from model import Transformer
+from model import ACTIVATIONS, Transformer
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors, model_args
 
@@ -78,6 +78,13 @@ def test_older_files_mean_the_same(variant: str, family_folder: Folder, tmp_path
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(written | OLD[variant]))
     check_prompts(families.load(tmp_path), reference, tokens)
+
+
+@pytest.mark.parametrize("name", sorted({*ACTIVATIONS, "swish", "gelu_new", "gelu_fast"}))
+def test_activations_are_those_of_transformers(name: str):
+    x = torch.linspace(-8, 8, 500)
+    expected = transformers.activations.ACT2FN[name](x)
+    torch.testing.assert_close(ACTIVATIONS[name](x), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in VARIANTS.values()}))
