@@ -35,11 +35,14 @@ UNSUPPORTED = {
     "mixtral": "mixtures of experts",
     "gpt_oss": "mixtures of experts",
     "llama4": "mixtures of experts",
+    "flex_olmo": "mixtures of experts",
     "deepseek": "multi-head latent attention",
     "kimi": "multi-head latent attention",
     "minicpm3": "multi-head latent attention",
+    "mistral4": "multi-head latent attention",
     "qwen3_next": "layers without attention (Gated DeltaNet)",
     "qwen3_5": "layers without attention (Gated DeltaNet)",
+    "olmo_hybrid": "layers without attention (Gated DeltaNet)",
     "mamba": "layers without attention (Mamba)",
     "jamba": "layers without attention (Mamba)",
     "bamba": "layers without attention (Mamba)",
@@ -61,7 +64,9 @@ def find_family(config: Any) -> tuple[Family, Config]:
     kind = config.values.get("model_type")
     for part, what in UNSUPPORTED.items() if isinstance(kind, str) else ():
         if part in kind:
-            raise ValueError(f"{config.where}: 'model_type' is {kind}: {what} are not supported")
+            raise ValueError(
+                f"{config.where}: 'model_type' is {kind}, and no model with {what} is supported"
+            )
     family = FAMILIES[config.choice("model_type", FAMILIES)]
     config.refuse("is_causal", [True], "only causal attention is supported")
     config.refuse("per_layer_config", [{}], "settings of single layers are not supported")
