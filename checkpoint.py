@@ -92,7 +92,7 @@ class Checkpoint:
         if self.equal("tok_embeddings.weight", "output.weight"):
             del self.tensors["output.weight"]
             return
-        self.config = self.config | {"tie_word_embeddings": False}
+        self.config = hf.multimodal.untied(self.config)
         self.args = replace(self.args, tied=False)
         log_once(
             f"{self.path}: the output head differs from the embedding, and both are used, though "

@@ -369,4 +369,8 @@ ACTIVATIONS = {
     "relu2": squared_relu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
+    # Other names of the same functions.
+    "swish": F.silu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
 }

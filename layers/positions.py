@@ -11,6 +11,7 @@ longrope, 2402.13753.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +144,7 @@ class LongRope(LengthRope):
 
     def __init__(self, rope: Rope):
         super().__init__(rope)
-        freqs = plain_freqs(rope) / torch.tensor(rope.long_factors, device="cpu")  # (P,)
-        self.register_buffer("long_set", freqs, persistent=False)
+        self.register_buffer("long_set", divided_freqs(rope, rope.long_factors), persistent=False)
 
     def long_freqs(self, length: Tensor) -> Tensor:
         return self.long_set
@@ -158,6 +158,12 @@ def exponents(rope: Rope) -> Tensor:
 def plain_freqs(rope: Rope) -> Tensor:
     """Returns the frequencies without scaling, (P,) float32, on the CPU."""
     return 1.0 / rope.theta ** exponents(rope)
+
+
+def divided_freqs(rope: Rope, divisors: Sequence[float]) -> Tensor:
+    """Returns the plain frequencies divided by P numbers, (P,) float32, on the CPU."""
+    # In this order, as in transformers: an error in the last bit grows with the position.
+    return 1.0 / (torch.tensor(divisors, device="cpu") * rope.theta ** exponents(rope))
 
 
 def scale_linear(freqs: Tensor, rope: Rope) -> Tensor:
@@ -250,5 +256,5 @@ FREQUENCIES = {
     "llama3": scale_llama3,
     "yarn": scale_yarn,
     "dynamic": lambda freqs, rope: freqs,
-    "longrope": lambda freqs, rope: freqs / torch.tensor(rope.short_factors, device="cpu"),
+    "longrope": lambda freqs, rope: divided_freqs(rope, rope.short_factors),
 }

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
+from layers.positions import ROPES
 from load import load_model
-from model import Transformer
+from model import ACTIVATIONS, Transformer
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors, model_args
 
 transformers = pytest.importorskip("transformers")
+rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 TOLERANCE = 1e-4  # max abs, fp32
 COUNT = 100  # new tokens
@@ -82,6 +84,31 @@ def test_older_files_mean_the_same(variant: str, family_folder: Folder, tmp_path
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(written | OLD[variant]))
     check_prompts(families.load(tmp_path), reference, tokens)
+
+
+@pytest.mark.parametrize("name", sorted({*ACTIVATIONS, "swish", "gelu_new", "gelu_fast"}))
+def test_activations_are_those_of_transformers(name: str):
+    x = torch.linspace(-8, 8, 500)
+    expected = transformers.activations.ACT2FN[name](x)
+    torch.testing.assert_close(ACTIVATIONS[name](x), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length", [10, 5000])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope"])
+def test_rotations_at_the_end_of_a_long_context(kind: str, length: int):
+    """Angles are within 2e-4 of those of transformers at position 131072, where an error in the
+    last bit of the frequency 1 would be 0.008."""
+    factors = {"short_factor": [1 + n / 90 for n in range(48)]}
+    factors |= {"long_factor": [1 + n / 3 for n in range(48)]}
+    rope = families.ROPES[kind] | {"original_max_position_embeddings": 4096} | families.THETA
+    rope |= factors if kind == "longrope" else {}
+    sizes = families.SMALL | {"head_dim": 96, "max_position_embeddings": 2**17}
+    config = transformers.LlamaConfig(**sizes, rope_parameters=families.copied(rope))
+    expected, _ = rope_utils.ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=length)
+    (args,) = model_args(config.to_dict()).ropes
+    lengths = torch.full((1, 1), length)
+    found = ROPES[kind](args).frequencies(torch.zeros(1, 1, dtype=torch.long), lengths)
+    torch.testing.assert_close(found.flatten() * 2**17, expected * 2**17, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in VARIANTS.values()}))
@@ -152,6 +179,18 @@ def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Fold
     converted.unlink()  # other tests read the files that it was made from
     assert model.state_dict().keys() == source.keys()
     assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_converted_head_stays_apart_from_the_embedding(family_folder: Folder, tmp_path: Path):
+    """Of a config that ties them twice, in text_config, too."""
+    source = family_folder("qwen2.5-vl")
+    config, tied = json.loads((source / "config.json").read_text()), {"tie_word_embeddings": True}
+    text = config["text_config"] | tied
+    (tmp_path / "config.json").write_text(json.dumps(config | tied | {"text_config": text}))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    weights = families.load(source).state_dict()
+    found = families.load(convert(tmp_path, None)).state_dict()
+    assert torch.equal(found["output.weight"], weights["output.weight"])
 
 
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)

@@ -36,11 +36,14 @@ UNSUPPORTED = {
     "mixtral": "mixtures of experts",
     "gpt_oss": "mixtures of experts",
     "llama4": "mixtures of experts",
+    "flex_olmo": "mixtures of experts",
     "deepseek": "multi-head latent attention",
     "kimi": "multi-head latent attention",
     "minicpm3": "multi-head latent attention",
+    "mistral4": "multi-head latent attention",
     "qwen3_next": "layers without attention (Gated DeltaNet)",
     "qwen3_5": "layers without attention (Gated DeltaNet)",
+    "olmo_hybrid": "layers without attention (Gated DeltaNet)",
     "mamba": "layers without attention (Mamba)",
     "jamba": "layers without attention (Mamba)",
     "bamba": "layers without attention (Mamba)",
@@ -61,7 +64,9 @@ def find_family(config: Any) -> tuple[Family, Config]:
     kind = str(config.values.get("model_type"))
     for part, what in UNSUPPORTED.items():
         if part in kind:
-            raise ValueError(f"{config.where}: 'model_type' is {kind}: {what} are not supported")
+            raise ValueError(
+                f"{config.where}: 'model_type' is {kind}, and no model with {what} is supported"
+            )
     # Names those of multimodal models, too, which lie around the language model's.
     if config.choice("model_type", [*FAMILIES, *multimodal.MODELS]) not in FAMILIES:
         raise ValueError(f"{config.where}: 'model_type' is {kind}, which is no language model's")

@@ -54,6 +54,13 @@ def text_config(config: Any) -> Config:
     return Config(values, given.where)
 
 
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config whose output head is not the embedding. config: multimodal, or any other."""
+    change = {"tie_word_embeddings": False}
+    inner = config.get("text_config")
+    return config | change | ({"text_config": inner | change} if isinstance(inner, dict) else {})
+
+
 def qwen_vl_args(config: Config) -> ModelArgs:
     """Returns the args of a Qwen 2. mrope rotates by three positions (time, height, width), which
     are equal for text: there it is the default kind."""
