@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, window_slack
 
 import plan
 from cli.arguments import nbytes
@@ -52,10 +52,11 @@ def some_machine(draw: random.Random) -> Machine:
     )
 
 
-def some_sizes(draw: random.Random) -> Sizes:
-    layer = draw.randint(20, 200) * MB
+def some_sizes(draw: random.Random, *windows: int | None) -> Sizes:
+    """windows: the pattern of the layers' sliding windows; none: no layer has one."""
+    layer, layers = draw.randint(20, 200) * MB, draw.randint(2, 6)
     return Sizes(
-        layers=draw.randint(2, 6),
+        layers=layers,
         layer=layer,
         layer_on_device=layer,
         layer_in_buffer=layer,
@@ -65,6 +66,7 @@ def some_sizes(draw: random.Random) -> Sizes:
         activations_between_layers=10_000,
         activations_in_layer=50_000,
         logits=100_000,
+        windows=tuple(itertools.islice(itertools.cycle(windows or (None,)), layers)),
     )
 
 
@@ -73,7 +75,8 @@ def some_sizes(draw: random.Random) -> Sizes:
 def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu: bool):
     """Of every number of layers and cells on each tier, for each grouping that is tried."""
     draw = random.Random(SEED + number)
-    planner = Planner(some_sizes(draw), some_machine(draw), device_is_cpu)
+    windows = (150, None) if number % 2 else ()
+    planner = Planner(some_sizes(draw, *windows), some_machine(draw), device_is_cpu)
     work = Workload(texts=draw.choice((1, 6)), prompt=draw.randint(8, 300), new=draw.randint(2, 64))
     whole = planner.sizes.layers * planner.sizes.layer
     device = planner.sizes.always_on_device + draw.uniform(0.9, 1.3) * whole
@@ -81,11 +84,12 @@ def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu:
     if not device_is_cpu:
         host = {"host": draw.uniform(0.5, 1.2) * whole}
         budgets = {"device": budgets["device"], **host, "disk": 1e12}
-    try:
-        chosen = planner.choose(work, budgets, Policy(), work.texts)
-    except ValueError:
-        chosen = None
-    best = max(every_rate(planner, work, budgets), default=None)
+    with window_slack(16):
+        try:
+            chosen = planner.choose(work, budgets, Policy(), work.texts)
+        except ValueError:
+            chosen = None
+        best = max(every_rate(planner, work, budgets), default=None)
     assert (chosen is None) == (best is None)
     if chosen:
         assert all(chosen.memory[tier] <= budgets[tier] for tier in budgets)
@@ -138,7 +142,7 @@ def test_bytes_on_disk_are_those_that_are_planned(tmp_path: Path):
     weights = layers.tiers.count("disk") * layers.layout.nbytes
     caches = moving.make_caches(6, 99)
     assert isinstance(caches, TieredCaches)
-    cells = caches.tiers.count("disk") * caches.layout.nbytes
+    cells = sum(cell.kind.layout.nbytes for cache in caches for cell in cache.cells if cell.store)
     assert 0.95 < planned.memory["disk"] / (weights + cells) <= 1.05
 
 
