@@ -11,11 +11,11 @@ measured (probe.py), and several kinds of transfer may share a resource.
 
 Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block (texts that are
 generated together). A cell is the KV cache of one layer for one micro-batch. Cells of layers with a
-sliding window are smaller; "a cell" as a unit is one of mean size. A split is the number of layers,
-and of cells, on each of TIERS: device, host, disk. A step generates one token of each
-row. A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage
-on each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are
-not on the device (prefetch.py).
+sliding window are smaller, and cells are counted in cells of mean size. A split is the number of
+layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each row.
+A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage on
+each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are not
+on the device (prefetch.py).
 """
 
 import itertools
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from host.memory import size_text
-from layers.kv_cache import CacheFactory, visible_length
+from layers.kv_cache import WINDOW_SLACK, CacheFactory, visible_length
 from tiers.direct_io import REQUESTS_IN_FLIGHT, SMALL_REQUEST_BYTES
 from tiers.policy import CACHE_BUFFERS, TIERS, WEIGHT_BUFFERS, Policy, Share
 from tiers.probe import Machine
@@ -155,11 +155,19 @@ class Planner:
         in chunks, and for one step. A token attends to half of the prompt on average in the first,
         and to the prompt and half of the new tokens in the second. Both have the same resources in
         the same order. Needs a measured machine."""
-        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # tokens a row
+        chunk = self.chunk_tokens(policy, work)
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
         return {name: chunks * seconds for name, seconds in prefill.items()}, step
+
+    def chunk_tokens(self, policy: Policy, work: Workload) -> int:
+        """Return the prompt tokens of each row that one pass reads: what `prefill` in decoding.py
+        chooses."""
+        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))
+        positions = row_positions(work)
+        rings = min(self.sizes.slots(positions)) < positions
+        return min(chunk, WINDOW_SLACK) if rings else chunk
 
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
         """Return the seconds for which each resource is busy, in one pass through all layers.
@@ -253,7 +261,7 @@ class Planner:
         for all rows; those in a layer, for the tokens that are computed at once; and the logits.
         chunk: tokens of a pass; at_once: those that a layer computes at once."""
         sizes, rows = self.sizes, policy.rows
-        chunk = max(min(policy.prefill_chunk_tokens, rows * work.prompt), rows)
+        chunk = rows * self.chunk_tokens(policy, work)
         at_once = max(min(policy.tokens_at_once, chunk), policy.micro_batch)
         between, inside = sizes.activations_between_layers, sizes.activations_in_layer
         return chunk * between + at_once * inside + rows * sizes.logits
