@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,36 @@ def test_bytes_on_disk_are_those_that_are_planned(tmp_path: Path):
     assert isinstance(caches, TieredCaches)
     cells = sum(cell.kind.layout.nbytes for cache in caches for cell in cache.cells if cell.store)
     assert 0.95 < planned.memory["disk"] / (weights + cells) <= 1.05
+
+
+@pytest.mark.parametrize("cache", [Share(0, 0), Share(40, 0)], ids=str)
+def test_bytes_of_rings_on_disk_are_those_that_are_planned(
+    cache: Share, family_folder: Callable[[str], Path], tmp_path: Path
+):
+    with window_slack(16):
+        policy = Policy(cache=cache, micro_batch=2, micro_batches=3, directory=tmp_path)
+        options = {"device": "cpu", "dtype": torch.float32, "policy": policy}
+        lm = load_model(family_folder("gemma3"), **options)
+        spec = ModelSpec(lm.model.args, None, torch.float32, None, lm.device)
+        planned = Planner(sizes(spec), None, True).predict(policy, Workload(6, 150, 30))
+        on_disk = [
+            sum(buffer.nbytes for buffer in cell.kind.resident(lm.device).buffers())
+            for cache in lm.make_caches(6, 180)
+            for cell in cache.cells
+            if cell.store
+        ]
+    assert planned.memory["disk"] == pytest.approx(sum(on_disk)) and len(set(on_disk)) == 2
+
+
+def test_prompts_are_planned_in_the_chunks_that_rings_take():
+    """A pass for each 512 tokens of a row, each of which reads the layers on the disk."""
+    draw = random.Random(SEED)
+    with_rings, without = some_sizes(draw, 512, None), some_sizes(random.Random(SEED))
+    policy, work = Policy(Share(0, 0), micro_batch=1), Workload(1, 8192, 8)
+    machine = some_machine(draw)
+    chunks = [Planner(s, machine, True).chunk_tokens(policy, work) for s in (with_rings, without)]
+    assert chunks == [512, policy.prefill_chunk_tokens]
+    assert Planner(with_rings, machine, True).chunk_tokens(policy, Workload(1, 900, 8)) == 900
 
 
 def lm_path() -> Path:
