@@ -7,8 +7,8 @@ moves: its bytes are in a store (host memory or a file). They are read into a bu
 device computes with earlier cells, and are used there as a KVCache; then the new slots are written
 back to the store. The buffers are used in turn and are called a ring (prefetch.py). With attention
 on the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
-host memory. Cells of layers with a sliding window have fewer slots than positions, and may be
-called rings, too (KVCache.ring).
+host memory. Cells of layers with a sliding window are smaller: they have fewer slots than positions
+(KVCache.ring, which has nothing to do with the ring of buffers).
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
