@@ -264,6 +264,7 @@ def sizes(spec: ModelSpec) -> Sizes:
         activations_between_layers=3 * args.dim * item,
         activations_in_layer=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),
+        windows=tuple(layer.window for layer in args.layer_types),
     )
 
 

@@ -32,7 +32,8 @@ LLAMA3 = {
 @contextlib.contextmanager
 def window_slack(tokens: int) -> Iterator[None]:
     """Let the caches of layers with a sliding window have only so many positions more than it."""
-    names = "layers.kv_cache.WINDOW_SLACK", "decoding.WINDOW_SLACK", "finite.CHUNK_TOKENS"
+    modules = "layers.kv_cache", "decoding", "tiers.planner"
+    names = [*(f"{module}.WINDOW_SLACK" for module in modules), "finite.CHUNK_TOKENS"]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(name, tokens)

@@ -5,12 +5,14 @@ import dataclasses
 import random
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, complete_ids, window_slack
 from pretended_cuda import CUDA, Race, here, pretended_cuda
 from test_flash import foresee, sparse, texts
 from test_flash import in_memory as demo_in_memory
@@ -19,7 +21,7 @@ from test_offload import ids as all_ids
 
 import flash
 from calibration import predictor
-from load import LoadedModel
+from load import LoadedModel, load_model
 from neurons import feed_forward
 from neurons.feed_forward import neuron_source
 from neurons.records import KINDS
@@ -174,6 +176,27 @@ def test_any_policy(still: tuple[str, list[list[int]]], number: int, tmp_path: P
     print(policy)
     with pretended_cuda():
         assert ids(demo(name, policy=policy, device=DEVICE)) == wanted
+
+
+@pytest.mark.parametrize("number", range(POLICIES))
+@pytest.mark.parametrize("variant", ["gemma3", "mistral-window"])
+def test_any_policy_over_rings_that_wrap(
+    variant: str, number: int, family_folder: Callable[[str], Path], tmp_path: Path
+):
+    draw = random.Random(f"{SEED} {variant} {number}")
+    policy = some_policy(draw, tmp_path)
+    # Attention on the host and on the device, of cells in host memory and on disk.
+    cache = (Share(0, 100), Share(0, 0), Share(20, 40), Share(0, 50))[number]
+    policy = dataclasses.replace(policy, cache=cache, cpu_attention=number % 2 == 0)
+    given = families.prompts_of(SEED, (60, 1, 24, 25)[: policy.micro_batch + 1])
+    print(policy)
+    options = {"dtype": torch.float32}
+    with window_slack(16):
+        path, config = family_folder(variant), dataclasses.replace(FEW, max_new_tokens=12)
+        wanted = complete_ids(load_model(path, device="cpu", **options), given, config)
+        with pretended_cuda():
+            lm = load_model(path, device=DEVICE, policy=policy, **options)
+            assert complete_ids(lm, given, config) == wanted
 
 
 AWAY = Policy(Share(0, 100), Share(0, 100), micro_batch=2, micro_batches=5, cpu_attention=True)

@@ -25,6 +25,7 @@ from draft_length import DraftLengthController
 from engine import generate
 from evaluation.scoring import log_likelihoods
 from finite import explain_not_finite
+from host.memory import BLOCK_BYTES
 from host.torch_private import compiled_graphs, copy_with_buffers
 from layers.args import LayerType, ModelArgs
 from layers.kv_cache import CacheFactory, KVCache, Scores, hidden_keys, slots_and_keys
@@ -35,11 +36,15 @@ from quant.linear import meta_model
 from ranks import Ranks
 from speculate import ModelDraft
 from tests.ranks_worker import answers
+from tests.test_offload import MIXED, some_policy
 from tests.test_speculate import steady
 from tests.test_tp import on_ranks
 from text.chat import Conversation
 from text.generation_config import GenerationConfig
 from tiers.host_attention import SparseHostAttention
+from tiers.kv_cache import TieredCaches
+from tiers.policy import Policy, Share
+from tiers.prefetch import HostMemory
 
 Folder = Callable[[str], Path]
 Dictionary = list[dict[int, tuple[int, int]]]
@@ -400,6 +405,133 @@ def test_the_caller_may_keep_caches(family_folder: Folder):
         text += [ids for ((ids,),) in steps]
         past = len(text) - 1
     assert past > 7 * SLOTS
+
+
+# Caches on several tiers, whose layers have cells of different sizes.
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_policy_gives_the_logits_of_the_model_in_memory(
+    variant: str, number: int, family_folder: Folder, tmp_path: Path
+):
+    draw = random.Random(f"{SEED} {variant} {number}")
+    policy = some_policy(draw, tmp_path)
+    cache = policy.cache if policy.cache.device < 100 else Share(0, draw.choice([0, 50, 100]))
+    policy = dataclasses.replace(policy, cache=cache, tokens_at_once=draw.choice((7, 512)))
+    given = draw.sample(prompts(), draw.randint(policy.micro_batch + 1, len(LENGTHS)))
+    print(policy, [len(prompt) for prompt in given])
+    # Batches of other sizes round differently. Gemma's embeddings take no float64.
+    dtype, atol = (torch.float32, 1e-4) if "gemma" in variant else (torch.float64, 1e-12)
+    path = family_folder(variant)
+    wanted = families.continued(loaded(path, dtype=dtype), given, 60)
+    found = families.continued(loaded(path, dtype=dtype, policy=policy), given, 60)
+    for (ids, logits), (wanted_ids, wanted_logits) in zip(found, wanted, strict=True):
+        assert ids == wanted_ids
+        torch.testing.assert_close(logits, wanted_logits, atol=atol, rtol=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("cache", [Share(0, 100), Share(30, 30), Share(0, 0)], ids=str)
+def test_quantised_rings_move(kv_dtype: str, cache: Share, family_folder: Folder, tmp_path: Path):
+    """In float64, since in float32 a value between two integers may go to either one."""
+    path = family_folder("ministral-layer-types")
+    policy = dataclasses.replace(MIXED, cache=cache, directory=tmp_path)
+    options = {"dtype": torch.float64, "kv_dtype": kv_dtype}
+    wanted = complete_ids(loaded(path, **options), prompts(), GREEDY)
+    assert complete_ids(loaded(path, policy=policy, **options), prompts(), GREEDY) == wanted
+
+
+@pytest.mark.parametrize("draft", ["ngram", "gemma2"])
+def test_drafts_over_moving_rings(draft: str, family_folder: Folder, tmp_path: Path):
+    path, ks = family_folder("gemma3"), [MAX_DRAFT_TOKENS, 0, 3, 7]
+    moving = loaded(path, policy=dataclasses.replace(MIXED, directory=tmp_path))
+    if draft == "ngram":
+        drafted = steady(loaded(path, policy=moving.model.layers.policy, draft=draft), ks)
+    else:
+        drafted = with_draft_model(moving, loaded(family_folder(draft)), ks)
+    wanted = complete_ids(loaded(path), prompts(), GREEDY)
+    assert complete_ids(moving, prompts(), GREEDY) == wanted
+    assert complete_ids(drafted, prompts(), GREEDY) == wanted
+    assert sum(drafted.draft.controller.stats.drafted)
+
+
+@pytest.mark.parametrize("cache", [Share(0, 100), Share(30, 30), Share(0, 0)], ids=str)
+def test_moving_rings_of_rows_that_end(cache: Share, family_folder: Folder, tmp_path: Path):
+    """The rows that go on are moved to the front of other cells, some of them more than once."""
+    policy = dataclasses.replace(MIXED, cache=cache, micro_batches=4, directory=tmp_path)
+    lm, live, given = loaded(family_folder("gemma3"), policy=policy), set(), prompts()
+    alone = complete_ids(loaded(family_folder("gemma3")), given, GREEDY)
+    found: list[list[int]] = [[] for _ in given]
+    ends = {9 * n: row for n, row in enumerate((7, 0, 4, 6, 1, 3, 2), 1)}  # step -> row
+    for n, step in enumerate(generate(lm, given, GREEDY, live=live), 1):
+        for row, ids in enumerate(step):
+            found[row] += ids
+        live.discard(ends.get(n))
+    lengths = {row: n for n, row in ends.items()} | {5: GREEDY.max_new_tokens}
+    for row, ids in enumerate(found):
+        assert ids == alone[row][: lengths[row]], row
+
+
+@pytest.mark.parametrize("cache", [Share(0, 100), Share(30, 30), Share(0, 0)], ids=str)
+def test_a_chat_goes_on_from_moving_rings(cache: Share, family_folder: Folder, tmp_path: Path):
+    policy = Policy(cache=cache, micro_batch=1, directory=tmp_path)
+    with window_slack(40):
+        chat = Chat(loaded(family_folder("gemma3"), policy=policy), 1)
+        assert isinstance(chat.caches, TieredCaches)
+        chat.say(150)
+        for _ in range(12):
+            chat.drop(chat.draw.choice([0, 0, 3, 8, 20, 25]))
+            chat.say(chat.draw.randint(1, 15))
+        kept = [kept for _, kept in chat.reused[1:]]
+        assert any(kept) and not all(kept)
+        chat.talk.reset()
+        chat.interrupt(20)
+        chat.say(20)
+
+
+def test_compiled_blocks_over_moving_rings(family_folder: Folder, tmp_path: Path):
+    with window_slack(72):
+        policy = dataclasses.replace(MIXED, directory=tmp_path)
+        path, given = family_folder("ministral-tied"), prompts((3, 40))
+        lm = loaded(path, policy=policy, compile=True)
+        wanted = complete_ids(loaded(path), given, GREEDY)
+        assert complete_ids(lm, given, GREEDY) == wanted
+        graphs = compiled_graphs()
+        assert complete_ids(lm, given[::-1], GREEDY) == wanted[::-1]
+        assert compiled_graphs() == graphs
+
+
+def test_a_long_text_moves_a_window_of_each_ring(
+    family_folder: Folder, monkeypatch: pytest.MonkeyPatch
+):
+    lm = loaded(family_folder("gemma3"), policy=Policy(cache=Share(0, 100), micro_batch=1))
+    read, write, moved = HostMemory.read, HostMemory.write, {"in": 0, "out": 0}
+
+    def counted(move: Callable, way: str) -> Callable:
+        def count(store: HostMemory, pieces: Sequence[tuple[int, Tensor]]) -> None:
+            moved[way] += sum(len(memory) for _, memory in pieces)
+            move(store, pieces)
+
+        return count
+
+    monkeypatch.setattr(HostMemory, "read", counted(read, "in"))
+    monkeypatch.setattr(HostMemory, "write", counted(write, "out"))
+    (given,), caches = prompts([200]), lm.make_caches(1, CONTEXT)
+    cells = [cell for cache in caches for cell in cache.cells]
+    allocated = sum(len(cell.store.memory) for cell in cells)
+    assert allocated == sum(cell.kind.layout.nbytes for cell in cells)
+    steps = generate(lm, [given], SHORT, caches=caches)
+    for _ in range(3):
+        next(steps)
+    before = dict(moved)
+    next(steps)
+    blocks = 2 * BLOCK_BYTES  # by which keys and values are longer than the filled slots
+    slot = 2 * 2 * 24 * 4  # bytes of a slot's keys and values
+    most = sum(slot * (cell.kind.ring or 210) + blocks for cell in cells)
+    assert 0 < moved["in"] - before["in"] <= most
+    assert 0 < moved["out"] - before["out"] <= 2 * blocks * len(cells)
 
 
 # Other uses of the caches.

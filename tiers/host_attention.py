@@ -6,7 +6,7 @@ device. A cache here is that of one layer for one micro-batch (a group of rows t
 layer together); kv_cache.py makes a HostAttention of it.
 Based on FlexGen (arXiv 2303.06865, sections 4.2 and 5).
 
-Shapes: B rows, T new tokens, H query heads, G key/value heads, R = H/G, S positions, E head_dim.
+Shapes: B rows, T new tokens, H query heads, G key/value heads, R = H/G, S slots, E head_dim.
 """
 
 import math
@@ -35,7 +35,7 @@ class HostAttention:
         self._cache = cache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """Store k and v, (B, T, G, E), at pos, (B, T), in the cache; return the attention of
+        """Store k and v, (B, T, G, E), in slots pos, (B, T); return the attention of
         queries q, (B, T, H, E), to the cache, in that shape. All tensors are on the device.
 
         mask: (B, 1, R*T, S), see Transformer.mask. Called by the block's attention, as
@@ -94,8 +94,8 @@ class SparseHostAttention(HostAttention):
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
     ) -> Tensor:
-        """Store k and v, (B, 1, G, E), at pos, (B, 1); return the approximate attention of q,
-        (B, 1, H, E), in that shape. All tensors are on the host.
+        """Store k and v, (B, 1, G, E), in slots pos, (B, 1); return the approximate attention of
+        q, (B, 1, H, E), in that shape. All tensors are on the host.
 
         For each row and key/value head, only values of the tokens with the highest weights, summed
         over the head's queries, are read. Weights are not scaled up for the tokens that are left

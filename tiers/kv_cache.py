@@ -2,24 +2,26 @@
 
 Start at TieredCaches, which takes the place of a list with one KVCache for each layer. The caches
 are cut into cells, one for each layer and micro-batch (rows that pass through a layer together),
-each on one tier: device, host memory or disk. A resident cell is used
-where it is. Any other cell moves: its bytes are in a store (host memory or a file). They are read
-into a buffer while the device computes with earlier cells, and are used there as a KVCache; then
-the new positions are written back to the store. The buffers are used in turn and are called a ring
-(prefetch.py). With attention on the host (host_attention.py), cells in host memory are resident,
-and cells on disk are read into host memory.
+each on one tier: device, host memory or disk. A resident cell is used where it is. Any other cell
+moves: its bytes are in a store (host memory or a file). They are read into a buffer while the
+device computes with earlier cells, and are used there as a KVCache; then the new slots are written
+back to the store. The buffers are used in turn and are called a ring (prefetch.py). With attention
+on the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
+host memory. Cells of layers with a sliding window are smaller: they have fewer slots than positions
+(KVCache.ring, which has nothing to do with the ring of buffers).
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
-Shapes: B rows, K micro-batches, g rows of a micro-batch, T new tokens, S positions of a row.
+Shapes: B rows, K micro-batches, g rows of a micro-batch, T new tokens, S slots of a row.
 """
 
 import contextlib
 import copy
 import gc
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -64,91 +66,33 @@ def tiered_caches(
     return TieredCaches(model, policy, rows, length, wait_time)
 
 
-@dataclass(eq=False)
-class Cell:
-    """Keys and values of one layer for one micro-batch: a resident cache, or bytes in a store."""
+class CellKind:
+    """The cells of the layers that have the same sliding window, or none: their layout in memory,
+    and the caches that are built on it. A layer with a window has fewer slots than positions.
 
-    cache: "KVCache | HostAttention | None" = None  # None: the bytes are in the store
-    store: Store | None = None
-    offset: int = 0  # the cell's first byte in the store
-    filled: int = 0  # the number of positions that have contents, the same for all rows
-    stored: Future | None = None  # the pending write of new positions to the store
-
-
-class CellAllocator:
-    """Allocates cells on their tiers, and the buffers into which cells are fetched.
-
-    The memory of a cell is ordered by position, then by row. So the filled positions are one range
-    of bytes; the new positions of a step are a short range if the rows have similar lengths.
-    layout: of a cell's tensors (keys, values and, if quantised, scales) in this order. length:
-    usable positions of a row; one more is allocated and never used (Transformer.make_caches).
+    The memory of a cell is ordered by slot, then by row. So the filled slots are one range of
+    bytes; the new slots of a step are a short range if the rows have similar lengths.
+    layout: of a cell's tensors (keys, values and, if quantised, scales) in this order. ring: see
+    KVCache. slots: of a row; one more is allocated (Transformer.make_caches).
     """
 
-    def __init__(self, model: Transformer, policy: Policy, length: int):
-        """Find the layout of a cell; allocates nothing yet. _template, _host_template: KVCaches
-        without memory, from which the caches on the model's device, and those whose attention the
-        host computes, are copied. _position_bytes: of one position, for each tensor."""
-        args, weight = model.args, model.tok_embeddings.weight
+    def __init__(self, model: Transformer, policy: Policy, length: int, window: int | None):
+        """Find the layout of a cell of `length` positions; allocates nothing. _template,
+        _host_template: KVCaches without memory, from which the caches on the model's device, and
+        those whose attention the host computes, are copied. _slot_bytes: of each tensor."""
+        args, weight, factory = model.args, model.tok_embeddings.weight, model.cache_factory
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
-        # All layers have the same layout. A layer without a window can use a cache of one with it.
-        window = next((layer.window for layer in args.layer_types if layer.window), None)
-        factory, arguments = model.cache_factory, (shape, weight.dtype, META, window)
-        factory = replace(factory, windows=False)
-        self._template, self._host_template = factory(*arguments), factory.portable()(*arguments)
-        by_position = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, .)
-        self.layout = Layout(by_position)
-        self._position_bytes = {name: tensor[0].nbytes for name, tensor in by_position.items()}
+        given = shape, weight.dtype, META, window
+        self._template, self._host_template = factory(*given), factory.portable()(*given)
+        self.ring, self.slots = self._template.ring, factory.slots(length, window)
+        by_slot = {n: t.transpose(0, 1) for n, t in self._template.named_buffers()}  # (S, g, ...)
+        self.layout = Layout(by_slot)
+        self._slot_bytes = {name: tensor[0].nbytes for name, tensor in by_slot.items()}
 
-    def cells(self, tiers: Sequence[str]) -> list[Cell]:
-        """Allocate one cell for each entry of `tiers`, the name of a tier; cells on disk share one
-        scratch file. Raises ValueError if the disk is too full."""
-        nbytes, on_disk = self.layout.nbytes, tiers.count("disk")
-        file = self._scratch_store(on_disk * nbytes) if on_disk else None
-        offsets = iter(range(0, on_disk * nbytes, nbytes))
-        make = {
-            "device": lambda: Cell(self._resident(self.device)),
-            "host": self._host_cell,
-            "disk": lambda: Cell(store=file, offset=next(offsets)),
-        }
-        return [make[tier]() for tier in tiers]
-
-    def _host_cell(self) -> Cell:
-        """Allocate a cell in host memory: resident if the host computes the attention, else bytes
-        that are copied to the device before each use."""
-        if self.policy.cpu_attention:
-            return Cell(self._resident(CPU))
-        pin = self.policy.pins(self.device)
-        return Cell(store=HostMemory(page_aligned(self.layout.nbytes, CPU, pin)))
-
-    def _scratch_store(self, nbytes: int) -> Store:
-        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly:
-        there the bytes go through host memory as large as one cell. Raises ValueError if the disk
-        is too full."""
-        scratch = ScratchFile(self.policy.directory, nbytes)
-        if self._rings_on_host():
-            return scratch
-        pin = self.policy.pins(self.device)
-        return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
-
-    def buffer(self) -> Buffer:
-        """Allocate a buffer of the ring: memory of one cell, and a cache whose tensors share this
-        memory. It is on the device, or on the host if the host computes the attention."""
-        device = CPU if self._rings_on_host() else self.device
-        parts = self.layout.allocate(device)
-        return Buffer(parts, self._cache(parts, device), record_event(self.device))
-
-    def _rings_on_host(self) -> bool:
-        """Return whether the ring's buffers are in host memory, into which files are read
-        directly: the model is on a CPU, or the host computes the attention."""
-        return self.device.type == "cpu" or self.policy.cpu_attention
-
-    def _resident(self, device: torch.device) -> "KVCache | HostAttention":
-        """Allocate a cache that stays in this device's memory."""
-        return self._cache(self.layout.allocate(device), device)
-
-    def _cache(self, parts: Parts, device: torch.device) -> "KVCache | HostAttention":
-        """Return a cache of one micro-batch whose tensors share the memory of `parts`.
+    def cache(self, parts: Parts, device: torch.device) -> "KVCache | HostAttention":
+        """Return a cache of one micro-batch whose tensors share the memory of `parts`, which may be
+        longer than the layout.
 
         device: where the parts are. If this is the host and the model is on a GPU, the cache is a
         HostAttention, which a block on the GPU can use; with policy.attention_share below 1, a
@@ -161,20 +105,105 @@ class CellAllocator:
             return SparseHostAttention(cache, self.policy.attention_share)
         return cache if device == self.device else HostAttention(cache)
 
-    def pieces(self, cell: Cell, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the pieces that Store.read and Store.write take for positions first to end - 1 of
-        a cell: for each tensor, the offset in the store and the bytes in `parts`.
+    def resident(self, device: torch.device) -> "KVCache | HostAttention":
+        """Allocate a cache that stays in this device's memory."""
+        return self.cache(self.layout.allocate(device), device)
+
+    def pieces(self, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
+        """Return the pieces that Store.read and Store.write take for slots first to end - 1 of a
+        cell: for each tensor, the offset from the cell's first byte and the bytes in `parts`.
 
         A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
-        neighbouring positions: their bytes in `parts` must equal the bytes in the store, except
-        for positions that have no contents yet. parts: of a buffer, laid out as `layout`.
+        neighbouring slots: their bytes in `parts` must equal the bytes in the store, except for
+        slots that have no contents yet. parts: of a buffer.
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
-            start = first * self._position_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
-            stop = round_up_to_block(end * self._position_bytes[name])
-            pieces.append((cell.offset + offset + start, parts[name][start:stop]))
+            start = first * self._slot_bytes[name] // BLOCK_BYTES * BLOCK_BYTES
+            stop = round_up_to_block(end * self._slot_bytes[name])
+            pieces.append((offset + start, parts[name][start:stop]))
         return pieces
+
+
+@dataclass(eq=False)
+class Cell:
+    """Keys and values of one layer for one micro-batch: a resident cache, or bytes in a store."""
+
+    kind: CellKind
+    cache: "KVCache | HostAttention | None" = None  # None: the bytes are in the store
+    store: Store | None = None
+    offset: int = 0  # the cell's first byte in the store
+    filled: int = 0  # the number of first slots that have contents, the same for all rows
+    stored: Future | None = None  # the pending write of new slots to the store
+
+    def pieces(self, buffer: Buffer, first: int, end: int) -> list[tuple[int, Tensor]]:
+        """Return the pieces of slots first to end - 1: offsets in the store, and the bytes in a
+        buffer. See CellKind.pieces."""
+        pieces = self.kind.pieces(buffer.parts, first, end)
+        return [(self.offset + offset, memory) for offset, memory in pieces]
+
+
+class CellAllocator:
+    """Allocates cells on their tiers, and the buffers into which cells are fetched.
+
+    kinds: the kind of each layer's cells. layout: that of the largest cell. length: usable
+    positions of a row.
+    """
+
+    def __init__(self, model: Transformer, policy: Policy, length: int):
+        """Find the kinds of cells; allocates nothing yet."""
+        self.policy, self.device = policy, model.tok_embeddings.weight.device
+        windows = [layer.window for layer in model.args.layer_types]
+        by_window = {w: CellKind(model, policy, length, w) for w in set(windows)}
+        self.kinds = [by_window[window] for window in windows]
+        self.layout = max((kind.layout for kind in self.kinds), key=lambda layout: layout.nbytes)
+
+    def cells(self, kinds: Sequence[CellKind], tiers: Sequence[str]) -> list[Cell]:
+        """Allocate one cell of each of these kinds, on the tier of which `tiers` has the name;
+        cells on disk share one scratch file. Raises ValueError if the disk is too full."""
+        pairs = list(zip(kinds, tiers, strict=True))
+        # The offset of each cell in the file, and the length of the file.
+        sizes = (kind.layout.nbytes for kind, tier in pairs if tier == "disk")
+        *offsets, nbytes = itertools.accumulate(sizes, initial=0)
+        file, offsets = self._scratch_store(nbytes) if nbytes else None, iter(offsets)
+        make = {
+            "device": lambda kind: Cell(kind, kind.resident(self.device)),
+            "host": self._host_cell,
+            "disk": lambda kind: Cell(kind, store=file, offset=next(offsets)),
+        }
+        return [make[tier](kind) for kind, tier in pairs]
+
+    def _host_cell(self, kind: CellKind) -> Cell:
+        """Allocate a cell in host memory: resident if the host computes the attention, else bytes
+        that are copied to the device before each use."""
+        if self.policy.cpu_attention:
+            return Cell(kind, kind.resident(CPU))
+        pin = self.policy.pins(self.device)
+        return Cell(kind, store=HostMemory(page_aligned(kind.layout.nbytes, CPU, pin)))
+
+    def _scratch_store(self, nbytes: int) -> Store:
+        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly:
+        there the bytes go through host memory as large as one cell. Raises ValueError if the disk
+        is too full."""
+        scratch = ScratchFile(self.policy.directory, nbytes)
+        if self._rings_on_host():
+            return scratch
+        pin = self.policy.pins(self.device)
+        return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
+
+    def buffer(self) -> Buffer:
+        """Allocate a buffer of the ring: memory of one cell, and for each kind of cell a cache
+        whose tensors share this memory. It is on the device, or on the host if the host computes
+        the attention."""
+        device = CPU if self._rings_on_host() else self.device
+        parts = self.layout.allocate(device)
+        caches = {kind: kind.cache(parts, device) for kind in set(self.kinds)}
+        return Buffer(parts, caches, record_event(self.device))
+
+    def _rings_on_host(self) -> bool:
+        """Return whether the ring's buffers are in host memory, into which files are read
+        directly: the model is on a CPU, or the host computes the attention."""
+        return self.device.type == "cpu" or self.policy.cpu_attention
 
 
 class TieredCaches(Sequence["TieredCache"]):
@@ -199,20 +228,22 @@ class TieredCaches(Sequence["TieredCache"]):
         Raises ValueError if the disk is too full. The ring is empty until the first cell that is
         not resident is acquired.
         """
-        self._allocator = CellAllocator(model, policy, length)
-        self.policy, self.device = policy, self._allocator.device
-        self.rows, self.length, self.layout = rows, length, self._allocator.layout
+        allocator = CellAllocator(model, policy, length)
+        self.policy, self.device = policy, allocator.device
+        self.rows, self.length = rows, length
         K = -(-rows // policy.micro_batch)
-        self.tiers = policy.cache.tiers(model.args.n_layers * K)
-        cells = self._allocator.cells(self.tiers)
+        kinds = [kind for kind in allocator.kinds for _ in range(K)]
+        tiers = policy.cache.tiers_by_size([kind.slots for kind in kinds])
+        cells = allocator.cells(kinds, tiers)
         self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._ring_buffers = [self._allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._ring_buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
         self._ring, self._ring_micro_batches = Ring((), (), self._fetch, self._wait_time), 0
-        self._spans_pos, self._spans = None, []  # the spans of `_written_span` for that pos
+        # The latest pos of `_written_span` for each kind of cell, and the spans for it.
+        self._spans: dict[CellKind, tuple[Tensor, list[tuple[int, int]]]] = {}
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -222,22 +253,23 @@ class TieredCaches(Sequence["TieredCache"]):
 
     @contextlib.contextmanager
     def acquire(self, cell: Cell, k: int, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
-        """Yield the cell of micro-batch k as a cache; on exit, start to write its new positions to
-        the store. The write has ended on exit only if the policy does not overlap.
+        """Yield the cell of micro-batch k as a cache; on exit, start to write its new slots to the
+        store. The write has ended on exit only if the policy does not overlap.
 
         cell: cells[k] of the layer that is computed now. Cells must be acquired in the ring's order
-        to be prefetched. pos: (B, T), the positions at which each row of the batch writes.
+        to be prefetched. pos: (B, T), the slots in which each row of the batch writes.
         """
         if cell.cache is not None:
             yield cell.cache
             return
         with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as buffer:
             try:
-                yield buffer.contents
+                yield buffer.contents[cell.kind]
             finally:  # even after an error the device may still use the buffer
                 buffer.last_use = record_event(self.device)
-            first, cell.filled = self._written_span(k, pos)
-            self._store(cell, buffer, first)
+            first, end = self._written_span(cell.kind, k, pos)
+            cell.filled = max(cell.filled, end)
+            self._store(cell, buffer, first, end)
             if not self.policy.overlap:
                 cell.stored.result()
 
@@ -245,7 +277,7 @@ class TieredCaches(Sequence["TieredCache"]):
         """Move rows of one layer to the front, because the other rows have ended.
 
         cells: the layer's cells. rows: the old numbers of the rows, ascending; row rows[i] becomes
-        row i. filled: the number of positions that are copied for each row.
+        row i. filled: the number of first slots that are copied for each row.
         The old cells are read in order, and the new ones are built from them one at a time. No row
         gets a higher number, so a cell is read before it is overwritten. Cells that are not
         resident are read into the first buffer and built in the last one.
@@ -270,15 +302,15 @@ class TieredCaches(Sequence["TieredCache"]):
         old: Sequence[int],
         filled: int,
     ) -> None:
-        """Copy the first `filled` positions of rows `old` of the source to rows `new` of a cell, or
-        to the last buffer if the cell is not resident; `_write` then stores that buffer. For
+        """Copy the first `filled` slots of rows `old` of the source to rows `new` of a cell, or to
+        the last buffer if the cell is not resident; `_write` then stores that buffer. For
         `compact`.
 
         old, new: row numbers in the batch; those of `old` are in one cell, and so are those of
         `new`, which are consecutive. source: the cache of the old cell.
         """
         g = self.policy.micro_batch
-        target = cell.cache or self._ring_buffers[-1].contents
+        target = cell.cache or self._ring_buffers[-1].contents[cell.kind]
         target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
         target_rows.take(source, torch.tensor(old) % g, filled)
 
@@ -291,17 +323,17 @@ class TieredCaches(Sequence["TieredCache"]):
             return
         buffer = self._ring_buffers[0]
         self._fetch(cell, buffer).result()
-        yield buffer.contents
+        yield buffer.contents[cell.kind]
         buffer.last_use = record_event(self.device)
 
     def _write(self, cell: Cell, filled: int) -> None:
-        """Declare `filled` positions of a cell filled, for `compact`. If the cell is not resident,
+        """Declare `filled` slots of a cell filled, for `compact`. If the cell is not resident,
         write the last buffer, which holds its new rows, to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
             buffer = self._ring_buffers[-1]
             buffer.last_use = record_event(self.device)
-            self._store(cell, buffer, 0)
+            self._store(cell, buffer, 0, filled)
             cell.stored.result()
 
     def _ring_over(self, K: int) -> Ring[Cell]:
@@ -321,22 +353,23 @@ class TieredCaches(Sequence["TieredCache"]):
             self._ring_micro_batches = K
         return self._ring
 
-    def _written_span(self, k: int, pos: Tensor) -> tuple[int, int]:
-        """Return the first position that micro-batch k writes, and one past the last.
+    def _written_span(self, kind: CellKind, k: int, pos: Tensor) -> tuple[int, int]:
+        """Return the first slot that micro-batch k writes, and one past the last. Where the slots
+        begin again at 0, these are the first and the last of all.
 
-        pos: (B, T), the positions that each row writes. The result is computed once for all layers,
-        which are called with the same tensor object, because tolist waits for the device.
+        pos: (B, T), the slots that each row writes. The result is computed once for all layers of a
+        kind, which are called with the same tensor object, because tolist waits for the device.
         """
-        if pos is not self._spans_pos:
+        if kind not in self._spans or self._spans[kind][0] is not pos:
             row_spans = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # (B, 2)
             g = self.policy.micro_batch
             groups = (row_spans[start : start + g] for start in range(0, len(row_spans), g))
-            self._spans = [(min(a for a, _ in rows), max(b for _, b in rows)) for rows in groups]
-            self._spans_pos = pos
-        return self._spans[k]
+            spans = [(min(a for a, _ in rows), max(b for _, b in rows)) for rows in groups]
+            self._spans[kind] = pos, spans
+        return self._spans[kind][1][k]
 
     def _fetch(self, cell: Cell, buffer: Buffer) -> Future:
-        """Start to read a cell's filled positions into a buffer; return a future of the read.
+        """Start to read a cell's filled slots into a buffer; return a future of the read.
 
         The cell must not be resident. The read begins when the device has finished with the
         buffer, and pending writes have ended: the last write from the buffer, which the read would
@@ -347,15 +380,15 @@ class TieredCaches(Sequence["TieredCache"]):
             for pending in (buffer.stored, cell.stored):
                 if pending:
                     pending.result()
-            cell.store.read(self._allocator.pieces(cell, buffer.parts, 0, cell.filled))
+            cell.store.read(cell.pieces(buffer, 0, cell.filled))
 
         return self._reader.submit(read, buffer.last_use)
 
-    def _store(self, cell: Cell, buffer: Buffer, first: int) -> None:
-        """Start to write a cell's positions from `first` to cell.filled from a buffer to the cell's
-        store. The write begins when the device has finished with the buffer; `cell.stored` and
-        `buffer.stored` are its future."""
-        pieces = self._allocator.pieces(cell, buffer.parts, first, cell.filled)
+    def _store(self, cell: Cell, buffer: Buffer, first: int, end: int) -> None:
+        """Start to write slots first to end - 1 of a cell from a buffer to the cell's store. The
+        write begins when the device has finished with the buffer; `cell.stored` and `buffer.stored`
+        are its future."""
+        pieces = cell.pieces(buffer, first, end)
         written = self._writer.submit(lambda: cell.store.write(pieces), buffer.last_use)
         cell.stored = buffer.stored = written
 
@@ -369,15 +402,15 @@ class TieredCache:
     def __init__(self, caches: TieredCaches, cells: Sequence[Cell]):
         self._caches, self.cells, self.row_granularity = caches, cells, caches.policy.micro_batch
         self.rows, self.length, self.device = caches.rows, caches.length, caches.device
-        self.ring = None  # windows are masked, and save no memory
+        self.ring = cells[0].kind.ring
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache | HostAttention"]:
         """Yield the cache of one micro-batch for a block to use; on exit, start to write its new
-        positions back.
+        slots back.
 
         rows: the rows of the micro-batch, whose first is a multiple of policy.micro_batch. pos:
-        (B, T), the positions at which each row of the batch writes.
+        (B, T), the slots in which each row of the batch writes.
         """
         k = rows.start // self.row_granularity
         with self._caches.acquire(self.cells[k], k, pos) as cache:
@@ -393,11 +426,12 @@ class TieredCache:
         """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
         first `filled` positions are copied. The contents of other rows are lost. Called by
         decoding.py when so many texts have ended that computing the others alone pays."""
-        self._caches.compact(self.cells, rows, filled)
+        self._caches.compact(self.cells, rows, min(filled, self.cells[0].kind.slots))
         return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
         """Discard the positions from `filled` on, so that later reads of the cells are shorter.
-        Called before a prompt is read, with the number of leading tokens that the cache has."""
+        Called before a prompt is read, with the number of leading tokens that the cache has. In a
+        ring, slots from `filled` on have later positions, or ones that no new token sees."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)

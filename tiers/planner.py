@@ -10,22 +10,24 @@ Based on FlexGen's cost model and search (arXiv 2303.06865, section 4.3). Here t
 measured (probe.py), and several kinds of transfer may share a resource.
 
 Symbols: g rows of a micro-batch, K micro-batches, B = g * K rows of a block (texts that are
-generated together). A cell is the KV cache of one layer for one micro-batch. A split is the number
-of layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each
-row. A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage
-on each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are
-not on the device (prefetch.py).
+generated together). A cell is the KV cache of one layer for one micro-batch. Cells of layers with a
+sliding window are smaller, and cells are counted in cells of mean size. A split is the number of
+layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each row.
+A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage on
+each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are not
+on the device (prefetch.py).
 """
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from host.memory import size_text
-from layers.kv_cache import visible_length
+from layers.kv_cache import WINDOW_SLACK, CacheFactory, visible_length
 from tiers.direct_io import REQUESTS_IN_FLIGHT, SMALL_REQUEST_BYTES
 from tiers.policy import CACHE_BUFFERS, TIERS, WEIGHT_BUFFERS, Policy, Share
 from tiers.probe import Machine
@@ -51,6 +53,12 @@ class Sizes:
     activations_between_layers: int  # one token's activations
     activations_in_layer: int  # the largest size of one token's activations in a layer
     logits: int  # one row's logits, and the memory to sample from them
+    windows: tuple[int | None, ...]  # the sliding window of each layer, None: it has none
+
+    def slots(self, positions: float) -> list[float]:
+        """Return the slots of each layer's KV cache for so many positions of a row."""
+        slots = {window: CacheFactory().slots(positions, window) for window in set(self.windows)}
+        return [slots[window] for window in self.windows]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Split:
-    """The number of layers, and of cells of the cache, on each of TIERS."""
+    """The number of layers, and of cells of the cache, on each of TIERS. Cells are counted by their
+    bytes, in cells of mean size."""
 
     weights: tuple[float, float, float]
     cache: tuple[float, float, float]
@@ -123,13 +132,21 @@ class Planner:
         """Predict a policy's bytes by tier and, if the machine was measured, its seconds by
         resource. The resources work at the same time, so the busiest one determines the time of a
         phase."""
-        layers = self.sizes.layers
-        split = Split(
-            policy.weights.counts(layers), policy.cache.counts(layers * policy.micro_batches)
-        )
+        split = Split(policy.weights.counts(self.sizes.layers), self.cell_counts(policy, work))
         memory = self.memory(policy, split, work)
         times = self.times(policy, split, work) if self.machine else ({}, {})
         return Prediction(policy, work, split, memory, *times)
+
+    def cell_counts(self, policy: Policy, work: Workload) -> tuple[float, ...]:
+        """Return the cells that the policy puts on each of TIERS, by their bytes, in cells of mean
+        size."""
+        K = policy.micro_batches
+        slots = [n for n in self.sizes.slots(row_positions(work)) for _ in range(K)]
+        on_tier = dict.fromkeys(TIERS, 0)
+        for tier, count in zip(policy.cache.tiers_by_size(slots), slots, strict=True):
+            on_tier[tier] += count + 1
+        total = sum(on_tier.values())
+        return tuple(on_tier[tier] * len(slots) / total for tier in TIERS)
 
     def times(
         self, policy: Policy, split: Split, work: Workload
@@ -138,22 +155,32 @@ class Planner:
         in chunks, and for one step. A token attends to half of the prompt on average in the first,
         and to the prompt and half of the new tokens in the second. Both have the same resources in
         the same order. Needs a measured machine."""
-        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))  # tokens a row
+        chunk = self.chunk_tokens(policy, work)
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
         step = self.busy(policy, split, 1, work.prompt + work.new / 2)
         return {name: chunks * seconds for name, seconds in prefill.items()}, step
 
+    def chunk_tokens(self, policy: Policy, work: Workload) -> int:
+        """Return the prompt tokens of each row that one pass reads: what `prefill` in decoding.py
+        chooses."""
+        chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))
+        positions = row_positions(work)
+        rings = min(self.sizes.slots(positions)) < positions
+        return min(chunk, WINDOW_SLACK) if rings else chunk
+
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
         """Return the seconds for which each resource is busy, in one pass through all layers.
 
-        tokens: new tokens of each row. positions: the number to which each of them attends, a mean.
-        Returns seconds by resource; which resources there are depends only on device_is_cpu.
+        tokens: new tokens of each row. positions: the number before each of them, a mean; layers
+        with a window read as many as their cells have. Returns seconds by resource; which resources
+        there are depends only on device_is_cpu.
         "disk" is the time in which the disk transfers, and "cells" the time in which reads of cells
         wait for the disk and are done. The seconds are linear in the split, on which `best_split`
         relies, with one exception: the first layer on disk delays all cells there.
         """
         sizes, machine, g = self.sizes, self.machine, policy.micro_batch
+        positions = statistics.fmean(sizes.slots(positions))
         _, host_layers, disk_layers = split.weights
         _, host_cells, disk_cells = split.cache
         cell_read = g * positions * sizes.cache_position  # bytes that are read of a cell
@@ -213,7 +240,8 @@ class Planner:
         are counted on the device, as if the policy offloaded none.
         """
         sizes, K = self.sizes, policy.micro_batches
-        cell = self.cell_bytes(policy, work)
+        cells = self.cell_sizes(policy, work)
+        cell = statistics.fmean(cells)
         needs_ring = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
         rings = sum(itertools.compress(self.ring_bytes(policy, work), needs_ring))
         totals = {
@@ -225,7 +253,7 @@ class Planner:
         if self.device_is_cpu:
             totals["device"] += totals.pop("host")
         else:  # host memory through which a layer and a cell are read from disk
-            totals["host"] += sizes.layer + cell
+            totals["host"] += sizes.layer + max(cells)
         return totals
 
     def activation_bytes(self, policy: Policy, work: Workload) -> int:
@@ -233,22 +261,27 @@ class Planner:
         for all rows; those in a layer, for the tokens that are computed at once; and the logits.
         chunk: tokens of a pass; at_once: those that a layer computes at once."""
         sizes, rows = self.sizes, policy.rows
-        chunk = max(min(policy.prefill_chunk_tokens, rows * work.prompt), rows)
+        chunk = rows * self.chunk_tokens(policy, work)
         at_once = max(min(policy.tokens_at_once, chunk), policy.micro_batch)
         between, inside = sizes.activations_between_layers, sizes.activations_in_layer
         return chunk * between + at_once * inside + rows * sizes.logits
 
-    def cell_bytes(self, policy: Policy, work: Workload) -> int:
-        """Return the bytes of one cell, long enough for a prompt and its new tokens. The length is
-        rounded up as in attention (visible_length), plus the position that a cache allocates and
-        never uses (Transformer.make_caches)."""
-        positions = visible_length(work.prompt + work.new, MAX_POSITIONS) + 1
-        return policy.micro_batch * positions * self.sizes.cache_position
+    def cell_sizes(self, policy: Policy, work: Workload) -> list[int]:
+        """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens: of
+        its slots, and of one more that a cache allocates (Transformer.make_caches)."""
+        slot = policy.micro_batch * self.sizes.cache_position
+        return [(n + 1) * slot for n in self.sizes.slots(row_positions(work))]
 
     def ring_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
         """Return the bytes of all buffers of the ring of layers, and of the ring of cells."""
         layers = WEIGHT_BUFFERS * self.sizes.layer_in_buffer
-        return layers, CACHE_BUFFERS * self.cell_bytes(policy, work)
+        return layers, CACHE_BUFFERS * max(self.cell_sizes(policy, work))
+
+    def uneven_bytes(self, policy: Policy, work: Workload) -> int:
+        """Return a limit of the bytes by which the cells on a tier exceed as many cells of mean
+        size: 0 if all have one size, else a cell of each size (Share.tiers_by_size)."""
+        different = set(self.cell_sizes(policy, work))
+        return sum(different) if len(different) > 1 else 0
 
     def choose(
         self, work: Workload, budgets: dict[str, float], start: Policy, max_rows: int
@@ -293,13 +326,13 @@ class Planner:
     ) -> Iterator[Prediction]:
         """Yield predictions of policies that fit into the budgets and group rows as `policy` does.
 
-        Their shares: everything on the device, and the whole numbers of layers and cells near the
-        optimal split. This split is computed three times: weights and cache may both be on other
-        tiers; only the cache may; only the weights may.
+        Their shares: everything on the device, everything on disk, and the whole numbers of layers
+        and cells near the optimal split. This split is computed three times: weights and cache may
+        both be on other tiers; only the cache may; only the weights may.
         budgets: bytes that may be used on each tier. There may be no policy that fits.
         """
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
-        shares = [(Share(), Share())]
+        shares = [(Share(), Share()), (Share(0, 0), Share(0, 0))]
         for resident in ((False, False), (True, False), (False, True)):
             if split := self.best_split(policy, work, budgets, resident):
                 weights = self.shares_near(split.weights, layers)
@@ -328,8 +361,9 @@ class Planner:
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
         # Both rings are in `base`. One that is not needed leaves its memory to layers and cells:
-        # index 2 * resources is the limit of the device's bytes.
+        # index 2 * resources is the limit of the device's bytes, after which come other tiers'.
         limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
+        limits[2 * resources :] -= self.uneven_bytes(policy, work)
         # No resource may take longer than the phase in which it is used. Column 0: the variable for
         # the seconds of the prompts; column 1: for those of a step.
         phases = np.zeros((len(base), 2))
@@ -398,3 +432,9 @@ class Planner:
         hosts = (host,) if self.device_is_cpu else (host, host + 1)
         whole = itertools.product((device, device + 1), hosts)
         return [Share(100 * d / total, 100 * h / total) for d, h in whole if d + h <= total]
+
+
+def row_positions(work: Workload) -> int:
+    """Return the positions of a row's KV cache, long enough for a prompt and its new tokens. The
+    number is rounded up as in attention (visible_length)."""
+    return visible_length(work.prompt + work.new, MAX_POSITIONS)

@@ -11,6 +11,8 @@ the rest on disk. If the device is the CPU, device and host are the same memory.
 cache of one layer for one micro-batch. A pass runs all layers once.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,13 @@ class Share:
             assigned[tier] += 1
             result.append(tier)
         return tuple(result)
+
+    def tiers_by_size(self, sizes: Sequence[int]) -> tuple[str, ...]:
+        """Return the tier of each item, such as cells of the KV cache, given their sizes: items of
+        each size are divided as `tiers` does. So the bytes on a tier exceed its share of all bytes
+        by less than one item of each size."""
+        of_size = {size: iter(self.tiers(count)) for size, count in Counter(sizes).items()}
+        return tuple(next(of_size[size]) for size in sizes)
 
     def counts(self, count: int) -> tuple[int, int, int]:
         """Return how many of `count` items are on each of TIERS."""

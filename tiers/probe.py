@@ -257,13 +257,18 @@ def sample_args(args: ModelArgs, layer_bytes: int) -> ModelArgs:
 
     args: those of the real model. layer_bytes: size of one of its layers; above MAX_LAYER_BYTES all
     widths and numbers of heads are halved, repeatedly, as long as the key/value heads can be
-    divided: a layer then has a quarter of the bytes. head_dim stays.
+    divided: a layer then has a quarter of the bytes. head_dim stays. The layer has no sliding
+    window, so that attention to more positions takes longer.
     """
     factor = 1
     while layer_bytes / factor**2 > MAX_LAYER_BYTES and args.n_kv_heads % (2 * factor) == 0:
         factor *= 2
+    layer = dataclasses.replace(args.layer_types[0], window=None)
     return dataclasses.replace(
-        args.with_layers(range(1)),
+        args,
+        n_layers=1,
+        layer_types=(layer,),
+        windows=(),
         vocab_size=64,
         dim=args.dim // factor,
         embed_dim=args.dim // factor,
