@@ -10,7 +10,6 @@ Start at plain_steps, which engine.generate consumes. speculate.py makes steps o
 load.py makes the LoadedModel that both run.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from host.memory import check_memory
 from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
+from layers.positions import same_rotations
 from model import Transformer
 from sampling import Sampler
 
@@ -133,14 +133,12 @@ def reusable_tokens(
 
     past: leading tokens that the prompt has in common with the text in the caches. stored: the most
     tokens that the caches have held since they were last filled from position 0. length: tokens of
-    the prompt. The result is 0 if a ring has overwritten a key that is still seen, or if `stored`
-    and `length` lie on different sides of recompute_after: the rotary positions then differ.
+    the prompt. The result is 0 if a ring has overwritten a key that is still seen, or if the keys
+    have other rotations than in the prompt, see same_rotations.
     """
-    limit = lm.model.args.recompute_after or math.inf
-    same_positions = (stored > limit) == (length > limit)
     # Rejected draft tokens have been stored, too.
     kept = keeps_past(lm, caches, past, stored + MAX_DRAFT_TOKENS)
-    return past if same_positions and kept else 0
+    return past if kept and same_rotations(lm.model.args, stored, length) else 0
 
 
 def keeps_past(lm: LoadedModel, caches: Sequence[Cache], past: int, written: int) -> bool:

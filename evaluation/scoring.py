@@ -33,7 +33,7 @@ from decoding import PREFILL_TOKENS, LoadedModel
 from host.memory import available_memory
 from layers.args import ModelArgs
 from layers.kv_cache import KVCache, visible_length
-from layers.positions import ROPES, LengthRope
+from layers.positions import same_rotations
 from load import count_weights
 from model import Transformer
 from ranks import broadcast_from_rank0
@@ -149,15 +149,10 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
 def min_shared_ids(args: ModelArgs, longest: int) -> float:
     """Return how many ids a common prefix must have to be shared by sequences.
 
-    The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
-    whole sequence (layers.positions.LengthRope), and a sequence is longer than the context that
-    the model was trained on. longest: ids of the longest sequence.
+    The number is infinite, so nothing is shared, if rotations depend on the length of the whole
+    sequence; see same_rotations. longest: ids of the longest sequence.
     """
-    by_length = any(
-        issubclass(ROPES[rope.kind], LengthRope) and longest > rope.original_context
-        for rope in args.ropes
-    )
-    return math.inf if by_length else MIN_SHARED_IDS
+    return MIN_SHARED_IDS if same_rotations(args, 1, longest) else math.inf
 
 
 def build_prefix_trees(
