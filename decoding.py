@@ -23,6 +23,7 @@ from host.memory import check_memory
 from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from layers.positions import same_rotations
 from model import Transformer
+from options.settings import MAX_DRAFT_TOKENS
 from sampling import Sampler
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Prompt tokens of all rows together in one call: bounds the size of the mask and activations.
 PREFILL_TOKENS = 4096
-# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
-# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
-MAX_DRAFT_TOKENS = 15
 # Share of the rows that must have ended before the other rows are moved together. At a quarter, the
 # move copies three quarters of the KV cache, and every later step reads a quarter less, so that six
 # steps make up for it. All moves of a batch together copy less than three times its filled cache.

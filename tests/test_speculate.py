@@ -576,6 +576,12 @@ def test_a_copy_in_no_fewer_bits_is_refused(quantised: dict[str, Path]):
             load_model(quantised[mode], device="cpu", draft=draft)
 
 
+@pytest.mark.parametrize("k", [0, 16])
+def test_a_number_of_draft_tokens_out_of_range_is_refused(k: int):
+    with pytest.raises(ValueError, match=f"speculate_k is {k}: give 1 to 15 draft tokens, or None"):
+        load_model(DEMO, device="cpu", draft="ngram", speculate_k=k)
+
+
 def test_a_copy_shares_what_is_not_quantised():
     lm = load_model(DEMO, device="cpu", draft="self-int4")
     copied = lm.draft.lm.model
