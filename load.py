@@ -612,5 +612,7 @@ def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None
     for (view, width), length in itertools.product(steps, lengths):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            at = (tokens[:, 0], tokens[:, :1]) if view is lm.prefill else ()
+            # The texts are as long as the step is wide: of an empty one all keys would be hidden in
+            # a ring, and NaN would go into the caches.
+            at = (tokens[:, 0], tokens[:, :1] + width) if view is lm.prefill else ()
             view(tokens, key_pos[:width].expand_as(tokens), key_pos[:length], caches, *at)

@@ -434,6 +434,15 @@ def test_compiled_tokens_are_eager_tokens_and_a_text_that_wraps_compiles_nothing
         assert compiled_graphs() == graphs
 
 
+def test_a_warm_up_leaves_numbers_in_the_caches(family_folder: Folder):
+    eager = loaded(family_folder("gemma2"))
+    views = {name: lambda *given: eager.model(*given) for name in ("prefill", "decode")}
+    lm = dataclasses.replace(eager, **views)
+    caches = lm.make_caches(1, CONTEXT)
+    compile_now(lm, caches)
+    assert all(cache.k[:, 0].any() and cache.k.isfinite().all() for cache in caches)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_do_not_depend_on_rings(variant: str, family_folder: Folder):
     lm, texts = loaded(family_folder(variant)), prompts((2, 30, 30, 130, 200))
