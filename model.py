@@ -17,9 +17,10 @@ Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.0986
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
 """
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -160,10 +161,11 @@ class Transformer(nn.Module):
         """
         B, T, _ = x.shape
         key_pos, rings = torch.arange(T, device=x.device), [None] * self.args.n_layers
-        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings)
-        factory = replace(self.cache_factory, windows=False)
+        lengths = torch.full((B, 1), T, device=x.device)
+        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings, lengths)
         shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)
-        cache = factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
+        with self.whole_caches():
+            cache = self.cache_factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
         return block(x, *inputs[n], cache)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
@@ -210,6 +212,17 @@ class Transformer(nn.Module):
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
         given = shape, weight.dtype, weight.device
         return [self.cache_factory(*given, layer.window) for layer in args.layer_types]
+
+    @contextlib.contextmanager
+    def whole_caches(self) -> Iterator[None]:
+        """Let layers with a sliding window have caches of all positions within the with statement:
+        for callers that read more tokens of a row in one step than a ring takes."""
+        factory = self.cache_factory
+        self.cache_factory = replace(factory, windows=False)
+        try:
+            yield
+        finally:
+            self.cache_factory = factory
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of the caches of all layers for one row of `length` positions."""

@@ -19,10 +19,9 @@ vocabulary, W targets, N different positions whose logits they need.
 Source: prefix sharing as in SGLang's RadixAttention (arXiv 2312.07104).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
@@ -35,7 +34,6 @@ from layers.args import ModelArgs
 from layers.kv_cache import KVCache, visible_length
 from layers.positions import same_rotations
 from load import count_weights
-from model import Transformer
 from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
@@ -226,18 +224,6 @@ def depth(nodes: Sequence[PrefixNode]) -> int:
     return 1 + max((depth(node.children) for node in nodes if node.children), default=0)
 
 
-@contextlib.contextmanager
-def whole_caches(model: Transformer) -> Iterator[None]:
-    """Let layers with a sliding window have caches of all positions within the with statement: a
-    call reads more ids of a row than a ring takes at a time."""
-    factory = model.cache_factory
-    model.cache_factory = replace(factory, windows=False)
-    try:
-        yield
-    finally:
-        model.cache_factory = factory
-
-
 class Target(NamedTuple):
     """An id whose log-probability a call computes."""
 
@@ -343,7 +329,7 @@ class TreeScorer:
         pool = self.pools.get(level)
         if not pool or pool[0].rows < rows or pool[0].length < positions:
             self.pools.pop(level, None)  # frees its memory before the allocation of a larger one
-            with whole_caches(self.lm.model):
+            with self.lm.model.whole_caches():
                 self.pools[level] = self.lm.make_caches(rows, positions)
         return self.pools[level]
 

@@ -19,6 +19,7 @@ from common import complete_ids, window_slack
 from families import CONTEXT, VOCAB, WINDOW
 from torch import Tensor
 
+from calibration.distill import log_probabilities
 from compiled import CudaGraphs, ReusedCaches
 from decoding import MAX_DRAFT_TOKENS, LoadedModel, prefill, reusable_tokens
 from draft_length import DraftLengthController
@@ -441,6 +442,28 @@ def test_a_warm_up_leaves_numbers_in_the_caches(family_folder: Folder):
     caches = lm.make_caches(1, CONTEXT)
     compile_now(lm, caches)
     assert all(cache.k[:, 0].any() and cache.k.isfinite().all() for cache in caches)
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "phi3-longrope", "llama-dynamic"])
+@torch.inference_mode()
+def test_whole_texts_are_read_as_one_prompt(variant: str, family_folder: Folder):
+    """By training after GPTQ, and layer by layer: beyond the trained context, and more tokens than
+    a ring takes."""
+    model, (text,) = loaded(family_folder(variant)).model, prompts([100])
+    tokens, expected = torch.tensor([text]), of_transformers(variant, text).log_softmax(-1)
+    x = model.tok_embeddings(tokens)
+    for n, block in enumerate(model.layers):
+        x = model.run_layer(n, block, x)
+    for found in (log_probabilities(model, tokens), model.unembed(x).log_softmax(-1)):
+        torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+
+
+def test_the_search_for_numbers_that_are_not_finite_reads_one_prompt(family_folder: Folder):
+    """Rotations of shorter texts may not take part."""
+    lm, (text,) = loaded(family_folder("phi3-longrope")), prompts([50])
+    lm.model.positions.ropes[0].freqs.fill_(torch.nan)
+    said = explain_not_finite(lm, text, lm.make_caches(1, CONTEXT))
+    assert "a second pass over the text gives finite ones" in said
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
