@@ -357,7 +357,8 @@ class PlainFeedForward(nn.Module):
 def make_embedding(args: ModelArgs) -> Embedding:
     if args.embedding_scale == 1:
         return Embedding(args.vocab_size, args.embed_dim)
-    return ScaledEmbedding(args.vocab_size, args.embed_dim, args.embedding_scale)
+    scale = args.embedding_scale, args.round_embedding_scale
+    return ScaledEmbedding(args.vocab_size, args.embed_dim, *scale)
 
 
 def make_output_scale(args: ModelArgs) -> nn.Module:

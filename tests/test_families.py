@@ -10,13 +10,13 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import CONTEXT, MULTIMODAL, OF_EACH_FAMILY, OLD, VARIANTS, VOCAB
+from families import CONTEXT, MULTIMODAL, OF_EACH_FAMILY, OLD, ORIGINAL, VARIANTS, VOCAB
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from load import load_model
-from model import Transformer
+from model import Transformer, make_embedding
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors, model_args
 
@@ -27,6 +27,10 @@ COUNT = 100  # new tokens
 LENGTHS = 3, 50  # of prompts: within windows and contexts, and beyond
 SEED = 20261129
 Folder = Callable[[str], Path]
+
+
+def config_of(family: str, options: families.Options) -> transformers.PretrainedConfig:
+    return getattr(transformers, f"{family}Config")(**families.copied(options))
 
 
 def whole_prompts(length: int) -> Tensor:
@@ -148,6 +152,30 @@ def test_a_converted_file_has_the_same_weights(variant: str, family_folder: Fold
     converted.unlink()  # other tests read the files that it was made from
     assert model.state_dict().keys() == source.keys()
     assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["granite", "gemma2", "gemma3"])
+def test_embeddings_are_scaled_as_in_transformers(variant: str, dtype: torch.dtype):
+    """By a factor that bfloat16 rounds. Bit for bit, but that in float64 transformers multiplies by
+    a factor of float32."""
+    name, options = VARIANTS[variant]
+    config = config_of(name, options | {"hidden_size": 96, "embedding_multiplier": 10.1})
+    theirs = getattr(transformers, f"{name}Model")(config).to(dtype)
+    ours = make_embedding(model_args(config.to_dict())).to(dtype)
+    ours.weight.data.copy_(theirs.embed_tokens.weight)
+    seen, tokens = [], torch.arange(VOCAB).unsqueeze(0)
+    theirs.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        theirs(tokens)
+        tolerance = 1e-6 if dtype == torch.float64 else 0
+        torch.testing.assert_close(ours(tokens), seen[0], rtol=tolerance, atol=0)
+
+
+def test_phi3_computes_keys_again_only_with_longrope():
+    names = "phi3", "phi3-window", "phi3-longrope"
+    args = [model_args(config_of(*VARIANTS[name]).to_dict()) for name in names]
+    assert [each.recompute_after for each in args] == [None, None, ORIGINAL]
 
 
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)
