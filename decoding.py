@@ -119,10 +119,6 @@ class LoadedModel:
         drafted = self.draft.kv_bytes(length) if self.draft else 0
         return self.model.kv_bytes(length) + drafted
 
-    def kv_bytes_per_token(self) -> int:
-        """Returns the bytes of one position in the caches of all layers, the draft's included."""
-        return self.kv_bytes(1)
-
 
 def reusable_tokens(
     lm: LoadedModel, caches: Sequence[Cache], past: int, stored: int, length: int

@@ -241,10 +241,6 @@ class Transformer(nn.Module):
         another rank: all ranks must read a text in the same steps."""
         return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
 
-    def kv_bytes_per_token(self) -> int:
-        """Returns the bytes of one position in the caches of all layers."""
-        return self.kv_bytes(1)
-
 
 class SequentialBlock(nn.Module):
     """A layer: attention, then the feed-forward. Each reads a norm of x, and its output is added

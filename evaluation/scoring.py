@@ -247,7 +247,7 @@ class TreeScorer:
         self.max_ids, max_positions, overhead = CALL_LIMITS[lm.device.type]
         # If a call would contain more padding ids than this, two calls are faster.
         self.max_padding = IDS_PER_WEIGHT_PASS + overhead // count_weights(lm.model.args)
-        bytes_per_position = lm.kv_bytes_per_token() * depth(roots)
+        bytes_per_position = lm.kv_bytes(1) * depth(roots)
         positions_in_memory = broadcast_from_rank0(
             lambda: available_memory(lm.device) // 4 // bytes_per_position
         )  # rank 0's value, because all ranks must make the same calls

@@ -589,6 +589,6 @@ def test_a_copy_shares_what_is_not_quantised():
     assert copied.norm.weight is lm.model.norm.weight
     assert copied.layers[0].attention.wo is not lm.model.layers[0].attention.wo
     assert not any(isinstance(m, RMSNorm) and m.fast for m in lm.model.modules())
-    assert lm.kv_bytes_per_token() == lm.model.kv_bytes_per_token()
+    assert lm.kv_bytes(1) == lm.model.kv_bytes(1)
     other = load_model(DEMO, device="cpu", draft=DRAFT)
-    assert other.kv_bytes_per_token() > other.model.kv_bytes_per_token()
+    assert other.kv_bytes(1) > other.model.kv_bytes(1)
