@@ -218,17 +218,15 @@ class Checkpoint:
         """Drop tensors that other tools write although they change nothing.
 
         These are g_idx, the group of each input, where the groups are in order, and biases that
-        are zero in a layer without biases. Raises ValueError for groups that are not in order.
+        are zero in a linear without biases. Raises ValueError for groups that are not in order.
         """
-        # Whether the config gives biases to the linears of a module; norms keep theirs in any case.
-        biased = {"attention": self.args.attention_bias, "feed_forward": self.args.mlp_bias}
+        unbiased = [module for flag, module in hf.BIASES.items() if not getattr(self.args, flag)]
         for name in [n for n in self.tensors if self.scheme and n.startswith("layers.")]:
-            module, kind = name.split(".")[2], name.rpartition(".")[2]
+            module, _, kind = name.split(".", 2)[2].rpartition(".")  # after layers.N
             if kind == "g_idx":
                 self.check_groups(name)
-            if kind == "g_idx" or (
-                kind == "bias" and not biased.get(module, True) and not self.read(name).any()
-            ):
+            extra = kind == "bias" and module.startswith(tuple(unbiased))
+            if kind == "g_idx" or (extra and not self.read(name).any()):
                 del self.tensors[name]
 
     def check_groups(self, name: str) -> None:

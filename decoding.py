@@ -10,7 +10,6 @@ Start at plain_steps, which engine.generate consumes. speculate.py makes steps o
 load.py makes the LoadedModel that both run.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from torch import Tensor
 
 from host.memory import check_memory
 from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
+from layers.positions import same_rotations
 from model import Transformer
+from options.settings import MAX_DRAFT_TOKENS
 from sampling import Sampler
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Prompt tokens of all rows together in one call: bounds the size of the mask and activations.
 PREFILL_TOKENS = 4096
-# With AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a
-# Xeon, in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
-MAX_DRAFT_TOKENS = 15
 # Share of the rows that must have ended before the other rows are moved together. At a quarter, the
 # move copies three quarters of the KV cache, and every later step reads a quarter less, so that six
 # steps make up for it. All moves of a batch together copy less than three times its filled cache.
@@ -121,10 +119,6 @@ class LoadedModel:
         drafted = self.draft.kv_bytes(length) if self.draft else 0
         return self.model.kv_bytes(length) + drafted
 
-    def kv_bytes_per_token(self) -> int:
-        """Returns the bytes of one position in the caches of all layers, the draft's included."""
-        return self.kv_bytes(1)
-
 
 def reusable_tokens(
     lm: LoadedModel, caches: Sequence[Cache], past: int, stored: int, length: int
@@ -133,14 +127,12 @@ def reusable_tokens(
 
     past: leading tokens that the prompt has in common with the text in the caches. stored: the most
     tokens that the caches have held since they were last filled from position 0. length: tokens of
-    the prompt. The result is 0 if a ring has overwritten a key that is still seen, or if `stored`
-    and `length` lie on different sides of recompute_after: the rotary positions then differ.
+    the prompt. The result is 0 if a ring has overwritten a key that is still seen, or if the keys
+    have other rotations than in the prompt, see same_rotations.
     """
-    limit = lm.model.args.recompute_after or math.inf
-    same_positions = (stored > limit) == (length > limit)
     # Rejected draft tokens have been stored, too.
     kept = keeps_past(lm, caches, past, stored + MAX_DRAFT_TOKENS)
-    return past if same_positions and kept else 0
+    return past if kept and same_rotations(lm.model.args, stored, length) else 0
 
 
 def keeps_past(lm: LoadedModel, caches: Sequence[Cache], past: int, written: int) -> bool:

@@ -23,7 +23,7 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
-from decoding import MAX_DRAFT_TOKENS
+from options.settings import MAX_DRAFT_TOKENS
 from ranks import broadcast_from_rank0
 
 TIMES_PER_MEDIAN = 9  # the median is that of so many latest cycles with the same k
@@ -46,11 +46,12 @@ PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2
 class DraftLengthController:
     """Chooses k, the number of draft tokens of the next cycle.
 
-    k: a number fixes k, except in the plain steps that time plain decoding. None chooses the k with
-    the most expected tokens per second within the budget. If no k is faster than plain decoding,
-    drafting pauses; each further pause is twice as long, up to MAX_PAUSE_STEPS. graphs: the first
-    cycles with each k record CUDA graphs. draft_reads_after_plain: in the first cycle after plain
-    steps, a draft model also reads the tokens of those steps, so that this cycle is not timed.
+    k: a number, at most MAX_DRAFT_TOKENS, fixes k, except in the plain steps that time plain
+    decoding. None chooses the k with the most expected tokens per second within the budget. If no k
+    is faster than plain decoding, drafting pauses; each further pause is twice as long, up to
+    MAX_PAUSE_STEPS. graphs: the first cycles with each k record CUDA graphs.
+    draft_reads_after_plain: in the first cycle after plain steps, a draft model also reads the
+    tokens of those steps, so that this cycle is not timed.
     """
 
     def __init__(self, k: int | None, graphs: bool = False, draft_reads_after_plain: bool = False):
@@ -219,7 +220,7 @@ class DraftLengthController:
         tokens of the longest row. rows: see update."""
         self._rows_live = DECAY * self._rows_live + len(rows)
         self._rows_drafted = DECAY * self._rows_drafted + sum(drafted > 0 for drafted, _ in rows)
-        for n in range(min(k, MAX_DRAFT_TOKENS)):
+        for n in range(k):
             reached = [accepted for drafted, accepted in rows if drafted > n and accepted >= n]
             self._drafted[n] = DECAY * self._drafted[n] + len(reached)
             self._accepted[n] = DECAY * self._accepted[n] + sum(a > n for a in reached)

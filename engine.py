@@ -23,6 +23,7 @@ import torch
 
 from decoding import LoadedModel, Texts, plain_steps
 from layers.kv_cache import Cache
+from layers.positions import same_rotations
 from sampling import NOT_FINITE, Sampler
 from text.completion import Completion
 from text.generation_config import GenerationConfig
@@ -76,10 +77,8 @@ def generate(
     batch = Batch(texts, counts, ends, live, lm.model.args.recompute_after)
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
         caches = [cache.first(len(texts)) for cache in caches]
-    if past <= (lm.model.args.recompute_after or 0) < max(map(len, texts)):
-        # A text is longer than the trained context, and the caches may have the rotary positions
-        # for shorter texts.
-        past = 0
+    if not same_rotations(lm.model.args, past, max(map(len, texts))):
+        past = 0  # the caches may have the rotations of shorter texts
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]

@@ -47,6 +47,7 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) 
     # One row is one micro-batch, and the rank's strategy may replace the caches of it.
     ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
     key_pos = torch.arange(caches[0].length, device=lm.device)
+    lengths = torch.tensor([[len(text)]], device=lm.device)
     for cache in caches:
         cache.keep(0)
     finite = []
@@ -54,16 +55,22 @@ def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) 
         tokens = torch.tensor([text[start : start + CHUNK_TOKENS]], device=lm.device)  # (1, T)
         end = start + tokens.shape[1]
         pos, visible = key_pos[start:end], key_pos[: visible_length(end, len(key_pos))]
-        finite.append(finite_in_chunk(lm.model, tokens, pos.unsqueeze(0), visible, caches))
+        given = tokens, pos.unsqueeze(0), visible, caches, lengths
+        finite.append(finite_in_chunk(lm.model, *given))
     return torch.stack(finite).all(0).tolist()  # (chunks, parts) -> (parts,)
 
 
 def finite_in_chunk(
-    model: Transformer, tokens: Tensor, pos: Tensor, key_pos: Tensor, caches: Sequence[Cache]
+    model: Transformer,
+    tokens: Tensor,
+    pos: Tensor,
+    key_pos: Tensor,
+    caches: Sequence[Cache],
+    lengths: Tensor,
 ) -> Tensor:
     """Return, for the embedding, each layer and the head, whether its output is finite: (parts,)
     bool, parts = 2 + layers. The parameters are those of Transformer.forward, with B = 1."""
-    x, inputs = model.embed(tokens, pos, key_pos, [cache.ring for cache in caches])
+    x, inputs = model.embed(tokens, pos, key_pos, [cache.ring for cache in caches], lengths)
     found = [x.isfinite().all()]
     for layer, given, cache in zip(model.layers, inputs, caches, strict=True):
         x = layer(x, *given, cache)

@@ -35,7 +35,13 @@ from host.files import DEMO
 from layers.args import DTYPES, ModelArgs
 from layers.kv_cache import Cache, KVCache, visible_length
 from model import Transformer
-from options.settings import DRAFTS, SELF_DRAFTS, FlashOptions, LoadOptions
+from options.settings import (
+    DRAFTS,
+    MAX_DRAFT_TOKENS,
+    SELF_DRAFTS,
+    FlashOptions,
+    LoadOptions,
+)
 from quant.linear import QuantizedLinear, make_scheme, meta_model, round_to_nearest
 from weights.allocation import allocate, final_dtype, stored_tensors
 
@@ -97,8 +103,9 @@ def random_model(
 
 def checked(options: LoadOptions) -> LoadOptions:
     """Returns the options, with device and dtype as torch's, and without a policy that offloads
-    nothing (Policy.plain). ValueError for options that exclude one another, and for a device, dtype
-    or cache that does not exist. The rules are those of options/rules.py."""
+    nothing (Policy.plain). ValueError for options that exclude one another, for a speculate_k out
+    of range, and for a device, dtype or cache that does not exist. The rules are those of
+    options/rules.py."""
     from host.devices import find_device
     from options.rules import MODEL_RULES, broken_rule
 
@@ -106,6 +113,11 @@ def checked(options: LoadOptions) -> LoadOptions:
     options = replace(options, policy=None) if plain else options
     if message := broken_rule(options.chosen(), MODEL_RULES):
         raise ValueError(message)
+    if options.speculate_k is not None and not 1 <= options.speculate_k <= MAX_DRAFT_TOKENS:
+        raise ValueError(
+            f"speculate_k is {options.speculate_k}: give 1 to {MAX_DRAFT_TOKENS} draft tokens, or "
+            "None for as many as pay"
+        )
     find_cache(options.kv_dtype)
     return replace(
         options, device=find_device(str(options.device)), dtype=find_dtype(options.dtype)
@@ -600,5 +612,7 @@ def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None
     for (view, width), length in itertools.product(steps, lengths):
         if view is not lm.model:
             tokens = torch.zeros(caches[0].rows, width, dtype=torch.long, device=lm.device)
-            at = (tokens[:, 0], tokens[:, :1]) if view is lm.prefill else ()
+            # The texts are as long as the step is wide: of an empty one all keys would be hidden in
+            # a ring, and NaN would go into the caches.
+            at = (tokens[:, 0], tokens[:, :1] + width) if view is lm.prefill else ()
             view(tokens, key_pos[:width].expand_as(tokens), key_pos[:length], caches, *at)

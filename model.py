@@ -17,9 +17,10 @@ Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.0986
 query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
 """
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -160,10 +161,11 @@ class Transformer(nn.Module):
         """
         B, T, _ = x.shape
         key_pos, rings = torch.arange(T, device=x.device), [None] * self.args.n_layers
-        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings)
-        factory = replace(self.cache_factory, windows=False)
+        lengths = torch.full((B, 1), T, device=x.device)
+        _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings, lengths)
         shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)
-        cache = factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
+        with self.whole_caches():
+            cache = self.cache_factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
         return block(x, *inputs[n], cache)
 
     def unembed(self, x: Tensor, at: Tensor | None = None) -> Tensor:
@@ -211,6 +213,17 @@ class Transformer(nn.Module):
         given = shape, weight.dtype, weight.device
         return [self.cache_factory(*given, layer.window) for layer in args.layer_types]
 
+    @contextlib.contextmanager
+    def whole_caches(self) -> Iterator[None]:
+        """Let layers with a sliding window have caches of all positions within the with statement:
+        for callers that read more tokens of a row in one step than a ring takes."""
+        factory = self.cache_factory
+        self.cache_factory = replace(factory, windows=False)
+        try:
+            yield
+        finally:
+            self.cache_factory = factory
+
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of the caches of all layers for one row of `length` positions."""
         shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
@@ -227,10 +240,6 @@ class Transformer(nn.Module):
         """Returns whether caches of `length` positions are rings in some layers, be they those of
         another rank: all ranks must read a text in the same steps."""
         return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
-
-    def kv_bytes_per_token(self) -> int:
-        """Returns the bytes of one position in the caches of all layers."""
-        return self.kv_bytes(1)
 
 
 class SequentialBlock(nn.Module):
@@ -344,7 +353,8 @@ class PlainFeedForward(nn.Module):
 def make_embedding(args: ModelArgs) -> Embedding:
     if args.embedding_scale == 1:
         return Embedding(args.vocab_size, args.embed_dim)
-    return ScaledEmbedding(args.vocab_size, args.embed_dim, args.embedding_scale)
+    scale = args.embedding_scale, args.round_embedding_scale
+    return ScaledEmbedding(args.vocab_size, args.embed_dim, *scale)
 
 
 def make_output_scale(args: ModelArgs) -> nn.Module:

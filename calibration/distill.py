@@ -142,9 +142,12 @@ def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
 
     The texts run from position 0, with new KV caches.
     """
-    pos = torch.arange(tokens.shape[1], device=tokens.device)
-    caches = model.make_caches(*tokens.shape)
-    return model(tokens, pos.expand_as(tokens), pos, caches).log_softmax(-1)
+    B, T = tokens.shape
+    pos = torch.arange(T, device=tokens.device)
+    lengths = torch.full((B, 1), T, device=tokens.device)
+    with model.whole_caches():
+        caches = model.make_caches(B, T)
+    return model(tokens, pos.expand_as(tokens), pos, caches, lengths=lengths).log_softmax(-1)
 
 
 class LatentInt4(nn.Module):

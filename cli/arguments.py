@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from options.settings import MAX_DRAFT_TOKENS
 from text.generation_config import MAX_LOGIT_BIAS
 
 # How long other ranks let rank 0 report an error: time for its start on a busy machine. A rank 0
@@ -103,10 +104,14 @@ text_length = whole(2, ": BOS and a token")
 
 
 def count_or_auto(text: str) -> int | str:
-    """Convert --speculate_k: "auto", which stays a text, or a number of 1 or more."""
+    """Convert --speculate_k: "auto", which stays a text, or a number from 1 to MAX_DRAFT_TOKENS."""
     if text != "auto" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
-    return text if text == "auto" else positive(text)
+    if text != "auto" and positive(text) > MAX_DRAFT_TOKENS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is more than {MAX_DRAFT_TOKENS}: give a smaller number, or auto"
+        )
+    return text if text == "auto" else int(text)
 
 
 def rows_or_auto(text: str) -> int | None:

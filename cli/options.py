@@ -37,7 +37,7 @@ from cli.arguments import (
     window,
 )
 from options.rules import MODEL_RULES, OPTION_RULES, PLACING, Excludes, Needs, broken_rule
-from options.settings import DRAFTS
+from options.settings import DRAFTS, MAX_DRAFT_TOKENS
 from text.generation_config import GenerationConfig
 from tiers.links import LINKS
 
@@ -199,7 +199,7 @@ def draft_options(add: Add) -> None:
     help = "a small model that drafts tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
-    help = "draft tokens of a step, or auto: as many as pay (default: auto)"
+    help = f"draft tokens of a step, up to {MAX_DRAFT_TOKENS}, or auto: as many as pay (default)"
     add("--speculate_k", type=count_or_auto, default="auto", help=help)
 
 

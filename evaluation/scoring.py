@@ -19,10 +19,9 @@ vocabulary, W targets, N different positions whose logits they need.
 Source: prefix sharing as in SGLang's RadixAttention (arXiv 2312.07104).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
@@ -33,9 +32,8 @@ from decoding import PREFILL_TOKENS, LoadedModel
 from host.memory import available_memory
 from layers.args import ModelArgs
 from layers.kv_cache import KVCache, visible_length
-from layers.positions import ROPES, LengthRope
+from layers.positions import same_rotations
 from load import count_weights
-from model import Transformer
 from ranks import broadcast_from_rank0
 
 Ids = Sequence[int]
@@ -149,15 +147,10 @@ def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -
 def min_shared_ids(args: ModelArgs, longest: int) -> float:
     """Return how many ids a common prefix must have to be shared by sequences.
 
-    The number is infinite, so nothing is shared, if the rotary angles depend on the length of the
-    whole sequence (layers.positions.LengthRope), and a sequence is longer than the context that
-    the model was trained on. longest: ids of the longest sequence.
+    The number is infinite, so nothing is shared, if rotations depend on the length of the whole
+    sequence; see same_rotations. longest: ids of the longest sequence.
     """
-    by_length = any(
-        issubclass(ROPES[rope.kind], LengthRope) and longest > rope.original_context
-        for rope in args.ropes
-    )
-    return math.inf if by_length else MIN_SHARED_IDS
+    return MIN_SHARED_IDS if same_rotations(args, 1, longest) else math.inf
 
 
 def build_prefix_trees(
@@ -231,18 +224,6 @@ def depth(nodes: Sequence[PrefixNode]) -> int:
     return 1 + max((depth(node.children) for node in nodes if node.children), default=0)
 
 
-@contextlib.contextmanager
-def whole_caches(model: Transformer) -> Iterator[None]:
-    """Let layers with a sliding window have caches of all positions within the with statement: a
-    call reads more ids of a row than a ring takes at a time."""
-    factory = model.cache_factory
-    model.cache_factory = replace(factory, windows=False)
-    try:
-        yield
-    finally:
-        model.cache_factory = factory
-
-
 class Target(NamedTuple):
     """An id whose log-probability a call computes."""
 
@@ -266,7 +247,7 @@ class TreeScorer:
         self.max_ids, max_positions, overhead = CALL_LIMITS[lm.device.type]
         # If a call would contain more padding ids than this, two calls are faster.
         self.max_padding = IDS_PER_WEIGHT_PASS + overhead // count_weights(lm.model.args)
-        bytes_per_position = lm.kv_bytes_per_token() * depth(roots)
+        bytes_per_position = lm.kv_bytes(1) * depth(roots)
         positions_in_memory = broadcast_from_rank0(
             lambda: available_memory(lm.device) // 4 // bytes_per_position
         )  # rank 0's value, because all ranks must make the same calls
@@ -348,7 +329,7 @@ class TreeScorer:
         pool = self.pools.get(level)
         if not pool or pool[0].rows < rows or pool[0].length < positions:
             self.pools.pop(level, None)  # frees its memory before the allocation of a larger one
-            with whole_caches(self.lm.model):
+            with self.lm.model.whole_caches():
                 self.pools[level] = self.lm.make_caches(rows, positions)
         return self.pools[level]
 

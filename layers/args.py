@@ -77,6 +77,7 @@ class ModelArgs:
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # of the scores, see soft_cap
     embedding_scale: float = 1.0  # multiplies embeddings
+    round_embedding_scale: bool = True  # to the dtype of the embeddings
     residual_scale: float = 1.0  # multiplies outputs of attention and feed-forward
     logits_divisor: float = 1.0
     logits_softcap: float | None = None

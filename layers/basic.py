@@ -25,17 +25,18 @@ class Embedding(nn.Embedding):
 
 
 class ScaledEmbedding(Embedding):
-    """An embedding table whose rows are multiplied by `scale`, rounded to the table's dtype."""
+    """An embedding table whose rows are multiplied by `scale`. rounded: whether the scale itself is
+    rounded to the table's dtype, as Gemma's is."""
 
-    def __init__(self, rows: int, columns: int, scale: float):
+    def __init__(self, rows: int, columns: int, scale: float, rounded: bool):
         super().__init__(rows, columns)
-        # The scale in each dtype. Gemma was trained with the rounded one.
-        rounded = {t: torch.tensor(scale, dtype=t, device="cpu").item() for t in DTYPES.values()}
-        self.scales = rounded
+        self.scale = scale
+        dtypes = DTYPES.values() if rounded else ()
+        self.scales = {t: torch.tensor(scale, dtype=t, device="cpu").item() for t in dtypes}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns the scaled embeddings, (B, T, D), of ids, (B, T)."""
-        return super().forward(tokens) * self.scales[self.weight.dtype]
+        return super().forward(tokens) * self.scales.get(self.weight.dtype, self.scale)
 
 
 class Scale(nn.Module):

@@ -150,6 +150,21 @@ class LongRope(LengthRope):
         return self.long_set
 
 
+def same_rotations(args: ModelArgs, one: int, other: int) -> bool:
+    """Returns whether the keys of tokens that two texts share have the same rotations in both.
+
+    one, other: the lengths of the texts. The rotations depend on them with a LengthRope: with
+    Rope.recompute on the side of the trained context on which a length lies; otherwise on the
+    length itself, and on which tokens were generated, if a text exceeds that context.
+    """
+    for rope in args.ropes:
+        if issubclass(ROPES[rope.kind], LengthRope):
+            beyond = [length > rope.original_context for length in (one, other)]
+            if any(beyond) and not (rope.recompute and all(beyond)):
+                return False
+    return True
+
+
 def exponents(rope: Rope) -> Tensor:
     """Returns the exponents of theta in the frequencies' divisors: (P,), from 0 to almost 1."""
     return torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim

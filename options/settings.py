@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # these import torch
 
 SELF_DRAFTS = "self-int8", "self-int4"  # drafts made from the model itself, in fewer bits
 DRAFTS = "ngram", *SELF_DRAFTS  # names of drafts that need no draft model
+# Most draft tokens of a step; the rings of layers with a sliding window are made for so many. With
+# AMX a product of up to MAX_DRAFT_TOKENS + 1 = 16 rows takes about as long as one row: on a Xeon,
+# in bfloat16, a verify pass over 16 tokens took 1.22 plain steps.
+MAX_DRAFT_TOKENS = 15
 
 
 class FromArguments:
@@ -65,7 +69,8 @@ class LoadOptions:
     compile_prefill: bool = False  # compile prefill, too
     # The source of draft tokens: one of DRAFTS, or a model or its path.
     draft: "str | Path | LoadedModel | None" = None
-    speculate_k: int | None = None  # draft tokens in a step; None: the fastest number
+    # Draft tokens in a step, 1 to MAX_DRAFT_TOKENS; None: the fastest number.
+    speculate_k: int | None = None
     policy: "Policy | None" = None  # where weights, KV cache and activations are (offload.py)
     flash: FlashOptions | None = None  # read feed-forward neurons from disk (neurons/)
     ranks: "Ranks | None" = None  # the processes that run the model together (ranks.py)

@@ -243,6 +243,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (["--dtype", "float8"], "invalid choice"),
         (["--draft", "self-int2"], "invalid choice"),
         (["--draft", "ngram", "--speculate_k", "0"], "0 is not at least 1"),
+        (["--draft", "ngram", "--speculate_k", "16"], "16 is more than 15: give a smaller number"),
         (["--draft", "ngram", "--speculate_k", "some"], "some is neither auto nor a number"),
         (["--speculate_k", "4"], "--speculate_k needs --draft or --draft_checkpoint_path"),
         (["--draft", "ngram", "--draft_checkpoint_path", "x"], "not both"),

@@ -10,14 +10,24 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import BY_LENGTH, CONTEXT, MULTIMODAL, OF_EACH_FAMILY, OLD, VARIANTS, VOCAB
+from families import (
+    BY_LENGTH,
+    CONTEXT,
+    MULTIMODAL,
+    OF_EACH_FAMILY,
+    OLD,
+    ORIGINAL,
+    VARIANTS,
+    VOCAB,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
+from host.log import log_once
 from layers.positions import ROPES
 from load import load_model
-from model import ACTIVATIONS, Transformer
+from model import ACTIVATIONS, Transformer, make_embedding
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors, model_args
 
@@ -29,6 +39,10 @@ COUNT = 100  # new tokens
 LENGTHS = 3, 50  # of prompts: within windows and contexts, and beyond
 SEED = 20261129
 Folder = Callable[[str], Path]
+
+
+def config_of(family: str, options: families.Options) -> transformers.PretrainedConfig:
+    return getattr(transformers, f"{family}Config")(**families.copied(options))
 
 
 def whole_prompts(length: int) -> Tensor:
@@ -166,6 +180,7 @@ def test_text_part_under_the_names_of_the_class(
 def test_tensors_of_the_vision_tower_are_skipped_and_said(
     variant: str, family_folder: Folder, capsys: pytest.CaptureFixture
 ):
+    log_once.cache_clear()
     model = families.load(family_folder(variant))
     assert not [name for name in model.state_dict() if "vis" in name]
     assert "vis" in capsys.readouterr().err
@@ -191,6 +206,30 @@ def test_a_converted_head_stays_apart_from_the_embedding(family_folder: Folder, 
     weights = families.load(source).state_dict()
     found = families.load(convert(tmp_path, None)).state_dict()
     assert torch.equal(found["output.weight"], weights["output.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["granite", "gemma2", "gemma3"])
+def test_embeddings_are_scaled_as_in_transformers(variant: str, dtype: torch.dtype):
+    """By a factor that bfloat16 rounds. Bit for bit, but that in float64 transformers multiplies by
+    a factor of float32."""
+    name, options = VARIANTS[variant]
+    config = config_of(name, options | {"hidden_size": 96, "embedding_multiplier": 10.1})
+    theirs = getattr(transformers, f"{name}Model")(config).to(dtype)
+    ours = make_embedding(model_args(config.to_dict())).to(dtype)
+    ours.weight.data.copy_(theirs.embed_tokens.weight)
+    seen, tokens = [], torch.arange(VOCAB).unsqueeze(0)
+    theirs.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        theirs(tokens)
+        tolerance = 1e-6 if dtype == torch.float64 else 0
+        torch.testing.assert_close(ours(tokens), seen[0], rtol=tolerance, atol=0)
+
+
+def test_phi3_computes_keys_again_only_with_longrope():
+    names = "phi3", "phi3-window", "phi3-longrope"
+    args = [model_args(config_of(*VARIANTS[name]).to_dict()) for name in names]
+    assert [each.recompute_after for each in args] == [None, None, ORIGINAL]
 
 
 @pytest.mark.parametrize("variant", OF_EACH_FAMILY)

@@ -19,6 +19,7 @@ from torch import nn
 from decoding import LoadedModel
 from engine import complete, generate
 from load import load_model
+from options.settings import MAX_DRAFT_TOKENS
 from quant.linear import QuantizedLinear
 from tests.ranks_worker import answers
 from tests.test_tp import on_ranks, quantised
@@ -139,7 +140,7 @@ def test_offloaded_tokens_are_those_of_the_model_in_memory(
 def test_drafts_change_no_token(variant: str, draft: str, family_folder: Folder):
     """A rejected token may not have overwritten what a window still shows."""
     path = family_folder(variant)
-    for k in (2, 5, 2 * WINDOW):
+    for k in (2, 5, MAX_DRAFT_TOKENS):
         lm = loaded(path, draft=draft, speculate_k=k)
         assert complete_ids(lm, PROMPTS, GREEDY) == plain_ids(path), k
 

@@ -15,7 +15,7 @@ import quantize
 from checkpoint import Checkpoint
 from engine import complete
 from load import load_model
-from quant.linear import dequantize_int4, unpack_nibbles
+from quant.linear import dequantize_int4, meta_model, unpack_nibbles
 from scripts.convert_hf_checkpoint import convert
 from text.generation_config import GenerationConfig
 from weights.hf import export_tensors
@@ -139,6 +139,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, change: dict, message: str
     with pytest.raises(ValueError, match=message) as caught:
         Checkpoint(theirs)
     assert "\n" not in str(caught.value)
+
+
+def test_a_zero_bias_of_one_linear_where_others_have_biases(tmp_path: Path):
+    """Qwen2 has biases of q, k and v; AutoGPTQ also writes zeros for the output."""
+    theirs = write(tmp_path, "demo", "gptq", 32)
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    checkpoint = Checkpoint(theirs)
+    checkpoint.check(meta_model(checkpoint.args, checkpoint.scheme))
+    biases = {n.split(".", 2)[2] for n in checkpoint.tensors if n.endswith("bias")}
+    assert biases == {"attention.wqkv.bias"}
 
 
 def shuffle(tensors: dict[str, Tensor]) -> None:

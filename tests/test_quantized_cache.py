@@ -77,7 +77,7 @@ def test_bytes_per_token_are_those_of_the_buffers():
         lm = load_model(ROOT / "checkpoints" / "demo", device="cpu", kv_dtype=kv)
         caches = lm.make_caches(2, 63)
         positions = 2 * caches[0].k.shape[1]
-        sizes[kv] = lm.model.kv_bytes_per_token()
+        sizes[kv] = lm.model.kv_bytes(1)
         assert sizes[kv] * positions == sum(b.nbytes for c in caches for b in c.buffers())
         assert isinstance(caches[0], KVCache) and caches[0].rows == 2
     assert sizes["int4"] < sizes["int8"] < sizes[None]

@@ -576,6 +576,12 @@ def test_a_copy_in_no_fewer_bits_is_refused(quantised: dict[str, Path]):
             load_model(quantised[mode], device="cpu", draft=draft)
 
 
+@pytest.mark.parametrize("k", [0, 16])
+def test_a_number_of_draft_tokens_out_of_range_is_refused(k: int):
+    with pytest.raises(ValueError, match=f"speculate_k is {k}: give 1 to 15 draft tokens, or None"):
+        load_model(DEMO, device="cpu", draft="ngram", speculate_k=k)
+
+
 def test_a_copy_shares_what_is_not_quantised():
     lm = load_model(DEMO, device="cpu", draft="self-int4")
     copied = lm.draft.lm.model
@@ -583,6 +589,6 @@ def test_a_copy_shares_what_is_not_quantised():
     assert copied.norm.weight is lm.model.norm.weight
     assert copied.layers[0].attention.wo is not lm.model.layers[0].attention.wo
     assert not any(isinstance(m, RMSNorm) and m.fast for m in lm.model.modules())
-    assert lm.kv_bytes_per_token() == lm.model.kv_bytes_per_token()
+    assert lm.kv_bytes(1) == lm.model.kv_bytes(1)
     other = load_model(DEMO, device="cpu", draft=DRAFT)
-    assert other.kv_bytes_per_token() > other.model.kv_bytes_per_token()
+    assert other.kv_bytes(1) > other.model.kv_bytes(1)

@@ -19,6 +19,7 @@ from common import complete_ids, window_slack
 from families import CONTEXT, VOCAB, WINDOW
 from torch import Tensor
 
+from calibration.distill import log_probabilities
 from compiled import CudaGraphs, ReusedCaches
 from decoding import MAX_DRAFT_TOKENS, LoadedModel, prefill, reusable_tokens
 from draft_length import DraftLengthController
@@ -344,6 +345,16 @@ def test_a_chat_computes_again_what_its_rings_have_lost(variant: str, family_fol
         chat.say(20)
 
 
+@pytest.mark.parametrize("variant", ["llama-dynamic", "llama-longrope", "phi3-longrope"])
+def test_a_chat_computes_again_what_has_other_rotations(variant: str, family_folder: Folder):
+    """The third message exceeds the trained context. Only Phi 3 goes on from keys beyond it: when
+    an answer exceeds the context, it computes all keys again."""
+    chat = Chat(loaded(family_folder(variant)), 8)
+    for count in (3, 1, 20, 30, 5):
+        chat.say(count)
+    assert [kept > 0 for _, kept in chat.reused[1:]] == [True, False, *[variant[0] == "p"] * 2]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_text_may_be_shortened_again_and_again(variant: str, family_folder: Folder):
     """By less than a ring has to spare each time, and by more altogether."""
@@ -394,17 +405,20 @@ def test_a_draft_model_reads_the_token_that_replaced_a_rejected_one(family_folde
         torch.testing.assert_close(kept.k[:, held], new.k[:, held])
 
 
-def test_the_caller_may_keep_caches(family_folder: Folder):
+@pytest.mark.parametrize(
+    "variant, lengths", [("gemma2", (50, 1, 30, 60)), ("llama-dynamic", (10, 15, 20, 40))]
+)
+def test_the_caller_may_keep_caches(variant: str, lengths: list[int], family_folder: Folder):
     """generate with caches and past: each prompt begins with the last one and its new ids."""
-    lm = loaded(family_folder("gemma2"))
+    lm = loaded(family_folder(variant))
     caches, text, past = lm.make_caches(1, CONTEXT), [], 0
-    for more in prompts((50, 1, 30, 60)):
+    for more in prompts(lengths):
         text += more
         steps = list(generate(lm, [text], SHORT, caches=caches, past=past))
         assert [ids for ((ids,),) in steps] == complete_ids(flat(lm), [text], SHORT)[0]
         text += [ids for ((ids,),) in steps]
         past = len(text) - 1
-    assert past > 7 * SLOTS
+    assert past > 5 * SLOTS
 
 
 # Caches on several tiers, whose layers have cells of different sizes.
@@ -551,6 +565,37 @@ def test_compiled_tokens_are_eager_tokens_and_a_text_that_wraps_compiles_nothing
             loaded(path), given, GREEDY
         )
         assert compiled_graphs() == graphs
+
+
+def test_a_warm_up_leaves_numbers_in_the_caches(family_folder: Folder):
+    eager = loaded(family_folder("gemma2"))
+    views = {name: lambda *given: eager.model(*given) for name in ("prefill", "decode")}
+    lm = dataclasses.replace(eager, **views)
+    caches = lm.make_caches(1, CONTEXT)
+    compile_now(lm, caches)
+    assert all(cache.k[:, 0].any() and cache.k.isfinite().all() for cache in caches)
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "phi3-longrope", "llama-dynamic"])
+@torch.inference_mode()
+def test_whole_texts_are_read_as_one_prompt(variant: str, family_folder: Folder):
+    """By training after GPTQ, and layer by layer: beyond the trained context, and more tokens than
+    a ring takes."""
+    model, (text,) = loaded(family_folder(variant)).model, prompts([100])
+    tokens, expected = torch.tensor([text]), of_transformers(variant, text).log_softmax(-1)
+    x = model.tok_embeddings(tokens)
+    for n, block in enumerate(model.layers):
+        x = model.run_layer(n, block, x)
+    for found in (log_probabilities(model, tokens), model.unembed(x).log_softmax(-1)):
+        torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+
+
+def test_the_search_for_numbers_that_are_not_finite_reads_one_prompt(family_folder: Folder):
+    """Rotations of shorter texts may not take part."""
+    lm, (text,) = loaded(family_folder("phi3-longrope")), prompts([50])
+    lm.model.positions.ropes[0].freqs.fill_(torch.nan)
+    said = explain_not_finite(lm, text, lm.make_caches(1, CONTEXT))
+    assert "a second pass over the text gives finite ones" in said
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

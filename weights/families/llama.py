@@ -91,7 +91,7 @@ def granite_args(config: Config) -> ModelArgs:
         "residual_scale": config.number("residual_multiplier", 1.0),
         "logits_divisor": config.number("logits_scaling", 1.0),
     }
-    return replace(llama_args(config), **factors)
+    return replace(llama_args(config), round_embedding_scale=False, **factors)
 
 
 def phi3_args(config: Config) -> ModelArgs:
@@ -102,8 +102,9 @@ def phi3_args(config: Config) -> ModelArgs:
     aliases = {"su": "longrope", "yarn": "longrope"}
     kinds = ["default", "longrope"]
     rope = read_rope(config, head_dim(config), partial=1.0, aliases=aliases, kinds=kinds)
+    rope = replace(rope, recompute=rope.kind == "longrope")
     window = config.positions("sliding_window", None, null=None)
-    return rms_gated_args(config, same_layers(config, replace(rope, recompute=True), window))
+    return rms_gated_args(config, same_layers(config, rope, window))
 
 
 def layers_with_windows(
