@@ -268,7 +268,9 @@ class CacheFactory:
         rows, positions, *head = shape[0], shape[1] - 1, *shape[2:]
         slots = self.slots(positions, window)
         in_pytorch = sdpa_attention if self.scores.softcap is None else capped_attention
-        attention = self.attention if window is None else self.window_attention
+        # A window that covers all positions hides none: the mask is causal, and its kernel faster.
+        windowed = window is not None and window < positions
+        attention = self.window_attention if windowed else self.attention
         return self.make(
             (rows, slots + 1, *head),
             dtype,

@@ -266,12 +266,6 @@ def test_scaled_rotary_positions_extend_the_context(kind: str, changes: Any, con
     assert model_args(config | changes).context == context
 
 
-@pytest.mark.parametrize(("window", "kept"), [(63, 63), (64, None), (262144, None)])
-def test_a_window_that_covers_the_context_is_none(window: int, kept: int | None):
-    args = model_args(FAMILIES["mistral"] | {"sliding_window": window})
-    assert [layer.window for layer in args.layer_types] == [kept, kept]
-
-
 @pytest.mark.parametrize("kind", ["gemma3_text", "olmo3"])
 def test_a_section_for_a_type_of_layer_may_name_its_kind_in_the_older_way(kind: str):
     config = LLAMA | {"model_type": kind, "layer_types": ["sliding_attention", "full_attention"]}

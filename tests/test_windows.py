@@ -657,6 +657,17 @@ def test_bytes_of_a_model_with_few_layers_without_windows():
         assert model.kv_bytes(600) == 26 * 600 * one
 
 
+def test_only_a_window_that_hides_something_needs_its_own_attention():
+    def causal(*given: Any) -> None: ...
+
+    def windowed(*given: Any) -> None: ...
+
+    factory = CacheFactory(attention=causal, window_attention=windowed)
+    for window, expected in ((None, causal), (20, causal), (19, windowed)):
+        made = factory((1, 21, 1, 4), torch.float32, torch.device("cpu"), window)
+        assert made.attention is expected
+
+
 def made(lengths: Sequence[int], windows: bool = True) -> list[KVCache]:
     """Caches of two layers, of which the first is a ring, for each length: at the same address."""
     factory = CacheFactory(windows=windows)

@@ -4,7 +4,7 @@ Start at shared_args. A Family tells how to read a config and how the tensors ar
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from layers.args import LayerType, ModelArgs, Rope
@@ -36,14 +36,8 @@ class Family:
 def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any) -> ModelArgs:
     """Returns the ModelArgs with the sizes that all families but OPT name alike.
 
-    fields: other fields, and those that a family reads in another way. A window that covers the
-    whole context is left out: attention without one is faster.
+    fields: other fields, and those that a family reads in another way.
     """
-    longest = fields.get("context") or context(config, layer_types)
-    layer_types = [
-        replace(layer, window=layer.window if (layer.window or longest) < longest else None)
-        for layer in layer_types
-    ]
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     sizes = {
         "dim": dim,
@@ -53,7 +47,7 @@ def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any)
         "head_dim": head_dim(config),
         "hidden_dim": config.integer("intermediate_size"),
         "vocab_size": config.integer("vocab_size", maximum=2**28),
-        "context": longest,
+        "context": context(config, layer_types),
         "embed_dim": dim,
         "layer_types": tuple(layer_types),
         "tied": config.flag("tie_word_embeddings", False),
