@@ -213,6 +213,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_together(folder: Path):
     message = one_line(caught)
     assert "layers.0.feed_forward.w2.weight is missing" in message
     assert "layers.0.feed_forward.w13.weight has shape [40, 32] and should have [80, 32]" in message
+    assert "(the file has model.layers.0.mlp.gate_proj.weight for it)" in message
     assert "layers.9.feed_forward.w13.weight is not part of the model" in message
     assert "model.other.weight is not part of the model" in message
     assert "norm.weight has shape [33] and should have [32]" in message

@@ -79,6 +79,16 @@ def test_quiet_runs_say_nothing_but_the_text():
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
 
 
+def test_quiet_runs_show_no_progress_bar(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("Once\nLily\n")
+    files = "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "results.jsonl"
+    loud = run(*files)
+    assert loud.returncode == 0 and "2 of 2 texts" in loud.stderr
+    (tmp_path / "results.jsonl").unlink()
+    done = run("--quiet", *files)
+    assert done.returncode == 0 and (done.stdout, done.stderr) == ("", "")
+
+
 def test_closed_streams(tmp_path: Path):
     done = run(shell=">&-")
     assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tqdm import tqdm
-
 from host.files import write_whole
 from host.log import log
 
@@ -354,6 +352,8 @@ def has_hash(f: BinaryIO, sha256: str) -> bool:
 
 
 def size_text(nbytes: int) -> str:
+    from tqdm import tqdm  # not sooner: --quiet sets TQDM_DISABLE, which tqdm reads at its import
+
     return tqdm.format_sizeof(nbytes, "B")
 
 

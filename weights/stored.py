@@ -129,7 +129,11 @@ class StoredTensor:
         The stored dtype must be the same; for a parameter any floating-point dtype will do.
         """
         if self.shape != tuple(tensor.shape):
-            yield f"{name} has shape {list(self.shape)} and should have {list(tensor.shape)}"
+            stored = [part.name for part in self.parts if part.name != name]
+            more = f" and {len(stored) - 3} more" if len(stored) > 3 else ""
+            source = f" (the file has {', '.join(stored[:3])}{more} for it)" if stored else ""
+            shapes = f"has shape {list(self.shape)} and should have {list(tensor.shape)}"
+            yield f"{name} {shapes}{source}"
         floating = isinstance(tensor, nn.Parameter)  # quantised weights are buffers
         for dtype in {piece.dtype for piece in self.pieces}:
             if not (dtype.is_floating_point if floating else dtype == tensor.dtype):
