@@ -544,7 +544,8 @@ def test_a_long_text_moves_a_window_of_each_ring(
         next(steps)
     blocks = 2 * BLOCK_BYTES  # by which keys and values are longer than the filled slots
     slot = 2 * 2 * 24 * 4  # bytes of a slot's keys and values
-    most = sum(slot * (cell.kind.ring or 215) + blocks for cell in cells)
+    slots, windows = lm.model.cache_factory.slots, [t.window for t in lm.model.args.layer_types]
+    most = sum(slot * slots(215, window) + blocks for window in windows)
     # Threads read ahead for the next step, and write behind the latest one.
     assert 0 < moved["in"] - before["in"] <= (count + 1) * most
     assert 0 < moved["out"] - before["out"] <= (count + 1) * 2 * blocks * len(cells)
