@@ -50,10 +50,14 @@ def open_streams() -> None:
 
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print "stopped" for Ctrl-C, and a traceback for other errors. Used as sys.excepthook, which
-    Python calls for an exception that nothing catches: while a command imports its modules."""
+    """Print "stopped" for Ctrl-C, one line for a missing package, and a traceback for other errors.
+    Used as sys.excepthook, which Python calls for an exception that nothing catches: while a
+    command imports its modules."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError):
+        remedy = "run ./scripts/setup.sh, then source .venv/bin/activate"
+        print(f"{os.path.basename(sys.argv[0])}: {error}: {remedy}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -93,8 +97,11 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 
 def error_line(script: str, error: Exception) -> str:
-    """Returns an error as one line that begins with the command's name."""
-    return f"{script}: {' '.join(str(error).split()) or type(error).__name__}"
+    """Returns an error as one line that begins with the command's name. The system's error of a
+    file is the file's name and the reason, without the error's number."""
+    of_file = isinstance(error, OSError) and error.filename is not None and error.strerror
+    text = f"{error.filename}: {error.strerror}" if of_file else str(error)
+    return f"{script}: {' '.join(text.split()) or type(error).__name__}"
 
 
 def is_mistake(error: Exception) -> bool:

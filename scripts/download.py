@@ -29,6 +29,9 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the command again to go on from here", file=sys.stderr)
         return 130
+    except ImportError as error:
+        print(f"download.py: {error}: run ./scripts/setup.sh first", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"download.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, ConnectionError) else 2

@@ -46,6 +46,24 @@ def chat_model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("generate.py --prompt x", "torch"), ("scripts/download.py --repo_id A/B", "huggingface_hub")],
+)
+def test_a_missing_package_is_one_line_with_the_remedy(script: str, package: str):
+    command = [sys.executable, "-S", *script.split()]  # -S: without installed packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert f"No module named '{package}': run ./scripts/setup.sh" in line
+
+
+def test_a_missing_file_is_named_without_a_number(tmp_path: Path):
+    done = run("--model", DEMO, "--prompts", tmp_path / "none.txt")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"{tmp_path}/none.txt: No such file or directory")
+
+
 def test_the_prompt_comes_through_a_pipe_or_from_a_file(tmp_path: Path):
     text = "The big dog\nsaid"
     piped = run("--temperature", 0, input=f"{text}\n")

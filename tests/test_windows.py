@@ -206,9 +206,10 @@ def test_prompts_in_chunks_of_every_size(variant: str, family_folder: Folder):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_rows_that_end_leave_the_others_their_rings(family_folder: Folder):
-    lm, live, given = loaded(family_folder("gemma3")), set(), prompts()
-    alone = complete_ids(flat(lm), given, GREEDY)
+def check_rows_that_end(lm: LoadedModel, alone: LoadedModel) -> None:
+    """Seven of eight rows end one after another; all have the ids of `alone`, another model."""
+    live, given = set(), prompts()
+    expected = complete_ids(alone, given, GREEDY)
     found: list[list[int]] = [[] for _ in given]
     ends = {9 * n: row for n, row in enumerate((7, 0, 4, 6, 1, 3, 2), 1)}  # step -> row
     for n, step in enumerate(generate(lm, given, GREEDY, live=live), 1):
@@ -217,7 +218,12 @@ def test_rows_that_end_leave_the_others_their_rings(family_folder: Folder):
         live.discard(ends.get(n))
     lengths = {row: n for n, row in ends.items()} | {5: GREEDY.max_new_tokens}
     for row, ids in enumerate(found):
-        assert ids == alone[row][: lengths[row]], row
+        assert ids == expected[row][: lengths[row]], row
+
+
+def test_rows_that_end_leave_the_others_their_rings(family_folder: Folder):
+    lm = loaded(family_folder("gemma3"))
+    check_rows_that_end(lm, flat(lm))
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
@@ -475,17 +481,8 @@ def test_drafts_over_moving_rings(draft: str, family_folder: Folder, tmp_path: P
 def test_moving_rings_of_rows_that_end(cache: Share, family_folder: Folder, tmp_path: Path):
     """The rows that go on are moved to the front of other cells, some of them more than once."""
     policy = dataclasses.replace(MIXED, cache=cache, micro_batches=4, directory=tmp_path)
-    lm, live, given = loaded(family_folder("gemma3"), policy=policy), set(), prompts()
-    alone = complete_ids(loaded(family_folder("gemma3")), given, GREEDY)
-    found: list[list[int]] = [[] for _ in given]
-    ends = {9 * n: row for n, row in enumerate((7, 0, 4, 6, 1, 3, 2), 1)}  # step -> row
-    for n, step in enumerate(generate(lm, given, GREEDY, live=live), 1):
-        for row, ids in enumerate(step):
-            found[row] += ids
-        live.discard(ends.get(n))
-    lengths = {row: n for n, row in ends.items()} | {5: GREEDY.max_new_tokens}
-    for row, ids in enumerate(found):
-        assert ids == alone[row][: lengths[row]], row
+    lm = loaded(family_folder("gemma3"), policy=policy)
+    check_rows_that_end(lm, loaded(family_folder("gemma3")))
 
 
 @pytest.mark.parametrize("cache", [Share(0, 100), Share(30, 30), Share(0, 0)], ids=str)

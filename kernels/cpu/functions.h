@@ -1,6 +1,6 @@
-// Elementary functions of sixteen numbers, from polynomials with fixed coefficients: the C library's
-// own differ between systems. They are inlined: a call passes vectors through memory, which takes as
-// long as an exponential.
+// Elementary functions of sixteen numbers, from polynomials with fixed coefficients: those of the C
+// library differ between systems. They are inlined: a call passes vectors through memory, which
+// makes an exponential take three times as long.
 
 #pragma once
 

@@ -4,11 +4,11 @@
 // A packed matrix consists of strips. A strip holds 16 outputs: 16 float scales, then one span for
 // each 256 inputs. A span consists of a header and tiles; the last one may have fewer inputs, and
 // fewer tiles. An int4 header holds, for each block of inputs, the scales of the 16 outputs, then
-// for each block their zero points, two to a byte; zeros pad it to a cache line. An int8 span has no
-// header. A tile holds 16 outputs by 4 inputs: the four
-// inputs of an output lie side by side, as the instruction vpdpbusd reads them. int8 weights are
-// stored plus 128, one tile to a register. Two int4 tiles share a register: the first one is in the
-// low nibbles, the second one in the high nibbles.
+// for each block their zero points, two to a byte; zeros pad it to a cache line. An int8 span has
+// no header. A tile holds 16 outputs by 4 inputs: the four inputs of an output lie side by side, as
+// the instruction vpdpbusd reads them. int8 weights are stored plus 128, one tile to a register.
+// Two int4 tiles share a register: the first one is in the low nibbles, the second one in the high
+// nibbles.
 
 #pragma once
 

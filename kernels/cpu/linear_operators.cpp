@@ -57,9 +57,9 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
 // Returns the fields of Layout in build.py.
 std::vector<int64_t> layout() { return {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half}; }
 
-// Multiplies x, (M, inputs), by packed weights. The threads divide the strips. With up to kRowGroup rows, each
-// thread converts all rows into a buffer of its own while its first weights arrive. With more rows,
-// the threads divide the conversion and share one buffer.
+// Multiplies x, (M, inputs), by packed weights. The threads divide the strips. With up to kRowGroup
+// rows, each thread converts all rows into a buffer of its own while its first weights arrive. With
+// more rows, the threads divide the conversion and share one buffer.
 template <Format F, class T>
 void integer_product(const T* x, int64_t inputs, const PackedWeights& w, const Output& out) {
   const bool together = out.M > kRowGroup;
@@ -101,8 +101,10 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
   TORCH_CHECK(!bias || bias->scalar_type() == x.scalar_type(), "a bias of another dtype");
   TORCH_CHECK(!bias || (bias->numel() == w.N && bias->is_contiguous()), "a bias not of ", w.N);
 #ifdef __AVX512BF16__
-  if (x.size(0) >= gemm_rows<F>(x))
-    return gemm_product<F>(at::constant_pad_nd(x, {0, K - x.size(1)}), w, bias);
+  if (x.size(0) >= gemm_rows<F>(x)) {
+    if (x.size(1) < K) x = at::constant_pad_nd(x, {0, K - x.size(1)});
+    return gemm_product<F>(x, w, bias);
+  }
 #endif
   x = x.contiguous();
   Tensor out = at::empty({x.size(0), w.N}, x.options());

@@ -1,5 +1,5 @@
-// The RMS norm of one row (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset). Start at
-// rms_norm. The result is computed in float32 and rounded once.
+// The RMS norm of one row (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * (weight + offset). Start
+// at rms_norm. The result is computed in float32 and rounded once.
 
 #pragma once
 
