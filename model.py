@@ -215,8 +215,9 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def whole_caches(self) -> Iterator[None]:
-        """Let layers with a sliding window have caches of all positions within the with statement:
-        for callers that read more tokens of a row in one step than a ring takes."""
+        """Within the with statement, caches are made and counted with a slot for every position,
+        also those of layers with a sliding window, which are otherwise rings of fewer slots. For
+        callers that read more tokens of a row in one step than a ring takes. They stay so later."""
         factory = self.cache_factory
         self.cache_factory = replace(factory, windows=False)
         try:

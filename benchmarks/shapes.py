@@ -2,10 +2,12 @@
 
     python benchmarks/shapes.py --config benchmarks/configs/{tinyllama-1.1b,qwen3-1.7b}.json
 
-Start at main. All shapes are loaded with random weights, compiled, and decode in turns. After each
-turn the bandwidth is measured anew, since that of a shared machine drifts. A share is the bytes
-that a step reads, over its seconds, over that bandwidth. The last two columns compare it with that
-of the first shape: in the same round, and each at its fastest, which neighbours disturb least.
+Start at main. All shapes are loaded with random weights, compiled, and decode in turns; the first
+round warms up and is not counted. After each turn the bandwidth is measured anew, since that of a
+shared machine drifts. A share is the bytes that a step reads, over its seconds, over that
+bandwidth. "over the first" is the share over that of the first --config in the same round; "at its
+fastest" is the same for the bytes per second of each shape's fastest turn, which neighbours disturb
+least.
 """
 
 import argparse
@@ -27,8 +29,8 @@ from load import random_model
 from quant.linear import make_scheme
 
 CPU = torch.device("cpu")
-PAST_TOKENS = 128  # in the cache
-VISIBLE = 192  # positions that attention reads; see visible_length in layers/kv_cache.py
+PAST_TOKENS = 128  # the position of every step; the contents of the caches do not matter
+VISIBLE = 192  # slots given to attention; see visible_length in layers/kv_cache.py
 
 
 class Shape:
@@ -55,6 +57,7 @@ class Shape:
 
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Logs a line for each shape, and returns the figures by its name, the stem of its config."""
     torch.set_num_threads(args.threads)
     shapes = {config.stem: Shape(config, args.mode) for config in args.config}
     others = Others()
@@ -64,13 +67,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for name, shape in shapes.items():
             seconds[name].append(shape.step_seconds(args.steps))
             shares[name].append(shape.bytes / seconds[name][-1] / read_bandwidth(CPU, repeats=2))
-    first, figures, rates = shares[args.config[0].stem], {}, {}
-    for name, of in shares.items():
-        relative = spread([a / b for a, b in zip(of[1:], first[1:], strict=True)])
+    first, figures, rates = args.config[0].stem, {}, {}
+    for name, own in shares.items():
+        relative = spread([a / b for a, b in zip(own[1:], shares[first][1:], strict=True)])
         figures[name] = {"bytes": shapes[name].bytes, "seconds": spread(seconds[name][1:])}
-        figures[name] |= {"share": spread(of[1:]), "over_first": relative}
+        figures[name] |= {"share": spread(own[1:]), "over_first": relative}
         rates[name] = shapes[name].bytes / figures[name]["seconds"]["min"]
-        figures[name]["fastest_over_first"] = fastest = rates[name] / next(iter(rates.values()))
+        figures[name]["fastest_over_first"] = fastest = rates[name] / rates[first]
         milliseconds = 1e3 * figures[name]["seconds"]["median"]
         share = show(figures[name]["share"])
         ratios = f"{show(relative)}, at its fastest {fastest:.2f}"
@@ -88,8 +91,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", nargs="+", type=Path, default=[CONFIG], help="shapes (default: TinyLlama-1.1B)")
     add("--mode", choices=["dense", "int8", "int4"], default="int4", help="(default: int4)")
-    add("--steps", type=int, default=8, help="steps of a turn (default: 8)")
-    add("--rounds", type=int, default=15, help="turns of each (default: 15)")
+    add("--steps", type=int, default=8, help="decoding steps of a turn (default: 8)")
+    add("--rounds", type=int, default=15, help="counted turns of each shape (default: 15)")
     add("--threads", type=int, default=2, help="(default: 2)")
     return parser.parse_args()
 

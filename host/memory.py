@@ -90,9 +90,12 @@ def page_aligned(nbytes: int, device: torch.device, pinned: bool = False) -> Ten
 
 
 def huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
-    """Returns memory of the CPU, and the byte in it at which `nbytes` zero bytes begin that lie in
-    huge pages, see page_aligned."""
-    # Huge pages need an address at a multiple of their size: map more, and begin there.
+    """Returns a memory map, and the offset in it at which `nbytes` usable zero bytes begin.
+
+    They lie in huge pages, except for a rest shorter than one, if the system has them. nbytes: at
+    least 1.
+    """
+    # A huge page begins at a multiple of its size: map one more, and begin at the first multiple.
     start, flags = 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES * huge, flags)
@@ -103,32 +106,35 @@ def huge_pages(nbytes: int) -> tuple[mmap.mmap, int]:
 
 
 class HugePages:
-    """Allocates buffers on the CPU one after another, all in huge pages, see page_aligned.
+    """Cuts buffers on the CPU, one after another, out of large chunks of huge pages.
 
-    The end of a buffer of its own, or all of one below 2 MiB, lies in small pages: a matrix of 1 MB
-    then takes 1.2 times as long to read (Zen 3). A buffer begins at a multiple of a cache line. The
-    memory of a chunk is freed with the last of its buffers.
+    page_aligned maps each buffer separately. Then its last bytes, or all of it below 2 MiB, lie in
+    small pages: a matrix of 1 MB takes 1.2 times as long to read (measured on a Zen 3). A buffer
+    begins at a multiple of a cache line. The memory of a chunk is freed with the last of its
+    buffers.
     """
 
     CHUNK_BYTES = 2**26
 
     def __init__(self):
-        # The chunk, its length, and where in it the latest and the next buffer begin.
-        self.memory, self.length, self.latest, self.next = None, 0, 0, 0
+        # The chunk, the byte at which its usable memory ends, and those at which the latest and the
+        # next buffer begin.
+        self.memory, self.end, self.latest, self.next = None, 0, 0, 0
 
     def take(self, nbytes: int) -> Tensor:
-        """Returns a buffer of `nbytes` uninitialised bytes, uint8."""
-        if nbytes > self.length - self.next:
+        """Returns a buffer of `nbytes` uninitialised bytes, uint8. nbytes: at least 1."""
+        if nbytes > self.end - self.next:
             size = max(nbytes, self.CHUNK_BYTES)
             self.memory, self.next = huge_pages(size)
-            self.length = self.next + size
+            self.end = self.next + size
         self.latest = self.next
         return self.shorten(nbytes)
 
     def shorten(self, nbytes: int) -> Tensor:
-        """Returns the first `nbytes` bytes of the latest buffer. The next one begins behind."""
+        """Returns the first `nbytes` bytes, at least 1, of the latest buffer, in its place. The
+        bytes behind them are free for the next buffer."""
         self.next = self.latest + -(-nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
-        # No view of a tensor of the chunk: torch.compile refuses weights that share one.
+        # No slice of a tensor of the chunk: torch.compile refuses weights that share a storage.
         return torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.latest, count=nbytes)
 
 

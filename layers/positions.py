@@ -151,11 +151,12 @@ class LongRope(LengthRope):
 
 
 def same_rotations(args: ModelArgs, one: int, other: int) -> bool:
-    """Returns whether the keys of tokens that two texts share have the same rotations in both.
+    """Returns whether the keys of tokens that two texts share are rotated alike in both.
 
-    one, other: the lengths of the texts. The rotations depend on them with a LengthRope: with
-    Rope.recompute on the side of the trained context on which a length lies; otherwise on the
-    length itself, and on which tokens were generated, if a text exceeds that context.
+    one, other: the lengths of the texts. Only a LengthRope depends on them, and only if a text
+    exceeds the trained context. With Rope.recompute (a LongRope) it matters only whether it does:
+    two longer texts are rotated alike. Without it, the rotations also depend on the length and on
+    which tokens were generated, so even texts of one length may differ.
     """
     for rope in args.ropes:
         if issubclass(ROPES[rope.kind], LengthRope):
@@ -176,8 +177,9 @@ def plain_freqs(rope: Rope) -> Tensor:
 
 
 def divided_freqs(rope: Rope, divisors: Sequence[float]) -> Tensor:
-    """Returns the plain frequencies divided by P numbers, (P,) float32, on the CPU."""
-    # In this order, as in transformers: an error in the last bit grows with the position.
+    """Returns the plain frequencies, each divided by its own divisor: (P,) float32, on the CPU."""
+    # Not plain_freqs(rope) / divisors, whose last bit may differ from that of transformers: the
+    # difference of the angles grows with the position.
     return 1.0 / (torch.tensor(divisors, device="cpu") * rope.theta ** exponents(rope))
 
 

@@ -311,3 +311,14 @@ def test_keys_that_transformers_does_not_use_are_not_read():
     args = model_args({"model_type": "mistral3", "text_config": inner | types})
     assert [layer.window for layer in args.layer_types] == [8, 8]
     assert [layer.window for layer in model_args(inner | types).layer_types] == [None, 8]
+
+
+@pytest.mark.parametrize("outer", [{}, {"is_causal": True}])
+@pytest.mark.parametrize("inner", [{}, {"is_causal": True}])
+def test_no_part_of_a_multimodal_config_hides_another(outer: dict, inner: dict):
+    for place in (outer, inner):
+        text = LLAMA | {"model_type": "mistral", "num_key_value_heads": 2} | inner
+        config = {"model_type": "mistral3", **outer, "text_config": text}
+        assert model_args(config).n_layers == 2
+        (config if place is outer else text)["is_causal"] = False
+        refused(config, "'is_causal' is false")

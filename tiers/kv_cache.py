@@ -67,19 +67,23 @@ def tiered_caches(
 
 
 class CellKind:
-    """The cells of the layers that have the same sliding window, or none: their layout in memory,
-    and the caches that are built on it. A layer with a window has fewer slots than positions.
+    """What the cells (see Cell) of all layers with one sliding window, or with none, share:
+    their layout in memory, and how caches are built on it.
 
-    The memory of a cell is ordered by slot, then by row. So the filled slots are one range of
-    bytes; the new slots of a step are a short range if the rows have similar lengths.
-    layout: of a cell's tensors (keys, values and, if quantised, scales) in this order. ring: see
-    KVCache. slots: of a row; one more is allocated (Transformer.make_caches).
+    Each tensor of a cell (keys, values and, if quantised, scales) is ordered by slot, then by row.
+    So its filled slots are one range of bytes; the new slots of a step are a short range if the
+    rows have similar lengths. layout: of these tensors, (slots, rows, ...). ring: see KVCache.
+    slots: usable ones of a row, with a window fewer than positions; one more is allocated
+    (Transformer.make_caches).
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int, window: int | None):
-        """Find the layout of a cell of `length` positions; allocates nothing. _template,
-        _host_template: KVCaches without memory, from which the caches on the model's device, and
-        those whose attention the host computes, are copied. _slot_bytes: of each tensor."""
+        """Find the layout of a cell of `length` positions; allocates nothing.
+
+        _template: a KVCache without memory, copied for caches on the model's device;
+        _host_template: for those whose attention the host computes. _slot_bytes: the bytes of one
+        slot of all rows, by tensor.
+        """
         args, weight, factory = model.args, model.tok_embeddings.weight, model.cache_factory
         self.policy, self.device = policy, weight.device
         shape = (policy.micro_batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -95,8 +99,8 @@ class CellKind:
         longer than the layout.
 
         device: where the parts are. If this is the host and the model is on a GPU, the cache is a
-        HostAttention, which a block on the GPU can use; with policy.attention_share below 1, a
-        SparseHostAttention.
+        HostAttention, which a block on the GPU can use. With policy.cpu_attention and an
+        attention_share below 1, it is a SparseHostAttention.
         """
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
         template = self._template if device == self.device else self._host_template

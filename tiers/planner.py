@@ -138,13 +138,13 @@ class Planner:
         return Prediction(policy, work, split, memory, *times)
 
     def cell_counts(self, policy: Policy, work: Workload) -> tuple[float, ...]:
-        """Return the cells that the policy puts on each of TIERS, by their bytes, in cells of mean
-        size."""
+        """Return how many cells the policy puts on each of TIERS, counted in cells of mean size:
+        their bytes over the mean bytes of a cell. Layers with a window have smaller cells."""
         K = policy.micro_batches
         slots = [n for n in self.sizes.slots(row_positions(work)) for _ in range(K)]
         on_tier = dict.fromkeys(TIERS, 0)
-        for tier, count in zip(policy.cache.tiers_by_size(slots), slots, strict=True):
-            on_tier[tier] += count + 1
+        for tier, n in zip(policy.cache.tiers_by_size(slots), slots, strict=True):
+            on_tier[tier] += n + 1  # as in cell_sizes
         total = sum(on_tier.values())
         return tuple(on_tier[tier] * len(slots) / total for tier in TIERS)
 
@@ -278,8 +278,9 @@ class Planner:
         return layers, CACHE_BUFFERS * max(self.cell_sizes(policy, work))
 
     def uneven_bytes(self, policy: Policy, work: Workload) -> int:
-        """Return a limit of the bytes by which the cells on a tier exceed as many cells of mean
-        size: 0 if all have one size, else a cell of each size (Share.tiers_by_size)."""
+        """Return an upper bound of the bytes by which the cells on a tier exceed the same number of
+        cells of mean size: 0 if all have one size, else the bytes of one cell of each size, since
+        Share.tiers_by_size rounds the share of each size to whole cells."""
         different = set(self.cell_sizes(policy, work))
         return sum(different) if len(different) > 1 else 0
 
@@ -363,6 +364,7 @@ class Planner:
         # Both rings are in `base`. One that is not needed leaves its memory to layers and cells:
         # index 2 * resources is the limit of the device's bytes, after which come other tiers'.
         limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
+        # The split counts cells of mean size; whole cells of several sizes may take more.
         limits[2 * resources :] -= self.uneven_bytes(policy, work)
         # No resource may take longer than the phase in which it is used. Column 0: the variable for
         # the seconds of the prompts; column 1: for those of a step.

@@ -60,7 +60,7 @@ def find_family(config: Any) -> tuple[Family, Config]:
     """Returns the family of a Hugging Face config, and the config of its language model, with the
     family's defaults. Raises ValueError for a model_type that is not supported, and for keys that
     no family supports (attention that is not causal, settings of single layers)."""
-    config = multimodal.text_config(config)
+    whole, config = config, multimodal.text_config(config)
     kind = str(config.values.get("model_type"))
     for part, what in UNSUPPORTED.items():
         if part in kind:
@@ -71,8 +71,9 @@ def find_family(config: Any) -> tuple[Family, Config]:
     if config.choice("model_type", [*FAMILIES, *multimodal.MODELS]) not in FAMILIES:
         raise ValueError(f"{config.where}: 'model_type' is {kind}, which is no language model's")
     family = FAMILIES[kind]
-    config.refuse("is_causal", [True], "only causal attention is supported")
-    config.refuse("per_layer_config", [{}], "settings of single layers are not supported")
+    for part in (config, Config(whole)):
+        part.refuse("is_causal", [True], "only causal attention is supported")
+        part.refuse("per_layer_config", [{}], "settings of single layers are not supported")
     return family, Config(family.defaults | config.values, config.where)
 
 

@@ -38,12 +38,13 @@ template <int N>
   return bounded * polynomial(kTop, square) / polynomial(kBottom, square);
 }
 
-// Returns the GELU of x by its approximation x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-// (arXiv 1606.08415, section 2), which is x / 2 (1 + tanh u) without its cancellation.
+// Returns the tanh approximation of the GELU of x (arXiv 1606.08415, section 2): x (1 + tanh u) / 2
+// with u = sqrt(2 / pi) (x + 0.044715 x^3). Computed as x / (1 + e^-2u), which has no cancellation.
 [[gnu::always_inline]] inline Floats gelu_tanh(Floats x) {
   const Floats cube = x * x * x, zero = splat(0.f), one = splat(1.f);
   const Floats z = splat(1.59576912f) * fma(splat(0.044715f), cube, x);  // 2u
-  const Floats power = exponential(min(z, zero - z));
+  // 1 / (1 + e^-z) for z > 0, e^z / (1 + e^z) for others: e^-|z| cannot overflow.
+  const Floats power = exponential(min(z, zero - z));  // e^-|z|
   const Floats numerator = keep_above(z, zero, one) + (power - keep_above(z, zero, power));
   return x * (numerator / (one + power));
 }

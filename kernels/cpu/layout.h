@@ -50,7 +50,8 @@ constexpr int64_t span_bytes(int64_t block) {
 // Returns the spans that K inputs take.
 constexpr int64_t spans_of(int64_t K) { return (K + kSpan - 1) / kSpan; }
 
-// Returns the inputs of a strip, for rows of `row_bytes` bytes in a checkpoint.
+// Returns the number of inputs, K, of a strip whose rows have `row_bytes` bytes of weights in a
+// checkpoint: rounded up to whole blocks and to whole kUnit, one of which divides the other.
 template <Format F>
 constexpr int64_t strip_inputs(int64_t row_bytes, int64_t block) {
   const int64_t unit = block > kUnit ? block : kUnit;
@@ -62,13 +63,13 @@ constexpr int64_t strip_bytes(int64_t row_bytes, int64_t block) {
   const int64_t K = strip_inputs<F>(row_bytes, block);
   return scales + spans_of(K) * header_bytes<F>(block) + kStrip * K * bits(F) / 8;
 }
-// Returns the inputs of a strip of `bytes` bytes.
+// Returns K again, given strip_bytes. The last span may have fewer weights; its header is whole.
 template <Format F>
 constexpr int64_t inputs_of_strip(int64_t bytes, int64_t block) {
-  const int64_t spans = bytes - kStrip * static_cast<int64_t>(sizeof(float));
-  const int64_t whole = spans / span_bytes<F>(block), rest = spans % span_bytes<F>(block);
-  const int64_t tiles = rest ? rest - header_bytes<F>(block) : 0;
-  return whole * kSpan + tiles * 8 / bits(F) / kStrip;
+  const int64_t in_spans = bytes - kStrip * static_cast<int64_t>(sizeof(float));
+  const int64_t whole = in_spans / span_bytes<F>(block), rest = in_spans % span_bytes<F>(block);
+  const int64_t weight_bytes = rest ? rest - header_bytes<F>(block) : 0;
+  return whole * kSpan + weight_bytes * 8 / bits(F) / kStrip;
 }
 inline int64_t strip_bytes_of(int64_t format, int64_t row_bytes, int64_t block) {
   return format == kInt8   ? strip_bytes<kInt8>(row_bytes, block)

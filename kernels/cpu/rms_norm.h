@@ -10,11 +10,12 @@ namespace {
 template <class T>
 struct RmsNorm {
   int64_t D;        // channels of a row
-  const T* weight;  // (D) or nullptr
-  float eps, offset;
+  const T* weight;  // (D), or nullptr: no factor, and the offset is not used
+  float eps;
+  float offset;  // added to the weight: 1 in models that store weight - 1 (Gemma), else 0
 };
 
-// Writes the norm of x, (D), to y.
+// Writes the norm of x, (D), to y, kStrip channels at a time.
 template <class T>
 void rms_norm(const RmsNorm<T>& norm, const T* x, T* y) {
   Floats squares = splat(0.f);

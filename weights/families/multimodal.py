@@ -32,10 +32,11 @@ class Multimodal:
 
 
 def text_config(config: Any) -> Config:
-    """Returns the config of the language model within a multimodal one, or the whole config.
+    """Returns the config of the language model within a multimodal one; any other config as it is.
 
-    Early configs of Qwen have no text_config: the language model's keys lie beside vision_config.
-    Raises ValueError for a text_config that is no object.
+    Whether embeddings are tied is read from the whole config, see Multimodal. Early configs of Qwen
+    have no text_config: the language model's keys lie beside vision_config. Raises ValueError for a
+    text_config that is no object.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in MODELS:
@@ -48,9 +49,7 @@ def text_config(config: Any) -> Config:
     tied = config.get("tie_word_embeddings", model.tied)
     if model.inner_tied and values.get("tie_word_embeddings"):
         tied = True
-    # find_family refuses some of their values, in the whole config as in text_config.
-    checked = {key: config[key] for key in ("is_causal", "per_layer_config") if key in config}
-    values |= {"tie_word_embeddings": tied} | checked | model.values
+    values |= {"tie_word_embeddings": tied} | model.values
     return Config(values, given.where)
 
 
