@@ -167,25 +167,16 @@ void attention_case(Random& random, const char* name) {
     q[random.below(B * G * Q * E)] = to_type<T>(std::nanf(""));
   const auto k = random_values<T>(random, B * row);
   const auto v = random_values<T>(random, B * row);
-  std::vector<T> y(B * G * Q * E), alone(y.size()), one(G * E), result(G * E), mask;
+  std::vector<T> y(B * G * Q * E), alone(y.size()), mask;
   for (int64_t i = 0; i < B * Q; i++) {
     const int64_t last = random.below(S);
     for (int64_t s = 0; s < S; s++) mask.push_back(to_type<T>(s > last ? kMasked : 0.f));
   }
-  Attention<T> all{G, Q, S, E, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
+  Attention<T> all{G, Q, S, E, Q, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
                    mask.data(), y.data(), random.uniform(), softcap};
   attend_heads(all, 0, B * G);
-  for (int64_t i = 0; i < B * Q; i++) {
-    const int64_t b = i / Q, first = (b * G * Q + i % Q) * E;
-    for (int64_t g = 0; g < G; g++)
-      std::copy_n(&q[first + g * Q * E], E, &one[g * E]);
-    Attention<T> single{G, 1, S, E, one.data(), all.k, all.v, &mask[i * S], result.data(),
-                        all.scale, softcap};
-    single.k.data += b * row, single.v.data += b * row;
-    attend_heads(single, 0, G);
-    for (int64_t g = 0; g < G; g++)
-      std::copy_n(&result[g * E], E, &alone[first + g * Q * E]);
-  }
+  all.y = alone.data();
+  for (int64_t i = 0; i < Q; i++) attend_heads(part_of_queries(all, i, Q), 0, B * G);
   print(name, B, G, Q, S, y), print(name, B, G, Q, S, alone);
 }
 

@@ -591,6 +591,20 @@ def test_a_rows_attention_has_the_same_bits_in_a_batch():
 
 
 @needed
+@pytest.mark.parametrize("B, G, Q", [(1, 1, 8), (1, 2, 5), (2, 1, 7)])
+def test_threads_that_divide_the_queries_of_a_head_give_the_same_bits(B: int, G: int, Q: int):
+    given = seen(B, G, Q, 1000, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.gpt_flex.attention(*given))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+@needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bfloat16", [True, False], ids=["avx512_bf16", "without"])
 @pytest.mark.parametrize("name", ["demo", "demo-opt"])

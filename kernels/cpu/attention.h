@@ -28,10 +28,11 @@ struct Heads {  // (B, G, S, E)
 template <class T>
 struct Attention {
   int64_t G, Q, S, E;
-  const T* q;  // (B, G, Q, E)
+  int64_t all;  // queries of a head in memory, of which the first Q from q, mask and y on are taken
+  const T* q;   // (B, G, all, E)
   Heads<T> k, v;
-  const T* mask;  // (B, Q, S), added to the scores; -infinity hides a position from a query
-  T* y;           // (B, G, Q, E)
+  const T* mask;  // (B, all, S), added to the scores; -infinity hides a position from a query
+  T* y;           // (B, G, all, E)
   float scale;    // of the products of queries and keys
   float softcap;  // of the scaled products, see soft_cap; 0: none
 };
@@ -164,10 +165,12 @@ void attend(const Attention<T>& a, const Scratch& w) {
     for (int64_t i = (g - w.first) * a.Q, end = i + a.Q; i < end; i++)
       add_weighted(scores_of(i, s), values, a.E, w.sums + i * a.E);
   });
-  T* y = a.y + (w.b * a.G + w.first) * a.Q * a.E;
-  for (int64_t i = 0; i < w.queries; i++)
+  for (int64_t i = 0; i < w.queries; i++) {
+    const int64_t g = w.first + i / a.Q;
+    T* y = a.y + ((w.b * a.G + g) * a.all + i % a.Q) * a.E;
     for (int64_t e = 0; e < a.E; e += kStrip)
-      store(y + i * a.E + e, load(w.sums + i * a.E + e) * splat(1 / totals[i]));
+      store(y + e, load(w.sums + i * a.E + e) * splat(1 / totals[i]));
+  }
 }
 
 // Does attend for the heads `first` to `last` of row b.
@@ -181,14 +184,24 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   w.b = b, w.first = first, w.last = last, w.queries = queries;
   w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
   w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
-  copy_as_floats(a.q + (b * a.G + first) * a.Q * a.E, numbers, w.q);
+  for (int64_t g = first; g < last; g++)
+    copy_as_floats(a.q + (b * a.G + g) * a.all * a.E, a.Q * a.E, w.q + (g - first) * a.Q * a.E);
   std::fill_n(w.sums, numbers, 0.f);
-  const T* mask = a.mask + b * a.Q * a.S;
+  const T* mask = a.mask + b * a.all * a.S;
   for (int64_t s = 0; s < positions; s++)
     for (int64_t i = 0; i < a.Q; i++)
       w.masks[(s / kStrip * a.Q + i) * kStrip + s % kStrip] =
           s < a.S ? to_float(mask[i * a.S + s]) : kMasked;
   attend(a, w);
+}
+
+// Returns part `part` of `parts` of the queries of every head.
+template <class T>
+Attention<T> part_of_queries(Attention<T> a, int64_t part, int64_t parts) {
+  const int64_t first = a.all * part / parts;
+  a.Q = a.all * (part + 1) / parts - first;
+  a.q += first * a.E, a.y += first * a.E, a.mask += first * a.S;
+  return a;
 }
 
 // Computes heads `start` to `end` of the B * G heads of all rows.

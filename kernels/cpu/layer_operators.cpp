@@ -33,12 +33,20 @@ Tensor attention_of(const T* data, const Tensor& queries, const Tensor& k, const
   const int64_t G = k.size(1), Q = queries.size(2), S = k.size(2), E = k.size(3);
   const Tensor masks = mask.contiguous();
   Tensor y = at::empty(queries.sizes(), queries.options());
-  const Attention<T> work{G, Q, S, E, data, heads_of<T>(k), heads_of<T>(v), data_of<T>(masks),
+  const Attention<T> work{G, Q, S, E, Q, data, heads_of<T>(k), heads_of<T>(v), data_of<T>(masks),
                           static_cast<T*>(y.mutable_data_ptr()), static_cast<float>(scale),
                           static_cast<float>(softcap)};
-  const int64_t grain = std::max<int64_t>(1, kGrain / (Q * S * E));
-  at::parallel_for(0, k.size(0) * G, grain,
-                   [&](int64_t start, int64_t end) { attend_heads(work, start, end); });
+  // With more threads than heads of keys and values, threads share a head and divide its queries.
+  const int64_t heads = k.size(0) * G, threads = at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(threads / heads, 1, Q);
+  const int64_t grain = std::max<int64_t>(1, kGrain * parts / (Q * S * E));
+  at::parallel_for(0, parts * heads, grain, [&](int64_t start, int64_t end) {
+    for (int64_t from = start; from < end;) {
+      const int64_t part = from / heads, to = std::min(end, (part + 1) * heads);
+      attend_heads(part_of_queries(work, part, parts), from - part * heads, to - part * heads);
+      from = to;
+    }
+  });
   return y;
 }
 
