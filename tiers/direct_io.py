@@ -6,9 +6,9 @@ bypasses the page cache, so memory is not filled with file contents, and the dis
 rate. With O_DIRECT, offsets, lengths and addresses must be multiples of BLOCK_BYTES. On a file
 system without O_DIRECT the same calls go through the page cache.
 
-A piece is a pair: an offset in a file, and memory that is read from there or written to it. A cell
-is the KV cache of one layer for one group of rows (kv_cache.py). A scratch file is made for one run
-and has no name.
+A piece is a tensor of bytes that is filled from a file or written to it, and comes in a pair with
+its offset in the file (Pieces). A cell is the KV cache of one layer for one group of rows
+(kv_cache.py). A scratch file is made for one run and has no name.
 """
 
 import errno
@@ -60,8 +60,8 @@ class DirectFile:
         return self._file
 
     def read(self, pieces: Pieces) -> None:
-        """Fill each piece, a pair of an offset in the file and a uint8 tensor in host memory, from
-        the file. Where a piece extends past the end of the file, its bytes do not change.
+        """Fill each piece, a uint8 tensor in host memory, from its offset in the file. Where a
+        piece extends past the end of the file, its bytes do not change.
 
         If O_DIRECT is used, offsets, lengths and addresses must be multiples of BLOCK_BYTES. Raises
         OSError, and ValueError if the file became shorter after it was opened.
@@ -79,7 +79,7 @@ class DirectFile:
         call: os.preadv or os.pwritev. Raises the error of the first request, in the order of the
         pieces, that failed.
         """
-        requests = [request for piece in pieces for request in self._requests(*piece)]
+        requests = [request for pair in pieces for request in self._requests(*pair)]
         futures = [self.threads.submit(self._complete, call, *request) for request in requests]
         # Wait for all before an error is raised: the caller may reuse the memory of the others.
         wait(futures)

@@ -114,8 +114,8 @@ class CellKind:
         return self.cache(self.layout.allocate(device), device)
 
     def pieces(self, parts: Parts, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the pieces that Store.read and Store.write take for slots first to end - 1 of a
-        cell: for each tensor, the offset from the cell's first byte and the bytes in `parts`.
+        """Return the pairs that Store.read and Store.write take for slots first to end - 1 of a
+        cell: for each tensor, the offset from the cell's first byte, and the piece of `parts`.
 
         A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
         neighbouring slots: their bytes in `parts` must equal the bytes in the store, except for
@@ -141,10 +141,10 @@ class Cell:
     stored: Future | None = None  # the pending write of new slots to the store
 
     def pieces(self, buffer: Buffer, first: int, end: int) -> list[tuple[int, Tensor]]:
-        """Return the pieces of slots first to end - 1: offsets in the store, and the bytes in a
-        buffer. See CellKind.pieces."""
+        """Return the pairs for slots first to end - 1: an offset in the store, and a piece of the
+        buffer's memory. See CellKind.pieces."""
         pieces = self.kind.pieces(buffer.parts, first, end)
-        return [(self.offset + offset, memory) for offset, memory in pieces]
+        return [(self.offset + offset, piece) for offset, piece in pieces]
 
 
 class CellAllocator:
@@ -190,7 +190,7 @@ class CellAllocator:
         there the bytes go through host memory as large as one cell. Raises ValueError if the disk
         is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
-        if self._rings_on_host():
+        if self._buffers_on_host():
             return scratch
         pin = self.policy.pins(self.device)
         return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
@@ -199,14 +199,14 @@ class CellAllocator:
         """Allocate a buffer of the ring: memory of one cell, and for each kind of cell a cache
         whose tensors share this memory. It is on the device, or on the host if the host computes
         the attention."""
-        device = CPU if self._rings_on_host() else self.device
+        device = CPU if self._buffers_on_host() else self.device
         parts = self.layout.allocate(device)
         caches = {kind: kind.cache(parts, device) for kind in set(self.kinds)}
         return Buffer(parts, caches, record_event(self.device))
 
-    def _rings_on_host(self) -> bool:
-        """Return whether the ring's buffers are in host memory, into which files are read
-        directly: the model is on a CPU, or the host computes the attention."""
+    def _buffers_on_host(self) -> bool:
+        """Return whether the ring's buffers are in host memory, so that files are read directly
+        into them: the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
 

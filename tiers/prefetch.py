@@ -3,12 +3,12 @@
 Start at Ring: items (layers, or cells of the KV cache) are used in an order that repeats. While the
 device computes with one item, the next ones are fetched into the other buffers. A Store holds the
 bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host memory. A
-TransferWorker is the thread that copies the bytes, on a GPU in a CUDA stream of its own. No call
+TransferWorker has the threads that copy the bytes, on a GPU in a CUDA stream of their own. No call
 synchronizes the whole device, and no memory is allocated after a ring is made.
 
-A cell is the KV cache of one layer for one group of rows. A piece is a pair: an offset in a store,
-and memory that is filled from there or written to it. Memory that is pinned is never moved by the
-system, so that a GPU can copy from it by itself.
+A cell is the KV cache of one layer for one group of rows. A piece is a tensor of bytes that is
+filled from a store or written to it, and comes in a pair with its offset in the store (Pieces).
+Memory that is pinned is never moved by the system, so that a GPU can copy from it by itself.
 
 FlexGen (arXiv 2303.06865, section 4.1) overlaps transfers and computation in the same way, but
 waits for all transfers after every step. Here a wait concerns one buffer (Buffer.last_use).
@@ -76,8 +76,8 @@ class Layout:
 
 
 class Store(Protocol):
-    """Bytes on another tier. A piece is a pair: an offset in the store, and a uint8 tensor, which
-    is filled from the store or written to it. A file may require that pieces are whole blocks."""
+    """Bytes on another tier. pieces: pairs of an offset in the store and a uint8 tensor, the piece,
+    which is filled from the store or written to it. A file may need pieces of whole blocks."""
 
     def read(self, pieces: Pieces) -> None: ...
 
@@ -174,22 +174,22 @@ class TransferWorker:
     computes on another stream. On a CPU, threads only."""
 
     def __init__(self, device: torch.device, name: str, threads: int = 1):
-        self._thread = ThreadPoolExecutor(threads, name)
+        self._threads = ThreadPoolExecutor(threads, name)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, transfer: Callable[[], Any], after: Event = None) -> Future:
         """Call `transfer` in a thread of this worker; return a future that is done when the bytes
         have arrived.
 
-        after: the worker's stream waits for this event first, because earlier work on the GPU
-        still uses the memory. It does not delay the transfer's own reads of files. None: no wait.
-        The future has no value; it raises the transfer's error.
+        after: the worker's stream waits for this event before the first copy, because earlier work
+        on the GPU still uses the memory; a transfer that reads a file does so without waiting.
+        None: no wait. The future has no value; it raises the transfer's error.
         """
-        return self._thread.submit(self._run, transfer, after)
+        return self._threads.submit(self._run, transfer, after)
 
     def _run(self, transfer: Callable[[], Any], after: Event) -> None:
-        """Run a transfer in a thread of this worker, and wait until its copies have ended. `after`
-        delays the work on the CUDA stream, not the transfer's own reads of files."""
+        """Run a transfer in a thread of this worker, and wait until its copies have ended. after:
+        see submit."""
         stream = torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
         with torch.inference_mode(), stream:
             if after:
