@@ -48,10 +48,11 @@ class Checkpoint:
         self.directory = self.path.parent  # of config.json and the tokenizer
         metadata, parts = read_index(self.path)
         if metadata:
-            self.config, self.scheme = metadata["config"], self.own_scheme(metadata["scheme"])
+            self.config = metadata["config"]
+            self.scheme = self.model_pth_scheme(metadata["scheme"])
         else:
             self.config = read_json(self.directory / "config.json")
-            self.scheme = self.foreign_scheme(parts)
+            self.scheme = self.hugging_face_scheme(parts)
         self.args = hf.model_args(self.config)
         if metadata:
             self.tensors = {name: StoredTensor((part,)) for name, part in parts.items()}
@@ -62,23 +63,23 @@ class Checkpoint:
                 self.resolve_tied_head()
         self.args = hf.with_stored_biases(self.args, self.tensors, self.path)
 
-    def own_scheme(self, found: Any) -> dict[str, Any] | None:
-        """Returns the scheme of a model.pth. found: what the file has as scheme. ValueError for one
-        that this version does not read."""
+    def model_pth_scheme(self, recorded: Any) -> dict[str, Any] | None:
+        """Returns the scheme of a model.pth, None if it is not quantised. recorded: the file's
+        value of "scheme". Raises ValueError if this version cannot read that scheme."""
         try:
-            return checked_scheme(found)
+            return checked_scheme(recorded)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; convert or quantise it again") from error
 
-    def foreign_scheme(self, parts: Iterable[str]) -> dict[str, Any] | None:
-        """Returns the scheme of a Hugging Face checkpoint, None if it is not quantised. parts: the
-        names of its tensors. ValueError for a quantisation that cannot be read."""
-        packed = any(name.endswith(".qweight") for name in parts)
+    def hugging_face_scheme(self, names: Iterable[str]) -> dict[str, Any] | None:
+        """Returns the scheme of a Hugging Face checkpoint, None if it is not quantised. names: of
+        its tensors. Raises ValueError for a quantisation that cannot be read."""
+        packed = any(name.endswith(".qweight") for name in names)
         try:
             from weights.int4_layouts import foreign_scheme, quantization_config
 
-            found = quantization_config(self.config, self.directory, packed)
-            return found and foreign_scheme(found)
+            settings = quantization_config(self.config, self.directory, packed)
+            return settings and foreign_scheme(settings)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -132,7 +133,8 @@ class Checkpoint:
         return max(sizes, key=sizes.get)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a tensor of the files, by our name, on the CPU. dtype: None: the stored one."""
+        """Returns a tensor of the files, by our name, on the CPU. dtype: of the result; None: the
+        stored one. Errors: see read_into."""
         stored = self.tensors[name]
         out = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
         self.read_into(name, out)
@@ -142,8 +144,8 @@ class Checkpoint:
         """Read a tensor into `out`, which is contiguous, on any device and of any dtype.
 
         On the CPU and in the stored dtype the file is read into `out` itself. Otherwise the bytes
-        pass through `stage`, a staging_buffer that the tensors of one thread share.
-        Raises ValueError where the file ends too early.
+        pass through `stage`, a staging_buffer that the calls of one thread share; None: a new one.
+        Raises ValueError if the file is too short, and as check_scales does.
         """
         stage = staging_buffer(out.device) if stage is None else stage
         self.tensors[name].read_into(out, stage)
@@ -189,10 +191,12 @@ class Checkpoint:
     def fill_function(
         self, device: torch.device, progress: Callable[[int], Any] | None = None
     ) -> Callable[[str, Tensor], None]:
-        """Returns a function that reads a tensor by its name into memory on `device` or the CPU.
+        """Returns a function fill(name, tensor), which reads the values of a tensor, by our name,
+        into the memory of `tensor`.
 
-        progress: called with the bytes of each tensor on disk. Use a function in one thread only:
-        its calls share a staging buffer.
+        device: of these tensors; some may be on the CPU, such as offloaded layers. progress: called
+        after each tensor with its bytes on disk. Call fill in one thread only: its calls share a
+        staging buffer.
         """
         stage = staging_buffer(device)
 

@@ -270,7 +270,8 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
 def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
     """Load a dict with torch.load, without running code of the file. options: those of torch.load.
 
-    Raises OSError, MemoryError, and ValueError for a file that is damaged, unsafe or no dict.
+    A file with sparse tensors may be loaded onto the CPU even if map_location is "meta". Raises
+    OSError, MemoryError, and ValueError for a file that is damaged, unsafe or no dict.
     """
     try:
         content = torch.load(file, weights_only=True, **options)
@@ -284,7 +285,8 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
                 "could run code: use safetensors, or save a dict of nothing but tensors"
             ) from error
         if "meta tensor" in str(error) and options.get("map_location") == "meta":
-            # torch 2.15 validates sparse tensors and fails on meta; pickle_part names them.
+            # torch 2.15 checks the values of sparse tensors while it loads them, and fails on meta.
+            # On the CPU it loads them, and pickle_part raises an error that names the tensor.
             return load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         raise ValueError(
             f"{file} cannot be read: it is truncated or corrupt, or holds more than tensors, "

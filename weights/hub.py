@@ -294,8 +294,8 @@ class Transfer:
     def download_missing(self, names: list[str]) -> Path:
         """Let huggingface_hub download those of the named files that are missing.
 
-        Returns the folder that holds all files. A name must not contain the characters of glob
-        patterns.
+        Returns the folder of the files: the snapshot in the cache, or `store`. A name must not
+        contain *, ? or [, because huggingface_hub reads it as a glob pattern.
         """
         from huggingface_hub import snapshot_download
 
@@ -306,7 +306,8 @@ class Transfer:
             allow_patterns=names,
             token=self.token,
         )
-        return self.store if not self.in_cache else Path(folder)
+        # Not `folder` for a plain folder: snapshot_download resolves its path.
+        return Path(folder) if self.in_cache else self.store
 
     def download_large(self, file: "RepoSibling") -> None:
         """Download one large file, or the remaining bytes of it after an interrupted run.

@@ -85,15 +85,15 @@ def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -
 def read_kind(
     section: Config, keys: Sequence[str], aliases: Mapping[str, str], kinds: Sequence[str]
 ) -> str:
-    """Returns the kind of rotary positions, a key of ROPES. keys: the kind is read from the first
-    of these that the section has."""
+    """Returns the kind of rotary positions, a key of ROPES. keys: of the section; the first that it
+    has gives the kind. aliases, kinds: see read_rope."""
     key = next((key for key in keys if key in section.values), keys[0])
     kind = section.choice(key, [*kinds, *aliases], "default")
     return aliases.get(kind, kind)
 
 
 def rotated_channels(config: Config, section: Config, head_dim: int, partial: float | None) -> int:
-    """Returns how many channels of a head are rotated, see read_rope."""
+    """Returns how many channels of a head are rotated. partial: see read_rope."""
     where = section if "partial_rotary_factor" in section.values else config
     if partial is None:
         where.refuse("partial_rotary_factor", [1], "this family rotates all channels")
@@ -176,9 +176,10 @@ def read_longrope(config: Config, section: Config, rope: Rope, original: int | N
 
 
 def trained_context(config: Config, section: Config, original: int | None) -> int:
-    """Returns the length of the context that the model was trained with. original:
-    original_max_position_embeddings of the config itself, which takes precedence over that of the
-    section; None: the config has none."""
+    """Returns the length of the context that the model was trained with:
+    original_max_position_embeddings, or max_position_embeddings if there is none. section: the part
+    of the config that has the rotary positions. original: original_max_position_embeddings beside
+    the section, which takes precedence over that in it; None: there is none beside it."""
     longest = config.positions("max_position_embeddings")
     return original or section.positions("original_max_position_embeddings", longest)
 
