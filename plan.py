@@ -141,8 +141,9 @@ def plan_texts(
     """Make the plan for a model that continues texts: generate.py's --offload, --percent, --plan.
 
     prompt_lengths: called with the tokenizer and the args; returns the number of tokens of each
-    prompt. new: tokens that follow each. All texts count as long as the longest one. In a pipeline
-    of ranks each micro-batch is planned as a block of its own.
+    prompt. new: tokens that follow each. The plan takes all prompts to be as long as the longest.
+    In a pipeline of ranks (pp.py) the texts are divided among its options.micro_batches, and the
+    plan is for the texts of one of them.
     """
     spec, tokenizer = find_model_spec(model, load, options.compress_weight)
     lengths, context = prompt_lengths(tokenizer, spec.args), spec.args.context
@@ -187,7 +188,7 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
     """
     measured = machine(spec, options.offload_dir, not options.percent or options.plan)
     whole = sizes(spec)
-    # Each micro-batch of a pipeline has its own cache.
+    # Each micro-batch of a pipeline has its own KV cache, and all are in memory at the same time.
     whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
     planner = Planner(whole, measured, spec.device.type == "cpu")
     layers = planner.sizes.layers * planner.sizes.layer  # bytes of all layers
@@ -249,7 +250,7 @@ def sizes(spec: ModelSpec) -> Sizes:
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
     # 0 for a tied head, which `rest` has as the embedding: then computed from the shape, below.
     head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
-    one = find_cache(spec.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), spec.dtype, META)
+    slot = find_cache(spec.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), spec.dtype, META)
     # The CPU kernels repack quantised weights, so a buffer holds each layer twice.
     packed = layer * bool(spec.scheme) * (spec.device.type == "cpu")
     qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
@@ -260,7 +261,7 @@ def sizes(spec: ModelSpec) -> Sizes:
         layer_in_buffer=layer + packed,
         always_on_device=rest + process_memory(spec.device),
         head=head or args.vocab_size * args.embed_dim * item,
-        cache_position=sum(buffer.nbytes for buffer in one.buffers()),
+        cache_position=sum(buffer.nbytes for buffer in slot.buffers()),
         activations_between_layers=3 * args.dim * item,
         activations_in_layer=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
         logits=args.vocab_size * (item + 12),

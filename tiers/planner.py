@@ -297,11 +297,11 @@ class Planner:
         the first grouping with all weights and cells on disk.
         """
         candidates = list(self.groupings(start, max_rows))
-        plans = [plan for policy in candidates for plan in self.plans(policy, work, budgets)]
-        if not plans:
+        fitting = [p for policy in candidates for p in self.predictions(policy, work, budgets)]
+        if not fitting:
             smallest = replace(candidates[0], weights=Share(0, 0), cache=Share(0, 0))
             raise ValueError(self.shortage(self.predict(smallest, work), budgets))
-        return max(plans, key=lambda plan: plan.rate)
+        return max(fitting, key=lambda prediction: prediction.rate)
 
     def groupings(self, start: Policy, max_rows: int) -> Iterator[Policy]:
         """Yield the policies among which `choose` searches: every combination of a micro-batch
@@ -322,26 +322,27 @@ class Planner:
                 for chunk, on_host in itertools.product(PREFILL_CHUNK_TOKENS, cpu_attention):
                     yield replace(grouped, prefill_chunk_tokens=chunk, cpu_attention=on_host)
 
-    def plans(
+    def predictions(
         self, policy: Policy, work: Workload, budgets: dict[str, float]
     ) -> Iterator[Prediction]:
         """Yield predictions of policies that fit into the budgets and group rows as `policy` does.
 
         Their shares: everything on the device, everything on disk, and the whole numbers of layers
-        and cells near the optimal split. This split is computed three times: weights and cache may
-        both be on other tiers; only the cache may; only the weights may.
+        and cells near the optimal split. This split is computed three times: both weights and cache
+        may leave the device; only the cache may; only the weights may.
         budgets: bytes that may be used on each tier. There may be no policy that fits.
         """
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
-        shares = [(Share(), Share()), (Share(0, 0), Share(0, 0))]
+        all_on_device, all_on_disk = Share(), Share(0, 0)
+        shares = [(all_on_device, all_on_device), (all_on_disk, all_on_disk)]  # weights, cache
         for resident in ((False, False), (True, False), (False, True)):
             if split := self.best_split(policy, work, budgets, resident):
                 weights = self.shares_near(split.weights, layers)
                 shares += itertools.product(weights, self.shares_near(split.cache, cells))
         for weights, cache in shares:
-            plan = self.predict(replace(policy, weights=weights, cache=cache), work)
-            if all(plan.memory[tier] <= budgets[tier] for tier in plan.memory):
-                yield plan
+            prediction = self.predict(replace(policy, weights=weights, cache=cache), work)
+            if all(nbytes <= budgets[tier] for tier, nbytes in prediction.memory.items()):
+                yield prediction
 
     def best_split(
         self, policy: Policy, work: Workload, budgets: dict[str, float], resident: tuple[bool, bool]
@@ -406,18 +407,18 @@ class Planner:
         return [*counts, (0, None), (0, None)]
 
     @staticmethod
-    def shortage(plan: Prediction, budgets: dict[str, float]) -> str | None:
-        """Return a message that names each tier on which the plan needs more bytes than the budget
-        allows, or None if it fits. budgets: bytes that may be used on each tier. It is the error if
-        no policy fits, and plan.py's for a policy by hand."""
+    def shortage(prediction: Prediction, budgets: dict[str, float]) -> str | None:
+        """Return a message that names each tier on which the policy needs more bytes than the
+        budget allows, or None if it fits. budgets: bytes that may be used on each tier. `choose`
+        raises the message if no policy fits, and plan.py if the policy of --percent does not."""
         names = {
-            "device": "memory" if plan.device_is_cpu else "device memory",
+            "device": "memory" if prediction.device_is_cpu else "device memory",
             "host": "host memory",
         }
         short = [
             f"{size_text(needed)} of {names.get(tier, tier)} and may take "
             f"{size_text(budgets[tier])}"
-            for tier, needed in plan.memory.items()
+            for tier, needed in prediction.memory.items()
             if needed > budgets[tier]
         ]
         remedy = "allow more, or give fewer or shorter texts"
