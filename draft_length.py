@@ -191,8 +191,8 @@ class DraftLengthController:
 
         k: the draft tokens of its longest row, which may be fewer than chosen. rows: the numbers of
         draft and of accepted tokens of each live row; at least one row. seconds: the duration of
-        the whole cycle. Its time does not count as that of a cycle with k if CUDA graphs were
-        recorded, or if the draft model also read the tokens of plain steps.
+        the whole cycle. It does not enter the median of cycles with k if this is one of the first,
+        which record CUDA graphs, or if the draft model also read the tokens of plain steps.
         """
         self._cycles_of[k] += 1
         draft_read_more = self._draft_reads_after_plain and self._is_after_plain and k > 0

@@ -227,9 +227,9 @@ class Transformer(nn.Module):
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of the caches of all layers for one row of `length` positions."""
-        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
-        one = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
-        return self.kv_slots(length) * sum(buffer.nbytes for buffer in one.buffers())
+        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)  # one slot of one row
+        slot = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
+        return self.kv_slots(length) * sum(buffer.nbytes for buffer in slot.buffers())
 
     def kv_slots(self, length: int) -> int:
         """Returns the slots of the caches of all layers together for one row of `length`

@@ -185,8 +185,10 @@ class StreamedLayers(nn.ModuleList):
         """
         if j == 0 and self.policy.activations.device < 100:
             x = OffloadedActivations(x, self.policy)
-        workers = self._workers if self._several_at_once() else None
+        workers = self._workers if self._computes_in_threads() else None
         B, T, _ = x.shape
+        # zigzag calls the block several times if a call cannot take all B rows: it takes at most
+        # micro_batch rows, and tokens_at_once tokens, T of each row.
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
         # Several calls use the same weights: dequantise them once. Compiled code is specialised to
         # the quantised linears, and the CPU's kernels need no dequantised weights.
@@ -196,13 +198,13 @@ class StreamedLayers(nn.ModuleList):
             zigzag(partial(self.run, block), self.policy, x, *inputs, workers)
         return x.whole() if isinstance(x, OffloadedActivations) and j == len(self) - 1 else x
 
-    def _several_at_once(self) -> bool:
-        """Return whether threads compute several micro-batches at once: the device computes one
-        while the host computes the attention of another. Never for compiled blocks, which must run
-        on one thread."""
+    def _computes_in_threads(self) -> bool:
+        """Return whether threads compute several micro-batches at the same time: the device
+        computes one while the host computes the attention of another. Never for compiled blocks,
+        which must run on one thread."""
         policy = self.policy
-        attends = policy.cpu_attention and policy.cache.device < 100 and self.device.type != "cpu"
-        return attends and policy.overlap and self.run is eager
+        host_attends = policy.cpu_attention and policy.cache.device < 100
+        return host_attends and self.device.type != "cpu" and policy.overlap and self.run is eager
 
     def _checkpoint_location(self, j: int, stored: Stored) -> Location | None:
         """Return the file of the checkpoint that can be read in place of a scratch file, and the
@@ -388,7 +390,7 @@ def compute_in_threads(
     def finish_oldest() -> None:
         """Wait for the oldest running micro-batch, then close its cell."""
         cell_context, computed = running.popleft()
-        with cell_context:
+        with cell_context:  # closes the cell on exit
             computed.result()
 
     try:
@@ -457,10 +459,10 @@ class OffloadedActivations:
         return torch.cat([self[n : min(n + self._g, B)] for n in range(0, B, self._g)])
 
     def _pieces(self, rows: slice) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """Return the pieces that Store.read and Store.write take for these rows, and their values.
+        """Return what Store.read and Store.write take for these rows, and the rows' values.
 
-        pieces: one pair of the offset in the micro-batch's store and the bytes in the buffer.
-        values: a view, (rows, T, D), of these bytes. The rows must belong to one micro-batch.
+        First: one pair of the offset in the micro-batch's store and a piece of the buffer.
+        Second: a view, (rows, T, D), of this piece. The rows must belong to one micro-batch.
         The caller must hold the lock until it has used the buffer. rows.stop may exceed B.
         """
         count, first = min(rows.stop, self.shape[0]) - rows.start, rows.start % self._g

@@ -100,9 +100,9 @@ class PipelineParallel:
         return location
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """After loading: replace the empty weight of ReceiveActivations, which is on the meta
-        device, by one with the dtype and device of the received activations. dtype: of the
-        activations."""
+        """After loading: give the weight of ReceiveActivations, an empty tensor on the meta device,
+        this dtype and device, those of the activations. Other code takes the model's dtype and
+        device from it. A weight that is the table of a tied head stays."""
         embedding = model.tok_embeddings
         if isinstance(embedding, ReceiveActivations) and embedding.weight.is_meta:
             embedding.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)

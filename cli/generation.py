@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """Returns how to load the model: the options, this process's device and its ranks.
+    """Returns the LoadOptions of these options, with this process's device and the ranks.
 
-    The policy of an offloaded model is added later, by with_policy. Joins the process
-    group of torchrun. Resolves the draft model, which may download it.
+    The policy of an offloaded model is added later, by with_policy. Under torchrun, joins the
+    process group. Downloads the draft model (--draft_checkpoint_path) if it is a repository.
     """
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
@@ -93,14 +93,14 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         from pp import default_micro_batches
 
         micro_batches = micro_batches or default_micro_batches(ranks)
-    draft = args.draft_checkpoint_path
+    draft_model = args.draft_checkpoint_path  # None: --draft names the draft, or there is none
     return LoadOptions(
         device=str(device),
         dtype=None if args.dtype == "auto" else args.dtype,
         kv_dtype=args.kv_dtype,
         compile=args.compile,
         compile_prefill=args.compile_prefill,
-        draft=hub.resolve(draft) if draft else args.draft,
+        draft=hub.resolve(draft_model) if draft_model else args.draft,
         speculate_k=None if args.speculate_k == "auto" else args.speculate_k,
         flash=flash_options(args) if args.flash else None,
         ranks=ranks,

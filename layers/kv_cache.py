@@ -48,11 +48,11 @@ def grouped_attention(
     """Attend with queries, (B, T, H, E), to keys and values, (B, S, G, E) each -> (B, T, H, E).
 
     attention: called with q, k, v and the mask, as F.scaled_dot_product_attention is. mask: see
-    Transformer.mask; it already has R*T queries.
+    Transformer.mask; its shape, (B, 1, R*T, S), is that for these queries.
     """
     T = q.shape[1]
-    # The R query heads that share a key/value head become rows of one query, so that keys
-    # and values are read once and not expanded.
+    # The queries of the R heads that share a key/value head become R*T queries of one head, so
+    # that keys and values are read once and not expanded.
     q = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, R*T, E)
     y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)  # (B, G, R*T, E)
     return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, T, H, E)

@@ -52,11 +52,11 @@ class RecordFormat:
 
     @cached_property
     def fields(self) -> dict[tuple[str, str], tuple[int, int, torch.dtype]]:
-        """(matrix, part) -> the part's first byte in a record, count of numbers and dtype.
+        """(matrix, part) -> the part's first byte in a record, number of elements, and dtype.
 
         The matrices lie one after the other, each with its parts: weight, and for int4 also scales
-        and zeros. Each part is aligned to its dtype. An int4 weight has two numbers in a byte, and
-        D is padded to whole groups.
+        and zeros. Each part is aligned to its dtype. For int4, D is padded to whole groups, and an
+        element of weight and zeros is a byte with two numbers.
         """
         groups = -(-self.dim // self.groupsize)
         parts = {
@@ -97,7 +97,7 @@ class RecordFormat:
         return -(-self.used // self.sector) * self.sector
 
     def part(self, records: Tensor, matrix: str, name: str) -> Tensor:
-        """Return a part of each record as a view: (n, stride) bytes -> (n, numbers).
+        """Return a part of each record as a view: (n, stride) bytes -> (n, elements of the part).
 
         name: weight, scales or zeros. matrix: one of `matrices`. KeyError for a part that this kind
         does not have.
