@@ -16,7 +16,7 @@ from layers.kv_cache import WINDOW_SLACK, Cache, visible_length
 from model import Transformer
 from ranks import all_gather_object
 
-CHUNK_TOKENS = WINDOW_SLACK  # tokens of one forward pass: as many as rings take
+CHUNK_TOKENS = WINDOW_SLACK  # of one forward pass: as many as caches of sliding windows take
 
 
 @torch.inference_mode()
@@ -42,9 +42,13 @@ def explain_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Ca
 
 
 def finite_parts(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> list[bool]:
-    """Run the model on a text. Returns whether the outputs of the embedding, of each layer and of
-    the head are finite in all chunks: a list of 2 more than this rank's layers."""
-    # One row is one micro-batch, and the rank's strategy may replace the caches of it.
+    """Run the model on a text, in chunks. Return whether the output of each part is finite in all
+    chunks: the embedding, each of this rank's layers, and the head.
+
+    text: ids. caches: their first row is overwritten; see explain_not_finite.
+    """
+    # One row is one micro-batch. In a pipeline its caches are inside MicroBatchCaches (pp.py), from
+    # which micro_batches takes them.
     ((_, caches),) = lm.micro_batches([cache.first(1) for cache in caches])
     key_pos = torch.arange(caches[0].length, device=lm.device)
     lengths = torch.tensor([[len(text)]], device=lm.device)
@@ -86,11 +90,13 @@ def first_part(ranks: Sequence[Sequence[bool]]) -> str | None:
 
     ranks: each rank's finite_parts, in the order of the ranks.
     """
-    layers = 0  # of the ranks before, whose layers come first in a pipeline
+    # The number of layers of the earlier ranks of a pipeline. If each rank has a shard of all
+    # layers, all ranks have the same outputs, and the first rank decides.
+    earlier_layers = 0
     for finite in ranks:
         if not all(finite):
             at = finite.index(False)
-            layer = f"layer {layers + at - 1} (counted from 0)"
+            layer = f"layer {earlier_layers + at - 1} (counted from 0)"
             return "the embedding" if at == 0 else "the head" if at == len(finite) - 1 else layer
-        layers += len(finite) - 2
+        earlier_layers += len(finite) - 2  # without the embedding and the head
     return None

@@ -64,8 +64,9 @@ def load_model(
 
     changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
     model compiles at its first calls; see compile_now.
-    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line: before it
-    allocates the weights, but for a copy of the model as draft, or neurons, that do not fit.
+    Raises FileNotFoundError, ValueError and MemoryError, with messages of one line, most of them
+    before the weights are allocated. Later ones: damaged scales, too little memory for the model's
+    own copy as draft or for --flash, too little disk for offloaded layers.
     """
     from checkpoint import Checkpoint
     from text.tokenizer import load_tokenizer
@@ -103,9 +104,9 @@ def random_model(
 
 def checked(options: LoadOptions) -> LoadOptions:
     """Returns the options, with device and dtype as torch's, and without a policy that offloads
-    nothing (Policy.plain). ValueError for options that exclude one another, for a speculate_k out
-    of range, and for a device, dtype or cache that does not exist. The rules are those of
-    options/rules.py."""
+    nothing (Policy.plain). Raises ValueError for options that exclude one another, for a
+    speculate_k out of range, and for a device, dtype or kv_dtype that does not exist. The rules are
+    those of options/rules.py."""
     from host.devices import find_device
     from options.rules import MODEL_RULES, broken_rule
 
@@ -125,7 +126,7 @@ def checked(options: LoadOptions) -> LoadOptions:
 
 
 def with_draft_model(options: LoadOptions) -> LoadOptions:
-    """Returns the options, with the draft model loaded if they name its path.
+    """Returns the options; if options.draft is a path, the draft model is loaded in its place.
 
     It gets the same device, dtypes and compilation as the model, and is neither offloaded nor
     divided among ranks. options: as `checked` returns them.
@@ -135,7 +136,7 @@ def with_draft_model(options: LoadOptions) -> LoadOptions:
         return options
     shared = "device", "dtype", "kv_dtype", "compile", "compile_prefill"
     given = {name: getattr(options, name) for name in shared}
-    given["device"] = str(options.device)
+    given["device"] = str(options.device)  # `checked` has made it a torch.device
     return replace(options, draft=load_model(draft, **given))
 
 
@@ -191,7 +192,7 @@ class CheckpointWeights:
             self.pack = open_pack(flash.directory or flash_directory(checkpoint), checkpoint)
 
     def check(self) -> None:
-        """ValueError for a checkpoint whose tensors do not fit its config."""
+        """Raises ValueError for a checkpoint whose tensors do not fit its config."""
         self.checkpoint.check(meta_model(self.args, self.scheme))
 
     def prepare(self, model: Transformer) -> None:
@@ -270,8 +271,8 @@ def fill_model(
 
     fill(name, tensor): writes the weights to a tensor. layers: the streamed layers, or None. stored
     (name, dtype): the file and offset of a tensor that can be read as it is, else None.
-    strategy.finish replaces modules that only loading needs, so it comes after filling. dtype: of
-    floating-point parameters. Streamed layers get their memory from layers.destination, and those
+    strategy.finish needs filled tensors, so it comes after filling. dtype: of floating-point
+    parameters. Streamed layers get their memory from layers.destination, and those
     on disk are read, or written to a scratch file, by layers.start.
     """
     own = stored_tensors(model).values()
@@ -312,7 +313,8 @@ class ParallelStrategy(Protocol):
         """
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """Replace the modules that only the loading of the weights needs."""
+        """Called after the weights are filled: cut a tied head to this rank's rows of the embedding
+        (tp.py), or set the dtype and device of what replaces the embedding (pp.py)."""
 
     def wrap(self, lm: LoadedModel) -> LoadedModel:
         """Return the LoadedModel with the views, caches and sampler that the processes need."""
@@ -342,8 +344,9 @@ class SingleProcess:
 
 
 def parallel_strategy(options: LoadOptions) -> ParallelStrategy:
-    """Returns the strategy for the ranks: None: a single process; with --pipeline each rank has
-    some of the layers, otherwise a share of each. plan.py calls it, too, for the shard's shape."""
+    """Returns the strategy for options.ranks: without ranks, a single process; with --pipeline,
+    each rank has some of the layers; otherwise each rank has a share of every layer. plan.py calls
+    it, too, for the shard's shape."""
     if options.ranks is None:
         return SingleProcess()
     if options.pipeline:
@@ -558,7 +561,7 @@ def make_views(
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Returns a dtype by its name, as float32 or torch.float32; a dtype, or None (as stored),
-    unchanged. ValueError, with the known names, for another name."""
+    unchanged. Raises ValueError, with the known names, for another name."""
     if not isinstance(dtype, str):
         return dtype
     if dtype.removeprefix("torch.") not in DTYPES:
@@ -568,7 +571,7 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
     """Returns the class of the KV caches (CacheFactory.make) for --kv_dtype: int8, int4, or None
-    for the model's dtype. ValueError, with the known names, for another name."""
+    for the model's dtype. Raises ValueError, with the known names, for another name."""
     if kv_dtype is None:
         return KVCache
     if kv_dtype not in CACHE_BITS:

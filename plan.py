@@ -384,7 +384,8 @@ def verdict(plan: Plan) -> str:
 
 
 def dtype_text(plan: Plan) -> str:
-    """Returns the dtype's name, and a hint if it is not the stored one."""
+    """Returns the dtype's name, and the hint to give --dtype if make_plan has chosen this dtype
+    because it is faster than the stored one."""
     name = str(plan.spec.dtype).removeprefix("torch.")
     return f"{name}, faster here than the stored one: give --dtype {name}" if plan.faster else name
 

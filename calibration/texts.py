@@ -119,11 +119,12 @@ def trained_blocks(
     work: Path,
     device: torch.device,
 ) -> dict[str, Buffers]:
-    """Train the integers of GPTQ's blocks by distillation; log the gain; return the new blocks.
+    """Train the integers of GPTQ's blocks by distillation; log the divergence from the dense model
+    before and after; return the blocks with trained integers, or GPTQ's blocks if the divergence
+    has not fallen (`distill` decides).
 
-    If training does not bring the model nearer to the dense one, it returns GPTQ's blocks. tokens:
-    (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: an existing
-    directory, from which interrupted training continues.
+    tokens: (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: an
+    existing directory, from which interrupted training continues.
     """
     log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
     trained, before, after = distill(checkpoint, tokens, blocks, steps, work, device)

@@ -166,8 +166,9 @@ class Planner:
         chooses."""
         chunk = max(1, min(work.prompt, policy.prefill_chunk_tokens // policy.rows))
         positions = row_positions(work)
-        rings = min(self.sizes.slots(positions)) < positions
-        return min(chunk, WINDOW_SLACK) if rings else chunk
+        # A cache with fewer slots than positions takes WINDOW_SLACK tokens of a row at a time.
+        fewer_slots = min(self.sizes.slots(positions)) < positions
+        return min(chunk, WINDOW_SLACK) if fewer_slots else chunk
 
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
         """Return the seconds for which each resource is busy, in one pass through all layers.
