@@ -32,7 +32,7 @@ Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets
 class TokenizerConfig:
     """The values of the JSON files next to a vocabulary.
 
-    has_decoder: whether tokenizer_config.json has an added_tokens_decoder. Each method and property
+    has_added_tokens_decoder: whether tokenizer_config.json has that key. Each method and property
     raises ValueError, naming the file and the key, if a value has the wrong type.
     """
 
@@ -42,8 +42,8 @@ class TokenizerConfig:
         self.directory = directory
         self._config = read_config(directory / "tokenizer_config.json")
         self._overrides: dict[str, Any] = {}  # content of special_tokens_map.json
-        self.has_decoder = self._config.get("added_tokens_decoder") is not None
-        if not self.has_decoder:
+        self.has_added_tokens_decoder = self._config.get("added_tokens_decoder") is not None
+        if not self.has_added_tokens_decoder:
             self._overrides = read_config(directory / "special_tokens_map.json")
 
     def flag(self, key: str) -> bool | None:
@@ -137,7 +137,7 @@ class TokenizerConfig:
         texts and ids; added_tokens_decoder has a flag "special" for each token.
         """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
-        if self.has_decoder:
+        if self.has_added_tokens_decoder:
             if not isinstance(decoder, dict) or not all(
                 re.fullmatch("[0-9]{1,9}", i) for i in decoder
             ):

@@ -372,16 +372,18 @@ def special_token(text: str) -> AddedToken:
 
 
 def _add_tokens(tk: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Add the config's added tokens to `tk`. The flags of a token that `tk` has already change only
-    if the config's added_tokens_decoder lists it: no other file gives flags.
+    """Add the config's added tokens to `tk`. A token that `tk` has already is replaced, flags and
+    all, only if added_tokens_decoder lists it: no other file gives flags.
 
-    A token that the config names, such as eos_token, becomes special if the vocabulary has it. No
-    token that is special in `tk` ceases to be special: the library would still omit its text.
+    A token of TOKEN_KEYS, such as eos_token, becomes special if the vocabulary has it. A token that
+    is special in `tk` stays special: the library would omit its text in any case.
     """
     own = {token.content: token for token in tk.get_added_tokens_decoder().values()}
-    replaces = config.has_decoder
-    added = [t for i, t in config.added if t.content not in own or (replaces and i is not None)]
-    tokens = {token.content: token for token in added}
+    tokens = {}  # those to add, by their text
+    for i, token in config.added:
+        with_flags = config.has_added_tokens_decoder and i is not None  # None: of EXTRA_KEYS
+        if token.content not in own or with_flags:
+            tokens[token.content] = token
     for text in config.special_texts():
         if text not in tokens and tk.token_to_id(text) is not None:
             tokens[text] = own.get(text, special_token(text))

@@ -166,9 +166,9 @@ def of_encoder(name: str) -> bool:
 def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """Returns our tensors under Hugging Face's names, with stacked tensors split into their parts.
 
-    Used by scripts/train_demo.py. config: the content of config.json, of a family of FAMILIES other
-    than Phi 3 and StableLM's with norms of queries. An output head that is tied to the embedding is
-    left out.
+    Used by scripts/train_demo.py. config: the content of config.json. Not for Phi 3, nor for
+    StableLM with norms of queries and keys, which stack other parts. An output head that is tied to
+    the embedding is left out.
     """
     args = model_args(config)
     row_counts = {
@@ -177,9 +177,10 @@ def export_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[s
     }
     table = names_of(config)
     prefix = "model.decoder." if "embed_positions" in table else "model."  # OPT's, or the others'
-    theirs: dict[str, dict[int, str]] = {}  # our module -> their modules, by the part
+    # Our module -> {index of the part: Hugging Face's module}
+    theirs: dict[str, dict[int, str]] = {}
     for module, (ours, part) in table.items():
-        # A family's own name of a part comes after Llama's in the table, and replaces it here.
+        # In a family's table its own name of a part follows Llama's name, and replaces it here.
         theirs.setdefault(ours, {})[part] = module if module == "lm_head" else prefix + module
     exported = {}
     for name, tensor in tensors.items():
