@@ -75,14 +75,14 @@ class PromptMode:
         caches get the length of the longest text. All ranks must call this.
         """
         lm, options = session.lm, self.options
-        todo = self._jobs(lm, session.config.max_new_tokens)
-        sink = self._sink(todo, session)
-        # Rank 0 alone knows the output file, and so the jobs that have no result yet.
+        all_jobs = self._jobs(lm, session.config.max_new_tokens)
+        sink = self._sink(all_jobs, session)
+        # Rank 0 alone reads the output file, and so knows the jobs that have no result yet.
         sink.todo = broadcast_from_rank0(lambda: sink.todo)
         if not sink.todo:
-            return log(f"{options.output} has all {len(todo)} results already")
+            return log(f"{options.output} has all {len(all_jobs)} results already")
         size = min(batch_size or MAX_BATCH, len(sink.todo))
-        caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in todo))
+        caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in all_jobs))
         session.compile(caches)
         with sink:
             for batch in jobs.batches(sink.todo, size):
@@ -108,16 +108,19 @@ class PromptMode:
         check_prompts([ids for _, ids in encoded], context, vocab_size)
         return jobs.make_jobs(encoded, self.options.num_samples, new, context)
 
-    def _sink(self, todo: list[jobs.Job], session: Session) -> jobs.ConsoleSink | jobs.JsonlSink:
-        """Returns the object that writes the texts: to the file of --output, or to stdout.
+    def _sink(
+        self, all_jobs: list[jobs.Job], session: Session
+    ) -> jobs.ConsoleSink | jobs.JsonlSink:
+        """Returns the object that writes the texts: to the file of --output, or to stdout. Its
+        attribute todo holds the jobs without a result in that file.
 
-        todo: the jobs of all texts. A chat's prompt, or one of random tokens, is not printed.
+        all_jobs: one for each text. A chat's prompt, or one of random tokens, is not printed.
         """
         ends = jobs.FinishCounts(session.config.max_new_tokens)
         if self.output:
-            return jobs.JsonlSink(self.output, todo, ends, lambda: session.stats.new_tokens)
+            return jobs.JsonlSink(self.output, all_jobs, ends, lambda: session.stats.new_tokens)
         with_prompt = not (self.options.chat or self.options.random_tokens)
-        return jobs.ConsoleSink(todo, ends, with_prompt=with_prompt)
+        return jobs.ConsoleSink(all_jobs, ends, with_prompt=with_prompt)
 
 
 def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:

@@ -117,19 +117,21 @@ def log_likelihoods(
 
     batch_size: the rows of one call; None: chosen by CALL_LIMITS and the free memory. Scores are
     computed in float32. They come in another order than the sequences: see SequenceScore.number.
-    Raises the ValueErrors of `check`, and MemoryError.
+    Raises the ValueErrors of check_sequences, and MemoryError.
     """
     if not sequences:
         return
-    check(sequences, lm.model.args.context, lm.model.args.vocab_size)
+    check_sequences(sequences, lm.model.args.context, lm.model.args.vocab_size)
     longest = max(len(ids) for ids, _ in sequences)
     roots = build_prefix_trees(sequences, min_shared_ids(lm.model.args, longest))
     yield from TreeScorer(lm, roots, batch_size).score([(node, 0) for node in roots])
 
 
-def check(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -> None:
-    """Raise ValueError for a sequence that has no ids to score, that is longer than context + 1, or
-    that has an id outside the vocabulary. The last id of a sequence is scored but never read."""
+def check_sequences(sequences: Sequence[tuple[Ids, int]], context: int, vocab_size: int) -> None:
+    """Raise ValueError for a sequence (ids, start) that the model cannot score: ids from `start` on
+    are scored, at least one, and not the first of all, because the model predicts an id from those
+    before it. context: positions of the model; a sequence may have one id more, because the last
+    one is scored but not read. vocab_size: ids are below it."""
     for number, (ids, start) in enumerate(sequences):
         if not 1 <= start < len(ids):
             raise ValueError(f"sequence {number}: no ids after position {start} of {len(ids)}")
@@ -317,9 +319,9 @@ class TreeScorer:
     def pool(self, level: int, rows: int, positions: int) -> list[KVCache]:
         """Return the level's KV caches, with at least this many rows and positions.
 
-        Caches that are too small are replaced by new ones, and their contents are lost. Compiled
-        prefill: always the largest size, plus fixed_rows, because the last call is padded to
-        fixed_rows rows.
+        Caches that are too small are replaced by new ones, and their contents are lost. With
+        compiled prefill, caches always have the largest size, plus fixed_rows rows, because the
+        last call is padded to fixed_rows rows.
         """
         if self.fixed_rows:
             positions, rows = (

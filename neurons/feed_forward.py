@@ -57,8 +57,9 @@ def fake_sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Te
 
 @torch.library.impl("gpt_flex::sparse_feed_forward", "CompositeExplicitAutograd")
 def sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
-    """Call neuron_sums of the layer with this number (a key of LAYERS) from compiled code. x and
-    predicted: its arguments. KeyError if the model of the layer is deleted."""
+    """Call neuron_sums of a layer from compiled code. x, predicted: its arguments. number: the
+    layer's key in LAYERS; see there why it is a tensor. Raises KeyError if the layer's model is
+    deleted."""
     return LAYERS[int(number)].neuron_sums(x, predicted)
 
 

@@ -159,10 +159,10 @@ class NeuronFile(DirectFile):
     """
 
     def __init__(self, path: Path, stride: int, depth: int):
-        """Open the file, without O_DIRECT where it refuses reads of one record.
+        """Open the file, with O_DIRECT if the disk accepts O_DIRECT reads of one record's size.
 
-        stride: bytes from one record to the next. depth: requests that are pending at a time.
-        `direct` tells whether O_DIRECT is used; without it the page cache is.
+        stride: bytes from one record to the next. depth: requests that are pending at a time. Sets
+        the attribute direct: whether O_DIRECT is used; if not, reads go through the page cache.
         """
         super().__init__(path)
         self.stride, self.nbytes, self.requests = stride, 0, 0

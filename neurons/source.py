@@ -133,7 +133,7 @@ class NeuronSource:
         chunks.
         """
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
-        parts = [{"": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
+        parts = [{"records": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
         buffers = [Buffer(part, None, record_event(self.device)) for part in parts]
         return Ring(order, buffers, self._fetch_chunk, WaitTime())
 
@@ -141,28 +141,28 @@ class NeuronSource:
         """Start to read a chunk into a buffer of the ring; the future is done when it is there.
 
         item: (layer, first neuron, end neuron). Called by the ring. The CUDA stream of the worker
-        first waits until the buffer's last use has ended. The buffer's memory has no name: its only
-        part has the key "".
+        first waits until the buffer's last use has ended.
         """
         layer, start, end = item
         stride = self.file.stride
-        memory = buffer.parts[""][: (end - start) * stride]
+        memory = buffer.parts["records"][: (end - start) * stride]
         offset = layer * self.layer_bytes + start * stride
         return self._worker.submit(
             lambda: self._chunk_store.read([(offset, memory)]), buffer.last_use
         )
 
     def stream_layer(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield each chunk of a layer: the number of its first neuron, and its records (n, stride).
+        """Yield each chunk of a layer: the id of its first neuron, and its records, (n, stride).
 
-        For a layer that is read whole. A chunk's memory is overwritten once the next chunk is
-        requested, after the GPU's work that was queued until then.
+        For a layer that is read whole. Once the next chunk is requested, the chunk's memory is
+        overwritten; on a GPU, after the work that is queued then.
         """
         stride = self.file.stride
         for start, end in self.chunks:
             with self._ring.acquire((layer, start, end)) as buffer:
                 try:
-                    yield start, buffer.parts[""][: (end - start) * stride].view(-1, stride)
+                    memory = buffer.parts["records"][: (end - start) * stride]
+                    yield start, memory.view(-1, stride)
                 finally:
                     buffer.last_use = record_event(self.device)
 
