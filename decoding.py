@@ -75,7 +75,7 @@ def one_micro_batch(caches: Sequence[Cache]) -> list[MicroBatch]:
 
 def caches_on_device(lm: "LoadedModel", batch: int, length: int) -> list[Cache]:
     """Make caches for `batch` rows of `length` positions, on the model's device: the default of
-    LoadedModel.new_caches. MemoryError before allocating."""
+    LoadedModel.new_caches. Raises MemoryError before it allocates anything."""
     needed = batch * lm.kv_bytes(length)
     what = f"a KV cache of {batch} rows of {length} tokens"
     hint = "lower --batch_size or --max_new_tokens, or shorten the texts"
@@ -110,7 +110,7 @@ class LoadedModel:
     @torch.inference_mode()
     def make_caches(self, batch: int, length: int) -> Sequence[Cache]:
         """Make the caches of all layers for `batch` rows of `length` tokens, at most the context.
-        The length is rounded up, see visible_length. MemoryError before allocating."""
+        The length is rounded up, see visible_length. Raises MemoryError before it allocates."""
         return self.new_caches(self, batch, visible_length(length, self.model.args.context))
 
     def kv_bytes(self, length: int) -> int:

@@ -234,7 +234,7 @@ def make_sampler(
 
 
 def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
-    """Returns the ids of each prompt. ValueError for prompts that the model cannot read."""
+    """Returns the ids of each prompt. Raises ValueError for prompts that the model cannot read."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     texts = [lm.tokenizer.encode(p) if isinstance(p, str) else token_ids(p) for p in prompts]
     check_prompts(texts, lm.model.args.context, lm.model.args.vocab_size)
@@ -255,7 +255,7 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
 
 def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
     """Returns the config with logprobs, the number of likeliest tokens to report, limited to the
-    vocabulary. ValueError for a bias of an id that the model lacks."""
+    vocabulary. Raises ValueError for a bias of an id that the model lacks."""
     for token, _ in config.logit_bias:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
@@ -269,7 +269,8 @@ def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
-    """ValueError for prompts, as ids, that exceed a model's context or have ids that it lacks."""
+    """Raises ValueError for prompts, as ids, that exceed a model's context or have ids that it
+    lacks."""
     if not prompts:
         raise ValueError("no prompt was given")
     for n, prompt in enumerate(prompts, 1):

@@ -238,8 +238,8 @@ class Transformer(nn.Module):
         return sum(n * self.cache_factory.slots(length, window) for window, n in counts.items())
 
     def has_rings(self, length: int) -> bool:
-        """Returns whether caches of `length` positions are rings in some layers, be they those of
-        another rank: all ranks must read a text in the same steps."""
+        """Returns whether caches of `length` positions are rings in some layers of the whole model,
+        this rank's or another's: all ranks must read a text in the same steps."""
         return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
 
 

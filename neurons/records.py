@@ -99,8 +99,8 @@ class RecordFormat:
     def part(self, records: Tensor, matrix: str, name: str) -> Tensor:
         """Return a part of each record as a view: (n, stride) bytes -> (n, elements of the part).
 
-        name: weight, scales or zeros. matrix: one of `matrices`. KeyError for a part that this kind
-        does not have.
+        name: weight, scales or zeros. matrix: one of `matrices`. Raises KeyError for a part that
+        this kind does not have.
         """
         start, count, dtype = self.fields[matrix, name]
         return records[:, start : start + count * dtype.itemsize].view(dtype)
