@@ -283,9 +283,8 @@ def remove_unused(cache: Path, own: Path) -> None:
     for UNUSED_DAYS. own: the folder of the library that this process has loaded."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for folder in cache.glob(f"{LIBRARY}-*"):
-        with contextlib.suppress(
-            OSError
-        ):  # another process removes it, or it belongs to another user
+        # Another process may remove it at the same time, or another user may own it.
+        with contextlib.suppress(OSError):
             complete = folder / "complete"
             used = (complete if complete.exists() else folder).stat().st_mtime
             if folder != own and used < oldest:
