@@ -59,6 +59,7 @@ INSTRUCTION_SETS = {
     "avx512": InstructionSet("x86_64", AVX512, AVX512_FLAGS),
     "avx_vnni": InstructionSet("x86_64", (*AVX2, "avx_vnni"), (*AVX2_FLAGS, "-mavxvnni")),
     "avx2": InstructionSet("x86_64", AVX2, AVX2_FLAGS),
+    "neon_dot": InstructionSet("arm64", ("dot",), ("-march=armv8.2-a+dotprod",)),
     "neon": InstructionSet("arm64", (), ()),
     "scalar": InstructionSet("", (), ("-DGPT_FLEX_SCALAR",)),
 }
