@@ -1,5 +1,5 @@
-"""C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON with and without dot products, and
-plain C++.
+"""C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON (with and without dot products)
+and plain C++.
 
 build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
 and registers each operator as torch.ops.gpt_flex.NAME. Each operator has a header, which knows

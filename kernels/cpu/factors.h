@@ -3,9 +3,9 @@
 // all lanes, has the same inputs. Start at Factors, which is Bytes where the CPU adds products of
 // four bytes (AVX-VNNI, ARM's dot products), else Pairs. Both give the same integers.
 //
-// Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile in
-// the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give at
-// most 128 * 255 * 32639, 256 int4 inputs less.
+// Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile
+// in the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give
+// at most 128 * 255 * 32639, 256 int4 inputs less.
 
 #pragma once
 
@@ -13,9 +13,9 @@
 
 namespace {
 
-// Pairs of 16-bit numbers, as AVX2's vpmaddwd multiplies them. Of four bytes of weights, seen as two
-// 16-bit lanes, the low bytes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a shift
-// turns bytes or nibbles into pairs, without moving any of them between lanes.
+// Pairs of 16-bit numbers, as AVX2's vpmaddwd multiplies them. Of four bytes of weights, seen as
+// two 16-bit lanes, the low bytes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a
+// shift turns bytes or nibbles into pairs, without moving any of them between lanes.
 template <Format F>
 struct Pairs {
   static constexpr int kPlanes = 1;            // sums that a row needs
@@ -38,12 +38,15 @@ struct Pairs {
   }
   static void keep(NativeInt& sums) { native_keep(sums); }
   // Returns the sums of the products. row_sum: of the row's numbers in the block.
-  [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float /*row_sum*/) { return sums[0]; }
+  [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float /*row_sum*/) {
+    return sums[0];
+  }
 };
 
 #ifdef GPT_FLEX_BYTE_PRODUCTS
-// Bytes: of a row's numbers first the high ones, then the low ones, which need sums of their own. Of
-// int8 weights, which are stored plus 128, 128 is subtracted where the CPU multiplies signed bytes.
+// Bytes: of a row's numbers the high ones (plane 0) and the low ones (plane 1), which need sums of
+// their own. int8 weights are stored plus 128; where the CPU multiplies signed bytes, weights()
+// takes 128 off, and total() adds 128 times the sum of the inputs.
 template <Format F>
 struct Bytes {
   static constexpr int kPlanes = 2, kInputs = 4, kSteps = 8 / bits(F);

@@ -18,9 +18,9 @@ constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX mul
 constexpr int64_t kPad = 32;
 
 // How a row's numbers are stored. Some CPUs multiply bytes (vpdpbusd, AMX, ARM's sdot): a number is
-// 256 * high + low, both signed, and all high bytes of a row lie before all low ones. Others multiply
-// pairs of 16 bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile of weights
-// hold the inputs 0 and 2, and 1 and 3 (factors.h).
+// 256 * high + low, both signed, and all high bytes of a row lie before all low ones. Others
+// multiply pairs of 16 bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile
+// of weights hold the inputs 0 and 2, and 1 and 3 (factors.h).
 #if defined(__AVX512VNNI__) || defined(GPT_FLEX_BYTE_PRODUCTS)
 constexpr bool kBytePlanes = true;
 #else

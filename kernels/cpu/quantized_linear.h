@@ -3,9 +3,10 @@
 // Start at multiply. The rate at which memory is read bounds decoding, so the arithmetic must cost
 // little beside a load, and it must be exact. fixed_point.h therefore converts activations to
 // 16-bit integers, and products with weights add up in 32 bits without rounding: by
-// strip_products.h, or on CPUs with AVX-512 VNNI by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud, eight
-// rows at a time). Weights are read from the first byte to the last, as layout.h orders them. A
-// row's result has the same bits whatever rows are beside it and whatever instructions the CPU has.
+// strip_products.h, or on CPUs with AVX-512 VNNI by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud,
+// eight rows at a time). Weights are read from the first byte to the last, as layout.h orders them.
+// A row's result has the same bits whatever rows are beside it and whatever instructions the CPU
+// has.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Integer products of fixed-point rows by strips of packed weights, on all CPUs without AVX-512 VNNI.
-// factors.h turns both into registers that the CPU multiplies.
+// Integer products of fixed-point rows by strips of packed weights, on all CPUs without AVX-512
+// VNNI. factors.h turns both into registers that the CPU multiplies.
 //
 // Start at multiply_strips. Weights are unpacked in registers, for kRowsTogether rows at a time: to
 // unpack them into memory for more rows takes longer.
@@ -97,7 +97,7 @@ inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t num
   }
 }
 
-// Where R rows of a span begin: the lanes of their planes, and for each block their sums and scales.
+// Where R rows of a span begin: the lanes of each plane, and for each block the sums and scales.
 template <int R>
 struct RowPointers {
   const int32_t* lanes[R][kRowPlanes];
@@ -171,8 +171,9 @@ void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Float
 // Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One
 // span of these rows stays in the L1 cache while all the strips are multiplied by it.
 template <Format F>
-void multiply_some_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
-                     int64_t first, int64_t rows, const Output& out) {
+void multiply_rows_by_strips(const PackedWeights& w, int64_t n, int64_t strips,
+                             const FixedPointRows& x, int64_t first, int64_t rows,
+                             const Output& out) {
   const int64_t bytes = span_bytes<F>(w.block), spans = spans_of(w.K);
   Floats y[kStripsInCache][kRowsInCache];
   for (int64_t i = 0; i < strips; i++)
@@ -214,12 +215,12 @@ void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t f
 // Multiplies all rows by strips `from` to `to`, and stores them in `out`.
 template <Format F>
 void multiply_strips(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
-                    const Output& out) {
+                     const Output& out) {
   if (out.M == 1) return multiply_one_row<F, kRowStreams>(w, x, from, to, out);
   for (int64_t n = from; n < to; n += kStripsInCache)
     for (int64_t m = 0; m < out.M; m += kRowsInCache)
-      multiply_some_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,
-                         std::min(kRowsInCache, out.M - m), out);
+      multiply_rows_by_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,
+                                 std::min(kRowsInCache, out.M - m), out);
 }
 
 }  // namespace
