@@ -140,7 +140,7 @@ class Cycle:
         tokens = torch.cat((last, draft), dim=1) if k else last  # (B, k + 1)
         logits = self.lm.decode(tokens, pos, self.key_pos[:visible], self.caches)  # (B, k + 1, V)
         if k:
-            self.sampler.record_draft(draft, numbers[:, :k])
+            self.sampler.record(draft, numbers[:, :k])
         return self.sampler(logits, numbers)
 
     def _verify_inputs(self, k: int) -> Sequence[Tensor]:

@@ -104,7 +104,7 @@ class PairedRuns:
         stats = Stats(lm)
         for row, prompt in enumerate(prompts):
             self.texts.append(
-                complete(lm, [prompt], self.config, rows=[row], caches=caches, stats=stats)[0].ids
+                complete(lm, [prompt], self.config, streams=[row], caches=caches, stats=stats)[0].ids
             )
         return stats
 

@@ -79,7 +79,7 @@ def answerer(
             [ids],
             session.config,
             # The number of the random stream: each answer has its own.
-            rows=[len(conversation.messages)],
+            streams=[len(conversation.messages)],
             caches=caches,
             past=cached,
             stats=session.stats,

@@ -91,7 +91,7 @@ class PromptMode:
                     lm,
                     [job.ids for job in batch],
                     session.config,
-                    rows=[job.number for job in batch],
+                    streams=[job.number for job in batch],
                     caches=caches,
                     stats=session.stats,
                     on_text=sink.text,
