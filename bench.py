@@ -134,11 +134,12 @@ def measure(
 ) -> dict[str, Any]:
     """Run prefill and decode `repeats` times after warm-up, and print a table on stderr.
 
-    complete: engine.complete; a parameter, because engine.py stands above this file. The prompts
-    are random ids, one for each row of the caches, of prompt_length; every text gets
-    config.max_new_tokens tokens, as EOS and stop strings are ignored. The caches must have room for
-    both. Returns the settings, the tokens per second of each timed run, the bytes per second that
-    decoding read (None with a draft, whose reads are not counted), the ceiling, and provenance().
+    complete: engine.complete; a parameter, because this file stands below engine.py and may not
+    import it. The prompts are random ids, one for each row of the caches, of prompt_length; every
+    text gets config.max_new_tokens tokens, as EOS and stop strings are ignored. The caches must
+    have room for both. Returns the settings, the tokens per second of each timed run, the bytes per
+    second that decoding read (None with a draft, whose reads are not counted), the ceiling, and
+    provenance().
     """
     generator = torch.Generator().manual_seed(config.seed)
     shape = (caches[0].rows, prompt_length)
