@@ -175,9 +175,9 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
 def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
     """Return a warning if quantised products are slower than dense ones here, else None.
 
-    They can be slower only on a CPU without a C++ compiler, which kernels/cpu needs. There a product
-    of the size of wo (attention's output) of layer 0, with at most MAX_MEASURED_WIDTH outputs and
-    inputs, is timed.
+    They can be slower only on a CPU without a C++ compiler, which kernels/cpu needs. There this
+    times a product of the size of wo (attention's output) of layer 0, with at most
+    MAX_MEASURED_WIDTH outputs and inputs.
     """
     reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
