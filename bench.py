@@ -86,10 +86,12 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
+        """Return the prompt tokens per second. 1e-9: before any run, 0 and no division by 0."""
         return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
+        """Return the decoded tokens per second."""
         return self.decoded_tokens / max(self.decode_seconds, 1e-9)
 
     @property

@@ -101,9 +101,9 @@ class DraftLengthController:
     def choose(self, max_k: int) -> int:
         """Return k for the next cycle, at most max_k. Call it once before each cycle.
 
-        max_k: the draft tokens that the longest remaining text can still use; if negative, the
-        result is 0. With several ranks, rank 0 chooses for all: times differ between ranks, but all
-        must use the same k.
+        max_k: the most draft tokens that a text can still use; if negative, the result is 0. With
+        several ranks, rank 0 chooses for all: times differ between ranks, but all must use the same
+        k.
         """
         self._cycle += 1
         # Time a plain step if fewer than two are timed, or PLAIN_EVERY_CYCLES after the latest.
@@ -286,7 +286,8 @@ class DraftStats:
 
     @property
     def speed_up(self) -> float:
-        """Return the speed over that of plain decoding, estimated from plain steps of this run."""
+        """Return how many times as fast as plain decoding this run was, by the times of its plain
+        steps. 1e-9: before any cycle, no division by 0."""
         return self.plain_seconds / max(self.seconds, 1e-9)
 
     def lines(self) -> Iterator[str]:

@@ -114,7 +114,8 @@ class PromptMode:
         """Returns the object that writes the texts: to the file of --output, or to stdout. Its
         attribute todo holds the jobs without a result in that file; for stdout, all jobs.
 
-        all_jobs: one for each text. Prompts for --chat, or of random tokens, are not printed.
+        all_jobs: one for each text. Prompts for --chat, or of random tokens, are not printed. Ranks
+        other than 0, which have no file, get a sink for stdout; their stdout drops the texts.
         """
         ends = jobs.FinishCounts(session.config.max_new_tokens)
         if self.output:
