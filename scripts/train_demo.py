@@ -120,7 +120,7 @@ def sample_documents(teacher: Path, characters: int, seed: int) -> list[str]:
     documents: list[str] = []
     with tqdm(total=characters, unit="char", unit_scale=True, desc="teacher") as bar:
         while bar.n < characters:
-            told = complete(lm, start, config, rows=rows)
+            told = complete(lm, start, config, streams=rows)
             texts = [c.text.split("<|")[0].strip() for c in told if c.finish_reason == "eos"]
             documents += texts
             rows = range(rows.stop, rows.stop + len(rows))
