@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    work = partial(convert, args.checkpoint_dir, DTYPES.get(args.dtype))
+    work = partial(convert, args.checkpoint_dir, DTYPES.get(args.dtype))  # None without --dtype
     return exit_code(
         "convert_hf_checkpoint.py", lambda: print(work()), "stopped; nothing was written"
     )

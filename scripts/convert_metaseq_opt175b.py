@@ -465,7 +465,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder, dtype = args.checkpoint_dir, DTYPES.get(args.dtype)
+    folder, dtype = args.checkpoint_dir, DTYPES.get(args.dtype)  # None without --dtype
     return exit_code(
         "convert_metaseq_opt175b.py",
         lambda: print(convert(folder, args.output_dir or folder, args.heads, dtype)),

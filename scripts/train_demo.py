@@ -282,6 +282,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train a tokenizer, then each of args.models, and save them below args.out."""
     torch.manual_seed(args.seed)
     documents = read_documents(args.text)
     if args.teacher:

@@ -40,10 +40,10 @@ class Conversation:
     max_length: the limit on the tokens of prompt and answer together. max_new_tokens: the tokens
     that are reserved for an answer, at most half of max_length. system: the text of a system
     message, or None. variables: values that the chat template reads, see Tokenizer.chat_text.
-    reusable: decoding.reusable_tokens for the model and its KV cache. It takes three numbers of
-    ids: those at the beginning of a prompt that are in the KV cache, the most that the KV cache has
-    stored since a prompt was computed completely, and all of the prompt's. It returns how many of
-    the first need not be computed again.
+    reusable: decoding.reusable_tokens for the model and its KV cache. It takes three numbers: how
+    many ids at the beginning of a prompt are in the KV cache, how many ids the KV cache has had at
+    most since a prompt was computed completely, and how many ids the prompt has. It returns how
+    many of the first ids need not be computed again.
     """
 
     def __init__(

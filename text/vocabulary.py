@@ -371,6 +371,7 @@ class IdBackend:
 
 
 def special_token(text: str) -> AddedToken:
+    """Return a special token that is looked for in a text before the text is normalized."""
     return AddedToken(text, special=True, normalized=False)
 
 

@@ -19,6 +19,7 @@ from layers.positions import ROPES
 from weights.config import Config
 
 KINDS = [kind for kind in ROPES if kind != "none"]  # a family chooses "none", not a config
+KIND_KEYS = "rope_type", "type"  # of a section; "type" is older
 
 
 def read_rope(
@@ -44,10 +45,10 @@ def read_rope(
         section.refuse(key, (), "the layers of this family share their rotary positions")
     # theta lies in the section in transformers 5, beside it in the older schema.
     theta = (section if "rope_theta" in section.values else config).number("rope_theta", theta)
-    kind = read_kind(section, ("rope_type", "type"), aliases, kinds)
-    rope = Rope(rotated_channels(config, section, head_dim, partial), theta)
+    kind = read_kind(section, aliases, kinds)
+    rope = Rope(rotated_channels(config, section, head_dim, partial), theta, kind)
     original = config.positions("original_max_position_embeddings", None, null=None)
-    return READERS.get(kind, plain)(config, section, replace(rope, kind=kind), original)
+    return READERS.get(kind, plain)(config, section, rope, original)
 
 
 def read_ropes_by_type(
@@ -82,18 +83,16 @@ def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -
     if the section has none."""
     # transformers reads `truncate` beside the sections: false in a section has no effect there.
     section.refuse("truncate", [True], "only true is supported in a section for a type of layer")
-    kind = read_kind(section, ("rope_type", "type"), {}, KINDS)
+    kind = read_kind(section, {}, KINDS)
     theta = section.number("rope_theta", theta)
     rope = Rope(rotated_channels(config, section, head_dim, None), theta, kind)
     return READERS.get(kind, plain)(config, section, rope, None)
 
 
-def read_kind(
-    section: Config, keys: Sequence[str], aliases: Mapping[str, str], kinds: Sequence[str]
-) -> str:
-    """Returns the kind of rotary positions, a key of ROPES: the value of the first of `keys` that
-    the section has, or "default" if it has none of them. aliases, kinds: see read_rope."""
-    key = next((key for key in keys if key in section.values), keys[0])
+def read_kind(section: Config, aliases: Mapping[str, str], kinds: Sequence[str]) -> str:
+    """Returns the kind of rotary positions, a key of ROPES: the value of the first of KIND_KEYS
+    that the section has, or "default" if it has neither. aliases, kinds: see read_rope."""
+    key = next((key for key in KIND_KEYS if key in section.values), KIND_KEYS[0])
     kind = section.choice(key, [*kinds, *aliases], "default")
     return aliases.get(kind, kind)
 
@@ -153,7 +152,8 @@ def read_yarn(config: Config, section: Config, rope: Rope, original: int | None)
     context = trained_context(config, section, original)
     factor = section.number("factor", null=None, maximum=1e6)
     factor = factor or config.positions("max_position_embeddings") / context
-    given = Config({k: v for k, v in section.values.items() if v != 0}, section.where)  # not zero
+    # Without the zeros, so that a zero counts as missing.
+    given = Config({k: v for k, v in section.values.items() if v != 0}, section.where)
     fast, slow = given.number("beta_fast", 32, null=32), given.number("beta_slow", 1, null=1)
     mscales = [given.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
     # The paper's 0.1 log(factor) + 1 or, with both mscales, the quotient of two such terms
