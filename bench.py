@@ -143,7 +143,7 @@ def measure(
     second that decoding read (None with a draft, whose reads are not counted), the ceiling, and
     provenance().
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed % 2**63)  # it takes 64 bits
     shape = (caches[0].rows, prompt_length)
     prompts = torch.randint(lm.model.args.vocab_size, shape, generator=generator).tolist()
     config = dataclasses.replace(config, ignore_eos=True, stop=())

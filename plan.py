@@ -222,16 +222,19 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
 def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> Policy:
     """Returns the policy with the shares of --percent and the micro-batches of the options.
 
-    start: the policy that gives all other fields. By default a micro-batch has at most 16 rows.
+    start: the policy that gives all other fields. Without gpu_batch_size, the micro-batches share
+    the rows of batch_size, or have 16 rows each.
     """
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
+    rows, count = min(options.batch_size or workload.texts, workload.texts), options.num_gpu_batches
+    each = max(1, rows // count) if options.batch_size else min(16, rows)
     return replace(
         start,
         weights=weights,
         cache=cache,
         activations=activations,
-        micro_batch=options.gpu_batch_size or min(options.batch_size or 16, workload.texts),
-        micro_batches=options.num_gpu_batches,
+        micro_batch=options.gpu_batch_size or each,
+        micro_batches=count,
     )
 
 

@@ -151,10 +151,13 @@ def documents(text: str) -> int | float:
 def nbytes(text: str) -> int:
     """Convert an amount of memory to bytes: 6GB -> 6000000000; 6GiB -> 6442450944; 6 -> 6."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
+    value = 0
+    if match:
+        power = " KMGT".index(match[2].upper() or " ")  # without a letter 0, K 1, M 2, G 3, T 4
+        value = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if value == 0:  # also 0.4, which is less than a byte
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
-    power = " KMGT".index(match[2].upper() or " ")  # without a letter 0, K 1, M 2, G 3, T 4
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return value
 
 
 def amount(text: str) -> float:
@@ -164,7 +167,9 @@ def amount(text: str) -> float:
         if not 0 < float(match[1]) <= 100:
             raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")
         return float(match[1]) / 100
-    return nbytes(text)
+    if (value := nbytes(text)) == 1:  # would count as a share of 1
+        raise argparse.ArgumentTypeError(f"{text} is one byte: say 50% or 4GB")
+    return value
 
 
 def window(text: str) -> float:

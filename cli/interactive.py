@@ -34,7 +34,7 @@ class ChatMode:
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """Returns the length of one prompt that, with its answer of `new` tokens, fills the
         context: the planner of offloading reserves memory for the longest conversation."""
-        return [args.context - 1 - new]
+        return [max(1, args.context - 1 - new)]
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None: ...
 

@@ -113,8 +113,8 @@ class PlanOptions(FromArguments):
     """Settings that choose the policy, which divides a model among device, host and disk. Names of
     fields that FlexGen has are FlexGen's."""
 
-    # Rows of all micro-batches together; with `percent` but no gpu_batch_size, of one micro-batch.
-    # None: all texts, or with `percent` at most 16 rows.
+    # Rows of all micro-batches together; not used with gpu_batch_size. None: all texts, or with
+    # `percent` at most 16 rows of a micro-batch.
     batch_size: int | None = None
     device_memory: float | None = None  # bytes that may be used; None: the free ones less a reserve
     host_memory: float | None = None  # the same

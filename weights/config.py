@@ -42,7 +42,7 @@ class Config:
         def fits(value: Any) -> bool:
             return type(value) is int and 0 <= value <= 2**24
 
-        return self._read(key, fits, "an integer from 0 on", default)
+        return self._read(key, fits, "an integer from 0 to 2**24", default)
 
     def number(
         self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, maximum: float = 1e15

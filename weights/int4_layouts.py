@@ -60,8 +60,8 @@ REMEDY = "download the unquantised original and use quantize.py"
 def quantization_config(
     config: dict[str, Any], folder: Path, packed: bool
 ) -> dict[str, Any] | None:
-    """Returns a checkpoint's quantization_config, with the keys that transformers uses; None, or {}
-    if config.json has that, for a checkpoint that is not quantised.
+    """Returns a checkpoint's quantization_config, with the keys that transformers uses; None for a
+    checkpoint that is not quantised.
 
     config: the content of config.json. folder: where it lies. packed: whether the checkpoint has
     qweight tensors; if it has and config.json does not describe them, the older files of
@@ -82,7 +82,7 @@ def quantization_config(
             f"be read: {REMEDY}"
         )
     if settings or not packed:
-        return settings
+        return settings or None  # config.json may have {}
     for file, (method, keys) in SETTINGS_FILES.items():
         if (folder / file).is_file():
             settings = {keys.get(k, k): value for k, value in read_object(folder / file).items()}

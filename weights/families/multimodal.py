@@ -45,7 +45,8 @@ def text_config(config: Any) -> Config:
         return Config(config)
     model = MODELS[kind]
     inner = config.get("text_config") or config | {"model_type": model.model_type}
-    given = Config(inner, "config.json, text_config" if "text_config" in config else "config.json")
+    where = "config.json, text_config" if config.get("text_config") else "config.json"
+    given = Config(inner, where)
     values = {"model_type": model.model_type} | given.values
     values = {key: value for key, value in values.items() if key not in model.unused}
     tied = config.get("tie_word_embeddings", model.tied)
