@@ -1,12 +1,12 @@
 """Offloading: a model's layers lie on several tiers and are brought to the device when needed.
 
 Start at StreamedLayers. Transformer.forward iterates over it and gets one layer after the other, on
-the device, while the next layer is read into another buffer. The two buffers are used in turn and
-are called a ring (tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one
-micro-batch after the other, so that the weights are loaded once for all of them. The KV cache is
-cut into cells, one for each layer and micro-batch, which move in the same way: see
-tiers/kv_cache.py. A tier is the device, host memory or disk. Which tier holds what is stated by a
-Policy (tiers/policy.py). A store holds bytes on another tier: host memory or a file.
+the device, while the next layer is read into another buffer: a Prefetcher uses two buffers in turn
+(tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one micro-batch after the
+other, so that the weights are loaded once for all of them. The KV cache is cut into cells, one for
+each layer and micro-batch, which move in the same way: see tiers/kv_cache.py. A tier is the device,
+host memory or disk. A Policy (tiers/policy.py) states which tier holds what. A store holds bytes on
+another tier: host memory or a file.
 
 Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
 
@@ -42,7 +42,7 @@ from tiers.prefetch import (
     ComputeWorkers,
     HostMemory,
     Layout,
-    Ring,
+    Prefetcher,
     Store,
     TransferWorker,
     WaitTime,
@@ -51,7 +51,7 @@ from tiers.prefetch import (
 from weights.allocation import Fill, allocate_tensor, final_dtype, set_tensor, stored_tensors
 
 # While the host computes the attention of one micro-batch, the device computes another, and a third
-# waits between the two. The ring of the KV cache must have as many buffers.
+# waits between the two. The KV cache must have as many prefetch buffers.
 CONCURRENT_MICRO_BATCHES = 3
 # Called with the name of a tensor and the dtype used for computation. Returns the file and the
 # offset of the tensor if it is stored in that dtype, else None.
@@ -74,7 +74,7 @@ class StreamedLayers(nn.ModuleList):
     """Takes the place of Transformer.layers. Made before loading, when they are on the meta device.
 
     The loader asks `destination` for the memory of each tensor, fills it, and then calls `start`,
-    which makes the ring. Iteration yields the layers.
+    which makes the prefetcher. Iteration yields the layers.
     dtype: of the weights in computation. `use` replaces the eager computation of blocks.
     tiers: the tier of each layer. _moving: the numbers of the layers that are not on the device.
     """
@@ -130,11 +130,12 @@ class StreamedLayers(nn.ModuleList):
         return None if on_disk else allocate_tensor(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
-        """Make the ring. The loader calls this once, after it has filled all tensors in memory.
+        """Make the prefetcher. The loader calls this once, after it has filled all tensors in
+        memory.
 
         A layer on disk is read from the checkpoint if one file of it stores the layer in the dtypes
-        used for computation. Other layers on disk are first written to a scratch file, which has
-        no name and ends with the process.
+        used for computation. Other layers on disk are first written to a scratch file, which has no
+        name and ends with the process.
         fill(name, tensor): writes the checkpoint's values to a tensor. stored(name, dtype): returns
         the file and offset of a tensor that is stored in that dtype, else None.
         Raises ValueError or OSError if the scratch file cannot be written.
@@ -148,28 +149,28 @@ class StreamedLayers(nn.ModuleList):
         self._reader = TransferWorker(self.device, "weights", WEIGHT_BUFFERS)
         self._packer = TransferWorker(self.device, "pack")
         self._workers = ComputeWorkers(self.device, "micro-batches", CONCURRENT_MICRO_BATCHES)
-        self._ring = self._new_ring()
+        self._prefetcher = self._new_prefetcher()
 
     def set_policy(self, policy: Policy) -> None:
         """Change the policy between two runs, for example its micro-batches (benchmarks/offload.py
         compares policies so). The share of the weights on each tier must be the same, because no
         layer is moved."""
         self.policy = policy
-        self._ring = self._new_ring()
+        self._prefetcher = self._new_prefetcher()
 
-    def _new_ring(self) -> Ring[int]:
-        overlap = self.policy.overlap
-        return Ring(self._moving, self.buffers, self._fetch, self.wait_times["layers"], overlap)
+    def _new_prefetcher(self) -> Prefetcher[int]:
+        wait_time, overlap = self.wait_times["layers"], self.policy.overlap
+        return Prefetcher(self._moving, self.buffers, self._fetch, wait_time, overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """Yield for each layer, in order, the function that computes it: `_forward` with its index
-        and block. A layer that is not on the device stays in a buffer of the ring, which is used
-        again once the next layer is requested."""
+        and block. A layer that is not on the device stays in a prefetch buffer, which is used again
+        once the next layer is requested."""
         for j, layer in enumerate(super().__iter__()):
             if self.tiers[j] == "device":
                 yield partial(self._forward, j, layer)
             else:
-                with self._ring.acquire(j) as buffer:
+                with self._prefetcher.acquire(j) as buffer:
                     try:
                         yield partial(self._forward, j, buffer.contents.block)
                     finally:  # even after an error the device may still use the buffer
@@ -246,7 +247,7 @@ class StreamedLayers(nn.ModuleList):
     def _file_store(self, file: DirectFile) -> Store:
         """Return the store from which layers in this file are read: the checkpoint's file or the
         scratch file. A GPU cannot read a file directly: there the bytes go through host memory, as
-        large as a layer for each buffer of the ring, so that as many layers are read at a time."""
+        large as a layer for each prefetch buffer, so that as many layers are read at a time."""
         file.threads = layer_threads  # apart from the KV cache's, whose reads must not queue here
         # Large requests would delay reads of the KV cache from the same disk.
         if not self.policy.cache.disk:
@@ -258,8 +259,8 @@ class StreamedLayers(nn.ModuleList):
         return BounceBuffer(file, host_buffers)
 
     def _buffer(self) -> Buffer:
-        """Allocate a buffer of the ring: memory for one layer on the device, and a block whose
-        tensors share this memory.
+        """Allocate a prefetch buffer: memory for one layer on the device, and a block whose tensors
+        share this memory.
 
         On a CPU the block's linears are replaced by faster ones. Those for quantised weights
         (PackedLinear) hold a repacked copy, so `_fetch` repacks it after each read. Whether dense
@@ -279,9 +280,9 @@ class StreamedLayers(nn.ModuleList):
         return Buffer(parts, StreamedBlock(block, packed), record_event(self.device))
 
     def _fetch(self, j: int, buffer: Buffer) -> Future:
-        """Start to read layer j into a buffer of the ring, which calls this. Return a future that
-        is done when the layer can be computed. The copy into a GPU's buffer waits until the GPU has
-        finished with it (buffer.last_use)."""
+        """Start to read layer j into a prefetch buffer; called by the prefetcher. Return a future
+        that is done when the layer can be computed. The copy into a GPU's buffer waits until the
+        GPU has finished with it (buffer.last_use)."""
         store, offsets = self.locations[j]
         pieces = [(offsets[name], part) for name, part in buffer.parts.items()]
         read = self._reader.submit(lambda: store.read(pieces), buffer.last_use)
@@ -381,9 +382,8 @@ def compute_in_threads(
 
     compute: called with a micro-batch's cell of the KV cache, its first row, and one past its last.
     micro_batches: these two row numbers of each. cache: of one layer, for all rows. pos: (B, T),
-    where each row writes. The calling thread opens and closes the cells, in order, because the ring
-    of cells returns them in that order only. When this returns or raises, no micro-batch is
-    running.
+    where each row writes. The calling thread opens and closes the cells, in order, because they are
+    prefetched in that order only. When this returns or raises, no micro-batch is running.
     """
     running: deque[tuple[contextlib.ExitStack, Future]] = deque()
 

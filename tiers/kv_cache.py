@@ -5,10 +5,10 @@ are cut into cells, one for each layer and micro-batch (rows that pass through a
 each on one tier: device, host memory or disk. A resident cell is used where it is. Any other cell
 moves: its bytes are in a store (host memory or a file). They are read into a buffer while the
 device computes with earlier cells, and are used there as a KVCache; then the new slots are written
-back to the store. The buffers are used in turn and are called a ring (prefetch.py). With attention
-on the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
-host memory. Cells of layers with a sliding window are smaller: they have fewer slots than positions
-(KVCache.ring, which has nothing to do with the ring of buffers).
+back to the store. A Prefetcher uses the buffers in turn (prefetch.py). With attention on the host
+(host_attention.py), cells in host memory are resident, and cells on disk are read into host memory.
+Cells of layers with a sliding window are smaller: they are rings (KVCache.ring), with fewer slots
+than positions.
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
@@ -42,7 +42,7 @@ from tiers.prefetch import (
     HostMemory,
     Layout,
     Parts,
-    Ring,
+    Prefetcher,
     Store,
     TransferWorker,
     WaitTime,
@@ -196,25 +196,25 @@ class CellAllocator:
         return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
 
     def buffer(self) -> Buffer:
-        """Allocate a buffer of the ring: memory of one cell, and for each kind of cell a cache
-        whose tensors share this memory. It is on the device, or on the host if the host computes
-        the attention."""
+        """Allocate a prefetch buffer: memory of one cell, and for each kind of cell a cache whose
+        tensors share this memory. It is on the device, or on the host if the host computes the
+        attention."""
         device = CPU if self._buffers_on_host() else self.device
         parts = self.layout.allocate(device)
         caches = {kind: kind.cache(parts, device) for kind in set(self.kinds)}
         return Buffer(parts, caches, record_event(self.device))
 
     def _buffers_on_host(self) -> bool:
-        """Return whether the ring's buffers are in host memory, so that files are read directly
+        """Return whether the prefetch buffers are in host memory, so that files are read directly
         into them: the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
 
 class TieredCaches(Sequence["TieredCache"]):
-    """The caches of all layers, with the ring and the threads that move their cells.
+    """The caches of all layers, with the prefetcher and the threads that move their cells.
 
-    The ring's order is the order of use: for each layer, its cells that are not resident, one for
-    each micro-batch in use. The same order repeats at each step.
+    The prefetcher's order is the order of use: for each layer, its cells that are not resident, one
+    for each micro-batch in use. The same order repeats at each step.
     rows, length: the rows of a block of texts, and the usable positions of each. wait_time: the
     seconds that computation waits for cells are added to it.
     """
@@ -227,10 +227,10 @@ class TieredCaches(Sequence["TieredCache"]):
         length: int,
         wait_time: WaitTime | None = None,
     ):
-        """Allocate all cells, on the policy's tiers, and the ring's buffers. K: micro-batches.
+        """Allocate all cells, on the policy's tiers, and the prefetch buffers. K: micro-batches.
 
-        Raises ValueError if the disk is too full. The ring is empty until the first cell that is
-        not resident is acquired.
+        Raises ValueError if the disk is too full. The prefetcher has no cells until the first cell
+        that is not resident is acquired.
         """
         allocator = CellAllocator(model, policy, length)
         self.policy, self.device = policy, allocator.device
@@ -241,11 +241,12 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = allocator.cells(kinds, tiers)
         self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._ring_buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
-        self._ring, self._ring_micro_batches = Ring((), (), self._fetch, self._wait_time), 0
+        self._prefetcher = Prefetcher((), (), self._fetch, self._wait_time)
+        self._prefetched_micro_batches = 0
         # The latest pos of `_written_span` for each kind of cell, and the spans for it.
         self._spans: dict[CellKind, tuple[Tensor, list[tuple[int, int]]]] = {}
 
@@ -260,13 +261,14 @@ class TieredCaches(Sequence["TieredCache"]):
         """Yield the cell of micro-batch k as a cache; on exit, start to write its new slots to the
         store. The write has ended on exit only if the policy does not overlap.
 
-        cell: cells[k] of the layer that is computed now. Cells must be acquired in the ring's order
-        to be prefetched. pos: (B, T), the slots in which each row of the batch writes.
+        cell: cells[k] of the layer that is computed now. Cells must be acquired in the prefetcher's
+        order to be prefetched. pos: (B, T), the slots in which each row of the batch writes.
         """
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as buffer:
+        K = -(-len(pos) // self.policy.micro_batch)  # micro-batches in use
+        with self._prefetcher_for(K).acquire(cell) as buffer:
             try:
                 yield buffer.contents[cell.kind]
             finally:  # even after an error the device may still use the buffer
@@ -288,7 +290,7 @@ class TieredCaches(Sequence["TieredCache"]):
         k: the number of the old cell, m: of the new one.
         """
         g = self.policy.micro_batch
-        self._ring_over(0)  # drops prefetched cells, whose rows have the old numbers
+        self._prefetcher_for(0)  # drops prefetched cells, whose rows have the old numbers
         unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows in unchanged cells
         for k, moves in groupby(enumerate(rows[unmoved:], unmoved), lambda move: move[1] // g):
             with self._read(cells[k]) as source:
@@ -314,18 +316,18 @@ class TieredCaches(Sequence["TieredCache"]):
         `new`, which are consecutive. source: the cache of the old cell.
         """
         g = self.policy.micro_batch
-        target = cell.cache or self._ring_buffers[-1].contents[cell.kind]
+        target = cell.cache or self._buffers[-1].contents[cell.kind]
         target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
         target_rows.take(source, torch.tensor(old) % g, filled)
 
     @contextlib.contextmanager
     def _read(self, cell: Cell) -> Iterator["KVCache | HostAttention"]:
         """Yield a cell as a cache, for `compact`. If it is not resident, it is read into the first
-        buffer, outside the ring: the ring must be empty (`_ring_over(0)`)."""
+        buffer; the prefetcher must not use it (`_prefetcher_for(0)`)."""
         if cell.cache is not None:
             yield cell.cache
             return
-        buffer = self._ring_buffers[0]
+        buffer = self._buffers[0]
         self._fetch(cell, buffer).result()
         yield buffer.contents[cell.kind]
         buffer.last_use = record_event(self.device)
@@ -335,27 +337,32 @@ class TieredCaches(Sequence["TieredCache"]):
         write the last buffer, which holds its new rows, to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
-            buffer = self._ring_buffers[-1]
+            buffer = self._buffers[-1]
             buffer.last_use = record_event(self.device)
             self._store(cell, buffer, 0, filled)
             cell.stored.result()
 
-    def _ring_over(self, K: int) -> Ring[Cell]:
-        """Return the ring over the cells of the first K micro-batches of all layers.
+    def _prefetcher_for(self, K: int) -> Prefetcher[Cell]:
+        """Return the prefetcher of the cells of the first K micro-batches of all layers.
 
-        A new ring is made if K has changed, because fewer rows are in use, and after `compact`. It
-        drops the cells that the old ring has prefetched, after all transfers have ended. K = 0
-        makes an empty ring: nothing is prefetched, and the buffers are free for other uses.
+        A new one is made if K has changed, because fewer rows are in use, and after `compact`. It
+        drops the cells that the old one has prefetched, after all transfers have ended. K = 0 makes
+        one without cells: nothing is prefetched, and the buffers are free for other uses.
         """
-        if self._ring_micro_batches != K:
+        if self._prefetched_micro_batches != K:
             # A worker has one thread, so all earlier transfers end before this result.
             for worker in (self._reader, self._writer):
                 worker.submit(lambda: None).result()
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
-            buffers = self._ring_buffers[: len(moving)]
-            self._ring = Ring(moving, buffers, self._fetch, self._wait_time, self.policy.overlap)
-            self._ring_micro_batches = K
-        return self._ring
+            self._prefetcher = Prefetcher(
+                moving,
+                self._buffers[: len(moving)],
+                self._fetch,
+                self._wait_time,
+                self.policy.overlap,
+            )
+            self._prefetched_micro_batches = K
+        return self._prefetcher
 
     def _written_span(self, kind: CellKind, k: int, pos: Tensor) -> tuple[int, int]:
         """Return the first slot that micro-batch k writes, and one past the last. Where the slots
@@ -375,8 +382,8 @@ class TieredCaches(Sequence["TieredCache"]):
     def _fetch(self, cell: Cell, buffer: Buffer) -> Future:
         """Start to read a cell's filled slots into a buffer; return a future of the read.
 
-        The cell must not be resident. The read begins when the device has finished with the
-        buffer, and pending writes have ended: the last write from the buffer, which the read would
+        The cell must not be resident. The read begins when the device has finished with the buffer,
+        and pending writes have ended: the last write from the buffer, which the read would
         overwrite, and the last write to the cell, which the read needs.
         """
 

@@ -14,8 +14,8 @@ generated together). A cell is the KV cache of one layer for one micro-batch. Ce
 sliding window are smaller, and cells are counted in cells of mean size. A split is the number of
 layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each row.
 A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage on
-each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are not
-on the device (prefetch.py).
+each tier (policy.Share). Layers and cells that are not on the device pass through prefetch buffers
+there (prefetch.py).
 """
 
 import itertools
@@ -46,7 +46,7 @@ class Sizes:
     layers: int  # the number of layers
     layer: int  # one layer's weights, in host memory or on disk
     layer_on_device: int  # one layer's weights that stay on the device
-    layer_in_buffer: int  # one layer's weights in a buffer of the ring
+    layer_in_buffer: int  # one layer's weights in a prefetch buffer
     always_on_device: int  # embeddings, head, and the process itself
     head: int  # the part of the embeddings and the head that every step reads
     cache_position: int  # one position of one row in one layer's KV cache
@@ -237,20 +237,20 @@ class Planner:
         """Return the largest number of bytes in use on each tier. On a CPU there is no tier "host".
 
         The bytes are linear in the split, on which `best_split` relies, with one exception: the
-        ring of layers, or of cells, is not needed if all of them are on the device. All activations
-        are counted on the device, as if the policy offloaded none.
+        prefetch buffers of layers, or of cells, are not needed if all of them are on the device.
+        All activations are counted on the device, as if the policy offloaded none.
         """
         sizes, K = self.sizes, policy.micro_batches
         cells = self.cell_sizes(policy, work)
         cell = statistics.fmean(cells)
-        needs_ring = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-        rings = sum(itertools.compress(self.ring_bytes(policy, work), needs_ring))
+        needed = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
+        buffers = sum(itertools.compress(self.buffer_bytes(policy, work), needed))
         totals = {
             tier: layers * sizes.layer + cells * cell
             for tier, layers, cells in zip(TIERS, split.weights, split.cache, strict=True)
         }
         totals["device"] += split.weights[0] * (sizes.layer_on_device - sizes.layer)
-        totals["device"] += sizes.always_on_device + rings + self.activation_bytes(policy, work)
+        totals["device"] += sizes.always_on_device + buffers + self.activation_bytes(policy, work)
         if self.device_is_cpu:
             totals["device"] += totals.pop("host")
         else:  # host memory through which a layer and a cell are read from disk
@@ -273,8 +273,8 @@ class Planner:
         slot = policy.micro_batch * self.sizes.cache_position
         return [(n + 1) * slot for n in self.sizes.slots(row_positions(work))]
 
-    def ring_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
-        """Return the bytes of all buffers of the ring of layers, and of the ring of cells."""
+    def buffer_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
+        """Return the bytes of all prefetch buffers for layers, and of those for cells."""
         layers = WEIGHT_BUFFERS * self.sizes.layer_in_buffer
         return layers, CACHE_BUFFERS * max(self.cell_sizes(policy, work))
 
@@ -352,9 +352,9 @@ class Planner:
         None if no split fits. The policy's own shares are not used.
 
         budgets: bytes by tier, in the order of TIERS. resident: whether all weights, and whether
-        all cells, stay on the device and so need no ring. The variables of the linear program are
-        the layers on each tier, the cells on each tier, the seconds of a block's prompts, and the
-        seconds of a step; it minimises the seconds of the block.
+        all cells, stay on the device and so need no prefetch buffers. The variables of the linear
+        program are the layers on each tier, the cells on each tier, the seconds of a block's
+        prompts, and the seconds of a step; it minimises the seconds of the block.
         """
         from scipy.optimize import linprog  # importing it takes 0.3 s
 
@@ -363,9 +363,10 @@ class Planner:
         slopes = [self._requirements(policy, work, unit) - base for unit in np.eye(6)]
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
-        # Both rings are in `base`. One that is not needed leaves its memory to layers and cells:
-        # index 2 * resources is the limit of the device's bytes, after which come other tiers'.
-        limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
+        # Both kinds of buffers are in `base`. A kind that is not needed leaves its memory to layers
+        # and cells: index 2 * resources is the limit of the device's bytes, after which come other
+        # tiers'.
+        limits[2 * resources] += np.dot(resident, self.buffer_bytes(policy, work))
         # The split counts cells of mean size; whole cells of several sizes may take more.
         limits[2 * resources :] -= self.uneven_bytes(policy, work)
         # No resource may take longer than the phase in which it is used. Column 0: the variable for

@@ -1,10 +1,10 @@
-"""Prefetch: a ring of buffers on a device, the stores that fill it, and the threads that copy.
+"""Prefetch: buffers on a device, the stores that fill them, and the threads that copy.
 
-Start at Ring: items (layers, or cells of the KV cache) are used in an order that repeats. While the
-device computes with one item, the next ones are fetched into the other buffers. A Store holds the
-bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host memory. A
-TransferWorker has the threads that copy the bytes, on a GPU in a CUDA stream of their own. No call
-synchronizes the whole device, and no memory is allocated after a ring is made.
+Start at Prefetcher: items (layers, or cells of the KV cache) are used in an order that repeats.
+While the device computes with one item, the next ones are fetched into the other buffers. A Store
+holds the bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host
+memory. A TransferWorker has the threads that copy the bytes, on a GPU in a CUDA stream of their
+own. No call synchronizes the whole device, and no memory is allocated after a Prefetcher is made.
 
 A cell is the KV cache of one layer for one group of rows. A piece is a tensor of bytes that is
 filled from a store or written to it, and comes in a pair with its offset in the store (Pieces).
@@ -223,7 +223,7 @@ class ComputeWorkers:
 
 @dataclass
 class Buffer:
-    """A buffer of a ring. contents: the object built on its memory, such as a block or a cache."""
+    """A prefetch buffer. contents: the object built on its memory, such as a block or a cache."""
 
     parts: Parts
     contents: Any
@@ -238,8 +238,8 @@ class WaitTime:
     seconds: float = 0.0
 
 
-class Ring(Generic[Item]):
-    """Buffers that are filled with items before they are needed.
+class Prefetcher(Generic[Item]):
+    """Fills buffers with items before they are needed.
 
     The items are used in an order that repeats. Each buffer holds one item. An item is a layer, or
     a cell of the KV cache.
@@ -272,8 +272,8 @@ class Ring(Generic[Item]):
 
         If the item is not the next one in order, for example after an error, drop the fetched items
         and fetch this one. Before the exit, the caller must set buffer.last_use. Raises the error
-        of the fetch. One thread at a time may use a ring, but several items may be acquired at once
-        if there are as many buffers.
+        of the fetch. One thread at a time may use a Prefetcher, but several items may be acquired
+        at once if there are as many buffers.
         """
         if not self._fetched or self._fetched[0][0] != item:
             self._restart_at(item)
@@ -290,7 +290,7 @@ class Ring(Generic[Item]):
     def _restart_at(self, item: Item) -> None:
         """Drop the fetched items and start to fetch `item` and those after it, into all buffers;
         only `item` if prefetch is False. Called by `acquire` at the first use and if the order was
-        interrupted. `item` must be one of the ring's order."""
+        interrupted. `item` must be one of the order."""
         for _, buffer, arrival in self._fetched:
             arrival.exception()  # waits, because the buffer is being written to
             self._free.append(buffer)
