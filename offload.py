@@ -37,7 +37,7 @@ from tiers.policy import WEIGHT_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     ComputeWorkers,
     HostMemory,
@@ -256,7 +256,7 @@ class StreamedLayers(nn.ModuleList):
             return file
         nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
         host_buffers = [page_aligned(nbytes, CPU, pin) for _ in self._moving[:WEIGHT_BUFFERS]]
-        return BounceBuffer(file, host_buffers)
+        return BouncedFile(file, host_buffers)
 
     def _buffer(self) -> Buffer:
         """Allocate a prefetch buffer: memory for one layer on the device, and a block whose tensors

@@ -26,7 +26,7 @@ from neurons.records import NeuronFile
 from neurons.uring import Callback, no_op
 from tiers.prefetch import (
     CPU,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     Event,
     Prefetcher,
@@ -114,7 +114,7 @@ class NeuronSource:
         self._worker = TransferWorker(device, "stream", CHUNK_BUFFERS)
         self._prefetcher = self._chunk_prefetcher(chunk * file.stride)
 
-    def _pinned_store(self, nbytes: int) -> BounceBuffer:
+    def _pinned_store(self, nbytes: int) -> BouncedFile:
         """Return a reader that fills a GPU's memory by way of pinned host memory.
 
         Allocates one host buffer of nbytes for each chunk that is read at a time, and `_pinned` of
@@ -123,7 +123,7 @@ class NeuronSource:
         pinned = self.device.type == "cuda"
         buffers = [page_aligned(nbytes, CPU, pinned) for _ in range(CHUNK_BUFFERS + 1)]
         self._pinned = buffers.pop()
-        return BounceBuffer(self.file, buffers)
+        return BouncedFile(self.file, buffers)
 
     def _chunk_prefetcher(self, nbytes: int) -> Prefetcher:
         """Return a Prefetcher of the chunks of all layers, in file order, for stream_layer.

@@ -37,7 +37,7 @@ from tiers.policy import CACHE_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     HostMemory,
     Layout,
@@ -193,7 +193,7 @@ class CellAllocator:
         if self._buffers_on_host():
             return scratch
         pin = self.policy.pins(self.device)
-        return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
+        return BouncedFile(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
 
     def buffer(self) -> Buffer:
         """Allocate a prefetch buffer: memory of one cell, and for each kind of cell a cache whose

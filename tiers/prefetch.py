@@ -106,13 +106,13 @@ class HostMemory:
             self.memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
 
 
-class BounceBuffer:
-    """A store in a file, for pieces on a GPU: files cannot be read into its memory directly, so the
-    bytes are copied through buffers in host memory."""
+class BouncedFile:
+    """A store in a file, for pieces in a GPU's memory. No file can be read into that memory
+    directly, so the bytes pass through bounce buffers: host memory."""
 
     def __init__(self, file: Store, buffers: Sequence[Tensor]):
-        """buffers: host memory, each as long as the longest transfer (all pieces of a call). A call
-        waits for a free buffer, so as many calls can run at once as there are buffers."""
+        """buffers: the bounce buffers, each as long as all pieces of the longest call of `read` or
+        `write`. A call waits for a free one, so as many calls run at once as there are buffers."""
         self.file, self._bounce_buffers = file, SimpleQueue()
         for buffer in buffers:
             self._bounce_buffers.put(buffer)
