@@ -3,12 +3,12 @@
 Start at TieredCaches, which takes the place of a list with one KVCache for each layer. The caches
 are cut into cells, one for each layer and micro-batch (rows that pass through a layer together),
 each on one tier: device, host memory or disk. A resident cell is used where it is. Any other cell
-moves: its bytes are in a store (host memory or a file). They are read into a buffer while the
-device computes with earlier cells, and are used there as a KVCache; then the new slots are written
-back to the store. A Prefetcher uses the buffers in turn (prefetch.py). With attention on the host
-(host_attention.py), cells in host memory are resident, and cells on disk are read into host memory.
-Cells of layers with a sliding window are smaller: they are rings (KVCache.ring), with fewer slots
-than positions.
+moves: its bytes are in a store (host memory or a file). They are read into a prefetch buffer while
+the device computes with earlier cells, and are used there as a KVCache; then the new slots are
+written back to the store. A Prefetcher uses the buffers in turn (prefetch.py). With attention on
+the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
+host memory. Cells of layers with a sliding window are smaller: they are rings (KVCache.ring), with
+fewer slots than positions.
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
@@ -67,21 +67,22 @@ def tiered_caches(
 
 
 class CellKind:
-    """What the cells (see Cell) of all layers with one sliding window, or with none, share:
-    their layout in memory, and how caches are built on it.
+    """What the cells (see Cell) of all layers with the same sliding window, or with none, have in
+    common: their layout in memory, and how caches are built on it.
 
     Each tensor of a cell (keys, values and, if quantised, scales) is ordered by slot, then by row.
     So its filled slots are one range of bytes; the new slots of a step are a short range if the
     rows have similar lengths. layout: of these tensors, (slots, rows, ...). ring: see KVCache.
-    slots: usable ones of a row, with a window fewer than positions; one more is allocated
+    slots: the usable slots of a row, in a ring fewer than positions; one more is allocated
     (Transformer.make_caches).
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int, window: int | None):
-        """Find the layout of a cell of `length` positions; allocates nothing.
+        """Find the layout of a cell of `length` positions; allocates nothing. window: the sliding
+        window of the layers, None: they have none.
 
         _template: a KVCache without memory, copied for caches on the model's device;
-        _host_template: for those whose attention the host computes. _slot_bytes: the bytes of one
+        _host_template: for caches whose attention the host computes. _slot_bytes: the bytes of one
         slot of all rows, by tensor.
         """
         args, weight, factory = model.args, model.tok_embeddings.weight, model.cache_factory
@@ -100,7 +101,8 @@ class CellKind:
 
         device: where the parts are. If this is the host and the model is on a GPU, the cache is a
         HostAttention, which a block on the GPU can use. With policy.cpu_attention and an
-        attention_share below 1, it is a SparseHostAttention.
+        attention_share below 1, a cache on the host is a SparseHostAttention, also for a model on a
+        CPU.
         """
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
         template = self._template if device == self.device else self._host_template
@@ -117,9 +119,9 @@ class CellKind:
         """Return the pairs that Store.read and Store.write take for slots first to end - 1 of a
         cell: for each tensor, the offset from the cell's first byte, and the piece of `parts`.
 
-        A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
-        neighbouring slots: their bytes in `parts` must equal the bytes in the store, except for
-        slots that have no contents yet. parts: of a buffer.
+        A piece is extended to multiples of BLOCK_BYTES, which O_DIRECT needs. So a write also
+        covers neighbouring slots: their bytes in `parts` must equal the bytes in the store, except
+        for slots that have no contents yet. parts: of a prefetch buffer.
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
@@ -150,12 +152,11 @@ class Cell:
 class CellAllocator:
     """Allocates cells on their tiers, and the buffers into which cells are fetched.
 
-    kinds: the kind of each layer's cells. layout: that of the largest cell. length: usable
-    positions of a row.
+    kinds: the kind of each layer's cells. layout: the layout of the largest cell.
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int):
-        """Find the kinds of cells; allocates nothing yet."""
+        """Find the kinds of cells; allocates nothing yet. length: usable positions of a row."""
         self.policy, self.device = policy, model.tok_embeddings.weight.device
         windows = [layer.window for layer in model.args.layer_types]
         by_window = {w: CellKind(model, policy, length, w) for w in set(windows)}
@@ -163,8 +164,8 @@ class CellAllocator:
         self.layout = max((kind.layout for kind in self.kinds), key=lambda layout: layout.nbytes)
 
     def cells(self, kinds: Sequence[CellKind], tiers: Sequence[str]) -> list[Cell]:
-        """Allocate one cell of each of these kinds, on the tier of which `tiers` has the name;
-        cells on disk share one scratch file. Raises ValueError if the disk is too full."""
+        """Allocate cells: cell n has kinds[n] and is on the tier tiers[n]; cells on disk share one
+        scratch file. Raises ValueError if the disk is too full."""
         pairs = list(zip(kinds, tiers, strict=True))
         # The offset of each cell in the file, and the length of the file.
         sizes = (kind.layout.nbytes for kind, tier in pairs if tier == "disk")
@@ -186,9 +187,9 @@ class CellAllocator:
         return Cell(kind, store=HostMemory(page_aligned(kind.layout.nbytes, CPU, pin)))
 
     def _scratch_store(self, nbytes: int) -> Store:
-        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly:
-        there the bytes go through host memory as large as one cell. Raises ValueError if the disk
-        is too full."""
+        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly: for
+        a GPU the bytes pass through one bounce buffer, as large as the largest cell. Raises
+        ValueError if the disk is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
         if self._buffers_on_host():
             return scratch
@@ -196,9 +197,9 @@ class CellAllocator:
         return BouncedFile(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
 
     def buffer(self) -> Buffer:
-        """Allocate a prefetch buffer: memory of one cell, and for each kind of cell a cache whose
-        tensors share this memory. It is on the device, or on the host if the host computes the
-        attention."""
+        """Allocate a prefetch buffer: memory of the largest cell, and for each kind of cell a cache
+        whose tensors share this memory. It is on the device, or on the host if the host computes
+        the attention."""
         device = CPU if self._buffers_on_host() else self.device
         parts = self.layout.allocate(device)
         caches = {kind: kind.cache(parts, device) for kind in set(self.kinds)}
@@ -206,7 +207,7 @@ class CellAllocator:
 
     def _buffers_on_host(self) -> bool:
         """Return whether the prefetch buffers are in host memory, so that files are read directly
-        into them: the model is on a CPU, or the host computes the attention."""
+        into them: if the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
 
@@ -247,7 +248,8 @@ class TieredCaches(Sequence["TieredCache"]):
         self._wait_time = wait_time or WaitTime()
         self._prefetcher = Prefetcher((), (), self._fetch, self._wait_time)
         self._prefetched_micro_batches = 0
-        # The latest pos of `_written_span` for each kind of cell, and the spans for it.
+        # For each kind of cell: the latest `pos` of `_written_span`, and the spans for it, one for
+        # each micro-batch.
         self._spans: dict[CellKind, tuple[Tensor, list[tuple[int, int]]]] = {}
 
     def __len__(self) -> int:
@@ -284,19 +286,21 @@ class TieredCaches(Sequence["TieredCache"]):
 
         cells: the layer's cells. rows: the old numbers of the rows, ascending; row rows[i] becomes
         row i. filled: the number of first slots that are copied for each row.
-        The old cells are read in order, and the new ones are built from them one at a time. No row
+        The old cells are read in order, and the new cells are built from them one at a time. No row
         gets a higher number, so a cell is read before it is overwritten. Cells that are not
         resident are read into the first buffer and built in the last one.
         k: the number of the old cell, m: of the new one.
         """
         g = self.policy.micro_batch
         self._prefetcher_for(0)  # drops prefetched cells, whose rows have the old numbers
-        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows in unchanged cells
+        # Rows that keep their numbers come first; those in whole cells need no copy.
+        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g
         for k, moves in groupby(enumerate(rows[unmoved:], unmoved), lambda move: move[1] // g):
             with self._read(cells[k]) as source:
                 for m, group in groupby(moves, lambda move: move[0] // g):
                     new, old = zip(*group, strict=True)
                     self._take_rows(cells[m], new, source, old, filled)
+                    # Write the new cell once its last row is there.
                     if (new[-1] + 1) % g == 0 or new[-1] == len(rows) - 1:
                         self._write(cells[m], filled)
 
@@ -312,8 +316,8 @@ class TieredCaches(Sequence["TieredCache"]):
         the last buffer if the cell is not resident; `_write` then stores that buffer. For
         `compact`.
 
-        old, new: row numbers in the batch; those of `old` are in one cell, and so are those of
-        `new`, which are consecutive. source: the cache of the old cell.
+        source: the cache of the old cell. old, new: row numbers in the batch. All rows `old` are in
+        the old cell; all rows `new` are in `cell` and are consecutive.
         """
         g = self.policy.micro_batch
         target = cell.cache or self._buffers[-1].contents[cell.kind]
@@ -366,10 +370,10 @@ class TieredCaches(Sequence["TieredCache"]):
 
     def _written_span(self, kind: CellKind, k: int, pos: Tensor) -> tuple[int, int]:
         """Return the first slot that micro-batch k writes, and one past the last. Where the slots
-        begin again at 0, these are the first and the last of all.
+        of a ring begin again at 0, the span covers all slots.
 
-        pos: (B, T), the slots that each row writes. The result is computed once for all layers of a
-        kind, which are called with the same tensor object, because tolist waits for the device.
+        pos: (B, T), the slots that each row writes. tolist waits for the device, so the result is
+        computed once for all layers of a kind, which are called with the same tensor object.
         """
         if kind not in self._spans or self._spans[kind][0] is not pos:
             row_spans = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # (B, 2)
@@ -442,7 +446,7 @@ class TieredCache:
 
     def keep(self, filled: int) -> None:
         """Discard the positions from `filled` on, so that later reads of the cells are shorter.
-        Called before a prompt is read, with the number of leading tokens that the cache has. In a
-        ring, slots from `filled` on have later positions, or ones that no new token sees."""
+        Called before a prompt is read, with the number of its leading tokens that the cache has.
+        Also right for a ring: slot s holds a position of at least s, or padding."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)

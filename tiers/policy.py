@@ -6,9 +6,10 @@ for the best policy for a machine.
 The terms are FlexGen's (arXiv 2303.06865, section 3). A row is one text. A block of rows is cut
 into micro-batches, which pass through a layer one after the other, so that its weights are loaded
 once for all of them.
-One share of the weights, of the cache and of the activations is on the device, one in host memory,
-the rest on disk. If the device is the CPU, device and host are the same memory. A cell is the KV
-cache of one layer for one micro-batch. A pass runs all layers once.
+One share of the weights is on the device, another in host memory, and the rest on disk; the KV
+cache and the activations are divided in the same way. If the device is the CPU, device and host are
+the same memory. A cell is the KV cache of one layer for one micro-batch. A pass runs all layers
+once.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
-# Buffers on the device, used in turn: for layers (offload.py), and for cells (kv_cache.py).
+# The numbers of prefetch buffers for layers (offload.py), and for cells (kv_cache.py).
 WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3
 
 
@@ -32,6 +33,7 @@ class Share:
     host: float = 0.0
 
     def __post_init__(self):
+        # 1e-9: the rounding error of shares that were computed.
         if min(self.device, self.host) < 0 or self.device + self.host > 100 + 1e-9:
             raise ValueError(
                 f"{self.device:g} % on the device and {self.host:g} % in host memory: neither may "
@@ -73,14 +75,15 @@ class Share:
 class Policy:
     """How to run a model that is larger than the device's memory.
 
-    micro_batch: rows that a layer computes at once; micro_batches: how many of them use a layer's
-    weights before the next layer is loaded. tokens_at_once: prompt tokens that a layer
-    computes at once; prefill_chunk_tokens: prompt tokens that use a layer's weights before the
-    next layer is loaded.
-    compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute the
-    attention over a cache that is not on the device on the host; attention_share: the share of
-    tokens whose values it reads, 1 for exact attention. pin: allocate host memory that a GPU can
-    copy from directly. overlap: prefetch while computing. directory: for scratch files.
+    weights, cache, activations: the share of each that is on each tier. micro_batch: rows of a
+    micro-batch; micro_batches: how many micro-batches use a layer's weights before the next layer
+    is loaded. prefill_chunk_tokens: prompt tokens of all rows that use a layer's weights before the
+    next layer is loaded; tokens_at_once: how many of a micro-batch's tokens a layer computes in one
+    call (offload.zigzag).
+    compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute on the
+    host the attention over a cache that is not on the device; attention_share: the share of tokens
+    whose values this attention reads, 1 for exact attention. pin: allocate host memory that a GPU
+    can copy from directly. overlap: transfer while computing. directory: for scratch files.
     """
 
     weights: Share = Share()
@@ -111,5 +114,5 @@ class Policy:
         return not grouped and all(share.device == 100 for share in shares)
 
     def pins(self, device: torch.device) -> bool:
-        """Whether host memory whose bytes are copied to this device is pinned."""
+        """Return whether to pin host memory whose bytes are copied to this device."""
         return self.pin and device.type == "cuda"
