@@ -29,7 +29,7 @@ from torch import Tensor
 
 from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
 from host.torch_private import copy_with_buffers
-from layers.kv_cache import KVCache
+from layers.kv_cache import Cache, KVCache
 from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.host_attention import HostAttention, SparseHostAttention
@@ -52,7 +52,7 @@ from tiers.prefetch import (
 
 def tiered_caches(
     model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
-) -> Sequence[KVCache]:
+) -> Sequence[Cache]:
     """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the
     policy's tiers. If the device holds all of them, they are ordinary KVCaches. Called for each
     block of texts, by load.py's place_caches.

@@ -71,6 +71,7 @@ class Machine:
     host_per_position: float  # the same as per_position, computed on the host
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can express."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -120,8 +121,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
 
 def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Return the seconds of a call of `work`: the median of `repeats` calls after a warm-up, or the
-    seconds of the warm-up if it takes more than MAX_SECONDS. Waits for the device after each: the
-    one on which `work` computes or copies."""
+    seconds of the warm-up if it takes more than MAX_SECONDS. device: where `work` computes or
+    copies; each call is timed until the device has finished."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -210,7 +211,7 @@ class BlockTimer:
         At least `tokens`.
         """
         model = self.model
-        (cache,) = model.make_caches(rows, positions)
+        (cache,) = model.make_caches(rows, positions)  # one layer, one cache
         pos = torch.arange(positions - tokens, positions, device=self.device).expand(rows, tokens)
         # Any ids do, because times do not depend on the values.
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
