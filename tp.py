@@ -46,7 +46,7 @@ MAX_SUGGESTED_RANKS = 64  # an error message suggests numbers of ranks up to thi
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The part of a linear's weights that a rank has.
+    """The part of a linear's or a norm's tensors that a rank has.
 
     rows: ranges of outputs, which are concatenated; None: all outputs. columns: a range of inputs;
     None: all inputs.
