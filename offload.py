@@ -191,8 +191,8 @@ class StreamedLayers(nn.ModuleList):
             x = OffloadedActivations(x, self.policy)
         workers = self._workers if self._computes_in_threads() else None
         B, T, _ = x.shape
-        # zigzag calls the block several times if a call cannot take all B rows: it takes at most
-        # micro_batch rows, and tokens_at_once tokens, T of each row.
+        # zigzag calls the block several times if a call cannot take all B rows: a call takes at
+        # most micro_batch rows, and at most tokens_at_once tokens, T of each row.
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
         # Several calls use the same weights: dequantise them once. Compiled code is specialised to
         # the quantised linears, and the CPU's kernels need no dequantised weights.
@@ -387,10 +387,10 @@ def compute_in_threads(
     device computes one while the host computes the attention of another.
 
     compute: called with a micro-batch's cell of the KV cache, its first row, and one past its last.
-    micro_batches: these two row numbers of each. cache: of one layer, for all rows. pos: (B, T),
-    the slots in which each row writes. The calling thread opens and closes the cells, because one
-    thread at a time may use their Prefetcher, and opens them in the order in which they are
-    prefetched. When this function returns or raises, no micro-batch is running.
+    micro_batches: first row and one past the last of each. cache: of one layer, for all rows.
+    pos: (B, T), the slots in which each row writes. The calling thread opens and closes the cells,
+    because one thread at a time may use their Prefetcher, and opens them in the order in which they
+    are prefetched. When this function returns or raises, no micro-batch is running.
     """
     running: deque[tuple[contextlib.ExitStack, Future]] = deque()
 

@@ -279,7 +279,7 @@ def sizes(spec: ModelSpec) -> Sizes:
 
 
 def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[str, float]:
-    """Returns the bytes that a run may take of each tier: those of the options, or the free ones
+    """Returns the bytes that a run may take of each tier: what the options say, or the free bytes
     less a reserve.
 
     weights: bytes of the layers. They are added to the free bytes of the disk, because a policy
@@ -381,7 +381,7 @@ def lines(plan: Plan) -> Iterator[str]:
 
 def verdict(plan: Plan) -> str:
     """Returns whether the model fits, its predicted rate, and the resource that bounds it: the one
-    that is busiest in the longer phase, the prompts or all steps of a block."""
+    that is busiest in the longer phase, the prompts or all steps of a block of rows."""
     found = plan.prediction
     # Where the model must fit: with parts on disk, the disk; otherwise memory.
     place = "this disk" if found.memory["disk"] else "memory"
@@ -436,7 +436,8 @@ def on_devices(spec: ModelSpec, link: str, read_rate: float | None) -> Iterator[
     """Yield lines of text with the modelled rates of 1 to 64 devices (--plan --link): with each
     layer divided among all of them, and as a pipeline.
 
-    link: a key of LINKS. read_rate: bytes per second of each device; None: of this one.
+    link: a key of LINKS. read_rate: bytes per second that each device reads; None: the rate of this
+    device, as measured.
     """
     rate = read_rate or saved_bandwidth(spec.device)
     rate = rate or measured_bandwidth(spec.device)

@@ -187,8 +187,8 @@ class CellAllocator:
         return Cell(kind, store=HostMemory(page_aligned(kind.layout.nbytes, CPU, pin)))
 
     def _scratch_store(self, nbytes: int) -> Store:
-        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly: for
-        a GPU the bytes pass through one bounce buffer, as large as the largest cell. Raises
+        """Return a store of `nbytes` bytes in a scratch file. A GPU cannot read a file directly:
+        for a GPU the bytes pass through one bounce buffer, as large as the largest cell. Raises
         ValueError if the disk is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
         if self._buffers_on_host():
@@ -216,8 +216,8 @@ class TieredCaches(Sequence["TieredCache"]):
 
     The prefetcher's order is the order of use: for each layer, its cells that are not resident, one
     for each micro-batch in use. The same order repeats at each step.
-    rows, length: the rows of a block of texts, and the usable positions of each. wait_time: the
-    seconds that computation waits for cells are added to it.
+    rows: the number of rows of a block of rows. length: the usable positions of a row. wait_time:
+    the seconds that computation waits for cells are added to it.
     """
 
     def __init__(
@@ -440,7 +440,7 @@ class TieredCache:
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
         """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
         first `filled` positions are copied. The contents of other rows are lost. Called by
-        decoding.py when so many texts have ended that computing the others alone pays."""
+        decoding.py when enough texts have ended that computing only the others is faster."""
         self._caches.compact(self.cells, rows, min(filled, self.cells[0].kind.slots))
         return self.first(len(rows))
 

@@ -82,7 +82,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A policy's bytes by tier, and its seconds by resource: for a block's prompts, and for a step.
+    """A policy's bytes by tier, and its seconds by resource: for the prompts of a block of rows,
+    and for a step.
 
     The dicts of seconds are empty if the machine was not measured.
     """
@@ -91,7 +92,7 @@ class Prediction:
     workload: Workload
     split: Split  # the policy's shares in whole layers and cells
     memory: dict[str, float]  # bytes by tier
-    prefill: dict[str, float]  # seconds by resource, for all prompts of a block
+    prefill: dict[str, float]  # seconds by resource, for all prompts of a block of rows
     step: dict[str, float]  # seconds by resource, for one new token of each row
 
     @property
@@ -106,8 +107,8 @@ class Prediction:
 
     @property
     def rate(self) -> float:
-        """New tokens per second: those of all texts, divided by the seconds of all blocks. A last
-        block with fewer rows counts as a whole one."""
+        """The new tokens of all texts, divided by the seconds of all blocks of rows: tokens per
+        second. A last block with fewer rows counts as a whole block."""
         blocks = math.ceil(self.workload.texts / self.policy.rows)
         return self.workload.texts * self.workload.new / (blocks * self.latency)
 
@@ -271,8 +272,8 @@ class Planner:
         return chunk * between + at_once * inside + rows * sizes.logits
 
     def cell_sizes(self, policy: Policy, work: Workload) -> list[int]:
-        """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens: of
-        its slots, and of one more that a cache allocates (Transformer.make_caches)."""
+        """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens.
+        They include the extra slot that a cache allocates (Transformer.make_caches)."""
         slot = policy.micro_batch * self.sizes.cache_position
         return [(n + 1) * slot for n in self.sizes.slots(row_positions(work))]
 
@@ -295,8 +296,8 @@ class Planner:
         into the budgets. Needs a measured machine.
 
         budgets: bytes that may be used on each tier. start: the policy from which the result has
-        the fields that are not searched, such as `directory`. max_rows: the rows that a block needs
-        at most; it may have more, by less than one micro-batch.
+        the fields that are not searched, such as `directory`. max_rows: the most rows that a block
+        of rows needs; it may have more, by less than one micro-batch.
         Raises ValueError, which states the missing bytes, if no policy fits. The numbers are for
         the first grouping with all weights and cells on disk.
         """
@@ -312,7 +313,7 @@ class Planner:
         size, a number of micro-batches, a size of prefill chunks and, on a GPU, attention on the
         host or not.
 
-        The rows of a block exceed max_rows by less than one micro-batch. Other fields are those of
+        A block of rows exceeds max_rows by less than one micro-batch. Other fields are those of
         `start`; the shares of the tiers are found by `best_split`.
         """
         # The powers of two below max_rows, and max_rows itself.
@@ -373,7 +374,7 @@ class Planner:
         # The split counts cells of mean size; cells of several sizes may take more.
         limits[2 * resources :] -= self.uneven_bytes(policy, work)
         # No resource may take longer than the phase in which it is used. Column 0: the variable for
-        # the seconds of the prompts; column 1: for those of a step.
+        # the seconds of the prompts; column 1: the variable for the seconds of a step.
         phases = np.zeros((len(base), 2))
         phases[:resources, 0] = phases[resources : 2 * resources, 1] = -1
         solved = linprog(

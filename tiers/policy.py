@@ -27,7 +27,7 @@ WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3
 @dataclass(frozen=True)
 class Share:
     """Percentages of the weights, the cache or the activations on the device and in host memory;
-    the others are on disk. Raises ValueError if one is negative or their sum exceeds 100."""
+    the rest is on disk. Raises ValueError if one is negative or their sum exceeds 100."""
 
     device: float = 100.0
     host: float = 0.0
@@ -47,8 +47,8 @@ class Share:
     def tiers(self, count: int) -> tuple[str, ...]:
         """Return the tier of each of `count` items, such as layers. The tiers are interleaved, so
         that transfers are spread evenly over a pass: among the first n items, the number on each
-        tier differs from its share of n by at most one. Each item gets the tier that lacks most of
-        its share so far."""
+        tier differs from the tier's share of n by at most one. Each item gets the tier that lacks
+        most of its share so far."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
         assigned, result = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
@@ -102,13 +102,13 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """The number of rows of a block."""
+        """The number of rows of a block of rows."""
         return self.micro_batch * self.micro_batches
 
     @property
     def plain(self) -> bool:
-        """Whether the model can run without offloading: all is on the device, a block is one
-        micro-batch, and weights are not compressed. load.py then makes no StreamedLayers."""
+        """Whether the model can run without offloading: all is on the device, a block of rows is
+        one micro-batch, and weights are not compressed. load.py then makes no StreamedLayers."""
         shares = self.weights, self.cache, self.activations
         grouped = self.micro_batches > 1 or self.compress_weight
         return not grouped and all(share.device == 100 for share in shares)

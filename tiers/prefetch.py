@@ -303,7 +303,7 @@ class Prefetcher(Generic[Item]):
         self._fetch_next(len(self._free) if self._prefetch else 1)
 
     def _fetch_next(self, count: int) -> None:
-        """Start to fetch the next `count` items in order; so many buffers must be free."""
+        """Start to fetch the next `count` items in order; at least `count` buffers must be free."""
         for _ in range(count):
             item, buffer = self._order[self._next], self._free.popleft()
             self._fetched.append((item, buffer, self._fetch(item, buffer)))
