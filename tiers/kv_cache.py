@@ -216,7 +216,7 @@ class TieredCaches(Sequence["TieredCache"]):
 
     The prefetcher's order is the order of use: for each layer, its cells that are not resident, one
     for each micro-batch in use. The same order repeats at each step.
-    rows: the number of rows of a block of rows. length: the usable positions of a row. wait_time:
+    rows: how many rows a block of rows has. length: the usable positions of a row. wait_time:
     the seconds that computation waits for cells are added to it.
     """
 

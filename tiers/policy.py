@@ -102,7 +102,7 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """The number of rows of a block of rows."""
+        """The number of rows that run together: of a block of rows."""
         return self.micro_batch * self.micro_batches
 
     @property
