@@ -72,6 +72,7 @@ from neurons.pack import (
 )
 from neurons.records import GATED_MATRICES, PLAIN_MATRICES, RecordFormat
 from options.settings import CalibrationOptions, PredictorOptions
+from tiers.direct_io import nearest_directory
 
 DIM_PER_RANK = 32  # the default rank is the model's width divided by this
 MIN_RANK = 8
@@ -111,18 +112,15 @@ def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int
 
 
 def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) -> None:
-    """Log the size of the records; raise ValueError if the checkpoint's disk, on which the pack is
-    by default, lacks space for them.
-
-    directory: of the pack, for the messages only. Called first, because training takes hours.
-    """
+    """Log the size of the records; raise ValueError if the disk of `directory`, the pack's folder,
+    which need not exist, lacks space for them. Called first, because training takes hours."""
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
     total = layers * round_up_to_block(neurons * format.stride)
     log(
         f"{directory}: {layers * neurons:,} neurons of {size_text(format.used)}, stored in "
         f"{size_text(format.stride)} each, {size_text(total)} in all"
     )
-    if total > (free := shutil.disk_usage(checkpoint.directory).free):
+    if total > (free := shutil.disk_usage(nearest_directory(directory)).free):
         raise ValueError(
             f"{directory} needs {size_text(total)}, and the disk has {size_text(free)} free"
         )

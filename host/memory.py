@@ -9,6 +9,7 @@ import mmap
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,4 +197,5 @@ def process_memory(device: torch.device) -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except OSError:  # no /proc
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes of a unit of ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

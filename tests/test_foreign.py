@@ -303,7 +303,6 @@ def test_an_empty_quantization_config_means_none(tmp_path: Path):
     tensors = {n: source.read(n) for n in source.tensors}
     tensors = {n: t.contiguous() for n, t in export_tensors(tensors, source.config).items()}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "model.pth").unlink()
     (folder / "config.json").write_text(json.dumps(source.config | {"quantization_config": {}}))
     assert Checkpoint(folder).scheme is None
 

@@ -18,16 +18,21 @@ from test_flash import foresee, sparse, texts
 from test_flash import in_memory as demo_in_memory
 from test_offload import GREEDY, SEED, TEXTS, demo, some_policy
 from test_offload import ids as all_ids
+from torch import Tensor
 
 import flash
 from calibration import predictor
-from load import LoadedModel, load_model
+from layers.kv_cache import KVCache, sdpa_attention
+from load import LoadedModel, load_model, meta_model, random_filler
+from model import Transformer
 from neurons import feed_forward
 from neurons.feed_forward import neuron_source
 from neurons.records import KINDS
 from quant.linear import Int4Linear
 from tiers.host_attention import HostAttention
 from tiers.policy import Policy, Share
+from tiers.probe import probe
+from weights.allocation import allocate
 
 TEXT = "Once upon a time there was a little dog. He liked to play in the sun. " * 20
 DEVICE = "cuda:0"
@@ -234,6 +239,33 @@ def test_the_host_attends_while_the_device_computes(
         most.clear()
         assert ids(away(dataclasses.replace(policy, overlap=False))) == wanted
         assert max(most) == 1
+
+
+def test_attention_on_the_host_is_measured_without_the_kernels_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def kernel(cache: KVCache, q: Tensor, *given: Tensor) -> Tensor:
+        assert q.is_cuda
+        return sdpa_attention(cache, q, *given)
+
+    def sample(device: torch.device) -> Transformer:
+        model = meta_model(args, None)
+        allocate(model, device, torch.float32, random_filler(device))
+        return model
+
+    def moved(model: Transformer, device: str) -> Transformer:  # the pretended device moves none
+        host = sample(torch.device(device))
+        host.cache_factory = model.cache_factory
+        return host
+
+    monkeypatch.setattr(Transformer, "to", moved)
+    args = demo("demo").model.args
+    args = dataclasses.replace(args, n_layers=1, layer_types=args.layer_types[:1])
+    with pretended_cuda():
+        model = sample(CUDA)
+        model.cache_factory = dataclasses.replace(model.cache_factory, attention=kernel)
+        found = probe(model, args, tmp_path)
+    assert len(found.products.seconds) > 1
 
 
 def test_packed_layers_are_unpacked_once_for_all_micro_batches(

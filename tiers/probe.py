@@ -105,6 +105,7 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     per_pair = timer.per_pair(products)
     on_host = per_position
     if device.type != "cpu":
+        model.cache_factory = model.cache_factory.portable()  # without the GPU's kernels
         on_host = BlockTimer(model.to("cpu")).per_position()
     return Machine(
         stream,
