@@ -163,7 +163,8 @@ class CompletionOffsets(ctypes.Structure):
 
 
 class UringParameters(ctypes.Structure):
-    """struct io_uring_params, which the kernel fills in. Its fields for input stay 0, `ignored`."""
+    """struct io_uring_params, which the kernel fills in. ignored: flags, features and others, which
+    the program leaves 0."""
 
     _fields_ = [
         ("sq_entries", ctypes.c_uint32),
