@@ -1,16 +1,16 @@
 """Measures the speed of generation, and compares it with the machine's memory bandwidth.
 
-A step computes one new id for each row (text) of a batch. A ceiling is the memory's read bandwidth,
-in bytes per second.
+A step computes one new id for each row (text) of a batch. The ceiling is the memory's read
+bandwidth, in bytes per second, which host/bandwidth.py measures.
 
 Start at Stats, which times the steps of `generate` and counts the bytes that decoding reads.
 `measure` is `generate.py --bench`, after llama.cpp's llama-bench: pp is prompt processing, that is
 prefill, and tg is text generation, that is decoding.
 
-Plain decoding reads every weight and the filled part of the KV cache once per step. So its bytes
-per second over the read bandwidth (host/bandwidth.py) tell how close it is to the limit, unless the
-model fits into the processor's caches. Measuring the bandwidth takes seconds and 1 GB of memory:
-only --bench does it, and keeps the result.
+Plain decoding reads every weight and the filled part of the KV cache once per step. So the bytes
+per second that it reads, divided by the ceiling, tell how close it is to the limit, unless the
+model fits into the processor's caches. Measuring the ceiling takes seconds and 1 GB of memory: only
+--bench does it, and keeps the result.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ WARM_UP_RUNS = {"cpu": 1, "mps": 1, "cuda": 2}  # a CUDA graph warms up once, th
 class Stats:
     """Seconds, tokens and bytes of one run, or the sums over several runs.
 
-    decoded_tokens and decode_seconds leave the first token of each text out: it belongs to prefill.
-    reads_memory: whether the bytes of decoding are compared with the memory's bandwidth.
-    lm: the model of all runs. load_seconds and compile_seconds are set by the caller.
+    The first new token of each text belongs to prefill: decoded_tokens, decode_seconds and
+    decoded_bytes leave it out. reads_memory: whether the bytes of decoding may be compared with the
+    ceiling. lm: the model of all runs. The caller sets load_seconds and compile_seconds.
     """
 
     def __init__(self, lm: LoadedModel):
@@ -48,13 +48,13 @@ class Stats:
         self.prefill_seconds = self.decode_seconds = 0.0
         self.steps = self.prompt_tokens = self.decoded_tokens = self.decoded_bytes = 0
         self.new_tokens = 0  # decoded tokens, and the first token of each text
-        # Decoding is compared with the memory bandwidth only if the weights have twice the size of
+        # Decoding is compared with the ceiling only if the weights have at least twice the size of
         # the processor's caches: smaller models read most weights from the caches. Runs with a
-        # draft are not compared, because a draft's reads are not counted.
+        # draft are not compared, because the draft's reads are not counted.
         in_caches = lm.model.bytes_per_step() < 2 * cache_bytes(lm.device)
         self.reads_memory = lm.draft is None and not in_caches
         self._weight_bytes = lm.model.bytes_per_step()
-        self._kv_slots = lm.model.kv_slots
+        self._kv_slots = lm.model.kv_slots  # a function of the length of a row
         self._bytes_per_slot = lm.model.kv_bytes(1) / lm.model.kv_slots(1)
 
     def timed(
@@ -63,33 +63,35 @@ class Stats:
         """Yield the steps unchanged, and add their seconds, tokens and bytes to this object.
 
         steps: lists of each row's new ids. The first step is prefill, with each row's first token.
-        past: leading tokens of each prompt that the caches hold already. Time that the consumer
-        spends between two steps is not counted.
+        past: leading tokens of each prompt that the caches hold already. The time that the consumer
+        spends after a step, on decoding its text for example, counts as time of the next step.
         """
-        start, filled = time.perf_counter(), list(map(len, prompts))  # filled: tokens of each row
+        start, lengths = time.perf_counter(), list(map(len, prompts))  # lengths: of each row's text
         for n, step in enumerate(steps):
             seconds = time.perf_counter() - start
             self.new_tokens += sum(map(len, step))
             if n == 0:
                 self.prefill_seconds += seconds
-                self.prompt_tokens += sum(filled) - past * len(prompts)
+                self.prompt_tokens += sum(lengths) - past * len(prompts)
             else:
                 self.decode_seconds += seconds
                 self.steps += 1
                 self.decoded_tokens += sum(map(len, step))
-                rows = zip(filled, step, strict=True)
-                kv_read = sum(self._kv_slots(n) for n, ids in rows if ids)
-                self.decoded_bytes += self._weight_bytes + self._bytes_per_slot * kv_read
-            filled = [n + len(ids) for n, ids in zip(filled, step, strict=True)]
+                rows = zip(lengths, step, strict=True)
+                slots_read = sum(self._kv_slots(length) for length, ids in rows if ids)
+                self.decoded_bytes += self._weight_bytes + self._bytes_per_slot * slots_read
+            lengths = [length + len(ids) for length, ids in zip(lengths, step, strict=True)]
             start = time.perf_counter()
             yield step
 
     @property
     def prefill_rate(self) -> float:
+        """Return the prompt tokens per second. 1e-9: before any run, 0 and no division by 0."""
         return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
+        """Return the decoded tokens per second."""
         return self.decoded_tokens / max(self.decode_seconds, 1e-9)
 
     @property
@@ -100,7 +102,7 @@ class Stats:
     def report(self, ceiling: float | None) -> Iterator[str]:
         """Yield the lines printed after a run: loading, prefill, and decode if there were steps.
 
-        ceiling: the memory's read bandwidth in bytes per second; None if it was not measured.
+        ceiling: see above; None if it was not measured.
         """
         compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         kernels = f", CPU kernels for {name}" if (name := instruction_set()) else ""
@@ -110,7 +112,9 @@ class Stats:
             f"{self.prefill_rate:.1f} tokens/s"
         )
         if self.decoded_tokens:
-            reads = f", {size_text(self.decoded_bytes / self.decoded_tokens)} per token"
+            reads = ""
+            if self.reads_memory:
+                reads = f", {size_text(self.decoded_bytes / self.decoded_tokens)} per token"
             if ceiling and self.reads_memory:
                 reads += (
                     f", {size_text(self.bandwidth)}/s, {self.bandwidth / ceiling:.0%} of the "
@@ -118,7 +122,7 @@ class Stats:
                 )
             yield (
                 f"decode: {self.decoded_tokens} tokens in {self.decode_seconds:.2f} s, "
-                f"{self.decode_rate:.1f} tokens/s{reads * self.reads_memory}"
+                f"{self.decode_rate:.1f} tokens/s{reads}"
             )
 
 
@@ -132,12 +136,14 @@ def measure(
 ) -> dict[str, Any]:
     """Run prefill and decode `repeats` times after warm-up, and print a table on stderr.
 
-    complete: engine.complete, as a parameter because engine.py imports this file. The prompts are
-    random ids, one for each row of the caches, of prompt_length; every text gets
-    config.max_new_tokens tokens, as EOS and stop strings are ignored. The caches have room for
-    both. Returns the settings, the tokens per second of each timed run, and provenance().
+    complete: engine.complete; a parameter, because this file stands below engine.py and may not
+    import it. The prompts are random ids, one for each row of the caches, of prompt_length; every
+    text gets config.max_new_tokens tokens, as EOS and stop strings are ignored. The caches must
+    have room for both. Returns the settings, the tokens per second of each timed run, the bytes per
+    second that decoding read (None with a draft, whose reads are not counted), the ceiling, and
+    provenance().
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed % 2**63)  # it takes 64 bits
     shape = (caches[0].rows, prompt_length)
     prompts = torch.randint(lm.model.args.vocab_size, shape, generator=generator).tolist()
     config = dataclasses.replace(config, ignore_eos=True, stop=())
@@ -177,12 +183,13 @@ def print_table(tests: dict[str, list[float]], batch: int) -> None:
 
 
 def provenance(device: torch.device) -> dict[str, str | None]:
-    """Return commit, machine, versions, command and date, to store with measured figures.
+    """Return commit, machine, versions, command and date, to store with measured figures. device:
+    that of the model, which names the machine.
 
-    cpu_kernels: the instruction set of the CPU kernels that this process has loaded, or None.
+    "cpu_kernels": the instruction set of the CPU kernels that this process has loaded, or None.
     """
     root = Path(__file__).parent
-    # The commit's hash; --exclude=* ignores tags.
+    # The commit's hash, and whether files have changed; --exclude=* ignores tags.
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()

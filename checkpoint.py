@@ -3,13 +3,14 @@
 A scheme says how the linears are quantised, see make_scheme in quant/linear.py; None: they are not.
 A StoredTensor is a tensor of our model as it lies on disk: one or more Parts, each a tensor of a
 file (q, k and v, for example), which are stacked by rows, and converted if they have another
-layout.
+layout. Our name of a tensor is its name in the Transformer's state dict.
 
 Start at Checkpoint. Its constructor reads headers: our `model.pth` and Hugging Face's safetensors
 or .bin, in one file or in shards, all become one table, our tensor name -> StoredTensor
 (weights/stored.py). Of Hugging Face's files it also reads tensors that may be redundant: g_idx and
 biases of a GPTQ or AWQ checkpoint, and a head that is tied to the embedding but stored, too.
-load_into then reads each tensor of the model once, into its final memory.
+read_into then reads a tensor into its final memory; load_into and fill_function do so for each
+tensor of a model.
 """
 
 from collections import Counter
@@ -36,7 +37,8 @@ MAX_LISTED = 5  # faults in an error message
 
 
 class Checkpoint:
-    """The config, args, scheme (None: not quantised) and tensors, by our names, of a checkpoint.
+    """A checkpoint whose headers are read. config: the content of config.json. args: the shape of
+    the model. scheme: see above. tensors: our name -> StoredTensor.
 
     path: a directory (its model.pth, else its Hugging Face weights), or one of those files.
     Raises FileNotFoundError, which lists the files that exist instead, and ValueError for a file
@@ -47,7 +49,7 @@ class Checkpoint:
         self.path = find_weights(path)
         self.directory = self.path.parent  # of config.json and the tokenizer
         metadata, parts = read_index(self.path)
-        if metadata:
+        if metadata:  # a model.pth; {} for Hugging Face's files
             self.config = metadata["config"]
             self.scheme = self.model_pth_scheme(metadata["scheme"])
         else:
@@ -86,9 +88,9 @@ class Checkpoint:
     def resolve_tied_head(self) -> None:
         """Drop an output head that equals the embedding; use both where they differ.
 
-        Called if the config ties them and the file has a head. transformers 5 uses both, too. The
-        embedding may be stored under the head's name alone.
+        Called if the config ties them and the file has a head. transformers 5 uses both, too.
         """
+        # A file may store the shared table under the head's name alone.
         self.tensors.setdefault("tok_embeddings.weight", self.tensors["output.weight"])
         if self.equal("tok_embeddings.weight", "output.weight"):
             del self.tensors["output.weight"]
@@ -102,13 +104,17 @@ class Checkpoint:
 
     def equal(self, one: str, other: str) -> bool:
         """Returns whether two matrices, given by name, have the same values. Reads both, a few rows
-        at a time, up to the first difference. Tensors that are no matrices count as different."""
+        at a time, up to the first difference. Different tensors that are no matrices count as
+        unequal."""
         a, b = self.tensors[one], self.tensors[other]
-        if a is b or a.shape != b.shape or len(a.shape) != 2:
-            return a is b
+        if a is b:  # one tensor of the file, under both names
+            return True
+        if a.shape != b.shape or len(a.shape) != 2:
+            return False
         rows, columns = a.shape
+        # Both are read in a dtype that holds the values of either exactly.
         dtype, stage = torch.promote_types(a.dtype, b.dtype), staging_buffer(torch.device("cpu"))
-        step = max(1, COMPARED_BYTES // max(1, columns * dtype.itemsize))
+        step = max(1, COMPARED_BYTES // max(1, columns * dtype.itemsize))  # columns may be 0
         pair = torch.empty(2, step, columns, dtype=dtype)  # `step` rows of each matrix
         for start in range(0, rows, step):
             some = range(start, min(start + step, rows))
@@ -124,7 +130,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype of most bytes; if quantised, the dtype of the embedding."""
+        """The floating-point dtype of most bytes; if quantised, the dtype of the embedding, as the
+        scales have a dtype of their own."""
         if self.scheme:
             return self.tensors["tok_embeddings.weight"].dtype
         sizes = Counter()
@@ -153,7 +160,7 @@ class Checkpoint:
 
     def read_rows_into(self, name: str, rows: Iterable[range], out: Tensor, stage: Tensor) -> None:
         """Read ranges of a tensor's rows into `out`, one after the other: a rank's shard, for
-        example. stage, errors: see read_into."""
+        example. out: with at least as many rows. stage, errors: see read_into."""
         self.tensors[name].read_rows_into(rows, out, stage)
         self.check_scales(name, out)
 
@@ -179,10 +186,11 @@ class Checkpoint:
     ) -> None:
         """Allocate the tensors of a model that was built on the meta device, and read them.
 
-        For models without other features: load.py calls fill_function itself.
-        dtype: of floating-point parameters, None: the stored one; buffers and integers keep the
-        dtype that the model declares. progress: called with the bytes read of each tensor.
-        Raises ValueError as `check` does, and MemoryError before anything is allocated.
+        For a whole model in one memory: load.py, which also offloads and divides models, calls
+        fill_function itself. dtype: of floating-point parameters, None: the stored one; buffers and
+        integers keep the dtype that the model declares. progress: called with the bytes read of
+        each tensor. Raises ValueError as `check` does, and MemoryError before anything is
+        allocated.
         """
         self.check(model)
         fill = self.fill_function(torch.device(device), progress)
@@ -208,46 +216,49 @@ class Checkpoint:
         return fill
 
     def location(self, name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
-        """Returns the file and the offset at which O_DIRECT can read a tensor as a given dtype.
+        """Returns the file and the offset in bytes at which O_DIRECT can read a tensor as a given
+        dtype; None if it cannot.
 
         Offloading reads such tensors from the checkpoint itself. O_DIRECT, which bypasses the page
-        cache, needs offsets at multiples of a block. None: it is stored in parts, in another layout
-        or dtype, or not at a multiple of a block.
+        cache, needs offsets at multiples of a block. It cannot read a tensor that is stored in
+        several parts, not contiguously, in another layout or dtype, or not at such an offset.
         """
         part, *others = self.tensors[name].parts
         as_is = not others and self.tensors[name].convert is None and part.tensor is None
         return (part.file, part.offset) if as_is and part.is_aligned(dtype) else None
 
     def drop_redundant(self) -> None:
-        """Drop tensors that other tools write although they change nothing.
+        """Drop tensors of a GPTQ or AWQ checkpoint that change nothing.
 
-        These are g_idx, the group of each input, where the groups are in order, and biases that
-        are zero in a linear without biases. Raises ValueError for groups that are not in order.
+        These are g_idx, the group of each input, if the groups are in order, and biases of zeros in
+        a linear that has no bias by the config. Raises ValueError for groups that are not in order.
         """
+        if not self.scheme:
+            return
         unbiased = [module for flag, module in hf.BIASES.items() if not getattr(self.args, flag)]
-        for name in [n for n in self.tensors if self.scheme and n.startswith("layers.")]:
+        for name in [n for n in self.tensors if n.startswith("layers.")]:
             module, _, kind = name.split(".", 2)[2].rpartition(".")  # after layers.N
             if kind == "g_idx":
                 self.check_groups(name)
-            extra = kind == "bias" and module.startswith(tuple(unbiased))
-            if kind == "g_idx" or (extra and not self.read(name).any()):
+            undeclared = kind == "bias" and module.startswith(tuple(unbiased))
+            if kind == "g_idx" or (undeclared and not self.read(name).any()):
                 del self.tensors[name]
 
     def check_groups(self, name: str) -> None:
-        """Raises ValueError unless input i belongs to group i // groupsize. name: of a g_idx, which
-        has K numbers in each part: linears with the same inputs are stored as parts of one."""
+        """Raises ValueError unless input i belongs to group i // groupsize. name: of a g_idx. Each
+        of its parts (q, k and v, for example) must have the K groups of the same K inputs."""
         groupsize, order = self.scheme["linears"]["groupsize"], self.read(name)
-        inputs = {part.shape for part in self.tensors[name].parts}
-        K = max(max(shape, default=0) for shape in inputs)
-        if inputs != {(K,)} or not (order.view(-1, K) == torch.arange(K) // groupsize).all():
+        shapes = {part.shape for part in self.tensors[name].parts}
+        K = max(max(shape, default=0) for shape in shapes)  # 0: a part without dimensions
+        if shapes != {(K,)} or not (order.view(-1, K) == torch.arange(K) // groupsize).all():
             raise ValueError(
                 f"{self.path}: {name} puts inputs into groups out of their order, which cannot be "
                 "read: download the unquantised original and use quantize.py"
             )
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError listing the tensors in which the model and the files differ: by
-        name, shape or dtype. model: on the meta device; called before anything is allocated."""
+        """Raises ValueError, which lists the tensors whose name, shape or dtype differs between the
+        files and the model. model: on the meta device; called before anything is allocated."""
         have, want = self.tensors, {n: t for n, (t, _) in stored_tensors(model).items()}
         faults = [f"{name} is missing" + HINTS.get(name, "") for name in want.keys() - have.keys()]
         faults += [f"{name} is not part of the model" for name in have.keys() - want.keys()]

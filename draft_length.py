@@ -4,14 +4,15 @@ Start at DraftLengthController.choose and .update, which speculate.py calls befo
 cycle. A cycle with k draft tokens is k draft steps and one verify pass over k + 1 tokens; it yields
 the accepted draft tokens and one token more. The best k yields the most tokens per second. k does
 not change the text, so measured times may decide it. DraftStats counts the results for the user.
-A draft token is accepted if the model draws the same token. A live row is an unfinished one.
+A draft token is accepted if the model draws the same token. A live row is an unfinished one. The
+position of a draft token counts the draft tokens of its cycle from 0.
 
 A plain step is a cycle with k = 0. Trying a draft costs time, which may exceed the gain in a short
 text. So cycles with draft tokens have a budget, counted in plain steps. It begins with
-INITIAL_BUDGET_STEPS, grows by BUDGET_SHARE of all steps, and changes by the steps that each cycle
-gains or loses against plain decoding. A k is allowed only if the budget covers a cycle in which all
-k draft tokens are rejected. So a draft that never helps costs INITIAL_BUDGET_STEPS steps and
-BUDGET_SHARE of the time.
+INITIAL_BUDGET_STEPS, grows by BUDGET_SHARE of the time of all cycles, and changes by the steps that
+each cycle gains or loses against plain decoding. A k is allowed only if the budget covers the loss
+of a cycle in which all k draft tokens are rejected. So a draft that never helps costs
+INITIAL_BUDGET_STEPS steps and BUDGET_SHARE of the time.
 
 If no k is known to be faster than plain decoding, a trial of TRIAL_CYCLES cycles measures one k.
 A pause of plain steps precedes the next trial.
@@ -26,9 +27,9 @@ from statistics import median
 from options.settings import MAX_DRAFT_TOKENS
 from ranks import broadcast_from_rank0
 
-TIMES_PER_MEDIAN = 9  # the median is that of so many latest cycles with the same k
-GRAPH_CYCLES = 2  # the first cycles with each k warm up and record CUDA graphs: not timed
-PLAIN_EVERY_CYCLES = 64  # a plain step among so many cycles times plain decoding
+TIMES_PER_MEDIAN = 9  # the time of a k is the median of so many latest cycles with this k
+GRAPH_CYCLES = 2  # so many first cycles with each k warm up and record CUDA graphs: not timed
+PLAIN_EVERY_CYCLES = 64  # one of so many cycles is a plain step, which times plain decoding
 STALE_CYCLES = 4 * PLAIN_EVERY_CYCLES  # times are ignored after this many cycles
 INITIAL_BUDGET_STEPS, BUDGET_SHARE = 2.0, 0.01
 TRIAL_CYCLES = 6  # cycles with draft tokens before a draft is judged
@@ -38,8 +39,9 @@ TRIAL_CYCLES = 6  # cycles with draft tokens before a draft is judged
 TRIAL_DRAFT_TOKENS = 1, 4
 ASSUMED_DRAFT_COST = 0.2  # plain steps per draft token, before a cycle with draft tokens is timed
 MIN_PAUSE_STEPS, MAX_PAUSE_STEPS = 16, 512  # plain steps between trials
-DECAY = 0.97  # counts are multiplied by this at each cycle with draft tokens
-# Acceptance rate before any token is counted, and the number of draft tokens that it counts as.
+DECAY = 0.97  # older counts are multiplied by this at each cycle with draft tokens
+# The acceptance rate before any token is counted, and the number of counted draft tokens that has
+# the same weight.
 PRIOR_RATE, PRIOR_WEIGHT = 0.8, 2
 
 
@@ -49,9 +51,9 @@ class DraftLengthController:
     k: a number, at most MAX_DRAFT_TOKENS, fixes k, except in the plain steps that time plain
     decoding. None chooses the k with the most expected tokens per second within the budget. If no k
     is faster than plain decoding, drafting pauses; each further pause is twice as long, up to
-    MAX_PAUSE_STEPS. graphs: the first cycles with each k record CUDA graphs.
-    draft_reads_after_plain: in the first cycle after plain steps, a draft model also reads the
-    tokens of those steps, so that this cycle is not timed.
+    MAX_PAUSE_STEPS. graphs: whether the first cycles with each k record CUDA graphs.
+    draft_reads_after_plain: whether, in the first cycle after plain steps, a draft model also reads
+    the tokens of those steps, so that this cycle is not timed.
     """
 
     def __init__(self, k: int | None, graphs: bool = False, draft_reads_after_plain: bool = False):
@@ -62,10 +64,10 @@ class DraftLengthController:
         self._reset()
 
     def for_batch(self, rows: int) -> "DraftLengthController":
-        """Return this controller. Call it at the start of each batch, with its number of rows.
+        """Return this controller. Call it at the start of each batch. rows: of the batch.
 
-        If the number differs from the last batch's, it forgets all times, rates, pauses and the
-        budget: they depend on it. `stats` goes on counting.
+        If this number differs from the last batch's, the controller forgets all times, rates,
+        pauses and the budget, which depend on it. `stats` goes on counting.
         """
         if rows != self._rows:
             self._rows = rows
@@ -75,29 +77,31 @@ class DraftLengthController:
     def _reset(self) -> None:
         """Forget all times, rates, pauses and the budget: at first, and for another number of rows.
 
-        The first plain steps then time plain decoding, and a trial is due.
+        The next cycles are plain steps, until two of them are timed; a trial follows.
         """
-        self._cycle = 0  # the number of the cycle, from 1
+        self._cycle = 0  # the number of the current cycle, from 1
         self._cycles_of: dict[int, int] = defaultdict(int)  # cycles with each k
         self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMES_PER_MEDIAN))
         self._median: dict[int, float] = {}  # seconds of a cycle, by k
         self._timed_at: dict[int, int] = defaultdict(int)  # number of the latest timed cycle, by k
-        # For each position n from 0: rows that proposed a draft token n and accepted all before it,
-        # and rows that accepted draft token n, too. Counts decay, as do the next two.
+        # For each position n: rows that had a draft token n and accepted all before it, and rows
+        # that accepted draft token n, too. These counts decay, as do the next two.
         self._drafted = [0.0] * MAX_DRAFT_TOKENS
         self._accepted = [0.0] * MAX_DRAFT_TOKENS
-        # Live rows in cycles with draft tokens, and the rows among them that had a draft token.
+        # Live rows in cycles with draft tokens, and the rows among them that had a draft token. Not
+        # 0, so that their quotient is 1 before any cycle.
         self._rows_live, self._rows_drafted = 1e-9, 1e-9
         self._budget = INITIAL_BUDGET_STEPS
         self._trial_cycles_left, self._past_trials = TRIAL_CYCLES, 0
         self._next_pause_steps, self._pause_steps_left = MIN_PAUSE_STEPS, 0
-        self._is_plain = False  # the latest chosen k is 0
-        self._is_after_plain = False  # the latest chosen k is above 0, and the one before was 0
+        # Whether the latest chosen k, before max_k limits it, is 0; and whether it is above 0 and
+        # the k before it was 0.
+        self._is_plain = self._is_after_plain = False
 
     def choose(self, max_k: int) -> int:
         """Return k for the next cycle, at most max_k. Call it once before each cycle.
 
-        max_k: the draft tokens that the text can still use; may be negative, which gives 0. With
+        max_k: the most draft tokens that a text can still use; if negative, the result is 0. With
         several ranks, rank 0 chooses for all: times differ between ranks, but all must use the same
         k.
         """
@@ -114,9 +118,9 @@ class DraftLengthController:
     def _best_k(self) -> int:
         """Return the k with the most expected tokens per second that the budget covers.
 
-        If that is 0, or no cycle with draft tokens was timed recently, return the k of a trial or
-        begin a pause; during a pause, return 0, and after its last step a trial is due. For a
-        controller without a fixed k. A plain step must have been timed before.
+        If that is 0, or no cycle with draft tokens was timed recently, return the k of a trial, or
+        begin a pause and return 0. During a pause return 0; a trial follows it. For a controller
+        without a fixed k. A plain step must have been timed before.
         """
         if self._pause_steps_left:  # skip the estimates, which take 1 % of a small model's step
             self._pause_steps_left -= 1
@@ -124,8 +128,9 @@ class DraftLengthController:
                 self._trial_cycles_left, self._past_trials = TRIAL_CYCLES, self._past_trials + 1
             return 0
         times, tokens = self._expected_times(), self._expected_tokens()
-        tried = any(k for k in self._median if self._is_recent(k))
-        # Plain steps lost if all k draft tokens are rejected; before a trial, one per draft token.
+        tried = any(k > 0 and self._is_recent(k) for k in self._median)
+        # Plain steps lost if all k draft tokens are rejected: then the cycle yields one token, as a
+        # plain step does. Before a draft is timed, assume a loss of one step per draft token.
         losses = ((times[k] / times[0] - 1 if tried else k) for k in range(MAX_DRAFT_TOKENS + 1))
         affordable = [k for k, loss in enumerate(losses) if loss <= self._budget]
         best = max(affordable, key=lambda k: tokens[k] / times[k], default=0)
@@ -135,12 +140,12 @@ class DraftLengthController:
         return self._try_or_pause(affordable)
 
     def _try_or_pause(self, affordable: list[int]) -> int:
-        """Called if no k with draft tokens is known to pay. Return the k of the current trial, or 1
-        if the budget does not cover that k but covers 1. If the trial is over, or the budget covers
-        neither, begin a pause and return 0. Each pause is twice as long as the last one, up to
-        MAX_PAUSE_STEPS, until drafting pays.
+        """Return the k of the current trial, or 1 if the budget does not cover that k but covers 1.
+        If the trial is over, or the budget covers neither, begin a pause and return 0.
 
-        affordable: the k, from 0 on, that the budget covers; may be empty.
+        Called if no k above 0 is known to pay. Each pause is twice as long as the last one, up to
+        MAX_PAUSE_STEPS, until drafting pays. affordable: the k, from 0 on, that the budget covers;
+        may be empty.
         """
         trial_k = TRIAL_DRAFT_TOKENS[self._past_trials % len(TRIAL_DRAFT_TOKENS)]
         k = next((k for k in (trial_k, TRIAL_DRAFT_TOKENS[0]) if k in affordable), 0)
@@ -154,8 +159,9 @@ class DraftLengthController:
     def _expected_tokens(self) -> list[float]:
         """Return the expected new tokens of a row in cycles with k = 0, 1, ..., MAX_DRAFT_TOKENS.
 
-        One token is certain. Draft token n counts if the row has draft tokens and all up to n are
-        accepted: the product of the acceptance rates of positions 0 to n.
+        One token is certain. Draft token n adds the probability that the row has draft tokens and
+        that all up to n are accepted: the share of such rows times the product of the acceptance
+        rates of positions 0 to n.
         """
         # A position with few counts takes the rate of all positions, which starts at PRIOR_RATE.
         accepted = sum(self._accepted) + PRIOR_WEIGHT * PRIOR_RATE
@@ -166,15 +172,17 @@ class DraftLengthController:
         return list(accumulate((share * rate for rate in accumulate(rates, mul)), initial=1.0))
 
     def _is_recent(self, k: int) -> bool:
-        """Whether a cycle with k draft tokens was timed recently; always true for plain steps."""
+        """Return whether a cycle with k draft tokens was timed in the last STALE_CYCLES cycles;
+        always true for k = 0, because plain steps are timed often."""
         return k == 0 or self._cycle - self._timed_at[k] < STALE_CYCLES
 
     def _expected_times(self) -> list[float]:
         """Return the seconds of cycles with k = 0, 1, ..., MAX_DRAFT_TOKENS.
 
-        A k with recent times has their median. Others have the value on the least-squares line
+        A k with recent times has their median. Another k has the value on the least-squares line
         through these medians, and at least the shortest median. If only plain steps are timed, a
-        draft token is estimated at ASSUMED_DRAFT_COST plain steps. A plain step must be timed.
+        draft token is estimated at ASSUMED_DRAFT_COST plain steps. A plain step must have been
+        timed.
         """
         timed = {k: seconds for k, seconds in self._median.items() if self._is_recent(k)}
         mean_k, mean_time = (sum(values) / len(timed) for values in (timed, timed.values()))
@@ -189,10 +197,11 @@ class DraftLengthController:
     def update(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
         """Record a cycle, after it has ended: its time, its tokens and its effect on the budget.
 
-        k: the draft tokens of its longest row, which may be fewer than chosen. rows: the numbers of
-        draft and of accepted tokens of each live row; at least one row. seconds: the duration of
-        the whole cycle. It does not enter the median of cycles with k if this is one of the first,
-        which record CUDA graphs, or if the draft model also read the tokens of plain steps.
+        k: the draft tokens of the row that has most, which may be fewer than chosen. rows: the
+        numbers of draft and of accepted tokens of each live row; at least one row. seconds: the
+        duration of the whole cycle. It does not enter the median of this k if the cycle is one of
+        the first, which record CUDA graphs, or if the draft model also read the tokens of plain
+        steps.
         """
         self._cycles_of[k] += 1
         draft_read_more = self._draft_reads_after_plain and self._is_after_plain and k > 0
@@ -216,8 +225,8 @@ class DraftLengthController:
 
     def _count_tokens(self, k: int, rows: list[tuple[int, int]]) -> None:
         """Count draft tokens and accepted tokens by position, after multiplying older counts by
-        DECAY. A draft token after a rejected one is not counted: it tells nothing. k: the draft
-        tokens of the longest row. rows: see update."""
+        DECAY. A draft token after a rejected one is not counted: it tells nothing. k, rows: see
+        update."""
         self._rows_live = DECAY * self._rows_live + len(rows)
         self._rows_drafted = DECAY * self._rows_drafted + sum(drafted > 0 for drafted, _ in rows)
         for n in range(k):
@@ -226,13 +235,14 @@ class DraftLengthController:
             self._accepted[n] = DECAY * self._accepted[n] + sum(a > n for a in reached)
 
     def _update_budget(self, k: int, rows: list[tuple[int, int]], seconds: float) -> None:
-        """Change the budget, which is in plain steps, after a cycle that took `seconds`.
+        """Change the budget, which is in plain steps, after a cycle.
 
         Every cycle adds BUDGET_SHARE of its time. A cycle with draft tokens also adds its gain
         over plain decoding: its new tokens per row, minus its time in plain steps. The gain is
-        negative for a loss. seconds: the median of cycles with this k, if this one was timed. rows:
-        see update.
+        negative for a loss. seconds: the median of this k, or the cycle's own time if it was not
+        timed. k, rows: see update.
         """
+        # In plain steps; 1 until a plain step is timed.
         steps = seconds / self._median.get(0, seconds)
         if self._cycles_of[k] <= self._untimed_cycles:
             steps = min(steps, 1 + k)  # do not charge the one-time recording of a CUDA graph
@@ -247,25 +257,25 @@ class DraftStats:
     def __init__(self):
         # cycles: those with draft tokens. tokens: new tokens of these cycles, of all rows.
         self.cycles = self.tokens = self.plain_steps = 0
-        # For each position n from 0: the rows of cycles that proposed, and that accepted, an n-th
-        # draft token. A proposal after a rejected one counts, too.
+        # For each position n: how often a row had a draft token n, and how often it accepted it. A
+        # draft token after a rejected one counts, too.
         self.drafted: list[int] = []
         self.accepted: list[int] = []
         self.seconds = 0.0  # of all cycles, plain steps included
         self.plain_seconds = 0.0  # estimate: plain decoding of the tokens of all these cycles
 
-    def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain: float) -> None:
+    def add(self, k: int, rows: list[tuple[int, int]], seconds: float, plain_step: float) -> None:
         """Add a cycle of k draft tokens (0: a plain step) to the counts.
 
         rows: the numbers of draft and of accepted tokens of each live row; at least one row.
-        seconds: of this cycle. plain: seconds of a plain step: plain decoding of the same tokens
-        would take one for each new token of a row, on average over the rows.
+        seconds: of this cycle. plain_step: seconds of a plain step. Plain decoding of the same
+        tokens would take as many plain steps as the cycle's new tokens per row.
         """
         self.seconds += seconds
-        self.plain_seconds += plain * (1 + sum(accepted for _, accepted in rows) / len(rows))
+        self.plain_seconds += plain_step * (1 + sum(accepted for _, accepted in rows) / len(rows))
         self.plain_steps += k == 0
         self.cycles += k > 0
-        new_positions = k - len(self.drafted)  # if negative, the lists do not grow
+        new_positions = k - len(self.drafted)  # [0] * a negative number is []
         self.drafted += [0] * new_positions
         self.accepted += [0] * new_positions
         for drafted, accepted in rows:
@@ -276,7 +286,8 @@ class DraftStats:
 
     @property
     def speed_up(self) -> float:
-        """Return the speed over that of plain decoding, estimated from plain steps of this run."""
+        """Return how many times as fast as plain decoding this run was, by the times of its plain
+        steps. 1e-9: before any cycle, no division by 0."""
         return self.plain_seconds / max(self.seconds, 1e-9)
 
     def lines(self) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 A row is one text of a batch: a prompt and its new ids. A step adds an id to each unfinished row, or
 with a draft one or more; a draft proposes tokens that the model verifies (speculate.py). Caches
-store the keys and values of each layer for a number of rows; compiled steps always compute all of
-them.
+store the keys and values of each layer for a number of rows; compiled steps always compute all
+these rows. A random stream is a row's source of noise (sampling.py).
 
 Start at `generate`, which yields new ids step by step. `complete` and `stream` turn the ids into
 texts. decoding.py makes the steps or, with a draft, speculate.py; load.py makes the model.
@@ -41,7 +41,7 @@ def generate(
     prompts: Prompts,
     config: GenerationConfig = GenerationConfig(),
     *,
-    rows: Sequence[int] | None = None,
+    streams: Sequence[int] | None = None,
     caches: Sequence[Cache] | None = None,
     past: int = 0,
     live: set[int] | None = None,
@@ -50,8 +50,9 @@ def generate(
     """Continue B prompts together; each row gets the ids that it would get alone.
 
     prompts: B texts, or lists of token ids, of any lengths.
-    rows: the number of the random stream that each row draws from, default 0 to B - 1.
-    caches: from lm.make_caches, for B rows or more; a compiled step serves later calls with them.
+    streams: the number of each row's random stream; None: 0 to B - 1.
+    caches: from lm.make_caches, for B rows or more; None: new ones. If the model is compiled, calls
+    with the same caches run the same compiled code.
     past: how many leading tokens of every prompt the caches have already (only after a call with
     one prompt: a batch moves its rows; see decoding.reusable_tokens).
     live: a set that is updated to the unfinished rows after each step; a row ends when the caller
@@ -60,8 +61,8 @@ def generate(
     text/processors.py.
 
     Yields, for each step, B lists of new ids: one id, or with a draft one or more, for an
-    unfinished row; none for a row that ended with an id of tokenizer.eos_ids, with max_new_tokens
-    or with the model's context.
+    unfinished row; none for a row that has ended: with an id of tokenizer.eos_ids, at
+    max_new_tokens, or at the last position of the caches, which at most cover the model's context.
     Raises ValueError for a prompt that is empty, too long or has ids that the model lacks, and for
     logits that are not finite numbers.
     """
@@ -69,10 +70,11 @@ def generate(
     config = fitted(config, lm.model.args.vocab_size)
     if caches is None:
         longest = max(map(len, texts))
+        # At least 512 positions: short texts then have equal caches, hence one compiled step.
         caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
-    # The most new tokens of each row: its position must stay within the caches.
+    # The most new tokens of each row: their positions must stay within the caches.
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
-    # `texts` grow with the batch; `padded` below keeps the prompts as they are.
+    # The batch appends new ids to `texts`; `padded` below keeps the prompts as they are.
     ends = () if config.ignore_eos else lm.tokenizer.eos_ids
     batch = Batch(texts, counts, ends, live, lm.model.args.recompute_after)
     if lm.any_rows and not lm.draft:  # a draft's own caches have the rows of the given ones
@@ -82,9 +84,9 @@ def generate(
     # A compiled step has a fixed number of rows: the last prompt fills the unused ones.
     unused = caches[0].rows - len(texts)
     padded = [*map(tuple, texts), *[tuple(texts[-1])] * unused]
-    # Numbers of random streams; the unused rows' ids are dropped.
-    streams = [*(rows or range(len(texts))), *[0] * unused]
-    # The sampler prepares no more steps than the caches can hold.
+    # Unused rows draw from stream 0; their ids are dropped.
+    streams = [*(streams or range(len(texts))), *[0] * unused]
+    # The sampler makes no more noise keys than the caches have room for tokens.
     config = replace(config, max_new_tokens=max(counts))
     sampler = make_sampler(lm, config, padded, streams, logits_processors)
     steps = make_steps(lm, counts, padded, padded, caches, past, sampler, live=batch.live)
@@ -108,13 +110,14 @@ def make_steps(
 ) -> Iterator[list[list[int]]]:
     """Yield steps, lists of each row's new ids, by plain decoding or with the model's draft.
 
-    counts: new tokens of each row at most, without unused rows. prompts: of each row. texts: the
-    same, or the prompts with the new ids so far. Without a draft each live row has equally many.
-    given: caches, past and sampler, as in plain_steps. live: the unfinished rows. Steps with a
-    draft do not end by themselves, and may give a row more ids than its count: the caller stops and
-    cuts.
+    counts: the most new tokens of each row, without unused rows. prompts, texts: of all rows;
+    texts: the prompts, followed by the new ids so far if the caches must be filled again. given:
+    caches, past and sampler, as in plain_steps. live: the unfinished rows. Steps with a draft do
+    not end by themselves, and may give a row more ids than its count: the caller stops asking, and
+    cuts the ids.
     """
     if not lm.draft:
+        # The number of the next token: without a draft, all live rows have as many new ids.
         first = max(len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True))
         return plain_steps(lm, texts, *given, range(first, max(counts)), live)
     from speculate import speculative_steps
@@ -123,21 +126,22 @@ def make_steps(
 
 
 def record_new_ids(sampler: Sampler, prompts: Texts, texts: Texts, device: torch.device) -> None:
-    """Record the new ids of all rows in the batch's sampler. The steps have drawn them with copies
-    of it for some of the rows (select_rows), so it does not know them. texts: the prompts with
-    their new ids."""
+    """Record the new ids of all rows in the batch's sampler, which did not draw them: plain steps
+    draw with samplers that Sampler.select_rows makes of it. Called before the caches are filled
+    again. texts: the prompts with their new ids."""
     new = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
     width = max(map(len, new))
     padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in new], device=device)
     # The zeros that pad a shorter row are overwritten when its next ids are drawn; a finished row
     # draws none.
-    sampler.record_draft(padded, torch.arange(width, device=device).expand_as(padded))
+    sampler.record(padded, torch.arange(width, device=device).expand_as(padded))
 
 
 def error_not_finite(lm: LoadedModel, text: Sequence[int], caches: Sequence[Cache]) -> ValueError:
     """Returns the error to raise for a text whose next logits are not finite; see finite.py.
 
-    text: the row's ids before the bad token. The caches are overwritten. All ranks must call this.
+    text: the ids of the prompt and the answer before those logits. caches: of the batch; they are
+    overwritten. All ranks must call this.
     """
     from finite import explain_not_finite
 
@@ -148,9 +152,10 @@ class Batch:
     """The rows of a batch while they grow.
 
     texts: the ids of each row, to which `add` appends. counts: the most new ids of each row.
-    ends: the ids that end a text. live: the set of unfinished rows; the constructor adds all rows.
-    `add` and the caller remove them. recompute_after: see ModelArgs. outdated: whether a text
-    that is still live grew beyond it in the latest step, so that all keys must be computed again.
+    ends: the ids that end a text. live: the set of unfinished rows; the constructor adds all rows,
+    `add` and the caller remove them; None: a new set. recompute_after: see ModelArgs. outdated:
+    whether a text that is still live grew beyond recompute_after tokens in the latest step, so that
+    all keys must be computed again. limits: of each row, the most ids of its prompt and answer.
     """
 
     def __init__(
@@ -172,11 +177,11 @@ class Batch:
     ) -> list[list[int]]:
         """Append a step's ids to the texts of the live rows, and remove rows that end from `live`.
 
-        step: a list of new ids for each row; at least one id for a live row. Those of other rows
-        are ignored. Returns the appended ids of each row: cut after an id of `ends` and at the
-        row's limit; [] for a row that is not live. error: makes the exception to raise for
-        a text, given the ids before NOT_FINITE, which the sampler puts in place of an id whose
-        logits are not finite numbers.
+        step: a list of new ids for each row; at least one id for a live row. Ids of other rows are
+        ignored. Returns the appended ids of each row: cut after an id of `ends` and at the row's
+        limit; [] for a row that is not live. The sampler puts NOT_FINITE in place of an id whose
+        logits are not finite numbers. error: called with a text's ids before NOT_FINITE; returns
+        the exception to raise.
         """
         new: list[list[int]] = [[]] * len(self.texts)
         self.outdated = False
@@ -194,19 +199,18 @@ class Batch:
         return new
 
     def most(self, row: int) -> int:
-        """Returns how many ids of a step to append to a row: up to its limit; if the text grows
-        beyond recompute_after, up to the first id beyond: the model chose later ones with outdated
-        keys."""
+        """Returns how many ids of a step to append to a row at most: up to its limit; if the text
+        grows beyond recompute_after, up to the first id beyond, because the model chose later ids
+        with outdated keys."""
         have = len(self.texts[row])
         first_beyond = self.recompute_after + 1
         return min(self.limits[row], first_beyond if have < first_beyond else math.inf) - have
 
 
 def new_token_limits(texts: Sequence[Sequence[int]], most: int, length: int) -> list[int]:
-    """Returns how many tokens may follow each prompt in caches of `length` positions: up to `most`.
-
-    most: max_new_tokens. Raises ValueError if a prompt leaves no free position.
-    """
+    """Returns how many tokens may follow each prompt in caches of `length` positions: up to `most`,
+    which is max_new_tokens. texts: the ids of each prompt. Raises ValueError if a prompt leaves no
+    free position."""
     counts = [min(most, length - len(text)) for text in texts]
     if min(counts) < 1:
         raise ValueError(f"the caches have {length} positions, and a prompt fills them all")
@@ -220,10 +224,10 @@ def make_sampler(
     streams: Sequence[int],
     functions: "Sequence[LogitsProcessor]",
 ) -> Sampler:
-    """Make a sampler for the prompts' rows. streams: the number of each row's random stream.
+    """Make the sampler of a batch. streams: the number of each row's random stream.
 
-    prompts: the ids of each row's prompt, which penalties of repeated tokens count. functions:
-    logits processors of the caller, which run with those that the config asks for.
+    prompts: the ids of each row's prompt, which the repetition penalty counts. functions: logits
+    processors of the caller, which run after those that the config asks for.
     """
     processors = None
     if config.changes_logits or functions:
@@ -242,8 +246,8 @@ def encoded(lm: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def token_ids(prompt: Sequence[int]) -> list[int]:
-    """Returns a prompt's ids as a list of int, also from numpy's or torch's integers. ValueError
-    for anything but a sequence of integers."""
+    """Returns a prompt's ids as a list of int, also from numpy's or torch's integers. Raises
+    ValueError for anything but a sequence of integers."""
     try:
         return [index(token) for token in prompt]
     except TypeError as error:
@@ -254,8 +258,8 @@ def token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 def fitted(config: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """Returns the config with logprobs, the number of likeliest tokens to report, limited to the
-    vocabulary. Raises ValueError for a bias of an id that the model lacks."""
+    """Returns the config, with logprobs (the number of likeliest tokens to report) at most
+    vocab_size. Raises ValueError for a logit bias of an id that the model lacks."""
     for token, _ in config.logit_bias:
         if token >= vocab_size:
             raise ValueError(f"logit_bias has id {token} and the model knows 0 to {vocab_size - 1}")
@@ -269,8 +273,8 @@ def until_end(ids: list[int], most: int, ends: Sequence[int]) -> list[int]:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
-    """Raises ValueError for prompts, as ids, that exceed a model's context or have ids that it
-    lacks."""
+    """Raises ValueError if there is no prompt, or for a prompt that is empty, leaves no room for an
+    answer in the model's context, or has ids that the model lacks. prompts: the ids of each."""
     if not prompts:
         raise ValueError("no prompt was given")
     for n, prompt in enumerate(prompts, 1):
@@ -303,18 +307,18 @@ def complete(
     """Continue B prompts, texts or lists of token ids, to their ends. Returns B completions.
 
     on_text: called with a row and a piece of its text, as soon as no later id can change the piece.
-    on_end: called with the rows that end in a step, and all completions. stats: adds the times of
-    this call. interruptible: Ctrl-C ends the texts instead of the program. options: of `generate`,
-    as the exceptions are.
+    on_end: called with the rows that end in a step, and all completions. stats: gets the times of
+    this call. interruptible: Ctrl-C ends the texts, and no KeyboardInterrupt is raised. options:
+    keyword arguments of `generate`, whose exceptions this function raises.
     """
     given = encoded(lm, prompts)
     completions = [Completion(lm.tokenizer, ids, config) for ids in given]
-    # `live`: rows that `generate` continues; `growing`: rows that have not been closed yet.
+    # `live`: rows that `generate` continues; `growing`: rows whose completion is not closed yet.
     live, growing = set(), set(range(len(given)))
 
     def end(rows: list[int], reason: str | None = None) -> None:
-        """Close these rows' completions, show their last characters, and call on_end if there are
-        any. reason: the finish reason; None: the one that the completion has."""
+        """Close these rows' completions, pass their last characters to on_text, and call on_end if
+        there are any rows. reason: the finish reason; None: the one that the completion has."""
         for row in rows:
             if text := completions[row].close(reason):
                 on_text(row, text)
@@ -347,7 +351,7 @@ def stream(
 ) -> Iterator[str]:
     """Yield pieces of the text that continues one prompt, as soon as no later id can change them.
 
-    options: of `generate`, as the exceptions are.
+    options: keyword arguments of `generate`, whose exceptions this function raises.
     """
     (ids,) = encoded(lm, [prompt])
     completion, live = Completion(lm.tokenizer, ids, config), set()

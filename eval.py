@@ -5,7 +5,8 @@
 
 Start at run. evaluation/perplexity.py scores a text, and evaluation/harness.py, imported only for
 --tasks, is the adapter to lm_eval. The figures go as JSON to stdout and to --output; everything
-else goes to stderr.
+else goes to stderr. Under torchrun several ranks, which are processes, run one model together
+(ranks.py).
 """
 
 import argparse
@@ -45,10 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the model; return the figures and the settings that they depend on (`conditions`).
 
     The text or the tasks are read before the model is loaded, so that a missing one is reported at
-    once. Under torchrun every rank calls this. Raises what load_model and the evaluation raise.
+    once. Under torchrun every rank calls this. Raises the errors of hub.resolve, load_model and the
+    evaluation.
     """
     args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)
-    # A text, or the options and the TaskManager of the tasks.
+    # A text, or the result of find_tasks: the options and the TaskManager of the tasks.
     source = read_text(args.perplexity) if args.perplexity else find_tasks(args)
     lm = load(args)
     settings = conditions(lm, args)
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
-    """Load the model on this rank's device; under torchrun, join the process group before.
+    """Load the model on this rank's device, after joining the process group of torchrun, if any.
 
     Raises ValueError for --use_cache under torchrun: lm_eval's cache is for one process.
     """
@@ -79,7 +81,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
         args.checkpoint_path,
         device=str(device),
         ranks=ranks,
-        dtype=DTYPES.get(args.dtype),
+        dtype=DTYPES.get(args.dtype),  # None for "auto": as stored
         kv_dtype=args.kv_dtype,
         compile=args.compile,
         # On a CPU compiled prefill, which scoring uses, is slower: 0.67x at 1.1 billion weights.
@@ -88,8 +90,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 
 def conditions(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the figures depend on, as entries of the output: model, dtype,
-    kv_dtype, bos, chat_template and limit."""
+    """Return the settings that the figures depend on, as entries of the output. "bos" says which
+    token begins every text (BOS), or "none"; "kv_dtype" of None is the model's dtype."""
     bos = adds_bos(lm, args)
     return {
         "model": str(args.checkpoint_path),
@@ -102,10 +104,8 @@ def conditions(lm: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate_text(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[str, Any]:
-    """Return the figures of a text: those that evaluation.perplexity.perplexity returns.
-
-    Windows have --max_seq_length tokens, by default DEFAULT_WINDOW or, if shorter, the context.
-    """
+    """Return the figures of a text, from evaluation.perplexity.perplexity, which reads it in
+    windows of --max_seq_length tokens, by default DEFAULT_WINDOW or, if shorter, the context."""
     length, bos = max_length(lm, args, DEFAULT_WINDOW), adds_bos(lm, args)
     options = PerplexityOptions(length, args.stride, args.limit, args.batch_size, bos)
     return perplexity(lm, text, str(args.perplexity), options)
@@ -113,7 +113,7 @@ def evaluate_text(lm: LoadedModel, args: argparse.Namespace, text: str) -> dict[
 
 def find_tasks(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return the HarnessOptions of the arguments (fields and options have the same names), and the
-    TaskManager that knows their tasks.
+    TaskManager, lm_eval's object that knows the tasks.
 
     Called before the model is loaded. Raises ImportError without lm_eval, and ValueError for an
     unknown task.
@@ -125,7 +125,7 @@ def find_tasks(args: argparse.Namespace) -> tuple[Any, Any]:
             f"--tasks needs lm_eval ({error}): ./scripts/setup.sh requirements-eval.lock"
         ) from error
     values = {name: getattr(args, name) for name in harness.HarnessOptions.__dataclass_fields__}
-    values["task_data"] = dict(pair.split("=", 1) for pair in args.task_data)
+    values["task_data"] = dict(pair.split("=", 1) for pair in args.task_data)  # TASK=PATH
     if args.use_cache:
         values["use_cache"] = f"{args.use_cache}-{cache_key(args):08x}"
     options = harness.HarnessOptions(**values)
@@ -137,9 +137,10 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Run lm_eval's tasks, log the table of results, and return the results.
 
-    options_and_manager: as returned by find_tasks. The results also count the texts that lost their
-    beginning ("shortened"), and continuations that add no token to their context ("fused"). With
-    --log_samples they contain each document and the model's answer ("samples").
+    options_and_manager: as returned by find_tasks. The results also have the number of texts that
+    were too long and lost their beginning ("shortened"), and of continuations that have no token of
+    their own after their context ("fused"). With --log_samples they contain each document and the
+    model's answer ("samples").
     """
     from evaluation import harness
 
@@ -157,8 +158,9 @@ def evaluate_tasks(
 
 
 def max_length(lm: LoadedModel, args: argparse.Namespace, default: int) -> int:
-    """Return the length of a window in tokens: --max_seq_length, else `default`, or the model's
-    context if it is shorter. Raises ValueError for a length out of 2 to the context."""
+    """Return the most tokens that the model reads at once: --max_seq_length; without it `default`
+    or, if shorter, the model's context. Raises ValueError for a --max_seq_length below 2 or above
+    the context."""
     context = lm.model.args.context
     length = args.max_seq_length or min(default, context)
     if not 2 <= length <= context:
@@ -175,8 +177,8 @@ def cache_key(args: argparse.Namespace) -> int:
     """Return a hash, 32 bits, of the path and modification time of the model's weight file or
     index, and of the settings that an answer depends on.
 
-    It is part of the name of lm_eval's cache (--use_cache), because lm_eval finds a stored answer
-    by its request only: another model or dtype must have another cache.
+    It is part of the file name of lm_eval's cache (--use_cache), because lm_eval finds a stored
+    answer by its request only: answers of another model or dtype must be in another file.
     """
     file = Checkpoint(args.checkpoint_path).path.resolve()
     model = str(file), file.stat().st_mtime_ns
@@ -203,8 +205,8 @@ def write(figures: dict[str, Any], output: Path | None) -> None:
 
 
 def destinations(figures: dict[str, Any], output: Path | None) -> Iterator[Callable[[], Any]]:
-    """Yield one function for each destination, which writes it: stdout, the file --output and, with
-    --log_samples, a JSON Lines file for each task's documents.
+    """Yield one function for each destination, which writes to it: stdout, the file --output and,
+    with --log_samples, a JSON Lines file for each task's documents. stdout gets no DETAILS.
 
     Removes "samples" from `figures`: documents are written to their own files only.
     """
@@ -239,7 +241,7 @@ def main(args: argparse.Namespace) -> int:
     set_quiet(args.quiet)
 
     def work() -> None:
-        """Do the command's work; exit_code turns its errors into messages and exit codes."""
+        """Evaluate and write the figures; exit_code turns errors into messages and exit codes."""
         if args.output and is_rank0():  # raise before hours of work, not after them
             check_writable(args.output)
         figures = run(args)

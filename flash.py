@@ -4,12 +4,12 @@
     python generate.py --checkpoint_path checkpoints/demo-opt --flash --dram_budget 60%
 
 Start at run. A record holds the weights of one neuron. A predictor names the neurons that may be
-active for a token; its figures say how many they are, and how many the next token reads if those of
-the last tokens stay in memory. learned_layers trains a predictor of active neurons for each layer
-(calibration/predictor.py) and saves it next to the checkpoint, in the directory `work`: an
-interrupted run continues after the last finished layer, and another record format (--neurons) needs
-no training. write_pack then writes the pack: the directory of records, a layer's most active
-neurons first, and of predictors; neurons/pack.py describes its files.
+active for a token; its figures say how many it names, and how many of them the next token reads if
+the neurons of the last tokens stay in memory. learned_layers trains a predictor of active neurons
+for each layer (calibration/predictor.py) and saves it next to the checkpoint, in the directory
+`work`: an interrupted run continues after the last finished layer, and another record format
+(--neurons) needs no training. write_pack then writes the pack: the directory of records, a layer's
+most active neurons first, and of predictors; neurons/pack.py describes its files.
 
 Based on "LLM in a flash" (arXiv 2312.11514).
 
@@ -80,8 +80,8 @@ CPU = torch.device("cpu")
 
 def run(args: argparse.Namespace) -> Path:
     """Train missing predictors, write the pack, and return its directory: the whole command. args:
-    those of parse_flash_args (cli/options.py). `work` is next to the default directory, also if
-    --flash_dir names another one.
+    those of parse_flash_args (cli/options.py). `work`, the directory of trained layers, is next to
+    the pack's default directory, also if --flash_dir names another one.
 
     Raises OSError, ValueError and MemoryError, for one-line messages to the user.
     """
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def record_format(checkpoint: Checkpoint, kind: str, groupsize: int, sector: int) -> RecordFormat:
-    """Return the format of this model's records; kind, groupsize and sector are RecordFormat's
-    fields. Dense weights have the checkpoint's dtype."""
+    """Return the format of this model's records; kind, groupsize and sector: see RecordFormat.
+    Dense weights have the checkpoint's dtype."""
     args = checkpoint.args
     matrices = GATED_MATRICES if args.feed_forward == "gated" else PLAIN_MATRICES
     return RecordFormat(matrices, args.dim, kind, checkpoint.dtype, groupsize, sector)
@@ -114,7 +114,7 @@ def check_disk(checkpoint: Checkpoint, format: RecordFormat, directory: Path) ->
     """Log the size of the records; raise ValueError if the checkpoint's disk, on which the pack is
     by default, lacks space for them.
 
-    directory: of the pack, for the messages. Called before hours of training.
+    directory: of the pack, for the messages only. Called first, because training takes hours.
     """
     layers, neurons = checkpoint.args.n_layers, checkpoint.args.hidden_dim
     total = layers * round_up_to_block(neurons * format.stride)
@@ -138,8 +138,9 @@ def learned_layers(
     """Return the predictor and figures of each layer, training those that `work` does not have.
 
     work: directory of the layers that were trained by earlier runs, with a file layerN.pt for each.
-    calibration: the file of texts, or none if `work` is complete. Raises ValueError if layers are
-    missing and there is no calibration file.
+    calibration: calibration.file is the file of texts; it may be None if `work` is complete.
+    device: as for --device. Raises ValueError if layers are missing and there is no calibration
+    file.
     """
     tokens = training_tokens(checkpoint, work, calibration, training)
     files = [work / f"layer{n}.pt" for n in range(checkpoint.args.n_layers)]
@@ -159,10 +160,10 @@ def training_tokens(
 ) -> Tensor | None:
     """Return the calibration texts' ids, (B, T), or None if there is no file.
 
-    Without a file, the layers in `work` are used as they are; raises ValueError if they were not
-    trained from these weights. With a file, `work` is emptied if its layers were trained from other
-    weights, texts or options. work: as for learned_layers; identity.json in it is the list of what
-    its layers were trained from, the fingerprint of the weights first.
+    Without a file, the layers in `work` are used as they are; raises ValueError if there are none,
+    or if they were not trained from these weights. With a file, `work` is emptied if its layers
+    were trained from other weights, texts or options. work: as for learned_layers; identity.json in
+    it lists what its layers were trained from, the fingerprint of the weights first.
     """
     identity = work / "identity.json"
     if calibration.file:
@@ -188,11 +189,11 @@ def learn_layers(
 
     tokens: (B, T) ids of the texts. files: one for each layer. A file appears only when it is
     complete, so that an interrupted run can continue: the texts then run through the finished
-    layers again, because the next ones need their outputs. Raises MemoryError if the activations of
-    all texts do not fit into memory.
+    layers again, because the next layers need their outputs. Raises MemoryError if the activations
+    of all texts do not fit into memory.
     """
     dim = checkpoint.args.dim
-    activations = 2 * tokens.numel() * dim * 4  # bytes: a block's inputs and outputs
+    activations = 2 * tokens.numel() * dim * 4  # bytes of a block's inputs and outputs in float32
     check_memory(activations, "cpu", "what flows between blocks", "lower --calibration_samples")
     rank = training.rank or max(MIN_RANK, dim // DIM_PER_RANK)
     layers = feed_forward_inputs(checkpoint, tokens, find_device(device))
@@ -277,8 +278,9 @@ def make_manifest(
 ) -> dict[str, object]:
     """Return the contents of manifest.json for the pack in a directory, whose files are complete.
 
-    "windows" (numbers of successive tokens) and "gaps" are those for which each layer's figures
-    have values, in this order. "rank": of the layer's predictor.
+    "windows" and "gaps": the numbers of successive tokens, and of unneeded records between two
+    needed ones, for which each layer's figures have values, in this order. "rank": of the layer's
+    predictor.
     """
     return {
         "version": VERSION,
@@ -297,12 +299,12 @@ def layer_records(
     """Return a layer's records, (F, stride) bytes, and its tensors that stay in memory.
 
     feed_forward: the layer of the model, with loaded weights.
-    Neurons are in the order of `learned`. The tensors are those of SparseFeedForward: names and
-    shapes of its parameters and buffers, with an additional neuron that stands for an empty cache
+    Neurons are in the order of `learned`. The tensors have the names and shapes of the parameters
+    and buffers of SparseFeedForward, with an additional neuron that stands for an empty cache
     entry; its bias of -inf makes it inactive.
     """
     order, w2, inner = learned.order, feed_forward.w2, format.matrices[:-1]
-    # The linear of up, or of gate and up, one after the other in its rows.
+    # The linear of up, or of gate and up, whose rows follow one another in it.
     first = feed_forward.w13 if len(inner) == 2 else feed_forward.w1
     weights = dict(zip(inner, dense_weight(first).chunk(len(inner)), strict=True))
     weights = {name: weight[order] for name, weight in weights.items()}
@@ -310,7 +312,7 @@ def layer_records(
     biases = torch.zeros(len(inner), len(order)) if first.bias is None else first.bias
     bias = biases.view(len(inner), -1)[:, order].T  # (F, 1 or 2)
     empty = torch.zeros(1, len(inner))  # biases of the additional neuron
-    empty[0, 0] = -math.inf
+    empty[0, 0] = -math.inf  # of up, or of gate: the ReLU's input
     tensors = {
         "predictor.down.weight": learned.down,
         "predictor.up.weight": learned.up,

@@ -51,7 +51,8 @@ __all__ = [
 
 
 def main(args: "argparse.Namespace") -> int:
-    """Run the command; returns its exit code."""
+    """Run the command on its parsed options; return its exit code: see exit_code in
+    cli/command.py."""
     from cli.command import exit_code
     from cli.generation import run
     from host.log import set_quiet

@@ -2,15 +2,18 @@
 
 Start at load_model, which puts together all features of a model, in this order: the checkpoint's
 args -> Transformer on the meta device -> every tensor read once, into its final memory -> prefill
-and decode as two views of the model, compiled or not -> the draft that proposes tokens for it.
+and decode as two views of the model, compiled or not -> its draft.
 
 Terms: the args are the shape of a model; the scheme says how its linears are quantised. A view is a
 function that computes Transformer.forward, eager or compiled. A policy says which parts of an
 offloaded model are on the device, in host memory and on disk; its layers are streamed, that is
 moved to the device when they are needed (offload.py). Ranks are processes that share a model; each
-has a shard (tp.py, pp.py). A pack is the directory of feed-forward neurons that --flash reads
-(neurons/pack.py). A draft proposes tokens that the model verifies (speculate.py). A fill function
-takes the name of a tensor and the allocated tensor, and writes the values into it.
+has a shard: a share of every layer (tp.py) or some whole layers (pp.py). A pack is the directory of
+feed-forward neurons that --flash reads (neurons/pack.py). A draft proposes tokens that the model
+verifies (speculate.py); a self-draft is the model's own copy in fewer bits. Fast layers compute
+with kernels for the model's device (fast_layers/). A fill function takes the name of a tensor and
+the allocated tensor, and writes the values into it. A Stored function takes the name and the dtype
+of a tensor, and returns the file and offset where it lies in that dtype, or None.
 
 The module of a feature is imported only if the feature is used: without them a model loads in half
 the time.
@@ -62,8 +65,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model from a checkpoint: `model.pth`, quantised or not, or a Hugging Face directory.
 
-    changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). A compiled
-    model compiles at its first calls; see compile_now.
+    changes: fields of LoadOptions by name: load_model(path, device="cpu", compile=True). With
+    compile=True the first calls of the model compile it; see compile_now.
     Raises FileNotFoundError, ValueError and MemoryError, with messages of one line, most of them
     before the weights are allocated. Later ones: damaged scales, too little memory for the model's
     own copy as draft or for --flash, too little disk for offloaded layers.
@@ -103,10 +106,10 @@ def random_model(
 
 
 def checked(options: LoadOptions) -> LoadOptions:
-    """Returns the options, with device and dtype as torch's, and without a policy that offloads
-    nothing (Policy.plain). Raises ValueError for options that exclude one another, for a
-    speculate_k out of range, and for a device, dtype or kv_dtype that does not exist. The rules are
-    those of options/rules.py."""
+    """Returns the options, with a torch.device and a torch.dtype (None: as stored) in place of
+    names, and without a policy that offloads nothing (Policy.plain). Raises ValueError for options
+    that break MODEL_RULES (options/rules.py), for a speculate_k out of range, and for a device,
+    dtype or kv_dtype that does not exist."""
     from host.devices import find_device
     from options.rules import MODEL_RULES, broken_rule
 
@@ -119,7 +122,7 @@ def checked(options: LoadOptions) -> LoadOptions:
             f"speculate_k is {options.speculate_k}: give 1 to {MAX_DRAFT_TOKENS} draft tokens, or "
             "None for as many as pay"
         )
-    find_cache(options.kv_dtype)
+    find_cache(options.kv_dtype)  # raises ValueError
     return replace(
         options, device=find_device(str(options.device)), dtype=find_dtype(options.dtype)
     )
@@ -128,15 +131,15 @@ def checked(options: LoadOptions) -> LoadOptions:
 def with_draft_model(options: LoadOptions) -> LoadOptions:
     """Returns the options; if options.draft is a path, the draft model is loaded in its place.
 
-    It gets the same device, dtypes and compilation as the model, and is neither offloaded nor
-    divided among ranks. options: as `checked` returns them.
+    The draft model gets the same device, dtypes and compilation as the model, and is neither
+    offloaded nor divided among ranks. options: as `checked` returns them.
     """
     draft = options.draft
     if draft is None or isinstance(draft, LoadedModel) or draft in DRAFTS:
         return options
     shared = "device", "dtype", "kv_dtype", "compile", "compile_prefill"
     given = {name: getattr(options, name) for name in shared}
-    given["device"] = str(options.device)  # `checked` has made it a torch.device
+    given["device"] = str(options.device)  # LoadOptions has a name; `checked` made it a device
     return replace(options, draft=load_model(draft, **given))
 
 
@@ -145,9 +148,9 @@ def assemble(
 ) -> LoadedModel:
     """Build the model that the options describe, fill it with weights, and make it ready to run.
 
-    options: as `checked` and with_draft_model return them. tokenizer: that of the weights. The
-    order of the calls is the one that each feature needs: the layers are replaced before their
-    tensors are allocated, and views are made of a model that has its weights.
+    options: as `checked` and with_draft_model return them. tokenizer: that of the weights. Layers
+    must be replaced before their tensors are allocated, and views made when the model has its
+    weights.
     """
     from fast_layers.install import prepare_fast_layers
 
@@ -164,10 +167,10 @@ def assemble(
         model.cache_factory = replace(model.cache_factory, make=find_cache(options.kv_dtype))
         weights.prepare(model)
         dtype = options.dtype or weights.dtype
-        prepare_fast_layers(model, device, dtype, options.flash is not None or None)
+        prepare_fast_layers(model, device, dtype, counts_as_large(options))
         layers = stream_layers(model, options, dtype)
         fill = weights.filler(model, scheme, strategy)
-        # Weights that are rounded while they are read are stored in no file as they are needed.
+        # Weights that are rounded while they are read lie in no file in their final form.
         stored = weights.stored(strategy) if scheme == weights.scheme else no_location
         fill_model(model, strategy, fill, layers, stored, device, dtype)
         weights.start(model)
@@ -177,9 +180,9 @@ def assemble(
 class CheckpointWeights:
     """The weights of a checkpoint, for `assemble`, which calls the methods in the order given here.
 
-    flash: how its feed-forward neurons are read from disk; None: they are in memory. device: on
-    which the model will run. dtype: the attribute is the dtype of the stored weights. Raises
-    ValueError or FileNotFoundError if `flash` names no pack of this checkpoint.
+    flash: how the feed-forward neurons are read from disk; None: they are in memory. device: on
+    which the model will run. The attributes args, scheme and dtype are those of the stored model.
+    Raises ValueError or FileNotFoundError if `flash` names no pack of this checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint, flash: FlashOptions | None, device: torch.device):
@@ -207,9 +210,9 @@ class CheckpointWeights:
         """Returns the fill function of the model, which reads a tensor or computes it from stored
         ones.
 
-        model: on the meta device. scheme: that of the model in memory; if the checkpoint has
-        another one (none), its weights are rounded to this one. With --flash, tensors that the
-        pack has are copied from it. The strategy reduces each tensor to this rank's shard.
+        model: on the meta device. scheme: of the model in memory; if the checkpoint is dense and
+        this scheme is not None, weights are rounded while they are read. With --flash, tensors that
+        the pack has are copied from it. The strategy reduces each tensor to this rank's shard.
         """
         fill = self.checkpoint.fill_function(self.device)
         if scheme != self.scheme:
@@ -221,7 +224,7 @@ class CheckpointWeights:
         return strategy.fill_function(self.checkpoint, model, self.device, fill)
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
-        """Returns a function from a tensor's name to its place on disk; see location_function."""
+        """Returns the Stored function of the model: see ParallelStrategy.location_function."""
         return strategy.location_function(self.checkpoint)
 
     def start(self, model: Transformer) -> None:
@@ -269,11 +272,10 @@ def fill_model(
 ) -> None:
     """Allocate and fill the tensors of a model on the meta device, with a progress bar.
 
-    fill(name, tensor): writes the weights to a tensor. layers: the streamed layers, or None. stored
-    (name, dtype): the file and offset of a tensor that can be read as it is, else None.
-    strategy.finish needs filled tensors, so it comes after filling. dtype: of floating-point
-    parameters. Streamed layers get their memory from layers.destination, and those
-    on disk are read, or written to a scratch file, by layers.start.
+    layers: the streamed layers; None: nothing is offloaded. fill, stored: a fill function and a
+    Stored function, see the file's docstring. dtype: of floating-point parameters. strategy.finish
+    needs filled tensors. layers.destination gives the memory of tensors, or none for layers on
+    disk; layers.start finds these in the checkpoint, or writes them to a scratch file.
     """
     own = stored_tensors(model).values()
     nbytes = sum(t.numel() * final_dtype(t, dtype).itemsize for t, _ in own)
@@ -289,11 +291,13 @@ class ParallelStrategy(Protocol):
     """Divides a model among processes. `assemble` calls the methods in the order given here, except
     shard_args, which build_skeleton and plan.py call.
 
-    SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it.
+    SingleProcess, tp.TensorParallel and pp.PipelineParallel implement it. A shard is the
+    Transformer of one process.
     """
 
     def shard_args(self, args: ModelArgs, scheme: Scheme) -> ModelArgs:
-        """Return the args of this process's shard. Raises ValueError if the model cannot divide."""
+        """Return the args of this process's shard. args, scheme: of the whole model. Raises
+        ValueError if the model cannot be divided among so many processes."""
 
     def build_skeleton(self, args: ModelArgs, scheme: Scheme) -> Transformer:
         """Build this process's shard on the meta device. args, scheme: of the whole model."""
@@ -301,16 +305,15 @@ class ParallelStrategy(Protocol):
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """Return a function that fills a tensor of the shard, by its name in the shard.
+        """Return the fill function of the shard, which takes names in the shard.
 
-        fill: fills a tensor by its name in the checkpoint, with all of the stored tensor.
+        model: the shard. device: of its tensors. fill: the fill function of the whole model, which
+        takes names in the checkpoint.
         """
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        """Return a function from a tensor's name in the shard to its file and offset.
-
-        It returns None for a tensor that no file stores byte for byte.
-        """
+        """Return the Stored function of the shard, which takes names in the shard. It returns None
+        for a tensor that no file stores byte for byte."""
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         """Called after the weights are filled: cut a tied head to this rank's rows of the embedding
@@ -371,14 +374,15 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     name = config.get(key, "auto")
     name = name.removeprefix("torch.") if isinstance(name, str) else name
     known = {"auto": torch.bfloat16, "half": torch.float16, "float": torch.float32} | DTYPES
+    # choice checks that the value is one of the known names; a null counts as "auto".
     return known[Config({key: name}).choice(key, known, null="auto")]
 
 
 def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
     """Returns a fill function that writes noise of about the size of weights, always the same.
 
-    device: that of the tensors. Integers, such as quantised weights, get the noise times 1000;
-    scales get one value.
+    device: that of the tensors. Integers, such as quantised weights, get the noise times 1000; all
+    scales get the same value.
     """
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
 
@@ -398,7 +402,8 @@ def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
 def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
     """Install the fast layers, the two views and the draft of a model that has its weights.
 
-    Fast layers use kernels for the model's device, and may pack the weights for them.
+    Fast layers may pack the weights in another order, from which no copy can be quantised: so the
+    copy for a self-draft is made first.
     """
     from fast_layers.install import use_fast_layers
 
@@ -406,10 +411,8 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
     if options.draft in SELF_DRAFTS:
         from speculate import self_copy
 
-        # Before the fast layers pack the weights: packed weights cannot be quantised.
         copy = self_copy(model, options.draft)
-    # The third argument: with --flash, dense linears are replaced whatever their size.
-    use_fast_layers(model, model.tok_embeddings.weight.dtype, options.flash is not None or None)
+    use_fast_layers(model, model.tok_embeddings.weight.dtype, counts_as_large(options))
     if options.policy:
         lm = offloaded(model, tokenizer, options)
     else:
@@ -417,10 +420,16 @@ def make_ready(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -
     return lm if options.draft is None else with_draft(lm, copy, options)
 
 
+def counts_as_large(options: LoadOptions) -> bool | None:
+    """Returns the argument `large` of use_fast_layers: True with --flash, so that dense linears get
+    fast layers whatever their size; None: their size decides."""
+    return True if options.flash else None
+
+
 def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) -> LoadedModel:
-    """Returns the LoadedModel of a model with streamed layers, which make_ready asks for if there
-    is a policy. Both views are the model itself; with --compile its blocks are compiled. options
-    have a policy, which also gives the size of prefill chunks."""
+    """Returns the LoadedModel of a model with streamed layers. options: with a policy, which also
+    gives the size of prefill chunks. Both views are the model itself; with --compile its blocks are
+    compiled."""
     if options.compile:
         from compiled import compiled_block
 
@@ -433,22 +442,24 @@ def offloaded(model: Transformer, tokenizer: Tokenizer, options: LoadOptions) ->
 
 
 def with_draft(lm: LoadedModel, copy: Transformer | None, options: LoadOptions) -> LoadedModel:
-    """Returns the model with its draft. copy: the quantised copy that is the draft, or None.
+    """Returns the model with its draft. copy: the quantised copy that is the draft; None: the draft
+    is options.draft, which is "ngram" or a LoadedModel.
 
-    options.draft: "ngram" or a LoadedModel if there is no copy. The controller chooses the number
-    of draft tokens of each step; it needs to know whether decoding replays CUDA graphs.
+    The controller chooses the number of draft tokens of each cycle; it needs to know whether
+    decoding replays CUDA graphs.
     """
     from compiled import has_graphs
     from draft_length import DraftLengthController
     from fast_layers.install import use_fast_layers
     from speculate import ModelDraft, NgramDraft, SelfDraft, match_vocab_size
 
-    by_model = isinstance(options.draft, LoadedModel)
     graphs = lm.decode is not lm.model and has_graphs(lm.decode)
-    controller = DraftLengthController(options.speculate_k, graphs, by_model)
+    # Only a draft model with its own caches must read the tokens of plain steps.
+    reads_after_plain = isinstance(options.draft, LoadedModel)
+    controller = DraftLengthController(options.speculate_k, graphs, reads_after_plain)
     if copy:
-        # Whatever the model's dtype: a copy of a float32 model packs its weights, too, and the
-        # packed products take float32 rows.
+        # bfloat16, whatever the model's dtype: so a copy of a float32 model packs its weights, too;
+        # the packed products take float32 rows.
         use_fast_layers(copy, torch.bfloat16)
         views = make_views(copy, lm.tokenizer, options.compile, options.compile_prefill)
         return replace(lm, draft=SelfDraft(controller, views))
@@ -463,7 +474,8 @@ def stream_layers(
 ) -> StreamedLayers | None:
     """Replace the layers of a model on the meta device by StreamedLayers, if there is a policy.
 
-    Returns them, or None without a policy. They get their weights in fill_model.
+    Returns them, or None without a policy. They get their weights in fill_model. dtype: of the
+    model's floating-point parameters.
     """
     if options.policy is None:
         return None
@@ -476,9 +488,9 @@ def stream_layers(
 
 
 def compressed_scheme(compress: bool, scheme: Scheme) -> dict[str, Any] | None:
-    """Returns how the weights are quantised in memory: as stored or, if they are dense and are to
-    be compressed, to 4 bits in groups of 64, as in FlexGen. compress: --compress_weight. scheme:
-    the stored one."""
+    """Returns the scheme of the weights in memory: the stored one or, if the weights are dense and
+    are to be compressed, 4 bits in groups of 64, as in FlexGen. compress: --compress_weight; a
+    false value: do not compress. scheme: the stored one."""
     return make_scheme("int4", 64, head="dense") if compress and not scheme else scheme
 
 
@@ -487,7 +499,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
     tensors of quantised linears, and passes other tensors on to `fill`. model: has the linears,
     under the names of the checkpoint."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    rounded: dict[str, dict[str, Tensor]] = {}
+    rounded: dict[str, dict[str, Tensor]] = {}  # the linear rounded last -> its tensors
 
     def rounding(name: str, tensor: Tensor) -> None:
         """Fill a tensor of the model; the first one of a linear reads and rounds its weight."""
@@ -496,7 +508,7 @@ def rounded_filler(model: Transformer, checkpoint: Checkpoint, fill: Fill) -> Fi
         if module not in linears or leaf == "bias":
             return fill(name, tensor)
         if module not in rounded:
-            rounded.clear()  # one linear is enough: its tensors are filled one after the other
+            rounded.clear()  # one linear is kept: its tensors are filled one after the other
             rounded[module] = round_to_nearest(checkpoint.read(f"{module}.weight"), linears[module])
         tensor.copy_(rounded[module][leaf])
 
@@ -514,14 +526,14 @@ def counted(fill: Fill, progress: Callable[[int], Any]) -> Fill:
 
 
 def no_location(name: str, dtype: torch.dtype) -> None:
-    """Returns None: no file stores the model's tensors byte for byte."""
+    """The Stored function of a model of whose tensors no file has the final bytes. Returns None."""
 
 
 def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Sequence[Cache]:
     """Make the caches of an offloaded model, on the tiers (device, host, disk) of the policy.
 
-    Called as LoadedModel.new_caches, for `batch` rows of `length` positions. The seconds that
-    computation waits for caches are added to the layers' wait_times.
+    With `policy` given it is LoadedModel.new_caches: called for `batch` rows of `length` positions.
+    The seconds that computation waits for caches are added to StreamedLayers.wait_times.
     """
     from tiers.kv_cache import tiered_caches
 
@@ -530,7 +542,8 @@ def place_caches(policy: Policy, lm: LoadedModel, batch: int, length: int) -> Se
 
 
 def importing_compiler(wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Returns a context that imports the compiler while its body reads the weights, if wanted."""
+    """Returns a context manager that imports the compiler in a thread while its body reads the
+    weights; if not wanted, one that does nothing."""
     if not wanted:
         return contextlib.nullcontext()
     from compiled import compiler_imported
@@ -543,8 +556,8 @@ def make_views(
 ) -> LoadedModel:
     """Returns a model with prefill and decode as two views, each compiled or not.
 
-    model: has its weights and final layers, on its device. compile: compile decode;
-    compile_prefill: prefill, too, if `compile` is true.
+    model: has its weights and final layers, on its device. compile: whether to compile decode;
+    compile_prefill: whether to compile prefill, too; without `compile` it is ignored.
     """
     if not compile:
         return LoadedModel(model, model, model, tokenizer)
@@ -553,6 +566,7 @@ def make_views(
 
     device = model.tok_embeddings.weight.device
     on_device_only = neuron_source(model) is None  # False: the host reads neurons within a step
+    # False: no CUDA graphs for prefill, because each length would record one.
     prefill = compiled_view(model, device, False) if compile_prefill else model
     decode = compiled_view(model, device, on_device_only)
     lm = LoadedModel(model, prefill, decode, tokenizer, any_rows=False)
@@ -560,8 +574,8 @@ def make_views(
 
 
 def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns a dtype by its name, as float32 or torch.float32; a dtype, or None (as stored),
-    unchanged. Raises ValueError, with the known names, for another name."""
+    """Returns the dtype with a name such as float32 or torch.float32. Returns a dtype, or None (as
+    stored), unchanged. Raises ValueError, which lists the known names, for another name."""
     if not isinstance(dtype, str):
         return dtype
     if dtype.removeprefix("torch.") not in DTYPES:
@@ -570,8 +584,8 @@ def find_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find_cache(kv_dtype: str | None) -> Callable[..., KVCache]:
-    """Returns the class of the KV caches (CacheFactory.make) for --kv_dtype: int8, int4, or None
-    for the model's dtype. Raises ValueError, with the known names, for another name."""
+    """Returns the constructor of KV caches (CacheFactory.make) for --kv_dtype: int8, int4, or None
+    for the model's dtype. Raises ValueError, which lists the known names, for another name."""
     if kv_dtype is None:
         return KVCache
     if kv_dtype not in CACHE_BITS:
@@ -588,27 +602,32 @@ def count_weights(args: ModelArgs) -> int:
 
 @torch.inference_mode()
 def compile_now(lm: LoadedModel, caches: Sequence[Cache]) -> None:
-    """Compile the views of a model and of its draft for the shapes of steps with these caches.
+    """Compile the views of a model and of its draft for the shapes of steps with these caches, by
+    calling the views. Without this the first steps would compile.
 
-    The calls write to the first positions of the caches; later steps overwrite them. Without it,
-    the first steps would compile. A model that is not compiled stays as it is.
+    The calls write to the first positions of the caches; later steps overwrite them. Views that are
+    not compiled are not called.
     """
     compile_views(lm, caches, 2 if lm.draft else 1)
     if lm.draft and (inputs := lm.draft.warm_up_inputs(caches)):
         compile_views(*inputs)
     from neurons.feed_forward import neuron_source
 
-    # any_rows is False for a compiled model: the calls above read neurons, which must not count.
+    # any_rows is False for a compiled model: the calls above read neurons from disk, which must not
+    # count in the report of the run.
     if (source := neuron_source(lm.model)) and not lm.any_rows:
         source.reset_stats()
 
 
 def compile_views(lm: LoadedModel, caches: Sequence[Cache], widest: int) -> None:
-    """Call each compiled view with the shapes of its steps: decoding of one token and of `widest`,
-    and prefill, each also for texts that are longer than a ring. widest: the most tokens of a row
-    in a decoding step (above 1 with a draft); 2 stands for any number above 1, as one graph serves
-    all of them."""
+    """Call each compiled view with the shapes of its steps: decoding of one token and of `widest`
+    tokens of a row, and prefill; each also for texts that are longer than a ring.
+
+    widest: the most tokens of a row in a decoding step: 1, or with a draft 2, which stands for any
+    number above 1, as one graph serves all of them.
+    """
     key_pos = torch.arange(caches[0].length, device=lm.device)
+    # Lengths of texts: a short one, and one that is longer than each ring.
     filled = {2, *(cache.ring + 1 for cache in caches if cache.ring)}
     lengths = sorted({visible_length(n, len(key_pos)) for n in filled})
     steps = (lm.decode, 1), (lm.decode, widest), (lm.prefill, 2)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from layers.args import ModelArgs
 from layers.basic import (
     QK_NORMS,
+    Divide,
     Embedding,
     Linear,
     Scale,
@@ -369,7 +370,7 @@ def make_logits_scale(args: ModelArgs) -> nn.Module:
     """Returns what the output head's logits pass through."""
     if args.logits_softcap is not None:
         return SoftCap(args.logits_softcap)
-    return nn.Identity() if args.logits_divisor == 1 else Scale(1 / args.logits_divisor)
+    return nn.Identity() if args.logits_divisor == 1 else Divide(args.logits_divisor)
 
 
 BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "post_norm": PostNormBlock}

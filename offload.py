@@ -1,12 +1,12 @@
 """Offloading: a model's layers lie on several tiers and are brought to the device when needed.
 
 Start at StreamedLayers. Transformer.forward iterates over it and gets one layer after the other, on
-the device, while the next layer is read into another buffer. The two buffers are used in turn and
-are called a ring (tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one
-micro-batch after the other, so that the weights are loaded once for all of them. The KV cache is
-cut into cells, one for each layer and micro-batch, which move in the same way: see
-tiers/kv_cache.py. A tier is the device, host memory or disk. Which tier holds what is stated by a
-Policy (tiers/policy.py). A store holds bytes on another tier: host memory or a file.
+the device, while the next layer is read into another buffer: a Prefetcher uses two buffers in turn
+(tiers/prefetch.py). `zigzag` computes a layer for all rows of the batch, one micro-batch after the
+other, so that the weights are loaded once for all of them. The KV cache is cut into cells, one for
+each layer and micro-batch, which move in the same way: see tiers/kv_cache.py. A tier is the device,
+host memory or disk. A Policy (tiers/policy.py) states which tier holds what. A store holds bytes on
+another tier: host memory or a file.
 
 Based on FlexGen's block schedule (arXiv 2303.06865, section 3.2).
 
@@ -29,20 +29,21 @@ from torch import Tensor, nn
 from fast_layers.cpu import PackedLinear, use_fast_linears
 from host.memory import page_aligned, round_up_to_block
 from layers.basic import Linear
-from layers.kv_cache import KVCache
+from layers.kv_cache import Cache, KVCache
 from layers.positions import Rotation
 from quant.linear import QuantizedLinear
 from tiers.direct_io import LARGE_REQUEST_BYTES, DirectFile, ScratchFile, layer_threads
+from tiers.host_attention import HostAttention
 from tiers.policy import WEIGHT_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     ComputeWorkers,
     HostMemory,
     Layout,
-    Ring,
+    Prefetcher,
     Store,
     TransferWorker,
     WaitTime,
@@ -51,16 +52,16 @@ from tiers.prefetch import (
 from weights.allocation import Fill, allocate_tensor, final_dtype, set_tensor, stored_tensors
 
 # While the host computes the attention of one micro-batch, the device computes another, and a third
-# waits between the two. The ring of the KV cache must have as many buffers.
+# waits between the two. The KV cache must have as many prefetch buffers.
 CONCURRENT_MICRO_BATCHES = 3
 # Called with the name of a tensor and the dtype used for computation. Returns the file and the
-# offset of the tensor if it is stored in that dtype, else None.
+# tensor's offset in it if DirectFile can read the tensor there in that dtype, else None.
 Stored = Callable[[str, torch.dtype], tuple[Path, int] | None]
 Location = tuple[Store, dict[str, int]]  # the store of a layer, and each tensor's offset in it
 
 
 class StreamedBlock(NamedTuple):
-    """A block (the module of one layer) whose tensors are in a buffer.
+    """A block (the module of one layer) whose tensors are in a prefetch buffer.
 
     packed: for each linear that a CPU computes with repacked weights, that linear and the
     QuantizedLinear that receives the bytes from the store.
@@ -71,12 +72,13 @@ class StreamedBlock(NamedTuple):
 
 
 class StreamedLayers(nn.ModuleList):
-    """Takes the place of Transformer.layers. Made before loading, when they are on the meta device.
+    """Takes the place of Transformer.layers, which it is made from before loading.
 
     The loader asks `destination` for the memory of each tensor, fills it, and then calls `start`,
-    which makes the ring. Iteration yields the layers.
-    dtype: of the weights in computation. `use` replaces the eager computation of blocks.
+    which makes the prefetcher. Iteration yields, for each layer, the function that computes it.
     tiers: the tier of each layer. _moving: the numbers of the layers that are not on the device.
+    locations: for each of these, its store and the offsets of its tensors there. wait_times: the
+    seconds that computation waits for layers and for cells of the KV cache.
     """
 
     def __init__(
@@ -87,9 +89,9 @@ class StreamedLayers(nn.ModuleList):
         device: torch.device,
         large: bool,
     ):
-        """Allocate the host memory of layers that lie there; `start` allocates the buffers on the
-        device. layers: blocks of the same shapes, on the meta device. large: of the whole model,
-        see fast_layers.cpu.is_large."""
+        """Allocate the memory of layers on the tier "host"; `start` allocates the buffers on the
+        device. layers: blocks of the same shapes, on the meta device. dtype: of floating-point
+        parameters in computation. large: what fast_layers.cpu.is_large returns for the model."""
         super().__init__(layers)
         # Computes a block, given the block and its inputs.
         self.run: Callable[..., Tensor] = eager
@@ -98,9 +100,10 @@ class StreamedLayers(nn.ModuleList):
         self.policy, self.device, self._dtype, self._large = policy, device, dtype, large
         self.tiers = policy.weights.tiers(len(layers))
         self._moving = [j for j, tier in enumerate(self.tiers) if tier != "device"]
-        self._meta_block = (copy.deepcopy(layers[0]),)  # in a tuple, so that it is no submodule
+        # A copy, because the loader may fill layers[0]; in a tuple, so that it is no submodule.
+        self._meta_block = (copy.deepcopy(layers[0]),)
         self.layout = block_layout(layers[0], dtype)
-        # One page-aligned block of bytes for each layer in host memory.
+        # One page-aligned buffer for each layer in host memory.
         self._host_layers = {
             j: page_aligned(self.layout.nbytes, CPU, policy.pins(device))
             for j in self._moving
@@ -122,54 +125,55 @@ class StreamedLayers(nn.ModuleList):
         stays on disk. name: as in the state dict, such as layers.3.attention.wo.weight. Tensors
         that belong to no layer, such as the embedding, are on the device.
         """
-        path = name.split(".", 2)
-        j = int(path[1]) if path[0] == "layers" else None
+        words = name.split(".", 2)  # of a layer: "layers", its number, the name in the layer
+        j = int(words[1]) if words[0] == "layers" else None
         if j in self._host_layers:
-            return self.layout.view(self.layout.split(self._host_layers[j]))[path[2]]
+            return self.layout.view(self.layout.split(self._host_layers[j]))[words[2]]
         on_disk = j is not None and self.tiers[j] == "disk"
         return None if on_disk else allocate_tensor(shape, dtype, self.device)
 
     def start(self, fill: Fill, stored: Stored) -> None:
-        """Make the ring. The loader calls this once, after it has filled all tensors in memory.
+        """Make the prefetcher. The loader calls this once, after it has filled all tensors in
+        memory.
 
-        A layer on disk is read from the checkpoint if one file of it stores the layer in the dtypes
-        used for computation. Other layers on disk are first written to a scratch file, which has
-        no name and ends with the process.
-        fill(name, tensor): writes the checkpoint's values to a tensor. stored(name, dtype): returns
-        the file and offset of a tensor that is stored in that dtype, else None.
-        Raises ValueError or OSError if the scratch file cannot be written.
+        A layer on disk is read from the checkpoint if DirectFile can read all its tensors in one
+        file, in the dtypes used for computation. Other layers on disk are first written to a
+        scratch file, which has no name and ends with the process.
+        fill(name, tensor): writes the checkpoint's values to a tensor. stored: see Stored. Raises
+        ValueError or OSError if the scratch file cannot be written.
         """
         on_disk = [j for j in self._moving if j not in self.locations]
         in_checkpoint = {j: at for j in on_disk if (at := self._checkpoint_location(j, stored))}
         self.locations |= in_checkpoint
         self._write_scratch([j for j in on_disk if j not in in_checkpoint], fill)
+        # A Prefetcher takes at most as many buffers as layers.
         self.buffers = [self._buffer() for _ in self._moving[:WEIGHT_BUFFERS]]
         # Two layers are read at a time, so that the disk is never without requests between layers.
         self._reader = TransferWorker(self.device, "weights", WEIGHT_BUFFERS)
-        self._packer = TransferWorker(self.device, "pack")
+        self._repacker = TransferWorker(self.device, "repack")
         self._workers = ComputeWorkers(self.device, "micro-batches", CONCURRENT_MICRO_BATCHES)
-        self._ring = self._new_ring()
+        self._prefetcher = self._new_prefetcher()
 
     def set_policy(self, policy: Policy) -> None:
         """Change the policy between two runs, for example its micro-batches (benchmarks/offload.py
-        compares policies so). The share of the weights on each tier must be the same, because no
-        layer is moved."""
+        compares policies in this way). The share of the weights on each tier must be the same,
+        because no layer is moved."""
         self.policy = policy
-        self._ring = self._new_ring()
+        self._prefetcher = self._new_prefetcher()
 
-    def _new_ring(self) -> Ring[int]:
-        overlap = self.policy.overlap
-        return Ring(self._moving, self.buffers, self._fetch, self.wait_times["layers"], overlap)
+    def _new_prefetcher(self) -> Prefetcher[int]:
+        wait_time, overlap = self.wait_times["layers"], self.policy.overlap
+        return Prefetcher(self._moving, self.buffers, self._fetch, wait_time, overlap)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         """Yield for each layer, in order, the function that computes it: `_forward` with its index
-        and block. A layer that is not on the device stays in a buffer of the ring, which is used
-        again once the next layer is requested."""
+        and block. A layer that is not on the device stays in a prefetch buffer, which is used again
+        once the next layer is requested."""
         for j, layer in enumerate(super().__iter__()):
             if self.tiers[j] == "device":
                 yield partial(self._forward, j, layer)
             else:
-                with self._ring.acquire(j) as buffer:
+                with self._prefetcher.acquire(j) as buffer:
                     try:
                         yield partial(self._forward, j, buffer.contents.block)
                     finally:  # even after an error the device may still use the buffer
@@ -187,8 +191,8 @@ class StreamedLayers(nn.ModuleList):
             x = OffloadedActivations(x, self.policy)
         workers = self._workers if self._computes_in_threads() else None
         B, T, _ = x.shape
-        # zigzag calls the block several times if a call cannot take all B rows: it takes at most
-        # micro_batch rows, and tokens_at_once tokens, T of each row.
+        # zigzag calls the block several times if a call cannot take all B rows: a call takes at
+        # most micro_batch rows, and at most tokens_at_once tokens, T of each row.
         several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
         # Several calls use the same weights: dequantise them once. Compiled code is specialised to
         # the quantised linears, and the CPU's kernels need no dequantised weights.
@@ -210,11 +214,11 @@ class StreamedLayers(nn.ModuleList):
         """Return the file of the checkpoint that can be read in place of a scratch file, and the
         offsets of layer j's tensors in it.
 
-        None: a tensor is stored in another dtype than `layout` has, or two files share the layer.
-        stored: see `start`.
+        None: `stored` returns None for a tensor in the dtype that `layout` has, or the layer's
+        tensors are in several files.
         """
         tensors = self.layout.tensors.items()
-        # Each tensor's file and offset; no file if it is not stored in the layout's dtype.
+        # Each tensor's file and offset; (None, 0) where `stored` returns None.
         found = {n: stored(f"layers.{j}.{n}", t.dtype) or (None, 0) for n, t in tensors}
         paths = {path for path, _ in found.values()}
         if None in paths or len(paths) > 1:
@@ -227,9 +231,9 @@ class StreamedLayers(nn.ModuleList):
     def _write_scratch(self, layers: Sequence[int], fill: Fill) -> None:
         """Write layers one after the other to a new scratch file, and set their `locations`.
 
-        fill(name, tensor): writes the checkpoint's values to a tensor in memory. Raises ValueError
-        if the disk is too full, and OSError if the file cannot be made. Only one layer is in host
-        memory at a time: all are filled in the same `parts`.
+        fill: as in `start`. Raises ValueError if the disk is too full, and OSError if the file
+        cannot be made. Only one layer is in host memory at a time: all are filled in the same
+        `parts`.
         """
         if not layers:
             return
@@ -245,9 +249,10 @@ class StreamedLayers(nn.ModuleList):
 
     def _file_store(self, file: DirectFile) -> Store:
         """Return the store from which layers in this file are read: the checkpoint's file or the
-        scratch file. A GPU cannot read a file directly: there the bytes go through host memory, as
-        large as a layer for each buffer of the ring, so that as many layers are read at a time."""
-        file.threads = layer_threads  # apart from the KV cache's, whose reads must not queue here
+        scratch file. A GPU cannot read a file directly: for a GPU the bytes pass through bounce
+        buffers, each as large as a layer, one for each prefetch buffer, so that as many layers are
+        read at a time."""
+        file.threads = layer_threads  # not the KV cache's, whose reads must not queue here
         # Large requests would delay reads of the KV cache from the same disk.
         if not self.policy.cache.disk:
             file.request_bytes = LARGE_REQUEST_BYTES
@@ -255,15 +260,16 @@ class StreamedLayers(nn.ModuleList):
             return file
         nbytes, pin = self.layout.nbytes, self.policy.pins(self.device)
         host_buffers = [page_aligned(nbytes, CPU, pin) for _ in self._moving[:WEIGHT_BUFFERS]]
-        return BounceBuffer(file, host_buffers)
+        return BouncedFile(file, host_buffers)
 
     def _buffer(self) -> Buffer:
-        """Allocate a buffer of the ring: memory for one layer on the device, and a block whose
-        tensors share this memory.
+        """Allocate a prefetch buffer: memory for one layer on the device, and a block whose tensors
+        share this memory.
 
         On a CPU the block's linears are replaced by faster ones. Those for quantised weights
-        (PackedLinear) hold a repacked copy, so `_fetch` repacks it after each read. Whether dense
-        ones are replaced depends on the whole model (`large`), as for layers in memory.
+        (PackedLinear) hold a repacked copy, which `_fetch` makes again after each read. Whether
+        linears for dense weights are replaced depends on the whole model (`large`), as for layers
+        in memory.
         """
         parts, block = self.layout.allocate(self.device), copy.deepcopy(self._meta_block[0])
         for name, tensor in self.layout.view(parts).items():
@@ -279,20 +285,20 @@ class StreamedLayers(nn.ModuleList):
         return Buffer(parts, StreamedBlock(block, packed), record_event(self.device))
 
     def _fetch(self, j: int, buffer: Buffer) -> Future:
-        """Start to read layer j into a buffer of the ring, which calls this. Return a future that
-        is done when the layer can be computed. The copy into a GPU's buffer waits until the GPU has
-        finished with it (buffer.last_use)."""
+        """Start to read layer j into a prefetch buffer; called by the prefetcher. Return a future
+        that is done when the layer can be computed. The copy into a GPU's buffer waits until the
+        GPU has finished with the buffer (buffer.last_use)."""
         store, offsets = self.locations[j]
         pieces = [(offsets[name], part) for name, part in buffer.parts.items()]
         read = self._reader.submit(lambda: store.read(pieces), buffer.last_use)
 
-        def pack() -> None:
+        def repack() -> None:
             read.result()
             for module, original in buffer.contents.packed:
                 module.load_from(original)
 
-        # Another thread packs, so that the next read does not wait for the packing.
-        return self._packer.submit(pack) if buffer.contents.packed else read
+        # Another thread repacks, so that the next read does not wait for it.
+        return self._repacker.submit(repack) if buffer.contents.packed else read
 
 
 def block_layout(block: nn.Module, dtype: torch.dtype) -> Layout:
@@ -308,13 +314,14 @@ def block_layout(block: nn.Module, dtype: torch.dtype) -> Layout:
 
 
 def eager(block: nn.Module, *inputs: Any) -> Tensor:
+    """Compute a block without compiling it: the default of StreamedLayers.run."""
     return block(*inputs)
 
 
 @contextlib.contextmanager
 def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Replace a block's quantised linears by dense ones of this dtype; put them back on exit. Used
-    where several calls need the same weights, which are then dequantised once, on a GPU. Needs
+    on a GPU where several calls need the same weights, which are then dequantised once. Needs
     device memory for the dense weights of a whole block."""
     quantized = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedLinear)}
     try:
@@ -337,27 +344,27 @@ def zigzag(
     rotation: Rotation,
     mask: Tensor,
     pos: Tensor,
-    cache: KVCache,
+    cache: Cache,
     workers: ComputeWorkers | None = None,
 ) -> None:
     """Compute a block for all rows of x, (B, T, D), in place, one micro-batch after the other.
 
     Called once for each layer and pass. To limit the memory of activations, a call of the block
     gets only as many rows as have policy.tokens_at_once tokens together, at least one row.
-    x: a tensor, or OffloadedActivations.
     block: called with x, rotation, mask, pos and cache of some rows; returns the new x of these.
-    rotation: None, or two tensors; these, mask and pos, (B, T), have B rows. mask: see
-    Transformer.mask. cache: of this layer, for all rows.
+    x: a tensor, or OffloadedActivations. rotation: two tensors, or None without rotary positions.
+    mask: see Transformer.mask. pos: (B, T), the slots in which the rows write. rotation, mask and
+    pos have B rows. cache: of this layer, for all rows.
     workers: threads that compute several micro-batches at the same time; None: one at a time.
     """
     (B, T, _), g = x.shape, policy.micro_batch
     rows_per_call = max(1, min(g, policy.tokens_at_once // T))
 
-    def compute(cell: KVCache, first: int, end: int) -> None:
+    def compute(cell: KVCache | HostAttention, first: int, end: int) -> None:
         """Compute rows first to end - 1, a micro-batch, whose part of the cache is `cell`."""
         for start in range(first, end, rows_per_call):
             rows = slice(start, min(start + rows_per_call, end))
-            row_rotation = rotation and tuple(t[rows] for t in rotation)
+            row_rotation = rotation and tuple(t[rows] for t in rotation)  # None stays None
             cell_rows = cell.part(slice(start - first, rows.stop - first))
             x[rows] = block(x[rows], row_rotation, mask[rows], pos[rows], cell_rows)
 
@@ -371,19 +378,19 @@ def zigzag(
 
 def compute_in_threads(
     workers: ComputeWorkers,
-    compute: Callable[[KVCache, int, int], None],
+    compute: Callable[[KVCache | HostAttention, int, int], None],
     micro_batches: Sequence[tuple[int, int]],
-    cache: KVCache,
+    cache: Cache,
     pos: Tensor,
 ) -> None:
     """Compute micro-batches in threads, at most CONCURRENT_MICRO_BATCHES at a time, so that the
     device computes one while the host computes the attention of another.
 
     compute: called with a micro-batch's cell of the KV cache, its first row, and one past its last.
-    micro_batches: these two row numbers of each. cache: of one layer, for all rows. pos: (B, T),
-    where each row writes. The calling thread opens and closes the cells, in order, because the ring
-    of cells returns them in that order only. When this returns or raises, no micro-batch is
-    running.
+    micro_batches: first row and one past the last of each. cache: of one layer, for all rows.
+    pos: (B, T), the slots in which each row writes. The calling thread opens and closes the cells,
+    because one thread at a time may use their Prefetcher, and opens them in the order in which they
+    are prefetched. When this function returns or raises, no micro-batch is running.
     """
     running: deque[tuple[contextlib.ExitStack, Future]] = deque()
 
@@ -413,14 +420,15 @@ class OffloadedActivations:
 
     Slices of rows are read and assigned as with a tensor. A slice must lie within one micro-batch.
     A row begins at a multiple of BLOCK_BYTES, because files are read with O_DIRECT.
-    _g: rows of a micro-batch. For each micro-batch: _stores, its store; _row_memory, the buffer
-    (uint8, as long as a micro-batch) through which its rows are read and written.
+    _g: rows of a micro-batch. _like: an empty tensor with the dtype and device of x. For each
+    micro-batch: _stores, its store; _row_memory, the buffer (uint8, as long as a micro-batch)
+    through which its rows are read and written; micro-batches share one or two buffers.
     """
 
     def __init__(self, x: Tensor, policy: Policy):
         """Allocate a store for each micro-batch of x, (B, T, D), on the tier that the policy gives
-        it, and store x. Made anew for each pass through the layers. Raises ValueError if the disk
-        is too full."""
+        it, and store x. Called anew for each pass through the layers. Raises ValueError if the disk
+        is too full, and OSError if no scratch file can be made."""
         self.shape, self._like, self._g = x.shape, x[:0], policy.micro_batch
         self._row_bytes = round_up_to_block(x[0].nbytes)
         nbytes, pin = self._g * self._row_bytes, policy.pins(x.device)
@@ -444,6 +452,7 @@ class OffloadedActivations:
         with self._lock:
             pieces, values = self._pieces(rows)
             self._stores[rows.start // self._g].read(pieces)
+            # Always a copy: the next read overwrites the buffer.
             return values.to(self._like.device, copy=True)
 
     def __setitem__(self, rows: slice, x: Tensor) -> None:

@@ -1,11 +1,12 @@
-"""Makes the Policy of an offloaded model, by hand or by a search, and the lines that explain it.
+"""Makes the Policy of an offloaded model, from --percent or by a search, and explains it in lines.
 
 Terms, as in tiers/: a tier is one of device, host (memory) and disk; if the device is the CPU,
 device and host are one. A policy says which shares of the weights, the KV cache and the activations
-are on each tier, and groups rows (texts) into micro-batches; a block is all rows that are generated
-together. A cell is the KV cache of one layer for one micro-batch. A workload is the number of
-texts, of prompt tokens and of new tokens. A step generates one token of each row of a block; its
-resources are the disk, the copies, and the computation on device and host.
+are on each tier, and groups rows (texts) into micro-batches; a block of rows is all rows that are
+generated together. A cell is the KV cache of one layer for one micro-batch. A workload is the
+number of texts, of prompt tokens and of new tokens. A step generates one token of each row of a
+block. A resource is a part of the machine that a step keeps busy: the disk, the copies, the
+computation on the device, or on the host.
 
 Start at plan_texts, which cli/generation.py calls; make_plan chooses the plan. It needs only the
 shape of a model, so that `--plan` predicts how a model runs on this machine before it is
@@ -75,7 +76,11 @@ UNITS = (1e-3, "ms"), (1, "s"), (60, "min"), (3600, "hours"), (86400, "days")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape, quantisation and dtypes of a model, and the device that it runs on."""
+    """The shape, quantisation and dtypes of a model, and the device that it runs on.
+
+    scheme: how its linears are quantised in memory (quant/linear.py), None: they are dense. dtype:
+    of the weights and activations. kv_dtype: see LoadOptions.
+    """
 
     args: ModelArgs
     scheme: dict[str, Any] | None
@@ -89,9 +94,10 @@ def find_model_spec(
 ) -> tuple[ModelSpec, Tokenizer]:
     """Returns the spec of the chosen model, and its tokenizer.
 
-    For a model that is not downloaded, its config.json is enough: as --random_weights, with numbers
-    of tokens as prompts. compress_weight: whether dense weights are rounded to 4 bits. Under
-    torchrun the spec is that of this rank's shard. Raises the errors of Checkpoint.
+    For a model that is not downloaded, its config.json is enough, given as --random_weights.
+    Prompts are then numbers of tokens, as the tokenizer (id_tokenizer) encodes no texts.
+    compress_weight: whether dense weights are rounded to 4 bits. Under torchrun the spec is that of
+    this rank's shard. Raises the errors of Checkpoint.
     """
     dtype, device = find_dtype(load.dtype), find_device(load.device)
     if model.random_weights:
@@ -110,9 +116,10 @@ def find_model_spec(
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy, the prediction for it, and the free bytes of each tier.
+    """A policy, the prediction for it, and the bytes that a run may take.
 
-    budgets: the bytes that the run may take of each tier, as `budgets` returns them.
+    budgets: these bytes by tier, as the function `budgets` returns them; for a model that is not
+    downloaded, those of the disk without the model's layers.
     short: why a model that is not downloaded does not fit the disk; "": it fits.
     """
 
@@ -141,9 +148,9 @@ def plan_texts(
     """Make the plan for a model that continues texts: generate.py's --offload, --percent, --plan.
 
     prompt_lengths: called with the tokenizer and the args; returns the number of tokens of each
-    prompt. new: tokens that follow each. The plan takes all prompts to be as long as the longest.
-    In a pipeline of ranks (pp.py) the texts are divided among its options.micro_batches, and the
-    plan is for the texts of one of them.
+    prompt. new: tokens that follow each prompt, fewer where the context ends. The plan takes all
+    prompts to be as long as the longest. In a pipeline of ranks (pp.py) the texts are divided among
+    options.micro_batches micro-batches, and the plan is for the texts of one of these.
     """
     spec, tokenizer = find_model_spec(model, load, options.compress_weight)
     lengths, context = prompt_lengths(tokenizer, spec.args), spec.args.context
@@ -172,10 +179,11 @@ def make_plan(spec: ModelSpec, workload: Workload, options: PlanOptions) -> Plan
 
 def multiplies_fast(spec: ModelSpec) -> bool:
     """Returns whether this CPU runs a model in its dtype at least as fast as in float32: by the
-    kernels of kernels/cpu, or by its own instructions."""
-    if replaceable(meta_model(spec.args, spec.scheme), spec.dtype):
+    kernels of kernels/cpu, or by instructions for that dtype."""
+    if replaceable(meta_model(spec.args, spec.scheme), spec.dtype):  # kernels replace linears
         return unsupported_reason(spec.dtype) is None
     has, features = torch.cpu.get_capabilities(), FAST_DTYPE_FEATURES.get(spec.dtype)
+    # None: a dtype that needs no such instructions, such as float32.
     return features is None or any(has.get(name) for name in features)
 
 
@@ -186,12 +194,13 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
     A model whose weights are not on the disk yet (options.downloaded is false) may exceed the disk:
     then Plan.short says so.
     """
+    # A run with --percent needs no seconds: it measures nothing.
     measured = machine(spec, options.offload_dir, not options.percent or options.plan)
-    whole = sizes(spec)
+    parts = sizes(spec)
     # Each micro-batch of a pipeline has its own KV cache, and all are in memory at the same time.
-    whole = replace(whole, cache_position=whole.cache_position * (options.micro_batches or 1))
-    planner = Planner(whole, measured, spec.device.type == "cpu")
-    layers = planner.sizes.layers * planner.sizes.layer  # bytes of all layers
+    parts = replace(parts, cache_position=parts.cache_position * (options.micro_batches or 1))
+    planner = Planner(parts, measured, spec.device.type == "cpu")
+    layers = parts.layers * parts.layer  # bytes of all layers
     limits = budgets(options, spec.device, layers)
     start = Policy(
         compress_weight=options.compress_weight,
@@ -204,42 +213,44 @@ def plan_for_dtype(spec: ModelSpec, workload: Workload, options: PlanOptions) ->
     )
     if options.percent:
         found = planner.predict(policy_by_hand(start, workload, options), workload)
-        if short := planner.shortage(found, limits):
-            raise ValueError(short)
+        if shortage := planner.shortage(found, limits):
+            raise ValueError(shortage)
     else:
         found = planner.choose(workload, limits, start, options.batch_size or workload.texts)
-    # Bytes of all weights, and of the free part of the disk, to which `budgets` added the layers.
-    needed, free = (
-        layers + whole.always_on_device - process_memory(spec.device),
-        limits["disk"] - layers,
-    )
-    short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     if options.downloaded:
         return Plan(spec, found, limits)
+    # Bytes of all weights: always_on_device is the other weights and, on a CPU, this process.
+    needed = layers + parts.always_on_device - process_memory(spec.device)
+    free = limits["disk"] - layers  # `budgets` added the layers, which are not there yet
+    short = f"the model takes {size_text(needed)} and {size_text(free)} is free there"
     return Plan(spec, found, limits | {"disk": free}, short if needed > free else "")
 
 
 def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> Policy:
     """Returns the policy with the shares of --percent and the micro-batches of the options.
 
-    start: the policy that gives all other fields. By default a micro-batch has at most 16 rows.
+    start: the policy that gives all other fields. Without gpu_batch_size, the micro-batches share
+    the rows of batch_size, or have 16 rows each.
     """
+    # --percent: of the weights, the cache and the activations, each on the device and on the host.
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
+    rows, count = min(options.batch_size or workload.texts, workload.texts), options.num_gpu_batches
+    each = max(1, rows // count) if options.batch_size else min(16, rows)
     return replace(
         start,
         weights=weights,
         cache=cache,
         activations=activations,
-        micro_batch=options.gpu_batch_size or min(options.batch_size or 16, workload.texts),
-        micro_batches=options.num_gpu_batches,
+        micro_batch=options.gpu_batch_size or each,
+        micro_batches=count,
     )
 
 
 def sizes(spec: ModelSpec) -> Sizes:
     """Returns the bytes of a model's parts, computed from its shape alone.
 
-    Activations are estimated from the widths of the tensors of a layer. always_on_device contains
-    what this process uses of a CPU's memory, see process_memory.
+    Activations and logits are estimated: how many tensors of which width are in memory at a time.
+    always_on_device contains what this process uses of a CPU's memory, see process_memory.
     """
     args, item = spec.args, spec.dtype.itemsize
     stored = {
@@ -250,10 +261,11 @@ def sizes(spec: ModelSpec) -> Sizes:
     rest = sum(t.nbytes for n, t in stored.items() if not n.startswith("layers."))
     # 0 for a tied head, which `rest` has as the embedding: then computed from the shape, below.
     head = sum(t.nbytes for n, t in stored.items() if n.startswith("output."))
+    # A cache of one row and one slot.
     slot = find_cache(spec.kv_dtype)((1, 1, args.n_kv_heads, args.head_dim), spec.dtype, META)
     # The CPU kernels repack quantised weights, so a buffer holds each layer twice.
     packed = layer * bool(spec.scheme) * (spec.device.type == "cpu")
-    qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
+    qkv = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim  # width of queries, keys and values
     return Sizes(
         layers=args.n_layers,
         layer=layer,
@@ -264,21 +276,23 @@ def sizes(spec: ModelSpec) -> Sizes:
         cache_position=sum(buffer.nbytes for buffer in slot.buffers()),
         activations_between_layers=3 * args.dim * item,
         activations_in_layer=(2 * qkv + 3 * args.hidden_dim + 4 * args.dim) * item,
-        logits=args.vocab_size * (item + 12),
+        logits=args.vocab_size * (item + 12),  # 12: three float32 tensors in sampling
         windows=tuple(layer.window for layer in args.layer_types),
     )
 
 
 def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[str, float]:
-    """Returns the bytes that a run may take of each tier: those of the options, or the free ones
+    """Returns the bytes that a run may take of each tier: what the options say, or the free bytes
     less a reserve.
 
-    weights: bytes of the layers, which are stored on the disk and add to its free bytes. The
-    processes that torchrun started on this machine share the free memory equally. The result has
-    the keys of TIERS, without "host" if the device is the CPU.
+    weights: bytes of the layers. They are added to the free bytes of the disk, because a policy
+    counts layers on disk, and they are taken to be stored there already. The processes that
+    torchrun started on this machine share the free memory equally. The result has the keys of
+    TIERS, without "host" if the device is the CPU.
     """
     cpu = torch.device("cpu")
     given = {"device": options.device_memory, "host": options.host_memory}
+    # On a CPU, Sizes.always_on_device counts this process's memory: it is added to the free bytes.
     free = {"host": available_memory(cpu) + process_memory(cpu), "device": 0}
     if device.type != "cpu":
         free["device"] = available_memory(device)
@@ -295,8 +309,8 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
 
     New ones are of one layer of the model's shape, or a narrower one, with random weights and the
     real model's kernels; they are saved. directory: a folder, which need not exist yet, on the disk
-    for offloading. needed: True: measure if there are no saved ones; False: return None then. anew:
-    ignore saved ones.
+    for offloading. needed: if there are no saved ones, True: measure; False: return None. anew: do
+    not use saved ones.
     """
     disk = nearest_directory(directory).stat().st_dev
     key = machine_name(spec.device), torch.__version__, disk, spec, fastest_set(spec.device)
@@ -317,7 +331,8 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
 
 def report(plan: Plan, lm: LoadedModel, stats: Stats) -> Iterator[str]:
     """Yield lines of the log after a run with this plan: the seconds of computing and of waiting,
-    and the predicted ones. stats: of the run. Nothing if the policy needed no streamed layers."""
+    and the predicted seconds, if the machine was measured. stats: of the run. Yields nothing if the
+    policy is plain (Policy.plain): the model then has no streamed layers."""
     if not isinstance(lm.model.layers, StreamedLayers):
         return
     waited = {what: wait.seconds for what, wait in lm.model.layers.wait_times.items()}
@@ -369,11 +384,11 @@ def lines(plan: Plan) -> Iterator[str]:
 
 def verdict(plan: Plan) -> str:
     """Returns whether the model fits, its predicted rate, and the resource that bounds it: the one
-    that is busiest in the longer phase, the prompts or all steps of a block."""
+    that is busiest in the longer phase, the prompts or all steps of a block of rows."""
     found = plan.prediction
     # Where the model must fit: with parts on disk, the disk; otherwise memory.
-    moving = "this disk" if found.memory["disk"] else "memory"
-    fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {moving}"
+    place = "this disk" if found.memory["disk"] else "memory"
+    fits = f"does not fit this disk: {plan.short}" if plan.short else f"fits {place}"
     if not found.step:
         return fits
     phases = found.prefill, {name: n * (plan.workload.new - 1) for name, n in found.step.items()}
@@ -392,7 +407,7 @@ def dtype_text(plan: Plan) -> str:
 
 def item_counts(plan: Plan) -> dict[str, dict[str, float]]:
     """Returns the number of layers ("weights"), of cells ("cache") and of micro-batches
-    ("activations") on each tier. On a CPU those of the host count for the device."""
+    ("activations") on each tier. On a CPU the items on the tier "host" count as on the device."""
     found, policy = plan.prediction, plan.policy
     counts = {
         "weights": found.split.weights,
@@ -407,14 +422,14 @@ def item_counts(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def duration_text(seconds: float) -> str:
-    """9000 -> '2.5 hours'."""
+    """Returns seconds as text in the largest of UNITS that they reach: 9000 -> "2.5 hours"."""
     size, unit = max((u for u in UNITS if seconds >= u[0]), default=UNITS[0])
     return f"{seconds / size:.3g} {unit}"
 
 
 def decoding_step(spec: ModelSpec) -> Step:
-    """Returns the bytes of a decoding step for one text, for links.table. The head counts as part
-    of the layers: devices divide it, too. The KV cache is left out."""
+    """Returns the bytes of a decoding step for one text, for links.table. The head's bytes are
+    added to those of the layers, because devices divide it, too. The KV cache is left out."""
     found = sizes(spec)
     shared = found.layers * found.layer + found.head
     return Step(found.layers, shared, 0, spec.args.dim * spec.dtype.itemsize)
@@ -424,7 +439,8 @@ def on_devices(spec: ModelSpec, link: str, read_rate: float | None) -> Iterator[
     """Yield lines of text with the modelled rates of 1 to 64 devices (--plan --link): with each
     layer divided among all of them, and as a pipeline.
 
-    link: a key of LINKS. read_rate: bytes per second of each device; None: of this one.
+    link: a key of LINKS. read_rate: bytes per second that each device reads; None: the rate of this
+    device, as measured.
     """
     rate = read_rate or saved_bandwidth(spec.device)
     rate = rate or measured_bandwidth(spec.device)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from decoding import LoadedModel
 from layers.args import ModelArgs
-from layers.kv_cache import KVCache
+from layers.kv_cache import Cache
 from layers.positions import LearnedPositions, Rotation
 from model import Transformer
 from offload import Stored
@@ -86,13 +86,13 @@ class PipelineParallel:
     def fill_function(
         self, checkpoint: Checkpoint, model: Transformer, device: torch.device, fill: Fill
     ) -> Fill:
-        """Return a function of a name in the stage and a tensor, which fills the tensor. fill: the
-        same by the name in the checkpoint. The other arguments are those of the protocol."""
+        """Return a function that fills a tensor, given the tensor's name in the stage. fill: does
+        so, given the name in the checkpoint. model, device: not used."""
         return lambda name, tensor: fill(self._checkpoint_name(checkpoint, name), tensor)
 
     def location_function(self, checkpoint: Checkpoint) -> Stored:
-        """Return a function from a tensor's name in the stage to its file and byte offset, or to
-        None if no file stores it in that dtype. Offload reads layers from there."""
+        """Return a function of a tensor's name in the stage and a dtype, which returns the tensor's
+        file and byte offset, or None, as Checkpoint.location does. Offload reads layers there."""
 
         def location(name: str, dtype: torch.dtype) -> tuple[Path, int] | None:
             return checkpoint.location(self._checkpoint_name(checkpoint, name), dtype)
@@ -101,8 +101,8 @@ class PipelineParallel:
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
         """After loading: give the weight of ReceiveActivations, an empty tensor on the meta device,
-        this dtype and device, those of the activations. Other code takes the model's dtype and
-        device from it. A weight that is the table of a tied head stays."""
+        the dtype and device of the activations. Other code takes the model's dtype and device from
+        this weight. A weight that is the table of a tied head stays."""
         embedding = model.tok_embeddings
         if isinstance(embedding, ReceiveActivations) and embedding.weight.is_meta:
             embedding.weight = torch.empty(0, model.args.dim, dtype=dtype, device=device)
@@ -111,8 +111,8 @@ class PipelineParallel:
         """Return the LoadedModel with micro-batches and with a sampler that sends tokens to all
         ranks. All ranks must call it together, because it makes a process group. Ranks before the
         last compute all positions in prefill and decode, see forward_all_positions."""
-        # A process group of its own: in one group NCCL runs the transfers of two ranks in order,
-        # so that a micro-batch's activations would wait for another's tokens.
+        # A process group of its own: in one group NCCL runs the transfers of two ranks in order, so
+        # that a micro-batch's activations would wait for another's tokens.
         group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
         forward = partial(forward_all_positions, lm.model)
         return replace(
@@ -150,9 +150,9 @@ def forward_all_positions(
     """Transformer.forward for a stage before the last. It computes and sends all positions, because
     the next stage's layers need them all. (The last stage computes the head for `at` only.)
 
-    Returns activations, (B, T, D), or with `at`, indices of 0 to B * T - 1, (len(at), D): callers
-    use the result as they would use logits, but not its values. pos: (B, T), positions of the
-    tokens. key_pos: positions of the caches that are visible. lengths: see Transformer.forward.
+    Returns activations, (B, T, D), or those that `at` lists, (len(at), D): callers use the shape
+    and device of the result in place of logits, but not its values. at: None, or indices from 0 to
+    B * T - 1. pos: (B, T), positions of the tokens. key_pos, lengths: see Transformer.forward.
     """
     x = model(tokens, pos, key_pos, caches, lengths=lengths)
     return x if at is None else x.flatten(0, 1)[at]  # (B, T, D) -> (B * T, D) -> (len(at), D)
@@ -160,11 +160,10 @@ def forward_all_positions(
 
 def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
     """Return the layers of this rank: at least one, and so many that all ranks have about the same
-    number of multiplications, those of the output head on the last rank included.
+    number of multiplications.
 
-    args: of the whole model. Each rank but the last has about as many layers as the others; the
-    head counts as head_layers layers of the last rank. Raises ValueError if there are more ranks
-    than layers.
+    args: of the whole model. The output head, which the last rank has, counts as head_layers layers
+    after the last one. Raises ValueError if there are more ranks than layers.
     """
     if ranks.world_size > args.n_layers:
         raise ValueError(
@@ -178,43 +177,46 @@ def stage_layers(args: ModelArgs, ranks: Ranks) -> range:
     layers_per_rank = (args.n_layers + head_layers) / ranks.world_size
     bounds = [0]  # the first layer of each rank
     for rank in range(1, ranks.world_size):
+        # Between these, each rank has at least one layer.
         lowest, highest = bounds[-1] + 1, args.n_layers - (ranks.world_size - rank)
         bounds.append(min(max(round(rank * layers_per_rank), lowest), highest))
     bounds.append(args.n_layers)
     return range(bounds[ranks.rank], bounds[ranks.rank + 1])
 
 
-class PendingSends:
-    """Keeps sent tensors alive until they have arrived.
+class PendingTransfers:
+    """Keeps the tensors of transfers alive until they have arrived.
 
-    A sender must not free or overwrite a tensor while its transfer runs.
+    Neither the sender nor the receiver may free a tensor while its transfer runs. Gloo also drops a
+    transfer whose dist.Work nobody holds.
     """
 
     def __init__(self):
-        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._transfers: deque[tuple[dist.Work, Tensor]] = deque()
 
     def __len__(self) -> int:
-        return len(self._sends)
+        return len(self._transfers)
 
     def add(self, work: dist.Work, tensor: Tensor) -> None:
-        """Keep a tensor until its transfer has finished, and release the tensors of transfers that
-        have finished before. They are released in the order of the calls: a transfer that still
-        runs keeps all later ones. work: the result of isend or irecv for this tensor."""
-        while self._sends and self._sends[0][0].is_completed():
-            self._sends.popleft()
-        self._sends.append((work, tensor))
+        """Keep a tensor until its transfer has ended, and release tensors whose transfers have
+        ended. They are released in the order of the calls: a transfer that still runs keeps all
+        later ones. work: the result of isend or irecv for this tensor."""
+        while self._transfers and self._transfers[0][0].is_completed():
+            self._transfers.popleft()
+        self._transfers.append((work, tensor))
 
 
 # Global: the last tensors of a batch or a model may arrive after that batch or model is freed.
-pending_sends = PendingSends()
+pending_transfers = PendingTransfers()
 
 
 class ReceiveActivations(nn.Module):
     """Replaces the embedding: waits for the output of the previous rank, (B, T, D).
 
-    Only the shape of its input, (B, T) ids, matters. dim: D. source: the previous rank. table: the
-    embedding's, if this rank's head is tied to it; else `weight` is an empty tensor, which finish
-    gives the dtype and device of the activations. LoadedModel.device is the device of `weight`.
+    Of its input, (B, T) ids, only the shape matters. dim: D. source: the previous rank. table: the
+    embedding's, if this rank's head is tied to the embedding; None: `weight` is an empty tensor, to
+    which PipelineParallel.finish gives the dtype and device of the activations. LoadedModel.device
+    is the device of `weight`.
     """
 
     def __init__(self, dim: int, source: int, table: Tensor | None):
@@ -238,13 +240,13 @@ class SendActivations(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        pending_sends.add(dist.isend(x, self.target), x)
+        pending_transfers.add(dist.isend(x, self.target), x)
         return x
 
 
 class NoPositions(nn.Module):
-    """Replaces LearnedPositions, which only the first rank adds: returns x unchanged, and no
-    rotations."""
+    """Replaces LearnedPositions on all ranks but the first, which adds the positions: returns x
+    unchanged, and no rotations."""
 
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
@@ -256,8 +258,9 @@ class BroadcastSampler(Sampler):
     """A Sampler that draws on the last rank only and sends the tokens to the other ranks.
 
     The other ranks wait for the tokens in the function that copy_to_host_async returns. ranks: this
-    rank and their number. group: a process group for these transfers only. sampler_args: of
-    Sampler. All ranks must draw in the same order, because the transfers have no names.
+    rank and the number of ranks. group: a process group for these transfers only. sampler_args: the
+    arguments of Sampler. All ranks must draw in the same order, because the transfers have no
+    names.
     """
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup, *sampler_args: Any):
@@ -268,9 +271,9 @@ class BroadcastSampler(Sampler):
         """Return one token for each position, (B, T). logits: (B, T, V) on the last rank; other
         ranks use only their device. numbers: (B, T), see Sampler.
 
-        The last rank draws, and starts to send the tokens, with NOT_FINITE in place of those whose
-        logits are not finite, and then the log-probabilities. Other ranks return a tensor that is
-        being received: wait for it before reading it, see copy_to_host_async.
+        The last rank draws, and starts to send the tokens, with NOT_FINITE in place of tokens whose
+        highest logit is not finite, and then the log-probabilities. Other ranks return a tensor
+        that is being received: wait for it before reading it, see copy_to_host_async.
         """
         if self._rank < self._last:
             return self._receive(logits.device, numbers.shape)
@@ -278,21 +281,22 @@ class BroadcastSampler(Sampler):
         marked = torch.where(self.max_logits.isfinite(), tokens, NOT_FINITE)
         for rank in range(self._last):
             for tensor in (marked, *self.logprobs):
-                pending_sends.add(dist.isend(tensor, rank, self._group), tensor)
+                pending_transfers.add(dist.isend(tensor, rank, self._group), tensor)
         return tokens
 
     def _receive(self, device: torch.device, shape: torch.Size) -> Tensor:
         """Start to receive tokens of this shape, (B, T), and with config.logprobs also the three
         tensors of token_logprobs. Returns the tensor of tokens, which is filled later."""
         tokens, count = torch.empty(shape, dtype=torch.long, device=device), self.config.logprobs
-        self.max_logits = torch.zeros(shape, device=device)  # tokens carry NOT_FINITE already
+        # All finite for to_host: the last rank has put NOT_FINITE among the tokens already.
+        self.max_logits = torch.zeros(shape, device=device)
         if count is not None:
             top = torch.empty(*shape, count, device=device)  # (B, T, count)
             self.logprobs = torch.empty(shape, device=device), top, torch.empty_like(top).long()
         self._receiving = []
         for tensor in (tokens, *self.logprobs):
             self._receiving.append(dist.irecv(tensor, self._last, self._group))
-            pending_sends.add(self._receiving[-1], tensor)
+            pending_transfers.add(self._receiving[-1], tensor)
         return tokens
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
@@ -312,8 +316,8 @@ class BroadcastSampler(Sampler):
                 work.wait()
             ids = to_host(*drawn)
             if any(NOT_FINITE in row for row in ids):
-                # A next step may be launched before the error ends the run: its embedding needs
-                # ids from 0.
+                # A next step may be launched before the error ends the run: its embedding takes no
+                # negative ids.
                 tokens.clamp_(min=0)
             return ids
 
@@ -321,17 +325,18 @@ class BroadcastSampler(Sampler):
 
 
 class MicroBatchCache:
-    """One layer's cache of all rows. parts: the KVCache of each micro-batch, whose rows follow one
-    another. length, ring, device: of each part; rows: of all parts, or fewer after `first`."""
+    """One layer's cache of all rows. parts: the cache of each micro-batch, in the order of the
+    rows. length, ring, device: those of each part. rows: the number of rows of all parts, or fewer
+    after `first`."""
 
-    def __init__(self, parts: Sequence[KVCache]):
+    def __init__(self, parts: Sequence[Cache]):
         self.parts, self.length, self.device = parts, parts[0].length, parts[0].device
         self.ring = parts[0].ring
         self.rows = sum(part.rows for part in parts)
 
     def first(self, count: int) -> "MicroBatchCache":
-        """Return a cache of the first `count` rows, with the same memory. `parts` stays unchanged;
-        split_micro_batches leaves its other rows out."""
+        """Return a cache of the first `count` rows, with the same memory. Its `parts` have all rows
+        still; split_micro_batches leaves the other rows out."""
         first = copy.copy(self)
         first.rows = count
         return first
@@ -339,24 +344,24 @@ class MicroBatchCache:
 
 def make_micro_batch_caches(
     micro_batches: int,
-    make: Callable[..., Sequence[KVCache]],
+    make: Callable[..., Sequence[Cache]],
     lm: LoadedModel,
     batch: int,
     length: int,
 ) -> list[MicroBatchCache]:
-    """Return a cache of `batch` rows for each layer, which holds a KVCache for each micro-batch.
+    """Return a cache of `batch` rows for each layer, which holds a cache for each micro-batch.
 
-    A micro-batch has batch / micro_batches rows, rounded up; the last one may have fewer. make:
-    returns the KVCaches of all layers for (lm, rows, length). lm: passed on to it. length:
-    positions of each cache.
+    A micro-batch has batch / micro_batches rows, rounded up; the last one may have fewer, and there
+    may be fewer micro-batches. make: called with lm, the rows of a micro-batch and length; returns
+    the caches of all layers. length: positions of each row.
     """
     size = -(-batch // micro_batches)
     made = [make(lm, min(size, batch - start), length) for start in range(0, batch, size)]
     return [MicroBatchCache(parts) for parts in zip(*made, strict=True)]
 
 
-def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[KVCache]]]:
-    """Return for each micro-batch the indices of its rows in the batch, and its KVCaches of all
+def split_micro_batches(caches: Sequence[MicroBatchCache]) -> list[tuple[range, list[Cache]]]:
+    """Return for each micro-batch the indices of its rows in the batch, and its caches of all
     layers. caches: of all layers, from make_micro_batch_caches or MicroBatchCache.first.
     Micro-batches without rows are left out: `first` may have dropped them."""
     micro_batches, start = [], 0

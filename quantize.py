@@ -56,7 +56,7 @@ from quant.linear import (
 from weights.allocation import stored_tensors
 from weights.saving import check_checkpoint_writable, log_replaced, save_checkpoint
 
-Values = Iterator[tuple[str, Tensor]]  # name and tensor
+Values = Iterator[tuple[str, Tensor]]  # the name and the tensor of each entry of the output file
 MAX_MEASURED_WIDTH = 2048  # limit on the outputs and inputs of the product that slowdown times
 
 
@@ -71,8 +71,8 @@ def quantize(
     """Write the quantised file `target`, completely or not at all.
 
     checkpoint: the dense one. scheme: see make_scheme. blocks: (name, buffers) of linears that GPTQ
-    quantises while they are asked for; other linears are rounded to nearest. Raises ValueError,
-    with the name, for a weight with NaN or infinity, and if the disk is too small.
+    quantises while they are asked for; other linears are rounded to nearest. Raises ValueError for
+    a weight with NaN or infinity, which it names, and if the disk has too little space.
     """
     model = planned(checkpoint, scheme)
     tensors = planned_tensors(model)
@@ -83,7 +83,7 @@ def quantize(
 def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transformer:
     """Return the model of a checkpoint on the meta device: names, shapes and dtypes, no memory.
 
-    scheme: quantises the linears; None for the dense model.
+    scheme: how the linears are quantised; None: they are dense.
     """
     model = meta_model(checkpoint.args, scheme)
     for parameter in model.parameters():
@@ -92,17 +92,18 @@ def planned(checkpoint: Checkpoint, scheme: dict[str, Any] | None) -> Transforme
 
 
 def planned_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Return the tensors that the file of a model holds, by name; the model is on meta."""
+    """Return the tensors that the file of a model holds, by name: on the meta device, as the model
+    is."""
     return {name: tensor.detach() for name, (tensor, _) in stored_tensors(model).items()}
 
 
 def quantized_values(checkpoint: Checkpoint, model: Transformer, blocks: Iterable[Any]) -> Values:
     """Yield all tensors of the output file with their names.
 
-    Reads and converts one tensor at a time, when it is asked for. First the linears in `blocks`,
-    (name, buffers) from GPTQ; then other quantised linears, rounded to nearest; then dense tensors.
-    model: from planned(checkpoint, scheme); on the meta device, it gives names and kinds only.
-    Raises ValueError for a weight with NaN or infinity.
+    Reads and converts one tensor at a time, when it is asked for. First come the linears in
+    `blocks`, (name, buffers) from GPTQ; then other quantised linears, rounded to nearest; then
+    dense tensors. model: from planned(checkpoint, scheme); only its names and kinds of layers are
+    used. Raises ValueError for a weight with NaN or infinity.
     """
     from_blocks = set()
     for name, buffers in blocks:
@@ -115,6 +116,7 @@ def quantized_values(checkpoint: Checkpoint, model: Transformer, blocks: Iterabl
             yield from prefixed(name, round_to_nearest(weight, linears[name]))
     for name in stored_tensors(model):
         module = name.rpartition(".")[0]
+        # The bias of a quantised linear is dense.
         if module not in linears or name == f"{module}.bias":
             yield name, checkpoint.read(name)
 
@@ -127,8 +129,8 @@ def prefixed(module: str, buffers: dict[str, Tensor]) -> Values:
 def with_bar(values: Values, tensors: dict[str, Tensor]) -> Values:
     """Yield the values with a progress bar over the bytes of all `tensors`.
 
-    tensors: all that will be written, by name; they may be on the meta device. The bar appears
-    after the first value: GPTQ may take hours before it, with bars of its own.
+    tensors: all that will be written, by name; they may be on the meta device. The bar appears when
+    the first value is there: until then GPTQ may take hours, with bars of its own.
     """
     values = itertools.chain([next(values)], values)
     total = sum(t.nbytes for t in tensors.values())
@@ -139,16 +141,14 @@ def with_bar(values: Values, tensors: dict[str, Tensor]) -> Values:
 
 
 def source_name(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name under which the checkpoint stores a weight.
-
-    A tied output head is not stored: it is the embedding.
-    """
+    """Return the name under which the checkpoint stores a weight. The weight of a tied output head
+    is stored as the embedding's."""
     return name if name in checkpoint.tensors else "tok_embeddings.weight"
 
 
 def finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Read a tensor in float32. Raises ValueError if it holds NaN or infinity, of which no scale
-    can be chosen. name: in the checkpoint."""
+    """Read a tensor in float32. Raises ValueError if it holds NaN or infinity, for which there is
+    no scale. name: in the checkpoint."""
     weight = checkpoint.read(name, torch.float32)
     if not weight.isfinite().all():
         raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: download it again")
@@ -158,9 +158,9 @@ def finite(checkpoint: Checkpoint, name: str) -> Tensor:
 def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> None:
     """Log the sizes of the checkpoint and the output, and the speed-up of decoding.
 
-    Called before the work begins. The speed-up is an upper bound, the ratio of the bytes that a
-    step reads. Where quantised products are slower than dense ones, the line of slowdown replaces
-    it. target: the path of the output.
+    Called before the work begins. The speed-up is an upper bound: the bytes that a dense step
+    reads, divided by those that a quantised step reads. If quantised products are slower than dense
+    ones here, a line that says so replaces it (slowdown). target: the path of the output.
     """
     dense, model = planned(checkpoint, None), planned(checkpoint, scheme)
     total = sum(t.nbytes for t in planned_tensors(model).values())
@@ -175,13 +175,13 @@ def announce(checkpoint: Checkpoint, scheme: dict[str, Any], target: Path) -> No
 def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
     """Return a warning if quantised products are slower than dense ones here, else None.
 
-    Only a CPU without a C++ compiler, hence without kernels/cpu, can be slower. There a product of
-    the size of wo (attention's output) of layer 0, with at most MAX_MEASURED_WIDTH outputs and
-    inputs, is timed.
+    They can be slower only on a CPU without a C++ compiler, which kernels/cpu needs. There this
+    times a product of the size of wo (attention's output) of layer 0, with at most
+    MAX_MEASURED_WIDTH outputs and inputs.
     """
     reason = unsupported_reason(torch.bfloat16)
     if reason is None or find_device("auto").type != "cpu":
-        return None  # kernels/ is faster than dense layers
+        return None  # the kernels in kernels/ are faster than dense layers
     N, K = (
         min(n, MAX_MEASURED_WIDTH) for n in checkpoint.tensors["layers.0.attention.wo.weight"].shape
     )
@@ -199,7 +199,8 @@ def slowdown(checkpoint: Checkpoint, scheme: dict[str, Any]) -> str | None:
 def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, float]:
     """Return the seconds of a one-row product with dense bfloat16 weights, and with quantised ones.
 
-    N outputs and K inputs, random weights. scheme: of the output; only its entry "linears" is used.
+    The weights are random, of N outputs and K inputs. scheme: see make_scheme; only its entry
+    "linears" is used.
     """
     dense = Linear(K, N, bias=False).bfloat16()
     dense.weight.normal_(std=0.02)
@@ -212,8 +213,8 @@ def product_seconds(N: int, K: int, scheme: dict[str, Any]) -> tuple[float, floa
 
 
 def best_seconds(layer: torch.nn.Module, x: Tensor) -> float:
-    """Return the shortest time of five calls of layer(x), in seconds: other processes have
-    disturbed that call least."""
+    """Return the shortest time of five calls of layer(x), in seconds: that call was disturbed least
+    by other processes."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -225,7 +226,7 @@ def best_seconds(layer: torch.nn.Module, x: Tensor) -> float:
 def run(args: argparse.Namespace) -> Path:
     """Check the input, write the quantised file and return its path.
 
-    args: the options of cli/options.py. Raises ValueError for a checkpoint that is quantised
+    args: of cli.options.parse_quantize_args. Raises ValueError for a checkpoint that is quantised
     already, for malformed weights and for unsuitable calibration text, OSError for a folder that
     is not writable, and MemoryError.
     """
@@ -255,8 +256,8 @@ def quantize_by_gptq(
     """Write the quantised file `target` with linears from GPTQ, for --mode int4-gptq.
 
     Finished blocks are stored in the folder `target`.partial, from which the same command continues
-    after an interruption. The folder is removed at the end. args: the options of the command.
-    Raises what calibrated_blocks raises, and ValueError for a weight with NaN or infinity.
+    after an interruption. The folder is removed at the end. args: as in run. Raises the errors of
+    calibrated_blocks, and ValueError for a weight with NaN or infinity.
     """
     for name in tqdm(checkpoint.tensors, desc="check", leave=False, disable=None):
         finite(checkpoint, name)  # report NaN now, not after hours of GPTQ
@@ -270,11 +271,9 @@ def quantize_by_gptq(
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command, print the path of the file and return the exit code; see exit_code.
-
-    args: of cli.options.parse_quantize_args. After Ctrl-C it prints `stopped`, which says whether
-    the same command continues.
-    """
+    """Run the command, print the path of the file and return the exit code; see exit_code in
+    cli/command.py. args: as in run. After Ctrl-C the line `stopped` says whether the same command
+    would continue the work."""
     set_quiet(args.quiet)
     resumable = "; the same command goes on from here" if "gptq" in args.mode else ""
     stopped = f"stopped; no file was written{resumable}"

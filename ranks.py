@@ -5,9 +5,10 @@ same results. Rank 0 decides what can differ between processes (a clock, free me
 types) and broadcasts it, see broadcast_from_rank0. Only rank 0 prints and writes files; another
 rank prints only the error that ends it. tp.py and pp.py divide a model among the ranks.
 
-A collective is a call that all ranks must make at the same point: a rank that does not make it
-lets the others wait. torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (the ranks on
-this machine); without it they are missing, and this process is alone.
+A collective is a call that all ranks must make at the same point: if one rank does not make it, the
+others wait. torchrun sets the environment variables RANK, WORLD_SIZE, LOCAL_RANK and
+LOCAL_WORLD_SIZE (the number of ranks on this machine). Without torchrun they are missing, and this
+process is alone.
 """
 
 import functools
@@ -47,8 +48,8 @@ class Ranks:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this process's GPU, by torchrun's LOCAL_RANK; other devices, and a device of a single
-    process, unchanged. device: the one that the user chose, the same on all ranks."""
+    """Return this process's GPU, by torchrun's LOCAL_RANK. Returns `device` unchanged if it is not
+    a GPU, or without torchrun. device: the user's choice, the same on all ranks."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device.type == "cuda" else device
 
@@ -103,7 +104,8 @@ def one_shot_all_reduce_works(device: torch.device) -> bool:
 def leave_process_group() -> None:
     """Wait for all ranks, then disconnect. Does nothing in a single process.
 
-    Commands call it at the end of a run without an error: after an error the others may not come.
+    Commands call it at the end of a run without an error: after an error the other ranks may never
+    call it.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -111,14 +113,14 @@ def leave_process_group() -> None:
 
 
 def is_rank0() -> bool:
-    """Whether this process is rank 0, which prints and writes files; True in a single process."""
+    """Return whether this process is rank 0, which prints and writes files, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """Call `compute` on rank 0 only, and return its result on all ranks.
 
-    All ranks must call this function. The result must be picklable. A single process just calls
+    All ranks must call this function. The result must be picklable. A single process calls
     `compute`. If `compute` raises, the other ranks wait until rank 0's process ends, and then fail.
     """
     if not dist.is_initialized():
@@ -144,9 +146,9 @@ def wait_if_peer_failed(error: Exception) -> bool:
     """Return whether the error means that the connection to another rank is lost.
 
     cli/command.py calls it with the error that ends this process, and then reports only that
-    another rank has ended. If it is lost, first wait ERROR_REPORT_SECONDS: the rank that failed
-    reports its error before this one, and torchrun usually ends this process during the wait. Gloo
-    raises RuntimeErrors that name it, NCCL dist.DistErrors.
+    another rank has ended. If the connection is lost, first wait ERROR_REPORT_SECONDS: the rank
+    that failed reports its error before this one, and torchrun usually ends this process during the
+    wait. Gloo raises RuntimeErrors whose text has "gloo", NCCL dist.DistErrors.
     """
     lost = dist.is_initialized() and isinstance(error, RuntimeError)
     lost = lost and ("gloo" in str(error) or isinstance(error, dist.DistError))
@@ -158,12 +160,12 @@ def wait_if_peer_failed(error: Exception) -> bool:
 def log_failure(line: str) -> None:
     """Print the line of the error that ends this process on stderr, on any rank.
 
-    If several ranks fail with the same line, only the first of them prints it: each counts its line
-    in the store that the ranks share. Undoes the redirection of stderr.
+    If several ranks fail with the same line, only the first of them prints it: each rank adds 1 to
+    the count of its line in the store that the ranks share. Undoes the redirection of stderr.
     """
     rank = int(os.environ.get("RANK", "0"))
     restore_stderr()
-    if dist.is_initialized() and add_in_store(line, 1) > 1:  # another rank has counted the line
+    if dist.is_initialized() and add_in_store(line, 1) > 1:  # another rank was first
         return
     print(f"rank {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 

@@ -3,17 +3,18 @@
 Start at Sampler. Logits processors (text/processors.py) change the logits; `candidates` applies
 temperature, top-k, top-p and min-p and returns probabilities; `draw` draws one id.
 
-The noise of a row's n-th new token depends only on the seed, the row's number and n. So a row's
-text does not depend on the rows in its batch, on the batch size, on compilation, or on a draft
-(speculate.py).
+The noise of a row's n-th new token depends only on the seed, the number of the row's random stream
+and n. So a row's text does not depend on the other rows of its batch, on the batch size, on
+compilation, or on a draft (speculate.py).
 
 Sources: nucleus sampling (arXiv 1904.09751), min-p (2407.01082); the order of the filters is that
 of transformers. `draw` is the Gumbel-max trick; a draft and its model share noise as in 2408.07978.
 The noise is a hash by SplitMix64's mixing function.
 
-A noise key is a random int64 of a token: with each id's number it determines that id's noise. The
-number of a token counts the new tokens of its row from 0. A draft is a model or a rule that
-proposes tokens; the verify pass is the model's call that checks them.
+The n-th number of a random stream is the noise key of its row's n-th new token: an int64. A hash of
+the key and an id of the vocabulary is that id's noise. The number of a token counts the new tokens
+of its row from 0. A draft is a model or a rule that proposes tokens; the verify pass is the
+model's call that checks them.
 
 Shapes: B rows, T positions drawn at once, V vocab, K candidates of a position.
 """
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 # 2**64 is subtracted to write an unsigned number as int64.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-NOT_FINITE = -1  # stands for an id whose highest logit is NaN or infinite, so that callers raise
+# Replaces a drawn id if the highest logit is NaN or infinite; engine.Batch then raises an error.
+NOT_FINITE = -1
 
 
 class Logprobs(NamedTuple):
@@ -50,7 +52,8 @@ class Logprobs(NamedTuple):
 
 
 class ScoredId(int):
-    """A drawn token's id with its Logprobs. Code that only moves ids passes both on."""
+    """A drawn token's id, with its Logprobs as an attribute. It is an int, so code that handles ids
+    needs no other case for it."""
 
     logprobs: Logprobs
 
@@ -63,7 +66,7 @@ class ScoredId(int):
 class Sampler:
     """Draws tokens for the rows of one batch.
 
-    rows: the number of each row's random stream. processors: change the logits before the draw;
+    streams: the number of each row's random stream. processors: change the logits before the draw;
     None: nothing changes them. device: of the logits. The constructor makes the noise keys of all
     tokens, so that no step waits for the host.
     """
@@ -71,28 +74,28 @@ class Sampler:
     def __init__(
         self,
         config: GenerationConfig,
-        rows: Sequence[int],
+        streams: Sequence[int],
         device: torch.device,
         processors: "LogitsProcessors | None" = None,
     ):
         self.config, self.processors = config, processors
         # numpy, because torch's CPU generator takes only 32 bits of a seed. A row's keys do not
-        # depend on max_new_tokens: a shorter stream is the beginning of a longer one.
-        streams = [np.random.default_rng((config.seed, row)) for row in rows]
-        keys = [stream.integers(-(2**63), 2**63, config.max_new_tokens) for stream in streams]
+        # depend on max_new_tokens: fewer keys are the first ones of more.
+        generators = [np.random.default_rng((config.seed, stream)) for stream in streams]
+        keys = [each.integers(-(2**63), 2**63, config.max_new_tokens) for each in generators]
         self.noise_keys = torch.from_numpy(np.stack(keys)).to(device)  # (B, max_new_tokens)
-        # The latest draw's highest logits, (B, T), and, with config.logprobs, the result of
-        # token_logprobs.
+        # Of the latest draw: the highest logits, (B, T), and, with config.logprobs, the three
+        # tensors of token_logprobs.
         self.max_logits = torch.empty(0)
         self.logprobs: tuple[Tensor, ...] = ()
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Draw one token from each position's logits: (B, T, V), (B, T) -> (B, T).
 
-        Called once for each step of decoding. numbers: each token's number in its row, 0 for the
-        first new token. Numbers from max_new_tokens on use the last noise key; callers discard
-        these tokens. Also gives the tokens to the processors, and stores the highest logits and
-        log-probabilities, which copy_to_host_async reads.
+        numbers: each token's number in its row, 0 for the first new token. Numbers from
+        max_new_tokens on use the last noise key; callers discard these tokens. Also gives the
+        tokens to the processors, and stores the highest logits and the log-probabilities, which
+        copy_to_host_async reads.
         """
         changed = self.processors(logits, numbers) if self.processors else logits
         if self.config.greedy:
@@ -108,19 +111,20 @@ class Sampler:
             self.logprobs = token_logprobs(logits, tokens, self.config.logprobs)
         return tokens
 
-    def record_draft(self, draft: Tensor, numbers: Tensor) -> None:
-        """Give draft tokens to the processors, which count them as text for later numbers.
+    def record(self, tokens: Tensor, numbers: Tensor) -> None:
+        """Give tokens that this Sampler did not draw, such as draft tokens, to the processors.
 
-        Call it before the verify pass is drawn. draft, numbers: (B, T), numbers as in __call__.
+        The processors count them as text for tokens of later numbers; call it before those are
+        drawn. tokens: (B, T) ids. numbers: (B, T), as in __call__.
         """
         if self.processors:
-            self.processors.write(draft, numbers)
+            self.processors.write(tokens, numbers)
 
     def copy_to_host_async(self, tokens: Tensor) -> Callable[[], list[list[int]]]:
         """Start to copy `tokens`, the ids of the latest draw, (B, T), to the host.
 
-        Returns a function that waits for this copy and returns the ids as to_host does. It does not
-        wait for later work on the device. Call copy_to_host_async before the next draw, which
+        Returns a function that waits for this copy only, not for later work on the device, and
+        returns the ids as to_host does. Call copy_to_host_async before the next draw, which
         replaces max_logits and logprobs.
         """
         drawn = tokens, self.max_logits, *self.logprobs
@@ -140,8 +144,8 @@ class Sampler:
         """Return a Sampler for some of the rows, which draws the tokens that this one would.
 
         decoding.py calls it for a micro-batch, and when other rows have ended. rows: indices of the
-        rows in this Sampler, 1-D, on the device. The new Sampler has its own processors; do not
-        draw those rows from this one afterwards.
+        rows in this Sampler, 1-D, on the device. The new Sampler has its own processors, so the
+        processors of this one miss the tokens that the new one draws.
         """
         selected = copy.copy(self)
         selected.noise_keys = self.noise_keys[rows]
@@ -152,9 +156,9 @@ class Sampler:
 def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[int]]:
     """Return drawn ids, `tokens`, (B, T), as a list for each row.
 
-    max_logits: (B, T), of the draw; NOT_FINITE replaces an id whose highest logit is not finite.
-    logprobs: no tensor, or the three tensors of token_logprobs; then the ids are ScoredIds. The
-    caller waits for copies from a GPU before this call.
+    max_logits: (B, T), the highest logit at each position; NOT_FINITE replaces an id if it is NaN
+    or infinite. logprobs: no tensor, or the three tensors of token_logprobs; then the ids are
+    ScoredIds. The caller waits for copies from a GPU before this call.
     """
     ids = tokens.tolist()
     if logprobs:
@@ -169,8 +173,8 @@ def to_host(tokens: Tensor, max_logits: Tensor, *logprobs: Tensor) -> list[list[
 def add_logprobs(
     ids: list[list[int]], logprobs: Tensor, top_logprobs: Tensor, top_ids: Tensor
 ) -> None:
-    """Replace ids, B lists of T, by ScoredIds, in place. The tensors, on the host: those that
-    token_logprobs returns for these ids."""
+    """Replace ids, B lists of T, by ScoredIds, in place. The three tensors, on the host, are those
+    that token_logprobs returns for these ids."""
     logprobs, top_logprobs, top_ids = logprobs.tolist(), top_logprobs.tolist(), top_ids.tolist()
     for b, row in enumerate(ids):
         for t, token in enumerate(row):
@@ -199,7 +203,7 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
     V, logits = logits.shape[-1], logits.float()
     K = 1 if config.greedy else min(config.top_k or V, V)
     if K < V or config.top_p < 1:
-        logits, ids = logits.topk(K)  # sorted, the highest first
+        logits, ids = logits.topk(K)  # sorted, the highest first, as top-p needs them
         max_logits = logits[..., :1]
     else:
         ids = torch.arange(V, device=logits.device).expand_as(logits)
@@ -208,10 +212,9 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         logits = (logits - max_logits) / config.temperature  # at most 0: cannot overflow
     probabilities = logits.softmax(-1)  # (..., K)
     if config.top_p < 1:
-        mass_before = (
-            probabilities.cumsum(-1) - probabilities
-        )  # of the likelier tokens; 0 for the first
-        probabilities = probabilities.masked_fill(mass_before >= config.top_p, 0.0)
+        # The sum of the probabilities of all likelier tokens: 0 for the first, which always stays.
+        likelier = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(likelier >= config.top_p, 0.0)
     if config.min_p > 0:
         threshold = config.min_p * probabilities.amax(-1, keepdim=True)  # (..., 1)
         probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
@@ -221,23 +224,25 @@ def candidates(logits: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
 def draw(ids: Tensor, probabilities: Tensor, keys: Tensor) -> Tensor:
     """Draw one id in proportion to the probabilities: (..., K), (..., K), (...) -> (...).
 
-    ids, probabilities: of `candidates`. keys: the noise keys, int64. Each id has an exponential
-    variable, divided by its probability; the id with the smallest quotient is drawn. This is exact
-    sampling: the minimum of exponential variables falls on each in proportion to its rate. A draft
-    and its model that draw with the same key draw the same id nearly as often as any coupling of
+    ids, probabilities: of `candidates`. keys: the noise keys, int64. Each id's exponential variable
+    is divided by its probability; the id with the smallest quotient is drawn. This is exact
+    sampling: of exponential variables, each is the smallest in proportion to its rate. A draft and
+    its model that draw with the same key draw the same id nearly as often as any method that keeps
     their distributions can.
     """
-    scaled = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)  # (..., K), inf at 0
+    # (..., K); infinite where the probability is 0
+    scaled = exponentials(keys.unsqueeze(-1), ids).div_(probabilities)
     return ids.gather(-1, scaled.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
     """Return an exponential variable (of mean 1), float32 and above 0, for each id, from a hash of
     its key and the id. ids: int64, any shape, not changed; keys: int64, broadcast to that shape."""
-    x = (ids + 1).mul_(GOLDEN).add_(keys)  # int64, which wraps around
+    x = (ids + 1).mul_(GOLDEN).add_(keys)  # int64, which wraps around; ids + 1 is a copy
     # >> copies the sign bit of an int64; the mask removes these copies.
     for shift, factor in MIXING:
         x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
-    # u is uniform in (0, 1). -log1p(-u) is accurate for small u; -log(1 - u) would lose digits.
+    # u is uniform in (0, 1); the limits exclude 0 and 1, whose results would be 0 and infinity.
+    # -log1p(-u) is accurate for small u; -log(1 - u) would lose digits.
     u = x.bitwise_and_(2**63 - 1).float().mul_(2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
     return u.neg_().log1p_().neg_()

@@ -8,10 +8,11 @@ The text does not depend on the draft or on the number of draft tokens, sampled 
 model draws every token with the noise of the token's position (sampling.py), as without a draft. A
 draft draws with the same noise. A draft token is accepted if the model draws the same token.
 
-A text is a list of ids, the prompt's and all new ones. A live row is an unfinished one. A plain
-step is a cycle without draft tokens. A Propose (decoding.py) is called with k and the live rows,
-and returns at most k draft tokens of each row and their count. Caches are made for `length`
-positions; key_pos, (length,), are 0, 1, 2, ...
+A cycle is drafting, then the verify pass, in which the model reads the draft tokens. A plain step
+is a cycle without draft tokens. A text is a list of ids: a row's prompt and its new ids. A live row
+is an unfinished one. The number of a new token counts the new tokens of its row from 0. A Propose
+(decoding.py) is called with k and the live rows, and returns at most k draft tokens of each row and
+their count. Caches are made for `length` positions; key_pos, (length,), are 0, 1, 2, ...
 
 Sources: verification in one pass, arXiv 2211.17192 and 2302.01318; shared noise, 2408.07978; a
 quantised copy on the model's own cache, 2502.10424; n-gram lookup in the text, 2304.04487.
@@ -42,8 +43,9 @@ from sampling import Sampler
 from text.tokenizer import Tokenizer, first_difference
 
 NGRAM_LENGTHS = 8, 4, 3, 2  # looked up in this order: a longer match predicts better
-SELF_BITS = {"self-int8": 8, "self-int4": 4}  # per weight of a SelfDraft
-# Rows of padding by which a draft's vocabulary may differ from its model's, as in llama.cpp.
+SELF_BITS = {"self-int8": 8, "self-int4": 4}  # --draft -> bits per weight of the model's copy
+# Embedding tables are often padded with rows of no token. A draft's vocabulary size may differ from
+# its model's by so many ids, as in llama.cpp.
 MAX_PADDED_IDS = 128
 
 
@@ -60,11 +62,11 @@ def speculative_steps(
     """Yield lists of each row's new ids: first one id after prefill; then, after every cycle, the
     accepted draft tokens and the token after them. Does not end by itself.
 
-    lm: has a draft. prompts: of each row, the ids. texts: the same, or the prompts with new ids of
-    an earlier call. caches: of all layers. past: prompt tokens that
-    the caches hold already. limits: new ids of each row at most; a row may get more, and the caller
-    discards them. live: the unfinished rows; other rows get no ids after the first. The caller
-    removes rows that end, and must stop before `live` is empty.
+    lm: has a draft. prompts: the ids of each row. texts: the same, or the prompts with new ids of
+    an earlier call. caches: of all layers. past: leading tokens of each prompt that the caches
+    hold already. limits: the most new ids of each row; a row may get more, which the caller
+    discards. live: the unfinished rows; other rows get no ids after the first. The caller removes
+    rows that end, and must not ask for another step when `live` is empty.
     """
     key_pos = torch.arange(caches[0].length, device=lm.device)
     logits = prefill(lm, texts, caches, past, key_pos)  # (B, 1, V)
@@ -73,22 +75,23 @@ def speculative_steps(
     step = sampler.copy_to_host_async(first)()
     texts = [[*text, *ids] for text, ids in zip(texts, step, strict=True)]
     controller = lm.draft.controller.for_batch(len(texts))
-    cycle = Cycle(lm, prompts, texts, caches, sampler, key_pos)
+    batch = DraftedBatch(lm, prompts, texts, caches, sampler, key_pos)
     yield step
     while True:
         start = time.perf_counter()
         remaining = max(limits[row] - len(texts[row]) + len(prompts[row]) for row in live)
-        step, drafted = cycle.run(controller.choose(remaining - 1), live)
+        # The verify pass itself yields one of the remaining tokens.
+        step, drafted = batch.run_cycle(controller.choose(remaining - 1), live)
         seconds = time.perf_counter() - start
-        rows = [(drafted[row], len(step[row]) - 1) for row in live]
-        controller.update(cycle.k, rows, seconds)
+        rows = [(drafted[row], len(step[row]) - 1) for row in live]  # draft and accepted tokens
+        controller.update(batch.k, rows, seconds)
         yield step
 
 
 @dataclass
-class Cycle:
-    """A batch that is generated with draft tokens. Each call of `run` is one cycle: it proposes
-    draft tokens, verifies them, and appends the accepted ones and the token after them to `texts`.
+class DraftedBatch:
+    """A batch that is generated with draft tokens. Each call of run_cycle proposes draft tokens,
+    verifies them, and appends the accepted ones and the token after them to `texts`.
 
     The caches hold all tokens of a text but the last one. propose: the draft's function for these
     texts.
@@ -100,18 +103,18 @@ class Cycle:
     caches: Sequence[Cache]
     sampler: Sampler
     key_pos: Tensor  # (length,) the positions of the caches
-    k: int = 0  # draft tokens of the longest row in the latest cycle
+    k: int = 0  # draft tokens in the latest cycle, of the row that had most
     propose: Propose = field(init=False)
 
     def __post_init__(self):
         self.propose = self.lm.draft.start(self.prompts, self.texts, self.caches, self.sampler)
 
-    def run(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
+    def run_cycle(self, k: int, live: AbstractSet[int]) -> tuple[list[list[int]], list[int]]:
         """Propose at most k draft tokens for each row, and verify them; k = 0 is a plain step.
 
         live: the unfinished rows. Returns each row's new ids, none for finished rows, and each
-        row's number of draft tokens. Rows with fewer draft tokens than the longest one are padded;
-        a padding id is accepted, too, if the model draws the same id.
+        row's number of draft tokens. Rows with fewer draft tokens than another one are padded; a
+        padding id is accepted, too, if the model draws the same id.
         """
         rows = len(self.texts)
         draft, drafted = (
@@ -140,13 +143,13 @@ class Cycle:
         tokens = torch.cat((last, draft), dim=1) if k else last  # (B, k + 1)
         logits = self.lm.decode(tokens, pos, self.key_pos[:visible], self.caches)  # (B, k + 1, V)
         if k:
-            self.sampler.record_draft(draft, numbers[:, :k])
+            self.sampler.record(draft, numbers[:, :k])
         return self.sampler(logits, numbers)
 
     def _verify_inputs(self, k: int) -> Sequence[Tensor]:
         """Return inputs of a verify pass: each row's last id, (B, 1); the positions of the k + 1
-        tokens that it reads, (B, k + 1); and the numbers of the k + 1 tokens that it draws, which
-        count a row's new tokens from 0, (B, k + 1). One copy brings all to the device."""
+        tokens that the pass reads, (B, k + 1); and the numbers of the k + 1 tokens that it draws,
+        (B, k + 1). They are made as one tensor, so that one copy brings them to the device."""
         inputs = []
         for text, prompt in zip(self.texts, self.prompts, strict=True):
             last, number = len(text) - 1, len(text) - len(prompt)
@@ -161,7 +164,7 @@ class Cycle:
 def count_accepted(drawn: Sequence[int], proposed: Sequence[int]) -> int:
     """Return how many draft tokens precede the first one that differs from the model's token.
 
-    drawn: the tokens that the model draws at the places of the draft tokens; may be longer.
+    drawn: the tokens that the model draws in place of the draft tokens, and maybe later ones.
     proposed: the draft tokens. Returns 0 to len(proposed).
     """
     pairs = enumerate(zip(drawn, proposed, strict=False))
@@ -172,8 +175,8 @@ class NgramDraft:
     """Proposes the tokens that followed an earlier occurrence of the text's last tokens.
 
     It looks up the last 8 tokens, then fewer (NGRAM_LENGTHS), until they occur earlier in the text,
-    and takes their latest occurrence. If fewer than k tokens follow it, they are repeated. It needs
-    no model and no device memory. It implements decoding.Draft.
+    and takes the latest earlier occurrence. If fewer than k tokens follow it, they are repeated. It
+    needs no model and no device memory. It implements decoding.Draft.
     """
 
     lm = None
@@ -192,8 +195,9 @@ class NgramDraft:
     ) -> Propose:
         """Return a function that proposes draft tokens for these texts, which grow between calls.
 
-        The function returns ids, (B, width of the longest row), padded with 0, and each row's
-        number of ids. caches: give the device. sampler: not used, because nothing is drawn.
+        The function returns ids, (B, the most ids of a row), padded with 0, and each row's number
+        of ids. caches: only their device is used. prompts, sampler: not used, because nothing is
+        drawn.
         """
         tables: list[dict[Sequence[int], int]] = [{} for _ in texts]
         indexed = [0] * len(texts)  # tokens of each text that its table covers
@@ -217,12 +221,14 @@ class NgramDraft:
 
 
 def index_ngrams(text: Sequence[int], table: dict[Sequence[int], int], start: int) -> None:
-    """Add the n-grams of a text to `table`, which maps each to the position after it. Only those
-    before the positions from `start` on are added. A later occurrence replaces an earlier one. The
-    n-gram at the end of the text is left out, because no token follows it. start: the text's length
-    at the last call for this table, 0 at first. The lengths are NGRAM_LENGTHS; near the text's
-    start, an n-gram may have fewer ids."""
-    for end in range(max(start, 1), len(text)):
+    """Add the n-grams of a text to `table`, which maps an n-gram to the position after it; a later
+    occurrence replaces an earlier one.
+
+    The n-gram that ends the text is not added, because no token follows it. start: the text's
+    length at the last call for this table, 0 at first: only n-grams that end at this position or
+    later are new. Their lengths are NGRAM_LENGTHS; near the text's beginning they may be shorter.
+    """
+    for end in range(max(start, 1), len(text)):  # before position 0 there is no n-gram
         for n in NGRAM_LENGTHS:
             table[tuple(text[max(0, end - n) : end])] = end
 
@@ -231,18 +237,18 @@ def continuation(text: Sequence[int], table: dict[Sequence[int], int], k: int) -
     """Return k tokens that followed an earlier occurrence of the text's last n-gram, or [] if it
     does not occur earlier. Tries the n-grams of NGRAM_LENGTHS, the longest first.
 
-    table: the result of index_ngrams for the whole text, n-gram -> the position after it. If fewer
-    than k tokens follow, they are repeated.
+    table: as index_ngrams has filled it for the whole text: n-gram -> the position after it. If
+    fewer than k tokens follow, they are repeated.
     """
     positions = (table.get(tuple(text[-n:])) for n in NGRAM_LENGTHS)
-    start = next((position for position in positions if position), None)
+    start = next((position for position in positions if position), None)  # positions are from 1 on
     return [] if start is None else [text[start + i % (len(text) - start)] for i in range(k)]
 
 
 class ModelDraft:
-    """Proposes the tokens that another model draws, with caches of its own.
+    """Proposes the tokens that another model draws, on caches of its own.
 
-    It implements decoding.Draft. lm: the draft model.
+    It implements decoding.Draft. lm: the draft model, with views from match_vocab_size.
     """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
@@ -261,8 +267,8 @@ class ModelDraft:
         """Return a function that proposes draft tokens for these texts, after the draft model has
         read them. caches, sampler: of the model that verifies; the draft's caches have their size.
 
-        In a chat the new text begins with the last one: tokens that the draft's caches hold from
-        the last call are not read again. `filled` is the number of these tokens of each row.
+        In a chat the new text begins with the text of the last call: tokens that the draft's caches
+        still hold are not read again. `filled` is the number of these tokens of each row.
         """
         filled, written, last = [0] * len(texts), [0] * len(texts), self._latest
         caches = self._caches_like(caches)
@@ -276,9 +282,9 @@ class ModelDraft:
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
-        """Return caches for the draft model with the rows and length of `caches`, the verifying
-        model's; at most the draft's context. If the last call's have this size, returns the same
-        objects, with their contents."""
+        """Return caches for the draft model with the rows and the length of `caches`, the verifying
+        model's; the length is at most the draft's context. If the caches of the last call of
+        `start` have this size, return these objects, with their contents."""
         rows, length = caches[0].rows, min(caches[0].length, self.lm.model.args.context)
         own = self._latest.caches if self._latest else []
         if own and (own[0].rows, own[0].length) == (rows, length):
@@ -287,12 +293,12 @@ class ModelDraft:
 
 
 def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
-    """Return the draft model with views that take ids below `vocab_size` and return as many logits,
-    as the verifying model does. The views are prefill and decode, the ways to call the model.
+    """Return the draft model with views (prefill and decode) that take ids below `vocab_size` and
+    return `vocab_size` logits, as the verifying model does.
 
     Precondition: the same tokenizer (check_draft); only the padding of the embedding tables
     differs. Ids that the draft lacks get the logit -inf, so that it never proposes them; as inputs
-    they are read as its last id. Logits of the draft's surplus ids are dropped.
+    they are read as its last id. Logits of ids that the verifying model lacks are dropped.
     """
     own_size = draft.model.args.vocab_size
     if own_size == vocab_size:
@@ -301,7 +307,7 @@ def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:
     def resized(view: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a function like `view` (prefill or decode) for `vocab_size` ids.
 
-        Both are called as Transformer.forward is; the arguments after the ids are passed on.
+        Both functions are called as Transformer.forward is, by position.
         """
 
         def call(tokens: Tensor, *other: Any) -> Tensor:
@@ -318,11 +324,11 @@ def check_draft(
     draft: "str | LoadedModel", vocab_size: int, tokenizer: Tokenizer, scheme: dict[str, Any] | None
 ) -> None:
     """Raises ValueError for a draft model with another tokenizer than the model's, and for a
-    quantised copy with no fewer bits than the model.
+    quantised copy that would not have fewer bits than the model.
 
     draft: the draft model, or the value of --draft, such as "self-int4". vocab_size, tokenizer,
-    scheme: of the model; scheme is None if it is dense (16 bits). Vocabularies may differ by
-    MAX_PADDED_IDS rows of padding, for which match_vocab_size makes up.
+    scheme: of the model; scheme is None if it is dense, which counts as 16 bits. Vocabulary sizes
+    may differ by MAX_PADDED_IDS; match_vocab_size makes them equal.
     """
     if isinstance(draft, LoadedModel):
         draft_size = draft.model.args.vocab_size
@@ -340,8 +346,8 @@ def check_draft(
 
 
 def self_copy(model: Transformer, draft: str) -> Transformer:
-    """Return a quantised copy of a loaded model, for SelfDraft. draft: the name of the draft, a key
-    of SELF_BITS. Shows a progress bar. Raises MemoryError before allocating if it does not fit."""
+    """Return a quantised copy of a loaded model, for SelfDraft. draft: a key of SELF_BITS. Shows a
+    progress bar. Raises MemoryError, before it allocates, if the copy does not fit into memory."""
     scheme = make_scheme(draft.removeprefix("self-"))
     nbytes = quantized_bytes(meta_model(model.args, scheme))
     what = f"the model's copy for --draft {draft}"
@@ -354,8 +360,9 @@ def self_copy(model: Transformer, draft: str) -> Transformer:
 class SelfDraft:
     """Proposes the tokens that the model's own quantised copy draws, on the model's own caches.
 
-    It implements decoding.Draft. The copy reads the model's own keys and values of the text. The
-    copy's keys and values of draft tokens are overwritten by the verify pass. lm: the copy.
+    It implements decoding.Draft. The copy attends to the keys and values that the model has stored
+    for the text. The verify pass overwrites those that the copy stores for draft tokens. lm: the
+    copy.
     """
 
     def __init__(self, controller: DraftLengthController, lm: LoadedModel):
@@ -374,11 +381,11 @@ class SelfDraft:
 
 
 class ModelProposer:
-    """Draws draft tokens with a model. It is a decoding.Propose, which the verify pass follows.
+    """Draws draft tokens with a model: a call is a decoding.Propose. A verify pass follows it.
 
     lm: the draft model. texts: the prompts with new ids; the caller appends to them between calls.
-    caches: they hold all tokens of each text but the last `tail` ones. sampler: the
-    verifying model's, so that the draft draws with the same noise.
+    caches: those that the draft model reads and writes; they hold all tokens of each text but the
+    last `tail` ones. sampler: the verifying model's, so that the draft draws with the same noise.
     """
 
     tail = 1  # the number of last tokens of each text that the first draft step reads
@@ -397,11 +404,11 @@ class ModelProposer:
         self._key_pos = torch.arange(caches[0].length, device=lm.device)
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
-        """Draw k draft tokens for each row by k steps of the draft model.
+        """Draw k draft tokens for each row by k steps of the draft model; fewer, down to none, if
+        the caches lack positions for k more tokens of the longest live row.
 
-        Fewer, down to none, if the caches have no position for k more in the longest live row.
-        live: the unfinished rows. Returns ids, (B, k), and k for each row, finished rows included;
-        k is then the number that was drawn.
+        live: the unfinished rows. Returns ids, (B, number drawn), and the number drawn for each
+        row, finished rows included.
         """
         rows, length = len(self.texts), len(self._key_pos)
         k = min(k, length - max(len(self.texts[row]) for row in live))
@@ -421,8 +428,8 @@ class ModelProposer:
 
     def _draft_inputs(self) -> Sequence[Tensor]:
         """Return inputs of the first draft step: the last ids of each text, (B, tail); the texts'
-        lengths, (B, 1); and the number of each row's next token, which counts new tokens from 0,
-        (B, 1). One copy brings all to the device."""
+        lengths, (B, 1); and the number of each row's next token, (B, 1). They are made as one
+        tensor, so that one copy brings them to the device."""
         pairs = zip(self.texts, self._prompt_lengths, strict=True)
         inputs = [(*text[-self.tail :], len(text), len(text) - start) for text, start in pairs]
         inputs = torch.tensor(inputs, device=self._key_pos.device)  # (B, tail + 2)
@@ -432,9 +439,10 @@ class ModelProposer:
 class OwnCacheProposer(ModelProposer):
     """A ModelProposer for a draft model with its own caches, which this class fills.
 
-    filled: of each row, the number of first positions of its cache that hold its text; the
-    positions after them may hold rejected draft tokens. written: of each row, the positions that it
-    has stored since its text was read from the first token. The constructor prefills the texts.
+    filled: for each row, how many positions of its cache, from the first on, hold its text; later
+    positions may hold rejected draft tokens. written: for each row, how many positions have been
+    stored since the cache was last filled from position 0, see keeps_past. The constructor prefills
+    the texts.
     """
 
     # If all draft tokens are accepted, the draft model has read neither the last of them nor the
@@ -457,23 +465,25 @@ class OwnCacheProposer(ModelProposer):
 
     def __call__(self, k: int, live: AbstractSet[int]) -> tuple[Tensor, list[int]]:
         """Draw draft tokens as ModelProposer does; the draft model first reads the tokens of plain
-        steps since the last call, if any. Then notes how much of the texts the caches hold: the
-        last draft token is drawn, but not read."""
+        steps since the last call, if any. Then record how many positions the caches hold."""
         if k > 0:
             self._prefill_missing()
         draft, drafted = super().__call__(k, live)
-        if steps := draft.shape[1]:  # the last draft token is drawn, but not read
+        if steps := draft.shape[1]:
+            # - 1: the last draft token is drawn, but not read. The next _prefill_missing leaves out
+            # the tokens that the verify pass rejects.
             self.filled = [len(text) + steps - 1 for text in self.texts]
             self.written = list(map(max, self.written, self.filled))
         return draft, drafted
 
     def _prefill_missing(self) -> None:
-        """Prefill the tokens that the caches lack, up to the last token of each text.
+        """Prefill the tokens that the caches lack, except the last token of each text.
 
         Skipped if no row lacks more than one of them: the first draft step reads the last two
         tokens of each text. All rows are read from the smallest number in `filled` on, or from
-        their first tokens if a ring has lost what later ones see.
+        their first tokens if a ring has lost keys that these tokens see.
         """
+        # How many positions of each row are to be filled: without the last token.
         targets = [min(len(text) - 1, len(self._key_pos)) for text in self.texts]
         # Positions from the text's last token on may hold rejected draft tokens.
         self.filled = list(map(min, self.filled, targets))
@@ -483,11 +493,11 @@ class OwnCacheProposer(ModelProposer):
             past = min(self.filled)
             past = past if self._keep_past([past] * len(texts)) else 0
             prefill(self.lm, texts, self.caches, past, self._key_pos)
-            before = self.written if past else targets
+            before = self.written if past else targets  # read from position 0: written anew
             self.filled, self.written = targets, list(map(max, before, targets))
 
     def _keep_past(self, past: list[int]) -> bool:
-        """Returns whether the caches have what each row's tokens from its position `past` on see;
-        see keeps_past."""
+        """Return whether the caches still have every key that each row's tokens from its position
+        `past` on see; see keeps_past."""
         rows = zip(past, self.written, strict=True)
         return all(keeps_past(self.lm, self.caches, *row) for row in rows)

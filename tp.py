@@ -10,9 +10,9 @@ Based on Megatron-LM (arXiv 1909.08053, section 3). torch.distributed under torc
 NCCL between GPUs, Gloo between CPUs.
 
 A scheme (quant/linear.py) says how a model's linears are quantised; None: a dense model. A column
-of a tensor belongs to one input of its linear, or to several whose integers share a byte or a
-scale. wqkv holds the rows of wq, wk and wv, and w13 those of w1 and w3. A tied head is one that
-shares the embedding's table.
+of a linear's tensor belongs to one input of the linear, or to several inputs whose integers share a
+byte or a scale. wqkv holds the rows of wq, wk and wv, and w13 those of w1 and w3. A tied head is
+one that shares the embedding's table.
 
 Shapes: B rows, T tokens, V vocab.
 """
@@ -46,7 +46,7 @@ MAX_SUGGESTED_RANKS = 64  # an error message suggests numbers of ranks up to thi
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The part of a linear's weights that a rank has.
+    """The part of a linear's or a norm's tensors that a rank has.
 
     rows: ranges of outputs, which are concatenated; None: all outputs. columns: a range of inputs;
     None: all inputs.
@@ -59,28 +59,31 @@ class ShardSlice:
 def shard_args(args: ModelArgs, scheme: dict[str, Any] | None, ranks: Ranks) -> ModelArgs:
     """Return the args of a rank's shard. args, scheme: of the whole model.
 
-    They are equal on all ranks, and the vocabulary stays whole in them. Raises ValueError, which
+    The result is the same on all ranks, and has the whole vocabulary. Raises ValueError, which
     suggests other numbers of ranks, if the model cannot be divided.
     """
-    n = ranks.world_size
-    if reason := indivisible_reason(args, scheme, n):
+    count = ranks.world_size
+    if reason := indivisible_reason(args, scheme, count):
         numbers = range(1, MAX_SUGGESTED_RANKS + 1)
         others = [str(n) for n in numbers if not indivisible_reason(args, scheme, n)]
-        raise ValueError(f"{n} ranks cannot share this model: {reason}; {', '.join(others)} can")
+        raise ValueError(
+            f"{count} ranks cannot share this model: {reason}; {', '.join(others)} can"
+        )
     return replace(
         args,
-        n_heads=args.n_heads // n,
-        n_kv_heads=max(1, args.n_kv_heads // n),
-        hidden_dim=args.hidden_dim // n,
+        n_heads=args.n_heads // count,
+        n_kv_heads=max(1, args.n_kv_heads // count),  # 1: several ranks have the same one
+        hidden_dim=args.hidden_dim // count,
     )
 
 
 def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: int) -> str | None:
     """Return why `count` ranks cannot share a model; None if they can.
 
-    Each rank needs as many heads and neurons as the others, and in a model quantised in groups of
-    inputs (int4), whole groups: its neurons are the inputs of w2, its heads' channels those of wo.
-    Key/value heads are divided, or each is on as many ranks as the others.
+    All ranks need the same number of heads and of neurons. In a model quantised in groups of inputs
+    (int4), a rank needs whole groups: its neurons are the inputs of w2, and its heads' channels are
+    the inputs of wo. Key/value heads are divided; or, if there are more ranks, each key/value head
+    is on the same number of ranks.
     """
     heads, kv_heads = args.n_heads, args.n_kv_heads
     group = (scheme or {}).get("linears", {}).get("groupsize", 1)
@@ -99,8 +102,8 @@ def indivisible_reason(args: ModelArgs, scheme: dict[str, Any] | None, count: in
 
 
 def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlice]]:
-    """Yield pairs of a linear's name, without "layers.3.", and this rank's slice of it. Tensors of
-    other names are not divided. Some names do not occur in every model.
+    """Yield pairs of a module's name, without "layers.3.", and this rank's slice of its tensors.
+    Modules of other names are not divided. Some names do not occur in every model.
 
     args: of the whole model, which shard_args has accepted. If there are more ranks than key/value
     heads, several ranks have the same key/value head.
@@ -116,7 +119,7 @@ def shard_slices(args: ModelArgs, ranks: Ranks) -> Iterator[tuple[str, ShardSlic
     )
     w3_rows = range(F_ + neurons.start, F_ + neurons.stop)
     yield "attention.wqkv", ShardSlice(rows=(q, k, v))
-    if args.qk_norm in ("whole", "each_head"):  # others have the same weights for all heads
+    if args.qk_norm in ("whole", "each_head"):  # other norms have the same weights for all heads
         yield "attention.q_norm", ShardSlice(rows=(q,))
         yield "attention.k_norm", ShardSlice(rows=(range(k.start - H * E, k.stop - H * E),))
     yield "attention.wo", ShardSlice(columns=q)
@@ -165,8 +168,9 @@ class ColumnParallel(nn.Module):
 class ShardedRMSNorm(nn.Module):
     """A WholeRMSNorm of queries or keys, of which each rank has some heads.
 
-    norm: this rank's part of the norm. count: the number of ranks. Each has as many heads, and a
-    key/value head that several ranks have is on as many as the others.
+    norm: this rank's part of the norm. count: the number of ranks. The mean over all heads is the
+    mean of the ranks' means, because all ranks have the same number of heads, and each key/value
+    head is on the same number of ranks.
     """
 
     def __init__(self, norm: WholeRMSNorm, count: int):
@@ -237,7 +241,7 @@ class TensorParallel:
         tensors. fill: fills an undivided tensor by its name in the checkpoint.
         """
         slices = dict(shard_slices(checkpoint.args, self.ranks))
-        stage = staging_buffer(device)  # through which bytes pass on their way to the tensors
+        staging = staging_buffer(device)  # through which bytes pass on their way to the tensors
 
         def fill_shard(name: str, tensor: Tensor) -> None:
             """Fill a tensor with this rank's rows, columns, or all of the stored tensor.
@@ -247,11 +251,13 @@ class TensorParallel:
             stored = checkpoint_name(name)
             part = slices.get(re.sub(r"^layers\.\d+\.", "", stored.rpartition(".")[0]))
             # The name decides, not the shape: a slice may have the whole tensor's shape. Example:
-            # the zero points of two groups, one byte, on each of two ranks.
+            # the zero points of two groups are one byte, and so is the one zero point that each of
+            # two ranks has.
             if part and part.rows:
-                checkpoint.read_rows_into(stored, part.rows, tensor, stage)
+                checkpoint.read_rows_into(stored, part.rows, tensor, staging)
             elif part and (column_inputs := inputs_per_column(model, name)):
-                read_input_columns(checkpoint, stored, part.columns, column_inputs, tensor, stage)
+                inputs = part.columns
+                read_input_columns(checkpoint, stored, inputs, column_inputs, tensor, staging)
             else:
                 fill(stored, tensor)
 
@@ -263,8 +269,8 @@ class TensorParallel:
         return lambda name, dtype: None
 
     def finish(self, model: Transformer, dtype: torch.dtype, device: torch.device) -> None:
-        """After loading: let a head that is tied to the embedding use only this rank's rows of the
-        table, as a view of the same memory. dtype, device: not used."""
+        """After loading: let a dense head that is tied to the embedding use only this rank's rows
+        of the table, as a view of the same memory. dtype, device: not used."""
         head, table = model.output.shard, model.tok_embeddings.weight
         if getattr(head, "weight", None) is table:
             rows = self.ranks.shard_range(len(table))
@@ -280,21 +286,22 @@ def read_input_columns(
     inputs: range,
     column_inputs: int,
     tensor: Tensor,
-    stage: Tensor,
+    staging: Tensor,
 ) -> None:
     """Fill `tensor` with the stored columns that belong to a range of its linear's inputs.
 
     name: in the checkpoint. inputs: this rank's; of int4 they are whole groups. column_inputs: the
-    number of inputs that share a column. stage: a buffer that the bytes pass through, see
-    staging_buffer. Only zero points may begin or end within a column: they are packed again, so
-    that the first one is in the low four bits of a byte.
+    number of inputs that share a column. staging: a buffer that the bytes pass through, see
+    staging_buffer. A column of zero points holds those of two groups, so that this rank's may begin
+    or end within a column: they are packed again, the first one in the low four bits of a byte.
     """
     columns = range(inputs.start // column_inputs, -(-inputs.stop // column_inputs))
     if inputs.start % column_inputs == inputs.stop % column_inputs == 0:
-        return checkpoint.read_columns_into(name, columns, tensor, stage)
+        return checkpoint.read_columns_into(name, columns, tensor, staging)
     # Zero points, two to a byte: this rank's inputs begin or end in the middle of a byte.
     covering = torch.empty(len(tensor), len(columns), dtype=tensor.dtype)
-    checkpoint.read_columns_into(name, columns, covering, stage)
+    checkpoint.read_columns_into(name, columns, covering, staging)
+    # The first zero point in the first byte, and their number: each has column_inputs / 2 inputs.
     first, count = (2 * n // column_inputs for n in (inputs.start % column_inputs, len(inputs)))
     tensor.copy_(pack_nibbles(unpack_nibbles(covering)[:, first : first + count]))
 

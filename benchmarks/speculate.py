@@ -103,9 +103,8 @@ class PairedRuns:
     def run(self, lm: LoadedModel, prompts: list[list[int]], caches: list[KVCache]) -> Stats:
         stats = Stats(lm)
         for row, prompt in enumerate(prompts):
-            self.texts.append(
-                complete(lm, [prompt], self.config, rows=[row], caches=caches, stats=stats)[0].ids
-            )
+            given = {"streams": [row], "caches": caches, "stats": stats}
+            self.texts.append(complete(lm, [prompt], self.config, **given)[0].ids)
         return stats
 
     def round(self, prompts: list[list[int]], caches: list[KVCache]) -> None:

@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Parse arguments; None: those of the process. An unknown one ends the process (error)."""
+        """Parse arguments; args=None: those of the process. An unknown argument ends the process,
+        see `error`. namespace: as in argparse."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown[0]))
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """Replace hyphens in the names of options by underscores, then parse as argparse does.
 
-        Returns the known options and a list of the unknown arguments.
+        Returns the known options and a list of the unknown arguments. parse_args calls it.
         """
         arguments = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args([self._underscored(arg) for arg in arguments], namespace)
@@ -55,8 +56,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Print the message in one line on stderr, and end the process with exit code 2.
 
-        Under torchrun all ranks usually fail here. The others let rank 0 print the line: torchrun
-        ends them once rank 0 has failed. A rank that is not ended prints the line itself.
+        Under torchrun all ranks usually fail here. Ranks other than 0 first wait RANK0_SECONDS, so
+        that only rank 0 prints the line: torchrun ends them once rank 0 has failed. A rank that is
+        not ended then prints the line itself.
         """
         if os.environ.get("RANK", "0") not in ("0", ""):
             time.sleep(RANK0_SECONDS)
@@ -65,8 +67,9 @@ class Parser(argparse.ArgumentParser):
     def _underscored(self, arg: str) -> str:
         """Replace hyphens in an option's name: --max-new-tokens=5 -> --max_new_tokens=5.
 
-        Other arguments are returned unchanged, such as a text with blanks that begins with --:
-        argparse takes it as a value, too. Options whose real name has hyphens stay, too.
+        Other arguments are returned unchanged. A text with blanks that begins with -- is one of
+        them: argparse, too, takes it for a value. An option that was declared with hyphens is
+        another.
         """
         name, equals, value = arg.partition("=")
         if not re.fullmatch(r"--[\w-]+", name) or name in self._option_string_actions:
@@ -75,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arg: str) -> str:
         """Returns the error message for an unknown argument, with the most similar option, if one
-        is similar enough (0.6 is difflib's own limit)."""
+        is similar enough (0.6 is difflib's default)."""
         if not arg.startswith("-"):
             return f"unrecognized argument '{arg}': a text with blanks needs quotes"
         name = arg.partition("=")[0]
@@ -86,8 +89,8 @@ class Parser(argparse.ArgumentParser):
 def whole(minimum: int, why: str = "") -> Callable[[str], int]:
     """Returns a converter of whole numbers that are `minimum` or more.
 
-    why: a text that the error message for a smaller number ends with. For a text that is no number,
-    int() raises ValueError, and argparse makes the message.
+    why: the end of the error message for a smaller number. For a text that is no number, int()
+    raises ValueError, and argparse makes the message.
     """
 
     def whole_number(text: str) -> int:  # argparse names this function: "invalid whole_number"
@@ -100,11 +103,12 @@ def whole(minimum: int, why: str = "") -> Callable[[str], int]:
 
 
 positive, count = whole(1), whole(0)
-text_length = whole(2, ": BOS and a token")
+text_length = whole(2, ": BOS and a token")  # tokens of a calibration text
 
 
 def count_or_auto(text: str) -> int | str:
     """Convert --speculate_k: "auto", which stays a text, or a number from 1 to MAX_DRAFT_TOKENS."""
+    # A negative number is a number here, so that `positive` says what is wrong with it.
     if text != "auto" and not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number")
     if text != "auto" and positive(text) > MAX_DRAFT_TOKENS:
@@ -115,15 +119,15 @@ def count_or_auto(text: str) -> int | str:
 
 
 def rows_or_auto(text: str) -> int | None:
-    """Convert eval.py's --batch_size: a number of rows, 1 or more, or "auto": None, which means as
-    many rows as are fast."""
+    """Convert eval.py's --batch_size: a number of rows, 1 or more, or "auto" to None, for which the
+    scorer chooses as many rows as are fast."""
     return None if text == "auto" else positive(text)
 
 
 def share(text: str) -> float:
     """Convert a share: above 0 and at most 1."""
     value = float(text)
-    if not 0 < value <= 1:  # NaN, too
+    if not 0 < value <= 1:  # NaN is refused, too
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
 
@@ -131,7 +135,7 @@ def share(text: str) -> float:
 def percentage(text: str) -> float:
     """Convert one of the six numbers of --percent: from 0 to 100."""
     value = float(text)
-    if not 0 <= value <= 100:  # NaN, too
+    if not 0 <= value <= 100:  # NaN is refused, too
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
     return value
 
@@ -147,20 +151,25 @@ def documents(text: str) -> int | float:
 def nbytes(text: str) -> int:
     """Convert an amount of memory to bytes: 6GB -> 6000000000; 6GiB -> 6442450944; 6 -> 6."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
+    value = 0
+    if match:
+        power = " KMGT".index(match[2].upper() or " ")  # without a letter 0, K 1, M 2, G 3, T 4
+        value = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if value == 0:  # also 0.4, which is less than a byte
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory: say 6GB or 512MB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return value
 
 
 def amount(text: str) -> float:
     """Convert --dram_budget: a percentage to a share, or an amount of memory to bytes: 50% -> 0.5;
-    4GB -> 4000000000. The user of the value takes numbers up to 1 for shares."""
+    4GB -> 4000000000. FlashOptions.memory tells them apart: a number up to 1 is a share."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?) *%", text.strip()):
         if not 0 < float(match[1]) <= 100:
             raise argparse.ArgumentTypeError(f"{text} is not above 0 % and at most 100 %")
         return float(match[1]) / 100
-    return nbytes(text)
+    if (value := nbytes(text)) == 1:  # would count as a share of 1
+        raise argparse.ArgumentTypeError(f"{text} is one byte: say 50% or 4GB")
+    return value
 
 
 def window(text: str) -> float:
@@ -173,7 +182,7 @@ def window(text: str) -> float:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Convert an object in JSON."""
+    """Convert a JSON object to a dict."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -19,9 +19,9 @@ PROMPT_TOKENS = 512
 class BenchMode:
     """A Mode (session.py) that times the prefill of random prompts and the decoding after them.
 
-    prompt_tokens: the length of each prompt; None: PROMPT_TOKENS, or half of a shorter context.
-    rows: prompts in a batch. repeats: timed runs. about: entries for the line of JSON that is
-    printed; None: no such line.
+    prompt_tokens: the length of each prompt; None: PROMPT_TOKENS, but at most half of the context.
+    rows: prompts in a batch. repeats: timed runs. about: more entries for the line of JSON (--json)
+    that is printed; None: no such line.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class BenchMode:
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """Returns the length of each prompt, for the planner of offloading. tokenizer, new: not
-        used, as the prompts are random ids."""
+        used, because the prompts are random ids."""
         return [self._length(args.context - 1)] * self.rows
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None: ...
@@ -61,5 +61,5 @@ class BenchMode:
             print(json.dumps(figures | self.about | {"dtype": dtype} | times))
 
     def _length(self, context: int) -> int:
-        """Returns the length of a prompt for a model with this context."""
+        """Returns the length of each prompt, in tokens, for a model with this context."""
         return self.prompt_tokens or min(PROMPT_TOKENS, context // 2)

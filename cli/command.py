@@ -15,7 +15,8 @@ from typing import Any
 
 # Errors that the user or the machine causes: reported in one line, without a traceback.
 MISTAKES = OSError, ValueError, MemoryError, ImportError
-# Parts of the messages of torch's RuntimeErrors that the user or the machine causes.
+# Parts of the messages of torch's RuntimeErrors that the user or the machine causes; the last names
+# torch's reader of .pth files, which fails for a damaged file.
 TORCH_MISTAKES = "out of memory", "not enough memory", "can't allocate memory", "inline_container"
 
 
@@ -23,8 +24,8 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
     """Prepare the process for a command, and return its options.
 
     Called before torch is imported. Opens closed standard streams, and lets Ctrl-C during the
-    imports that follow end the process without a traceback.
-    parse_args: parses the arguments of the process.
+    imports that follow end the process without a traceback. With --quiet there are no progress
+    bars. parse_args: parses the arguments of the process.
     """
     open_streams()
     sys.excepthook = end_of_imports
@@ -35,7 +36,7 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 
 
 def open_streams() -> None:
-    """Open /dev/null as standard stream for each of the three that is closed.
+    """Open /dev/null in place of each of the three standard streams that is closed.
 
     Otherwise a file that is opened later would get the number of the stream, and messages of
     libraries would be written into the file.
@@ -51,8 +52,8 @@ def open_streams() -> None:
 
 def end_of_imports(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Print "stopped" for Ctrl-C, one line for a missing package, and a traceback for other errors.
-    Used as sys.excepthook, which Python calls for an exception that nothing catches: while a
-    command imports its modules."""
+    It becomes sys.excepthook, which Python calls for an exception that nothing catches: one while
+    a command imports its modules, or a fault of this program, which exit_code raises again."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     elif issubclass(kind, ModuleNotFoundError):
@@ -88,7 +89,7 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
         if is_mistake(error):
             ranks.log_failure(error_line(script, error))
             return 2
-        ranks.restore_stderr()
+        ranks.restore_stderr()  # so that the traceback, or the line below, is seen
         if not ranks.wait_if_peer_failed(error):
             raise
         print(f"{script}: another rank has ended, and its connection is closed", file=sys.stderr)
@@ -97,8 +98,8 @@ def exit_code(script: str, work: Callable[[], Any], stopped: str = "stopped") ->
 
 
 def error_line(script: str, error: Exception) -> str:
-    """Returns an error as one line that begins with the command's name. The system's error of a
-    file is the file's name and the reason, without the error's number."""
+    """Returns an error as one line that begins with the command's name. Of an OSError about a file
+    the line has the file's name and the reason, without the error's number."""
     of_file = isinstance(error, OSError) and error.filename is not None and error.strerror
     text = f"{error.filename}: {error.strerror}" if of_file else str(error)
     return f"{script}: {' '.join(text.split()) or type(error).__name__}"
@@ -106,7 +107,7 @@ def error_line(script: str, error: Exception) -> str:
 
 def is_mistake(error: Exception) -> bool:
     """Returns whether the user or the machine caused the error, not a fault of this program: it is
-    of a type of MISTAKES, or one of torch's RuntimeErrors with a text of TORCH_MISTAKES."""
-    from_torch = isinstance(error, RuntimeError)
-    matches = from_torch and any(part in str(error) for part in TORCH_MISTAKES)
-    return matches or isinstance(error, MISTAKES)
+    of a type of MISTAKES, or a RuntimeError whose message has a text of TORCH_MISTAKES."""
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in TORCH_MISTAKES):
+        return True
+    return isinstance(error, MISTAKES)

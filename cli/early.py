@@ -24,17 +24,18 @@ def find_inputs(
     """Check a command's files, and replace names of models in `args` by paths; see resolve_models,
     which may download. The four commands call this right after parsing, before they import torch.
 
-    texts: files that must exist; None: not given. output: a file that must be writable.
-    An error ends the process with exit code 2 and one line on stderr, Ctrl-C with exit code 130.
-    script: the command's name, which begins the line. Under torchrun nothing is done here: the
-    command finds the same errors later, generate.py once the ranks have met: one line for all.
+    texts: files that must exist; output: a file that must be writable; None: the option was not
+    given. An error ends the process with exit code 2 and one line on stderr, Ctrl-C with exit code
+    130. script: the command's name, which begins the line. Under torchrun this function does
+    nothing: the command finds the same errors later, and generate.py finds them after the ranks
+    have connected, so that one line reports an error of all ranks.
     """
     if several_processes():
         return
     set_quiet(args.quiet)
     try:
         for text in filter(None, texts):
-            text.stat()
+            text.stat()  # raises OSError if the file is missing
         if output:
             check_writable(output)
         resolve_models(args)
@@ -50,8 +51,9 @@ def resolve_models(args: argparse.Namespace) -> None:
     """Replace the names of models by paths, and check that the weights exist.
 
     Changes `args` itself. Commands with --revision (generate.py and eval.py) download repositories,
-    and use the demo model by default; the others take paths. With --random_weights no weights are
-    needed. Raises FileNotFoundError if they do not exist, and the errors of hub.resolve.
+    and use the demo model by default; the other commands take paths. With --random_weights no
+    weights are needed. Raises FileNotFoundError if weights do not exist, and the errors of
+    hub.resolve.
     """
     if hasattr(args, "revision"):
         args.checkpoint_path = hub.resolve(args.checkpoint_path or DEMO, args.revision)

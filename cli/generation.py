@@ -53,9 +53,10 @@ TEXT_OPTIONS = (
 def run(args: argparse.Namespace) -> None:
     """Run generate.py: load the model that the options name, run a mode, log a report.
 
-    args: of cli/options.py's parse_args. Under torchrun every rank calls this. Errors pass to
-    exit_code (command.py). With --plan, print the plan and load nothing. The order matters:
-    whatever can fail quickly (prompts, plan, output files) comes before the model is loaded.
+    args: of cli/options.py's parse_args. Under torchrun every rank calls this. exit_code
+    (command.py) catches the errors. With --plan, print the plan and load nothing. The order
+    matters: whatever can fail quickly (prompts, plan, output files) comes before the model is
+    loaded.
     """
     set_threads(args.threads)
     options = load_options(args)  # joins the process group, which the last line leaves
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     lm, stats = load(model, with_policy(options, plan))
     for line in [*model_lines(lm, model), *hints(lm, args)]:
         log(line)
-    # In a pipeline the plan is for the rows of one of its micro-batches.
+    # In a pipeline of ranks the plan is for the rows of one of the pipeline's micro-batches.
     batch_size = plan.policy.rows * (options.micro_batches or 1) if plan else args.batch_size
     with profiled(args.profile):
         cache_length = plan and plan.workload.prompt + plan.workload.new
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """Returns the LoadOptions of these options, with this process's device and the ranks.
+    """Returns the LoadOptions that `args` ask for, with this process's device and the ranks.
 
     The policy of an offloaded model is added later, by with_policy. Under torchrun, joins the
     process group. Downloads the draft model (--draft_checkpoint_path) if it is a repository.
@@ -89,7 +90,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     device = local_device(find_device(args.device))
     ranks = join_process_group(device)
     micro_batches = args.micro_batches
-    if args.pipeline and ranks:
+    if args.pipeline and ranks:  # the plan, too, needs the number that load_model would choose
         from pp import default_micro_batches
 
         micro_batches = micro_batches or default_micro_batches(ranks)
@@ -110,8 +111,8 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 
 def flash_options(args: argparse.Namespace) -> FlashOptions:
-    """Returns the options of --flash as dataclass. Without --dram_budget, half of the weights'
-    bytes stay in memory."""
+    """Returns the options of --flash as a dataclass. Without --dram_budget, the memory is half of
+    the weights' bytes."""
     return FlashOptions(
         args.dram_budget or 0.5, args.flash_window, args.flash_threads, args.flash_dir
     )
@@ -127,10 +128,11 @@ def model_choice(args: argparse.Namespace) -> ModelChoice:
 
 
 def generation_config(args: argparse.Namespace, model: ModelChoice) -> GenerationConfig:
-    """Returns the sampling settings: those of the options, else those of the model, else defaults.
+    """Returns the sampling settings: each from its option, else from the model's
+    generation_config.json, else the default.
 
-    The model's are in its generation_config.json; they are logged. An option that the user did not
-    give is None in `args`.
+    Logs the settings that come from the model. An option that the user did not give is None in
+    `args`.
     """
     chosen = {field.name: getattr(args, field.name) for field in fields(GenerationConfig)}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -155,7 +157,7 @@ def make_mode(args: argparse.Namespace, model: ModelChoice) -> Mode:
         from cli.benchmark import BenchMode
 
         about = {"model": model.name, "kv_dtype": args.kv_dtype, "compiled": args.compile}
-        tokens = int(args.prompt[0]) if args.prompt else None
+        tokens = int(args.prompt[0]) if args.prompt else None  # check_values refuses other texts
         return BenchMode(tokens, args.batch_size or 1, args.repeats, about if args.json else None)
     from cli.prompts import PromptMode
 
@@ -173,7 +175,8 @@ def make_plan(
     """Returns the plan of an offloaded model, the same on all ranks; None without offloading.
 
     options, model, config: what load_options, model_choice and generation_config returned.
-    mode: knows the lengths of the prompts. Rank 0 computes the plan and sends it to all ranks.
+    mode: its prompt_lengths gives the lengths of the prompts. Rank 0 computes the plan and sends it
+    to all ranks.
     """
     if not is_placed(args):
         return None
@@ -183,6 +186,7 @@ def make_plan(
         args,
         micro_batches=options.micro_batches,
         any_dtype=args.dtype == "auto",
+        # A config.json without weights stands for a model that the user may download later.
         downloaded=not model.random_weights,
     )
     lengths = partial(mode.prompt_lengths, new=config.max_new_tokens)
@@ -195,8 +199,9 @@ def print_plan(
     plan: "Plan", args: argparse.Namespace, model: ModelChoice, options: LoadOptions
 ) -> None:
     """Print on stdout where each part of the model would be, and how fast it would run (--plan).
+    Then leave the process group, as nothing follows.
 
-    With --link, also print the same for 1 to 64 devices that are joined by such links.
+    With --link, also print how fast 1 to 64 devices that are joined by such links would be.
     """
     from plan import find_model_spec, lines, on_devices
 
@@ -228,10 +233,8 @@ def with_policy(options: LoadOptions, plan: "Plan | None") -> LoadOptions:
 
 
 def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
-    """Load the model, or make one with random weights; returns it with new statistics of the run.
-
-    The statistics already contain the seconds that loading took.
-    """
+    """Load the model, or make one with random weights. Returns it, and the Stats of this run, which
+    have only the seconds that loading took."""
     start = time.perf_counter()
     if model.random_weights:
         scheme = make_scheme(model.random_mode) if model.random_mode else None
@@ -245,7 +248,7 @@ def load(model: ModelChoice, options: LoadOptions) -> tuple[LoadedModel, Stats]:
 
 def model_lines(lm: LoadedModel, model: ModelChoice) -> Iterator[str]:
     """Yield lines for the log about the loaded model: weights, dtype, device, and draft model."""
-    weight = lm.model.tok_embeddings.weight
+    weight = lm.model.tok_embeddings.weight  # has the model's dtype and device
     nbytes = sum(tensor.nbytes for tensor, _ in stored_tensors(lm.model).values())
     yield (
         f"{model.name}: {count_weights(lm.model.args):,} weights in {size_text(nbytes)}, "
@@ -267,8 +270,9 @@ def hints(lm: LoadedModel, args: argparse.Namespace) -> Iterator[str]:
 def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> Iterator[str]:
     """Yield lines for the log after the run: times and rates, and what each feature in use did.
 
-    stats: of the run; without prefill, as when all results existed, it has no figures. plan: None
-    if nothing is offloaded. flash: whether neurons are read from disk (--flash).
+    stats: of the run; if its prefill_seconds are 0, it has no figures: all results existed already,
+    or a benchmark used Stats of its own. plan: None if nothing is offloaded. flash: whether neurons
+    are read from disk (--flash).
     """
     if stats.prefill_seconds:
         yield from stats.report(saved_bandwidth(lm.device))
@@ -290,10 +294,9 @@ def report(lm: LoadedModel, stats: Stats, plan: "Plan | None", flash: bool) -> I
 
 @contextlib.contextmanager
 def profiled(file: Path | None) -> Iterator[None]:
-    """Profile the block with torch.profiler, and write the trace to a file; None: do nothing.
-
-    chrome://tracing and ui.perfetto.dev show the trace. The file's directory must exist.
-    """
+    """Profile the body of the with statement with torch.profiler, and write the trace to a file;
+    None: do nothing. The file's directory must exist. chrome://tracing and ui.perfetto.dev show the
+    trace."""
     if file is None:
         yield
         return

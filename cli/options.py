@@ -2,11 +2,11 @@
 
 Functions that add options take `add`, the add_argument of a parser or of one of its groups. A local
 variable `help` is the help text of the option that follows. Words of the options: a draft proposes
-tokens that the model verifies; a placed model is offloaded, with parts on device, host and disk;
-ranks are the processes that torchrun starts.
+tokens that the model verifies; a placed model has parts on device, host and disk, by a plan; ranks
+are the processes that torchrun starts.
 
-Start at parse_args, which parses those of generate.py. Nothing here imports torch, so that --help
-and a wrong option are answered at once. Choices that modules with torch define are therefore
+Start at parse_args, which parses the options of generate.py. Nothing here imports torch, so that
+--help and a wrong option are answered at once. Choices that modules with torch define are therefore
 repeated here as names; tests/test_options.py compares them with the originals.
 """
 
@@ -15,7 +15,7 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ Add = Callable[..., Any]  # the add_argument of a parser or of a group of its op
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of generate.py. argv: None: those of the process.
+    """Parse the options of generate.py. argv: the arguments; None: those of the process.
 
     A sampling option that the user did not give is None, so that the model's generation_config.json
     can provide it. Ends the process if options are wrong or do not go together.
@@ -63,25 +63,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for title, add_options in GROUPS.items():
         add_options(parser.add_argument_group(title).add_argument)
     args = parser.parse_args(argv)
-    args.stop = tuple(args.stop) or None
+    args.stop = tuple(args.stop) or None  # None: not given
     args.logit_bias = args.logit_bias or None
-    of_chats = args.system or args.chat_template_kwargs
-    args.chat = args.chat or bool(of_chats and not args.interactive)
+    implies_chat = args.system or args.chat_template_kwargs
+    args.chat = args.chat or bool(implies_chat and not args.interactive)
     if args.compress_cache:
         args.kv_dtype = "int4"
     check_rules(parser, vars(args), OPTION_RULES)
     if not args.plan:
-        # What a plan offloads is known only when it is made: load_model checks that.
+        # Rules about `placed` and `self_draft`, which are no options, are skipped here; load_model
+        # applies them: only a plan tells whether the model is placed.
         check_rules(parser, vars(args) | {"ranks": several_processes()}, MODEL_RULES)
     check_values(parser, args)
     return args
 
 
 def new_parser(prog: str, description: str) -> Parser:
-    """Returns a parser with the options that all commands have: --version and --quiet.
-
-    prog: the command's name, such as eval.py. description: a sentence for --help.
-    """
+    """Returns a parser with the options that all commands have: --version and --quiet, and with
+    --help. prog: the command's name, such as eval.py. description: a sentence for --help."""
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=description)
     parser.add_argument("--version", action=Version, help="versions of this program and its parts")
     help = "only the text, the result and what went wrong: no log lines, no progress bars"
@@ -90,16 +89,16 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 class Version(argparse.Action):
-    """Prints the versions of this program, torch and tokenizers, and exits.
+    """The action of --version: print the versions of this program, torch and tokenizers, and exit.
 
-    Looks the versions up only for --version, because that starts git.
+    Not argparse's own action, which takes a finished text: finding the versions starts git.
     """
 
     def __init__(self, **options: Any):
         super().__init__(nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print the versions; the program's is the commit of its git repository."""
+        """Print the versions; this program's version is the commit of its git repository."""
         # Describes the commit by the nearest tag or its hash, and whether files have changed.
         git = [
             "git",
@@ -119,8 +118,7 @@ class Version(argparse.Action):
 
 
 def text_options(add: Add) -> None:
-    """Add options that choose the model, the prompts and the output, and the mode: --interactive;
-    --bench is in bench_options."""
+    """Add options that choose the model, the prompts and the output, and chat: --interactive."""
     help = "a local path, or a repository of huggingface.co, ORG/NAME (default: the demo model)"
     add("--model", "--checkpoint_path", dest="checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--revision", help="branch, tag or commit of a repository (default: main)")
@@ -142,8 +140,9 @@ def text_options(add: Add) -> None:
 def sampling_options(add: Add) -> None:
     """Add one option for each field of GenerationConfig, in its order and with its type.
 
-    Fields of type bool become flags; SPECIAL_OPTIONS has the options of other types. The defaults
-    in the help are those of GenerationConfig; a number or flag that is not given is None.
+    A field with the default False becomes a flag, a number an option with a number; SPECIAL_OPTIONS
+    has the options for other fields. The defaults in the help are those of GenerationConfig; a
+    number or flag that is not given is None in the parsed options.
     """
     for field in fields(GenerationConfig):
         name, help = f"--{field.name}", GENERATION_HELP[field.name]
@@ -152,11 +151,11 @@ def sampling_options(add: Add) -> None:
         elif field.default is False:
             add(name, action="store_true", default=None, help=help)
         else:
-            default = f" (default: {field.default})" if field.default is not MISSING else ""
-            add(name, type=type(field.default), help=f"{help}{default}")
+            add(name, type=type(field.default), help=f"{help} (default: {field.default})")
 
 
-# Field of GenerationConfig -> arguments of add_argument, for fields of special types.
+# Field of GenerationConfig -> arguments of add_argument, for fields that are no number and no flag,
+# or whose default is None.
 SPECIAL_OPTIONS: dict[str, dict[str, Any]] = {
     "stop": {"action": "append", "default": [], "metavar": "TEXT"},
     "logit_bias": {
@@ -199,7 +198,7 @@ def draft_options(add: Add) -> None:
     help = "a small model that drafts tokens, same tokenizer: a path or a repository"
     add("--draft_checkpoint_path", metavar="PATH_OR_ID", help=help)
     add("--draft", choices=DRAFTS, help="draft from the text itself, or by the model in fewer bits")
-    help = f"draft tokens of a step, up to {MAX_DRAFT_TOKENS}, or auto: as many as pay (default)"
+    help = f"draft tokens at a time, up to {MAX_DRAFT_TOKENS}, or auto: as many as pay (default)"
     add("--speculate_k", type=count_or_auto, default="auto", help=help)
 
 
@@ -211,7 +210,7 @@ def rank_options(add: Add) -> None:
 
 
 def offload_options(add: Add) -> None:
-    """Add options of offloading; the names of those for --percent are FlexGen's."""
+    """Add options of offloading. Those that go with --percent have FlexGen's names."""
     add("--offload", choices=["auto"], help="place model and cache on device, host and disk")
     add("--plan", action="store_true", help="say where and how fast, and do no more")
     add("--link", choices=LINKS, help="with --plan: and on 1 to 64 devices that are joined by it")
@@ -255,7 +254,7 @@ def bench_options(add: Add) -> None:
     add("--random_mode", choices=["int8", "int4"], help="quantise what --random_weights makes")
 
 
-# Title in --help -> function that adds the options of this group to generate.py.
+# Title of a group in generate.py's --help -> function that adds the options of this group.
 GROUPS = {
     "model and prompts": text_options,
     "how to continue a text (defaults of a model's generation_config.json come first)": (
@@ -271,22 +270,23 @@ GROUPS = {
 
 
 def several_processes() -> bool:
-    """Returns whether torchrun has started several processes. A malformed number counts as yes:
-    join_process_group reports it."""
+    """Returns whether torchrun has started several processes, by WORLD_SIZE, which it sets. A
+    malformed number counts as yes: join_process_group reports it."""
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 def is_placed(args: argparse.Namespace) -> bool:
-    """Returns whether options of generate.py offload the model: see PLACING."""
+    """Returns whether options of generate.py ask for a plan of where the model's parts lie: see
+    PLACING."""
     return any(getattr(args, name) for name in PLACING)
 
 
 def check_rules(
     parser: argparse.ArgumentParser, chosen: Mapping[str, Any], rules: Iterable[Needs | Excludes]
 ) -> None:
-    """Ends the process with an error if the chosen options break a rule of options/rules.py.
+    """Ends the process with an error if the chosen options break one of the rules.
 
-    chosen: name of an option or feature -> its value, see broken_rule.
+    chosen: name of an option or feature -> its value, see broken_rule in options/rules.py.
     """
     if message := broken_rule(chosen, rules):
         parser.error(message)
@@ -295,8 +295,8 @@ def check_rules(
 def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the process with an error if values of generate.py's options do not go together.
 
-    Rules that only ask whether an option is given are in options/rules.py. Here: rules about
-    values, such as numbers in --prompt, and the sums of --percent.
+    Rules that only ask whether an option is given are in options/rules.py. These are about values,
+    such as a number as --prompt, a default that counts as not given, and the sums of --percent.
     """
     for broken, message in (
         (
@@ -318,19 +318,19 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     ):
         if broken:
             parser.error(message)
-    percent = args.percent or [0] * 6
+    percent = args.percent or [0] * 6  # two numbers for each of TIERED: device, host
     for what, *shares in zip(TIERED, percent[::2], percent[1::2], strict=True):
         if sum(shares) > 100 + 1e-9:  # 1e-9: sums of decimals are not exact
             parser.error(f"--percent: {sum(shares):g} % of the {what} is more than there is")
 
 
 def is_count(text: str) -> bool:
-    """Returns whether a prompt is a number above 0 in ASCII digits."""
+    """Returns whether a text is a number above 0 in ASCII digits."""
     return text.isascii() and text.isdecimal() and int(text) > 0
 
 
 def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of eval.py. argv: None: those of the process.
+    """Parse the options of eval.py. argv: the arguments; None: those of the process.
 
     Ends the process if options are wrong or do not go together.
     """
@@ -373,10 +373,10 @@ def parse_eval_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of quantize.py. argv: None: those of the process.
+    """Parse the options of quantize.py. argv: the arguments; None: those of the process.
 
-    Ends the process if options are wrong or do not go together. groupsize is 32 by default; until
-    the checks it is None, which tells that it was not given.
+    Ends the process if options are wrong or do not go together. The default of --groupsize is None
+    until it is certain that int8, which has no groups, was given none; then it becomes 32.
     """
     parser = new_parser("quantize.py", "Write a checkpoint with int8 or int4 weights beside it.")
     add = parser.add_argument
@@ -407,10 +407,8 @@ def parse_quantize_args(argv: Sequence[str] | None = None) -> argparse.Namespace
 
 
 def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of flash.py. argv: None: those of the process.
-
-    calibration_tasks is None: unlike quantize.py, flash.py learns from a text file only.
-    """
+    """Parse the options of flash.py. argv: the arguments; None: those of the process. Ends the
+    process if options are wrong."""
     parser = new_parser("flash.py", "Write a ReLU model's neurons for --flash to read.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a directory")
@@ -427,6 +425,4 @@ def parse_flash_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=count, default=4, help=help)
     add("--device", default="auto", help="to learn on: auto, cuda, cuda:N or cpu (default: auto)")
     add("--threads", type=positive, metavar="N", help="of the CPU (default: the free cores)")
-    args = parser.parse_args(argv)
-    args.calibration_tasks = None
-    return args
+    return parser.parse_args(argv)

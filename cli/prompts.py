@@ -48,7 +48,8 @@ class PromptMode:
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
         """Returns the number of prompt tokens of each text that is to be generated, for a plan.
 
-        args: of the model, for its vocabulary. new: not used. Called before the model is loaded.
+        args: the shape of the model, for its vocabulary. new: not used. Called before the model is
+        loaded.
         """
         encoded = encoded_prompts(tokenizer, args.vocab_size, self.prompts, self.options)
         return [len(ids) for _, ids in encoded] * self.options.num_samples
@@ -57,8 +58,8 @@ class PromptMode:
         """Open the file of --output before the model is loaded, so that its errors come early.
 
         settings: all options that the texts depend on, except the model. The file records them and
-        a hash of the model's files, so that a rerun with others is refused. Only rank 0 writes the
-        file. Without --output does nothing.
+        a hash of the model's files, so that a rerun with others is refused. Only rank 0 opens the
+        file. Without --output this does nothing.
         """
         if not (self.options.output and is_rank0()):
             return
@@ -82,6 +83,7 @@ class PromptMode:
         if not sink.todo:
             return log(f"{options.output} has all {len(all_jobs)} results already")
         size = min(batch_size or MAX_BATCH, len(sink.todo))
+        # The length is that of all jobs, so that a rerun for some of them has equally long caches.
         caches = lm.make_caches(size, max(len(job.ids) + job.limit for job in all_jobs))
         session.compile(caches)
         with sink:
@@ -91,7 +93,7 @@ class PromptMode:
                     lm,
                     [job.ids for job in batch],
                     session.config,
-                    rows=[job.number for job in batch],
+                    streams=[job.number for job in batch],
                     caches=caches,
                     stats=session.stats,
                     on_text=sink.text,
@@ -99,10 +101,8 @@ class PromptMode:
                 )
 
     def _jobs(self, lm: LoadedModel, new: int) -> list[jobs.Job]:
-        """Returns one job for each text to generate, of up to `new` new tokens.
-
-        Raises ValueError for a prompt that does not fit into the model's context.
-        """
+        """Returns one job for each text to generate, of up to `new` new tokens. Raises ValueError
+        as check_prompts does, for example for a prompt that the model's context cannot hold."""
         context, vocab_size = lm.model.args.context, lm.model.args.vocab_size
         encoded = encoded_prompts(lm.tokenizer, vocab_size, self.prompts, self.options)
         check_prompts([ids for _, ids in encoded], context, vocab_size)
@@ -112,9 +112,10 @@ class PromptMode:
         self, all_jobs: list[jobs.Job], session: Session
     ) -> jobs.ConsoleSink | jobs.JsonlSink:
         """Returns the object that writes the texts: to the file of --output, or to stdout. Its
-        attribute todo holds the jobs without a result in that file.
+        attribute todo holds the jobs without a result in that file; for stdout, all jobs.
 
-        all_jobs: one for each text. A chat's prompt, or one of random tokens, is not printed.
+        all_jobs: one for each text. Prompts for --chat, or of random tokens, are not printed. Ranks
+        other than 0, which have no file, get a sink for stdout; their stdout drops the texts.
         """
         ends = jobs.FinishCounts(session.config.max_new_tokens)
         if self.output:
@@ -124,10 +125,8 @@ class PromptMode:
 
 
 def read_prompts(options: PromptOptions) -> list[jobs.Prompt]:
-    """Returns the prompts of --prompts, --prompt_file or --prompt, else of a pipe, else a demo one.
-
-    Raises ValueError for an empty prompt.
-    """
+    """Returns the prompts of --prompts, --prompt_file or --prompt; without these the text of a pipe
+    on stdin, else DEMO_PROMPT. Raises ValueError for an empty prompt."""
     if options.prompts:
         return jobs.read_prompts(options.prompts, options.chat)
     if options.prompt_file:
@@ -154,11 +153,11 @@ def model_files(weights: Path) -> list[Path]:
 def encoded_prompts(
     tokenizer: Tokenizer, vocab_size: int, prompts: Sequence[jobs.Prompt], options: PromptOptions
 ) -> list[tuple[jobs.Prompt, list[int]]]:
-    """Returns each prompt with its token ids: a text, or with --chat messages, which the chat
-    template joins.
+    """Returns each prompt with its token ids. A prompt is a text or, with --chat, messages, which
+    the chat template joins.
 
     With --random_weights, which has no tokenizer, a prompt is a number: so many random tokens below
-    vocab_size. Raises ValueError if it is no number.
+    vocab_size. Raises ValueError for a prompt that is no number.
     """
     if options.chat:
         given = options.system, options.chat_template_kwargs
@@ -170,6 +169,7 @@ def encoded_prompts(
             "random weights have no tokenizer: give a number of tokens as --prompt, not "
             f"{not_numbers[0]}"
         )
+    # --seed may be any whole number, and torch takes 64 bits.
     generator = torch.Generator().manual_seed((options.seed or 0) % 2**63)
     return [
         (prompt, torch.randint(vocab_size, (int(prompt),), generator=generator).tolist())

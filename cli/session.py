@@ -30,12 +30,11 @@ class Session:
     stats: Stats
 
     def compile(self, caches: Sequence[Cache]) -> None:
-        """Compile decoding for the shape of these caches, and record the seconds.
+        """Compile decoding for the shape of these caches, and record the seconds in `stats`.
 
-        Each mode calls it once, before its first batch. Does nothing if the model is not compiled:
-        then it takes any number of rows.
+        Each mode calls it once, before its first batch. Does nothing if the model is not compiled.
         """
-        if self.lm.any_rows:
+        if self.lm.any_rows:  # only steps that are not compiled take any number of rows
             return
         log("compiling ...")
         start = time.perf_counter()
@@ -51,14 +50,16 @@ class Mode(Protocol):
     """
 
     def prompt_lengths(self, tokenizer: Tokenizer, args: ModelArgs, new: int) -> list[int]:
-        """Returns the prompt tokens of each text, for a plan. new: tokens added to each."""
+        """Returns the number of prompt tokens of each text, for a plan. tokenizer, args: of the
+        model, whose weights are not loaded. new: the most tokens that are added to each."""
 
     def open(self, model: ModelChoice, settings: dict[str, Any]) -> None:
-        """Open output files before the model is loaded. settings: options that texts depend on."""
+        """Open output files, if the mode has any, before the model is loaded. settings: name ->
+        value of the options that the texts depend on."""
 
     def run(self, session: Session, batch_size: int | None, cache_length: int | None) -> None:
-        """Use the loaded model.
+        """Use the loaded model: generate, chat or measure.
 
         batch_size: rows at a time; None: the mode chooses. cache_length: positions of the KV cache
-        that an offloading plan has memory for; None: no limit.
+        for which a plan has reserved memory; None: there is no plan.
         """

@@ -267,7 +267,7 @@ class HarnessModel(TemplateLM):
         for first in range(0, len(numbers), size):
             rows = numbers[first : first + size]
             batch = [prompts[n] for n in rows]
-            completions = complete(self.lm, batch, config, rows=rows, caches=caches)
+            completions = complete(self.lm, batch, config, streams=rows, caches=caches)
             for number, completion in zip(rows, completions, strict=True):
                 # As lm_eval: the new ids are decoded without the prompt, which may lose a space
                 # before the first word.

@@ -28,6 +28,7 @@ def measured_bandwidth(device: torch.device) -> float:
 
 
 def bandwidth_key(device: torch.device) -> tuple[str, str]:
+    """Returns what a saved bandwidth depends on, see save_measurement."""
     return machine_name(device), torch.__version__
 
 
@@ -36,7 +37,8 @@ def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
 
     A pass is a reduction over the buffer, `repeats` by dot, the fastest on Intel's CPUs, and
     `repeats` by amax, the fastest on AMD's. The buffer lies in huge pages, as weights do. It is at
-    most a quarter of the free memory: below the size of the caches the result would be too high.
+    most a quarter of the free memory. If it were smaller than the caches, the result would be too
+    high.
     """
     # A multiple of 8: two halves of whole float32 numbers.
     nbytes = min(READ_BYTES[device.type], available_memory(device) // 4) // 8 * 8

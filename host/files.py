@@ -42,13 +42,15 @@ def without_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD.
 
     JSON may contain them, and Python puts them into command-line arguments in place of bytes that
-    are not UTF-8.
+    are not UTF-8. A pair of surrogates becomes the character that it stands for.
     """
+    # UTF-16 can encode surrogates, and its decoder takes a pair for one character.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Parse JSON. Raises ValueError, which begins with `where`, if it is not valid or too deep.
+    """Parse JSON; returns the value. Raises ValueError, which begins with `where`, if the text is
+    not valid JSON or nested too deeply.
 
     where: the subject of the error message, such as the file's path. NaN and Infinity, which
     Python's json accepts, are accepted.
@@ -93,10 +95,11 @@ def short_text(value: Any) -> str:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Returns a value as JSON that UTF-8 can encode: lone surrogates stay escaped.
+    """Returns a value as JSON that UTF-8 can encode: lone surrogates are escaped.
 
     options: those of json.dumps.
     """
+    # backslashreplace writes a surrogate as \ud800, which is its escape in JSON, too.
     text = json.dumps(value, **{"ensure_ascii": False} | options)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -104,8 +107,8 @@ def json_text(value: Any, **options: Any) -> str:
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
     """Write pieces of text to a file, completely or, if anything fails, not at all.
 
-    A device or a pipe is written directly, and keeps what was written. pieces: may be a generator,
-    whose exceptions pass to the caller. Raises OSError with the path.
+    A device or a pipe is written directly, and keeps what was written before a failure. pieces: may
+    be a generator, whose exceptions pass to the caller. Raises OSError with the path.
     """
     try:
         write_in_place(path, pieces) if is_stream(path) else replace(path.resolve(), pieces)
@@ -116,7 +119,7 @@ def write_whole(path: Path, pieces: Iterable[str]) -> None:
 def check_writable(path: Path) -> None:
     """Raises OSError if write_whole could not write the path. Call it before long work.
 
-    Nothing is written to the path itself: a file without a name is made in its directory.
+    Nothing is written to the path itself: to try, a file without a name is made in its directory.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
@@ -136,6 +139,7 @@ def is_stream(path: Path) -> bool:
 
 
 def write_in_place(path: Path, pieces: Iterable[str]) -> None:
+    """Write pieces of text to a path one after the other, without a temporary file."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(pieces)
 
@@ -143,8 +147,8 @@ def write_in_place(path: Path, pieces: Iterable[str]) -> None:
 def replace(path: Path, pieces: Iterable[str]) -> None:
     """Write a temporary file in the same folder, then rename it to `path`.
 
-    The rename is atomic: `path` has either its old content or all of the new one. path: no
-    symbolic link, which the rename would replace: write_whole resolves it.
+    The rename is atomic: `path` has either its old content or all of the new one. path: no symbolic
+    link, which the rename would replace: write_whole resolves it.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

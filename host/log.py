@@ -16,7 +16,8 @@ def log(line: str) -> None:
 
 @functools.cache
 def log_once(line: str) -> None:
-    """Log a line once per process, although a file may be opened several times."""
+    """Log a line once per process: the cache drops later calls with the same line. For notes about
+    a file, which may be opened several times."""
     log(line)
 
 

@@ -32,8 +32,8 @@ def cache_directory() -> Path | None:
 
 
 def load_measurement(name: str, key: Any) -> Any:
-    """Returns the value that save_measurement saved under this name and key, or None, also if the
-    file is not readable. A tuple comes back as a list, as JSON has none."""
+    """Returns the value that save_measurement saved under this name and key; None if there is none,
+    or the file cannot be read. A tuple comes back as a list, because JSON has no tuples."""
     try:
         return json.loads(path_of(name, key).read_text())
     except (OSError, ValueError, AttributeError):  # AttributeError: there is no cache directory
@@ -59,4 +59,5 @@ def save_measurement(name: str, key: Any, value: Any) -> None:
 def path_of(name: str, key: Any) -> Path | None:
     """Returns the file of a measurement; None: there is no cache directory."""
     folder = cache_directory()
+    # The hash of the key's text is the same in every process, unlike Python's hash().
     return folder and folder / f"{name}-{zlib.crc32(repr(key).encode()):08x}.json"

@@ -32,8 +32,8 @@ def check_memory(needed: int, device: str | torch.device, what: str, remedy: str
 def available_memory(device: torch.device) -> int:
     """Returns the free bytes of a device.
 
-    CPU: the least of the system's free bytes and the free bytes of the cgroups of this process.
-    Where the system does not report free bytes (mps, macOS): all bytes of the machine.
+    CPU: the least of the system's free bytes and the free bytes of each cgroup of this process.
+    Where the system does not report free bytes (mps, macOS): all bytes of the machine's memory.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -41,6 +41,7 @@ def available_memory(device: torch.device) -> int:
     if device.type != "cpu" or not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    # 2**63: min needs a second number where no cgroup has a limit.
     return min(int(fields["MemAvailable"].split()[0]) * 1024, *cgroup_headroom(), 2**63)
 
 
@@ -117,8 +118,8 @@ class HugePages:
     CHUNK_BYTES = 2**26
 
     def __init__(self):
-        # The chunk, the byte at which its usable memory ends, and those at which the latest and the
-        # next buffer begin.
+        # The chunk; in it, the byte at which the usable memory ends, and the bytes at which the
+        # latest and the next buffer begin.
         self.memory, self.end, self.latest, self.next = None, 0, 0, 0
 
     def take(self, nbytes: int) -> Tensor:
@@ -131,8 +132,8 @@ class HugePages:
         return self.shorten(nbytes)
 
     def shorten(self, nbytes: int) -> Tensor:
-        """Returns the first `nbytes` bytes, at least 1, of the latest buffer, in its place. The
-        bytes behind them are free for the next buffer."""
+        """Returns the latest buffer, cut to its first `nbytes` bytes, at least 1. The bytes behind
+        them are free for the next buffer. For callers that take more than they turn out to need."""
         self.next = self.latest + -(-nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
         # No slice of a tensor of the chunk: torch.compile refuses weights that share a storage.
         return torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.latest, count=nbytes)
@@ -154,7 +155,8 @@ def cache_bytes(device: torch.device, system: Path = Path("/sys/devices/system/c
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes: dict[tuple[int, str], int] = {}  # by level and the CPUs that share the cache
+    # By level and the CPUs that share a cache: each of these CPUs lists the cache again.
+    sizes: dict[tuple[int, str], int] = {}
     for index in system.glob(CPU_CACHES):
         try:
             level, cpus, size = (
@@ -186,11 +188,12 @@ def process_memory(device: torch.device) -> int:
     """Returns the bytes of the machine's memory that this process uses already.
 
     plan.py adds them to the free bytes, and counts them as always in use if the device is the CPU.
-    0 for a GPU: the process uses none of them there. Without /proc, returns the peak.
+    Returns 0 for a GPU, whose memory is not the machine's. Without /proc, returns the most bytes
+    that the process has used so far.
     """
     if device.type != "cpu":
         return 0
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    except OSError:  # no /proc: the peak instead
+    except OSError:  # no /proc
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

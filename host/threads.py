@@ -14,12 +14,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def set_threads(count: int | None) -> None:
-    """Set torch's number of threads. count: --threads.
+    """Set torch's number of threads.
 
-    None: torch's own number, but at most free_threads() and the physical cores: two threads on one
-    core share its units, which one thread of the kernels keeps busy. Unchanged if OMP_NUM_THREADS
-    is set, which torch has read already. Call it before the first computation, and before
-    machine_name.
+    count: --threads. None: torch's own number, but at most free_threads() and the number of
+    physical cores: two threads on one core share its units, which one thread of the kernels keeps
+    busy. With None and OMP_NUM_THREADS set, which torch has read already, the number stays. Call
+    this function before the first computation, and before machine_name, which reads the number.
     """
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return

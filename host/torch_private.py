@@ -51,15 +51,16 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def allow_recompiles(limit: int) -> None:
-    """Let torch.compile compile a function `limit` times, for different inputs, before it runs the
-    function uncompiled. Holds for the whole process."""
+    """Let torch.compile compile each function up to `limit` times, for different inputs; after that
+    it runs the function uncompiled. Holds for the whole process."""
     importlib.import_module("torch._dynamo").config.recompile_limit = limit
 
 
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:
-    """Mark an input of compiled code, so that it is compiled once for all sizes of a dimension.
+    """Mark an input of a function, so that torch.compile compiles the function once for all sizes
+    of this dimension.
 
-    Call it before the first call with the tensor: Dynamo reads the mark there.
+    Call it before the first call of the function with the tensor, in which Dynamo reads the mark.
     """
     torch._dynamo.mark_dynamic(tensor, dimension)
 
@@ -84,10 +85,12 @@ def has_triton_option(name: str) -> bool:
 
 
 def import_dynamo() -> None:
+    """Import torch._dynamo, so that a later use does not wait for the import."""
     importlib.import_module("torch._dynamo")
 
 
 def import_inductor() -> None:
+    """Import torch._inductor, so that a later use does not wait for the import."""
     importlib.import_module("torch._inductor.compile_fx")
 
 
@@ -132,9 +135,9 @@ def offset_in_file(storage: torch.UntypedStorage) -> int | None:
 
 
 def add_in_store(key: str, amount: int) -> int:
-    """Add to a number that all ranks share under `key`, at first 0; returns the sum.
+    """Add `amount` to the number that all ranks share under `key`, at first 0; returns the sum.
 
-    The process group must exist.
+    The process group must exist. Other ranks need not call it.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 

@@ -50,6 +50,17 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+class Divide(nn.Module):
+    """Divides by a number. A product with its reciprocal may differ in the last bit."""
+
+    def __init__(self, divisor: float):
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.divisor
+
+
 class SoftCap(nn.Module):
     """Limits logits to the range from -cap to cap; see soft_cap."""
 

@@ -27,10 +27,10 @@ from neurons.records import NeuronFile
 from neurons.uring import Callback, no_op
 from tiers.prefetch import (
     CPU,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     Event,
-    Ring,
+    Prefetcher,
     TransferWorker,
     WaitTime,
     record_event,
@@ -113,9 +113,9 @@ class NeuronSource:
             file if device.type == "cpu" else self._pinned_store(chunk * file.stride)
         )
         self._worker = TransferWorker(device, "stream", CHUNK_BUFFERS)
-        self._ring = self._chunk_ring(chunk * file.stride)
+        self._prefetcher = self._chunk_prefetcher(chunk * file.stride)
 
-    def _pinned_store(self, nbytes: int) -> BounceBuffer:
+    def _pinned_store(self, nbytes: int) -> BouncedFile:
         """Return a reader of chunks that fills a GPU's memory by way of pinned host memory.
 
         Allocates a host buffer of nbytes for each of the CHUNK_BUFFERS chunks that are read at a
@@ -124,26 +124,26 @@ class NeuronSource:
         pinned = self.device.type == "cuda"
         buffers = [page_aligned(nbytes, CPU, pinned) for _ in range(CHUNK_BUFFERS + 1)]
         self._pinned = buffers.pop()
-        return BounceBuffer(self.file, buffers)
+        return BouncedFile(self.file, buffers)
 
-    def _chunk_ring(self, nbytes: int) -> Ring:
-        """Return a ring that prefetches the chunks of all layers, in file order, for stream_layer.
+    def _chunk_prefetcher(self, nbytes: int) -> Prefetcher:
+        """Return a Prefetcher of the chunks of all layers, in file order, for stream_layer.
 
         Its items are (layer, first neuron, one past the last). nbytes: of the longest chunk, the
-        size of each buffer on the device. At the end of a layer the ring prefetches the next
-        layer's first chunks.
+        size of each buffer on the device. At the end of a layer the first chunks of the next layer
+        are prefetched.
         """
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
         parts = [{"records": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
         buffers = [Buffer(part, None, record_event(self.device)) for part in parts]
-        return Ring(order, buffers, self._fetch_chunk, WaitTime())
+        return Prefetcher(order, buffers, self._fetch_chunk, WaitTime())
 
     def _fetch_chunk(self, item: tuple[int, int, int], buffer: Buffer) -> Future:
-        """Start to read a chunk into a buffer of the ring. Returns a future that is done when the
+        """Start to read a chunk into a prefetch buffer. Returns a future that is done when the
         chunk is there.
 
-        item: (layer, first neuron, one past the last). Called by the ring. The CUDA stream of the
-        worker first waits until the buffer's last use has ended.
+        item: (layer, first neuron, one past the last). Called by the prefetcher. The CUDA stream of
+        the worker first waits until the buffer's last use has ended.
         """
         layer, start, end = item
         stride = self.file.stride
@@ -162,7 +162,7 @@ class NeuronSource:
         """
         stride = self.file.stride
         for start, end in self.chunks:
-            with self._ring.acquire((layer, start, end)) as buffer:
+            with self._prefetcher.acquire((layer, start, end)) as buffer:
                 try:
                     memory = buffer.parts["records"][: (end - start) * stride]
                     yield start, memory.view(-1, stride)

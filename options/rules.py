@@ -12,14 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLACING = "offload", "percent", "plan"  # options that offload the model
+PLACING = "offload", "percent", "plan"  # options that make a plan of where a model's parts lie
 
 
 @dataclass(frozen=True)
 class Needs:
     """The rule that `option` works only together with one of the options `any_of`.
 
-    message: the error; "": a message that names the options. `chosen` in the methods: see above.
+    message: the error; "": a message that names the options. `chosen` in the methods: see the
+    file's docstring.
     """
 
     option: str
@@ -29,9 +30,9 @@ class Needs:
     def broken(self, chosen: Mapping[str, Any]) -> bool:
         """Returns whether `option` is used without any of `any_of`.
 
-        The rules serve all commands and load_model, each of which lacks some of the options. So the
-        rule is not broken where no option of `any_of` exists, that is if `chosen` has none of these
-        names: the user could not obey it.
+        The rules serve all commands and load_model, each of which has only some of the options. So
+        the rule is not broken if `chosen` has none of the names `any_of`: generate.py, for example,
+        has --system and no --apply_chat_template, which --system needs in eval.py.
         """
         existing = [name for name in self.any_of if name in chosen]
         return bool(chosen.get(self.option) and existing and not any(chosen[n] for n in existing))
@@ -46,8 +47,8 @@ class Needs:
 class Excludes:
     """The rule that the options `one` and `other` do not work together.
 
-    message: the error, in which {} stands for the value of `other`; "": one that names the options.
-    `chosen` in the methods: see above.
+    message: the error, in which {} stands for the value of `other`; "": a message that names the
+    options. `chosen` in the methods: see the file's docstring.
     """
 
     one: str
@@ -96,7 +97,7 @@ OPTION_RULES = (
     *excludes("offload", "percent"),
     *excludes("flash", "random_weights"),
     *excludes("plan", "flash"),
-    # Options of eval.py.
+    # Options of eval.py. task_data is the files that tasks in --include_path read.
     *needs(
         "num_fewshot apply_chat_template gen_kwargs include_path log_samples use_cache", "tasks"
     ),
@@ -105,7 +106,7 @@ OPTION_RULES = (
     *needs("system", "apply_chat_template"),
     *needs("task_data", "include_path"),
 )
-# Features of a model that is loaded. --plan loads none.
+# Rules about a model that is loaded. They are not applied with --plan, which loads no model.
 MODEL_RULES = (
     Excludes(
         "flash", "placed", "--flash leaves neurons on disk, offloading whole layers: choose one"

@@ -1,8 +1,9 @@
 """Convert downloaded Hugging Face weights to one `model.pth` beside them.
 
-Start at convert. Tensors are renamed, those of queries, keys and values stacked, and written one at
-a time, so that the memory needed is that of the largest tensor. An earlier model.pth is replaced
-when the new one is complete. The path is printed on stdout, all else on stderr.
+Start at convert. Tensors are renamed, stacked (queries, keys and values become one tensor, gate and
+up another), and written one at a time, so that the memory needed is that of the largest tensor. An
+earlier model.pth is replaced when the new one is complete. The path is printed on stdout, all else
+on stderr.
 """
 
 import argparse
@@ -27,7 +28,12 @@ from weights.weight_files import HUGGING_FACE, PREPARED, find_weights
 
 
 def convert(folder: Path, dtype: torch.dtype | None) -> Path:
-    """Write folder/model.pth. Raises what Checkpoint, its check and save_checkpoint raise."""
+    """Write folder/model.pth; returns its path.
+
+    folder: of Hugging Face's weights. dtype: of floating-point parameters; None: as stored. Raises
+    FileNotFoundError, and ValueError for weights that cannot be read or do not fit their config,
+    and for a full disk; OSError if the file cannot be written.
+    """
     source, target = Checkpoint(find_weights(folder, HUGGING_FACE)), folder / PREPARED
     model = meta_model(source.args, source.scheme)
     source.check(model)
@@ -52,6 +58,8 @@ def convert(folder: Path, dtype: torch.dtype | None) -> Path:
 def values(
     source: Checkpoint, tensors: dict[str, torch.Tensor], bar: tqdm
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the value of each tensor, for save_checkpoint. tensors: on the meta
+    device, in the dtype that is written; the bar advances by their bytes."""
     for name, tensor in tensors.items():
         yield name, source.read(name, tensor.dtype)
         bar.update(tensor.nbytes)
@@ -65,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    work = partial(convert, args.checkpoint_dir, DTYPES.get(args.dtype))
+    work = partial(convert, args.checkpoint_dir, DTYPES.get(args.dtype))  # None without --dtype
     return exit_code(
         "convert_hf_checkpoint.py", lambda: print(work()), "stopped; nothing was written"
     )

@@ -1,13 +1,17 @@
 """Convert Meta's OPT-175B, as metaseq saved it, to one `model.pth` with its `config.json`.
 
-Start at convert, then MODULES. A model_part is a rank of tensor parallelism: it holds a slice of
-each large tensor and all of the small ones. Both forms of the release are read:
+Start at convert, then MODULES. A model_part is the share of one rank of metaseq's tensor
+parallelism: a slice of each large tensor, and the small tensors whole. Both forms of the release
+are read:
 - checkpoint_last-model_part-{0..7}-shard{0..123}.pt, as downloaded: the tensors of a layer are one
-  flat vector, cut into as many equal pieces as the part has shards, the last ones padded.
+  flat vector, cut into as many equal pieces as the model_part has shards, the last ones padded.
   shard_metadata in each file says which tensors the vector holds.
 - reshard-model_part-{0..7}.pt, as metaseq's reshard_fsdp writes them: the tensors themselves.
-Only headers are read until all checks have passed. Then each tensor is assembled from its byte
-ranges and written; the memory needed is that of the two largest tensors.
+Before the long work only headers are read, and the small tensors, to be compared. Then each tensor
+is assembled from its byte ranges and written; the memory needed is that of the two largest tensors.
+
+Words: a Part (weights/formats.py) is a byte range of a file; the table is the embedding table. A
+parameter `file` is a model_part's first file, for error messages.
 
 Based on metaseq (projects/OPT/download_opt175b.md, metaseq/scripts/reshard_*.py) and on fairscale's
 FullyShardedDataParallel, which pads and describes the flat vectors.
@@ -48,7 +52,7 @@ from weights.weight_files import PREPARED
 FILE = re.compile(r"(?P<prefix>.+)-model_part-(?P<part>\d+)(-shard(?P<shard>\d+))?\.pt")
 AGAIN = "download it again, and compare its md5sum with metaseq's opt175b_md5sum_shards.csv"
 REPLICATED = None  # in the place of a dimension: every model_part holds the whole tensor
-# Our module: metaseq's, and the dimensions along which model_parts cut its weight and its bias.
+# Our module -> (metaseq's, the dimensions along which model_parts cut its weight and its bias).
 MODULES = {
     "tok_embeddings": ("decoder.embed_tokens", 0, REPLICATED),
     "positions": ("decoder.embed_positions", REPLICATED, REPLICATED),
@@ -68,7 +72,8 @@ Slices = dict[str, "Slice"]  # of one model_part, by metaseq's names
 
 @dataclass(frozen=True)
 class Slice:
-    """A model_part's slice of a tensor: the byte ranges of its elements, in order."""
+    """A model_part's slice of a tensor, or a whole tensor if it is REPLICATED: the byte ranges of
+    its elements, in order."""
 
     shape: tuple[int, ...]
     ranges: tuple[Part, ...]
@@ -78,11 +83,13 @@ class Slice:
         return self.ranges[0].dtype
 
     def rows(self, start: int, stop: int) -> "Slice":
+        """Returns the rows from start to stop - 1. Nothing is read."""
         width = math.prod(self.shape[1:])
         ranges = cut(self.ranges, start * width, stop * width)
         return Slice((stop - start, *self.shape[1:]), ranges)
 
     def read(self) -> Tensor:
+        """Returns the slice, read from its files, on the CPU."""
         flat = torch.empty(math.prod(self.shape), dtype=self.dtype)
         pieces = flat.split([part.numel for part in self.ranges])
         for part, piece in zip(self.ranges, pieces, strict=True):
@@ -92,7 +99,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class SlicedTensor:
-    """A tensor of our model: slices that are concatenated along a dimension."""
+    """A tensor of our model: slices that are concatenated along the dimension `dim`."""
 
     slices: tuple[Slice, ...]
     dim: int
@@ -103,6 +110,7 @@ class SlicedTensor:
 
     @property
     def widths(self) -> list[int]:
+        """The sizes of the slices in the dimension `dim`."""
         return [piece.shape[self.dim] for piece in self.slices]
 
     @property
@@ -111,21 +119,27 @@ class SlicedTensor:
         return *shape[: self.dim], sum(self.widths), *shape[self.dim + 1 :]
 
     def read(self) -> Tensor:
+        """Returns the tensor, read slice by slice, on the CPU."""
         out = torch.empty(self.shape, dtype=self.dtype)
-        for hole, piece in zip(out.split(self.widths, self.dim), self.slices, strict=True):
-            hole.copy_(piece.read())
+        for target, piece in zip(out.split(self.widths, self.dim), self.slices, strict=True):
+            target.copy_(piece.read())
         return out
 
 
 def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | None) -> Path:
-    """Write target/model.pth and target/config.json. Raises ValueError, OSError."""
+    """Write target/model.pth and target/config.json; returns the path of the former.
+
+    folder: of metaseq's files. heads: of attention; None: as the files say. dtype: of the result;
+    None: as stored. Raises ValueError for files that are damaged, contradict one another or hold
+    another model, and OSError.
+    """
     files = find_files(folder)
-    firsts = [shards[0] for shards in files]  # each model_part's file in error messages
+    firsts = [shards[0] for shards in files]
     with tqdm(total=sum(map(len, files)), unit="file", desc="headers", delay=1) as bar:
-        parts = [index_part(shards, bar) for shards in files]
-    check_alike(parts, firsts)
-    config = make_config(parts, firsts[0], heads)
-    sources = find_sources(parts, firsts[0], config)
+        model_parts = [index_part(shards, bar) for shards in files]
+    check_alike(model_parts, firsts)
+    config = make_config(model_parts, firsts[0], heads)
+    sources = find_sources(model_parts, firsts[0], config)
     tensors = {
         name: torch.empty(source.shape, dtype=dtype or source.dtype, device="meta")
         for name, source in sources.items()
@@ -134,7 +148,7 @@ def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | 
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     log(f"{folder}: {len(files)} model_parts of {len(files[0])} files, {len(tensors)} tensors")
     log(f"{target / PREPARED}: {size_text(nbytes)} to write")
-    check_same(parts, firsts, sources)
+    check_same(model_parts, firsts, sources)
     target.mkdir(parents=True, exist_ok=True)
     with tqdm(total=nbytes, unit="B", unit_scale=True) as bar:
         values = read_all(sources, tensors, bar)
@@ -150,19 +164,23 @@ def convert(folder: Path, target: Path, heads: int | None, dtype: torch.dtype | 
 def read_all(
     sources: dict[str, SlicedTensor], tensors: dict[str, Tensor], bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of each tensor, for save_checkpoint. tensors: on the meta
+    device, in the dtype that is written; the bar advances by their bytes."""
     for name, source in sources.items():
         yield name, source.read()
         bar.update(tensors[name].nbytes)
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write a JSON file: completely or, if anything fails, not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(temporary, path)
 
 
 def find_files(folder: Path) -> list[list[Path]]:
-    """The files of each model_part, in the order of their shards."""
+    """Returns the files of each model_part, in the order of their shards. Raises FileNotFoundError
+    if some are missing, ValueError if there are two releases, or two files of one shard."""
     matches = [m for file in sorted(folder.glob("*.pt")) if (m := FILE.fullmatch(file.name))]
     if not matches:
         raise FileNotFoundError(
@@ -171,7 +189,7 @@ def find_files(folder: Path) -> list[list[Path]]:
         )
     if len(prefixes := {m["prefix"] for m in matches}) > 1:
         raise ValueError(f"{folder} holds {' and '.join(sorted(prefixes))}: leave only one there")
-    found: dict[tuple[int, int], Path] = {}
+    found: dict[tuple[int, int], Path] = {}  # (number of the model_part, of the shard) -> file
     for m in matches:
         key = int(m["part"]), int(m["shard"] or 0)
         if key in found:
@@ -189,7 +207,9 @@ def find_files(folder: Path) -> list[list[Path]]:
 
 
 def index_part(files: list[Path], bar: tqdm) -> Slices:
-    """Read the headers of a model_part's files; returns its slices."""
+    """Read the headers of a model_part's files; returns its slices. bar: advances with each file.
+    Raises OSError, and ValueError for files that metaseq did not write as the top of this file
+    says."""
     headers = []
     for file in files:
         headers.append(read_header(file))
@@ -207,7 +227,8 @@ def index_part(files: list[Path], bar: tqdm) -> Slices:
 
 
 def index_flat(files: list[Path], headers: list[dict[str, Any]]) -> Slices:
-    """Returns the slices of a model_part whose files each hold a piece of each flat vector."""
+    """Returns the slices of a model_part whose files each hold a piece of each flat vector.
+    headers: of the files. Raises ValueError if files contradict one another, or are missing."""
     slices = {}
     layouts = [flat_vectors(header.get("shard_metadata") or {}) for header in headers]
     for vector, (shapes, _) in layouts[0].items():
@@ -215,23 +236,26 @@ def index_flat(files: list[Path], headers: list[dict[str, Any]]) -> Slices:
         for file, header, layout in zip(files, headers, layouts, strict=True):
             piece = stored(file, header["model"], vector)
             theirs, padding = layout.get(vector, ({}, 0))
-            if theirs != shapes or piece.dtype != (pieces or [piece])[0].dtype:
+            first = pieces[0] if pieces else piece
+            if theirs != shapes or piece.dtype != first.dtype:
                 raise ValueError(f"{file} and {files[0].name} disagree on {vector}: {AGAIN}")
             pieces += cut([piece], 0, piece.numel - padding)
-        ends = list(accumulate(map(math.prod, shapes.values()), initial=0))
+        # Where each tensor begins in the vector, and the end of the last one.
+        bounds = list(accumulate(map(math.prod, shapes.values()), initial=0))
         total = sum(piece.numel for piece in pieces)
-        if total != ends[-1]:
+        if total != bounds[-1]:
             raise ValueError(
                 f"{files[0].parent}: the shards up to {files[-1].name} hold {total} numbers of "
-                f"{vector} and should hold {ends[-1]}: download the shards that are missing"
+                f"{vector} and should hold {bounds[-1]}: download the shards that are missing"
             )
-        for (name, shape), (start, stop) in zip(shapes.items(), pairwise(ends), strict=True):
+        for (name, shape), (start, stop) in zip(shapes.items(), pairwise(bounds), strict=True):
             slices[name] = Slice(shape, cut(pieces, start, stop))
     return slices
 
 
 def flat_vectors(metadata: dict[str, Any]) -> dict[str, tuple[dict[str, tuple[int, ...]], int]]:
-    """Returns flat vector -> (shapes of its tensors by name, in order; padding in this file)."""
+    """Returns name of a flat vector -> (shapes of its tensors by name, in order; how many elements
+    at the end of this file's piece are padding). metadata: shard_metadata of the file."""
     vectors = {}
     for module in metadata.get("param_metadata", ()):
         path = module["fsdp_path"] and module["fsdp_path"] + "."
@@ -243,8 +267,9 @@ def flat_vectors(metadata: dict[str, Any]) -> dict[str, tuple[dict[str, tuple[in
 
 
 def cut(parts: Iterable[Part], start: int, stop: int) -> tuple[Part, ...]:
-    """Returns the byte ranges of the elements start to stop of a vector that is stored in parts."""
-    ranges, begin = [], 0  # where the part begins in the vector
+    """Returns the byte ranges of the elements start to stop - 1 of a vector that is stored in the
+    byte ranges `parts`."""
+    ranges, begin = [], 0  # begin: the number of the part's first element in the vector
     for part in parts:
         low, high = max(start, begin), min(stop, begin + part.numel)
         if low < high:
@@ -255,9 +280,8 @@ def cut(parts: Iterable[Part], start: int, stop: int) -> tuple[Part, ...]:
 
 
 class Opaque:
-    """Takes the place of every class in a pickle, so that no code of the file is run.
-
-    The files also hold training settings, whose classes need not be installed.
+    """Takes the place of every class in a pickle that torch does not allow, so that no code of the
+    file is run. The files also hold training settings, whose classes need not be installed.
     """
 
     def __init__(self, *_: Any):
@@ -268,7 +292,8 @@ class Opaque:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Load a file with its tensors on the meta device. Raises OSError and ValueError."""
+    """Load a file with its tensors on the meta device: {"model": tensors by name, ...}. Raises
+    OSError, and ValueError for a file that is damaged or was not saved by metaseq."""
     try:
         unknown = set(get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
         with safe_globals([argparse.Namespace, *((Opaque, name) for name in unknown)]):
@@ -283,6 +308,8 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def stored(file: Path, model: dict[str, Any], name: str) -> Part:
+    """Returns the byte range of a tensor. model: the file's tensors by name. Raises ValueError if
+    the tensor is missing or not contiguous in the file."""
     tensor = model.get(name)
     part = pickle_part(name, file, tensor) if isinstance(tensor, Tensor) else None
     if part is None or part.offset < 0:
@@ -290,27 +317,33 @@ def stored(file: Path, model: dict[str, Any], name: str) -> Part:
     return part
 
 
-def check_alike(parts: list[Slices], files: list[Path]) -> None:
-    """Raises ValueError if model_parts hold slices of different shapes of one tensor."""
-    for slices, file in zip(parts, files, strict=True):
-        for name in sorted(parts[0].keys() | slices.keys()):
-            first, other = describe(parts[0].get(name)), describe(slices.get(name))
+def check_alike(model_parts: list[Slices], files: list[Path]) -> None:
+    """Raises ValueError if a tensor's slices differ in shape or dtype, or a model_part lacks one.
+    files: the first file of each model_part."""
+    for slices, file in zip(model_parts, files, strict=True):
+        for name in sorted(model_parts[0].keys() | slices.keys()):
+            first, other = describe(model_parts[0].get(name)), describe(slices.get(name))
             if first != other:
                 raise ValueError(f"{name} is {other} in {file}, but {first} in {files[0]}: {AGAIN}")
 
 
 def describe(piece: Slice | None) -> str:
+    """Returns a slice's shape and dtype for an error message; None: the model_part has none."""
     return f"{list(piece.shape)} {piece.dtype}" if piece else "absent"
 
 
-def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str, Any]:
-    """Returns a Hugging Face config, from the tensors' shapes and the settings in the file."""
+def make_config(model_parts: list[Slices], file: Path, heads: int | None) -> dict[str, Any]:
+    """Returns a Hugging Face config, from the tensors' shapes and the settings in the file. heads:
+    see convert. Raises FileNotFoundError if model_parts are missing, and ValueError if the number
+    of heads is unknown or wrong."""
     stored_settings = settings(read_header(file))
-    rows, dim = need(parts[0], TABLE, file).shape
-    width = need(parts[0], "decoder.layers.0.self_attn.out_proj.weight", file).shape[1]
-    if len(parts) != dim // width:
+    slices, n_parts = model_parts[0], len(model_parts)
+    rows, dim = need(slices, TABLE, file).shape
+    # out_proj is cut along its columns, so their number tells how many model_parts there should be.
+    width = need(slices, "decoder.layers.0.self_attn.out_proj.weight", file).shape[1]
+    if n_parts != dim // width:
         raise FileNotFoundError(
-            f"{file.parent} holds {len(parts)} of {dim // width} model_parts: download the others"
+            f"{file.parent} holds {n_parts} of {dim // width} model_parts: download the others"
         )
     heads = heads or stored_settings.get("decoder_attention_heads")
     if not heads or dim % heads:
@@ -318,16 +351,16 @@ def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str,
             f"{file}: {dim} channels cannot be those of {heads or 'an unknown number of'} heads: "
             "give --heads, which is 96 for OPT-175B"
         )
-    layers = [int(layer) for _, layer, _ in map(split_name, parts[0]) if layer]
-    positions = need(parts[0], "decoder.embed_positions.weight", file).shape[0]
+    layers = [int(layer) for _, layer, _ in map(split_name, slices) if layer]
+    positions = need(slices, "decoder.embed_positions.weight", file).shape[0]
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
-        "vocab_size": rows * len(parts),  # with padding: 50272, as in the other OPTs
+        "vocab_size": rows * n_parts,  # with padding: 50272, as in the other OPTs
         "hidden_size": dim,
         "num_hidden_layers": stored_settings.get("decoder_layers") or 1 + max(layers),
         "num_attention_heads": heads,
-        "ffn_dim": need(parts[0], "decoder.layers.0.fc1.weight", file).shape[0] * len(parts),
+        "ffn_dim": need(slices, "decoder.layers.0.fc1.weight", file).shape[0] * n_parts,
         "max_position_embeddings": positions - LearnedPositions.OFFSET,
         "activation_function": stored_settings.get("activation_fn") or "relu",
         "do_layer_norm_before": True,
@@ -339,9 +372,11 @@ def make_config(parts: list[Slices], file: Path, heads: int | None) -> dict[str,
 
 
 def settings(header: dict[str, Any]) -> dict[str, Any]:
-    """Returns the model's settings: those in "cfg", or in "args" as in fairseq's files."""
+    """Returns the model's settings by name: those under "cfg", or under "args" as in fairseq's
+    files; {} if there are none. header: as read_header returns it."""
 
     def fields(value: Any) -> dict[str, Any]:
+        """Returns the fields of a dict or a Namespace; {} for any other value."""
         value = vars(value) if isinstance(value, argparse.Namespace) else value
         return value if isinstance(value, dict) else {}
 
@@ -349,20 +384,22 @@ def settings(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def need(slices: Slices, name: str, file: Path) -> Slice:
+    """Returns the slice of this name. Raises ValueError if the model_part has none."""
     if name not in slices:
         raise ValueError(f"{file} lacks {name}, which an OPT has: {AGAIN}")
     return slices[name]
 
 
 def find_sources(
-    parts: list[Slices], file: Path, config: dict[str, Any]
+    model_parts: list[Slices], file: Path, config: dict[str, Any]
 ) -> dict[str, SlicedTensor]:
-    """Returns our tensors' slices. Raises ValueError if one is missing or of a wrong shape."""
-    sources, left = {}, set(parts[0]) - UNUSED
+    """Returns our tensor name -> SlicedTensor, for each tensor of the config's model. Raises
+    ValueError if a tensor is missing, of a wrong shape, or not part of the model."""
+    sources, left = {}, set(model_parts[0]) - UNUSED
     for ours, (tensor, _) in stored_tensors(meta_model(model_args(config), None)).items():
         name, dim = place(ours)
-        first = need(parts[0], name, file)
-        sources[ours] = source = join([slices[name] for slices in parts], name, dim)
+        first = need(model_parts[0], name, file)
+        sources[ours] = source = join([slices[name] for slices in model_parts], name, dim)
         if source.shape != tuple(tensor.shape):
             raise ValueError(
                 f"{name} is {describe(first)} in {file}, {list(source.shape)} of all model_parts, "
@@ -375,38 +412,46 @@ def find_sources(
 
 
 def place(ours: str) -> tuple[str, int | None]:
-    """Returns metaseq's name of our tensor, and the dimension in which model_parts split it."""
+    """Returns metaseq's name of our tensor, and the dimension along which model_parts cut it, or
+    REPLICATED."""
     module, layer, kind = split_name(ours)
     theirs, weight_dim, bias_dim = MODULES[module]
     return f"{theirs.replace('N', layer)}.{kind}", bias_dim if kind == "bias" else weight_dim
 
 
 def join(slices: list[Slice], name: str, dim: int | None) -> SlicedTensor:
+    """Returns our tensor, made of a tensor's slices in all model_parts. name: metaseq's. dim: see
+    place."""
     if dim is REPLICATED:
         return SlicedTensor((slices[0],), 0)
     if ".qkv_proj." in name:
-        # In spite of its name a slice holds the rows of keys, then values, then queries.
+        # In spite of its name a slice holds the rows of keys (0), of values (1), of queries (2).
+        # Ours are all queries, all keys, all values, each in the order of the model_parts.
         rows = slices[0].shape[0] // 3
         slices = [s.rows(i * rows, (i + 1) * rows) for i in (2, 0, 1) for s in slices]
     return SlicedTensor(tuple(slices), dim)
 
 
-def check_same(parts: list[Slices], files: list[Path], ours: Iterable[str]) -> None:
-    """Raises ValueError if model_parts differ in a replicated tensor, or a head from the table.
+def check_same(model_parts: list[Slices], files: list[Path], names: Iterable[str]) -> None:
+    """Raises ValueError if model_parts differ in a replicated tensor, or if a model_part has an
+    output head that is not the table. Reads these tensors; called before the long work.
 
-    These tensors are small and are read before the long work starts.
+    files: the first file of each model_part. names: ours, of all tensors.
     """
-    whole = [name for name, dim in map(place, ours) if dim is REPLICATED]
-    for slices, file in zip(parts, files, strict=True):
+    whole = [name for name, dim in map(place, names) if dim is REPLICATED]
+    for slices, file in zip(model_parts, files, strict=True):
         if HEAD in slices and not same(slices[HEAD], slices[TABLE]):
             raise ValueError(f"{file}: {HEAD} is not {TABLE}, which an OPT-175B uses: {AGAIN}")
         for name in whole:
-            if not same(parts[0][name], slices[name]):
+            if not same(model_parts[0][name], slices[name]):
                 raise ValueError(f"{name} is not the same in {files[0]} and {file}: {AGAIN}")
 
 
 def same(a: Slice, b: Slice) -> bool:
-    """Compare up to float16's rounding. metaseq's scripts warn of a difference and go on."""
+    """Returns whether two slices have one shape and, up to float16's rounding, the same values.
+
+    metaseq's own scripts only warn of a difference, and go on.
+    """
     return a.shape == b.shape and torch.allclose(a.read(), b.read(), rtol=1e-3, atol=1e-5)
 
 
@@ -420,7 +465,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder, dtype = args.checkpoint_dir, DTYPES.get(args.dtype)
+    folder, dtype = args.checkpoint_dir, DTYPES.get(args.dtype)  # None without --dtype
     return exit_code(
         "convert_metaseq_opt175b.py",
         lambda: print(convert(folder, args.output_dir or folder, args.heads, dtype)),

@@ -24,6 +24,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Download to checkpoint_dir/repo_id; return the exit code: 0, 1 for a network error, 2 for an
+    error of the user or the machine, 130 for Ctrl-C."""
     try:
         print(download(args.repo_id, args.revision, args.token, args.checkpoint_dir / args.repo_id))
     except KeyboardInterrupt:

@@ -3,10 +3,15 @@
     python scripts/train_demo.py --text stories.txt prose.txt --val held_out.txt \\
         --teacher tinystories-656k
 
-Start at main. It writes checkpoints/demo, demo-opt and demo-draft in Hugging Face layout, and a
-training log beside each. Documents in the texts are separated by a line <|endoftext|>; a teacher,
-another model's checkpoint, generates more of them. The models are toys of a few megabytes, so that
-every command and test of this project has a trained model to run.
+Start at main. It writes checkpoints/demo, demo-opt and demo-draft in Hugging Face layout, each with
+a training log. Documents in the texts are separated by <|endoftext|>; a teacher, another model's
+checkpoint, generates more of them. The models are toys of a few megabytes, so that every command
+and test of this project has a trained model to run.
+
+Words: a stream is the ids of all documents, one after the other; a window is CONTEXT consecutive
+ids of a stream and the id after them; held out is the text of --val, which is never trained on.
+
+Shapes: B windows of a batch, T = CONTEXT tokens, V ids of the vocabulary, N ids of a stream.
 """
 
 import argparse
@@ -72,28 +77,32 @@ DEMOS = "demo", "demo-opt", "demo-draft"  # the others are for benchmarks
 
 
 class NoCache:
-    """Stores nothing: training windows begin at position 0, and attention sees them whole. An
-    AttentionCache (layers/kv_cache.py)."""
+    """An AttentionCache (layers/kv_cache.py) that stores nothing: in training, the keys and values
+    of a step are those of whole windows, which begin at position 0."""
 
-    ring = None
+    ring = None  # no cache with fewer slots than positions, see KVCache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
+        """Returns the attention of q to k and v, as AttentionCache.attend does. pos: not used."""
         return grouped_attention(F.scaled_dot_product_attention, q, k, v, mask)
 
 
 class MeasuredActivation:
-    """An activation that records, of its last values, the mean size and the share that is not 0."""
+    """An activation function that records two facts of its last result: `size`, the mean absolute
+    value, with gradient, and `active`, the share of values that are not 0."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]):
         self.activation, self.size, self.active = activation, torch.zeros(()), 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Returns the activations of x, in its shape."""
         y = self.activation(x)
         self.size, self.active = y.abs().mean(), (y.detach() != 0).float().mean().item()
         return y
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer of VOCAB ids; <s> gets the id BOS, </s> the id EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,34 +117,37 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def read_documents(paths: list[Path]) -> list[str]:
+    """Returns the documents of all files, without the empty ones."""
     documents = [d.strip() for p in paths for d in p.read_text().split("<|endoftext|>")]
     return [d for d in documents if d]
 
 
 def sample_documents(teacher: Path, characters: int, seed: int) -> list[str]:
-    """Sample stories from the teacher, from BOS to EOS, until they have so many characters."""
+    """Returns texts that the teacher generates from BOS to EOS, of at least `characters` characters
+    together. Texts that do not end with EOS are dropped."""
     lm = load_model(teacher, device="cpu", dtype=torch.float32)
     config = GenerationConfig(max_new_tokens=400, temperature=0.8, top_k=0, seed=seed)
     start, rows = [[lm.tokenizer.bos_id]] * 256, range(256)
     documents: list[str] = []
     with tqdm(total=characters, unit="char", unit_scale=True, desc="teacher") as bar:
         while bar.n < characters:
-            told = complete(lm, start, config, rows=rows)
+            told = complete(lm, start, config, streams=rows)
+            # A teacher may write its separator, <|endoftext|>, as plain text.
             texts = [c.text.split("<|")[0].strip() for c in told if c.finish_reason == "eos"]
             documents += texts
-            rows = range(rows.stop, rows.stop + len(rows))
+            rows = range(rows.stop, rows.stop + len(rows))  # other random streams
             bar.update(sum(map(len, texts)))
     return documents
 
 
 def token_stream(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """Returns the documents as <s> ... </s>, concatenated: (N,)."""
+    """Returns the ids of the documents, (N,): of each, BOS, its ids and EOS."""
     encoded = tokenizer.encode_batch(documents)
     return torch.tensor([i for e in encoded for i in (BOS, *e.ids, EOS)])
 
 
 def loss(model: Transformer, windows: Tensor, device: str) -> Tensor:
-    """Returns the mean cross-entropy in nats per token. windows: (B, CONTEXT + 1)."""
+    """Returns the mean cross-entropy of the next token, in nats. windows: (B, T + 1)."""
     tokens, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
     key_pos = torch.arange(CONTEXT, device=device)
     caches = [NoCache()] * model.args.n_layers
@@ -145,14 +157,18 @@ def loss(model: Transformer, windows: Tensor, device: str) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, stream: Tensor, device: str, windows: int = 128) -> float:
-    windows = stream[: windows * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    return sum(loss(model, w, device).item() for w in windows.split(16)) / len(windows.split(16))
+def evaluate(model: Transformer, stream: Tensor, device: str, count: int = 128) -> float:
+    """Returns the mean loss of the first `count` windows of a stream, a multiple of 16. The stream
+    must be as long as all of them."""
+    windows = stream[: count * (CONTEXT + 1)].view(-1, CONTEXT + 1)  # (count, T + 1)
+    batches = windows.split(16)
+    return sum(loss(model, batch, device).item() for batch in batches) / len(batches)
 
 
 def baselines(train: Tensor, val: Tensor) -> dict[str, float]:
-    """Returns held-out nats per token of a uniform and of a unigram model."""
-    counts = torch.bincount(train, minlength=VOCAB).float() + 1
+    """Returns the held-out nats per token of a uniform and of a unigram model, which ignore the
+    context: what the trained model must beat. train, val: streams."""
+    counts = torch.bincount(train, minlength=VOCAB).float() + 1  # + 1: no probability is 0
     return {
         "uniform": math.log(VOCAB),
         "unigram": -(counts / counts.sum()).log()[val].mean().item(),
@@ -160,7 +176,8 @@ def baselines(train: Tensor, val: Tensor) -> dict[str, float]:
 
 
 def initialise(model: Transformer) -> None:
-    """Draw normal weights, smaller ones in the two layers that write to the residual stream."""
+    """Draw normal weights, smaller ones in the two linear layers of a block whose outputs are added
+    to the residual stream. Biases become 0; norms keep their weights of 1."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = name.endswith(("wo.weight", "w2.weight"))
@@ -172,7 +189,8 @@ def initialise(model: Transformer) -> None:
 def make_optimizer(
     model: Transformer, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Returns AdamW, which decays matrices only, and a cosine schedule with a short warm-up."""
+    """Returns AdamW, which decays matrices only, and a schedule of the learning rate: a warm-up
+    over a fiftieth of the steps, then a cosine from lr to a twentieth of it."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -181,14 +199,15 @@ def make_optimizer(
     )  # fmt: skip
     warmup = 1 + steps // 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
+        optimizer,  # the factor of lr at step n, from 0
         lambda n: min((n + 1) / warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * n / steps))),
     )
     return optimizer, schedule
 
 
 def measure_activations(model: Transformer, replace: bool) -> list[MeasuredActivation]:
-    """Wrap the feed-forwards' activations. replace: let the model use the wrapped ones."""
+    """Returns a MeasuredActivation for each layer. replace: whether the model uses them in place of
+    its own activations; else they record nothing."""
     measured = [MeasuredActivation(layer.feed_forward.activation) for layer in model.layers]
     if replace:
         for layer, activation in zip(model.layers, measured, strict=True):
@@ -197,6 +216,8 @@ def measure_activations(model: Transformer, replace: bool) -> list[MeasuredActiv
 
 
 def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Transformer:
+    """Returns a trained model. name: a key of CONFIGS. args: as parse_args returns them. log:
+    called with each line of the training log."""
     model = Transformer(model_args(CONFIGS[name])).to(args.device)
     initialise(model)
     optimizer, schedule = make_optimizer(model, args.lr, args.steps)
@@ -227,6 +248,8 @@ def train(name: str, train_stream: Tensor, val_stream: Tensor, args, log) -> Tra
 
 
 def save(model: Transformer, name: str, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, config and tokenizer to the folder as Hugging Face's files. name: a key of
+    CONFIGS."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = export_tensors(model.state_dict(), CONFIGS[name])
     tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
@@ -259,6 +282,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train a tokenizer, then each of args.models, and save them below args.out."""
     torch.manual_seed(args.seed)
     documents = read_documents(args.text)
     if args.teacher:
@@ -271,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "training.log").open("w") as file:
 
-            def log(line: str, file=file) -> None:
+            def log(line: str, file=file) -> None:  # file=file: that of this turn of the loop
                 print(line, file=sys.stderr, flush=True)
                 print(line, file=file, flush=True)
 

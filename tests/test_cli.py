@@ -290,6 +290,7 @@ def test_bench_ends_in_a_line_of_json(capsys: pytest.CaptureFixture):
 def test_bench_fits_the_context(capsys: pytest.CaptureFixture):
     assert in_process("--bench", "--json", "--max_new_tokens", 2, "--repeats", 1) == 0
     assert json.loads(capsys.readouterr().out)["prompt_length"] == 256  # half of 512
+    assert in_process("--bench", "--seed", 2**64, "--max_new_tokens", 2, "--repeats", 1) == 0
     assert in_process("--bench", "--prompt", 500, "--max_new_tokens", 20) == 2
     assert "500 and 20 tokens do not fit" in capsys.readouterr().err
 

@@ -94,7 +94,7 @@ def case(name: str, config: GenerationConfig, kv: str | None = None, device: str
         dataclasses.replace(config, stop=tuple(stops)),
         dataclasses.replace(lm, tokenizer=tokenizer),
     )
-    wanted = [told(complete(lm, [p], config, rows=[row]))[0] for row, p in enumerate(given)]
+    wanted = [told(complete(lm, [p], config, streams=[row]))[0] for row, p in enumerate(given)]
     return Case(lm, given, config, wanted)
 
 
@@ -157,7 +157,7 @@ def test_rows_leave_caches_on_any_tier(
     assert widths == sorted(widths, reverse=True)
     for rows in (range(7, -1, -1), range(3)):  # reuse all rows of the caches, then some
         given, wanted = [early.given[row] for row in rows], [early.wanted[row] for row in rows]
-        assert told(complete(lm, given, early.config, caches=caches, rows=rows)) == wanted
+        assert told(complete(lm, given, early.config, caches=caches, streams=rows)) == wanted
 
 
 def test_cells_of_rows_that_have_ended_are_not_brought(

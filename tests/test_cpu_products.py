@@ -8,7 +8,9 @@ import fcntl
 import itertools
 import math
 import mmap
+import os
 import platform
+import shutil
 import threading
 import time
 import weakref
@@ -66,6 +68,48 @@ def test_a_build_that_was_killed_stops_no_other(tmp_path: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with build.locked(folder):
         pass
+
+
+@needed
+def test_copies_of_the_repository_share_a_compiled_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(build.FOLDER, copy)
+    sources = sorted(copy.glob("*.cpp")), sorted(copy.glob("*.h"))
+    name, own = build.instruction_set(), build.build_key(build.instruction_set())
+    monkeypatch.setattr(build, "SOURCES", sources[0])
+    monkeypatch.setattr(build, "HEADERS", sources[1])
+    assert build.build_key(name) == own
+    monkeypatch.setattr(build, "compile_and_load", lambda *_: pytest.fail("it compiles again"))
+    build.load_library(build.cache_directory() / f"{build.LIBRARY}-{own:08x}", name)
+    with (copy / "layout.h").open("a") as file:
+        file.write("// changed")
+    assert build.build_key(name) != own
+
+
+def test_a_library_that_was_not_linked_to_its_end_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = []
+    monkeypatch.setattr(build, "compile_and_load", lambda folder, name: compiled.append(name))
+    (tmp_path / f"{build.LIBRARY}.so").write_bytes(b"half of it")
+    build.load_library(tmp_path, "avx2")
+    assert compiled == ["avx2"]
+
+
+def test_libraries_that_are_not_used_are_removed(tmp_path: Path):
+    names = [f"{build.LIBRARY}-{n}" for n in ("own", "used", "unused", "broken")] + ["other"]
+    own, used, unused, broken, other = folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "complete").touch()
+    (broken / "complete").unlink()
+    long_ago = time.time() - 61 * 24 * 3600
+    for file in (own / "complete", unused / "complete", broken, other / "complete"):
+        os.utime(file, (long_ago, long_ago))
+    build.remove_unused(tmp_path, own)
+    assert {f.name for f in tmp_path.iterdir()} == {own.name, used.name, other.name}
 
 
 def test_what_hinders_products_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ from checkpoint import Checkpoint
 from host.log import log_once
 from layers.positions import ROPES
 from load import load_model
-from model import ACTIVATIONS, Transformer, make_embedding
+from model import ACTIVATIONS, Transformer, make_embedding, make_logits_scale
 from scripts.convert_hf_checkpoint import convert
 from weights.hf import export_tensors, model_args
 
@@ -224,6 +224,20 @@ def test_embeddings_are_scaled_as_in_transformers(variant: str, dtype: torch.dty
         theirs(tokens)
         tolerance = 1e-6 if dtype == torch.float64 else 0
         torch.testing.assert_close(ours(tokens), seen[0], rtol=tolerance, atol=0)
+
+
+def test_granites_logits_are_divided_as_in_transformers():
+    """Products with the reciprocal of 13 differ in the last bit."""
+    name, options = VARIANTS["granite"]
+    config = config_of(name, options | {"logits_scaling": 13.0})
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config)
+    tokens = torch.arange(VOCAB).unsqueeze(0)
+    head: list[Tensor] = []
+    theirs.lm_head.register_forward_hook(lambda _, given, y: head.append(y))
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        found = make_logits_scale(model_args(config.to_dict()))(head[0])
+    assert torch.equal(found, wanted)
 
 
 def test_phi3_computes_keys_again_only_with_longrope():

@@ -297,6 +297,17 @@ def test_a_quantization_config_of_another_kind(tmp_path: Path, change: dict, mes
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_quantization_config_means_none(tmp_path: Path):
+    folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
+    source = Checkpoint(folder)
+    tensors = {n: source.read(n) for n in source.tensors}
+    tensors = {n: t.contiguous() for n, t in export_tensors(tensors, source.config).items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "model.pth").unlink()
+    (folder / "config.json").write_text(json.dumps(source.config | {"quantization_config": {}}))
+    assert Checkpoint(folder).scheme is None
+
+
 def test_integers_of_mlx_are_no_weights(tmp_path: Path):
     folder = shutil.copytree(ROOT / "checkpoints" / "demo", tmp_path / "demo")
     source = Checkpoint(folder)

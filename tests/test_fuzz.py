@@ -432,7 +432,7 @@ ROWS = [
         "tokens": 1,
         "finish_reason": "stop",
     }
-    | ORIGIN.row()
+    | ORIGIN.fields()
     for i in range(3)
 ]
 PROMPTS = [row["prompt"] for row in ROWS]

@@ -69,7 +69,7 @@ def test_greedy_text_of_200_tokens_is_that_of_transformers(eager: LoadedModel):
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_is_its_rows_alone(eager: LoadedModel, config: GenerationConfig):
     given = prompts(eager)
-    alone = [ids(eager, [p], config, rows=[row])[0] for row, p in enumerate(given)]
+    alone = [ids(eager, [p], config, streams=[row])[0] for row, p in enumerate(given)]
     assert ids(eager, given, config) == alone
     assert len(set(map(tuple, alone))) == len(alone)
 
@@ -78,8 +78,8 @@ def test_a_batch_is_its_rows_alone(eager: LoadedModel, config: GenerationConfig)
 def test_compiled_text_is_eager_text(both: tuple[LoadedModel, ...], config: GenerationConfig):
     eager, compiled = both
     for row, prompt in enumerate(prompts(eager)):
-        wanted = ids(eager, [prompt], config, rows=[row])
-        assert ids(compiled, [prompt], config, rows=[row]) == wanted
+        wanted = ids(eager, [prompt], config, streams=[row])
+        assert ids(compiled, [prompt], config, streams=[row]) == wanted
 
 
 @pytest.mark.parametrize("name", DEMOS)

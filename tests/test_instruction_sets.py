@@ -80,10 +80,11 @@ def test_bits_are_those_of_the_plain_form(name: str, compiled: Compile, expected
     assert_same(found, expected)
 
 
-def test_arm_gives_the_same_bits_under_emulation(compiled: Compile, expected: list[str]):
+@pytest.mark.parametrize("name", ["neon", "neon_dot"])
+def test_arm_gives_the_same_bits_under_emulation(name: str, compiled: Compile, expected: list[str]):
     if not shutil.which(ARM_EMULATOR):
         pytest.skip(f"{ARM_EMULATOR} is not installed (Debian: qemu-user)")
-    program = compiled("neon", ARM_COMPILER, "-static")
+    program = compiled(name, ARM_COMPILER, "-static", *INSTRUCTION_SETS[name].flags)
     assert_same(lines(ARM_EMULATOR, program), expected)
 
 
@@ -111,3 +112,5 @@ def test_the_chosen_set_is_the_best_or_the_one_of_the_variable(monkeypatch: pyte
     monkeypatch.delenv("GPT_FLEX_ISA")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert supported_sets() == ["neon", "scalar"]
+    has["dot"] = True
+    assert supported_sets() == ["neon_dot", "neon", "scalar"]

@@ -137,6 +137,16 @@ def test_habits(file: Path):
         assert not bare, f"bare except in line {node.lineno}"
 
 
+def test_lines_of_cpp_are_short_and_files_say_what_they_are():
+    """As ruff demands of Python."""
+    files = [*ROOT.glob("kernels/cpu/*.h"), *ROOT.glob("kernels/cpu/*.cpp")]
+    assert len(files) > 20
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("// "), file
+        assert max(map(len, lines)) <= 100, file
+
+
 def functions(file: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
 

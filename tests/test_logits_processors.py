@@ -101,7 +101,8 @@ def test_with_a_draft_the_text_is_the_same(plain, draft: str | Path, temperature
     options = {"logits_processors": [never_twice_in_a_row]}
     wanted = ids(plain, prompts(plain), config, **options)
     assert ids(lm, prompts(plain), config, **options) == wanted
-    alone = [ids(plain, [p], config, rows=[n], **options)[0] for n, p in enumerate(prompts(plain))]
+    numbered = enumerate(prompts(plain))
+    alone = [ids(plain, [p], config, streams=[n], **options)[0] for n, p in numbered]
     assert wanted == alone
     assert sum(lm.draft.controller.stats.drafted) > 0
 

@@ -136,7 +136,7 @@ def test_the_texts_show_batches_that_are_mixed_up(
     fetch = TieredCaches._fetch
 
     def of_the_next(self: TieredCaches, cell: Cell, slot: Buffer) -> Future:
-        cells = self._ring._order
+        cells = self._prefetcher._order
         return fetch(self, cells[(cells.index(cell) + 1) % len(cells)], slot)
 
     policy = Policy(cache=Share(0, 100), micro_batch=3, micro_batches=3, directory=tmp_path)

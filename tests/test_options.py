@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli import options
-from cli.arguments import RANK0_SECONDS, documents, percentage, token_bias
+from cli.arguments import RANK0_SECONDS, amount, documents, percentage, token_bias
 from layers.args import DTYPES
 from load import CACHE_BITS
 from neurons.records import KINDS
@@ -167,11 +167,13 @@ def test_the_version_names_the_parts():
 def test_kinds_of_numbers():
     assert documents("0.1") == 0.1 and documents("3") == 3 and isinstance(documents("1"), int)
     assert percentage("12.5") == 12.5
+    assert amount("100%") == 1 and amount("1k") == 1000
     assert token_bias("29=-1.5") == (29, -1.5) and token_bias("0=-inf") == (0, -1e9)
     for kind, texts in (
         (documents, ("0", "1.5", "nan", "inf", "-1")),
         (percentage, ("nan", "-1", "101", "inf")),
         (token_bias, ("a=1", "-1=2", "3", "3=", "3=nan")),
+        (amount, ("0%", "101%", "0.5", "1", "1B")),
     ):
         for text in texts:
             with pytest.raises(ArgumentTypeError, match=text):

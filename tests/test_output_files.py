@@ -134,7 +134,7 @@ def test_the_same_model_is_known_under_another_path(tmp_path: Path, prompts: Pat
 )
 def test_a_row_of_a_wrong_type_is_refused(tmp_path: Path, change: dict[str, Any]):
     origin = jobs.Provenance("demo", "0", {"seed": 0})
-    row = {"index": 0, "sample": 0, "prompt": "Lily", "text": "."} | origin.row()
+    row = {"index": 0, "sample": 0, "prompt": "Lily", "text": "."} | origin.fields()
     file = tmp_path / "out.jsonl"
     file.write_text(json.dumps(row) + "\n")
     assert jobs.ResultsFile(file, ["Lily"], 1, origin).done == {(0, 0)}

@@ -19,6 +19,7 @@ from common import ROOT, window_slack
 import plan
 from cli.arguments import nbytes
 from load import load_model
+from options.settings import PlanOptions
 from plan import ModelSpec, sizes
 from tiers.kv_cache import TieredCaches
 from tiers.planner import Planner, Sizes, Workload
@@ -188,10 +189,28 @@ def test_amounts_of_memory(text: str, count: float):
     assert nbytes(text) == int(count)
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "six", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.4", "six", "1e9"])
 def test_what_is_no_amount_of_memory(text: str):
     with pytest.raises(argparse.ArgumentTypeError, match="amount of memory"):
         nbytes(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, (16, 2)),
+        ({"batch_size": 40}, (20, 2)),
+        ({"batch_size": 5}, (2, 2)),
+        ({"batch_size": 1}, (1, 2)),
+        ({"batch_size": 1000}, (50, 2)),  # as many as there are texts
+        ({"batch_size": 40, "gpu_batch_size": 3}, (3, 2)),
+    ],
+    ids=str,
+)
+def test_micro_batches_by_hand_share_the_rows_of_the_batch(given: dict, rows: tuple[int, int]):
+    options = PlanOptions(percent=(100, 0, 100, 0, 100, 0), num_gpu_batches=2, **given)
+    found = plan.policy_by_hand(Policy(), Workload(100, 8, 8), options)
+    assert (found.micro_batch, found.micro_batches) == rows
 
 
 def test_curves_are_straight_between_points_and_beyond():

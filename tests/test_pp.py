@@ -10,7 +10,7 @@ from common import ROOT
 from checkpoint import Checkpoint
 from decoding import join_micro_batches
 from layers.args import ModelArgs
-from pp import MicroBatchCache, PendingSends, split_micro_batches, stage_layers
+from pp import MicroBatchCache, PendingTransfers, split_micro_batches, stage_layers
 from quant.linear import meta_model
 from ranks import Ranks
 from tests.ranks_worker import TEXTS, answers
@@ -127,7 +127,7 @@ def test_tensors_are_released_once_they_have_arrived():
         def is_completed(self) -> bool:
             return self.done
 
-    some, waiting = PendingSends(), Done(False)
+    some, waiting = PendingTransfers(), Done(False)
     some.add(Done(True), torch.zeros(1))
     some.add(waiting, torch.zeros(1))
     some.add(Done(True), torch.zeros(1))

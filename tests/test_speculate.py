@@ -120,7 +120,7 @@ def test_sampled_text_is_that_of_plain_decoding(
     lm, prompts = steady(drafted, ks), encoded(plain)
     wanted = ids(plain, prompts, SAMPLED)
     assert ids(lm, prompts, SAMPLED) == wanted
-    assert [ids(lm, [p], SAMPLED, rows=[n])[0] for n, p in enumerate(prompts)] == wanted
+    assert [ids(lm, [p], SAMPLED, streams=[n])[0] for n, p in enumerate(prompts)] == wanted
     assert len(set(map(tuple, wanted))) == len(wanted)
 
 
@@ -170,8 +170,8 @@ def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torc
     for draft in ("ngram", DRAFT, *(["self-int4"] if mode == "int8" else [])):
         lm = load_model(quantised[mode], **options, draft=draft, speculate_k=4)
         for row, prompt in enumerate(encoded(plain)):
-            assert ids(lm, [prompt], SAMPLED, rows=[row]) == ids(
-                plain, [prompt], SAMPLED, rows=[row]
+            assert ids(lm, [prompt], SAMPLED, streams=[row]) == ids(
+                plain, [prompt], SAMPLED, streams=[row]
             )
 
 
@@ -184,8 +184,8 @@ def test_compiled_too_and_one_graph_serves_every_number_of_draft_tokens(draft: s
     before = compiled_graphs()
     for config, ks in ((GREEDY, [1, 2, 3, 4, 5, 0, 7]), (SAMPLED, [MAX_DRAFT_TOKENS, 6, 0, 2])):
         for row, prompt in enumerate(encoded(plain)):
-            wanted = ids(plain, [prompt], config, rows=[row], caches=caches)
-            assert ids(steady(lm, ks), [prompt], config, rows=[row], caches=caches) == wanted
+            wanted = ids(plain, [prompt], config, streams=[row], caches=caches)
+            assert ids(steady(lm, ks), [prompt], config, streams=[row], caches=caches) == wanted
     assert compiled_graphs() == before
 
 
@@ -251,7 +251,7 @@ def test_what_is_drawn_is_distributed_as_the_model_says(tmp_path: Path, kind: st
     drawn = Counter()
     for start in range(0, count, 2000):
         rows = range(start, start + 2000)
-        for row in ids(lm, [prompt] * 2000, config, rows=rows):
+        for row in ids(lm, [prompt] * 2000, config, streams=rows):
             drawn[tuple(row)] += 1
     expected = {k: count * p for k, p in exact(target, prompt, config).items()}
     assert all(expected[k] > 0 for k in drawn)

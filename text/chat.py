@@ -35,13 +35,15 @@ MODEL_SWITCHES = "/think", "/no_think"  # Qwen3 and SmolLM3 read them in a messa
 class Conversation:
     """The messages of a conversation, and the ids whose keys and values are in the KV cache.
 
-    For each turn, call `ask`, let the model generate, and call `add_answer`. max_length: the limit
-    on the tokens of prompt and answer together. max_new_tokens: the tokens that are reserved for
-    an answer, at most half of max_length. system: the text of a system message, or None.
-    variables: values that the chat template reads, see Tokenizer.chat_text. reusable:
-    decoding.reusable_tokens for the model and its KV cache: a function of the ids that a prompt
-    shares with the last one, the ids that the KV cache has stored, and the prompt's ids, all as
-    numbers, which returns how many of the first need not be computed again.
+    For each turn, call `ask`, let the model generate, and call `add_answer`.
+
+    max_length: the limit on the tokens of prompt and answer together. max_new_tokens: the tokens
+    that are reserved for an answer, at most half of max_length. system: the text of a system
+    message, or None. variables: values that the chat template reads, see Tokenizer.chat_text.
+    reusable: decoding.reusable_tokens for the model and its KV cache. It takes three numbers: how
+    many ids at the beginning of a prompt are in the KV cache, how many ids the KV cache has had at
+    most since a prompt was computed completely, and how many ids the prompt has. It returns how
+    many of the first ids need not be computed again.
     """
 
     def __init__(
@@ -60,22 +62,22 @@ class Conversation:
         self._system_messages = len(self.messages)
         self._reusable = reusable
         self._cached: list[int] = []  # the ids whose keys and values are in the KV cache
-        # The most ids that the KV cache has had since all ids of a prompt were computed.
+        # The most ids that the KV cache has had since a prompt was computed without reused ids.
         self._stored = 0
-        self._reused = 0  # number of ids, from the begin of _cached, that the current turn reuses
+        self._reused = 0  # how many ids at the beginning of _cached the current turn reuses
 
     def ask(self, text: str) -> tuple[list[int], int]:
-        """Add a user's message. Return the ids of the whole prompt, and how many ids from its begin
-        are in the KV cache already, so that prefill need not compute them.
+        """Add a user's message. Return the ids of the whole prompt, and how many ids at its
+        beginning prefill need not compute, because they are in the KV cache already.
 
-        If the prompt is too long, the oldest questions are dropped with their answers. Raises
-        ValueError for a message that is too long without all others, or that the template rejects;
-        then the conversation does not change.
+        If the prompt is too long, the oldest user's messages are dropped with their answers. Raises
+        ValueError for a message that is too long even without all earlier ones, or that the
+        template rejects; then the conversation does not change.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
         while len(ids) > self.max_prompt and len(messages) > self._system_messages + 1:
-            # the oldest question and its answer
+            # the oldest user's message and its answer
             del messages[self._system_messages : self._system_messages + 2]
             ids = self._ids(messages)
         if len(ids) > self.max_prompt:
@@ -98,6 +100,7 @@ class Conversation:
         """
         self.messages.append({"role": "assistant", "content": text})
         self._cached = [*prompt, *ids[:-1]] if ids else [*prompt[: self._reused]]
+        # Without reused ids the prompt was computed completely, so that earlier ids do not count.
         before = self._stored if self._reused else 0
         self._stored = max(before, len(prompt), len(self._cached))
 
@@ -118,10 +121,11 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
     """Read a message, print the answer, and repeat until the end of the input or /exit.
 
     answer(ids, cached, show) generates an answer and returns its Completion. ids: the prompt;
-    cached: how many ids from its begin are in the KV cache; show(row, text): prints new text, and
-    raises KeyboardInterrupt if the user stops the answer. `answer` must catch this exception, and
-    return the Completion as it is then. ChatMode.run (cli/interactive.py) calls `chat`. Under
-    torchrun all ranks call `chat`; rank 0 reads the messages and broadcasts them.
+    cached: how many ids at its beginning need not be computed; show(row, text): prints new text of
+    a row, of which a chat has one, and raises KeyboardInterrupt if the user stops the answer.
+    `answer` must catch this exception, and return the Completion as it is then. ChatMode.run
+    (cli/interactive.py) calls `chat`. Under torchrun all ranks call `chat`; rank 0 reads the
+    messages and broadcasts them.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     messages = Messages(under_torchrun)
@@ -153,9 +157,9 @@ def chat(conversation: Conversation, answer: Callable[..., Any]) -> None:
 def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
     """Return the function show(row, text) of `chat`, which prints new text of an answer.
 
-    stopped: returns whether the user has pressed Ctrl-C; None if Ctrl-C raises KeyboardInterrupt
-    itself. Only rank 0 calls `stopped`, and broadcasts the result, so that all ranks raise
-    KeyboardInterrupt at the same token.
+    stopped: returns whether the user has pressed Ctrl-C. Only rank 0 calls it, and broadcasts the
+    result, so that all ranks raise KeyboardInterrupt at the same token. None: Ctrl-C raises
+    KeyboardInterrupt itself, and nothing is polled.
     """
 
     def show(row: int, text: str) -> None:
@@ -167,15 +171,16 @@ def printer(stopped: Callable[[], bool] | None) -> Callable[[int, str], None]:
 
 
 def command_in(text: str) -> str | None:
-    """Return the command, /word, with which a message begins, or None. A path, /a/b, is no
-    command: the word must end at a space or with the message. Nor are MODEL_SWITCHES."""
+    """Return the command, such as "/help", with which a message begins, or None. Whitespace or the
+    end of the message must follow it, so that a path, /a/b, is no command. MODEL_SWITCHES are no
+    commands either."""
     match = re.match(r"\s*(/\w*)(?!\S)", text)
     return match[1] if match and match[1] not in MODEL_SWITCHES else None
 
 
 def run_command(command: str, conversation: Conversation) -> None:
     """Run /reset on the conversation; for /help and unknown commands print the list of commands.
-    command: as returned by command_in. `chat` handles /exit itself."""
+    command: as command_in returns it. `chat` handles /exit itself."""
     if command == "/reset":
         conversation.reset()
         return

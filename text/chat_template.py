@@ -22,22 +22,22 @@ from typing import Any
 CPU_SECONDS = 3  # limit for one template; most need milliseconds
 REPLY_TIMEOUT_SECONDS = 60.0  # limit on wall-clock time, long enough for a busy machine
 MEMORY_BYTES = 1 << 29  # address space of the render process; Python with jinja2 uses a fifth
-MAX_CHARACTERS = 1 << 20  # limit on the output, plus 8 characters for each byte of the request
+MAX_CHARACTERS = 1 << 20  # of the output; each byte of the request allows 8 characters more
 
 
 class RenderProcess:
-    """The render process, started at the first request, and the socket to it. One thread at a time
-    asks; others wait."""
+    """The render process, started at the first request, and the socket to it. A lock lets only one
+    thread at a time send a request."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: str) -> dict[str, str]:
-        """Send a request, one line of JSON, to the render process, and return its reply: {"text":
-        the output} or {"error": a message}. The request has the arguments of `render`, by name.
+        """Send a request to the render process, and return its reply: {"text": the output} or
+        {"error": a message}. request: one line of JSON, the arguments of `render` by name.
 
-        Raises ValueError if the template exceeds a limit, so that no complete reply comes. The
+        Raises ValueError if no complete reply comes, because the template exceeds a limit. The
         process is then ended, and the next request starts another.
         """
         with self._lock:
@@ -88,11 +88,11 @@ RENDERER = RenderProcess()
 
 
 def render(template: str, variables: dict[str, Any], cpu_seconds: int = CPU_SECONDS) -> str:
-    """Return the text that a chat template, Jinja source, renders from its variables.
+    """Return the text that a chat template renders from its variables.
 
-    variables: by name, with values that JSON can represent. cpu_seconds: limit on the CPU time of
-    this call, whole seconds. Raises ValueError if JSON cannot represent the variables, or if the
-    template fails, rejects them, or exceeds a limit.
+    template: Jinja source. variables: by name, with values that JSON can represent. cpu_seconds:
+    limit on the CPU time of this call, whole seconds. Raises ValueError if JSON cannot represent
+    the variables, or if the template fails, rejects them, or exceeds a limit.
     """
     request = {"template": template, "variables": variables, "cpu_seconds": cpu_seconds}
     try:
@@ -106,8 +106,8 @@ def render(template: str, variables: dict[str, Any], cpu_seconds: int = CPU_SECO
 
 
 def check_messages(messages: Any) -> None:
-    """Raise ValueError unless the messages have the form of a conversation: a list, not empty, of
-    objects {"role": "user", "content": "Hello"} with texts. The message names what is wrong."""
+    """Raise ValueError, naming what is wrong, unless `messages` is a conversation: a list, not
+    empty, of objects {"role": "user", "content": "Hello"} with texts."""
     form = 'an object {"role": "user", "content": "a text"}'
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"a conversation must be a text or a list of messages, each {form}")
@@ -122,8 +122,8 @@ def check_messages(messages: Any) -> None:
 
 
 def serve() -> None:
-    """The program of the render process: answer requests, one line of JSON each, until the end of
-    stdin. The reply is a line of JSON with "text", or with the message of an "error".
+    """Answer requests, one line of JSON each, until the end of stdin: the program of the render
+    process. The reply is a line of JSON with "text", or with the message of an "error".
 
     Memory is limited for the whole process. CPU time is limited for each request: the kernel counts
     it from the start of the process, so each request sets a later limit. The kernel kills the
@@ -147,9 +147,9 @@ def serve() -> None:
 
 
 def limit(kind: int, value: int) -> None:
-    """Set the soft limit of a resource of this process, such as resource.RLIMIT_CPU, in its unit
-    (seconds, bytes). The hard limit does not change, and is the upper bound. A system without the
-    resource keeps no limit."""
+    """Set the soft limit of a resource of this process. kind: such as resource.RLIMIT_CPU. value:
+    in the unit of this kind (seconds, bytes). The hard limit does not change, and is the upper
+    bound. On a system without this kind nothing is limited."""
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     with contextlib.suppress(ValueError, OSError):  # macOS has no RLIMIT_AS
@@ -172,7 +172,8 @@ def rendered(template: str, variables: dict[str, Any], max_characters: int) -> s
 def compiled(template: str) -> Any:
     """Return the jinja2.Template of a template's source, in the environment that transformers gives
     to chat templates: the same settings, functions, filter tojson and tag {% generation %}. Called
-    in the render process. The last 8 templates are kept, because a chat uses one in each turn."""
+    in the render process. The last 8 templates are kept, because a chat renders the same one in
+    each turn."""
     import jinja2  # here, because only the render process needs it
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -1,7 +1,7 @@
 """The text of one sequence while its ids are generated: decoded, and cut at a stop string.
 
 Start at Completion.extend. A stop string may contain the name of a special token, such as "</s>",
-as in transformers' stop_strings and lm_eval's `until`. So stop strings are searched in the text
+as in transformers' stop_strings and lm_eval's `until`. So stop strings are searched for in the text
 with these names; the text that a caller gets omits the names.
 
 Characters are final when no stop string can begin with them any more. Others are pending: the end
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 class Completion:
     """The continuation of one prompt, which grows while the model generates.
 
-    ids: all new ids, with the EOS that ended the text. text: the characters that are final.
+    ids: all new ids; an EOS that ended the text is one. text: the characters that are final.
     finish_reason, valid when the text has ended: "eos", "stop" (a stop string), "length"
     (max_new_tokens, or the context is full: see context_full) or "interrupted". logprobs: one entry
     for each id, if the config asks for them.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], config: GenerationConfig):
-        """prompt: its ids, which tell how the first new id is decoded: see TextStream."""
+        """Begin without new ids. prompt: its ids, on which depends how the first new id is decoded:
+        see TextStream."""
         self.ids: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.text = ""
@@ -39,16 +40,18 @@ class Completion:
         self._eos_ids = () if config.ignore_eos else tokenizer.eos_ids
         self._stream = tokenizer.stream(prompt)
         self._pending = ""  # characters that are not final, with the names of special tokens
-        self._is_text: list[bool] = []  # for each of them: False for a special token's name
+        # For each pending character: False if it belongs to the name of a special token.
+        self._is_text: list[bool] = []
 
     @property
     def context_full(self) -> bool:
-        """Whether a text that has ended did so because the context, or the KV cache, is full."""
+        """Whether a text that has ended was cut because the context, or the KV cache, is full."""
         return self.finish_reason == "length" and len(self.ids) < self._config.max_new_tokens
 
     def logprobs_json(self) -> list[dict[str, Any]]:
         """Return one dict for each new id, for JSON: id, text and log-probability, and under "top"
-        the same for the most likely ids at its position. Only if the config asks for logprobs."""
+        the same of the most likely ids at its position. Call it only if the config asks for
+        logprobs."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             """Return the dict of one id."""
@@ -62,13 +65,13 @@ class Completion:
     def extend(self, ids: Iterable[int]) -> str:
         """Add new ids, and return the characters that have become final.
 
-        Ids after a stop string or EOS are dropped: a step of speculative decoding yields several
-        ids. If the config asks for logprobs, each id must be a ScoredId (sampling.py), an int with
+        ids: of one step, several with speculative decoding; those after a stop string or EOS are
+        dropped. If the config asks for logprobs, each must be a ScoredId (sampling.py), an int with
         the attribute `logprobs`.
         """
         start = len(self.text)
         for token in ids:
-            if self.finish_reason != "length":
+            if self.finish_reason != "length":  # the text has ended
                 break
             self.ids.append(int(token))
             if self._config.logprobs is not None:

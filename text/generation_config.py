@@ -24,7 +24,8 @@ MAX_LOGPROBS = 1000  # limit for each token, because each logprob is a Python ob
 class GenerationConfig:
     """How to continue a prompt. Raises ValueError for a value of the wrong type or range.
 
-    stop may also be a str, and logit_bias a dict: __post_init__ converts them to tuples.
+    stop may also be given as a str, and logit_bias as a dict: __post_init__ converts them to
+    tuples.
     """
 
     max_new_tokens: int = 200
@@ -32,14 +33,14 @@ class GenerationConfig:
     top_k: int = 200  # sample from the k most likely tokens; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens whose probabilities add up to this
     min_p: float = 0.0  # drop tokens below min_p times the probability of the most likely one
-    # positive logits of ids in prompt or text are divided by it, negative ones are multiplied
+    # positive logits of ids in prompt or new text are divided by it, negative ones multiplied
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted from a logit for each generated occurrence
     presence_penalty: float = 0.0  # subtracted from the logit of each generated id
     logit_bias: tuple[tuple[int, float], ...] = ()  # pairs (id, value added to its logit)
-    seed: int = 0
+    seed: int = 0  # of the random streams of all rows
     stop: tuple[str, ...] = ()  # a text ends before the first of these strings
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # whether a text goes on after an EOS
     logprobs: int | None = None  # also report this many most likely ids; None: report no logprobs
 
     def __post_init__(self):
@@ -56,6 +57,7 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken, and none is sampled."""
         return self.temperature < MIN_TEMPERATURE
 
     @property
@@ -66,8 +68,8 @@ class GenerationConfig:
 
 
 def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
-    """Return a validator (see VALIDATORS) for integers from minimum to maximum: it returns the
-    value as an int, and raises TypeError or ValueError for others. A bool is not an integer
+    """Return a validator (see VALIDATORS) for integers from minimum to maximum: it returns such a
+    value as an int, and raises TypeError or ValueError for any other. A bool is not an integer
     here."""
 
     def convert(value: Any) -> int:
@@ -82,8 +84,8 @@ def integer(minimum: int, maximum: float = math.inf) -> Callable[[Any], int]:
 
 def number(allowed: Callable[[float], bool] = lambda value: True) -> Callable[[Any], float]:
     """Return a validator (see VALIDATORS) for finite numbers for which `allowed` is true: it
-    returns the value as a float, and raises TypeError or ValueError for others. A bool is not a
-    number here."""
+    returns such a value as a float, and raises TypeError or ValueError for any other. A bool is not
+    a number here."""
 
     def convert(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -97,8 +99,8 @@ def number(allowed: Callable[[float], bool] = lambda value: True) -> Callable[[A
 
 
 def stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
-    """Validator of stop: return a tuple of strings for a string or several. Raises TypeError for an
-    empty string and for other types."""
+    """Return a string, or several, as a tuple of strings: the validator of stop. Raises TypeError
+    for an empty string and for other types."""
     value = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(text, str) and text for text in value):
         raise TypeError
@@ -106,26 +108,29 @@ def stop_strings(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def boolean(value: Any) -> bool:
-    """Validator of a bool: return it. Raises TypeError for other types, such as 0 and 1."""
+    """Return the value: the validator of a bool. Raises TypeError for other types, such as int."""
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
 def logit_biases(value: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[Any, ...]:
-    """Validator of logit_bias: return pairs (id, bias) for a dict or for pairs; of several pairs
-    with one id, the last counts. Raises TypeError or ValueError for ids below 0 and other types,
-    and for a bias beyond MAX_LOGIT_BIAS."""
+    """Return a dict id -> bias, or pairs (id, bias), as a tuple of pairs: the validator of
+    logit_bias. Of several pairs with one id, the last counts. Raises TypeError or ValueError for
+    ids below 0 and other types, and for a bias beyond MAX_LOGIT_BIAS."""
     check_id, check_bias = integer(0), number(lambda bias: abs(bias) <= MAX_LOGIT_BIAS)
     return tuple((check_id(token), check_bias(bias)) for token, bias in dict(value).items())
 
 
 def logprob_count(value: Any) -> int | None:
+    """Return None, or an integer from 0 to MAX_LOGPROBS: the validator of logprobs. Raises
+    TypeError or ValueError for any other value."""
     return None if value is None else integer(0, MAX_LOGPROBS)(value)
 
 
 # field -> (validator, the values that are allowed, as the error message names them)
-# A validator returns the converted value of its field, or raises an error for a wrong value.
+# A validator returns the converted value of its field, or raises TypeError, ValueError or
+# OverflowError for a wrong one: __post_init__ turns it into an error that names the field.
 VALIDATORS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "max_new_tokens": (integer(1), "a whole number, at least 1"),
     "temperature": (number(lambda value: value >= 0), "a number, 0 or more"),

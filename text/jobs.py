@@ -2,14 +2,16 @@
 
 Start at Job. read_prompts reads a file, make_jobs expands it to one Job for each text, `batches`
 groups the jobs, and a sink takes the texts: ConsoleSink prints them, JsonlSink appends them to a
-ResultsFile. A result is one line of JSON, with the model and the settings that produced it, and is
-on disk in the step in which its text ends. A later run with the same prompts, model, settings and
---output skips the jobs that have a result.
+ResultsFile. A later run with the same prompts, model, settings and --output skips the jobs that
+have a result.
 
-Words: a row is the index of a text in its batch; a completion is the Completion
-(text/completion.py) of a text. In Provenance and ResultsFile a row is the object of a result's JSON
-line. cli/prompts.py calls a sink's `begin` with each batch, and passes `text` and `ended` to
-engine.complete, which calls them while the batch is generated.
+Words: a row is a text of a batch; the parameters row and rows are indices in the batch. A
+completion is the Completion (text/completion.py) of a text. A result is the JSON object of a text
+that has ended, with the model and the settings that produced it: a line of the file, on disk in the
+step in which the text ends.
+
+cli/prompts.py enters a sink as a context, calls its `begin` with each batch, and passes `text` and
+`ended` to engine.complete, which calls them while the batch is generated.
 """
 
 import hashlib
@@ -41,7 +43,7 @@ class Job:
     """One text to generate."""
 
     number: int  # index among all jobs; it also selects the random stream
-    index: int  # index of the prompt
+    index: int  # of the prompt, among all prompts
     sample: int  # index among the num_samples texts of the prompt
     prompt: Prompt
     ids: tuple[int, ...]  # token ids of the prompt
@@ -52,28 +54,29 @@ class Job:
 class Provenance:
     """The model and the settings that a generated text depends on. Each result stores them.
 
-    checkpoint: the fingerprint of the model's files, which does not depend on their path.
+    model: its name for the user. checkpoint: the fingerprint of its files, which does not depend on
+    their path. settings: those that change texts, by name.
     """
 
     model: str
     checkpoint: str
     settings: dict[str, Any]
 
-    def row(self) -> dict[str, Any]:
-        """Return the fields that are stored with each result. Values have the types that reading
-        JSON gives (a tuple becomes a list), so that `differences` can compare them."""
+    def fields(self) -> dict[str, Any]:
+        """Return the keys and values that are stored in each result. Values have the types that
+        reading JSON gives (a tuple becomes a list), so that `differences` can compare them."""
         settings = json.loads(json.dumps(self.settings))
         return {"model": self.model, "checkpoint": self.checkpoint, "settings": settings}
 
-    def differences(self, row: dict[str, Any]) -> list[str]:
-        """Return a text such as "seed 0 -> 1" for each difference between a stored result, `row`,
-        and this run. An empty list: this run may resume from the result's file."""
-        stored, current = row.get("settings"), self.row()["settings"]
+    def differences(self, stored_result: dict[str, Any]) -> list[str]:
+        """Return a text such as "seed 0 -> 1" for each setting, and the model, in which a stored
+        result and this run differ. An empty list: this run may resume from the result's file."""
+        stored, current = stored_result.get("settings"), self.fields()["settings"]
         stored = stored if isinstance(stored, dict) else {}
         model = []
-        if row.get("checkpoint") != self.checkpoint:
-            changed = " (its files have changed)" * (row.get("model") == self.model)
-            model = [f"model {row.get('model')} -> {self.model}{changed}"]
+        if stored_result.get("checkpoint") != self.checkpoint:
+            changed = " (its files have changed)" * (stored_result.get("model") == self.model)
+            model = [f"model {stored_result.get('model')} -> {self.model}{changed}"]
         return model + [
             f"{name} {stored.get(name)!r} -> {current.get(name)!r}"
             for name in {**current, **stored}
@@ -86,7 +89,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
     It covers the size of each file and 64 samples of 1 KiB, because reading all weights takes too
     long: a change between the samples is not noticed. File names do not count, but the order of the
-    files does. The samples begin at equal distances; those of a small file overlap.
+    files does. The samples begin at equal distances, and overlap in a file of less than 64 KiB.
     """
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
@@ -146,10 +149,11 @@ def piped_prompt() -> str | None:
     """Return the text of stdin, without its last line end, if stdin is a pipe or a file; return
     None for a terminal or /dev/null.
 
-    Called on rank 0 if no option gives a prompt. Waits until a pipe is closed; after
-    STDIN_NOTICE_SECONDS without input a log line says so.
+    Called on rank 0 if no option gives a prompt. It waits until the pipe is closed; after
+    STDIN_NOTICE_SECONDS without input a log line says so. Raises ValueError if the text is not
+    UTF-8.
     """
-    kind = os.fstat(0).st_mode
+    kind = os.fstat(0).st_mode  # 0: the file descriptor of stdin
     if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return None
     if not select.select([0], [], [], STDIN_NOTICE_SECONDS)[0]:
@@ -159,7 +163,7 @@ def piped_prompt() -> str | None:
 
 
 def without_line_end(text: str) -> str:
-    """Remove the one line end that echo and editors add."""
+    """Remove one line end (LF or CR LF), which echo and editors add."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -171,9 +175,9 @@ def make_jobs(
 ) -> list[Job]:
     """Return num_samples jobs for each prompt, in the order of the prompts.
 
-    prompts: pairs (prompt, its ids), each with fewer ids than the context. max_new_tokens: the
-    largest number of new tokens of a text. context: the largest number of tokens of prompt and new
-    text together.
+    prompts: pairs (prompt, its ids), each with fewer ids than the context, so that a token can
+    follow. max_new_tokens: the largest number of new tokens of a text. context: the largest number
+    of tokens of prompt and new text together.
     """
     jobs = []
     for index, (prompt, ids) in enumerate(prompts):
@@ -221,7 +225,8 @@ class ConsoleSink:
     """Prints the generated texts to stdout in the order of the jobs: the first text of a batch
     while it is generated, the others when the whole batch has ended.
 
-    with_prompt: also print each prompt, before the text that continues it. todo: the jobs to run.
+    todo: the jobs to run. counts: counts each text that ends. with_prompt: whether to print each
+    prompt, too, before the text that continues it.
     """
 
     def __init__(self, todo: Sequence[Job], counts: FinishCounts, with_prompt: bool = True):
@@ -233,7 +238,7 @@ class ConsoleSink:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if error[0]:
+        if error[0]:  # the type of the exception, None without one
             print(flush=True)  # so that the shell's prompt begins a new line
         self._counts.report()
 
@@ -248,7 +253,7 @@ class ConsoleSink:
             print(text, end="", flush=True)
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
-        """Called when the texts of these rows have ended. After the last text of the batch, print
+        """Called when the texts of these rows have ended. When all texts of the batch have, print
         the texts of all rows but the first, which `text` has printed.
 
         completions: of all rows of the batch.
@@ -276,8 +281,8 @@ class ResultsFile:
     """A JSON Lines file of results, opened and checked before a model is loaded.
 
     `done` tells for which jobs the file already has results. A device or a pipe (/dev/stdout) is
-    not read. Raises ValueError if the file has results of other prompts, models or settings, and
-    OSError if it cannot be written.
+    written without being read. Raises ValueError if the file has results of other prompts, models
+    or settings, and OSError if it cannot be written.
     """
 
     def __init__(
@@ -287,13 +292,13 @@ class ResultsFile:
         num_samples texts for each of `prompts`, with the model and settings of `provenance`."""
         self._path, self._provenance = path, provenance
         self._file = open_for_results(path)
-        self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)
+        self._resumable = stat.S_ISREG(os.fstat(self._file).st_mode)  # a regular file
         self.done: set[tuple[int, int]] = set()  # (Job.index, Job.sample) of each stored result
-        for n, result in complete_lines(path) if self._resumable else ():
-            self.done.add(self._checked(result, f"{path}, line {n}", prompts, num_samples))
+        for n, stored in complete_lines(path) if self._resumable else ():
+            self.done.add(self._checked(stored, f"{path}, line {n}", prompts, num_samples))
 
     def _checked(
-        self, row: dict[str, Any], where: str, prompts: Sequence[Prompt], num_samples: int
+        self, stored: dict[str, Any], where: str, prompts: Sequence[Prompt], num_samples: int
     ) -> tuple[int, int]:
         """Return (Job.index, Job.sample) of a stored result. where: the file and the line.
 
@@ -301,18 +306,18 @@ class ResultsFile:
         result: it has another model, other settings, another prompt, or a sample from num_samples
         on, or it is not a result at all. So results of two runs are never mixed in one file.
         """
-        index, sample = row.get("index"), row.get("sample")
-        if not is_count(index) or not is_count(sample) or not isinstance(row.get("text"), str):
+        index, sample = stored.get("index"), stored.get("sample")
+        if not is_count(index) or not is_count(sample) or not isinstance(stored.get("text"), str):
             raise ValueError(f"{where} is no result: give another --output")
-        if "settings" not in row:
+        if "settings" not in stored:
             raise ValueError(
                 f"{where} does not say which model and settings made it (an older version wrote "
                 "it): give another --output"
             )
         # The error lists one kind only: model and settings, else the prompt, else the samples.
-        differences = self._provenance.differences(row)
-        if not differences and (index >= len(prompts) or row.get("prompt") != prompts[index]):
-            differences = [f"prompt {index + 1}, {row.get('prompt')!r:.40} -> another or none"]
+        differences = self._provenance.differences(stored)
+        if not differences and (index >= len(prompts) or stored.get("prompt") != prompts[index]):
+            differences = [f"prompt {index + 1}, {stored.get('prompt')!r:.40} -> another or none"]
         if not differences and sample >= num_samples:
             differences = [f"num_samples {sample + 1} or more -> {num_samples}"]
         if differences:
@@ -331,23 +336,24 @@ class ResultsFile:
         missing = [job for job in jobs if (job.index, job.sample) not in self.done]
         return sorted(missing, key=lambda job: -len(job.ids))
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append results, the objects that `result` returns, with their provenance, one line each.
-        In a regular file they are on disk (fsync) when this returns, so a crash loses no text that
-        has ended.
+    def append(self, results: Iterable[dict[str, Any]]) -> None:
+        """Append results, as result_of returns them, each with its provenance in a line. In a
+        regular file they are on disk (fsync) when this returns, so a crash loses no text that has
+        ended.
 
         Raises BrokenPipeError if the reader of a pipe has ended, and else OSError, naming the file.
         """
-        content = "".join(json_text(row | self._provenance.row()) + "\n" for row in rows)
-        remaining = memoryview(content.encode())
+        lines = [json_text(each | self._provenance.fields()) + "\n" for each in results]
+        remaining = memoryview("".join(lines).encode())
         try:
-            while remaining:
+            while remaining:  # a call may write only a part
                 remaining = remaining[os.write(self._file, remaining) :]
             if self._resumable:
                 os.fsync(self._file)
         except BrokenPipeError:  # not an error of the path
             raise
         except OSError as error:
+            # Multiplied by a bool: the hint, or "".
             again = "; the same command goes on after the results in it" * self._resumable
             raise OSError(f"{self._path} cannot be written: {error.strerror}{again}") from error
 
@@ -378,8 +384,8 @@ def open_for_results(path: Path) -> int:
 class JsonlSink:
     """Appends the result of each text that ends to a ResultsFile, and shows a progress bar.
 
-    The attribute todo holds the jobs without a stored result. The bar counts tokens. generated:
-    returns how many tokens this run has generated until now.
+    todo: the jobs without a stored result. The bar counts tokens, and shows how many texts of all
+    jobs have a result.
     """
 
     def __init__(
@@ -389,7 +395,8 @@ class JsonlSink:
         counts: FinishCounts,
         generated: Callable[[], int],
     ):
-        """jobs: all jobs, also those that have a result. counts: gets each text that ends."""
+        """jobs: all jobs, also those that have a result. counts: counts each text that ends.
+        generated: returns how many tokens this run has generated until now."""
         self.todo = output.missing(jobs)
         self._output, self._counts, self._generated = output, counts, generated
         self._batch: Sequence[Job] = ()
@@ -414,24 +421,26 @@ class JsonlSink:
         self._batch = batch
 
     def text(self, row: int, text: str) -> None:
-        """Called with the new characters of a row of the batch."""
+        """Called with the new characters of a row of the batch, which are not used: update the
+        bar."""
         self._advance_bar()
 
     def ended(self, rows: Sequence[int], completions: Sequence[Any]) -> None:
         """Called when the texts of these rows have ended: append their results to the file, and
         update the bar. completions: of all rows of the batch."""
-        self._output.append(result(self._batch[row], completions[row]) for row in rows)
-        for row in rows:
-            self._counts.add(self._batch[row], completions[row])
-            self._ended_tokens += len(completions[row].ids)
-            self._limit_of_unfinished -= self._batch[row].limit
+        ended = [(self._batch[row], completions[row]) for row in rows]
+        self._output.append(result_of(job, completion) for job, completion in ended)
+        for job, completion in ended:
+            self._counts.add(job, completion)
+            self._ended_tokens += len(completion.ids)
+            self._limit_of_unfinished -= job.limit
         self._done += len(rows)
         self._bar.set_postfix_str(f"{self._done} of {self._total} texts", refresh=False)
         self._advance_bar()
 
     def _advance_bar(self) -> None:
         """Show the tokens generated until now, at most the total. The bar's total, an upper bound
-        of the tokens of all texts, falls when a text ends before its limit."""
+        of the tokens of the texts in todo, falls when a text ends before its limit."""
         self._bar.total = self._ended_tokens + self._limit_of_unfinished
         self._bar.update(min(self._generated(), self._bar.total) - self._bar.n)
 
@@ -439,10 +448,10 @@ class JsonlSink:
 RESULT_PREFIX = b'{"index": '  # each line of a ResultsFile begins with these bytes
 
 
-def result(job: Job, completion: Any) -> dict[str, Any]:
-    """Return the result of a text that has ended, as the object of its JSON line; append adds the
-    provenance. It must begin with "index": see RESULT_PREFIX."""
-    row = {
+def result_of(job: Job, completion: Any) -> dict[str, Any]:
+    """Return the result of a text that has ended; ResultsFile.append adds the provenance. Its first
+    key must be "index": see RESULT_PREFIX."""
+    values = {
         "index": job.index,
         "sample": job.sample,
         "prompt": job.prompt,
@@ -450,11 +459,11 @@ def result(job: Job, completion: Any) -> dict[str, Any]:
         "tokens": len(completion.ids),
         "finish_reason": completion.finish_reason,
     }
-    return row | ({"logprobs": completion.logprobs_json()} if completion.logprobs else {})
+    return values | ({"logprobs": completion.logprobs_json()} if completion.logprobs else {})
 
 
 def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, result) for each complete line of a results file.
+    """Yield (line number, JSON object) for each complete line of a results file.
 
     When the caller has taken all lines, cut off a last line without a line end, which an
     interrupted run leaves: the next result would be appended to it. Raises ValueError for a line
@@ -462,7 +471,7 @@ def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     beginning of a result.
     """
     content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
+    end = content.rfind(b"\n") + 1  # 0 without a line end
     complete, incomplete = content[:end], content[end:]
     for n, line in enumerate(complete.split(b"\n"), 1):
         if line.strip():
@@ -471,6 +480,7 @@ def complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {n} is no result: give another --output")
             yield n, value
+    # The incomplete line may end within RESULT_PREFIX, or be empty.
     if not (incomplete.startswith(RESULT_PREFIX) or RESULT_PREFIX.startswith(incomplete)):
         raise ValueError(f"{path}: the last line is no result: give another --output")
     if incomplete:

@@ -41,13 +41,14 @@ def model_defaults(directory: Path) -> dict[str, float]:
 
 
 def checked(path: Path, key: str, value: Any) -> float:
-    """Return the value of a key as a number that GenerationConfig accepts for this field. Raises
-    ValueError, naming the file and the key, for any other value. top_k -1 becomes 0: no limit."""
+    """Return the value of a key as a number that GenerationConfig accepts for this field. path: the
+    file. Raises ValueError, naming the file and the key, for any other value. top_k -1 becomes 0:
+    no limit."""
     kind = int if key == "top_k" else float
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not abs(value) <= sys.float_info.max  # true for NaN, too
+        or not abs(value) <= sys.float_info.max  # `not <=`, because > is false for NaN
         or kind(value) != value  # top_k with a fraction
     ):
         expected = "a whole number" if kind is int else "a finite number"
@@ -61,6 +62,7 @@ def checked(path: Path, key: str, value: Any) -> float:
 
 
 def defaults_line(values: dict[str, float], directory: Path) -> str:
-    """Return the log line that lists values of model_defaults and the file that they come from."""
+    """Return the log line that lists values of model_defaults and the file that they come from.
+    directory: the checkpoint's."""
     listed = ", ".join(f"{key} {value:g}" for key, value in values.items())
     return f"{listed}: from {directory / FILE}; options override"

@@ -1,7 +1,8 @@
 """Logits processors: logit biases, penalties and the caller's functions, before sampling.
 
-Start at LogitsProcessors, which a Sampler (sampling.py) has only if the config changes logits. It
-keeps the ids of every row on the device, so that the host never waits. A position sees only the ids
+Start at LogitsProcessors, which a Sampler (sampling.py) has only if the config changes logits or
+the caller gives functions. It keeps the ids of every row on the device, so that the host need not
+wait for the ids of a step; only the caller's functions make it wait. A position sees only the ids
 before it, so several draft tokens are verified in one call.
 
 The order is that of transformers: bias, repetition penalty, frequency and presence penalty, the
@@ -32,9 +33,10 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 class LogitsProcessors:
     """Changes the logits of one batch of prompts before sampling.
 
-    It stores the ids of each row: the prompt's, then the new ids that `write` adds. functions:
-    called in this order, after biases and penalties. Their result must depend on their arguments
-    only, because they also get draft tokens that are rejected later, and rows in any order.
+    It stores the ids of each row: the prompt's, then the new ids that `write` adds. functions: of
+    the caller, called in this order after biases and penalties. Their result must depend on their
+    arguments only, because they also get draft tokens that are rejected later, and rows in any
+    order.
     """
 
     def __init__(
@@ -44,39 +46,41 @@ class LogitsProcessors:
         functions: Sequence[LogitsProcessor],
         device: torch.device,
     ):
-        """prompts: the ids of each row. device: of the logits. Reserves room for
-        config.max_new_tokens new ids in each row."""
+        """Store the prompts, and reserve room for config.max_new_tokens new ids after each.
+
+        prompts: the ids of each row's prompt. device: of the logits.
+        """
         self.config, self.functions = config, functions
         L = max(map(len, prompts)) + config.max_new_tokens
         # Id 0 after the end of a text is padding: the masks in __call__ exclude it.
         padded = [[*prompt, *[0] * (L - len(prompt))] for prompt in prompts]
         self.ids = torch.tensor(padded, device=device)  # (B, L)
         self.prompt_lengths = torch.tensor([[len(p)] for p in prompts], device=device)  # (B, 1)
-        biases = list(zip(*config.logit_bias, strict=True)) or [(), ()]
+        biases = list(zip(*config.logit_bias, strict=True)) or [(), ()]  # ids, and their biases
         self.biased_ids = torch.tensor(biases[0], dtype=torch.long, device=device)
         self.biases = torch.tensor(biases[1], dtype=torch.float32, device=device)
 
     def part(self, rows: Tensor) -> "LogitsProcessors":
         """Return the processors of a part of the batch, for Sampler.select_rows. rows: (N,),
-        indices of its rows. The stored ids are copied, so a later `write` changes only one of the
-        two objects."""
+        the indices in the batch of the part's rows. The stored ids are copied, so a later `write`
+        changes only one of the two objects."""
         part = copy.copy(self)
         part.ids, part.prompt_lengths = self.ids[rows], self.prompt_lengths[rows]
         return part
 
     def write(self, tokens: Tensor, numbers: Tensor) -> None:
-        """Store new tokens, (B, T), after they were sampled or drafted. numbers: (B, T), the index
-        of each token among its row's new ids. Rejected draft tokens are overwritten later."""
+        """Store new ids, `tokens`, (B, T), after they were sampled or drafted. numbers: (B, T), the
+        index of each among its row's new ids. Rejected draft tokens are overwritten later."""
         # Only draft tokens beyond max_new_tokens are clamped; they are never returned.
         positions = (self.prompt_lengths + numbers).clamp_max(self.ids.shape[1] - 1)
         self.ids.scatter_(1, positions, tokens)
 
     def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Return the changed logits, (B, T, V), in float32.
+        """Return the changed logits, (B, T, V), in float32; `logits` stay as they are.
 
         logits: (B, T, V). numbers: (B, T), the index among its row's new ids of the token that is
         sampled from these logits. The ids before this token must have been written: penalties
-        depend on them. The repetition penalty also counts the prompt's ids, the others do not.
+        depend on them. Only the repetition penalty counts the prompt's ids, too.
         """
         config, logits = self.config, logits.to(torch.float32, copy=True)
         if len(self.biased_ids):
@@ -95,7 +99,7 @@ class LogitsProcessors:
         return self._call_functions(logits, numbers) if self.functions else logits
 
     def _counts(self, mask: Tensor, logits: Tensor) -> Tensor:
-        """Return (B, T, V): how often each id of the vocabulary stands at the positions of its row
+        """Return (B, T, V): how often each id of the vocabulary stands in the row, at the positions
         where mask, (B, T, L), is true. logits: (B, T, V), for shape and dtype of the result."""
         ids = self.ids.unsqueeze(1).expand_as(mask)  # (B, T, L)
         return torch.zeros_like(logits).scatter_add_(2, ids, mask.to(logits.dtype))
@@ -103,8 +107,8 @@ class LogitsProcessors:
     def _call_functions(self, logits: Tensor, numbers: Tensor) -> Tensor:
         """Return logits, (B, T, V), changed by the caller's functions. logits are overwritten.
 
-        A function takes texts of one length, because padding could change its result. So it is
-        called once for each length that occurs. With a GPU the host waits for the lengths.
+        A function gets only texts of one length in a call, because padding could change its result,
+        and is called once for each length that occurs. With a GPU the host waits for the lengths.
         """
         B, T, V = logits.shape
         logits = logits.view(B * T, V)
@@ -121,8 +125,9 @@ class LogitsProcessors:
 
 
 def checked(function: LogitsProcessor, result: Any, logits: Tensor) -> Tensor:
-    """Return a logits processor's result in float32. Raises ValueError, naming the function, unless
-    it is a floating-point tensor of the shape of `logits`, which the function got."""
+    """Return the result of a logits processor in float32. Raises ValueError, naming the processor,
+    unless the result is a floating-point tensor of the shape of `logits`, the processor's
+    argument."""
     if isinstance(result, Tensor) and result.shape == logits.shape and result.is_floating_point():
         return result.float()
     what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__

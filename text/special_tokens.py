@@ -32,8 +32,8 @@ Added = list[tuple[int | None, AddedToken]]  # (id, token); None: the token gets
 class TokenizerConfig:
     """The values of the JSON files next to a vocabulary.
 
-    has_added_tokens_decoder: whether tokenizer_config.json has that key. Each method and property
-    raises ValueError, naming the file and the key, if a value has the wrong type.
+    has_added_tokens_decoder: whether tokenizer_config.json has that key, not null. Each method and
+    property raises ValueError, naming the file and the key, if a value has the wrong type.
     """
 
     def __init__(self, directory: Path):
@@ -57,8 +57,9 @@ class TokenizerConfig:
     def names(self) -> dict[str, str]:
         """The texts of the tokens that the files name, by key: {"eos_token": "</s>", ...}.
 
-        Keys are TOKEN_KEYS, with "" for null, and other keys that end in _token, and those of an
-        object under extra_special_tokens, which have a text and which chat templates may use.
+        The keys are those of TOKEN_KEYS that the files have, with "" for null. For chat templates
+        there are also other keys that end in _token, and the keys of an object under
+        extra_special_tokens, if their value is a text.
         """
         both = self._config | self._overrides
         texts = {key: self._text(key, both[key]) for key in TOKEN_KEYS if key in both}
@@ -68,14 +69,14 @@ class TokenizerConfig:
         return {key: others[key] for key in others if isinstance(others[key], str)} | texts
 
     def special_texts(self) -> list[str]:
-        """Return the texts of the tokens of TOKEN_KEYS that have a text."""
+        """Return the texts under TOKEN_KEYS that are not empty."""
         return [self.names[key] for key in TOKEN_KEYS if self.names.get(key)]
 
     @cached_property
     def added(self) -> Added:
-        """The added tokens as (id, token): first those with an id, in the order of ids, then the
-        tokens under EXTRA_KEYS, whose id is None, without those that already have an id. Tokens of
-        TOKEN_KEYS are special, whatever their flag is."""
+        """The added tokens as (id, token): first those with an id, in the order of ids, then those
+        under EXTRA_KEYS that are not among the former, with None for an id. Tokens of TOKEN_KEYS
+        are special, whatever their flag is."""
         extra, named = self._extra(), self.special_texts()
         special = {*named, *(token.content for token in extra)}
         added = sorted(self._numbered(special), key=lambda entry: entry[0])
@@ -94,7 +95,7 @@ class TokenizerConfig:
         return [entry for entry in entries if entry is not None]
 
     def model_vocab_size(self) -> int:
-        """Return vocab_size of config.json, or 0 if it is absent."""
+        """Return vocab_size of config.json, or 0 if it is absent or no integer."""
         size = self._other("config.json").get("vocab_size")
         return size if isinstance(size, int) else 0
 
@@ -117,9 +118,9 @@ class TokenizerConfig:
         return None
 
     def _default_template(self, file: str, value: Any) -> str | None:
-        """Return the template in the value of a "chat_template" key. The value is a template, or
-        several with names, of which the one named "default" is returned (None if there is none):
-        {name: template} or [{"name": ..., "template": ...}, ...]. file: for error messages."""
+        """Return the template in `value`, the value of a "chat_template" key: a template, or
+        several with names, {name: template} or [{"name": ..., "template": ...}, ...]. Of several
+        it is the one named "default", or None if there is none. file: for error messages."""
         template = value
         if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
             value = {str(entry.get("name")): entry.get("template") for entry in value}
@@ -134,7 +135,8 @@ class TokenizerConfig:
         added_tokens.json.
 
         special: the texts of special tokens. They are needed for added_tokens.json, which has only
-        texts and ids; added_tokens_decoder has a flag "special" for each token.
+        texts and ids; added_tokens_decoder may have a flag "special" for each token, whose default
+        is false.
         """
         key, decoder = "added_tokens_decoder", self._config.get("added_tokens_decoder")
         if self.has_added_tokens_decoder:
@@ -164,7 +166,8 @@ class TokenizerConfig:
 
     def _text(self, key: str, value: Any) -> str:
         """Return the text of a token that JSON describes by a text, by an object with the text as
-        "content", or by null (""). Raises ValueError for another value. key: for the message."""
+        "content", or by null (""). Raises ValueError for another value, and for half of a surrogate
+        pair, which UTF-8 cannot encode. key: for the message."""
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str | None) or re.search("[\ud800-\udfff]", text or ""):
             raise self._wrong(key, value, "a token's text or null")
@@ -185,16 +188,16 @@ class TokenizerConfig:
         return AddedToken(text, **{"normalized": not flags["special"], **flags})
 
     def _id(self, key: str, value: Any, file: str = "tokenizer_config.json") -> int:
-        """Return `value` if it is a token id, an integer from 0 to MAX_IDS - 1; else raise
-        ValueError. key, file: where the value stands, for the message."""
+        """Return `value` if it is a token id, an integer from 0 to MAX_IDS - 1. Raises ValueError
+        if it is not. key, file: where the value stands, for the message."""
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_IDS:
             raise self._wrong(key, value, f"a token id from 0 to {MAX_IDS - 1}", file)
         return value
 
     def _other(self, file: str) -> dict[str, Any]:
-        """Return the object in a JSON file. The config.json of a model that reads images, too, has
-        some values of its language model in the object "text_config"; the outer ones count first.
-        """
+        """Return the object in a JSON file, {} if the file does not exist. The config.json of a
+        model that also reads images has some values of its language model in "text_config": they
+        are added to the outer ones, which count first unless they are null."""
         config = read_config(self.directory / file)
         inner = config.get("text_config") if file == "config.json" else None
         outer = {key: value for key, value in config.items() if value is not None}
@@ -204,8 +207,8 @@ class TokenizerConfig:
         self, key: str, value: Any, expected: str, file: str = "tokenizer_config.json"
     ) -> ValueError:
         """Return the error for a value of the wrong type, for the caller to raise. expected: the
-        valid values, in words. It names the file that has the value: a key in
-        special_tokens_map.json overrides the same key in tokenizer_config.json."""
+        valid values, in words. The error names special_tokens_map.json in place of
+        tokenizer_config.json if the former has the key, because its value then counts."""
         if key in self._overrides and file == "tokenizer_config.json":
             file = "special_tokens_map.json"
         shown = json.dumps(value)

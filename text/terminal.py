@@ -18,12 +18,13 @@ PASTE_SECONDS = 0.05  # a line that follows within this time belongs to the same
 class Messages:
     """Reads a user's messages from stdin. Raises ValueError if stdin is closed.
 
-    under_torchrun: torchrun ends all processes at a SIGINT. So during a chat the terminal is set to
-    send Ctrl-C as the byte 0x03 and no signal, and `stoppable` polls stdin for this byte.
+    under_torchrun: whether torchrun started this process. torchrun ends all processes at a SIGINT,
+    so during a chat the terminal is set to send Ctrl-C as the byte 0x03 and no signal, and
+    `stoppable` polls stdin for this byte. polls_ctrl_c: whether this is so.
     """
 
     def __init__(self, under_torchrun: bool = False):
-        """Check stdin. polls_ctrl_c: whether Ctrl-C arrives as a byte, which must be polled."""
+        """Check stdin. The terminal changes only within `opened`."""
         if sys.stdin is None or sys.stdin.closed:
             raise ValueError("a chat reads its messages from stdin, which is closed")
         if hasattr(sys.stdin, "reconfigure"):  # not if a program has replaced stdin
@@ -61,16 +62,16 @@ class Messages:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """Yield a function that returns whether the user has pressed Ctrl-C since its last call. It
-        is called while an answer is generated.
+        """Yield a function, to be called while an answer is generated, that returns whether the
+        user has pressed Ctrl-C since its last call.
 
-        It needs Ctrl-C as a byte (polls_ctrl_c), and then reads and discards the keyboard's input.
-        Otherwise it returns False, because Ctrl-C raises KeyboardInterrupt.
+        If Ctrl-C arrives as a byte (polls_ctrl_c), the function reads and discards the keyboard's
+        input. Otherwise it returns False, because Ctrl-C raises KeyboardInterrupt.
         """
         if not self.polls_ctrl_c:
             yield lambda: False
             return
-        with changed_terminal(termios.ICANON | termios.ECHO):
+        with changed_terminal(without=termios.ICANON | termios.ECHO):
             yield ctrl_c_pressed
 
     def _input(self) -> str:
@@ -88,7 +89,8 @@ class Messages:
 
 def use_readline() -> bool:
     """Let Python's `input` edit lines with readline. Return whether `input` now returns a paste of
-    several lines as one text (bracketed paste): it needs GNU readline and a terminal."""
+    several lines as one text (bracketed paste), which needs GNU readline and a terminal as stdout.
+    """
     try:
         import readline  # `input` uses it once it is imported
     except ImportError:
@@ -105,8 +107,8 @@ def use_readline() -> bool:
 def changed_terminal(without: int = 0) -> Iterator[None]:
     """Let the terminal send Ctrl-C as a byte instead of a signal, in this block.
 
-    without: local flags of termios that are cleared in the block, too. ICANON: input waits for the
-    end of a line; ECHO: typed characters are shown. 0: none.
+    without: local flags of termios that are cleared in the block, too; 0: none. With ICANON input
+    waits for the end of a line; with ECHO typed characters are shown.
     """
     terminal = sys.stdin.fileno()
     before, changed = termios.tcgetattr(terminal), termios.tcgetattr(terminal)

@@ -16,9 +16,9 @@ The vocabulary is tokenizer.json (its post-processor), tokenizer.model or vocab.
 eos_token come from special_tokens_map.json, then from tokenizer_config.json; the former is ignored
 if the latter has an added_tokens_decoder. This order is the order of transformers. There the
 tokenizer determines BOS, because config.json may have a library's default values; a bos_token of
-null, as Qwen has it, means that the tokenizer has no BOS but that of its vocabulary. The generation
-config determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model
-has it, or if it is the id of <unk> or of an empty text.
+null, as Qwen has it, means that only the vocabulary may name a BOS. The generation config
+determines EOS. An id is invalid if it is negative, if neither the tokenizer nor the model has it,
+or if it is the id of <unk> or of an empty text.
 """
 
 import codecs
@@ -59,7 +59,7 @@ class TextStream:
         return self._utf8.decode(data)
 
     def special_name(self, token: int) -> str:
-        """Return the name of a special token, such as "</s>", and "" for an ordinary id."""
+        """Return the name of a special token, such as "</s>"; "" for an id that stands for text."""
         return "" if self._backend.token_bytes(token) else self._backend.id_to_token(token)
 
     def flush(self) -> str:
@@ -70,9 +70,9 @@ class TextStream:
 class Tokenizer:
     """Encodes and decodes text with the special tokens and the chat template of a checkpoint.
 
-    bos_id: None if the checkpoint has no BOS; bos_token: its text. eos_ids: each of them ends a
-    text. vocab_size: the number of ids, special tokens included. chat_template: Jinja source, or
-    None.
+    bos_id, bos_token: the id and the text of BOS; None and "" if the checkpoint has no BOS.
+    eos_ids: each of them ends a text. vocab_size: 1 + the largest id, that of special tokens
+    included. chat_template: Jinja source, or None.
     """
 
     def __init__(
@@ -84,8 +84,9 @@ class Tokenizer:
         chat_template: str | None = None,
         add_bos: bool | None = None,
     ):
-        """names: the texts of special tokens by key ("eos_token"), for the chat template. add_bos:
-        whether encode adds BOS; None: as the vocabulary asks (Backend.adds_bos)."""
+        """names: the texts of special tokens by key, such as "eos_token", for the chat template;
+        that of "bos_token" is the attribute bos_token. add_bos: whether encode adds BOS; None: as
+        the vocabulary asks (Backend.adds_bos)."""
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self.vocab_size = backend.vocab_size
         self.chat_template = chat_template
@@ -99,9 +100,9 @@ class Tokenizer:
 
         special: whether the names of special tokens in the text become their ids. By default they
         are plain characters, so that a document cannot forge the end of a turn; the output of a
-        chat template needs special=True. BOS is never added before a BOS. Half of a surrogate pair,
-        which JSON strings and command-line arguments can hold, becomes U+FFFD. Raises ValueError if
-        the tokenizer library fails.
+        chat template needs special=True. No BOS is added if the ids begin with one. Half of a
+        surrogate pair, which JSON strings and command-line arguments can hold, becomes U+FFFD.
+        Raises ValueError if the tokenizer library fails.
         """
         with library_errors("the tokenizer failed on this text"):
             ids = self._backend.encode(without_surrogates(text), special)
@@ -117,8 +118,8 @@ class Tokenizer:
         return self._backend.special_id(text)
 
     def id_to_text(self, token: int) -> str:
-        """Return the text of one id, with U+FFFD for part of a character, or the name of a special
-        token."""
+        """Return the text of one id, with U+FFFD for part of a character; for a special token
+        return its name."""
         data = self._backend.token_bytes(token)
         return data.decode("utf-8", "replace") or self._backend.id_to_token(token)
 
@@ -131,10 +132,10 @@ class Tokenizer:
     ) -> list[int]:
         """Return the ids of a conversation, [{"role": "user", "content": "Hello"}, ...].
 
-        variables: see chat_text. BOS is present if the template writes it. As in transformers, the
-        names of special tokens become ids in the messages too: check untrusted messages before the
-        call. Raises ValueError if the checkpoint has no template, or if the template fails or
-        rejects the messages.
+        add_generation_prompt, variables: see chat_text. BOS is present if the template writes it.
+        As in transformers, the names of special tokens become ids in the messages, too: check
+        untrusted messages before the call. Raises ValueError if the checkpoint has no template, or
+        if the template fails or rejects the messages.
         """
         text = self.chat_text(messages, add_generation_prompt, **variables)
         return self.encode(text, bos=False, special=True)
@@ -144,13 +145,14 @@ class Tokenizer:
     ) -> str:
         """Return the text that the chat template makes of a conversation, before it is encoded.
 
-        Keys of a message whose value is None are dropped, as in transformers: templates ask whether
-        a message has a key, and OpenAI's interface writes "tool_calls": null.
+        messages: [{"role": "user", "content": "Hello"}, ...]. Keys of a message whose
+        value is None are dropped, as in transformers: templates ask whether a message has a key,
+        and OpenAI's interface writes "tool_calls": null.
 
         add_generation_prompt: whether the text ends with the beginning of the model's answer.
         variables: further values that the template reads, such as tools=[...] and, for Qwen3 and
         SmolLM3, enable_thinking=False; JSON must be able to represent them. Raises ValueError if
-        the checkpoint has no template, or if it fails or rejects the messages.
+        the checkpoint has no template, or if the template fails or rejects the messages.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -165,10 +167,10 @@ class Tokenizer:
 
 
 def first_difference(a: Tokenizer, b: Tokenizer) -> str | None:
-    """Describe the first id that two tokenizers decode differently; None if no id differs.
+    """Describe the first id that two tokenizers decode differently; return None if there is none.
 
-    Compared before speculative decoding: draft and target model exchange ids, so each id must stand
-    for the same bytes in both.
+    Called before speculative decoding: the draft model's ids become the model's, so each id must
+    stand for the same bytes in both.
     """
     if a.vocab_size != b.vocab_size:
         return f"the tokenizers have {a.vocab_size} and {b.vocab_size} ids"
@@ -196,7 +198,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = TokenizerConfig(Path(directory))
     backend = open_backend(config.directory, config)
     bos, eos, own_eos = find_bos_and_eos(backend, config)
-    # Templates get the texts of the ids that were found, "" without one, not those of the files.
+    # A template gets the texts of the ids that were found, "" if none was: the texts in the files
+    # may be of ids that are not valid.
     names = config.names | {
         "bos_token": "".join(map(backend.id_to_token, bos[:1])),
         "eos_token": "".join(map(backend.id_to_token, own_eos[:1])),
@@ -210,17 +213,18 @@ def find_bos_and_eos(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return three tuples of ids: BOS, EOS, and the eos_token that chat templates write.
 
-    Each comes from its first source with a valid id, in the order of the table at the top of this
-    file. BOS and eos_token are the first id of their tuple; every id of EOS ends a text. eos_token
-    may differ from EOS, because generation_config.json comes first for EOS only.
+    The ids of a tuple come from its first source with a valid id, in the order of the table at the
+    top of this file; () if no source has one. BOS and eos_token are the first id of their tuple;
+    every id of EOS ends a text. eos_token may be no EOS: its first source is the tokenizer's
+    eos_token, and that of EOS is generation_config.json.
     """
     own_eos = named_id(backend, config, "eos_token")
-    # Each has two lists of ids: those of generation_config.json, and those of config.json.
+    # Two lists of lists: the ids in generation_config.json, then the ids in config.json.
     bos_ids, eos_ids = (
         [config.ids(file, key) for file in ("generation_config.json", "config.json")]
         for key in ("bos_token_id", "eos_token_id")
     )
-    if config.names.get("bos_token") == "":  # null
+    if config.names.get("bos_token") == "":  # it is null: see the top of this file
         bos_ids = []
     size = max(backend.vocab_size, config.model_vocab_size())
     bos = first_valid(
@@ -231,8 +235,8 @@ def find_bos_and_eos(
 
 
 def named_id(backend: Backend, config: TokenizerConfig, name: str) -> list[int | None]:
-    """Return [id] of the token that the config has under a key such as "eos_token", or [None]. The
-    list serves as a source of first_valid."""
+    """Return [id] of the token whose text the config has under `name`, such as "eos_token"; [None]
+    if there is none. The list is a source for first_valid."""
     return [backend.token_to_id(config.names.get(name, ""))]
 
 

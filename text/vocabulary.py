@@ -7,7 +7,8 @@ Of several formats in one folder the first in this order is read, as in transfor
 Words: a piece is a token's text in the notation of its format ("▁the", "Ġthe"); a special token,
 such as </s>, stands for no text; an added token is listed in the checkpoint's JSON files, and text
 is split at it before the vocabulary encodes the parts. `special` in `encode`: whether the names of
-special tokens in the text become their ids, else they are plain text.
+special tokens in the text become their ids, else they are plain text. `tk` is a tokenizer of the
+library tokenizers.
 
 Source: the libraries tokenizers and sentencepiece. Tiktoken files follow tiktoken (merge the
 adjacent pair whose joined bytes have the lowest rank) with the split pattern and the special tokens
@@ -63,7 +64,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # sentencepiece's piece of one byte
 
 def open_backend(directory: Path, config: TokenizerConfig) -> "Backend":
     """Read the vocabulary in a checkpoint's directory, in the first format of FORMATS whose files
-    are there, and add the added tokens of the config.
+    are there, and add the added tokens of the config. Return its Backend.
 
     Raises FileNotFoundError if the directory has no vocabulary, and ValueError naming the file that
     cannot be read.
@@ -89,8 +90,8 @@ def open_backend(directory: Path, config: TokenizerConfig) -> "Backend":
 def library_errors(what: str) -> Iterator[None]:
     """Turn any error of a tokenizer library in this block into a ValueError: `what (message)`.
 
-    A panic of the library's Rust code raises a BaseException and prints to stderr; the print is
-    suppressed, as all other output to stderr in the block. Ctrl-C, exit and MemoryError pass.
+    A panic of the library's Rust code raises a BaseException and prints to stderr, so all output to
+    stderr in the block is suppressed. Ctrl-C, exit and MemoryError pass.
     """
     try:
         with stderr_to_devnull():
@@ -139,9 +140,9 @@ def one_line(err: BaseException) -> str:
 class Backend(Protocol):
     """The interface of a vocabulary, in each of the formats.
 
-    It never adds BOS itself. Tokenizer (tokenizer.py) does, and may replace the vocabulary's BOS
-    and EOS by those of the config files. `text` in special_id and token_to_id is a token's name,
-    such as "</s>".
+    It never adds BOS. Tokenizer (tokenizer.py) does, and may replace the vocabulary's BOS and EOS
+    by those of the config files. `token` is an id. `text` in special_id and token_to_id is a
+    token's text, such as "</s>".
     """
 
     vocab_size: int  # 1 + the largest id; ids may have gaps
@@ -160,8 +161,8 @@ class Backend(Protocol):
 
 
 class TokenizersBackend:
-    """A Backend on a tokenizers.Tokenizer, which is read from tokenizer.json or built by
-    _from_ranks or _from_merges."""
+    """A Backend on a tokenizers.Tokenizer, which _from_json reads from tokenizer.json, or
+    _from_ranks or _from_merges builds."""
 
     def __init__(self, tk: tokenizers.Tokenizer, config: TokenizerConfig):
         """Add the config's added tokens to `tk`: see _add_tokens. BOS is the token that the
@@ -176,7 +177,8 @@ class TokenizersBackend:
         self._special = {t.content: i for i, t in self._added.items() if t.special}
         self.eos_ids = tuple(self._special[t] for t in EOS_TOKENS if t in self._special)
         self.vocab_size = _id_count(tk)
-        example = tk.encode("a")  # its mask has a 1 for each id that the post-processor adds
+        # The mask of its ids has a 1 for each id that the post-processor adds.
+        example = tk.encode("a")
         self.adds_bos = example.special_tokens_mask[:1] == [1]
         self.bos_id = example.ids[0] if self.adds_bos else None
 
@@ -277,10 +279,10 @@ def added_to_pieces(
     sp: sentencepiece.SentencePieceProcessor, config: TokenizerConfig
 ) -> dict[int, AddedToken]:
     """Return the tokens at which text is split, by id: <unk> and the control pieces of a
-    sentencepiece model, such as </s>, and the added tokens of the config.
+    sentencepiece model, such as </s>, which become special tokens, and the added tokens of the
+    config.
 
-    <unk> and the control pieces are special tokens of the model itself. An added token without an
-    id gets the id of the piece with the same text, else the next free id.
+    An added token without an id gets the id of the piece with the same text, else the next free id.
     """
     is_control = sp.is_control(list(range(sp.vocab_size())))
     ids = [sp.unk_id(), *(i for i, control in enumerate(is_control) if control)]
@@ -296,8 +298,8 @@ def added_to_pieces(
 
 
 def with_control_pieces(model: bytes, texts: Iterable[str]) -> bytes:
-    """Return a sentencepiece model in which the user-defined pieces with these texts are control
-    pieces.
+    """Return a copy of a sentencepiece model, the bytes of its file, in which the user-defined
+    pieces with these texts are control pieces.
 
     sentencepiece encodes the text of a user-defined piece as that piece wherever it occurs, so that
     a prompt could forge Gemma's <start_of_turn>. It never encodes text as a control piece.
@@ -323,13 +325,14 @@ class AddedTokenSplitter:
     """
 
     def __init__(self, added: dict[int, AddedToken]):
+        """added: the tokens by id. The library numbers them in its own way, so _ids maps its ids to
+        those of `added`."""
         self._tk = tokenizers.Tokenizer(models.WordLevel({"": 0}, unk_token=""))
         self._tk.add_tokens(list(added.values()))
         self._ids = {self._tk.token_to_id(token.content): i for i, token in added.items()}
 
     def __call__(self, text: str, special: bool) -> Iterator[str | int]:
         """Yield the parts of a text in order: the id of an added token, or the text between two.
-        The ids are those of the argument `added`, not those that the library gives.
 
         special: whether the names of special tokens are split off; else they are plain text.
         """
@@ -368,12 +371,13 @@ class IdBackend:
 
 
 def special_token(text: str) -> AddedToken:
+    """Return a special token that is looked for in a text before the text is normalized."""
     return AddedToken(text, special=True, normalized=False)
 
 
 def _add_tokens(tk: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Add the config's added tokens to `tk`. A token that `tk` has already is replaced, flags and
-    all, only if added_tokens_decoder lists it: no other file gives flags.
+    """Add the config's added tokens to `tk`. An added token that `tk` has already is replaced, with
+    its flags, only if added_tokens_decoder lists it: no other file gives flags.
 
     A token of TOKEN_KEYS, such as eos_token, becomes special if the vocabulary has it. A token that
     is special in `tk` stays special: the library would omit its text in any case.
@@ -394,8 +398,8 @@ def _add_tokens(tk: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
 
 
 def _id_count(tk: tokenizers.Tokenizer) -> int:
-    """Return 1 + the largest id. If each id below the number of tokens has a token, then no id is
-    larger. If ids have gaps, the whole vocabulary is read, which takes twice the time: 0.7 s for
+    """Return 1 + the largest id. It is the number of tokens if each id below that number has a
+    token. If ids have gaps, the whole vocabulary is read, which takes twice the time: 0.7 s for
     262,000 tokens."""
     count = tk.get_vocab_size()
     if None not in map(tk.id_to_token, range(count)):
@@ -404,25 +408,25 @@ def _id_count(tk: tokenizers.Tokenizer) -> int:
 
 
 def _piece_rules(decoder) -> tuple[Callable[[str], bytes], Callable[[str], bytes], bool]:
-    """Return two functions from a text to its bytes, the first for the texts of pieces, the second
-    for those of added tokens, and whether decoding removes the space before the first word.
+    """Return three values: a function from a piece to its bytes, a function from an added token's
+    text to its bytes, and whether decoding removes the space before the first word.
 
-    decoder: of a tokenizers.Tokenizer, or None: then the library joins the texts of the tokens with
-    spaces, which is refused, too. tokenizer.json files describe the same decoder in
-    many ways, so it is recognised by the texts that it returns for two examples. Raises ValueError
-    for a decoder that is neither GPT-2's (byte level) nor sentencepiece's (metaspace).
+    decoder: of a tokenizers.Tokenizer; None: the library joins pieces with spaces. Files describe
+    the same decoder in many ways, so it is recognised by the texts that it returns for two
+    examples. Raises ValueError for None, and for a decoder that is neither GPT-2's (byte level) nor
+    sentencepiece's (metaspace).
     """
     decode = decoder.decode if decoder else " ".join
     if decode(["Ġa"]) == " a":
         return _byte_level_bytes, str.encode, False
     if decode(["a", "▁a"]) == "a a":
-        # Gemma's runs of spaces are added tokens, written "▁▁".
+        # Added tokens, too: some of Gemma's are runs of spaces, written "▁▁".
         return _metaspace_bytes, _metaspace_bytes, decode(["▁a"]) == "a"
     raise ValueError("its decoder is neither GPT-2's nor sentencepiece's")
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    """Return the bytes of a token that is written in GPT-2's byte alphabet (see CHAR_OF)."""
+    """Return the bytes of a piece that is written in GPT-2's byte alphabet (see CHAR_OF)."""
     try:
         return bytes(map(BYTE_OF.__getitem__, piece))
     except KeyError:  # a piece with other characters is plain text
@@ -430,10 +434,13 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 
 def _metaspace_bytes(piece: str) -> bytes:
-    """Return the bytes of a sentencepiece token: "▁" is a space, and <0x0A> is one byte."""
+    """Return the bytes of a sentencepiece piece: "▁" is a space, and <0x0A> is the byte 10."""
     if BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace("▁", " ").encode()
+
+
+# --- the readers of FORMATS
 
 
 def _from_json(path: Path, config: TokenizerConfig) -> Backend:
@@ -475,7 +482,8 @@ def _from_ranks(path: Path, config: TokenizerConfig) -> Backend:
 
 
 def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Return the pre-tokenizer of a byte-level vocabulary with a split pattern of its own."""
+    """Return the pre-tokenizer of a byte-level vocabulary with another split pattern than GPT-2's:
+    it splits text into the matches of the pattern, and writes each in GPT-2's byte alphabet."""
     # "isolated": each match of the pattern is a piece of its own, within which tokens are merged.
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     to_alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -484,8 +492,8 @@ def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 def _from_merges(vocab: Path, merges: Path, config: TokenizerConfig) -> Backend:
     """Read vocab.json (piece -> id) and merges.txt (pairs of pieces), and build Qwen's tokenizer if
-    the config names it, else GPT-2's. In OPT's vocabulary, whose id 2 is </s>, this token is both
-    BOS and EOS."""
+    the config names it, else GPT-2's. A vocabulary whose id 2 is </s> is OPT's: there this token is
+    both BOS and EOS."""
     pieces, pairs = models.BPE.read_file(str(vocab), str(merges))
     used_ids = set(pieces.values())
     # Added tokens get their ids here, because the library would number them without gaps.
@@ -505,7 +513,7 @@ def _byte_level(
     tk: tokenizers.Tokenizer, special: list[str], bos: str, config: TokenizerConfig
 ) -> Backend:
     """Complete a byte-level tokenizer: set its decoder, add its special tokens, and let it put
-    `bos` before each text if `bos` is in `special`. Return its backend. special: the texts of the
+    `bos` before each text if `bos` is in `special`. Return its backend. special, bos: texts of
     special tokens."""
     tk.decoder = decoders.ByteLevel()
     tk.add_special_tokens(special)
@@ -515,7 +523,9 @@ def _byte_level(
     return TokenizersBackend(tk, config)
 
 
-FORMATS = {  # in order of preference
+# Names of the files of a format -> its reader, a function of their paths and the config; in order
+# of preference.
+FORMATS = {
     ("tokenizer.json",): _from_json,
     ("tokenizer.model",): _from_model,
     ("vocab.json", "merges.txt"): _from_merges,

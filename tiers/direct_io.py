@@ -21,10 +21,10 @@ from pathlib import Path
 from torch import Tensor
 
 LARGE_REQUEST_BYTES = 4 * 2**20  # larger requests are no faster
-SMALL_REQUEST_BYTES = 2**20  # if the disk also has the KV cache, so that its reads wait less long
+SMALL_REQUEST_BYTES = 2**20  # if the disk also has cells, so that reads of cells wait less long
 REQUESTS_IN_FLIGHT = 8
 # The error numbers of open() on a file system without O_DIRECT. A read that the disk refuses, for
-# example one of less than its block size, has the same ones.
+# example one of less than the disk's block size, fails with the same numbers.
 ERRNOS_WITHOUT_O_DIRECT = errno.EINVAL, errno.ENOTSUP
 
 Pieces = Iterable[tuple[int, Tensor]]  # (offset in the file, bytes in memory)
@@ -36,14 +36,14 @@ cache_threads = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, "cells")
 
 class DirectFile:
     """An open file. direct: whether O_DIRECT is used; request_bytes: the largest size of one
-    request; threads: the pool whose threads make the requests. The last two begin with the values
-    for the KV cache and activations; offload.py changes them for a file of layers."""
+    request; threads: the executor whose threads make the requests. The last two have the values for
+    the KV cache and activations at first; offload.py changes them for a file of layers."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY):
         """Open the file with O_DIRECT, or without it if the file system lacks it. flags: as for
         os.open. Raises OSError."""
         self.path, self.request_bytes, self.threads = path, SMALL_REQUEST_BYTES, cache_threads
-        try:
+        try:  # 0o600: the mode of the file, if the flags let open() make one
             self._file = os.open(path, flags | os.O_DIRECT, 0o600)
             self.direct = True
         except OSError as error:
@@ -53,7 +53,7 @@ class DirectFile:
         self._size = os.fstat(self._file).st_size
 
     def __del__(self):
-        if hasattr(self, "_file"):
+        if hasattr(self, "_file"):  # not if os.open failed
             os.close(self._file)
 
     def fileno(self) -> int:
@@ -69,8 +69,8 @@ class DirectFile:
         self._transfer(os.preadv, pieces)
 
     def write(self, pieces: Pieces) -> None:
-        """Write each piece to the file, up to the file's size. Pieces are aligned as for `read`.
-        Raises OSError."""
+        """Write each piece to its offset in the file; bytes past the file's size are not written.
+        Pieces are aligned as for `read`. Raises OSError."""
         self._transfer(os.pwritev, pieces)
 
     def _transfer(self, call: Callable[..., int], pieces: Pieces) -> None:

@@ -23,9 +23,9 @@ from tiers.prefetch import record_event, to_device
 class HostAttention:
     """A cache in host memory whose attention the host computes for a block on the device.
 
-    It takes the place of a KVCache, whose tensors are in host memory (_cache). The calling thread
-    waits for the host; the device can compute other micro-batches that other threads launch
-    (offload.compute_in_threads).
+    The block uses it as a KVCache (AttentionCache in layers/kv_cache.py). _cache: the KVCache that
+    holds the tensors, in host memory. The calling thread waits for the host; meanwhile the device
+    can compute other micro-batches, which other threads launch (offload.compute_in_threads).
     """
 
     # One micro-batch at a time attends, and its attention uses all cores of the host.
@@ -35,8 +35,8 @@ class HostAttention:
         self._cache = cache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """Store k and v, (B, T, G, E), in slots pos, (B, T); return the attention of
-        queries q, (B, T, H, E), to the cache, in that shape. All tensors are on the device.
+        """Store k and v, (B, T, G, E), in slots pos, (B, T); return the attention of queries q,
+        (B, T, H, E), to the cache, in that shape. All tensors are on the device.
 
         mask: (B, 1, R*T, S), see Transformer.mask. Called by the block's attention, as
         KVCache.attend is.
@@ -50,8 +50,8 @@ class HostAttention:
         return to_device(y, q.device)
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
-        """Return copies of tensors in host memory; they are on the device. Waits for these copies,
-        and not for work that other threads give to the same CUDA stream later."""
+        """Copy tensors from the device to host memory; return the copies. Waits for these copies,
+        and not for work that other threads queue on the same CUDA stream later."""
         copies = [t.to(self._cache.device, non_blocking=True) for t in tensors]
         if copied := record_event(tensors[0].device):
             copied.synchronize()
@@ -62,16 +62,18 @@ class HostAttention:
         return HostAttention(self._cache.part(rows))
 
     def take(self, source: "KVCache | HostAttention", rows: Tensor, filled: int) -> None:
-        """Copy the first `filled` positions of rows of another cache, as KVCache.take, to the rows
-        of this one. rows: (B,), their numbers in `source`."""
+        """Copy the first `filled` slots of some rows of another cache to the rows of this one, in
+        order, as KVCache.take does. rows: (B,), numbers of rows in `source`."""
         self._cache.take(source, rows, filled)
 
     def buffers(self) -> Iterator[Tensor]:
+        """Return the tensors of the cache, which `take` copies."""
         return self._cache.buffers()
 
 
 class SparseHostAttention(HostAttention):
-    """Attention that reads all keys, but values only of the tokens with the highest weights.
+    """Attention that reads all keys, but values only of the tokens with the highest attention
+    weights.
 
     It is an approximation, for rows with one new token; the attention of prompts is exact (FlexGen,
     section 5). share: the share of the visible tokens whose values are read, in (0, 1).
@@ -94,13 +96,13 @@ class SparseHostAttention(HostAttention):
     def _attend_sparsely(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, pos: Tensor
     ) -> Tensor:
-        """Store k and v, (B, 1, G, E), in slots pos, (B, 1); return the approximate attention of
-        q, (B, 1, H, E), in that shape. All tensors are on the host.
+        """Store k and v, (B, 1, G, E), in slots pos, (B, 1); return the approximate attention of q,
+        (B, 1, H, E), in that shape. All tensors are on the host.
 
         For each row and key/value head, only values of the tokens with the highest weights, summed
-        over the head's queries, are read. Weights are not scaled up for the tokens that are left
-        out. mask: (B, 1, R, S), see Transformer.mask. The number of tokens that are read, `count`,
-        is that of the longest row, for all rows.
+        over the head's R queries, are read. Weights are not scaled up for the tokens that are left
+        out. mask: (B, 1, R, S), see Transformer.mask. `count`, the number of tokens whose values
+        are read, is the same for all rows: the share of the longest row's visible tokens.
         """
         k, v = self._cache.update(pos, k, v, mask.shape[-1])  # (B, S, G, E)
         q = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, R, E)

@@ -3,12 +3,12 @@
 Start at TieredCaches, which takes the place of a list with one KVCache for each layer. The caches
 are cut into cells, one for each layer and micro-batch (rows that pass through a layer together),
 each on one tier: device, host memory or disk. A resident cell is used where it is. Any other cell
-moves: its bytes are in a store (host memory or a file). They are read into a buffer while the
-device computes with earlier cells, and are used there as a KVCache; then the new slots are written
-back to the store. The buffers are used in turn and are called a ring (prefetch.py). With attention
-on the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
-host memory. Cells of layers with a sliding window are smaller: they have fewer slots than positions
-(KVCache.ring, which has nothing to do with the ring of buffers).
+moves: its bytes are in a store (host memory or a file). They are read into a prefetch buffer while
+the device computes with earlier cells, and are used there as a KVCache; then the new slots are
+written back to the store. A Prefetcher uses the buffers in turn (prefetch.py). With attention on
+the host (host_attention.py), cells in host memory are resident, and cells on disk are read into
+host memory. Cells of layers with a sliding window are smaller: they are rings (KVCache.ring), with
+fewer slots than positions.
 
 Based on FlexGen (arXiv 2303.06865, section 4.2).
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from host.memory import BLOCK_BYTES, page_aligned, round_up_to_block
 from host.torch_private import copy_with_buffers
-from layers.kv_cache import KVCache
+from layers.kv_cache import Cache, KVCache
 from model import Transformer
 from tiers.direct_io import ScratchFile
 from tiers.host_attention import HostAttention, SparseHostAttention
@@ -37,12 +37,12 @@ from tiers.policy import CACHE_BUFFERS, Policy
 from tiers.prefetch import (
     CPU,
     META,
-    BounceBuffer,
+    BouncedFile,
     Buffer,
     HostMemory,
     Layout,
     Parts,
-    Ring,
+    Prefetcher,
     Store,
     TransferWorker,
     WaitTime,
@@ -52,7 +52,7 @@ from tiers.prefetch import (
 
 def tiered_caches(
     model: Transformer, policy: Policy, rows: int, length: int, wait_time: WaitTime | None = None
-) -> Sequence[KVCache]:
+) -> Sequence[Cache]:
     """Return empty caches of all layers, of `length` positions for each of `rows` rows, on the
     policy's tiers. If the device holds all of them, they are ordinary KVCaches. Called for each
     block of texts, by load.py's place_caches.
@@ -67,21 +67,22 @@ def tiered_caches(
 
 
 class CellKind:
-    """What the cells (see Cell) of all layers with one sliding window, or with none, share:
-    their layout in memory, and how caches are built on it.
+    """What the cells (see Cell) of all layers with the same sliding window, or with none, have in
+    common: their layout in memory, and how caches are built on it.
 
     Each tensor of a cell (keys, values and, if quantised, scales) is ordered by slot, then by row.
     So its filled slots are one range of bytes; the new slots of a step are a short range if the
     rows have similar lengths. layout: of these tensors, (slots, rows, ...). ring: see KVCache.
-    slots: usable ones of a row, with a window fewer than positions; one more is allocated
+    slots: the usable slots of a row, in a ring fewer than positions; one more is allocated
     (Transformer.make_caches).
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int, window: int | None):
-        """Find the layout of a cell of `length` positions; allocates nothing.
+        """Find the layout of a cell of `length` positions; allocates nothing. window: the sliding
+        window of the layers, None: they have none.
 
         _template: a KVCache without memory, copied for caches on the model's device;
-        _host_template: for those whose attention the host computes. _slot_bytes: the bytes of one
+        _host_template: for caches whose attention the host computes. _slot_bytes: the bytes of one
         slot of all rows, by tensor.
         """
         args, weight, factory = model.args, model.tok_embeddings.weight, model.cache_factory
@@ -100,7 +101,8 @@ class CellKind:
 
         device: where the parts are. If this is the host and the model is on a GPU, the cache is a
         HostAttention, which a block on the GPU can use. With policy.cpu_attention and an
-        attention_share below 1, it is a SparseHostAttention.
+        attention_share below 1, a cache on the host is a SparseHostAttention, also for a model on a
+        CPU.
         """
         tensors = {n: t.transpose(0, 1) for n, t in self.layout.view(parts).items()}  # (g, S, ...)
         template = self._template if device == self.device else self._host_template
@@ -117,9 +119,9 @@ class CellKind:
         """Return the pairs that Store.read and Store.write take for slots first to end - 1 of a
         cell: for each tensor, the offset from the cell's first byte, and the piece of `parts`.
 
-        A piece is extended to whole blocks, which O_DIRECT needs. So a write also covers
-        neighbouring slots: their bytes in `parts` must equal the bytes in the store, except for
-        slots that have no contents yet. parts: of a buffer.
+        A piece is extended to multiples of BLOCK_BYTES, which O_DIRECT needs. So a write also
+        covers neighbouring slots: their bytes in `parts` must equal the bytes in the store, except
+        for slots that have no contents yet. parts: of a prefetch buffer.
         """
         pieces = []
         for name, offset in self.layout.offsets.items():
@@ -150,12 +152,11 @@ class Cell:
 class CellAllocator:
     """Allocates cells on their tiers, and the buffers into which cells are fetched.
 
-    kinds: the kind of each layer's cells. layout: that of the largest cell. length: usable
-    positions of a row.
+    kinds: the kind of each layer's cells. layout: the layout of the largest cell.
     """
 
     def __init__(self, model: Transformer, policy: Policy, length: int):
-        """Find the kinds of cells; allocates nothing yet."""
+        """Find the kinds of cells; allocates nothing yet. length: usable positions of a row."""
         self.policy, self.device = policy, model.tok_embeddings.weight.device
         windows = [layer.window for layer in model.args.layer_types]
         by_window = {w: CellKind(model, policy, length, w) for w in set(windows)}
@@ -163,8 +164,8 @@ class CellAllocator:
         self.layout = max((kind.layout for kind in self.kinds), key=lambda layout: layout.nbytes)
 
     def cells(self, kinds: Sequence[CellKind], tiers: Sequence[str]) -> list[Cell]:
-        """Allocate one cell of each of these kinds, on the tier of which `tiers` has the name;
-        cells on disk share one scratch file. Raises ValueError if the disk is too full."""
+        """Allocate cells: cell n has kinds[n] and is on the tier tiers[n]; cells on disk share one
+        scratch file. Raises ValueError if the disk is too full."""
         pairs = list(zip(kinds, tiers, strict=True))
         # The offset of each cell in the file, and the length of the file.
         sizes = (kind.layout.nbytes for kind, tier in pairs if tier == "disk")
@@ -186,17 +187,17 @@ class CellAllocator:
         return Cell(kind, store=HostMemory(page_aligned(kind.layout.nbytes, CPU, pin)))
 
     def _scratch_store(self, nbytes: int) -> Store:
-        """Return a store of so many bytes in a scratch file. A GPU cannot read a file directly:
-        there the bytes go through host memory as large as one cell. Raises ValueError if the disk
-        is too full."""
+        """Return a store of `nbytes` bytes in a scratch file. A GPU cannot read a file directly:
+        for a GPU the bytes pass through one bounce buffer, as large as the largest cell. Raises
+        ValueError if the disk is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
         if self._buffers_on_host():
             return scratch
         pin = self.policy.pins(self.device)
-        return BounceBuffer(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
+        return BouncedFile(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
 
     def buffer(self) -> Buffer:
-        """Allocate a buffer of the ring: memory of one cell, and for each kind of cell a cache
+        """Allocate a prefetch buffer: memory of the largest cell, and for each kind of cell a cache
         whose tensors share this memory. It is on the device, or on the host if the host computes
         the attention."""
         device = CPU if self._buffers_on_host() else self.device
@@ -205,18 +206,18 @@ class CellAllocator:
         return Buffer(parts, caches, record_event(self.device))
 
     def _buffers_on_host(self) -> bool:
-        """Return whether the ring's buffers are in host memory, so that files are read directly
-        into them: the model is on a CPU, or the host computes the attention."""
+        """Return whether the prefetch buffers are in host memory, so that files are read directly
+        into them: if the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
 
 
 class TieredCaches(Sequence["TieredCache"]):
-    """The caches of all layers, with the ring and the threads that move their cells.
+    """The caches of all layers, with the prefetcher and the threads that move their cells.
 
-    The ring's order is the order of use: for each layer, its cells that are not resident, one for
-    each micro-batch in use. The same order repeats at each step.
-    rows, length: the rows of a block of texts, and the usable positions of each. wait_time: the
-    seconds that computation waits for cells are added to it.
+    The prefetcher's order is the order of use: for each layer, its cells that are not resident, one
+    for each micro-batch in use. The same order repeats at each step.
+    rows: how many rows a block of rows has. length: the usable positions of a row. wait_time:
+    the seconds that computation waits for cells are added to it.
     """
 
     def __init__(
@@ -227,10 +228,10 @@ class TieredCaches(Sequence["TieredCache"]):
         length: int,
         wait_time: WaitTime | None = None,
     ):
-        """Allocate all cells, on the policy's tiers, and the ring's buffers. K: micro-batches.
+        """Allocate all cells, on the policy's tiers, and the prefetch buffers. K: micro-batches.
 
-        Raises ValueError if the disk is too full. The ring is empty until the first cell that is
-        not resident is acquired.
+        Raises ValueError if the disk is too full. The prefetcher has no cells until the first cell
+        that is not resident is acquired.
         """
         allocator = CellAllocator(model, policy, length)
         self.policy, self.device = policy, allocator.device
@@ -241,12 +242,14 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = allocator.cells(kinds, tiers)
         self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._ring_buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
-        self._ring, self._ring_micro_batches = Ring((), (), self._fetch, self._wait_time), 0
-        # The latest pos of `_written_span` for each kind of cell, and the spans for it.
+        self._prefetcher = Prefetcher((), (), self._fetch, self._wait_time)
+        self._prefetched_micro_batches = 0
+        # For each kind of cell: the latest `pos` of `_written_span`, and the spans for it, one for
+        # each micro-batch.
         self._spans: dict[CellKind, tuple[Tensor, list[tuple[int, int]]]] = {}
 
     def __len__(self) -> int:
@@ -260,13 +263,14 @@ class TieredCaches(Sequence["TieredCache"]):
         """Yield the cell of micro-batch k as a cache; on exit, start to write its new slots to the
         store. The write has ended on exit only if the policy does not overlap.
 
-        cell: cells[k] of the layer that is computed now. Cells must be acquired in the ring's order
-        to be prefetched. pos: (B, T), the slots in which each row of the batch writes.
+        cell: cells[k] of the layer that is computed now. Cells must be acquired in the prefetcher's
+        order to be prefetched. pos: (B, T), the slots in which each row of the batch writes.
         """
         if cell.cache is not None:
             yield cell.cache
             return
-        with self._ring_over(-(-len(pos) // self.policy.micro_batch)).acquire(cell) as buffer:
+        K = -(-len(pos) // self.policy.micro_batch)  # micro-batches in use
+        with self._prefetcher_for(K).acquire(cell) as buffer:
             try:
                 yield buffer.contents[cell.kind]
             finally:  # even after an error the device may still use the buffer
@@ -282,19 +286,21 @@ class TieredCaches(Sequence["TieredCache"]):
 
         cells: the layer's cells. rows: the old numbers of the rows, ascending; row rows[i] becomes
         row i. filled: the number of first slots that are copied for each row.
-        The old cells are read in order, and the new ones are built from them one at a time. No row
+        The old cells are read in order, and the new cells are built from them one at a time. No row
         gets a higher number, so a cell is read before it is overwritten. Cells that are not
         resident are read into the first buffer and built in the last one.
         k: the number of the old cell, m: of the new one.
         """
         g = self.policy.micro_batch
-        self._ring_over(0)  # drops prefetched cells, whose rows have the old numbers
-        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g  # rows in unchanged cells
+        self._prefetcher_for(0)  # drops prefetched cells, whose rows have the old numbers
+        # Rows that keep their numbers come first; those in whole cells need no copy.
+        unmoved = sum(i == row for i, row in enumerate(rows)) // g * g
         for k, moves in groupby(enumerate(rows[unmoved:], unmoved), lambda move: move[1] // g):
             with self._read(cells[k]) as source:
                 for m, group in groupby(moves, lambda move: move[0] // g):
                     new, old = zip(*group, strict=True)
                     self._take_rows(cells[m], new, source, old, filled)
+                    # Write the new cell once its last row is there.
                     if (new[-1] + 1) % g == 0 or new[-1] == len(rows) - 1:
                         self._write(cells[m], filled)
 
@@ -310,22 +316,22 @@ class TieredCaches(Sequence["TieredCache"]):
         the last buffer if the cell is not resident; `_write` then stores that buffer. For
         `compact`.
 
-        old, new: row numbers in the batch; those of `old` are in one cell, and so are those of
-        `new`, which are consecutive. source: the cache of the old cell.
+        source: the cache of the old cell. old, new: row numbers in the batch. All rows `old` are in
+        the old cell; all rows `new` are in `cell` and are consecutive.
         """
         g = self.policy.micro_batch
-        target = cell.cache or self._ring_buffers[-1].contents[cell.kind]
+        target = cell.cache or self._buffers[-1].contents[cell.kind]
         target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
         target_rows.take(source, torch.tensor(old) % g, filled)
 
     @contextlib.contextmanager
     def _read(self, cell: Cell) -> Iterator["KVCache | HostAttention"]:
         """Yield a cell as a cache, for `compact`. If it is not resident, it is read into the first
-        buffer, outside the ring: the ring must be empty (`_ring_over(0)`)."""
+        buffer; the prefetcher must not use it (`_prefetcher_for(0)`)."""
         if cell.cache is not None:
             yield cell.cache
             return
-        buffer = self._ring_buffers[0]
+        buffer = self._buffers[0]
         self._fetch(cell, buffer).result()
         yield buffer.contents[cell.kind]
         buffer.last_use = record_event(self.device)
@@ -335,34 +341,39 @@ class TieredCaches(Sequence["TieredCache"]):
         write the last buffer, which holds its new rows, to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
-            buffer = self._ring_buffers[-1]
+            buffer = self._buffers[-1]
             buffer.last_use = record_event(self.device)
             self._store(cell, buffer, 0, filled)
             cell.stored.result()
 
-    def _ring_over(self, K: int) -> Ring[Cell]:
-        """Return the ring over the cells of the first K micro-batches of all layers.
+    def _prefetcher_for(self, K: int) -> Prefetcher[Cell]:
+        """Return the prefetcher of the cells of the first K micro-batches of all layers.
 
-        A new ring is made if K has changed, because fewer rows are in use, and after `compact`. It
-        drops the cells that the old ring has prefetched, after all transfers have ended. K = 0
-        makes an empty ring: nothing is prefetched, and the buffers are free for other uses.
+        A new one is made if K has changed, because fewer rows are in use, and after `compact`. It
+        drops the cells that the old one has prefetched, after all transfers have ended. K = 0 makes
+        one without cells: nothing is prefetched, and the buffers are free for other uses.
         """
-        if self._ring_micro_batches != K:
+        if self._prefetched_micro_batches != K:
             # A worker has one thread, so all earlier transfers end before this result.
             for worker in (self._reader, self._writer):
                 worker.submit(lambda: None).result()
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
-            buffers = self._ring_buffers[: len(moving)]
-            self._ring = Ring(moving, buffers, self._fetch, self._wait_time, self.policy.overlap)
-            self._ring_micro_batches = K
-        return self._ring
+            self._prefetcher = Prefetcher(
+                moving,
+                self._buffers[: len(moving)],
+                self._fetch,
+                self._wait_time,
+                self.policy.overlap,
+            )
+            self._prefetched_micro_batches = K
+        return self._prefetcher
 
     def _written_span(self, kind: CellKind, k: int, pos: Tensor) -> tuple[int, int]:
         """Return the first slot that micro-batch k writes, and one past the last. Where the slots
-        begin again at 0, these are the first and the last of all.
+        of a ring begin again at 0, the span covers all slots.
 
-        pos: (B, T), the slots that each row writes. The result is computed once for all layers of a
-        kind, which are called with the same tensor object, because tolist waits for the device.
+        pos: (B, T), the slots that each row writes. tolist waits for the device, so the result is
+        computed once for all layers of a kind, which are called with the same tensor object.
         """
         if kind not in self._spans or self._spans[kind][0] is not pos:
             row_spans = torch.stack((pos.amin(1), pos.amax(1) + 1), dim=1).tolist()  # (B, 2)
@@ -375,8 +386,8 @@ class TieredCaches(Sequence["TieredCache"]):
     def _fetch(self, cell: Cell, buffer: Buffer) -> Future:
         """Start to read a cell's filled slots into a buffer; return a future of the read.
 
-        The cell must not be resident. The read begins when the device has finished with the
-        buffer, and pending writes have ended: the last write from the buffer, which the read would
+        The cell must not be resident. The read begins when the device has finished with the buffer,
+        and pending writes have ended: the last write from the buffer, which the read would
         overwrite, and the last write to the cell, which the read needs.
         """
 
@@ -429,13 +440,13 @@ class TieredCache:
     def compacted(self, rows: Sequence[int], filled: int) -> "TieredCache":
         """Move rows, whose numbers must ascend, to the front; return a view of them. Only their
         first `filled` positions are copied. The contents of other rows are lost. Called by
-        decoding.py when so many texts have ended that computing the others alone pays."""
+        decoding.py when enough texts have ended that computing only the others is faster."""
         self._caches.compact(self.cells, rows, min(filled, self.cells[0].kind.slots))
         return self.first(len(rows))
 
     def keep(self, filled: int) -> None:
         """Discard the positions from `filled` on, so that later reads of the cells are shorter.
-        Called before a prompt is read, with the number of leading tokens that the cache has. In a
-        ring, slots from `filled` on have later positions, or ones that no new token sees."""
+        Called before a prompt is read, with the number of its leading tokens that the cache has.
+        Also right for a ring: slot s holds a position of at least s, or padding."""
         for cell in self.cells:
             cell.filled = min(cell.filled, filled)

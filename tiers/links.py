@@ -6,8 +6,7 @@ In a pipeline every device is a stage: it has its share of the layers, and micro
 different stages at the same time, which hides the time of the transfers. A single text passes
 through the stages one after the other. The figures combine published times of links with the read
 rate of one device; they are not measured. generate.py --plan --link prints them (plan.on_devices).
-They agree with gpt-fast's published rates on A100s to
-within 15 % (tests/test_links.py).
+They agree with gpt-fast's published rates on A100s to within 15 % (tests/test_links.py).
 """
 
 import math
@@ -21,8 +20,9 @@ DEVICE_COUNTS = 1, 2, 4, 8, 16, 32, 64
 class Link:
     """A link between devices.
 
-    latency: seconds of an all-reduce of few bytes between two devices. doubling: seconds that each
-    doubling of the number of devices adds to it. rate: bytes per second that one device sends.
+    An all-reduce of few bytes takes latency + doubling * log2(number of devices) seconds, and a
+    transfer of few bytes from one device to another takes latency seconds. rate: bytes per second
+    that one device sends.
     """
 
     latency: float
@@ -46,8 +46,8 @@ class Step:
     """A decoding step of a model: its number of layers and its bytes, for all devices together.
 
     shared: bytes of weights that the devices divide among them. whole: bytes of weights that every
-    device reads. hidden: bytes of one token's activations between two layers. rows: tokens that
-    one step computes, one of each text. In a pipeline: those of one micro-batch, a group of texts
+    device reads. hidden: bytes of one token's activations between two layers. rows: tokens that one
+    step computes, one of each text. In a pipeline: the tokens of one micro-batch, a group of texts
     that is in one stage at a time.
     """
 
@@ -85,9 +85,10 @@ def pipeline_seconds(step: Step, rate: float, link: Link, count: int) -> tuple[f
     micro-batches.
 
     The second is the time of the slowest stage or, if longer, of a transfer. The slowest stage has
-    the number of layers per stage, rounded up, and reads step.whole. No time is counted for
-    computation beside the reading of weights. step.rows: tokens of one micro-batch. rate: bytes of
-    weights per second that one device reads.
+    the number of layers per stage, rounded up, and reads step.whole. Each stage makes one transfer,
+    the last one to the first for the next token. No time is counted for computation beside the
+    reading of weights. step.rows: tokens of one micro-batch. rate: bytes of weights per second that
+    one device reads.
     """
     slowest = -(-step.layers // count) / step.layers * step.shared / rate + step.whole / rate
     transfer = (link.latency + step.hidden * step.rows / link.rate) * (count > 1)

@@ -14,8 +14,8 @@ generated together). A cell is the KV cache of one layer for one micro-batch. Ce
 sliding window are smaller, and cells are counted in cells of mean size. A split is the number of
 layers, and of cells, on each of TIERS: device, host, disk. A step generates one token of each row.
 A pass runs all layers once, for a step or for a chunk of the prompts. A share is a percentage on
-each tier (policy.Share). The ring is the buffers through which layers, or cells, pass that are not
-on the device (prefetch.py).
+each tier (policy.Share). Layers and cells that are not on the device pass through prefetch buffers
+there (prefetch.py).
 """
 
 import itertools
@@ -45,8 +45,8 @@ class Sizes:
 
     layers: int  # the number of layers
     layer: int  # one layer's weights, in host memory or on disk
-    layer_on_device: int  # one layer's weights that stay on the device
-    layer_in_buffer: int  # one layer's weights in a buffer of the ring
+    layer_on_device: int  # one layer's weights, if they stay on the device
+    layer_in_buffer: int  # one layer's weights in a prefetch buffer
     always_on_device: int  # embeddings, head, and the process itself
     head: int  # the part of the embeddings and the head that every step reads
     cache_position: int  # one position of one row in one layer's KV cache
@@ -56,7 +56,8 @@ class Sizes:
     windows: tuple[int | None, ...]  # the sliding window of each layer, None: it has none
 
     def slots(self, positions: float) -> list[float]:
-        """Return the slots of each layer's KV cache for so many positions of a row."""
+        """Return the number of slots that each layer's KV cache has for so many positions of a row;
+        a layer with a window has fewer."""
         slots = {window: CacheFactory().slots(positions, window) for window in set(self.windows)}
         return [slots[window] for window in self.windows]
 
@@ -81,7 +82,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A policy's bytes by tier, and its seconds by resource: for a block's prompts, and for a step.
+    """A policy's bytes by tier, and its seconds by resource: for the prompts of a block of rows,
+    and for a step.
 
     The dicts of seconds are empty if the machine was not measured.
     """
@@ -90,7 +92,7 @@ class Prediction:
     workload: Workload
     split: Split  # the policy's shares in whole layers and cells
     memory: dict[str, float]  # bytes by tier
-    prefill: dict[str, float]  # seconds by resource, for all prompts of a block
+    prefill: dict[str, float]  # seconds by resource, for all prompts of a block of rows
     step: dict[str, float]  # seconds by resource, for one new token of each row
 
     @property
@@ -105,8 +107,8 @@ class Prediction:
 
     @property
     def rate(self) -> float:
-        """New tokens per second: those of all texts, divided by the seconds of all blocks. A last
-        block with fewer rows counts as a whole one."""
+        """The new tokens of all texts, divided by the seconds of all blocks of rows: tokens per
+        second. A last block with fewer rows counts as a whole block."""
         blocks = math.ceil(self.workload.texts / self.policy.rows)
         return self.workload.texts * self.workload.new / (blocks * self.latency)
 
@@ -144,17 +146,17 @@ class Planner:
         slots = [n for n in self.sizes.slots(row_positions(work)) for _ in range(K)]
         on_tier = dict.fromkeys(TIERS, 0)
         for tier, n in zip(policy.cache.tiers_by_size(slots), slots, strict=True):
-            on_tier[tier] += n + 1  # as in cell_sizes
+            on_tier[tier] += n + 1  # 1: the extra slot, see cell_sizes
         total = sum(on_tier.values())
         return tuple(on_tier[tier] * len(slots) / total for tier in TIERS)
 
     def times(
         self, policy: Policy, split: Split, work: Workload
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Return two dicts of the seconds by resource: for all prompts of a block, which are read
-        in chunks, and for one step. A token attends to half of the prompt on average in the first,
-        and to the prompt and half of the new tokens in the second. Both have the same resources in
-        the same order. Needs a measured machine."""
+        """Return two dicts of the seconds by resource: for all prompts of a block of rows, which
+        are read in chunks, and for one step. On average a token attends to half of the prompt in
+        the first, and to the prompt and half of the new tokens in the second. Both have the same
+        resources in the same order. Needs a measured machine."""
         chunk = self.chunk_tokens(policy, work)
         chunks = math.ceil(work.prompt / chunk)
         prefill = self.busy(policy, split, chunk, work.prompt / 2)
@@ -173,12 +175,13 @@ class Planner:
     def busy(self, policy: Policy, split: Split, tokens: int, positions: float) -> dict[str, float]:
         """Return the seconds for which each resource is busy, in one pass through all layers.
 
-        tokens: new tokens of each row. positions: the number before each of them, a mean; layers
-        with a window read as many as their cells have. Returns seconds by resource; which resources
-        there are depends only on device_is_cpu.
-        "disk" is the time in which the disk transfers, and "cells" the time in which reads of cells
-        wait for the disk and are done. The seconds are linear in the split, on which `best_split`
-        relies, with one exception: the first layer on disk delays all cells there.
+        tokens: new tokens of each row. positions: the mean number of positions before each of them;
+        layers with a window read at most as many as their cells have slots. Returns seconds by
+        resource; which resources there are depends only on device_is_cpu.
+        "disk" is the time in which the disk transfers. "cells" is the time of the thread that reads
+        one cell after the other: waiting for the disk, and reading. The seconds are linear in the
+        split, on which `best_split` relies, with one exception: the first layer on disk delays all
+        cells there.
         """
         sizes, machine, g = self.sizes, self.machine, policy.micro_batch
         positions = statistics.fmean(sizes.slots(positions))
@@ -186,7 +189,7 @@ class Planner:
         _, host_cells, disk_cells = split.cache
         cell_read = g * positions * sizes.cache_position  # bytes that are read of a cell
         cell_written = g * tokens * sizes.cache_position
-        # A read of a cell waits for the requests for weights that the disk already has: seconds.
+        # The seconds for which a read of a cell waits for requests of layers that the disk has.
         queue = REQUESTS_IN_FLIGHT * SMALL_REQUEST_BYTES / machine.stream * (disk_layers > 0)
         copied_cells = host_cells * (not policy.cpu_attention)
         cells_on_host = (host_cells + disk_cells) * policy.cpu_attention
@@ -200,7 +203,7 @@ class Planner:
             "compute": self.compute_seconds(policy, split, tokens, positions),
             "host attention": cells_on_host * g * tokens * positions * machine.host_per_position,
         }
-        if self.device_is_cpu:  # the computing threads also copy
+        if self.device_is_cpu:  # the computing threads make the copies, too
             copies = "to device", "to host", "host attention"
             seconds["compute"] += sum(seconds.pop(name) for name in copies)
             return seconds
@@ -217,14 +220,15 @@ class Planner:
         """Return the seconds for which the device computes, in one pass through all layers: matrix
         products, the head, delays by fetched cells, and attention that the host does not compute.
 
-        tokens: new tokens of each row. positions: the number to which each of them attends. On a
-        CPU, `busy` adds copies and attention on the host, because the same threads do them.
+        tokens: new tokens of each row. positions: the mean number to which each of them attends. On
+        a CPU, `busy` adds copies and attention on the host, because the same threads do them.
         """
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         device_cells, host_cells, disk_cells = split.cache
         calls = math.ceil(g * tokens / policy.tokens_at_once)  # of a layer, for a micro-batch
         products = sizes.layers * K * calls * machine.products(g * tokens / calls)
-        # products: seconds of one layer. The head takes as much longer as it has more bytes.
+        # A call of machine.products is the seconds of one layer; the head's are to them as its
+        # bytes to the layer's.
         head = machine.products(g * K) * sizes.head / sizes.layer
         fetched_cells = host_cells * (not policy.cpu_attention) + disk_cells
         cells_on_device = device_cells + (host_cells + disk_cells) * (not policy.cpu_attention)
@@ -237,20 +241,20 @@ class Planner:
         """Return the largest number of bytes in use on each tier. On a CPU there is no tier "host".
 
         The bytes are linear in the split, on which `best_split` relies, with one exception: the
-        ring of layers, or of cells, is not needed if all of them are on the device. All activations
-        are counted on the device, as if the policy offloaded none.
+        prefetch buffers of layers, or of cells, are not needed if all of them are on the device.
+        All activations are counted on the device, as if the policy offloaded none.
         """
         sizes, K = self.sizes, policy.micro_batches
         cells = self.cell_sizes(policy, work)
         cell = statistics.fmean(cells)
-        needs_ring = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
-        rings = sum(itertools.compress(self.ring_bytes(policy, work), needs_ring))
+        needed = sizes.layers > split.weights[0], sizes.layers * K > split.cache[0]
+        buffers = sum(itertools.compress(self.buffer_bytes(policy, work), needed))
         totals = {
-            tier: layers * sizes.layer + cells * cell
-            for tier, layers, cells in zip(TIERS, split.weights, split.cache, strict=True)
+            tier: layer_count * sizes.layer + cell_count * cell
+            for tier, layer_count, cell_count in zip(TIERS, split.weights, split.cache, strict=True)
         }
         totals["device"] += split.weights[0] * (sizes.layer_on_device - sizes.layer)
-        totals["device"] += sizes.always_on_device + rings + self.activation_bytes(policy, work)
+        totals["device"] += sizes.always_on_device + buffers + self.activation_bytes(policy, work)
         if self.device_is_cpu:
             totals["device"] += totals.pop("host")
         else:  # host memory through which a layer and a cell are read from disk
@@ -268,19 +272,19 @@ class Planner:
         return chunk * between + at_once * inside + rows * sizes.logits
 
     def cell_sizes(self, policy: Policy, work: Workload) -> list[int]:
-        """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens: of
-        its slots, and of one more that a cache allocates (Transformer.make_caches)."""
+        """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens.
+        They include the extra slot that a cache allocates (Transformer.make_caches)."""
         slot = policy.micro_batch * self.sizes.cache_position
         return [(n + 1) * slot for n in self.sizes.slots(row_positions(work))]
 
-    def ring_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
-        """Return the bytes of all buffers of the ring of layers, and of the ring of cells."""
+    def buffer_bytes(self, policy: Policy, work: Workload) -> tuple[int, int]:
+        """Return the bytes of all prefetch buffers for layers, and of those for cells."""
         layers = WEIGHT_BUFFERS * self.sizes.layer_in_buffer
         return layers, CACHE_BUFFERS * max(self.cell_sizes(policy, work))
 
     def uneven_bytes(self, policy: Policy, work: Workload) -> int:
-        """Return an upper bound of the bytes by which the cells on a tier exceed the same number of
-        cells of mean size: 0 if all have one size, else the bytes of one cell of each size, since
+        """Return an upper bound of the bytes by which the cells on a tier exceed its share of all
+        cells' bytes: 0 if all have one size, else the bytes of one cell of each size, since
         Share.tiers_by_size rounds the share of each size to whole cells."""
         different = set(self.cell_sizes(policy, work))
         return sum(different) if len(different) > 1 else 0
@@ -292,8 +296,8 @@ class Planner:
         into the budgets. Needs a measured machine.
 
         budgets: bytes that may be used on each tier. start: the policy from which the result has
-        the fields that are not searched, such as `directory`. max_rows: the rows that a block needs
-        at most; it may have more, by less than one micro-batch.
+        the fields that are not searched, such as `directory`. max_rows: the most rows that a block
+        of rows needs; it may have more, by less than one micro-batch.
         Raises ValueError, which states the missing bytes, if no policy fits. The numbers are for
         the first grouping with all weights and cells on disk.
         """
@@ -309,10 +313,10 @@ class Planner:
         size, a number of micro-batches, a size of prefill chunks and, on a GPU, attention on the
         host or not.
 
-        The rows of a block exceed max_rows by less than one micro-batch. Other fields are those of
+        A block of rows exceeds max_rows by less than one micro-batch. Other fields are those of
         `start`; the shares of the tiers are found by `best_split`.
         """
-        # Powers of two below max_rows, and max_rows itself.
+        # The powers of two below max_rows, and max_rows itself.
         micro_batch_sizes = sorted(
             {min(1 << n, max_rows) for n in range(max_rows.bit_length() + 1)}
         )
@@ -331,7 +335,7 @@ class Planner:
         Their shares: everything on the device, everything on disk, and the whole numbers of layers
         and cells near the optimal split. This split is computed three times: both weights and cache
         may leave the device; only the cache may; only the weights may.
-        budgets: bytes that may be used on each tier. There may be no policy that fits.
+        budgets: bytes that may be used on each tier. Yields nothing if no policy fits.
         """
         layers, cells = self.sizes.layers, self.sizes.layers * policy.micro_batches
         all_on_device, all_on_disk = Share(), Share(0, 0)
@@ -352,9 +356,9 @@ class Planner:
         None if no split fits. The policy's own shares are not used.
 
         budgets: bytes by tier, in the order of TIERS. resident: whether all weights, and whether
-        all cells, stay on the device and so need no ring. The variables of the linear program are
-        the layers on each tier, the cells on each tier, the seconds of a block's prompts, and the
-        seconds of a step; it minimises the seconds of the block.
+        all cells, stay on the device and so need no prefetch buffers. The variables of the linear
+        program are the layers on each tier, the cells on each tier, the seconds of the prompts of a
+        block of rows, and the seconds of a step; it minimises the seconds of the block.
         """
         from scipy.optimize import linprog  # importing it takes 0.3 s
 
@@ -363,13 +367,14 @@ class Planner:
         slopes = [self._requirements(policy, work, unit) - base for unit in np.eye(6)]
         resources = (len(base) - len(budgets)) // 2
         limits = np.array([0.0] * 2 * resources + list(budgets.values()))
-        # Both rings are in `base`. One that is not needed leaves its memory to layers and cells:
-        # index 2 * resources is the limit of the device's bytes, after which come other tiers'.
-        limits[2 * resources] += np.dot(resident, self.ring_bytes(policy, work))
-        # The split counts cells of mean size; whole cells of several sizes may take more.
+        # `base` has the bytes of both kinds of buffers. A kind that is not needed leaves its memory
+        # to layers and cells. Index 2 * resources is the limit of the device's bytes; the limits of
+        # other tiers follow.
+        limits[2 * resources] += np.dot(resident, self.buffer_bytes(policy, work))
+        # The split counts cells of mean size; cells of several sizes may take more.
         limits[2 * resources :] -= self.uneven_bytes(policy, work)
         # No resource may take longer than the phase in which it is used. Column 0: the variable for
-        # the seconds of the prompts; column 1: for those of a step.
+        # the seconds of the prompts; column 1: the variable for the seconds of a step.
         phases = np.zeros((len(base), 2))
         phases[:resources, 0] = phases[resources : 2 * resources, 1] = -1
         solved = linprog(

@@ -6,9 +6,10 @@ for the best policy for a machine.
 The terms are FlexGen's (arXiv 2303.06865, section 3). A row is one text. A block of rows is cut
 into micro-batches, which pass through a layer one after the other, so that its weights are loaded
 once for all of them.
-One share of the weights, of the cache and of the activations is on the device, one in host memory,
-the rest on disk. If the device is the CPU, device and host are the same memory. A cell is the KV
-cache of one layer for one micro-batch. A pass runs all layers once.
+One share of the weights is on the device, another in host memory, and the rest on disk; the KV
+cache and the activations are divided in the same way. If the device is the CPU, device and host are
+the same memory. A cell is the KV cache of one layer for one micro-batch. A pass runs all layers
+once.
 """
 
 from collections import Counter
@@ -19,19 +20,20 @@ from pathlib import Path
 import torch
 
 TIERS = ("device", "host", "disk")
-# Buffers on the device, used in turn: for layers (offload.py), and for cells (kv_cache.py).
+# The numbers of prefetch buffers for layers (offload.py), and for cells (kv_cache.py).
 WEIGHT_BUFFERS, CACHE_BUFFERS = 2, 3
 
 
 @dataclass(frozen=True)
 class Share:
     """Percentages of the weights, the cache or the activations on the device and in host memory;
-    the others are on disk. Raises ValueError if one is negative or their sum exceeds 100."""
+    the rest is on disk. Raises ValueError if one is negative or their sum exceeds 100."""
 
     device: float = 100.0
     host: float = 0.0
 
     def __post_init__(self):
+        # 1e-9: the rounding error of shares that were computed.
         if min(self.device, self.host) < 0 or self.device + self.host > 100 + 1e-9:
             raise ValueError(
                 f"{self.device:g} % on the device and {self.host:g} % in host memory: neither may "
@@ -45,8 +47,8 @@ class Share:
     def tiers(self, count: int) -> tuple[str, ...]:
         """Return the tier of each of `count` items, such as layers. The tiers are interleaved, so
         that transfers are spread evenly over a pass: among the first n items, the number on each
-        tier differs from its share of n by at most one. Each item gets the tier that lacks most of
-        its share so far."""
+        tier differs from the tier's share of n by at most one. Each item gets the tier that lacks
+        most of its share so far."""
         shares = dict(zip(TIERS, (self.device, self.host, self.disk), strict=True))
         assigned, result = dict.fromkeys(TIERS, 0), []
         for n in range(1, count + 1):
@@ -73,14 +75,15 @@ class Share:
 class Policy:
     """How to run a model that is larger than the device's memory.
 
-    micro_batch: rows that a layer computes at once; micro_batches: how many of them use a layer's
-    weights before the next layer is loaded. tokens_at_once: prompt tokens that a layer
-    computes at once; prefill_chunk_tokens: prompt tokens that use a layer's weights before the
-    next layer is loaded.
-    compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute the
-    attention over a cache that is not on the device on the host; attention_share: the share of
-    tokens whose values it reads, 1 for exact attention. pin: allocate host memory that a GPU can
-    copy from directly. overlap: prefetch while computing. directory: for scratch files.
+    weights, cache, activations: the share of each that is on each tier. micro_batch: rows of a
+    micro-batch; micro_batches: how many micro-batches use a layer's weights before the next layer
+    is loaded. prefill_chunk_tokens: prompt tokens of all rows that use a layer's weights before the
+    next layer is loaded; tokens_at_once: how many of a micro-batch's tokens a layer computes in one
+    call (offload.zigzag).
+    compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute on the
+    host the attention over a cache that is not on the device; attention_share: the share of tokens
+    whose values this attention reads, 1 for exact attention. pin: allocate host memory that a GPU
+    can copy from directly. overlap: transfer while computing. directory: for scratch files.
     """
 
     weights: Share = Share()
@@ -99,17 +102,17 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """The number of rows of a block."""
+        """The number of rows that run together: of a block of rows."""
         return self.micro_batch * self.micro_batches
 
     @property
     def plain(self) -> bool:
-        """Whether the model can run without offloading: all is on the device, a block is one
-        micro-batch, and weights are not compressed. load.py then makes no StreamedLayers."""
+        """Whether the model can run without offloading: all is on the device, a block of rows is
+        one micro-batch, and weights are not compressed. load.py then makes no StreamedLayers."""
         shares = self.weights, self.cache, self.activations
         grouped = self.micro_batches > 1 or self.compress_weight
         return not grouped and all(share.device == 100 for share in shares)
 
     def pins(self, device: torch.device) -> bool:
-        """Whether host memory whose bytes are copied to this device is pinned."""
+        """Return whether to pin host memory whose bytes are copied to this device."""
         return self.pin and device.type == "cuda"

@@ -1,10 +1,10 @@
-"""Prefetch: a ring of buffers on a device, the stores that fill it, and the threads that copy.
+"""Prefetch: buffers on a device, the stores that fill them, and the threads that copy.
 
-Start at Ring: items (layers, or cells of the KV cache) are used in an order that repeats. While the
-device computes with one item, the next ones are fetched into the other buffers. A Store holds the
-bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host memory. A
-TransferWorker has the threads that copy the bytes, on a GPU in a CUDA stream of their own. No call
-synchronizes the whole device, and no memory is allocated after a ring is made.
+Start at Prefetcher: items (layers, or cells of the KV cache) are used in an order that repeats.
+While the device computes with one item, the next ones are fetched into the other buffers. A Store
+holds the bytes: host memory, or a file (direct_io.py), which a GPU reads through pinned host
+memory. A TransferWorker has the threads that copy the bytes, on a GPU in a CUDA stream of their
+own. No call synchronizes the whole device, and no memory is allocated after a Prefetcher is made.
 
 A cell is the KV cache of one layer for one group of rows. A piece is a tensor of bytes that is
 filled from a store or written to it, and comes in a pair with its offset in the store (Pieces).
@@ -30,7 +30,7 @@ from host.memory import page_aligned, round_up_to_block
 from tiers.direct_io import Pieces
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-COPY_PIECE_BYTES = 2**25  # copied to a GPU by PCIe in about 0.5 ms
+MAX_COPY_BYTES = 2**25  # of one copy to a GPU, which takes about 0.5 ms by PCIe
 Item = TypeVar("Item", bound=Hashable)
 Parts = dict[str, Tensor]  # for each tensor, by its name: its bytes, in whole blocks
 Event = torch.cuda.Event | None  # marks the end of work on a CUDA stream; None on a CPU
@@ -39,8 +39,9 @@ Event = torch.cuda.Event | None  # marks the end of work on a CUDA stream; None 
 class Layout:
     """The offsets of tensors that lie one after the other in memory or in a file.
 
-    Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. nbytes: the length of all. The
-    layout of a layer's weights (offload.block_layout) and that of a cell (kv_cache.py) are such.
+    Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. tensors: on the meta device.
+    nbytes: the length of the whole, a multiple of BLOCK_BYTES. A layer's weights have a Layout
+    (offload.block_layout), and so have cells (kv_cache.py).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -70,14 +71,16 @@ class Layout:
         return {n: memory[at:end] for (n, at), end in zip(self.offsets.items(), ends, strict=True)}
 
     def view(self, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors, in their shapes and dtypes, as views of the parts' memory."""
+        """Return the tensors, in their shapes and dtypes, as views of the parts' memory. Parts may
+        be longer than the tensors."""
         pairs = self.tensors.items()
         return {n: parts[n][: t.nbytes].view(t.dtype).view(t.shape) for n, t in pairs}
 
 
 class Store(Protocol):
-    """Bytes on another tier. pieces: pairs of an offset in the store and a uint8 tensor, the piece,
-    which is filled from the store or written to it. A file may need pieces of whole blocks."""
+    """Bytes that are read and written in pieces. pieces: pairs of an offset in the store and a
+    uint8 tensor, the piece, which is filled from the store or written to it. A file may need
+    offsets and lengths at multiples of BLOCK_BYTES."""
 
     def read(self, pieces: Pieces) -> None: ...
 
@@ -92,12 +95,12 @@ class HostMemory:
         self.memory = memory
 
     def read(self, pieces: Pieces) -> None:
-        """Fill each piece from the offset with which it is paired. A copy to a GPU is cut into
-        COPY_PIECE_BYTES, so that other threads' copies need not wait for a whole layer. On a CPU
-        the bytes have arrived when the call returns."""
+        """Fill each piece from the offset with which it is paired. To a GPU, a copy has at most
+        MAX_COPY_BYTES, so that other threads' copies need not wait for a whole layer. On a CPU the
+        bytes have arrived when the call returns."""
         for offset, piece in pieces:
             source = self.memory[offset : offset + len(piece)]
-            size = COPY_PIECE_BYTES if piece.is_cuda else max(1, len(piece))
+            size = MAX_COPY_BYTES if piece.is_cuda else max(1, len(piece))  # split takes no 0
             for target_cut, source_cut in zip(piece.split(size), source.split(size), strict=True):
                 target_cut.copy_(source_cut, non_blocking=True)
 
@@ -106,13 +109,13 @@ class HostMemory:
             self.memory[offset : offset + len(piece)].copy_(piece, non_blocking=True)
 
 
-class BounceBuffer:
-    """A store in a file, for pieces on a GPU: files cannot be read into its memory directly, so the
-    bytes are copied through buffers in host memory."""
+class BouncedFile:
+    """A store in a file, for pieces in a GPU's memory. No file can be read into that memory
+    directly, so the bytes pass through bounce buffers: host memory."""
 
     def __init__(self, file: Store, buffers: Sequence[Tensor]):
-        """buffers: host memory, each as long as the longest transfer (all pieces of a call). A call
-        waits for a free buffer, so as many calls can run at once as there are buffers."""
+        """buffers: the bounce buffers, each as long as all pieces of the longest call of `read` or
+        `write`. A call waits for a free one, so as many calls run at once as there are buffers."""
         self.file, self._bounce_buffers = file, SimpleQueue()
         for buffer in buffers:
             self._bounce_buffers.put(buffer)
@@ -145,7 +148,7 @@ class BounceBuffer:
             at += len(piece)
         try:
             yield triples
-            if torch.cuda.is_available():
+            if torch.cuda.is_available():  # tests use this class on a CPU
                 torch.cuda.current_stream().synchronize()
         finally:
             self._bounce_buffers.put(buffer)
@@ -156,7 +159,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     queued on the current CUDA stream, and the call does not wait for it.
 
     A pinned tensor must not change until the copy ends. Any other tensor is first copied to pinned
-    memory, because a copy from other memory would wait for the stream.
+    memory, because a copy from memory that is not pinned would wait for the stream.
     """
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
@@ -182,8 +185,8 @@ class TransferWorker:
         have arrived.
 
         after: the worker's stream waits for this event before the first copy, because earlier work
-        on the GPU still uses the memory; a transfer that reads a file does so without waiting.
-        None: no wait. The future has no value; it raises the transfer's error.
+        on the GPU still uses the memory. Only copies wait: a transfer that first reads a file reads
+        it at once. None: no wait. The future has no value; it raises the transfer's error.
         """
         return self._threads.submit(self._run, transfer, after)
 
@@ -215,7 +218,7 @@ class ComputeWorkers:
         return self._threads.submit(self._run, launch, stream)
 
     def _run(self, launch: Callable[[], Any], stream: "torch.cuda.Stream | None") -> Any:
-        """Call `launch` in this thread with `stream` as the current CUDA stream; None on a CPU."""
+        """Call `launch` in this thread with `stream` as the current CUDA stream. None: on a CPU."""
         in_stream = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
         with torch.inference_mode(), in_stream:
             return launch()
@@ -223,7 +226,7 @@ class ComputeWorkers:
 
 @dataclass
 class Buffer:
-    """A buffer of a ring. contents: the object built on its memory, such as a block or a cache."""
+    """A prefetch buffer. contents: the object built on its memory, such as a block or a cache."""
 
     parts: Parts
     contents: Any
@@ -238,11 +241,11 @@ class WaitTime:
     seconds: float = 0.0
 
 
-class Ring(Generic[Item]):
-    """Buffers that are filled with items before they are needed.
+class Prefetcher(Generic[Item]):
+    """Fills buffers with items before they are needed.
 
-    The items are used in an order that repeats. Each buffer holds one item. An item is a layer, or
-    a cell of the KV cache.
+    The items are used in an order that repeats. Each buffer holds one item: a layer, a cell of the
+    KV cache, or a chunk of the neuron file (neurons/source.py).
     """
 
     def __init__(
@@ -253,14 +256,15 @@ class Ring(Generic[Item]):
         wait_time: WaitTime,
         prefetch: bool = True,
     ):
-        """order: the items in the order of use, each once. fetch: starts to read an item into a
-        buffer; returns a future of the read. The read must wait until the device has finished with
-        the buffer (its last_use). buffers: at most as many as items.
-        wait_time: the seconds that `acquire` waits are added to it. prefetch: False fetches an item
+        """order: the items in the order of use, each once. buffers: at most as many as items.
+        fetch: starts to read an item into a buffer; returns a future of the read. The read must
+        wait until the device has finished with the buffer (its last_use).
+        wait_time: the seconds that `acquire` waits are added to it. prefetch: False: fetch an item
         only when it is acquired."""
         self._order, self._fetch = order, fetch
         self._index = {item: n for n, item in enumerate(order)}
-        # _fetched: (item, buffer, future of the read), in order; the read may still run.
+        # _free: buffers without an item. _fetched: (item, buffer, future of the read), in the order
+        # of use; the read may still run. _next: the index of the next item to fetch.
         self._free, self._fetched = deque(buffers), deque()
         self._next, self._prefetch = 0, prefetch
         self._wait_time = wait_time
@@ -268,12 +272,12 @@ class Ring(Generic[Item]):
     @contextlib.contextmanager
     def acquire(self, item: Item) -> Iterator[Buffer]:
         """Yield the buffer that holds this item, when its fetch has ended. On exit, start to fetch
-        into it the next item in order, unless prefetch is False.
+        the next item in order that no buffer holds, unless prefetch is False.
 
         If the item is not the next one in order, for example after an error, drop the fetched items
         and fetch this one. Before the exit, the caller must set buffer.last_use. Raises the error
-        of the fetch. One thread at a time may use a ring, but several items may be acquired at once
-        if there are as many buffers.
+        of the fetch. One thread at a time may use a Prefetcher, but several items may be acquired
+        at once if there are as many buffers.
         """
         if not self._fetched or self._fetched[0][0] != item:
             self._restart_at(item)
@@ -285,12 +289,12 @@ class Ring(Generic[Item]):
             yield buffer
         finally:
             self._free.append(buffer)
-            self._fetch_next(self._prefetch)
+            self._fetch_next(1 if self._prefetch else 0)
 
     def _restart_at(self, item: Item) -> None:
-        """Drop the fetched items and start to fetch `item` and those after it, into all buffers;
-        only `item` if prefetch is False. Called by `acquire` at the first use and if the order was
-        interrupted. `item` must be one of the ring's order."""
+        """Drop the fetched items; start to fetch `item` and the items after it into all free
+        buffers, or only `item` if prefetch is False. Called by `acquire` if `item` is not the next
+        fetched item: at the first use, after an interrupted order, and always without prefetch."""
         for _, buffer, arrival in self._fetched:
             arrival.exception()  # waits, because the buffer is being written to
             self._free.append(buffer)
@@ -299,7 +303,7 @@ class Ring(Generic[Item]):
         self._fetch_next(len(self._free) if self._prefetch else 1)
 
     def _fetch_next(self, count: int) -> None:
-        """Start to fetch the next `count` items in order; so many buffers must be free."""
+        """Start to fetch the next `count` items in order; at least `count` buffers must be free."""
         for _ in range(count):
             item, buffer = self._order[self._next], self._free.popleft()
             self._fetched.append((item, buffer, self._fetch(item, buffer)))

@@ -71,6 +71,7 @@ class Machine:
     host_per_position: float  # the same as per_position, computed on the host
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can express."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -89,11 +90,11 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
     """Measure this machine: the disk, the copies, and one layer of a model.
 
     model: has one layer and the args that `sample_args` returns; it is on the device to measure and
-    is moved to the CPU by this call. args: those of the real model, which may be wider; times of
-    computation are scaled to its width: those of matrix products with its square (they grow with
-    the weights), those of attention with the width. directory: a folder on the disk to measure.
-    Raises ValueError or OSError if the disk takes no scratch file. Called by plan.py's `machine` if
-    there are no saved results. narrowing: how many times wider the real model is.
+    is moved to the CPU by this call. args: of the real model, which may be wider.
+    narrowing: its width divided by the model's. The times of attention are multiplied by narrowing,
+    and those of matrix products by its square, as the weights grow with it. directory: a folder on
+    the disk to measure. Raises ValueError or OSError if the disk takes no scratch file. Called by
+    plan.py's `machine` if there are no saved results.
     """
     narrowing = args.dim / model.args.dim
     device = model.tok_embeddings.weight.device
@@ -120,8 +121,8 @@ def probe(model: Transformer, args: ModelArgs, directory: Path) -> Machine:
 
 def typical(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
     """Return the seconds of a call of `work`: the median of `repeats` calls after a warm-up, or the
-    seconds of the warm-up if it takes more than MAX_SECONDS. Waits for the device after each: the
-    one on which `work` computes or copies."""
+    seconds of the warm-up if it takes more than MAX_SECONDS. device: where `work` computes or
+    copies; each call is timed until the device has finished."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -172,7 +173,7 @@ def transfer_curve(transfer: Callable[..., None], memory: torch.Tensor) -> Curve
     """Return the seconds of one read or write as a function of its bytes, one transfer at a time.
 
     transfer: ScratchFile.read or ScratchFile.write. memory: as long as the longest transfer; the
-    file is TRANSFERS times as long. Transfers of one size start at so many different offsets.
+    file is TRANSFERS times as long. The TRANSFERS transfers of one size have different offsets.
     """
 
     def transfers(nbytes: int) -> None:
@@ -210,7 +211,7 @@ class BlockTimer:
         At least `tokens`.
         """
         model = self.model
-        (cache,) = model.make_caches(rows, positions)
+        (cache,) = model.make_caches(rows, positions)  # one layer, one cache
         pos = torch.arange(positions - tokens, positions, device=self.device).expand(rows, tokens)
         # Any ids do, because times do not depend on the values.
         x = model.project_in(model.tok_embeddings(pos % model.args.vocab_size))  # (B, T, D)
@@ -242,9 +243,9 @@ class BlockTimer:
         return max(long_seconds - short_seconds, 0) / (16 * (long - short))
 
     def per_pair(self, products: Curve) -> float:
-        """Return the seconds of attention of a prompt token to one other: those of the layer for a
-        prompt, less those of its products, divided by the square of the prompt's tokens. A prompt
-        token is counted as attending to all of them, although a mask hides half.
+        """Return the seconds of attention of a prompt token to one other: the layer's seconds for a
+        prompt, less the seconds of its products, divided by the square of the number of tokens. A
+        prompt token is counted as attending to the whole prompt, although a mask hides half.
 
         products: the result of `products`.
         """
@@ -255,7 +256,7 @@ class BlockTimer:
 def sample_args(args: ModelArgs, layer_bytes: int) -> ModelArgs:
     """Return args of a model with one layer and a small vocabulary, for `probe`.
 
-    args: those of the real model. layer_bytes: size of one of its layers; above MAX_LAYER_BYTES all
+    args: of the real model. layer_bytes: size of one of its layers; above MAX_LAYER_BYTES all
     widths and numbers of heads are halved, repeatedly, as long as the key/value heads can be
     divided: a layer then has a quarter of the bytes. head_dim stays. The layer has no sliding
     window, so that attention to more positions takes longer.

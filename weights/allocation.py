@@ -2,7 +2,7 @@
 
 All tensors of such a model are on the meta device, except non-persistent buffers (rotary
 frequencies), which are computed on the CPU. Start at allocate. stored_tensors lists the tensors of
-a model that its checkpoint stores. The aliases of a shared tensor are all its names.
+a model that its checkpoint stores. The aliases of a tensor are all its names in the model.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def allocate(
 
     dtype: the dtype of floating-point parameters; other tensors keep the dtype that the model
     declares. fill: called with each tensor's name and its memory, to read the values into it.
-    allocator: StreamedLayers.destination of offload.py, which decides where each tensor lies; one
-    for which it returns None stays on the meta device and is not filled. None: all tensors are
-    allocated on `device`, and MemoryError is raised, before the first allocation, if they do not
-    fit.
+    allocator: StreamedLayers.destination of offload.py, which decides where each tensor lies; a
+    tensor for which it returns None stays on the meta device and is not filled. Without an
+    allocator all tensors are allocated on `device`, and MemoryError is raised, before the first
+    allocation, if they do not fit.
     """
     stored = stored_tensors(model)
     dtypes = {name: final_dtype(tensor, dtype) for name, (tensor, _) in stored.items()}
@@ -71,8 +71,8 @@ def check_fits(
 def move_unstored_buffers(model: nn.Module, device: str | torch.device) -> None:
     """Move the non-persistent buffers, which no checkpoint stores, to the device.
 
-    They were computed on the CPU when the model was built: unlike all other tensors of the model,
-    they have values and are not on the meta device.
+    They were computed on the CPU when the model was built: `allocate` has no values to read for
+    them.
     """
     persistent = model.state_dict(keep_vars=True)
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
@@ -81,15 +81,16 @@ def move_unstored_buffers(model: nn.Module, device: str | torch.device) -> None:
 
 
 def allocate_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a tensor of zeros in page-aligned memory, in huge pages on a CPU."""
+    """Returns a tensor of zeros in page-aligned memory, on a CPU in huge pages if it is 2 MiB or
+    larger."""
     return page_aligned(shape.numel() * dtype.itemsize, device).view(dtype).view(shape)
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or a buffer of a model by `value`. name: as in the state dict.
 
-    A value for a parameter is wrapped in nn.Parameter if it is not one. Shape and device may differ
-    from those of the old tensor.
+    A parameter stays one: `value` is wrapped in nn.Parameter if it is a plain tensor. Shape and
+    device may differ from those of the old tensor.
     """
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
@@ -105,7 +106,7 @@ def stored_tensors(model: nn.Module) -> dict[str, tuple[Tensor, list[str]]]:
     Tied embedding and output weights, for example, are one tensor with two names.
     """
     names: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)  # the tensors themselves: shared ones have one id
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
     return {aliases[0]: (state[aliases[0]], aliases) for aliases in names.values()}

@@ -5,18 +5,20 @@ from typing import Any
 
 from host.files import short_json
 
-# A larger number is a mistake: no model has so many positions.
+# Every maximum in this file is far above any real model's value: a larger value is a mistake.
 MAX_POSITIONS = 2**31
-REQUIRED: Any = object()
+REQUIRED: Any = object()  # stands for a `default` or a `null` that the caller did not give
 
 
 class Config:
     """The values of a config.json, or of an object within it, each checked when it is read.
 
-    default: returned for a missing key; without it a missing key is an error. null: returned if the
-    value is null; without it null is an error, as in transformers. Errors are ValueErrors of one
-    line with the key, its value and the expected values. where: the name of the object in these
-    errors.
+    values: the parsed JSON; ValueError if it is no object. where: the object's name in errors.
+
+    Methods read the value of `key`. default: returned for a missing key; without it a missing key
+    is an error. null: returned if the value is null; without it null is an error, as in
+    transformers. Neither is checked. Errors are ValueErrors of one line with the key, its value and
+    the expected values.
     """
 
     def __init__(self, values: Any, where: str = "config.json"):
@@ -29,18 +31,18 @@ class Config:
     ) -> Any:
         """Returns an integer from 1 to maximum. 256.0 is an error, as in transformers 5."""
 
-        def fits(value: Any) -> bool:
+        def fits(value: Any) -> bool:  # `type`, not isinstance: true is no integer
             return type(value) is int and 1 <= value <= maximum
 
         return self._read(key, fits, f"an integer from 1 to {maximum}", default, null)
 
     def count(self, key: str, default: int) -> int:
-        """Returns an integer from 0 on."""
+        """Returns an integer from 0 to 2**24. null is an error."""
 
         def fits(value: Any) -> bool:
             return type(value) is int and 0 <= value <= 2**24
 
-        return self._read(key, fits, "an integer from 0 on", default)
+        return self._read(key, fits, "an integer from 0 to 2**24", default)
 
     def number(
         self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED, maximum: float = 1e15
@@ -52,14 +54,14 @@ class Config:
 
         expected = f"a number above 0 and at most {maximum:g}"
         value = self._read(key, fits, expected, default, null)
-        return float(value) if fits(value) else value
+        return float(value) if fits(value) else value  # `default` or `null` may be None or 0
 
     def positions(self, key: str, default: Any = REQUIRED, *, null: Any = REQUIRED) -> Any:
         """Returns a number of positions: an integer from 1 to MAX_POSITIONS."""
         return self.integer(key, default, null=null, maximum=MAX_POSITIONS)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """Returns a list of `count` numbers above 0, as floats."""
+        """Returns the `count` numbers of a list, all above 0, as floats. The key must exist."""
 
         def fits(value: Any) -> bool:
             listed = isinstance(value, list) and len(value) == count
@@ -68,10 +70,12 @@ class Config:
         return tuple(map(float, self._read(key, fits, f"a list of {count} numbers above 0")))
 
     def choices(self, key: str, supported: Collection[Any], count: int) -> tuple[Any, ...] | None:
-        """Returns a list of `count` supported values, None if the key is absent or null."""
+        """Returns the `count` values of a list, each one of `supported`; None if the key is absent
+        or null."""
 
         def fits(value: Any) -> bool:
             listed = isinstance(value, list) and len(value) == count
+            # The types, too: true == 1 and 1.0 == 1 in Python.
             return listed and all(type(x) in types and x in supported for x in value)
 
         types = {type(x) for x in supported}
@@ -80,11 +84,14 @@ class Config:
         return value if value is None else tuple(value)
 
     def flag(self, key: str, default: bool, *, null: Any = REQUIRED) -> bool:
-        """Returns a boolean, `default` if the key is absent."""
+        """Returns a boolean."""
         return self._read(key, lambda v: isinstance(v, bool), "true or false", default, null)
 
     def refuse(self, key: str, accepted: Collection[Any], why: str) -> None:
-        """Raises ValueError if the key is there with a value that is not accepted."""
+        """Raises ValueError if the key has a value that is neither null nor one of `accepted`.
+
+        accepted: () refuses every value. why: the reason, in words that follow "KEY is VALUE, and".
+        """
         value = self.values.get(key)
         if value is not None and value not in accepted:
             raise ValueError(f"{self.where}: '{key}' is {short_json(value)}, and {why}")

@@ -8,8 +8,9 @@ safetensors: 8 bytes of header length, a JSON header, the data (github.com/huggi
 torch.save: a zip that holds a pickle and the uncompressed bytes of each tensor. Pickles are loaded
 with weights_only, which cannot run code. Where this file says "pickle", it means a torch.save file.
 
-Words: the metadata of a file is what it holds besides tensors, the config and the quantisation
-scheme; a storage is the memory, or the range of a file, that one or more tensors are views of.
+Words: the header of a file is all that it holds but the bytes of the tensors; its metadata, which
+only a `model.pth` has, is the config and the quantisation scheme; a storage is the memory, or the
+range of a file, that one or more tensors are views of.
 """
 
 import math
@@ -52,7 +53,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_ELEMENTS = 2**48  # of a tensor, with zero dimensions counted as 1
 # Keys under which training checkpoints hold the state dict.
 WRAPPERS = "state_dict", "model_state_dict", "model", "module"
-Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; tensors by name
+Index = tuple[dict[str, Any], dict[str, "Part"]]  # metadata; Part of each tensor by name
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Part:
     offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    # None: the values are in the file at `offset`. Otherwise this tensor holds them: the file
-    # does not store them contiguously.
+    # None: the values are in the file at `offset`. Otherwise this tensor holds them, because the
+    # file does not store them contiguously, and `offset` means nothing.
     tensor: Tensor | None = None
 
     @property
@@ -117,6 +118,7 @@ def index_safetensors(file: Path) -> Index:
 
 
 def unusable_header(file: Path, reason: object) -> ValueError:
+    """Returns the error for the caller to raise."""
     return ValueError(f"{file} has an unusable header ({reason}): download it again")
 
 
@@ -142,8 +144,8 @@ def are_sizes(value: Any) -> bool:
 def safetensors_part(name: str, file: Path, start: int, entry: dict[str, Any]) -> Part:
     """Make the Part of an entry of a safetensors header, which check_entry has accepted.
 
-    start: the offset of the data in the file. Raises ValueError for an unknown dtype, or if shape
-    and byte range differ.
+    start: the offset of the data in the file. Raises ValueError for an unknown dtype, or if the
+    byte range is not as long as dtype and shape need.
     """
     if entry["dtype"] not in DTYPES:
         raise ValueError(
@@ -179,7 +181,7 @@ def index_pickle(file: Path) -> Index:
     """Read the header of a torch.save file; see index_file.
 
     The file holds a state dict, or write_aligned wrote it. Tensors whose bytes are not contiguous
-    in the file are loaded here (Part.tensor).
+    in the file are loaded here, into Part.tensor. Raises ValueError for a file of gpt-fast, too.
     """
     metadata, tensors = split_content(file, load_pickle(file, map_location="meta"))
     parts = {name: pickle_part(name, file, tensor) for name, tensor in tensors.items()}
@@ -202,9 +204,9 @@ def index_pickle(file: Path) -> Index:
 
 
 def in_memory(part: Part, tensor: Tensor) -> Part:
-    """Returns the part with its values, for a tensor whose offset is -1 (pickle_part).
+    """Returns a copy of a part whose offset is -1 (pickle_part), with its values in Part.tensor.
 
-    tensor: the same tensor, loaded. Raises ValueError if it was saved on the meta device.
+    tensor: the part's tensor, loaded. Raises ValueError if it was saved on the meta device.
     """
     if tensor.is_meta:
         raise ValueError(
@@ -214,11 +216,12 @@ def in_memory(part: Part, tensor: Tensor) -> Part:
 
 
 def split_content(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the metadata and the tensors of a loaded file, by name.
+    """Returns the metadata of a loaded file, and its tensors by name.
 
-    The metadata is {} unless this project wrote the file (write_aligned). Otherwise the state dict
-    is the content itself, or stands under one of WRAPPERS. Raises ValueError for a name or a value
-    of another type; values that are no tensors are dropped from foreign files.
+    A file of this project (write_aligned) has them under "tensors", and metadata beside. In any
+    other file the metadata is {}, and the state dict is the content itself or stands under one of
+    WRAPPERS; its values that are no tensors are dropped. Raises ValueError for a name that is no
+    text, a value in "tensors" that is no tensor, and a file without tensors.
     """
     metadata = {}
     if {"config", "scheme", "tensors"} <= content.keys():
@@ -250,7 +253,8 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
     """Make the Part of a tensor that was loaded onto the meta device with torch.load.
 
     Its offset is -1 if the tensor is not contiguous in the file, or if torch before 1.6 wrote the
-    file, which then is no zip. Raises ValueError for a sparse or quantised tensor, or a short file.
+    file, which then is no zip. Raises ValueError for a tensor that is sparse, quantised, or ends
+    beyond the file's end.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(
@@ -258,7 +262,7 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
         )
     storage = tensor.untyped_storage()
     start = offset_in_file(storage)
-    # is_neg: the file stores the negated values of the tensor.
+    # start None: no zip. is_neg: the file stores the negated values of the tensor.
     contiguous = start is not None and tensor.is_contiguous() and not tensor.is_neg()
     offset = start + tensor.storage_offset() * tensor.itemsize if contiguous else -1
     part = Part(name, file, offset, tensor.dtype, tuple(tensor.shape))
@@ -268,7 +272,7 @@ def pickle_part(name: str, file: Path, tensor: Tensor) -> Part:
 
 
 def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
-    """Load a dict with torch.load, without running code of the file. options: those of torch.load.
+    """Load a dict with torch.load, without running code of the file. options: of torch.load.
 
     A file with sparse tensors may be loaded onto the CPU even if map_location is "meta". Raises
     OSError, MemoryError, and ValueError for a file that is damaged, unsafe or no dict.
@@ -301,16 +305,17 @@ def load_pickle(file: Path, **options: Any) -> dict[str, Any]:
 def staging_buffer(device: torch.device) -> Tensor:
     """Returns a buffer that bytes pass through on their way to another dtype or to a GPU.
 
-    device: where the tensors go; for a GPU the buffer is pinned. Use one for a whole load. A new
-    one for each tensor fragments the heap between the weights: in one load out of six the peak was
-    1.7 times the size of the weights.
+    device: where the tensors go; for a GPU the buffer is pinned. Use one buffer for a whole load:
+    with a new one for each tensor, which fragments the heap between the weights, the peak of memory
+    was 1.7 times the size of the weights in one load out of six.
     """
     pinned = device.type == "cuda"
     return torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
-    """Read a part into `out`, a vector of part.numel elements, on any device and of any dtype.
+    """Read a part into `out`, a contiguous vector of part.numel elements, on any device and of any
+    dtype.
 
     If `out` is on the CPU and has the stored dtype, the file is read into it directly. Otherwise
     the bytes pass through `stage` (staging_buffer). Raises ValueError if the file is too short.
@@ -321,7 +326,7 @@ def read_part(part: Part, out: Tensor, stage: Tensor) -> None:
     in_place = out.device.type == "cpu" and out.dtype == part.dtype
     stage = out if in_place else stage.view(part.dtype)
     with open(part.file, "rb", buffering=0) as f:
-        for start in range(0, part.numel, max(1, len(stage))):
+        for start in range(0, part.numel, max(1, len(stage))):  # a stage that is `out` may be empty
             piece = out[start : start + len(stage)]
             staged = stage[: len(piece)]
             moved = transfer(os.preadv, f, staged, part.offset + start * part.dtype.itemsize)
@@ -340,7 +345,7 @@ def check_complete(part: Part, moved: int, target: Tensor) -> None:
 
 
 def rows_of(part: Part, rows: range) -> Part:
-    """Returns the part of a file that holds a range of rows of `part`, which must have rows.
+    """Returns a Part that holds only a range of the rows of `part`, which must have rows.
 
     rows: of step 1, within the part. Used by StoredTensor to read some rows of a tensor.
     """
@@ -356,8 +361,9 @@ def rows_of(part: Part, rows: range) -> Part:
 def read_columns(part: Part, columns: range, out: Tensor, stage: Tensor) -> None:
     """Read a range of a matrix's columns into `out`, (rows, len(columns)), of any device and dtype.
 
-    columns: of step 1, not empty. Reads each row's bytes by a call of its own, so no other bytes of
-    the file are read. stage: as in read_part.
+    columns: of step 1, not empty. Each row is read by a call of its own, so no other bytes of the
+    file are read. Rows of `out` are contiguous; `out` itself may be a slice. stage, errors: as in
+    read_part.
     """
     if part.tensor is not None:
         out.copy_(part.tensor[:, columns.start : columns.stop])
@@ -386,8 +392,9 @@ def write_aligned(
     """Write a torch.save file of {**metadata, "tensors": tensors}, whose tensors O_DIRECT can read.
 
     metadata: the config and the scheme. tensors: by name; only shapes and dtypes are used. values:
-    a pair (name, tensor) for each of them, in any order; one is in memory at a time. Raises
-    ValueError if values and tensors do not match.
+    a pair (name, tensor) for each of `tensors`, in any order; one value is in memory at a time, and
+    is converted to the dtype in `tensors`. Raises ValueError if names or shapes differ, or a name
+    comes twice.
     """
     write_skeleton(file, metadata, tensors)
     _, parts = index_pickle(file)
@@ -423,11 +430,12 @@ def write_skeleton(file: Path, metadata: dict[str, Any], tensors: dict[str, Tens
 
 
 def transfer(call: Callable[..., int], file: BinaryIO, tensor: Tensor, offset: int) -> int:
-    """Read a contiguous CPU tensor from a file, or write it, at a byte offset.
+    """Read a contiguous CPU tensor from a file, or write it to the file, at a byte offset.
 
     call: os.preadv or os.pwritev. Returns the number of bytes moved, fewer than the tensor's only
     if the file ends. Raises OSError with the file's name, which the system's error lacks.
     """
+    # uint8, because numpy has no bfloat16.
     view, done = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
     while done < len(view):
         try:

@@ -8,6 +8,7 @@ huggingface_hub (0.5 s) is imported only where a repository must be found. The c
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 Words: a snapshot is the cache's folder of one commit; a revision is a branch, a tag or a commit;
+a large file is one that the hub stores by git-lfs (RepoSibling.lfs has its hash), such as weights;
 the files of SUPPORT are the small ones that running a model needs, such as config and tokenizer.
 """
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# The end of these names shows that a path was meant, though folder/model.bin could be a REPO_ID.
 FILE_NAME = re.compile(r".*\.(pth|pt|bin|safetensors|gguf|json|ckpt|npz|txt)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names of weight files, one pattern for each format, in order of preference. Other copies of the
-# weights (consolidated.*, *.fp16.*, original/, onnx, gguf, flax, tf) match neither pattern.
+# weights (consolidated.*, *.fp16.*, original/, onnx, gguf, flax, tf) match none of the patterns.
 WEIGHTS = (
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json",
@@ -55,16 +57,17 @@ def resolve(
 ) -> Path:
     """Returns the path of a model's files. model: a path, or the id of a Hugging Face repository.
 
-    revision: branch, tag or commit of the repository. say: called with each line for the user.
-    check: see download. An existing path is preferred to a repository. A complete copy in the cache
-    is used even if the branch has newer commits; `hf download` fetches these.
+    revision: branch, tag or commit of the repository; None: the branch main. say: called with each
+    line for the user. check: see download. An existing path is preferred to a repository. A
+    complete copy in the cache is used even if the branch has newer commits; `hf download` fetches
+    these.
     Raises FileNotFoundError and ValueError for mistakes that the user can correct, and
     ConnectionError for the network, each with a message of one line.
     """
     path = Path(model)
     if not str(model):
         raise ValueError("--model is empty: give a path, or the id of a repository")
-    if path.exists() or path.is_symlink():
+    if path.exists() or path.is_symlink():  # a broken link is a mistake, and no repository
         if revision:
             say(f"{path} is on this disk, so --revision {revision} is not used")
         return path
@@ -77,7 +80,7 @@ def resolve(
         update = "" if pinned else f"; `hf download {repository}` brings the newest commit"
         say(f"{repo_id}: commit {snapshot.name[:7]} from the cache{update}")
         return snapshot
-    if path.parent.is_dir() and not revision:
+    if path.parent.is_dir() and not revision:  # a mistyped path is more likely
         raise FileNotFoundError(
             f"{not_found(path)}; for the repository of that name add --revision main"
         )
@@ -86,7 +89,8 @@ def resolve(
 
 
 def not_found(path: Path) -> str:
-    """Returns the error message for a path that does not exist: what the nearest folder holds."""
+    """Returns the error message for a path that does not exist. It lists what the nearest folder
+    above the path holds."""
     nearest = next(p for p in path.absolute().parents if p.is_dir())
     names = sorted(p.name for p in nearest.iterdir() if p.name[0] != ".")[:12]
     return (
@@ -124,6 +128,7 @@ def cached(repo_id: str, revision: str | None) -> Path | None:
     """
     folder = repository_folder(repo_id)
     ref = folder / "refs" / (revision or "main")
+    # Without a file of its name in refs, the revision may be a commit itself; None is none.
     commit = ref.read_text().strip() if ref.is_file() else str(revision)
     snapshot = folder / "snapshots" / commit
     return snapshot if COMMIT.fullmatch(commit) and is_complete(snapshot) else None
@@ -142,7 +147,7 @@ def is_complete(snapshot: Path) -> bool:
 def all_shards(names: set[str], pattern: str) -> bool:
     """Returns whether the names include a single weight file, or every shard of a model.
 
-    pattern: one of WEIGHTS. The number of shards is the one in their names, as in -00001-of-00003.
+    pattern: one of WEIGHTS. The shards' names tell their number, as 3 in -00001-of-00003.
     """
     weights = {n for n in names if re.fullmatch(pattern, n) and not n.endswith(".index.json")}
     counts = {int(m[1]) if (m := re.search(r"-of-(\d+)\.", name)) else 1 for name in weights}
@@ -217,10 +222,10 @@ def needed_files(names: list[str], repo_id: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The download of one commit's files to a plain folder, or to the repository's cache folder.
+    """The download of one commit's files to a folder.
 
-    Large files are those with an `lfs` entry, such as weights. store: that folder. in_cache: store
-    is the cache folder, whose large files lie in blobs/, named by hash.
+    store: the folder, a plain one or the repository's folder in the cache. in_cache: whether it is
+    the latter, whose large files lie in blobs/, named by hash. token: see download.
     """
 
     repo_id: str
@@ -245,7 +250,8 @@ class Transfer:
     def missing(self, file: "RepoSibling") -> int:
         """Returns how many bytes of a file are still to be downloaded, for the check of disk space.
 
-        Only a large file can be partly there; a small file in the cache always counts as missing.
+        Only a large file can be partly there. A small file in the cache always counts as missing:
+        its path, below snapshots/, is not looked up.
         """
         path = self.final_path(file) if file.lfs else self.store / file.rfilename
         if path.exists():
@@ -254,7 +260,7 @@ class Transfer:
         return max(0, (file.size or 0) - (part.stat().st_size if part.exists() else 0))
 
     def show_sizes(self, say: Callable[[str], Any]) -> None:
-        """Pass a line for each file, with its size, to `say`; make the folder.
+        """Pass a line for each file, with its size, and one for the sum to `say`; make the folder.
 
         Raises ValueError if the disk is too small for the missing bytes.
         """
@@ -273,7 +279,8 @@ class Transfer:
 
         The folder is the snapshot in the cache, or `store`. The small files of SUPPORT come first,
         so that `check` (see download) can refuse the model before its weights are downloaded. At
-        the end the cache records the commit of the branch `revision`.
+        the end refs/ in the cache records which commit the branch or tag `revision` names, for
+        `cached`; None: the branch main.
         """
         names = [file.rfilename for file in self.files]
         folder = self.download_missing([name for name in names if re.fullmatch(SUPPORT, name)])
@@ -282,8 +289,8 @@ class Transfer:
         for file in self.files:
             if file.lfs and not self.final_path(file).exists():
                 self.download_large(file)
-        # Now the remaining small files, such as the index of shards. huggingface_hub checks the
-        # large ones.
+        # Now the remaining small files, such as the index of shards. huggingface_hub also links the
+        # large files of the cache into the snapshot, and checks the hashes of those in a folder.
         self.download_missing(names)
         if self.in_cache and revision != self.commit:
             ref = self.store / "refs" / (revision or "main")
@@ -306,20 +313,20 @@ class Transfer:
             allow_patterns=names,
             token=self.token,
         )
-        # Not `folder` for a plain folder: snapshot_download resolves its path.
+        # Of a plain folder snapshot_download returns the absolute path, not the one it was given.
         return Path(folder) if self.in_cache else self.store
 
     def download_large(self, file: "RepoSibling") -> None:
         """Download one large file, or the remaining bytes of it after an interrupted run.
 
         Used in place of snapshot_download, which would start again: since huggingface_hub 2 it
-        resumes a transfer only within one run. A resumed file whose hash is wrong is downloaded
-        again.
+        resumes a transfer only within one run. A file whose hash is wrong after it was resumed is
+        downloaded again from its first byte.
         """
         part = self.part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as f:  # "a": f is at its end
-            if f.tell() > file.size:
+            if f.tell() > file.size:  # not the beginning of this file
                 f.truncate(0)
             resumed = f.seek(0, os.SEEK_END) > 0
             self.append(file, f)
@@ -329,8 +336,11 @@ class Transfer:
         part.replace(self.final_path(file))
 
     def append(self, file: "RepoSibling", f: BinaryIO) -> None:
-        """Download the bytes of a file from f's length on, and append them to f, its incomplete
-        copy opened for appending. Raises an error if the size is then not file.size."""
+        """Download the bytes of a file that f lacks, and append them to f. Raises an error if f
+        then has another size than the file.
+
+        f: the first bytes of the file, maybe none, opened for appending and reading.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
@@ -353,6 +363,7 @@ def has_hash(f: BinaryIO, sha256: str) -> bool:
 
 
 def size_text(nbytes: int) -> str:
+    """Returns bytes as text: 1234567 -> "1.23MB". size_text of host/memory.py would need torch."""
     from tqdm import tqdm  # not sooner: --quiet sets TQDM_DISABLE, which tqdm reads at its import
 
     return tqdm.format_sizeof(nbytes, "B")
@@ -365,8 +376,8 @@ def size_text(nbytes: int) -> str:
 def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]:
     """Turn network and file errors of the block into errors of one line; see explain.
 
-    An unusable HF_ENDPOINT gives a ValueError. Other errors pass. store: the folder of the
-    download.
+    An HF_ENDPOINT that is no address gives a ValueError. Other errors pass. store: the folder of
+    the download.
     """
     from huggingface_hub import constants, errors
 
@@ -383,10 +394,10 @@ def explained(repo_id: str, revision: str | None, store: Path) -> Iterator[None]
 def explain(error: Exception, repo_id: str, revision: str | None, store: Path) -> Exception:
     """Returns an error whose message tells the user in one line what failed and what to do.
 
-    A ValueError if the user can correct the mistake, else a ConnectionError. error: raised while
-    `revision` of `repo_id` was downloaded to the folder `store`; of one of the types that
-    `explained` catches. The order of the tests counts: some of these types are subclasses of later
-    ones.
+    It is a ValueError if the user can correct the mistake, else a ConnectionError. error: raised
+    while `revision` of `repo_id` was downloaded to the folder `store`; of one of the types that
+    `explained` catches. The order of the tests counts: some of these types are subclasses of others
+    that are tested later.
     """
     from huggingface_hub import constants, errors
 

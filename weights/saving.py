@@ -28,10 +28,11 @@ def save_checkpoint(
     """Write a `model.pth`, which replaces an existing file only when it is complete.
 
     config: the keys of Hugging Face's config.json. scheme: the quantisation scheme; None for dense
-    weights. tensors: by this project's names. values: None: the values of `tensors`. Otherwise a
+    weights. tensors: by this project's names. values: None: `tensors` hold the values. Otherwise a
     pair of name and value for each of `tensors`, in any order: only one value is in memory at a
     time, and `tensors`, of which only shapes and dtypes are used, may be on the meta device.
-    Raises OSError, and ValueError if the disk is too small or values and tensors differ.
+    Raises OSError, and ValueError if the disk is too small, or if names or shapes of `values` are
+    not those of `tensors`.
     """
     path = Path(path)
     check_checkpoint_writable(path)
@@ -44,7 +45,7 @@ def save_checkpoint(
         write_aligned(temporary, metadata, tensors, tensors.items() if values is None else values)
         os.replace(temporary, path)
         sync(path.parent)
-    finally:
+    finally:  # after an error; else the rename has moved the temporary file
         temporary.unlink(missing_ok=True)
 
 
@@ -55,8 +56,8 @@ def temporary_path(path: Path) -> Path:
 def check_checkpoint_writable(path: Path) -> None:
     """Raises OSError if a `model.pth` cannot be created at `path`. Call it before long work.
 
-    It creates and removes the temporary file that save_checkpoint will write; a file at `path`
-    stays.
+    It creates and removes the temporary file that save_checkpoint will write, and leaves a file at
+    `path` as it is.
     """
     try:
         temporary_path(path).open("wb").close()

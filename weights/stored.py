@@ -1,10 +1,12 @@
 """The tensors of a checkpoint's files, under this project's names.
 
 Start at read_index, which merges the headers of all files; translate then renames Hugging Face's
-tensors and groups those that this model stacks: q, k and v into wqkv, gate and up into w13. A Part
-(formats.py) is one tensor as a file stores it: a name, a file, an offset, a dtype and a shape. Its
-piece is the same tensor after conversion: some of the rows of our tensor. A packed tensor
-is one of a GPTQ or AWQ layer, which int4_layouts.py converts.
+tensors and groups those that this model stacks: q, k and v into wqkv, gate and up into w13.
+
+Words: a Part (formats.py) is one tensor as a file stores it: a name, a file, an offset, a dtype and
+a shape; its piece is the same tensor after conversion, some of the rows of our tensor; a packed
+tensor is one of a GPTQ or AWQ layer, which int4_layouts.py converts; the index of a model in shards
+is the JSON file whose weight_map tells which shard holds each tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +45,7 @@ class StoredTensor:
     def converted(self, part: Part, stored: Tensor) -> Tensor:
         """Returns `stored`, the tensor of this part, in this project's layout.
 
-        Raises ValueError that names the file and the tensor. `convert` must not be None.
+        `convert` must not be None. The message of a ValueError names the file and the tensor.
         """
         try:
             return self.convert(stored)
@@ -52,15 +54,18 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype after conversion, of the first part; `differences` finds parts of another."""
         return self.pieces[0].dtype if self.convert else self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of all pieces stacked."""
         first, *others = (tuple(piece.shape) for piece in self.pieces)
         return (first[0] + sum(o[0] for o in others), *first[1:]) if others else first
 
     @property
     def nbytes(self) -> int:
+        """The bytes in the files, before conversion."""
         return sum(part.nbytes for part in self.parts)
 
     def read_into(self, out: Tensor, stage: Tensor) -> None:
@@ -76,8 +81,8 @@ class StoredTensor:
         """Read rows of the tensor into `out`, the ranges one after the other.
 
         rows: ranges of row numbers of the whole tensor; a range may span several parts. out:
-        contiguous, with as many rows as all ranges together. Tensor parallelism calls this for the
-        rows of a rank.
+        contiguous, with as many rows as all ranges together, or more, which stay as they are.
+        Tensor parallelism calls this for the rows of a rank.
         """
         rows_read = 0
         for row_range in rows:
@@ -102,9 +107,9 @@ class StoredTensor:
 
     def read_columns_into(self, columns: range, out: Tensor, stage: Tensor) -> None:
         """Read a range of a matrix's columns into `out`, (rows of the whole tensor, len(columns)).
-        Columns are counted after conversion. A part that needs it is read and converted completely.
 
-        Tensor parallelism calls this for a rank's columns.
+        Columns are counted after conversion; a part that needs conversion is read and converted
+        completely. Tensor parallelism calls this for a rank's columns.
         """
         part_start = 0  # number of the part's first row in the whole tensor
         for part, piece in zip(self.parts, self.pieces, strict=True):
@@ -123,10 +128,11 @@ class StoredTensor:
         return self.converted(part, stored)
 
     def differences(self, name: str, tensor: Tensor) -> Iterator[str]:
-        """Yield a sentence for each difference of shape or dtype from `tensor`, the model's own,
-        whose name is `name`. Checkpoint.check raises an error of these sentences.
+        """Yield a sentence for each difference of shape or dtype between this tensor and `tensor`,
+        the model's own. name: ours, of both. Checkpoint.check raises an error of these sentences.
 
-        The stored dtype must be the same; for a parameter any floating-point dtype will do.
+        A parameter may be stored in any floating-point dtype; the dtypes of other tensors must be
+        equal.
         """
         if self.shape != tuple(tensor.shape):
             stored = [part.name for part in self.parts if part.name != name]
@@ -150,7 +156,8 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     directory: find_weights chooses the file.
     Returns (metadata, parts). metadata: see formats.index_file; {} for Hugging Face's files. parts:
     name in the files -> Part. Raises ValueError if two files hold a tensor of the same name and the
-    index does not tell which one counts, and for a file of this project among shards.
+    index does not tell which one counts, for a file of this project among shards, and for files
+    without tensors.
     """
     files, owners = shards(path)  # owners: the index's weight_map, tensor name -> file name
     metadata: dict[str, Any] = {}
@@ -175,30 +182,32 @@ def translate(
 ) -> dict[str, StoredTensor]:
     """Map the tensors of Hugging Face's files to this project's: name -> StoredTensor.
 
-    names: of the family's tensors. scheme: the quantisation scheme of a GPTQ or AWQ checkpoint
-    (foreign_scheme), whose packed tensors are converted; None: no tensor is packed. Raises
-    ValueError if parts cannot be stacked.
+    names: the family's table, see Names in families/shared.py. scheme: the quantisation scheme of a
+    GPTQ or AWQ checkpoint (foreign_scheme), whose packed tensors are converted; None: no tensor is
+    packed. Raises ValueError if parts cannot be stacked.
     """
-    fields = {}  # of packed tensors: last word of the name -> (its word here, conversion)
+    # Kind of a packed tensor, such as "qweight" -> (our kind, such as "weight", and convert).
+    fields = {}
     if scheme:
         from weights.int4_layouts import foreign_fields  # only for a checkpoint in such a layout
 
         fields = foreign_fields(scheme["mode"], scheme["linears"]["groupsize"])
     tensors = {}
-    for name, by_index in group_parts(parts, names).items():
+    for name, numbered in group_parts(parts, names).items():
         module, _, kind = name.rpartition(".")
         kind, convert = fields.get(kind, (kind, None))
-        tensor = StoredTensor(tuple(part for _, part in sorted(by_index.items())), convert)
+        tensor = StoredTensor(tuple(part for _, part in sorted(numbered.items())), convert)
         check_stackable(name, tensor)
         tensors[f"{module}.{kind}"] = tensor
     return tensors
 
 
 def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, Part]]:
-    """Returns our tensor name -> {index of the part in the stacked tensor -> Part}.
+    """Returns our tensor name -> {number of the part in the stacked tensor -> Part}.
 
-    parts: with Hugging Face's names. names: of the family's tensors. Tensors that are not weights
-    are left out (hf.tensor_name). Raises ValueError if two parts have the same name and index.
+    parts: with Hugging Face's names. names: see translate. Tensors that are not weights of the
+    language model are left out (hf.tensor_name). Raises ValueError if two parts have the same name
+    and number here, as those of one tensor that was saved twice under different prefixes.
     """
     groups: dict[str, dict[int, Part]] = {}
     parts = list(parts)
@@ -209,8 +218,8 @@ def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, P
         )
     for part in parts:
         if target := hf.tensor_name(part.name, names):
-            name, index = target
-            if (other := groups.setdefault(name, {}).setdefault(index, part)) is not part:
+            name, number = target
+            if (other := groups.setdefault(name, {}).setdefault(number, part)) is not part:
                 raise ValueError(
                     f"{part.file}: {part.name} and {other.name} are one tensor's names"
                 )
@@ -218,8 +227,9 @@ def group_parts(parts: Iterable[Part], names: hf.Names) -> dict[str, dict[int, P
 
 
 def check_stackable(name: str, tensor: StoredTensor) -> None:
-    """Raises ValueError if the parts of a tensor differ in more than their number of rows, so that
-    they cannot be stacked. name: the tensor's, for the message. A single part is always valid."""
+    """Raises ValueError if the parts of a tensor differ in more than their number of rows, or have
+    no rows, so that they cannot be stacked. A single part is always valid. name: the tensor's, for
+    the message."""
     pieces = tensor.pieces
     if len(pieces) > 1 and not (pieces[0].dim() and len({p.shape[1:] for p in pieces}) == 1):
         shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in tensor.parts)

@@ -24,10 +24,11 @@ HUGGING_FACE = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHARD = r"-\d{5}-of-(\d{5})"
+SHARD = r"-\d{5}-of-(\d{5})"  # the end of a numbered shard's name; the group is their number
 # A shard's name in an index: no path, and characters that every file system allows.
 SHARD_NAME = re.compile(r"[\w .+-]{1,100}\.(safetensors|bin|pth|pt)")
 NUMBERED = re.compile(rf"(.+){SHARD}(\.safetensors)|(pytorch_model){SHARD}(\.bin)")
+# What the user can do, for error messages.
 FILES = "download the *.safetensors files of its Hugging Face repository"
 ORIGINAL = "download the Hugging Face repository of the unquantised model and use quantize.py"
 AGAIN = "download it again"
@@ -66,10 +67,11 @@ BEGINNINGS = (
 def find_weights(path: str | Path, names: Iterable[str] = (PREPARED, *HUGGING_FACE)) -> Path:
     """Returns `path` if it is a file, else the path of a weight file in that directory.
 
-    For a model in shards that is the index, or the first shard where no index exists; `shards`
-    lists all files that belong to it. names: standard file names, tried in order; a file with
-    another name is used only if none of them exists (find_unnamed). Raises FileNotFoundError, which
-    lists what the directory holds, and ValueError if it holds several models.
+    The file is the only one of its model, or the index of a model in shards, or the first shard
+    where no index exists; `shards` lists all files of the model. names: standard file names, tried
+    in order; a file with another name is used only if none of them exists (find_unnamed). Raises
+    FileNotFoundError, which lists what the directory holds, and ValueError if it holds several
+    models.
     """
     path = Path(path)
     if path.is_file():
@@ -98,8 +100,9 @@ def find_unnamed(folder: Path) -> Path | None:
     safetensors file, or None. Raises ValueError if the folder holds several models.
     """
     for suffix in (".safetensors", ".bin"):
+        # The first file of each model. Key: the groups of NUMBERED, which are equal for all shards
+        # of one model, or the name of a file that is no shard.
         models: dict[Any, Path] = {}
-        # The first file of each model. Shards of one model have equal groups in NUMBERED.
         for file in sorted(folder.glob(f"*{suffix}")):
             shard = NUMBERED.fullmatch(file.name)
             hidden = file.name.startswith(".") or not file.is_file()  # macOS leaves ._model files
@@ -117,8 +120,8 @@ def find_unnamed(folder: Path) -> Path | None:
 def describe_unreadable(folder: Path) -> str | None:
     """Returns "FILE is KIND; REMEDY" for a file in the folder that cannot be read, or None.
 
-    Called by find_weights, for the error message, if a folder has no weights that can be read. The
-    kind and the remedy are those of KINDS.
+    Called by find_weights, for the error message, if a folder has no weights that can be read. KIND
+    and REMEDY come from KINDS.
     """
     names = sorted(file.name for file in folder.iterdir())
     for pattern, kind, remedy in KINDS[:-1]:  # without *.json: every model has a config.json
@@ -128,8 +131,8 @@ def describe_unreadable(folder: Path) -> str | None:
 
 
 def kind_by_name(name: str) -> tuple[str, str] | None:
-    """Returns (what the file is, what the user can do) if KINDS lists files of this name as not
-    readable here, for an error message.
+    """Returns (what the file is, what the user can do) for an error message, if KINDS has a pattern
+    for this file name.
 
     None: the file may hold weights that can be read, or is an index of shards.
     """
@@ -138,7 +141,8 @@ def kind_by_name(name: str) -> tuple[str, str] | None:
 
 
 def check_readable(file: Path) -> None:
-    """Raises ValueError for a file of KINDS or BEGINNINGS, naming what it is and what to do."""
+    """Raises ValueError if KINDS has a pattern for the file's name, or BEGINNINGS has its first
+    bytes. The message says what the file is and what to do."""
     with file.open("rb") as f:  # a web page may begin with spaces, and in capitals
         beginning = f.read(64).lstrip().lower()
     kinds = (rest for magic, *rest in BEGINNINGS if beginning.startswith(magic.lower()))
@@ -160,6 +164,7 @@ def shards(path: Path) -> tuple[list[Path], dict[str, str]]:
         owners = weight_map(path)
         names = sorted(set(owners.values()))
     elif numbered := NUMBERED.fullmatch(path.name):
+        # NUMBERED has two alternatives; the groups of the one that does not match are None.
         stem, total, suffix = filter(None, numbered.groups())
         names = [f"{stem}-{n:05}-of-{total}{suffix}" for n in range(1, int(total) + 1)]
     files = [path.parent / name for name in names]
@@ -195,7 +200,8 @@ def weight_map(index: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that a checkpoint must have; returns its object.
 
-    Raises FileNotFoundError, and ValueError, which advises to download the file again.
+    Raises FileNotFoundError, and ValueError for a file that holds no JSON object: its message says
+    to download the file again.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it belongs beside the weights")

@@ -1,12 +1,14 @@
-"""C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON, and plain C++.
+"""C++ operators for CPUs: AMX, AVX-512, AVX-VNNI, AVX2, ARM's NEON (with and without dot products)
+and plain C++.
 
 build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
 and registers each operator as torch.ops.gpt_flex.NAME. Each operator has a header, which knows
 nothing of torch; linear_operators.cpp and layer_operators.cpp share the work between its threads:
 
     pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
-    quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers; pairs.h
-                      multiplies them, on CPUs with AVX-512 VNNI vnni.h, amx_int8.h or gemm.h
+    quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers;
+                      strip_products.h multiplies them by the factors of factors.h, on CPUs with
+                      AVX-512 VNNI vnni.h, amx_int8.h or gemm.h does
     linear            rows by dense bfloat16 or float16 weights
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows

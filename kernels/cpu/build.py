@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from host.measurements import cache_directory
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
 DTYPES = torch.bfloat16, torch.float16  # of activations; float32 would lose precision
+LIBRARY = "cpu_products"
+UNUSED_DAYS = 60  # after which a compiled library is removed
 CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS; forbids faster ones
 
 
@@ -56,6 +59,7 @@ INSTRUCTION_SETS = {
     "avx512": InstructionSet("x86_64", AVX512, AVX512_FLAGS),
     "avx_vnni": InstructionSet("x86_64", (*AVX2, "avx_vnni"), (*AVX2_FLAGS, "-mavxvnni")),
     "avx2": InstructionSet("x86_64", AVX2, AVX2_FLAGS),
+    "neon_dot": InstructionSet("arm64", ("dot",), ("-march=armv8.2-a+dotprod",)),
     "neon": InstructionSet("arm64", (), ()),
     "scalar": InstructionSet("", (), ("-DGPT_FLEX_SCALAR",)),
 }
@@ -192,7 +196,9 @@ def load_best() -> str:
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     names = supported_sets()
     name = next((name for name in names if is_accepted(name)), names[-1])
-    load_library(cache / f"cpu_products-{build_key(name):08x}", name)
+    folder = cache / f"{LIBRARY}-{build_key(name):08x}"
+    load_library(folder, name)
+    remove_unused(cache, folder)
     return name
 
 
@@ -223,12 +229,12 @@ def multiplies_bfloat16() -> bool:
 def build_key(name: str) -> int:
     """Return a checksum of the sources, the version of torch, the CPU and an instruction set.
 
-    It names the library's folder, so that a change of any of them gives a new library. A library is
-    tuned for one CPU (-mtune=native).
+    It names the library's folder, so that a change of any of them gives a new library. Copies of
+    this repository share it. A library is tuned for one CPU (-mtune=native).
     """
-    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), SOURCES, name
+    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), name, flags(name)
     texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
-    return zlib.crc32(repr((kind, flags(name))).encode() + texts)
+    return zlib.crc32(repr(kind).encode() + texts)
 
 
 def flags(name: str) -> list[str]:
@@ -246,21 +252,44 @@ def load_library(folder: Path, name: str) -> None:
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
     failure.
     """
-    from torch.utils import cpp_extension
-
+    # Written after the library: one that a killed linker has left is compiled again.
+    complete = folder / "complete"
     if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
         raise RuntimeError("the process ends")
-    if not list(folder.glob("*.so")):
+    if not complete.exists():
         log(f"compiling products for this CPU ({name}), once: 25 seconds on two cores ...")
     with locked(folder):
-        cpp_extension.load(
-            "gpt_flex_cpu_products",
-            [str(source) for source in SOURCES],
-            build_directory=str(folder),
-            extra_cflags=flags(name),
-            extra_ldflags=["-fopenmp"] if "-fopenmp" in flags(name) else [],
-            is_python_module=False,
-        )
+        if complete.exists():  # not by `load`, which compiles again for sources of another path
+            torch.ops.load_library(folder / f"{LIBRARY}.so")
+        else:
+            compile_and_load(folder, name)
+        complete.touch()  # its time tells remove_unused when the library was used
+
+
+def compile_and_load(folder: Path, name: str) -> None:
+    from torch.utils import cpp_extension  # imports setuptools, which takes time
+
+    cpp_extension.load(
+        LIBRARY,
+        [str(source) for source in SOURCES],
+        build_directory=str(folder),
+        extra_cflags=flags(name),
+        extra_ldflags=["-fopenmp"] if "-fopenmp" in flags(name) else [],
+        is_python_module=False,
+    )
+
+
+def remove_unused(cache: Path, own: Path) -> None:
+    """Remove the libraries of other sources, CPUs or versions of torch that no process has loaded
+    for UNUSED_DAYS. own: the folder of the library that this process has loaded."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for folder in cache.glob(f"{LIBRARY}-*"):
+        # Another process may remove it at the same time, or another user may own it.
+        with contextlib.suppress(OSError):
+            complete = folder / "complete"
+            used = (complete if complete.exists() else folder).stat().st_mtime
+            if folder != own and used < oldest:
+                shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,11 @@ constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX mul
 // Half of the inputs that pad a row: a row stride of a power of two would hit the same cache sets.
 constexpr int64_t kPad = 32;
 
-// How a row's numbers are stored. vpdpbusd and AMX multiply bytes: a number is 256 * high + low,
-// both signed, and all high bytes of a row lie before all low ones. Other CPUs multiply pairs of 16
-// bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile of weights hold the
-// inputs 0 and 2, and 1 and 3 (pairs.h).
-#ifdef __AVX512VNNI__
+// How a row's numbers are stored. Some CPUs multiply bytes (vpdpbusd, AMX, ARM's sdot): a number is
+// 256 * high + low, both signed, and all high bytes of a row lie before all low ones. Others
+// multiply pairs of 16 bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile
+// of weights hold the inputs 0 and 2, and 1 and 3 (factors.h).
+#if defined(__AVX512VNNI__) || defined(GPT_FLEX_BYTE_PRODUCTS)
 constexpr bool kBytePlanes = true;
 #else
 constexpr bool kBytePlanes = false;
@@ -38,9 +38,9 @@ struct FixedPointRows {
     return reinterpret_cast<const int8_t*>(&numbers[m * stride]);
   }
   const int8_t* low(int64_t m) const { return high(m) + stride; }
-  // Returns row m as pairs of numbers.
-  const int32_t* pairs(int64_t m) const {
-    return reinterpret_cast<const int32_t*>(&numbers[m * stride]);
+  // Returns row m as lanes of 32 bits: pairs of numbers, or four high (plane 0) or low (1) bytes.
+  const int32_t* lanes(int64_t m, int plane) const {
+    return reinterpret_cast<const int32_t*>(high(m) + plane * stride);
   }
   // Returns the index of row m and block b in `scale` and `sum`.
   int64_t block(int64_t m, int64_t b) const {

@@ -2,17 +2,18 @@
 //
 // Start at multiply. The rate at which memory is read bounds decoding, so the arithmetic must cost
 // little beside a load, and it must be exact. fixed_point.h therefore converts activations to
-// 16-bit integers, and products with weights add up in 32 bits without rounding: by pairs.h, or on
-// CPUs with AVX-512 VNNI as bytes by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud, eight rows at a
-// time). Weights are read from the first byte to the last, as layout.h orders them. A row's result
-// has the same bits whatever rows are beside it and whatever instructions the CPU has.
+// 16-bit integers, and products with weights add up in 32 bits without rounding: by
+// strip_products.h, or on CPUs with AVX-512 VNNI by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud,
+// eight rows at a time). Weights are read from the first byte to the last, as layout.h orders them.
+// A row's result has the same bits whatever rows are beside it and whatever instructions the CPU
+// has.
 
 #pragma once
 
 #ifdef __AVX512VNNI__
 #include "amx_int8.h"
 #else
-#include "pairs.h"
+#include "strip_products.h"
 #endif
 
 namespace {
@@ -59,7 +60,7 @@ inline int64_t streams(int64_t M) { return M == 1 ? kRowStreams : 1; }
 template <Format F>
 void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
               const Output& out) {
-  multiply_pairs<F>(w, rows, from, to, out);
+  multiply_strips<F>(w, rows, from, to, out);
 }
 
 #endif

@@ -14,6 +14,9 @@
 //   native_load_bits          loads 4 * kLanes bytes as they lie
 //   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
 //   native_add_pair_products  adds to each sum the products of the two pairs in its lane
+//   native_add_byte_products  adds to each sum the products of the four bytes in its lane; exists
+//                             where GPT_FLEX_BYTE_PRODUCTS is defined. Inputs are signed, and
+//                             weights are signed if kSignedWeights is true
 //   native_keep               makes the compiler finish a sum before it computes more products
 
 #pragma once

@@ -87,6 +87,14 @@ inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt
   const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
   return vaddq_s32(sums, vpaddq_s32(low, vmull_high_s16(x, y)));
 }
+#ifdef __ARM_FEATURE_DOTPROD
+#define GPT_FLEX_BYTE_PRODUCTS
+constexpr bool kSignedWeights = true;
+inline NativeInt native_add_byte_products(NativeInt sums, NativeInt weights, NativeInt inputs) {
+  return vdotq_s32(sums, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(inputs));
+}
+#endif
+
 // See vector_avx2.h.
 inline void native_keep(NativeInt& sums) { asm volatile("" : "+w"(sums)); }
 

@@ -1,4 +1,7 @@
-"""Gemma 2 and 3. Start at FAMILIES. Keys and defaults are those of transformers."""
+"""Gemma 2 and 3. Start at FAMILIES. Keys and defaults are those of transformers.
+
+A softcap c limits a number x to the range from -c to c: it becomes c * tanh(x / c).
+"""
 
 from typing import Any
 
@@ -20,32 +23,36 @@ from weights.families.shared import (
 
 
 def gemma2_args(config: Config) -> ModelArgs:
-    """Every second layer has a window. Scores and logits are limited by softcaps."""
+    """Returns the args of Gemma 2. Layers 0, 2, 4, ... have a window, unless layer_types says
+    otherwise. Softcaps limit the attention scores and the logits."""
     rope = read_rope(config, head_dim(config))
     types = attention_types(config, lambda n: n % 2 == 0)
-    layers = alternating(config, types, dict.fromkeys(types, rope))
+    layers = alternating(config, types, dict.fromkeys(types, rope))  # both types share one Rope
     softcap = config.number("attn_logit_softcapping", 50.0, null=None)
-    return gemma_args(config, layers, 30.0, attention_softcap=softcap)
+    return gemma_args(config, layers, logits_softcap=30.0, attention_softcap=softcap)
 
 
 def gemma3_args(config: Config) -> ModelArgs:
-    """Five of six layers have a window and other rotary positions than the sixth.
+    """Returns the args of Gemma 3. Five of six layers have a window; the sixth has none, and other
+    rotary positions. layer_types or sliding_window_pattern may say otherwise.
 
     attn_logit_softcapping is not used, as in transformers.
     """
+    # The default bases for full attention and for layers with a window.
     thetas = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 1e4)
     ropes = read_ropes_by_type(config, head_dim(config), *thetas)
     pattern = config.integer("sliding_window_pattern", 6)
     layers = alternating(config, attention_types(config, lambda n: (n + 1) % pattern != 0), ropes)
-    # max_position_embeddings includes the factor of the rotary positions.
+    # shared_args would multiply it by the ropes' factor, which Gemma's value includes already.
     longest = config.positions("max_position_embeddings")
-    return gemma_args(config, layers, None, qk_norm="head", context=longest)
+    return gemma_args(config, layers, logits_softcap=None, qk_norm="head", context=longest)
 
 
 def gemma_args(
     config: Config, layers: list[LayerType], logits_softcap: float | None, **fields: Any
 ) -> ModelArgs:
-    """Returns the ModelArgs of Gemma. logits_softcap: the default; fields: those of one version."""
+    """Returns the ModelArgs of either Gemma. logits_softcap: the default of the config's key; None:
+    no softcap. fields: the fields of ModelArgs that only one of the two sets."""
     config.refuse("use_bidirectional_attention", [False], "only causal attention is supported")
     scalar = config.number("query_pre_attn_scalar", 256)
     return rms_gated_args(
@@ -62,6 +69,7 @@ def gemma_args(
     )
 
 
+# Hugging Face's names -> ours.
 GEMMA = LLAMA | OUTPUT_NORMS | {"layers.N.pre_feedforward_layernorm": ("layers.N.ffn_norm", 0)}
 GEMMA_DEFAULTS = {
     "vocab_size": 256000,
@@ -75,8 +83,8 @@ GEMMA_DEFAULTS = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-OF_GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": 131072}
+GEMMA3_DEFAULTS = GEMMA_DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072}
 FAMILIES = {
     "gemma2": Family(gemma2_args, GEMMA, GEMMA_DEFAULTS),
-    "gemma3_text": Family(gemma3_args, GEMMA | QK_NORM, GEMMA_DEFAULTS | OF_GEMMA3),
+    "gemma3_text": Family(gemma3_args, GEMMA | QK_NORM, GEMMA3_DEFAULTS),
 }

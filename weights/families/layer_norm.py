@@ -21,7 +21,8 @@ from weights.families.shared import (
 
 
 def opt_args(config: Config) -> ModelArgs:
-    """Learned positions, plain feed-forwards; in OPT-350m, norms after the residual sums."""
+    """Returns the args of OPT, which has learned positions and plain feed-forwards. In OPT-350m the
+    norms follow the residual sums, and the embedding table is narrower than the model."""
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     norm_first = config.flag("do_layer_norm_before", True)
     no_final_norm = config.flag("_remove_final_layer_norm", False)
@@ -51,7 +52,8 @@ def opt_args(config: Config) -> ModelArgs:
 
 
 def starcoder2_args(config: Config) -> ModelArgs:
-    """Rotary positions, plain feed-forwards, and biases everywhere."""
+    """Returns the args of StarCoder 2, which has rotary positions and plain feed-forwards. All its
+    linear layers have biases, or none has (use_bias)."""
     window = config.positions("sliding_window", None, null=None)
     biased = config.flag("use_bias", True)
     return shared_args(
@@ -68,8 +70,8 @@ def starcoder2_args(config: Config) -> ModelArgs:
 
 
 def stablelm_args(config: Config) -> ModelArgs:
-    """A quarter of each head is rotated; the 12B model has parallel blocks, and norms of queries
-    and keys with weights for each head."""
+    """Returns the args of StableLM. By default, a quarter of each head's channels is rotated. The
+    12B model has parallel blocks, and norms of queries and keys with weights for each head."""
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     channels = equal_share(config, dim, n_heads)
     config.refuse("head_dim", [channels], "this family's is hidden_size / num_attention_heads")
@@ -89,8 +91,8 @@ def stablelm_args(config: Config) -> ModelArgs:
 
 
 def nemotron_args(config: Config) -> ModelArgs:
-    """Half of each head is rotated; norms store their factors minus 1; plain feed-forwards have
-    squared ReLUs."""
+    """Returns the args of Nemotron. By default, half of each head's channels is rotated, and the
+    activation is the squared ReLU. A norm's stored weight is its factor minus 1."""
     rope = read_rope(config, head_dim(config), partial=0.5)
     return shared_args(
         config,
@@ -119,7 +121,7 @@ STARCODER2 = LLAMA | {
     "layers.N.mlp.c_fc": ("layers.N.feed_forward.w1", 0),
     "layers.N.mlp.c_proj": ("layers.N.feed_forward.w2", 0),
 }
-# The norm of head n is part n of the tensor.
+# The files have a norm for each head, such as q_layernorm.norms.3: it is part 3 of our tensor.
 STABLELM = LLAMA | {
     "layers.N.self_attn.q_layernorm.norms": ("layers.N.attention.q_norm", 0),
     "layers.N.self_attn.k_layernorm.norms": ("layers.N.attention.k_norm", 0),

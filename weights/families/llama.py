@@ -24,14 +24,15 @@ from weights.families.shared import (
 
 
 def llama_args(config: Config) -> ModelArgs:
+    """Returns the args of Llama: no layer has a window."""
     layers = same_layers(config, read_rope(config, head_dim(config)))
     biases = attention_biases(config) | {"mlp_bias": config.flag("mlp_bias", False)}
     return rms_gated_args(config, layers, **biases)
 
 
 def mistral_args(config: Config) -> ModelArgs:
-    """All layers have a window, or none has. A config with layer_types is Ministral's, as in
-    transformers."""
+    """Returns the args of Mistral: all layers have a window, or none has (sliding_window is null).
+    A config with layer_types is read as Ministral's, as in transformers."""
     if "layer_types" in config.values:
         return ministral_args(config)
     window = config.positions("sliding_window", 4096, null=None)
@@ -39,27 +40,33 @@ def mistral_args(config: Config) -> ModelArgs:
 
 
 def ministral_args(config: Config) -> ModelArgs:
-    """The layers of layer_types have a window; without that key, all have."""
+    """Returns the args of Ministral. The sliding layers of layer_types have a window; without that
+    key, all layers have one, or none if sliding_window is null."""
     window = config.positions("sliding_window", 4096, null=None)
     types = attention_types(config, lambda n: window is not None)
     return rms_gated_args(config, layers_with_windows(config, types, window))
 
 
 def qwen2_args(config: Config, **rope: Any) -> ModelArgs:
-    """Queries, keys and values have biases, the attention's output has none. rope: see
-    read_rope."""
+    """Returns the args of Qwen 2: the projections to queries, keys and values have biases, the
+    attention's output projection has none. rope: keyword arguments of read_rope."""
     return rms_gated_args(config, qwen_layers(config, **rope), attention_bias=True)
 
 
 def qwen3_args(config: Config) -> ModelArgs:
-    """Each head's queries and keys pass through a norm."""
+    """Returns the args of Qwen 3: a norm over the channels of each head follows the projections to
+    queries and keys."""
     biases = attention_biases(config)
     return rms_gated_args(config, qwen_layers(config), qk_norm="head", **biases)
 
 
 def qwen_layers(config: Config, **rope: Any) -> list[LayerType]:
-    """Returns the layer types of Qwen: with use_sliding_window, those of layer_types, or layers
-    from max_window_layers on, have a window. rope: see read_rope."""
+    """Returns the layer types of Qwen.
+
+    Without use_sliding_window no layer has a window. With it, the sliding layers of layer_types
+    have one or, without that key, the layers from number max_window_layers on. rope: keyword
+    arguments of read_rope.
+    """
     used = config.flag("use_sliding_window", False)
     window = config.positions("sliding_window", 4096, null=None) if used else None
     first = config.count("max_window_layers", 28)
@@ -68,10 +75,12 @@ def qwen_layers(config: Config, **rope: Any) -> list[LayerType]:
 
 
 def smollm3_args(config: Config) -> ModelArgs:
-    """Every fourth layer rotates nothing; with use_sliding_window these layers have a window."""
+    """Returns the args of SmolLM 3. By default, every fourth layer has no rotary positions. With
+    use_sliding_window these layers have a window, unless layer_types names others."""
     count = layer_count(config)
     interval = config.integer("no_rope_layer_interval", 4)
     by_interval = [(n + 1) % interval != 0 for n in range(count)]
+    # In spite of its name, no_rope_layers has a 1 for each layer with rotary positions.
     rotated = config.choices("no_rope_layers", (0, 1), count) or by_interval
     window = config.positions("sliding_window", None, null=None)
     used = config.flag("use_sliding_window", False) and window is not None
@@ -84,7 +93,8 @@ def smollm3_args(config: Config) -> ModelArgs:
 
 
 def granite_args(config: Config) -> ModelArgs:
-    """Embeddings, scores, residual sums and logits are multiplied by factors."""
+    """Returns the args of Granite, a Llama whose config has factors of the embeddings, the scores
+    and the outputs of attention and feed-forward, and a divisor of the logits."""
     factors = {
         "embedding_scale": config.number("embedding_multiplier", 1.0),
         "attention_scale": config.number("attention_multiplier", 1.0),
@@ -95,9 +105,8 @@ def granite_args(config: Config) -> ModelArgs:
 
 
 def phi3_args(config: Config) -> ModelArgs:
-    """Of each head a part is rotated. q, k and v are stored as one tensor, gate and up as another.
-
-    Of scaled rotary positions there is one kind, longrope, which early configs call su or yarn.
+    """Returns the args of Phi 3. partial_rotary_factor says which share of a head's channels is
+    rotated. The only scaling of rotary positions is longrope, which early configs call su or yarn.
     """
     aliases = {"su": "longrope", "yarn": "longrope"}
     kinds = ["default", "longrope"]
@@ -110,12 +119,13 @@ def phi3_args(config: Config) -> ModelArgs:
 def layers_with_windows(
     config: Config, types: Sequence[str], window: int | None, **rope: Any
 ) -> list[LayerType]:
-    """Returns layers with the same rotary positions. types, window: see `windows`; rope: see
-    read_rope."""
+    """Returns layer types that all have the same rotary positions. types, window: see `windows`.
+    rope: keyword arguments of read_rope."""
     same = read_rope(config, head_dim(config), **rope)
     return [LayerType(same, each) for each in windows(config, types, window)]
 
 
+# The files have q, k and v as one tensor, and gate and up as another, stacked as ours are.
 PHI3 = LLAMA | {
     "layers.N.self_attn.qkv_proj": ("layers.N.attention.wqkv", 0),
     "layers.N.mlp.gate_up_proj": ("layers.N.feed_forward.w13", 0),

@@ -18,12 +18,14 @@ from weights.families.shared import (
 
 
 def olmo2_args(config: Config) -> ModelArgs:
-    """Queries and keys pass through norms over all heads together."""
+    """Returns the args of OLMo 2: no layer has a window."""
     return olmo_args(config, same_layers(config, read_rope(config, head_dim(config))))
 
 
 def olmo3_args(config: Config) -> ModelArgs:
-    """OLMo 2 with a window in three of four layers; only the fourth scales its rotary positions."""
+    """Returns the args of OLMo 3, an OLMo 2 with windows in three of four layers, unless
+    layer_types says otherwise. rope_scaling applies to the layers without a window only."""
+    # A rope_theta beside the sections counts for full attention only, as in transformers.
     theta = config.number("rope_theta", 5e5)
     ropes = read_ropes_by_type(config, head_dim(config), theta, 5e5)
     types = attention_types(config, lambda n: (n + 1) % 4 != 0)
@@ -31,7 +33,8 @@ def olmo3_args(config: Config) -> ModelArgs:
 
 
 def olmo_args(config: Config, layers: list[LayerType]) -> ModelArgs:
-    """The norms are after attention and feed-forward, not before."""
+    """Returns the args of either OLMo: norms follow attention and feed-forward, none precedes them;
+    queries and keys pass through norms over all heads together."""
     norms = {"input_norms": False, "output_norms": True, "qk_norm": "whole"}
     return rms_gated_args(config, layers, **norms, **attention_biases(config))
 

@@ -4,6 +4,9 @@ A config has one of two schemas: `rope_theta` with `rope_scaling`, or `rope_para
 transformers 5. If it has both, the older `rope_scaling` is read and `rope_parameters` ignored, as
 in transformers. In some families `rope_parameters` has a section for each type of layer; there
 `rope_scaling` overrides values of full_attention. Defaults are those of transformers.
+
+Words: a section is an object of the config that describes rotary positions; its kind, a key of
+ROPES, says how they are scaled; theta is the base of the frequencies, `rope_theta`.
 """
 
 import math
@@ -16,6 +19,7 @@ from layers.positions import ROPES
 from weights.config import Config
 
 KINDS = [kind for kind in ROPES if kind != "none"]  # a family chooses "none", not a config
+KIND_KEYS = "rope_type", "type"  # of a section; "type" is older
 
 
 def read_rope(
@@ -30,29 +34,31 @@ def read_rope(
     """Returns the rotary positions of a model whose layers share them.
 
     theta: the family's default base. partial: the family's default of partial_rotary_factor, the
-    share of a head's channels that is rotated; None: the family rotates all channels, and another
-    factor than 1 is refused. aliases: names of kinds in this family -> names in ROPES. kinds: those
-    that the family supports. Raises ValueError for a kind or a value that is not supported.
+    share of a head's channels that is rotated; None: the family rotates all channels, and a factor
+    other than 1 is refused. aliases: further names of kinds in this family's configs -> the kinds.
+    kinds: those that the family supports. Raises ValueError for a kind or a value that is not
+    supported.
     """
     old, new = config.section("rope_scaling"), config.section("rope_parameters")
     section = old if old.values else new
     for key in ("full_attention", "sliding_attention"):
         section.refuse(key, (), "the layers of this family share their rotary positions")
-    # The base lies in the section in transformers 5, beside it in the older schema.
+    # theta lies in the section in transformers 5, beside it in the older schema.
     theta = (section if "rope_theta" in section.values else config).number("rope_theta", theta)
-    kind = read_kind(section, ("rope_type", "type"), aliases, kinds)
-    rope = Rope(rotated_channels(config, section, head_dim, partial), theta)
+    kind = read_kind(section, aliases, kinds)
+    rope = Rope(rotated_channels(config, section, head_dim, partial), theta, kind)
     original = config.positions("original_max_position_embeddings", None, null=None)
-    return READERS.get(kind, plain)(config, section, replace(rope, kind=kind), original)
+    return READERS.get(kind, plain)(config, section, rope, original)
 
 
 def read_ropes_by_type(
     config: Config, head_dim: int, full_theta: float, sliding_theta: float
 ) -> dict[str, Rope]:
-    """Returns the rotary positions of layers with full attention and of those with a sliding
-    window: a Rope for the keys full_attention and sliding_attention.
+    """Returns the rotary positions of a model with a Rope for each type of layer, full attention
+    and sliding window: {"full_attention": Rope, "sliding_attention": Rope}.
 
-    full_theta, sliding_theta: the default bases of the two types. Raises ValueError as read_rope.
+    full_theta, sliding_theta: the bases of sections without rope_theta. Raises ValueError as
+    read_rope does.
     """
     sections, scaled = config.section("rope_parameters"), config.section("rope_scaling")
     if others := sections.values.keys() - {"full_attention", "sliding_attention"}:
@@ -73,50 +79,56 @@ def read_ropes_by_type(
 
 
 def rope_of_type(config: Config, section: Config, head_dim: int, theta: float) -> Rope:
-    """Returns the rotary positions of a type of layers. section: its part of the config. theta: the
-    base if the section has none."""
+    """Returns the rotary positions that the section of one type of layer describes. theta: the base
+    if the section has none."""
+    # transformers reads `truncate` beside the sections: false in a section has no effect there.
     section.refuse("truncate", [True], "only true is supported in a section for a type of layer")
-    kind = read_kind(section, ("rope_type", "type"), {}, KINDS)
+    kind = read_kind(section, {}, KINDS)
     theta = section.number("rope_theta", theta)
     rope = Rope(rotated_channels(config, section, head_dim, None), theta, kind)
     return READERS.get(kind, plain)(config, section, rope, None)
 
 
-def read_kind(
-    section: Config, keys: Sequence[str], aliases: Mapping[str, str], kinds: Sequence[str]
-) -> str:
-    """Returns the kind of rotary positions, a key of ROPES. keys: of the section; the first that it
-    has gives the kind. aliases, kinds: see read_rope."""
-    key = next((key for key in keys if key in section.values), keys[0])
+def read_kind(section: Config, aliases: Mapping[str, str], kinds: Sequence[str]) -> str:
+    """Returns the kind of rotary positions, a key of ROPES: the value of the first of KIND_KEYS
+    that the section has, or "default" if it has neither. aliases, kinds: see read_rope."""
+    key = next((key for key in KIND_KEYS if key in section.values), KIND_KEYS[0])
     kind = section.choice(key, [*kinds, *aliases], "default")
     return aliases.get(kind, kind)
 
 
 def rotated_channels(config: Config, section: Config, head_dim: int, partial: float | None) -> int:
     """Returns how many channels of a head are rotated. partial: see read_rope."""
-    where = section if "partial_rotary_factor" in section.values else config
+    holder = section if "partial_rotary_factor" in section.values else config
     if partial is None:
-        where.refuse("partial_rotary_factor", [1], "this family rotates all channels")
+        holder.refuse("partial_rotary_factor", [1], "this family rotates all channels")
         return head_dim
-    return int(head_dim * where.number("partial_rotary_factor", partial, maximum=1.0))
+    return int(head_dim * holder.number("partial_rotary_factor", partial, maximum=1.0))
+
+
+# --- a reader for each kind, see READERS
 
 
 def plain(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """Returns `rope` as it is: the kind has no further values."""
     return rope
 
 
 def read_linear(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """Returns the rope of linear interpolation, whose only further value is the factor."""
     return replace(rope, factor=section.number("factor", maximum=1e6))
 
 
 def read_dynamic(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
-    """The trained context of this kind is always max_position_embeddings."""
+    """Returns the rope of the NTK scaling. In this kind the trained context is always
+    max_position_embeddings."""
     context = config.positions("max_position_embeddings")
     return replace(rope, factor=section.number("factor", maximum=1e6), original_context=context)
 
 
 def read_llama3(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
-    """Raises ValueError if low_freq_factor is not less than high_freq_factor."""
+    """Returns the rope of Llama 3.1's scaling. Raises ValueError if low_freq_factor is not less
+    than high_freq_factor."""
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
     if low >= high:
         raise ValueError(
@@ -132,19 +144,22 @@ def read_llama3(config: Config, section: Config, rope: Rope, original: int | Non
 
 
 def read_yarn(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
-    """Zero or null for a beta or mscale means its default, as in transformers. Raises ValueError
-    for a base that gives no frequencies below 1."""
+    """Returns the rope of yarn. A factor of null is the quotient of max_position_embeddings and the
+    trained context. Zero or null for a beta or mscale means its default, as in transformers. Raises
+    ValueError for a base of 1 or less, which gives no frequencies below 1."""
     if rope.theta <= 1:
         raise ValueError(f"{section.where}: 'rope_theta' is {rope.theta:g} and must be above 1")
     context = trained_context(config, section, original)
     factor = section.number("factor", null=None, maximum=1e6)
     factor = factor or config.positions("max_position_embeddings") / context
+    # Without the zeros, so that a zero counts as missing.
     given = Config({k: v for k, v in section.values.items() if v != 0}, section.where)
     fast, slow = given.number("beta_fast", 32, null=32), given.number("beta_slow", 1, null=1)
     mscales = [given.number(key, 0, null=0) for key in ("mscale", "mscale_all_dim")]
+    # The paper's 0.1 log(factor) + 1 or, with both mscales, the quotient of two such terms
+    # (DeepSeek). max: a factor below 1 changes nothing.
     numerator, denominator = mscales if all(mscales) else (1, 0)
     scale = 0.1 * math.log(max(factor, 1))
-    # The paper's 0.1 log(factor) + 1, or the quotient of two such terms (DeepSeek).
     default = (numerator * scale + 1) / (denominator * scale + 1)
     return replace(
         rope,
@@ -158,6 +173,8 @@ def read_yarn(config: Config, section: Config, rope: Rope, original: int | None)
 
 
 def read_longrope(config: Config, section: Config, rope: Rope, original: int | None) -> Rope:
+    """Returns the rope of longrope. Without a factor it is the quotient of max_position_embeddings
+    and the trained context. Raises ValueError for a trained context of 1."""
     context = trained_context(config, section, original)
     longest = config.positions("max_position_embeddings")
     if context == 1:  # its logarithm, a divisor, would be 0
@@ -176,16 +193,18 @@ def read_longrope(config: Config, section: Config, rope: Rope, original: int | N
 
 
 def trained_context(config: Config, section: Config, original: int | None) -> int:
-    """Returns the length of the context that the model was trained with:
-    original_max_position_embeddings, or max_position_embeddings if there is none. section: the part
-    of the config that has the rotary positions. original: original_max_position_embeddings beside
-    the section, which takes precedence over that in it; None: there is none beside it."""
+    """Returns the trained context: the positions that the model was trained with before scaling.
+
+    It is `original` or, if that is None, original_max_position_embeddings of the section or, if the
+    section has none, max_position_embeddings. original: see READERS.
+    """
     longest = config.positions("max_position_embeddings")
     return original or section.positions("original_max_position_embeddings", longest)
 
 
-# Kind -> function of the config, the rope's section, the Rope with dim, theta and kind, and the
-# config's original_max_position_embeddings: the whole Rope.
+# Kind -> its reader, which returns the whole Rope; `plain` for kinds that are not listed. It takes
+# the config, the section, a Rope with dim, theta and kind, and `original`: the value of
+# original_max_position_embeddings beside the section, or None.
 READERS = {
     "linear": read_linear,
     "dynamic": read_dynamic,

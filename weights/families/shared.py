@@ -1,6 +1,6 @@
 """What the families share: the sizes of a model, the windows of its layers, its tensors' names.
 
-Start at shared_args. A Family tells how to read a config and how the tensors are named.
+Start at shared_args. A Family says how its configs are read and how its tensors are named.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from weights.config import Config
 MAX_LAYERS = 2**10
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Hugging Face's module -> our module, and which part of our stacked tensor theirs is. N: the number
-# of the layer.
+# Hugging Face's module -> (our module, which part of our stacked tensor theirs is, from 0; 0 if
+# ours is not stacked). N: the number of the layer. A name that no tensor has does no harm.
 Names = dict[str, tuple[str, int]]
 
 
@@ -24,8 +24,8 @@ Names = dict[str, tuple[str, int]]
 class Family:
     """Models of one model_type.
 
-    read: returns the ModelArgs of a config. names: its modules' names, without "model." at the
-    front. defaults: the values that keys have if a config leaves them out.
+    read: returns the ModelArgs of a config. names: Hugging Face's, without "model." at the front,
+    and ours. defaults: the values of keys that a config leaves out.
     """
 
     read: Callable[[Config], ModelArgs]
@@ -36,7 +36,7 @@ class Family:
 def shared_args(config: Config, layer_types: Sequence[LayerType], **fields: Any) -> ModelArgs:
     """Returns the ModelArgs with the sizes that all families but OPT name alike.
 
-    fields: other fields, and those that a family reads in another way.
+    fields: further fields of ModelArgs, or values that replace those read here.
     """
     dim, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     sizes = {
@@ -65,7 +65,8 @@ def rms_gated_args(config: Config, layer_types: Sequence[LayerType], **fields: A
 
 
 def attention_biases(config: Config) -> dict[str, bool]:
-    """Returns the fields for attention_bias, which covers q, k, v and the output."""
+    """Returns the fields of ModelArgs for families whose attention_bias covers the projections to
+    queries, keys and values and the output projection."""
     biased = config.flag("attention_bias", False)
     return {"attention_bias": biased, "wo_bias": biased}
 
@@ -84,7 +85,8 @@ def head_dim(config: Config) -> int:
 
 
 def equal_share(config: Config, dim: int, n_heads: int) -> int:
-    """Returns dim / n_heads, both of the config. Raises ValueError if that is no integer."""
+    """Returns dim / n_heads, the config's hidden_size and num_attention_heads. Raises ValueError if
+    the quotient is no integer."""
     if dim % n_heads:
         raise ValueError(
             f"{config.where}: 'hidden_size' is {dim} and must be a multiple of "
@@ -94,9 +96,10 @@ def equal_share(config: Config, dim: int, n_heads: int) -> int:
 
 
 def context(config: Config, layer_types: Sequence[LayerType]) -> int:
-    """Returns the positions that a model can attend over: max_position_embeddings, extended by the
-    factor of linear and dynamic rotary positions, and to original_max_position_embeddings times the
-    factor of yarn. This limit is vLLM's; transformers has none."""
+    """Returns how many positions a model can attend over: max_position_embeddings, times the factor
+    of linear and dynamic rotary positions; with yarn, at least its trained context times its
+    factor. The other kinds' max_position_embeddings includes the factor. This limit is vLLM's;
+    transformers has none."""
     longest = config.positions("max_position_embeddings")
     extended = [longest]
     for rope in {layer.rope for layer in layer_types if layer.rope}:
@@ -107,7 +110,7 @@ def context(config: Config, layer_types: Sequence[LayerType]) -> int:
 
 
 def same_layers(config: Config, rope: Rope, window: int | None = None) -> list[LayerType]:
-    """Returns the layer types of a model whose layers are all alike."""
+    """Returns the layer types of a model whose layers are all alike. window: see LayerType."""
     return [LayerType(rope, window)] * layer_count(config)
 
 
@@ -120,8 +123,9 @@ def attention_types(config: Config, default: Callable[[int], bool]) -> list[str]
 
 
 def windows(config: Config, types: Sequence[str], window: int | None) -> list[int | None]:
-    """Returns the window of each layer; None: full attention. types: see attention_types. window:
-    that of all sliding layers. Raises ValueError if there is a sliding layer and window is None."""
+    """Returns the window of each layer, None for full attention. types: as attention_types returns
+    them. window: the window of the sliding layers; None: the config has none, so a sliding layer
+    raises ValueError."""
     if SLIDING in types and window is None:
         raise ValueError(
             f"{config.where}: the model has layers of {SLIDING}, but 'sliding_window' is missing "
@@ -131,8 +135,8 @@ def windows(config: Config, types: Sequence[str], window: int | None) -> list[in
 
 
 def alternating(config: Config, types: list[str], ropes: dict[str, Rope]) -> list[LayerType]:
-    """Returns the layer types of a model that mixes full and sliding attention. types: see
-    attention_types. ropes: FULL and SLIDING -> Rope."""
+    """Returns the layer types of a model that mixes full and sliding attention. types: as
+    attention_types returns them. ropes: FULL -> Rope, SLIDING -> Rope."""
     window = config.positions("sliding_window", 4096, null=None)
     pairs = zip(types, windows(config, types, window), strict=True)
     return [LayerType(ropes[name], each) for name, each in pairs]
@@ -160,8 +164,8 @@ QK_NORM: Names = {
     "layers.N.self_attn.q_norm": ("layers.N.attention.q_norm", 0),
     "layers.N.self_attn.k_norm": ("layers.N.attention.k_norm", 0),
 }
-# Norms after attention and feed-forward. The first name is that of Llama's norm before the
-# feed-forward, which it replaces.
+# Norms after attention and feed-forward. Llama has the first name, too, for its norm before the
+# feed-forward: `LLAMA | OUTPUT_NORMS` replaces that entry.
 OUTPUT_NORMS: Names = {
     "layers.N.post_attention_layernorm": ("layers.N.attention_output", 0),
     "layers.N.post_feedforward_layernorm": ("layers.N.ffn_output", 0),

@@ -1,55 +1,36 @@
-// Integer products of 16-bit pairs: fixed-point rows by strips of packed weights, on all CPUs
-// without AVX-512 VNNI. AVX2's vpmaddwd multiplies 16 numbers of 16 bits by 16, and adds the
-// products of each two neighbours.
+// Integer products of fixed-point rows by strips of packed weights, on all CPUs without AVX-512
+// VNNI. factors.h turns both into registers that the CPU multiplies.
 //
-// Four bytes of packed weights belong to one output. They hold four inputs in int8, and eight in
-// int4: one tile in the low nibbles, the next tile in the high nibbles. Seen as two 16-bit lanes,
-// the low bytes of the lanes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a shift
-// turns bytes or nibbles into pairs, without moving any of them between lanes. A sum is below
-// 2^31: 128 int8 inputs give at most 128 * 255 * 32639, 256 int4 inputs less.
-//
-// Start at multiply_pairs. Weights are unpacked in registers, for kRowsTogether rows at a time: to
+// Start at multiply_strips. Weights are unpacked in registers, for kRowsTogether rows at a time: to
 // unpack them into memory for more rows takes longer.
 
 #pragma once
 
-#include "fixed_point.h"
+#include "factors.h"
 #include "output.h"
 #include "row_groups.h"
 
 namespace {
 
-constexpr int kRowStreams = 4;  // strips that one row reads side by side
-constexpr int kRowsTogether = kLanes == 16 ? 8 : 4;  // rows whose sums fit in the registers
+constexpr int kRowPlanes = Factors<kInt8>::kPlanes;
+constexpr int kRowStreams = 4 / kRowPlanes;  // strips that one row reads side by side
+// Rows whose sums fit in the registers.
+constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
-
-// Returns pair j of each 32-bit lane of a register of packed weights, as unsigned 16-bit integers.
-// Pair 0: inputs 0 and 2. Pair 1: inputs 1 and 3. In int4, pairs 2 and 3 are those of the second
-// tile.
-template <Format F>
-inline NativeInt weight_pairs(NativeInt v, int j) {
-  if constexpr (F == kInt8)
-    return j == 0 ? native_and(v, native_splat(0x00ff00ff)) : native_shift_right_16<8>(v);
-  const NativeInt nibble = native_splat(0x000f000f);
-  if (j == 0) return native_and(v, nibble);
-  if (j == 1) return native_and(native_shift_right_16<8>(v), nibble);
-  if (j == 2) return native_and(native_shift_right_16<4>(v), nibble);
-  return native_shift_right_16<12>(v);
-}
-
-template <Format F>
-constexpr int kPairsOf = 16 / bits(F);  // pairs of weights in a lane
 
 // Multiplies row 0, the only one, by the strips n, which are read side by side. Returns in y:
 // (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
+  using Factor = Factors<F>;
+  constexpr int kPlanes = Factor::kPlanes, kSteps = Factor::kSteps;
   const int64_t header = header_bytes<F>(w.block), span_blocks = kSpan / w.block;
   const uint8_t *tiles[STRIPS], *headers[STRIPS] = {};
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]), y[t] = splat(0.f);
-  const int32_t* pairs = x.pairs(0);
+  const int32_t* lanes[kPlanes];
+  for (int h = 0; h < kPlanes; h++) lanes[h] = x.lanes(0, h);
   for (int64_t b = 0; b < x.blocks; b++) {
     const int64_t in_span = b % span_blocks;
     if (in_span == 0) {
@@ -58,12 +39,14 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
         prefetch(headers[t] + kAhead, header);
       }
     }
-    Ints sums[STRIPS];
-    for (int t = 0; t < STRIPS; t++) sums[t] = splat(0);
-    for (int64_t k = 0; k < w.block / 2; k += kPairsOf<F>, pairs += kPairsOf<F>) {
-      NativeInt inputs[kPairsOf<F>];
+    Ints sums[STRIPS][kPlanes];
+    for (int i = 0; i < STRIPS * kPlanes; i++) sums[i / kPlanes][i % kPlanes] = splat(0);
+    for (int64_t k = 0; k < w.block / Factor::kInputs; k += kSteps) {
+      NativeInt inputs[kSteps][kPlanes];
+#pragma GCC unroll 2
+      for (int h = 0; h < kPlanes; h++)
 #pragma GCC unroll 4
-      for (int j = 0; j < kPairsOf<F>; j++) inputs[j] = native_splat(pairs[j]);
+        for (int j = 0; j < kSteps; j++) inputs[j][h] = native_splat(lanes[h][k + j]);
 #pragma GCC unroll 4
       for (int t = 0; t < STRIPS; t++) {
         prefetch(tiles[t] + kAhead);
@@ -71,17 +54,24 @@ void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const Fixe
         for (int p = 0; p < kParts; p++) {
           const NativeInt v = native_load_bits(tiles[t] + 4 * p * kLanes);
 #pragma GCC unroll 4
-          for (int j = 0; j < kPairsOf<F>; j++)
-            sums[t].part[p] = native_add_pair_products(sums[t].part[p], weight_pairs<F>(v, j),
-                                                       inputs[j]);
-          native_keep(sums[t].part[p]);
+          for (int j = 0; j < kSteps; j++) {
+            const NativeInt weights = Factor::weights(v, j);
+#pragma GCC unroll 2
+            for (int h = 0; h < kPlanes; h++)
+              sums[t][h].part[p] =
+                  Factor::add_products(sums[t][h].part[p], weights, inputs[j][h]);
+          }
+#pragma GCC unroll 2
+          for (int h = 0; h < kPlanes; h++) Factor::keep(sums[t][h].part[p]);
         }
         tiles[t] += kLine;
       }
     }
+    for (int h = 0; h < kPlanes; h++) lanes[h] += w.block / Factor::kInputs;
     const int64_t at = x.block(0, b);
     for (int t = 0; t < STRIPS; t++)
-      y[t] = add_block(y[t], sums[t], load_zeros<F>(headers[t], w.block, in_span),
+      y[t] = add_block(y[t], Factor::total(sums[t], x.sum[at]),
+                       load_zeros<F>(headers[t], w.block, in_span),
                        load_scales<F>(headers[t], in_span), x.sum[at], x.scale[at]);
   }
   for (int t = 0; t < STRIPS; t++) y[t] = y[t] * w.output_scales(n[t]);
@@ -107,16 +97,17 @@ inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t num
   }
 }
 
-// Where R rows of a span begin: their pairs, and for each block their sums and scales.
+// Where R rows of a span begin: the lanes of each plane, and for each block the sums and scales.
 template <int R>
 struct RowPointers {
-  const int32_t* pairs[R];
+  const int32_t* lanes[R][kRowPlanes];
   const float *sums[R], *scales[R];
 
   RowPointers(const FixedPointRows& x, int64_t row, const Span& span) {
     for (int r = 0; r < R; r++) {
       const int64_t at = x.block(row + r, span.number * (kSpan / span.block));
-      pairs[r] = x.pairs(row + r) + span.number * kSpan / 2;
+      for (int h = 0; h < kRowPlanes; h++)
+        lanes[r][h] = x.lanes(row + r, h) + span.number * kSpan / Factors<kInt8>::kInputs;
       sums[r] = &x.sum[at], scales[r] = &x.scale[at];
     }
   }
@@ -133,50 +124,56 @@ inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zer
 // scales. Unpacks the weights in registers.
 template <Format F, int R>
 void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Floats* y) {
+  using Factor = Factors<F>;
+  constexpr int kPlanes = Factor::kPlanes, kSteps = Factor::kSteps;
   const RowPointers<R> rows(x, row, span);
   const uint8_t* tiles = span.tiles;
+  int64_t lane = 0;
   for (int64_t b = 0; b < span.blocks; b++) {
-    NativeInt sums[R][kParts];
+    Ints sums[R][kPlanes];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-      for (int p = 0; p < kParts; p++) sums[r][p] = native_splat(0);
-    const int64_t begin = b * span.block / 2, end = begin + span.block / 2;
-    for (int64_t k = begin; k < end; k += kPairsOf<F>, tiles += kLine) {
+    for (int i = 0; i < R * kPlanes; i++) sums[i / kPlanes][i % kPlanes] = splat(0);
+    const int64_t end = lane + span.block / Factor::kInputs;
+    for (; lane < end; lane += kSteps, tiles += kLine) {
       NativeInt v[kParts];
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++) v[p] = native_load_bits(tiles + 4 * p * kLanes);
 #pragma GCC unroll 4
-      for (int j = 0; j < kPairsOf<F>; j++) {
+      for (int j = 0; j < kSteps; j++) {
         NativeInt weights[kParts];
 #pragma GCC unroll 16
-        for (int p = 0; p < kParts; p++) weights[p] = weight_pairs<F>(v[p], j);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const NativeInt input = native_splat(rows.pairs[r][k + j]);
+        for (int p = 0; p < kParts; p++) weights[p] = Factor::weights(v[p], j);
+#pragma GCC unroll 16
+        for (int i = 0; i < R * kPlanes; i++) {
+          const int r = i / kPlanes, h = i % kPlanes;
+          const NativeInt input = native_splat(rows.lanes[r][h][lane + j]);
 #pragma GCC unroll 16
           for (int p = 0; p < kParts; p++) {
-            sums[r][p] = native_add_pair_products(sums[r][p], weights[p], input);
-            native_keep(sums[r][p]);
+            NativeInt& sum = sums[r][h].part[p];
+            sum = Factor::add_products(sum, weights[p], input);
+            Factor::keep(sum);
           }
         }
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+      const float sum = rows.sums[r][b * kRowGroup], scale = rows.scales[r][b * kRowGroup];
+      const Ints total = Factor::total(sums[r], sum);
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++)
-        y[r].part[p] =
-            add_block_part(y[r].part[p], sums[r][p], span.zeros[b].part[p], span.scales[b].part[p],
-                           rows.sums[r][b * kRowGroup], rows.scales[r][b * kRowGroup]);
+        y[r].part[p] = add_block_part(y[r].part[p], total.part[p], span.zeros[b].part[p],
+                                      span.scales[b].part[p], sum, scale);
+    }
   }
 }
 
 // Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One
 // span of these rows stays in the L1 cache while all the strips are multiplied by it.
 template <Format F>
-void multiply_strips(const PackedWeights& w, int64_t n, int64_t strips, const FixedPointRows& x,
-                     int64_t first, int64_t rows, const Output& out) {
+void multiply_rows_by_strips(const PackedWeights& w, int64_t n, int64_t strips,
+                             const FixedPointRows& x, int64_t first, int64_t rows,
+                             const Output& out) {
   const int64_t bytes = span_bytes<F>(w.block), spans = spans_of(w.K);
   Floats y[kStripsInCache][kRowsInCache];
   for (int64_t i = 0; i < strips; i++)
@@ -217,13 +214,13 @@ void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t f
 
 // Multiplies all rows by strips `from` to `to`, and stores them in `out`.
 template <Format F>
-void multiply_pairs(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
-                    const Output& out) {
+void multiply_strips(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
+                     const Output& out) {
   if (out.M == 1) return multiply_one_row<F, kRowStreams>(w, x, from, to, out);
   for (int64_t n = from; n < to; n += kStripsInCache)
     for (int64_t m = 0; m < out.M; m += kRowsInCache)
-      multiply_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,
-                         std::min(kRowsInCache, out.M - m), out);
+      multiply_rows_by_strips<F>(w, n, std::min(kStripsInCache, to - n), x, m,
+                                 std::min(kRowsInCache, out.M - m), out);
 }
 
 }  // namespace

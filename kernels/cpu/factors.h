@@ -1,0 +1,76 @@
+// The factors of integer products: packed weights and fixed-point rows, as registers of 32-bit
+// lanes. A lane of weights belongs to one output, and a lane of a row's numbers, which is copied to
+// all lanes, has the same inputs. Start at Factors, which is Bytes where the CPU adds products of
+// four bytes (AVX-VNNI, ARM's dot products), else Pairs. Both give the same integers.
+//
+// Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile
+// in the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give
+// at most 128 * 255 * 32639, 256 int4 inputs less.
+
+#pragma once
+
+#include "fixed_point.h"
+
+namespace {
+
+// Pairs of 16-bit numbers, as AVX2's vpmaddwd multiplies them. Of four bytes of weights, seen as
+// two 16-bit lanes, the low bytes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a
+// shift turns bytes or nibbles into pairs, without moving any of them between lanes.
+template <Format F>
+struct Pairs {
+  static constexpr int kPlanes = 1;            // sums that a row needs
+  static constexpr int kInputs = 2;            // of a lane
+  static constexpr int kSteps = 16 / bits(F);  // lanes that a lane of packed weights turns into
+
+  // Returns the weights of a step, as unsigned integers. Step 0: inputs 0 and 2 of each lane. Step
+  // 1: inputs 1 and 3. In int4, steps 2 and 3 are those of the second tile.
+  static NativeInt weights(NativeInt v, int step) {
+    if constexpr (F == kInt8)
+      return step == 0 ? native_and(v, native_splat(0x00ff00ff)) : native_shift_right_16<8>(v);
+    const NativeInt nibble = native_splat(0x000f000f);
+    if (step == 0) return native_and(v, nibble);
+    if (step == 1) return native_and(native_shift_right_16<8>(v), nibble);
+    if (step == 2) return native_and(native_shift_right_16<4>(v), nibble);
+    return native_shift_right_16<12>(v);
+  }
+  static NativeInt add_products(NativeInt sums, NativeInt weights, NativeInt inputs) {
+    return native_add_pair_products(sums, weights, inputs);
+  }
+  static void keep(NativeInt& sums) { native_keep(sums); }
+  // Returns the sums of the products. row_sum: of the row's numbers in the block.
+  [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float /*row_sum*/) {
+    return sums[0];
+  }
+};
+
+#ifdef GPT_FLEX_BYTE_PRODUCTS
+// Bytes: of a row's numbers the high ones (plane 0) and the low ones (plane 1), which need sums of
+// their own. int8 weights are stored plus 128; where the CPU multiplies signed bytes, weights()
+// takes 128 off, and total() adds 128 times the sum of the inputs.
+template <Format F>
+struct Bytes {
+  static constexpr int kPlanes = 2, kInputs = 4, kSteps = 8 / bits(F);
+
+  static NativeInt weights(NativeInt v, int step) {
+    if constexpr (F == kInt8)
+      return kSignedWeights ? v ^ native_splat(static_cast<int32_t>(0x80808080)) : v;
+    return native_and(step == 0 ? v : native_shift_right_16<4>(v), native_splat(0x0f0f0f0f));
+  }
+  static NativeInt add_products(NativeInt sums, NativeInt weights, NativeInt inputs) {
+    return native_add_byte_products(sums, weights, inputs);
+  }
+  static void keep(NativeInt&) {}  // one instruction multiplies and adds
+  [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float row_sum) {
+    const bool shifted = F == kInt8 && kSignedWeights;
+    const Ints rest = splat(shifted ? 128 * static_cast<int32_t>(row_sum) : 0);
+    return sums[1] + rest + each<Ints>([](auto high) { return high << 8; }, sums[0]);
+  }
+};
+template <Format F>
+using Factors = Bytes<F>;
+#else
+template <Format F>
+using Factors = Pairs<F>;
+#endif
+
+}  // namespace
