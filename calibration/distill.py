@@ -1,8 +1,8 @@
 """Training of int4 weights by distillation from the dense model.
 
-Start at distill. GPTQ makes each layer compute nearly what the dense layer computes. Here the
-integers of all layers are trained together, to minimise the divergence between the distributions of
-the dense and of the quantised model over the next token. Scales, zero points, norms, biases and
+Start at distill. GPTQ makes each linear compute nearly what the dense linear computes. Here the
+integers of all linears are trained together, to minimise the divergence between the distributions
+of the dense and of the quantised model over the next token. Scales, zero points, norms, biases and
 embeddings do not change. The dense model is the teacher, the quantised one the student; the
 divergence is KL(teacher || student).
 
@@ -10,7 +10,7 @@ Integers have no gradient. They are rounded from latent floats, which receive th
 integers (the straight-through estimator of Bengio et al., arXiv 1308.3432). Taking the dense
 model's own distribution as the target is from LLM-QAT (2305.17888).
 
-Shapes: N out_features, K in_features, S groupsize, P groups, B texts, T tokens, V vocab.
+Shapes: N out_features, K in_features, S groupsize, P groups of inputs, B texts, T tokens, V vocab.
 """
 
 import copy
@@ -30,51 +30,52 @@ from load import count_weights, meta_model
 from model import Transformer
 from quant.linear import pack_nibbles, unpack_nibbles
 
-TOKENS_PER_STEP = 2048  # most tokens of a training step; a longer text is a step of its own
+TOKENS_PER_STEP = 2048  # most tokens of a training step; one longer text is a step, too
 LEARNING_RATE = 0.005  # Adam's first step, in units of the integers; falls to 0 along half a cosine
 BETAS = 0.3, 0.99  # Adam's decay rates; with 0.9, many latents overshoot and short runs do harm
 MAX_START_OFFSET = 0.45  # largest distance of a latent from its integer before training
-HELD_OUT_TEXTS = 16  # about this many of many texts are held out; see distill
+HELD_OUT_TEXTS = 16  # about how many texts are held out if there are more than 128, see distill
 STEPS_PER_SAVE = 25  # training steps between two saved states
 
 
 def distill(
     checkpoint: Checkpoint,
     tokens: Tensor,
-    blocks: dict[str, Buffers],
+    linears: dict[str, Buffers],
     steps: int,
     work: Path,
     device: torch.device,
 ) -> tuple[dict[str, Buffers], float, float]:
     """Train the integers of all int4 linears together, after GPTQ.
 
-    Returns the buffers of all linears in `blocks`, by name, and the divergence from the dense model
-    before and after, in nats per token. If the divergence does not fall, returns `blocks`
-    unchanged. tokens: (B, T) ids. Every eighth text, or about HELD_OUT_TEXTS of many, is not
-    trained on but measures the divergence; a single text serves for both. blocks: the int4 buffers
-    of each linear, by its name. steps: of training; only a run with the same number continues an
-    interrupted one. work: an existing directory for the state, from which it continues. Needs
-    training_bytes of memory on the device.
+    Returns the linears with trained integers, and the divergence from the dense model before and
+    after, in nats per token. If the divergence does not fall, returns `linears` unchanged. linears:
+    the int4 buffers of each linear, by its name. tokens: (B, T) ids. Every eighth text, or about
+    HELD_OUT_TEXTS of more than 128, is held out: it is not trained on but measures the divergence;
+    a single text serves for both. steps: of training; only a run with the same number continues an
+    interrupted one. work: an existing directory for the state of training, from which an
+    interrupted run continues. Needs training_bytes of memory on the device.
     """
     teacher = meta_model(checkpoint.args, None)
     checkpoint.load_into(teacher, device, torch.float32)
-    student, latents = latent_copy(teacher, blocks)
+    student, latents = latent_copy(teacher, linears)
     tokens = tokens.to(device)
     held_out = torch.arange(len(tokens)) % max(8, len(tokens) // HELD_OUT_TEXTS) == 0
-    measured, trained = tokens[held_out], tokens[~held_out] if len(tokens) > 1 else tokens
+    measured = tokens[held_out]
+    trained = tokens[~held_out] if len(tokens) > 1 else tokens
     before = mean_divergence(teacher, student, measured)
     train(teacher, student, trained, steps, work / f"trained{steps}.pt")
     after = mean_divergence(teacher, student, measured)
     if after < before:
-        blocks = {name: latent.as_stored() for name, latent in latents.items()}
-    return blocks, before, after
+        linears = {name: latent.as_stored() for name, latent in latents.items()}
+    return linears, before, after
 
 
 def training_bytes(args: ModelArgs) -> int:
     """Return the bytes of memory that distill needs at least: six float32 numbers per weight.
 
-    They are the weight, its latent, its integer, its gradient and Adam's two averages. Activations
-    come on top. args: of the model.
+    They are the dense weight, its latent, the latent's integer and gradient, and Adam's two
+    averages. Activations come on top.
     """
     return 6 * 4 * count_weights(args)
 
@@ -82,15 +83,15 @@ def training_bytes(args: ModelArgs) -> int:
 def train(
     teacher: Transformer, student: Transformer, tokens: Tensor, steps: int, state: Path
 ) -> None:
-    """Train the student's latents in place to the outputs of the teacher, for `steps` steps.
+    """Train the student's latents in place to minimise the divergence, for `steps` steps.
 
     teacher: the dense model. student: from latent_copy. tokens: (B, T) ids, on the models' device.
     state: a file that is written every STEPS_PER_SAVE steps; if it exists, training continues from
     it. It holds the number of steps done, the latents, and Adam's averages. Each step draws
     texts_per_step texts with a generator seeded by the step's number, so a continued run draws the
-    same.
+    same texts.
     """
-    latents = [p for p in student.parameters() if p.requires_grad]
+    latents = [p for p in student.parameters() if p.requires_grad]  # loaded weights require none
     optimizer, done = torch.optim.Adam(latents, betas=BETAS), 0
     if state.exists():
         done, saved, averages = torch.load(state, map_location="cpu", weights_only=True)
@@ -112,9 +113,9 @@ def train(
 
 @torch.no_grad()
 def mean_divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> float:
-    """Return `divergence` over texts, (B, T) ids, computed in batches of texts_per_step texts.
+    """Return the divergence, in nats per token, over texts, (B, T) ids.
 
-    distill compares it before and after training.
+    Computed for texts_per_step texts at a time, to bound the memory.
     """
     parts = tokens.split(texts_per_step(tokens))
     return sum(len(p) * divergence(teacher, student, p).item() for p in parts) / len(tokens)
@@ -124,7 +125,8 @@ def divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> Te
     """Return KL(teacher || student), in nats per token, for texts, (B, T) ids.
 
     Compares the two models' distributions over the next token at each position. The gradient flows
-    to the student only. The log-probabilities of both models, (B, T, V), are in memory at once.
+    to the student only. The log-probabilities of both models, (B, T, V) each, are in memory at
+    once.
     """
     with torch.no_grad():
         target = log_probabilities(teacher, tokens)
@@ -133,14 +135,14 @@ def divergence(teacher: Transformer, student: Transformer, tokens: Tensor) -> Te
 
 
 def texts_per_step(tokens: Tensor) -> int:
-    """Return how many texts a training step uses, for texts of shape (B, T): at least one."""
+    """Return how many texts a training step uses, at least one. tokens: (B, T) ids."""
     return max(1, TOKENS_PER_STEP // tokens.shape[1])
 
 
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """Return the log-probabilities of each next token, (B, T) ids -> (B, T, V).
+    """Return the log-probabilities of the token after each position, (B, T) ids -> (B, T, V).
 
-    The texts run from position 0, with new KV caches.
+    The texts begin at position 0, with new KV caches.
     """
     B, T = tokens.shape
     pos = torch.arange(T, device=tokens.device)
@@ -151,17 +153,17 @@ def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 class LatentInt4(nn.Module):
-    """An Int4Linear whose integers are rounded from trainable latent floats at each call.
+    """An int4 linear whose integers are rounded from trainable latent floats at each call.
 
     latent: (N, P, S), a float near each integer: the parameter that training changes.
     """
 
     def __init__(self, linear: Linear, buffers: Buffers):
-        """Start at the integers of `buffers`, an Int4Linear's, moved towards the dense weights.
+        """Set each latent near its integer, on the side of the dense weight.
 
-        linear: the dense linear. A latent is its weight divided by the scale, plus the zero point,
-        but at most MAX_START_OFFSET from the integer, so that no integer changes before training.
-        The device is that of the dense linear.
+        linear: the dense linear, which gives the device. buffers: of an Int4Linear, from GPTQ. A
+        latent is the dense weight divided by the scale, plus the zero point, but at most
+        MAX_START_OFFSET from the integer, so that no integer changes before training.
         """
         super().__init__()
         device, (_, K) = linear.weight.device, linear.weight.shape
@@ -171,7 +173,7 @@ class LatentInt4(nn.Module):
         self.zeros = unpack_nibbles(buffers["zeros"].to(device))[:, :P].float().unsqueeze(2)
         q = unpack_nibbles(buffers["weight"].to(device)).float()
         q = q.unflatten(1, (P, -1))  # (N, P, S)
-        weight = F.pad(linear.weight, (0, q[0].numel() - K)).view_as(q)
+        weight = F.pad(linear.weight, (0, q[0].numel() - K)).view_as(q)  # padded to P*S inputs
         unrounded = weight / self.scales + self.zeros
         self.latent = nn.Parameter(q + (unrounded - q).clamp(-MAX_START_OFFSET, MAX_START_OFFSET))
 
@@ -181,7 +183,7 @@ class LatentInt4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x, (..., K), by the weights of the rounded latents -> (..., N)."""
-        # The difference is 0. It passes the gradient of the integers to the latents.
+        # The added difference is 0, but its gradient is 1: the latents get the integers' gradient.
         q = self.integers() + (self.latent - self.latent.detach())
         weight = ((q - self.zeros) * self.scales).flatten(1)[:, : self.in_features]
         return F.linear(x, weight, self.bias)
@@ -192,17 +194,17 @@ class LatentInt4(nn.Module):
 
 
 def latent_copy(
-    model: Transformer, blocks: dict[str, Buffers]
+    model: Transformer, linears: dict[str, Buffers]
 ) -> tuple[Transformer, dict[str, LatentInt4]]:
-    """Return a copy of the model with a LatentInt4 for each linear in `blocks`.
+    """Return a copy of the model with a LatentInt4 for each of `linears`, and these by name.
 
-    The copy is the student. blocks: the int4 buffers of each linear, by its name. Also returns each
-    LatentInt4 by the name of its linear. The copy shares all other tensors with the model: deepcopy
-    takes the tensors in its memo, `shared`, as copied already.
+    The copy is the student. It shares all other tensors with the model, the teacher. linears: the
+    int4 buffers of each linear, by its name in the model.
     """
+    # deepcopy takes the tensors in its memo, `shared`, as copied already.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
-    latents = {name: LatentInt4(model.get_submodule(name), b) for name, b in blocks.items()}
+    latents = {name: LatentInt4(model.get_submodule(name), b) for name, b in linears.items()}
     for name, latent in latents.items():
         copied.set_submodule(name, latent)
     return copied, latents

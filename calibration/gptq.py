@@ -1,22 +1,23 @@
-"""GPTQ: int4 weights that minimise the error of a layer's outputs, not of its weights.
+"""GPTQ: int4 weights that minimise the error of a linear's outputs, not of its weights.
 
-Start at quantize_blocks. One block of the model is in memory at a time. Calibration texts run
-through it, which gives the Hessian of each linear's squared output error: H = Y'Y over its inputs
-Y. `gptq` rounds the columns of the linear one by one; the columns not yet rounded compensate the
-error. `refine` then improves the result by coordinate descent. The next linear gets its inputs
-from the quantised linears before it. The texts also run through the dense block: X'Y, with the
-dense inputs X, tells how far the inputs have drifted.
+Start at quantize_blocks. One block (layer) of the model is in memory at a time. Calibration texts
+run through it, which gives the Hessian of each linear's squared output error: H = Y'Y over its
+inputs Y (Y' is Y's transpose). `gptq` rounds the columns of the linear's weight one by one; the
+columns not yet rounded compensate the error. `refine` then improves the result by coordinate
+descent. The next linear gets its inputs from the quantised linears before it. The texts also run
+through the dense block, which gives the linear's inputs X there; (X - Y)'Y is called the drift.
 
-Based on Frantar et al., "GPTQ" (arXiv 2210.17323): algorithm 1 with blocks of columns, the Cholesky
-form and damping of section 3.3, and groups. act_order with groups fixed beforehand is from the
-authors' later code, the coordinate descent from QuantEase (2309.01885), and the dense model's
-outputs as the target from GPTAQ (2504.02692).
+Based on Frantar et al., "GPTQ" (arXiv 2210.17323): algorithm 1, the Cholesky form and damping of
+section 3.3, and groups. A strip, there called a block, is up to 128 neighbouring columns, whose
+errors the columns after the strip compensate at once. act_order with groups fixed beforehand is
+from the authors' later code, the coordinate descent from QuantEase (2309.01885), and the dense
+model's outputs as the target from GPTAQ (2504.02692).
 
 The grid of a weight is its scales and zero points, float32 (N, P) each: a weight's value is
-(q - zero) * scale with an integer q from 0 to 15. The output error of quantised weights with errors
-E is the squared error of the outputs, E H E' of each output channel.
+(q - zero) * scale with an integer q from 0 to 15. The output error of an output channel, whose
+quantised weights have the errors e, is the squared error of its outputs, e H e'.
 
-Shapes: N out_features, K in_features, S groupsize, P groups, B texts, T tokens, D dim.
+Shapes: N out_features, K in_features, S groupsize, P groups of inputs, B texts, T tokens, D dim.
 """
 
 import contextlib
@@ -47,12 +48,13 @@ from quant.linear import (
 from weights.allocation import allocate
 
 TEXTS_PER_BATCH = 8  # texts that run through a block at once: bounds the memory of activations
-COLUMN_BLOCK = 128  # columns whose errors are compensated in the rest of the matrix at once
+STRIP = 128  # columns of a strip; kernels/gpu/columns.py is made for at most so many
 DAMPING = 0.01  # share of H's mean diagonal that is added to its diagonal
 REFINE_PASSES = 3  # passes of coordinate descent over the scales and integers of a weight
 DRIFT_SHARE = 0.5  # share of the drift that is compensated; 1.0 overfits the calibration texts
 Buffers = dict[str, Tensor]  # the buffers of an Int4Linear, by name
-# Arguments: name of the linear, its relative output error, that of rounding to nearest, seconds.
+# Arguments: name of the linear, its relative output error, the relative output error of rounding to
+# nearest, seconds.
 Report = Callable[[str, float, float, float], Any]
 
 
@@ -61,37 +63,38 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = True
 
     Rounds column by column; later columns compensate the errors of earlier ones. hessian: (K, K)
     float32, Y'Y over the inputs Y; not changed. act_order: round the columns in the order of
-    descending diagonal of the Hessian, with grids chosen beforehand; the result has the columns in
-    their old order. False: in their own order, and each group's grid is chosen when it is reached.
-    Raises ValueError for a Hessian that cannot be inverted.
+    descending diagonal of the Hessian, with the grid chosen beforehand; the result has the columns
+    in their old order. False: round them in their own order, and choose each group's scales and
+    zero points again when the group is reached. Raises ValueError for a Hessian that cannot be
+    inverted.
     """
     W, H = weight.float().clone(), hessian.clone()
-    diagonal = H.diagonal()
+    diagonal = H.diagonal()  # a view: the next line changes H
     diagonal[diagonal == 0] = 1  # an input that was always zero: its weights do not matter
     columns = torch.arange(W.shape[1], device=W.device)
     order = diagonal.argsort(descending=True, stable=True) if act_order else columns
-    group = (columns // groupsize)[order].tolist()
+    group = (columns // groupsize)[order].tolist()  # of each column
     grid = choose_int4_grid(W, groupsize)  # scales and zero points, (N, P) each
     regrid = None if act_order else groupsize
-    q = round_blocks(W[:, order], inverse_factor(H[order][:, order]), group, grid, regrid)
+    q = round_strips(W[:, order], inverse_factor(H[order][:, order]), group, grid, regrid)
     return pack_int4(q[:, order.argsort()], *grid, groupsize)
 
 
-def round_blocks(
+def round_strips(
     W: Tensor, U: Tensor, group: list[int], grid: tuple[Tensor, Tensor], regrid: int | None
 ) -> Tensor:
-    """Return W, (N, K), rounded to integers 0 to 15, block by block of COLUMN_BLOCK columns.
+    """Return W, (N, K), rounded to integers 0 to 15, as floats, one strip of columns after another.
 
-    After each block, its errors are compensated in the columns after it: W changes in place.
-    U: (K, K), from inverse_factor. group: the group of each column, K numbers. grid: scales and
-    zero points, (N, P) each. regrid: None, or the group size. With a group size, a group's scale
-    and zero point are chosen again, in place, when its first column is reached, because earlier
-    errors have changed its weights. The new scale is a multiple of the row's old unit
-    (scale_units). This requires columns in the order of their groups. The integers are floats.
+    After each strip the columns after it compensate its errors: W changes in place. U: (K, K), from
+    inverse_factor. group: the group of each column, K numbers. grid: scales and zero points, (N, P)
+    each. regrid: None, or the group size. With a group size, a group's scales and zero points are
+    chosen again, in place, when its first column is reached, because its weights have compensated
+    earlier errors. The new scales are multiples of the row's old unit (scale_units). This requires
+    columns in the order of their groups.
     """
     (scales, zeros), K = grid, W.shape[1]
     units, q = scale_units(scales), torch.empty_like(W)
-    width = min(COLUMN_BLOCK, regrid or COLUMN_BLOCK)
+    width = min(STRIP, regrid or STRIP)  # with regrid, a strip is within one group
     for start in range(0, K, width):
         end, g = min(start + width, K), group[start]
         if regrid and start % regrid == 0:
@@ -108,12 +111,13 @@ def round_blocks(
 def round_columns(
     weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Round one column after another and spread its error over the columns after it.
+    """Round the C columns of a strip one after another, and spread the error of each over those
+    after it.
 
     weight, scales, zeros: (N, C), one scale and zero point for each weight; not changed. factor:
-    (C, C), a block on the diagonal of inverse_factor's U. Returns the integers, as floats, and the
-    errors divided by the factor's diagonal, (N, C) each. With these errors round_blocks compensates
-    in the columns after the block.
+    (C, C), the strip's square on the diagonal of inverse_factor's U. Returns the integers, as
+    floats, and the errors divided by the factor's diagonal, (N, C) each, which round_strips spreads
+    over the columns after the strip.
     """
     weight, q, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
     for n in range(weight.shape[1]):
@@ -127,13 +131,14 @@ def round_columns(
 def refine_columns(
     slope: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Choose the integers that minimise the output error, for one column after another.
+    """Choose the integers that minimise the output error, for one of the C columns of a strip after
+    another.
 
     All other columns are fixed while a column changes (coordinate descent). slope: (N, C), half the
-    gradient of the output error with respect to the weights. hessian: (C, C). q, scales, zeros:
-    (N, C), float32. Returns the new integers and the change of each weight's value, (N, C) each;
-    refine_integers adds the effect of the changes to the slope of later columns. The least
-    diagonal, 1e-30, avoids a division by 0 for inputs that were always 0.
+    gradient of the output error with respect to the weights. hessian: (C, C), the strip's square on
+    the Hessian's diagonal. q, scales, zeros: (N, C), float32. Returns the new integers and the
+    change of each weight's value, (N, C) each; refine_integers adds the effect of the changes to
+    the slope of later columns. 1e-30 avoids a division by 0 for inputs that were always 0.
     """
     slope, q, steps = slope.clone(), q.clone(), torch.zeros_like(slope)
     for n in range(slope.shape[1]):
@@ -147,10 +152,8 @@ def refine_columns(
 
 
 def column_function(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return this file's function of that name, or its GPU kernel if the weight is on a GPU.
-
-    name: "round_columns" or "refine_columns". kernels/gpu/columns.py has the kernels.
-    """
+    """Return this file's function of that name, or that of kernels/gpu/columns.py if the weight is
+    on a GPU on which kernels run. name: "round_columns" or "refine_columns"."""
     if not gpu.supports(weight):
         return {"round_columns": round_columns, "refine_columns": refine_columns}[name]
     from kernels.gpu import columns  # imports Triton
@@ -161,14 +164,14 @@ def column_function(weight: Tensor, name: str) -> Callable[..., tuple[Tensor, Te
 def refine(buffers: Buffers, weight: Tensor, hessian: Tensor, groupsize: int) -> Buffers:
     """Reduce the output error of a quantised weight by REFINE_PASSES passes of coordinate descent.
 
-    buffers: the quantised weight. weight: (N, K), the weight that it approximates. hessian: (K, K).
-    A pass chooses the best scale of each group, then the best integer of each weight while all
-    other weights are fixed. The zero points stay. Returns new buffers. The rounding of scales can
-    increase the error: the caller compares with best_of.
+    buffers: the quantised weight. weight: (N, K), the dense weight that it approximates. hessian:
+    (K, K). A pass chooses the best scale of each group, then the best integer of each weight while
+    all other weights are fixed. The zero points stay. Returns new buffers. The rounding of scales
+    can increase the error: the caller compares with best_of.
     """
     W, K = weight.float(), weight.shape[1]
     scales, zeros = buffers["scales"].float(), unpack_nibbles(buffers["zeros"]).float()
-    zeros, units = zeros[:, : scales.shape[1]], scale_units(scales)
+    zeros, units = zeros[:, : scales.shape[1]], scale_units(scales)  # an odd P has one nibble more
     q = unpack_nibbles(buffers["weight"]).float()[:, :K]  # (N, K)
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
     for _ in range(REFINE_PASSES):
@@ -189,8 +192,8 @@ def refit_scales(
 
     One group after another, with the other groups' scales fixed. W: (N, K), the weights to
     approximate. H: (K, K), the Hessian. grid: scales and zero points, (N, P) each; only the scales
-    change. units: (N, 1), see quant.linear.scale_units. Returns the errors of the quantised
-    weights, (N, K).
+    change, to multiples of the units, (N, 1) (quant.linear.scale_units). Returns the errors of the
+    quantised weights, (N, K).
     """
     (scales, zeros), K = grid, W.shape[1]
     group = torch.arange(K, device=W.device) // groupsize  # (K,)
@@ -198,6 +201,7 @@ def refit_scales(
     for g in range(scales.shape[1]):
         columns = slice(g * groupsize, min((g + 1) * groupsize, K))
         levels = q[:, columns] - zeros[:, g : g + 1]  # weights divided by their scale
+        # The output error is quadratic in the scale: one Newton step reaches its minimum.
         curvature = ((levels @ H[columns, columns]) * levels).sum(1).clamp_min(1e-30)  # (N,)
         scale = scales[:, g] - ((errors @ H[:, columns]) * levels).sum(1) / curvature
         scale = torch.where(scale > 0, scale, scales[:, g])
@@ -215,19 +219,20 @@ def refine_integers(
     H; overwritten. H: (K, K), the Hessian. grid: scales and zero points, (N, P) each. group: (K,),
     the group of each column.
     """
-    for start in range(0, q.shape[1], COLUMN_BLOCK):
-        block = slice(start, min(start + COLUMN_BLOCK, q.shape[1]))
-        per_column = (t[:, group[block]] for t in grid)  # (N, columns) each
-        q[:, block], steps = column_function(slope, "refine_columns")(
-            slope[:, block], H[block, block], q[:, block].contiguous(), *per_column
+    for start in range(0, q.shape[1], STRIP):
+        strip = slice(start, min(start + STRIP, q.shape[1]))
+        per_column = (t[:, group[strip]] for t in grid)  # (N, columns) each
+        q[:, strip], steps = column_function(slope, "refine_columns")(
+            slope[:, strip], H[strip, strip], q[:, strip].contiguous(), *per_column
         )
-        slope[:, block.stop :] += steps @ H[block, block.stop :]
+        slope[:, strip.stop :] += steps @ H[strip, strip.stop :]
 
 
 def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffers:
-    """Return the buffers in which each row comes from the candidate with its least output error.
+    """Return buffers in which each row comes from the candidate that has the row's least output
+    error.
 
-    A row may come from any of them, because rows do not affect each other's error. candidates: the
+    Rows do not affect each other's error, so each may come from any candidate. candidates: the
     quantised versions (Buffers) of a weight, (N, K). hessian: (K, K).
     """
     errors = torch.stack([row_errors(c, weight, hessian) for c in candidates])  # (n, N)
@@ -236,14 +241,14 @@ def best_of(candidates: list[Buffers], weight: Tensor, hessian: Tensor) -> Buffe
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """Return the upper triangular U with U'U = (H + damping)^-1, for H of shape (K, K).
+    """Return the upper triangular U, (K, K), with U'U = (H + damping)^-1. H: the Hessian, (K, K).
 
     The damping is a number that is added to H's diagonal: DAMPING times its mean, and ten times
-    more after each failure. `failed` is above 0 if a matrix is not positive definite. Raises
-    ValueError after six failures. (X' is the transpose of X.)
+    more after each failure. Raises ValueError after six failures.
     """
     damping = DAMPING * H.diagonal().mean()
     for _ in range(6):
+        # failed is above 0 if a matrix is not positive definite.
         L, failed = torch.linalg.cholesky_ex(H + damping * torch.eye(len(H), device=H.device))
         if not failed:
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
@@ -254,10 +259,10 @@ def inverse_factor(H: Tensor) -> Tensor:
 
 
 def row_errors(buffers: Buffers, weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return the squared output error of each output channel, (N,).
+    """Return the output error e H e' of each output channel, (N,); e: the errors of its weights.
 
-    It is e H e', with the errors e of the channel's quantised weights. buffers: the quantised
-    weight. weight: (N, K), the one that it approximates. hessian: H, (K, K).
+    buffers: the quantised weight. weight: (N, K), the dense weight that it approximates. hessian:
+    H, (K, K).
     """
     e = dequantize_int4(**buffers)[:, : weight.shape[1]] - weight.float()  # (N, K)
     return ((e @ hessian) * e).sum(1)
@@ -275,20 +280,20 @@ def quantize_blocks(
 ) -> Iterator[tuple[str, Buffers]]:
     """Quantise all linears of all blocks by GPTQ. Yields the name and buffers of each.
 
-    calibration/texts.py calls it. `dense` and `quantized` are the inputs of the next block in the
-    dense model and in the quantised one, (B, T, D) each.
-
-    Yields block by block, also for blocks that an earlier run has finished: each block's buffers
-    are read back from its file. tokens: (B, T), ids of the calibration texts. work: an existing
-    directory for finished blocks. An interrupted run continues from it; its arguments must be the
-    same, which the caller checks. report: called after each linear that this run quantises. device:
-    where a block computes; the activations between blocks stay on the CPU. Raises ValueError for a
-    Hessian that cannot be inverted.
+    calibration/texts.py calls it. Yields block by block, also for blocks that an earlier run has
+    finished: each block's buffers are read back from its file. tokens: (B, T), ids of the
+    calibration texts. work: an existing directory for finished blocks. An interrupted run continues
+    from it; its arguments must be the same, which the caller checks. report: called after each
+    linear that this run quantises. act_order: see gptq. device: where a block computes; the
+    activations between blocks stay on the CPU. Raises ValueError for a Hessian that cannot be
+    inverted.
     """
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
     fill_module(checkpoint, model, "positions", torch.device("cpu"))
-    state = work / "state.pt"  # the number of finished blocks, and their outputs
+    state = work / "state.pt"  # the number of finished blocks, and the outputs of the last one
+    # dense, quantized: the next block's inputs in the dense model and in the quantised one,
+    # (B, T, D) each.
     if state.exists():
         done, dense, quantized = torch.load(state, weights_only=True)
     else:
@@ -316,8 +321,9 @@ def quantize_block(
 
     Yields the name, with `prefix` before it, and the buffers (on the CPU) of each linear. Writes
     the dequantised weight into the block, so that the next linear's inputs come from quantised
-    weights. Of rounding to nearest, GPTQ and its refinement, each row takes the best. Reports the
-    output errors of the result and of rounding, relative to the squared outputs themselves.
+    weights. Each row of a weight takes the best of rounding to nearest, GPTQ and the refined GPTQ.
+    Reports the output errors of the result and of rounding, divided by the sum of the squared
+    outputs. act_order: see gptq.
     """
     for name in block.linears():
         start = time.perf_counter()
@@ -337,13 +343,13 @@ def quantize_block(
 
 
 def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
-    """Return weights, (N, K), that compensate the drift of a linear's inputs.
+    """Return weights, (N, K), that compensate the drift of a linear's inputs: GPTQ's target.
 
     X: the inputs in the dense block. Y: the inputs in the quantised block, which differ because
-    earlier linears are quantised. hessian: Y'Y, drift: (X - Y)'Y, both (K, K); (A' is A's
-    transpose). Of all weights, W X'Y (Y'Y)^-1 gives outputs from Y closest to those of W from X
-    (least squares). This returns W plus DRIFT_SHARE times the step from W to those weights, which
-    is W times drift times the (damped) inverse of the Hessian, U'U. They are GPTQ's target.
+    earlier linears are quantised. hessian: Y'Y, drift: (X - Y)'Y, (K, K) each. The outputs of W for
+    X are met best from Y by the weights W X'Y (Y'Y)^-1 (least squares). They differ from W by
+    W drift (Y'Y)^-1, of which this function adds the share DRIFT_SHARE to W. The inverse, U'U, is
+    damped.
     """
     U = inverse_factor(hessian)
     return weight + DRIFT_SHARE * (weight @ drift) @ U.t() @ U
@@ -352,9 +358,9 @@ def without_drift(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
 class CalibratedBlock:
     """A dense block and its copy that is being quantised, with the inputs of each, (B, T, D).
 
-    model: layer `layer` must hold its dense weights; it becomes the copy that is quantised, and a
-    deep copy of it the dense block. dense, quantized: on the CPU, the outputs of the dense and of
-    the quantised block before it, or twice those of the embedding.
+    model: its layer number `layer` must hold its dense weights; it becomes the copy that is
+    quantised, and a deep copy of it the dense block. dense, quantized: on the CPU, the outputs of
+    the dense and of the quantised block before it, or, for the first block, both embed's result.
     """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):
@@ -385,19 +391,19 @@ class CalibratedBlock:
         """
         weight = self.quantized.get_submodule(name).weight
         hessian, drift = weight.new_zeros(2, weight.shape[1], weight.shape[1])
-        x: list[tuple[str, Tensor]] = []
+        calls: list[tuple[str, Tensor]] = []  # of one batch of texts: dense, then quantised
         with (
             tf32_matmul(weight.device),
-            input_hook(self.dense, name, partial(record, x, "dense", stop=True)),
-            input_hook(self.quantized, name, partial(record, x, "quantized", stop=True)),
+            input_hook(self.dense, name, partial(record, calls, "dense", stop=True)),
+            input_hook(self.quantized, name, partial(record, calls, "quantized", stop=True)),
         ):
             splits = (t.split(TEXTS_PER_BATCH) for t in (self.dense_inputs, self.inputs))
             for parts in zip(*splits, strict=True):
-                x.clear()
+                calls.clear()
                 for block, part in zip((self.dense, self.quantized), parts, strict=True):
                     with contextlib.suppress(StopForward):
                         self.run(block, part)
-                X, Y = (rows.flatten(0, -2) for _, rows in x)  # (texts * T, K)
+                X, Y = (inputs.flatten(0, -2) for _, inputs in calls)  # (texts * T, K) each
                 hessian.addmm_(Y.t(), Y)
                 drift.addmm_((X - Y).t(), Y)
         return hessian, drift
@@ -416,9 +422,9 @@ class CalibratedBlock:
         return self.dense_inputs, self.inputs
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run a block over whole texts, (texts, T, D) -> (texts, T, D).
+        """Run a block over whole texts, (texts, T, D) -> (texts, T, D), in float32.
 
-        Computes in float32 on the block's device, where the result is, too.
+        The result is on the block's device.
         """
         x = x.to(next(block.parameters()).device, torch.float32)
         return self.model.run_layer(self.layer, block, x)
@@ -429,7 +435,7 @@ def tf32_matmul(device: torch.device) -> Iterator[None]:
     """Within the context, let a GPU multiply float32 in TensorFloat-32, with 11 significant bits.
 
     An H100 is eight times as fast with it, and sums over thousands of tokens need no more bits.
-    device: of the block. No effect for a CPU.
+    device: of the block. On a CPU nothing changes.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
@@ -464,8 +470,8 @@ def record(
     args: tuple[Tensor],
     stop: bool = False,
 ) -> None:
-    """Append (name, input of the module) to `calls`. With the first two and `stop` bound, it is a
-    hook for input_hook.
+    """Append (name, input of the module) to `calls`: a hook for input_hook, when functools.partial
+    has bound `calls`, `name` and `stop`.
 
     module, args: of the call that the hook precedes. stop: whether to raise StopForward, which ends
     the forward of the block; the caller catches it.
@@ -476,26 +482,26 @@ def record(
 
 
 def embed(checkpoint: Checkpoint, model: Transformer, tokens: Tensor) -> Tensor:
-    """Return the inputs of the first block, (B, T, D), for ids of shape (B, T).
+    """Return the inputs of the first block, (B, T, D) float32 on the CPU, for ids, (B, T).
 
-    They are float32 on the CPU. model: on the meta device, except `positions`. The embedding (and
-    project_in, where the model has one) is loaded only during this call.
+    model: on the meta device, except `positions`, which is on the CPU. The embedding (and
+    project_in, where the model has one) is in memory during this call only.
     """
-    tables = "tok_embeddings", "project_in"
-    for name in tables:
+    modules = "tok_embeddings", "project_in"
+    for name in modules:
         fill_module(checkpoint, model, name, torch.device("cpu"))
     pos = torch.arange(tokens.shape[1]).expand_as(tokens)
     x, _ = model.positions(model.project_in(model.tok_embeddings(tokens)), pos)
-    for name in tables:
+    for name in modules:
         model.get_submodule(name).to("meta")
     return x
 
 
 def fill_module(checkpoint: Checkpoint, model: nn.Module, name: str, device: torch.device) -> None:
-    """Load the weights of one module from the checkpoint, in float32, to the device.
+    """Load the weights of one module of a model from the checkpoint, in float32, to the device.
 
-    model: on the meta device, at least this module. name: of the module, such as layers.3; its
-    tensors have the same names in the checkpoint.
+    The module must be on the meta device. name: of the module, such as layers.3; its tensors have
+    the same names in the checkpoint.
     """
 
     def read(leaf: str, out: Tensor) -> None:

@@ -1,11 +1,13 @@
 """The way from a calibration text to int4 blocks: GPTQ, then training if the model is small.
 
-Start at calibrated_blocks. Pieces of the text become ids, GPTQ (gptq.py) quantises one block after
-another, and training (distill.py) then moves the integers of all blocks together. Finished blocks
-are in a directory beside the output file, `work`, and the same command continues from them.
+Start at calibrated_blocks. The calibration text is cut into pieces of equal length, which become
+ids: tokens, (B, T), a piece in each row. These pieces are called texts. GPTQ (gptq.py) quantises
+one block (layer of the model) after another, and training (distill.py) then moves the integers of
+all blocks together. Finished blocks are in a directory beside the output file, `work`, and the same
+command continues from them.
 
 A linear's buffers are the tensors of its Int4Linear (quant/linear.py) by name. The Hessian of a
-linear is Y'Y over its inputs Y, which gptq.py inverts. tokens: (B, T) ids, a text in each row.
+linear is Y'Y over its inputs Y, which gptq.py inverts.
 """
 
 import json
@@ -35,7 +37,7 @@ from text.tokenizer import load_tokenizer
 
 TRAIN_STEPS = 250  # default for models of at most MAX_TRAINED_WEIGHTS weights
 MAX_TRAINED_WEIGHTS = 10_000_000  # up to this size, training gains most and takes minutes
-Blocks = Iterator[tuple[str, Buffers]]  # a linear's name and its int4 buffers
+Linears = Iterator[tuple[str, Buffers]]  # a linear's name and its int4 buffers
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,20 @@ class GptqOptions:
 
     groupsize: int  # inputs that share a scale
     act_order: bool = True  # quantise columns by descending diagonal of the Hessian
-    train_steps: int | None = None  # of distillation after GPTQ; None: default_train_steps
+    train_steps: int | None = None  # of training after GPTQ; None: default_train_steps
     device: str = "auto"  # --device; see host.devices.find_device
 
 
 def calibrated_blocks(
     checkpoint: Checkpoint, work: Path, calibration: CalibrationOptions, options: GptqOptions
-) -> Blocks:
+) -> Linears:
     """Quantise the linears of all blocks to int4. Yields the name and buffers of each.
 
     For quantize.py --mode int4-gptq, which writes them to the file. work: a directory for finished
     blocks, created if missing; an interrupted run with the same arguments continues from it, and
     the files of another run are deleted. calibration: which text, and how much of it. Raises
-    ValueError for too little text, or for text that gives a Hessian that cannot be inverted;
-    MemoryError if the memory is too small.
+    ValueError for too little text, for another model's tokenizer, or for text that gives a Hessian
+    that cannot be inverted; MemoryError if the memory is too small.
     """
     text = calibration_text(calibration)
     tokens = calibration_tokens(checkpoint, text, calibration.seq_length, calibration.samples)
@@ -67,13 +69,15 @@ def calibrated_blocks(
     check_calibration_memory(checkpoint, tokens, steps, device)
     resume_or_clear(work, run_identity(checkpoint, text, tokens, options))
     log_above_bars(f"calibrating with {len(tokens)} texts of {tokens.shape[1]} tokens")
-    blocks = gptq_blocks(checkpoint, tokens, work, options)
+    linears = gptq_blocks(checkpoint, tokens, work, options)
     if steps == 0:
-        yield from blocks  # only one block at a time is in memory
+        yield from linears  # only one block at a time is in memory
         return
-    samples = steps * texts_per_step(tokens)  # a long calibration text is not trained on twice
+    # As many texts as the steps draw: if the calibration text is that long, each is drawn about
+    # once.
+    samples = steps * texts_per_step(tokens)
     tokens = calibration_tokens(checkpoint, text, calibration.seq_length, samples)
-    yield from trained_blocks(checkpoint, tokens, dict(blocks), steps, work, device).items()
+    yield from trained_blocks(checkpoint, tokens, dict(linears), steps, work, device).items()
 
 
 def check_calibration_memory(
@@ -82,8 +86,8 @@ def check_calibration_memory(
     """Raise MemoryError if the memory is too small for GPTQ or training.
 
     Called before GPTQ, which may take hours. GPTQ keeps the inputs of a dense and of a quantised
-    block for all texts in CPU memory, float32. tokens: of GPTQ. steps: of training; 0 for none.
-    device: of training.
+    block for all texts in CPU memory, float32. tokens: (B, T) ids that GPTQ will use. steps: of
+    training; 0 for none. device: where training will run.
     """
     activations = 2 * tokens.numel() * checkpoint.args.dim * 4
     check_memory(activations, "cpu", "activations between blocks", "lower --calibration_samples")
@@ -95,17 +99,18 @@ def check_calibration_memory(
 def run_identity(
     checkpoint: Checkpoint, text: str, tokens: Tensor, options: GptqOptions
 ) -> list[Any]:
-    """Return values that identify the result of a run: the checkpoint, the texts, the options.
+    """Return values that identify GPTQ's result: the checkpoint, the texts, the options.
 
     resume_or_clear compares them: a run continues only from an interrupted run with equal values.
-    The number of training steps and the device are not among them: GPTQ's blocks stay valid. text:
-    the whole calibration text, on which training's pieces depend. tokens: GPTQ's pieces of it.
+    The number of training steps and the device are not among them: they do not change GPTQ's
+    result. text: the whole calibration text, from which the texts of training are cut. tokens: the
+    texts of GPTQ.
     """
     return [
         str(checkpoint.path.resolve()),
         checkpoint.path.stat().st_mtime_ns,
         options.groupsize,
-        not options.act_order,
+        not options.act_order,  # the option is --no_act_order
         zlib.crc32(tokens.numpy().tobytes()),
         zlib.crc32(text.encode()),
     ]
@@ -114,20 +119,20 @@ def run_identity(
 def trained_blocks(
     checkpoint: Checkpoint,
     tokens: Tensor,
-    blocks: dict[str, Buffers],
+    linears: dict[str, Buffers],
     steps: int,
     work: Path,
     device: torch.device,
 ) -> dict[str, Buffers]:
-    """Train the integers of GPTQ's blocks by distillation; log the divergence from the dense model
-    before and after; return the blocks with trained integers, or GPTQ's blocks if the divergence
-    has not fallen (`distill` decides).
+    """Train the integers from GPTQ by distillation, and log the divergence from the dense model
+    before and after.
 
-    tokens: (B, T) ids to train on. blocks: the int4 buffers of each linear, by its name. work: an
-    existing directory, from which interrupted training continues.
+    Returns the buffers with trained integers, or `linears` unchanged if the divergence has not
+    fallen (`distill` decides). tokens: (B, T) ids to train on. linears: GPTQ's int4 buffers of each
+    linear, by its name. work: an existing directory, from which interrupted training continues.
     """
     log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
-    trained, before, after = distill(checkpoint, tokens, blocks, steps, work, device)
+    trained, before, after = distill(checkpoint, tokens, linears, steps, work, device)
     outcome = "" if after < before else "; GPTQ's integers are kept"
     log_above_bars(
         f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{outcome}"
@@ -136,23 +141,24 @@ def trained_blocks(
 
 
 def default_train_steps(checkpoint: Checkpoint) -> int:
-    """Return the steps of training after GPTQ, if the user names none: TRAIN_STEPS for a model of
-    at most MAX_TRAINED_WEIGHTS weights, else 0."""
+    """Return the number of training steps if the user gives none: TRAIN_STEPS for a model of at
+    most MAX_TRAINED_WEIGHTS weights, else 0, no training."""
     return TRAIN_STEPS if count_weights(checkpoint.args) <= MAX_TRAINED_WEIGHTS else 0
 
 
-def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: GptqOptions) -> Blocks:
+def gptq_blocks(
+    checkpoint: Checkpoint, tokens: Tensor, work: Path, options: GptqOptions
+) -> Linears:
     """Quantise all blocks by GPTQ, with a progress bar. Yields the name and buffers of each linear.
 
     Logs a line for each linear and, at the end, the total time. Blocks that an earlier run has
-    finished are read from `work`, an existing directory, and not logged. tokens: (B, T) ids. The
-    inner function `report` is called by gptq.py after each linear (gptq.Report); `rounding` is the
-    error of rounding to nearest.
+    finished are read from `work`, an existing directory, and not logged. tokens: (B, T) ids.
     """
     weights, seconds = 0, 0.0
 
     def report(name: str, error: float, rounding: float, linear_seconds: float) -> None:
-        """Log a linear, and add its weights and its time to the totals of this run."""
+        """Log a linear, and add its weights and its time to the totals of this run. gptq.py calls
+        it after each linear; the arguments are those of gptq.Report."""
         nonlocal weights, seconds
         weights += math.prod(checkpoint.tensors[f"{name}.weight"].shape)
         seconds += linear_seconds
@@ -162,8 +168,8 @@ def gptq_blocks(checkpoint: Checkpoint, tokens: Tensor, work: Path, options: Gpt
     layers = meta_model(checkpoint.args, None).layers
     linears = sum(isinstance(module, Linear) for module in layers.modules())
     how = options.groupsize, work, report, options.act_order, find_device(options.device)
-    blocks = quantize_blocks(checkpoint, tokens, *how)
-    yield from tqdm(blocks, total=linears, desc="GPTQ", unit="linear")
+    quantized = quantize_blocks(checkpoint, tokens, *how)
+    yield from tqdm(quantized, total=linears, desc="GPTQ", unit="linear")
     if weights:
         rate = seconds / weights * 1e9
         log_above_bars(f"GPTQ: {seconds:.1f} s for {weights:,} weights, {rate:.0f} s per billion")
@@ -174,7 +180,8 @@ def resume_or_clear(work: Path, identity: list[Any]) -> None:
 
     If an interrupted run with the same identity has left it, its files stay, and the new run
     continues from them. Otherwise the directory is emptied or created (its parent must exist), and
-    the identity is written to it. identity: of run_identity.
+    the identity is written to it. identity: values for JSON that identify the results in `work`
+    (run_identity, and flash.training_tokens).
     """
     file = work / "identity.json"
     if file.exists() and file.read_bytes() == json.dumps(identity).encode():
@@ -186,13 +193,12 @@ def resume_or_clear(work: Path, identity: list[Any]) -> None:
 
 
 def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, samples: int) -> Tensor:
-    """Cut evenly spaced pieces out of the text. Returns ids, (at most `samples`, T).
+    """Cut evenly spaced pieces out of the text. Returns their ids, (pieces, T).
 
     T is seq_length, or the model's context if that is shorter. Each piece begins with BOS (the
-    token that begins a text), if the tokenizer adds it. There are no more pieces than fit into the
-    text without overlap; the first piece is at its start, the last one at its end. samples: the
-    most pieces. Raises ValueError if the text is shorter than one piece, and if it has ids that the
-    model lacks.
+    token that begins a text), if the tokenizer adds it. There are at most `samples` pieces, and no
+    more than fit into the text without overlap; the first is at its start, the last at its end.
+    Raises ValueError if the text is shorter than one piece, and if it has ids that the model lacks.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
@@ -209,15 +215,15 @@ def calibration_tokens(checkpoint: Checkpoint, text: str, seq_length: int, sampl
             f"the calibration text has {len(ids)} tokens and one of {length} is needed: give more "
             "text, or lower --calibration_seq_length"
         )
-    starts = [n * (len(ids) - piece) // max(1, count - 1) for n in range(count)]
+    starts = [n * (len(ids) - piece) // max(1, count - 1) for n in range(count)]  # one piece: 0
     return torch.tensor([bos + ids[start : start + piece] for start in starts])
 
 
 def calibration_text(calibration: CalibrationOptions) -> str:
-    """Return the text of the calibration file, or of the lm_eval tasks if no file is named.
+    """Return the calibration text: that of the file, or of the lm_eval tasks if no file is given.
 
-    A task gives the prompt and the answer of each of its training documents; without training
-    documents, of its evaluation documents. Documents are separated by an empty line.
+    A task gives the prompt and the answer of each of its training documents, or, if it has none, of
+    each of its evaluation documents. An empty line separates documents.
     """
     if calibration.file:
         return read_text(calibration.file)

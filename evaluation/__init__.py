@@ -5,9 +5,9 @@ which its ids are scored. Sequences with a common prefix, such as a question wit
 answers, become a prefix tree, and the model reads each prefix once. Up to rounding, the results
 equal those of scoring each sequence separately.
 
-harness.py is the adapter to EleutherAI's lm_eval (a TemplateLM): tasks ask for log-likelihoods,
-which scoring.py answers, or for generated text, which engine.complete answers. Only `eval.py
---tasks` imports it, because lm_eval takes seconds to import.
+harness.py is the adapter to EleutherAI's lm_eval (a subclass of its TemplateLM): tasks ask for
+log-likelihoods, which scoring.py computes, or for generated text, which engine.complete generates.
+Only `eval.py --tasks` imports it, because lm_eval takes seconds to import.
 
 perplexity.py divides a text into windows and sums their log-likelihoods.
 

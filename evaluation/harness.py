@@ -2,9 +2,10 @@
 
 Start at run_tasks. HarnessModel implements lm_eval's three requests: loglikelihood of a
 continuation, loglikelihood_rolling of a whole text, and generate_until. Only eval.py --tasks
-imports this file, because it needs lm_eval. Two of lm_eval's terms: gen_kwargs are a task's
-settings for generation, such as until (stop strings) and max_gen_toks; lm_eval's cache
-(--use_cache, cache_hook in HarnessModel) stores the answers of requests on disk.
+imports this file, because it needs lm_eval. Some of lm_eval's terms: a request is one question to
+the model, and request.args its arguments; gen_kwargs are a task's settings for generation, such as
+until (stop strings) and max_gen_toks; lm_eval's cache (--use_cache, cache_hook in HarnessModel)
+stores the answers of requests on disk.
 
 Source: lm_eval's Hugging Face backend (lm_eval/models/huggingface.py). The ids are those of that
 backend with add_bos_token=True, so that the figures can be compared, with one exception: for
@@ -37,7 +38,7 @@ from text.completion import Completion
 from text.generation_config import GenerationConfig
 
 DEFAULT_MAX_GEN_TOKS = 256  # for tasks without max_gen_toks, as in lm_eval's own backends
-DEFAULT_GENERATION_BATCH_SIZE = 16
+DEFAULT_GENERATION_BATCH_SIZE = 16  # rows
 SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "seed"}  # keys of a task's gen_kwargs
 # (lm_eval's key for its cache, the ids of the context, the ids of the continuation)
 Request = tuple[Any, list[int], list[int]]
@@ -45,25 +46,26 @@ Request = tuple[Any, list[int], list[int]]
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """The arguments of lm_eval.simple_evaluate, by its names; see there."""
+    """What run_tasks and find_tasks pass to lm_eval. None: as lm_eval or the task has it."""
 
-    tasks: Sequence[str]
-    num_fewshot: int | None = None
-    limit: float | None = None
+    tasks: Sequence[str]  # names
+    num_fewshot: int | None = None  # answered examples before each question
+    limit: float | None = None  # documents of each task: a number or, below 1, a share; None: all
     apply_chat_template: bool = False
-    system: str | None = None
-    gen_kwargs: str | None = None
-    include_path: Path | None = None
+    system: str | None = None  # the system message of a chat
+    gen_kwargs: str | None = None  # "key=value,...", changes of the tasks' settings
+    include_path: Path | None = None  # a directory of tasks; None: lm_eval's own tasks only
     task_data: dict[str, str] | None = None  # the data file of each task of scripts/tasks
-    log_samples: bool = False
-    use_cache: str | None = None
+    log_samples: bool = False  # whether the results contain each document's answers
+    use_cache: str | None = None  # the path of lm_eval's cache; None: no cache
 
 
 class HarnessModel(TemplateLM):
     """A LoadedModel with the interface of an lm_eval model.
 
-    batch_size: rows of one call of the model; None: chosen by the scorer. max_length: tokens of a
-    sequence; longer texts lose their beginning. bos: whether every text begins with BOS.
+    batch_size: rows of one call of the model; None: chosen by the scorer, and
+    DEFAULT_GENERATION_BATCH_SIZE for generation. max_length: tokens of a sequence; longer texts
+    lose their beginning. bos: whether every text begins with BOS.
     """
 
     def __init__(self, lm: LoadedModel, batch_size: int | None, max_length: int, bos: bool):
@@ -80,6 +82,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that for lm_eval ends a text: EOS, or BOS if there is no EOS."""
         return next(iter(self._tokenizer.eos_ids), self._tokenizer.bos_id)
 
     @property
@@ -91,6 +94,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """A part of the key under which lm_eval stores the requests of a task on disk."""
         return f"gpt-flex-{self._tokenizer.vocab_size}"
 
     def tok_encode(
@@ -110,8 +114,9 @@ class HarnessModel(TemplateLM):
         TemplateLM.loglikelihood for each request with a context.
 
         There may be no further ids if the tokenizer merges tokens across words. lm_eval's own
-        backend then fails. This one scores the ids of context + continuation after its common
-        prefix with the context, at least one id, and counts the case in `fused`.
+        backend then fails. This function then divides the ids of context + continuation after their
+        common prefix with the context's ids, so that at least one id is scored, and counts the case
+        in `fused`.
         """
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if continuation_ids:
@@ -119,9 +124,12 @@ class HarnessModel(TemplateLM):
         self.fused += 1
         whole = self.tok_encode(context + continuation)
         same = min(common(whole, context_ids), len(whole) - 1)
+        # A context must not be empty: an id is predicted from the one before it.
         return whole[:same] or [self.prefix_token_id], whole[same:]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the checkpoint's chat template, or None unless lm_eval uses one. chat_template:
+        whether it does; a template's name counts as True."""
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(
@@ -129,9 +137,9 @@ class HarnessModel(TemplateLM):
     ) -> str:
         """Return the text of a conversation in the checkpoint's chat template.
 
-        add_generation_prompt=False: the model continues the last message, so the text that the
-        template writes after this message is cut off. Raises ValueError if the template does not
-        write the content of this message as it is.
+        chat_history: messages with "role" and "content". add_generation_prompt=False: the model
+        continues the last message, so the text that the template writes after this message is cut
+        off. Raises ValueError if the template does not write the content of this message as it is.
         """
         text = self._tokenizer.chat_text(chat_history, add_generation_prompt)
         if add_generation_prompt:
@@ -144,8 +152,8 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives it) of each continuation.
 
-        Called by TemplateLM.loglikelihood. Each result also goes to
-        lm_eval's cache at once, so that an interrupted run keeps it.
+        Called by TemplateLM.loglikelihood. Each result also goes to lm_eval's cache at once, so
+        that an interrupted run keeps it.
         """
         answers: list[Any] = [None] * len(requests)
         for number, nats, greedy in self.score([r[1:] for r in requests], disable_tqdm):
@@ -156,8 +164,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-likelihood of each whole text in nats, summed over windows: see
-        rolling_windows. request.args: (text,).
+        """Return the log-likelihood of each whole text in nats, summed over its windows (see
+        rolling_windows). request.args: (text,).
 
         The result of a text goes to lm_eval's cache when all its windows are scored.
         """
@@ -178,8 +186,8 @@ class HarnessModel(TemplateLM):
         each window: its (context ids, scored ids), and the index of its text.
 
         A window scores max_length ids; the last window of a text scores the ids that remain. The
-        context is the id before the scored ids (BOS or EOS before the first window), and in a last,
-        shorter window of several as many ids as fill max_length.
+        context is the one id before the scored ids, in the first window BOS or EOS. If there are
+        several windows, the last, shorter one has as much context as fills max_length.
         """
         pairs: list[tuple[Ids, Ids]] = []
         owners: list[int] = []
@@ -194,12 +202,12 @@ class HarnessModel(TemplateLM):
         return pairs, owners
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]], quiet: bool) -> Iterator[SequenceScore]:
-        """Yield the score of each continuation, given pairs (context ids, continuation ids), in
-        another order than the pairs: see SequenceScore.number.
+        """Yield the score of each continuation, given pairs (context ids, continuation ids).
 
-        A context must not be empty. As in lm_eval, a pair that is too long loses its first ids, BOS
-        included. Raises ValueError for a continuation that is empty or longer than max_length.
-        quiet: show no progress bar.
+        The scores come in another order than the pairs: SequenceScore.number is the pair's index. A
+        context must not be empty. As in lm_eval, a pair that is too long loses its first ids, BOS
+        included, and is counted in `shortened`. Raises ValueError for a continuation that is empty
+        or longer than max_length. quiet: show no progress bar.
         """
         sequences = []
         for context, continuation in pairs:
@@ -208,6 +216,7 @@ class HarnessModel(TemplateLM):
                     f"a text to be scored has {len(continuation)} tokens: it must have 1 to "
                     f"{self.max_length}, the model's context"
                 )
+            # The last id is scored but not read, so max_length + 1 ids are possible.
             whole = [*context, *continuation][-(self.max_length + 1) :]
             self.shortened += len(whole) < len(context) + len(continuation)
             sequences.append((whole, len(whole) - len(continuation)))
@@ -217,8 +226,9 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each text, up to a stop string, EOS or max_gen_toks.
 
-        request.args: (text, gen_kwargs). Requests with equal gen_kwargs are generated together.
-        Each continuation also goes to lm_eval's cache at once, so that an interrupted run keeps it.
+        request.args: (text, gen_kwargs). Requests with equal gen_kwargs are generated together. The
+        continuations of a batch go to lm_eval's cache at once, so that an interrupted run keeps
+        them.
         """
         groups: dict[str, list[int]] = {}  # gen_kwargs as JSON -> indices of its requests
         for number, request in enumerate(requests):
@@ -235,9 +245,9 @@ class HarnessModel(TemplateLM):
         return texts
 
     def prompt_ids(self, text: str, config: GenerationConfig) -> list[int]:
-        """Return the last ids of a prompt, as many as leave room for max_new_tokens in max_length.
-        A prompt that loses its first ids is counted in `shortened`. max_new_tokens must be less
-        than max_length, which generation_config checks."""
+        """Return the last ids of a prompt, as many as leave room for config.max_new_tokens in
+        max_length. A prompt that loses its first ids is counted in `shortened`. max_new_tokens must
+        be less than max_length: the function generation_config checks it."""
         ids, max_prompt = self.tok_encode(text), self.max_length - config.max_new_tokens
         self.shortened += len(ids) > max_prompt
         return ids[-max_prompt:]
@@ -248,8 +258,8 @@ class HarnessModel(TemplateLM):
         """Yield (number, continuation) for each prompt. prompts: number -> ids, not empty. The
         number also selects the random stream of the text.
 
-        Batches begin with the longest prompts, so that a lack of memory shows at once and prompts
-        of a batch have similar lengths. All batches use the same KV caches.
+        The longest prompts come first, so that a lack of memory shows at once and the prompts of a
+        batch have similar lengths. All batches use the same KV caches.
         """
         numbers = sorted(prompts, key=lambda n: -len(prompts[n]))
         size = min(self.rows or DEFAULT_GENERATION_BATCH_SIZE, len(numbers))
@@ -267,7 +277,7 @@ class HarnessModel(TemplateLM):
 
 
 def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> GenerationConfig:
-    """Return the GenerationConfig for a task's gen_kwargs, by lm_eval's defaults: greedy, unless
+    """Return the GenerationConfig for a task's gen_kwargs, with lm_eval's defaults: greedy, unless
     do_sample is true. max_length: tokens of prompt and answer together. Raises ValueError for an
     unsupported key or value, and if max_gen_toks is not less than max_length."""
     kwargs = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS))
@@ -288,7 +298,7 @@ def generation_config(gen_kwargs: dict[str, Any], max_length: int) -> Generation
 
 
 def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager) -> dict[str, Any]:
-    """Run the tasks; return the dict of results of lm_eval.simple_evaluate. manager: as returned by
+    """Run the tasks; return the dict of results of lm_eval.simple_evaluate. manager: from
     find_tasks. lm_eval's own output goes to stderr, because stdout carries only the figures."""
     with contextlib.redirect_stdout(sys.stderr):
         return lm_eval.simple_evaluate(
@@ -310,10 +320,11 @@ def run_tasks(model: HarnessModel, options: HarnessOptions, manager: TaskManager
 def find_tasks(options: HarnessOptions) -> TaskManager:
     """Return lm_eval's TaskManager, which knows all tasks of the options.
 
-    The directory include_path is searched first. lm_eval's own 14,000 tasks, which take ten seconds
-    to list, are added only if a task is not there. Raises ValueError for an unknown task.
+    The directory options.include_path is searched first. lm_eval's own 14,000 tasks, which take ten
+    seconds to list, are added only if a task is not there. Raises ValueError for an unknown task.
     """
     setup_logging(logging.ERROR)  # lm_eval logs errors only
+    # The tasks of scripts/tasks read their metadata.
     files = {"include_path": options.include_path, "metadata": {"task_data": options.task_data}}
     for defaults in (False, True):
         if defaults or options.include_path:
@@ -328,7 +339,7 @@ def find_tasks(options: HarnessOptions) -> TaskManager:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the table of results that lm_eval's command prints, and that of groups of tasks, if
-    any. results: as run_tasks returns them."""
+    """Return the table of results that lm_eval's command prints, and, if there are groups of tasks,
+    the table of groups. results: from run_tasks."""
     columns = [column for column in ("results", "groups") if results.get(column)]
     return "\n".join(make_table(results, column) for column in columns)

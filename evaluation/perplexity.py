@@ -1,8 +1,9 @@
 """Perplexity of a text: exp of the mean negative log-likelihood of its ids, over windows.
 
-Start at perplexity. `windows` divides the ids into windows of at most max_seq_length ids. With a
-stride shorter than a window, windows overlap: ids that an earlier window scored are context, which
-is read and not scored. The stride is the number of ids between the begins of two windows.
+Start at perplexity. `windows` divides the ids into windows of at most max_seq_length ids. The
+stride is the number of ids from the beginning of a window to that of the next. If it is shorter
+than a window, windows overlap: ids that an earlier window scored are context, which is read and not
+scored.
 
 Source: https://huggingface.co/docs/transformers/perplexity (strided sliding window).
 """
@@ -28,8 +29,8 @@ class PerplexityOptions:
     """How a text is divided into windows and scored."""
 
     max_seq_length: int  # ids of a window, BOS included
-    stride: int | None = None  # ids between the begins of two windows; None: no overlap
-    limit: float | None = None  # windows that are scored: a number or, below 1, a share of all
+    stride: int | None = None  # ids from window to window; None or 0: windows do not overlap
+    limit: float | None = None  # windows to score: a number or, below 1, a share; None: all
     batch_size: int | None = None  # windows of one call of the model; None: chosen by the scorer
     bos: bool = True  # whether every window begins with BOS
 
@@ -37,9 +38,10 @@ class PerplexityOptions:
 def perplexity(lm: LoadedModel, text: str, name: str, options: PerplexityOptions) -> dict[str, Any]:
     """Score a text; return its perplexity, nats per token, bits per byte, tokens/s and settings.
 
-    name: what the output and the log call the text. "tokens": how many are scored. Bits per byte
-    extend the mean over the scored tokens to all tokens of the text. Raises ValueError for a stride
-    longer than a window, and for a text without an id to score.
+    name: of the text, for the output and the log. "tokens" in the output: how many are scored. Bits
+    per byte extend the mean over the scored tokens to all tokens of the text. Raises ValueError for
+    a stride longer than a window, and for a text without an id to score, besides what
+    log_likelihoods raises.
     """
     ids, nbytes = lm.tokenizer.encode(text, bos=False, special=True), len(text.encode())
     prefix = [lm.tokenizer.bos_id] if options.bos else []
@@ -83,8 +85,8 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
     """Yield windows (ids, start) that together score each id once: a window scores ids[start:].
 
     A window is the prefix (BOS, or no id) and ids of the text, together at most `length`. Windows
-    begin `stride` ids apart. Without a prefix some ids are not scored, because no id precedes them:
-    the first id of the text and, if windows do not overlap, the first id of every window.
+    begin `stride` ids apart. Without a prefix some ids are not scored, because no id precedes them
+    in their window: the first id of the text and, if windows do not overlap, of every window.
     """
     text_ids = length - len(prefix)
     scored = 0  # ids of the text that earlier windows score
@@ -99,8 +101,8 @@ def windows(ids: Ids, prefix: Ids, length: int, stride: int) -> Iterator[tuple[I
 
 
 def limited_count(limit: float | None, count: int) -> int:
-    """Return how many of `count` windows to score. limit: their number, which may exceed `count`,
-    or, if it is below 1, a share of `count`, rounded up, as in lm_eval; None: all."""
+    """Return how many windows to score; the result may exceed `count`, the number of all. limit:
+    their number, or, if it is below 1, a share of `count`, rounded up, as in lm_eval; None: all."""
     if limit is None:
         return count
     return math.ceil(count * limit) if limit < 1 else limit

@@ -2,13 +2,13 @@
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
 This file (1) replaces dense linears by OneRowLinear, faster for one row, (2) fuses a norm or a gate
-into the quantised linear after it, and (3) makes kernel_attention the attention of
-model.cache_factory, and masked_attention that of layers with a sliding window. A gpu.Prologue is a
-norm or gate that a kernel applies to its input first. Fusing saves the launch of a kernel; for more
-than one row, norm and gate run separately.
+into the quantised linear after it, and (3) sets the functions by which the KV caches of
+model.cache_factory attend: kernel_attention, and masked_attention for layers with a sliding window.
+A gpu.Prologue is a norm or gate that a kernel applies to its input first. Fusing saves the launch
+of a kernel; for more than one row, norm and gate run separately.
 
-Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible slots,
-H query heads, G key/value heads, E head_dim.
+Shapes: M rows of activations, N out_features, K in_features; for attention B rows of the batch, T
+new tokens, S visible slots, H query heads, G key/value heads, R = H // G, E head_dim.
 """
 
 import functools
@@ -28,17 +28,18 @@ from model import GatedFeedForward, SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
-# Limit on T * H / G, new tokens times query heads per key/value head: above it, PyTorch is faster.
-MAX_KERNEL_ROWS = 64
-MAX_KERNEL_NUMBERS = 64 * 128  # the same times E: more do not fit the registers of a Triton program
+# Limits on the queries of a key/value head, R*T, and on their numbers, R*T*E. With more queries,
+# PyTorch is faster; more numbers do not fit into the registers of a Triton program.
+MAX_KERNEL_QUERIES, MAX_KERNEL_NUMBERS = 64, 64 * 128
 
 
 class OneRowLinear(Linear):
-    """A dense linear with the same weights and a Triton kernel for one row: it reads the weights of
-    Llama 3.1 8B at 0.91 of an H100's memory rate, cuBLAS at 0.81."""
+    """A dense linear that multiplies one row by a Triton kernel, which reads the weights of Llama
+    3.1 8B at 0.91 of an H100's memory rate; cuBLAS reads them at 0.81. linear: the linear that it
+    replaces, whose weight and bias it takes."""
 
     def __init__(self, linear: Linear):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not Linear's, which would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
@@ -49,8 +50,8 @@ class OneRowLinear(Linear):
 
 
 class NormedLinear(nn.Module):
-    """A quantised linear and the RMS norm before it. For one row, the kernel that turns
-    activations into fixed point also computes the norm."""
+    """A quantised linear and the RMS norm before it. For one row, the kernel that converts
+    activations to fixed point also computes the norm. linear: its takes_prologue must be true."""
 
     def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
         super().__init__()
@@ -68,11 +69,12 @@ class NormedLinear(nn.Module):
 class OneRowFeedForward(GatedFeedForward):
     """A GatedFeedForward that, for one row, computes silu(gate) * up within the kernel of w2.
 
-    w13's outputs are gate and up, (M, 2 * hidden_dim).
+    w13's outputs are gate and up, (M, 2 * hidden_dim). replaced: the layer whose linears it takes:
+    its activation is SiLU, and its w2 takes a prologue.
     """
 
     def __init__(self, replaced: GatedFeedForward):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not GatedFeedForward's, which would allocate linears
         self.w13, self.w2 = replaced.w13, replaced.w2
         self.activation = replaced.activation
 
@@ -87,7 +89,7 @@ class OneRowFeedForward(GatedFeedForward):
 def use_fast_layers(model: Transformer) -> None:
     """Replace the layers and the attention of a loaded model on a CUDA device, in place.
 
-    If the kernels do not run on the device, the model stays as it is, and a line on stderr tells
+    If the kernels do not run on the device, the model stays as it is, and a line on stderr says
     why, once per process.
     """
     device = model.tok_embeddings.weight.device
@@ -99,16 +101,17 @@ def use_fast_layers(model: Transformer) -> None:
 
 @functools.cache
 def log_once(line: str) -> None:
-    """Print a line on stderr, also with --quiet; the cache drops later calls with this line."""
+    """Print a line on stderr, also with --quiet; the cache makes later calls with the same line do
+    nothing."""
     print(line, file=sys.stderr)
 
 
 def replace_layers(model: Transformer) -> None:
     """Replace the layers and the attention of a model, in place, without a check of its device.
 
-    Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList:
-    streamed layers (offload.py) stay unfused. Caches that the model makes later use
-    kernel_attention, or masked_attention in layers with a sliding window.
+    Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList: a
+    model whose layers are streamed (StreamedLayers of offload.py) stays unfused. Caches that the
+    model makes later use kernel_attention, or masked_attention in layers with a sliding window.
     """
     for layer in model.layers if type(model.layers) is nn.ModuleList else ():
         fuse_prologues(layer)
@@ -123,7 +126,8 @@ def fuse_prologues(layer: nn.Module) -> None:
     """Fuse the norm before wqkv with wqkv, and the gate before w2 with w2, in place.
 
     layer: a block of the model. Only quantised linears whose kernel takes a prologue are fused, and
-    only an RMS norm with weights and a SiLU gate. nn.Identity takes the place of a fused norm.
+    only an RMS norm with weights and a SiLU gate; the norm only in a SequentialBlock, where wqkv
+    alone reads it. nn.Identity takes the place of a fused norm.
     """
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
@@ -136,16 +140,16 @@ def fuse_prologues(layer: nn.Module) -> None:
 
 
 def takes_prologue(linear: nn.Module) -> bool:
-    """Return whether a linear's kernel accepts a gpu.Prologue."""
+    """Return whether a linear is quantised and its kernel for one row takes a gpu.Prologue."""
     return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None) -> Tensor:
-    """Compute attention for KVCache.attention (type CacheAttention); see attend_on_gpu.
+    """Attend with q, (B, T, H, E), to a cache -> (B, T, H, E), by attend_on_gpu: a CacheAttention.
 
-    q: (B, T, H, E). pos: (B, T), the slots of the queries' own tokens, which are their positions as
-    the cache is no ring. Each query sees the slots up to its own; only S is taken from the mask,
-    which must be causal. None: the mask is read, and may be any. Returns (B, T, H, E).
+    mask: (B, 1, R*T, S), from Transformer.mask. pos: (B, T), the slots of the queries' own tokens,
+    for a cache that is no ring and a causal mask: each query sees the slots up to its own, and only
+    S is taken from the mask. None: the mask is read, and may be any.
     """
     quantized = isinstance(cache, QuantizedKVCache)
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if quantized else ()
@@ -155,8 +159,8 @@ def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None
 
 
 def masked_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Compute attention as kernel_attention does, for any mask: a layer with a sliding window has
-    slots in an order of its own. pos is not used."""
+    """Attend as kernel_attention does, by the mask: a CacheAttention for layers with a sliding
+    window, in which a query does not see all slots up to its own. pos is not used."""
     return kernel_attention(cache, q, mask, None)
 
 
@@ -170,21 +174,20 @@ def attend_on_gpu(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Compute attention of queries, (B, T, H, E), over a cache. Returns (B, T, H, E).
+    """Attend with queries, (B, T, H, E), to a cache -> (B, T, H, E). The operator gpt_flex::attend.
 
     Few queries for each key/value head: by a Triton kernel, which reads the cache as it is stored.
     More: by PyTorch, on a dequantised cache. The choice is made inside the operator, so that one
     compiled graph is right for any number of tokens. k, v: (B, slots + 1, G, E), or the bytes of a
     quantised cache, (B, slots + 1, G, E*bits/8). extra: k_scales, k_lows, v_scales and v_lows of a
-    quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos:
-    see kernel_attention.
-    scale, softcap: see Scores.
+    quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos: see
+    kernel_attention. scale, softcap: see layers.kv_cache.Scores; scale must be given.
     """
     from kernels.gpu import launch  # imports Triton
 
     S, (_, T, H, E), (G, width) = mask.shape[-1], q.shape, k.shape[2:]
-    rows = T * H // G
-    if rows <= MAX_KERNEL_ROWS and rows * E <= MAX_KERNEL_NUMBERS:
+    queries = T * H // G  # of a key/value head
+    if queries <= MAX_KERNEL_QUERIES and queries * E <= MAX_KERNEL_NUMBERS:
         given = mask.contiguous(), None if pos is None else pos.contiguous()
         return launch.attend(q.contiguous(), k, v, extra, *given, scale, softcap)
     k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or (B, S, G, E*bits/8) bytes

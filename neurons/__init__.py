@@ -1,13 +1,14 @@
 """LLM in a flash: feed-forward neurons that stay on disk until a token needs them.
 
 Behind a ReLU most neurons of a feed-forward layer output zero for a token. A predictor names the
-neurons that may be active. Those that are not in memory are read; the other neurons stay on disk.
-Names:
+neurons that may be active. Of these, the neurons that are not in memory are read; all others stay
+where they are. Names:
 
     record   a neuron's weights on disk, contiguous, so that one read brings them
     entry    memory that holds one record
     window   the number of latest tokens whose neurons stay in memory
-    depth    requests that the disk has at a time
+    request  a read of neighbouring records of the file
+    depth    the number of requests that the disk has at a time
     gap      unneeded records between two needed ones that one request still reads
     pack     the directory that flash.py writes: records, predictors, manifest
 

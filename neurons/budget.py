@@ -1,21 +1,23 @@
 """How many neurons of each layer stay in memory, and how the others are read.
 
-Start at choose_plan. A pack's manifest has two figures for a window of k tokens: how many different
-neurons these tokens use, and how many records the next token reads if so many neurons are in memory
-(calibration/predictor.py). With the machine's costs (costs.py) this gives the seconds of a token
-for each window, depth and gap. choose_plan takes the fastest plan that fits into memory.
+Start at choose_plan. A pack's manifest has figures for windows of several lengths: how many
+different neurons the tokens of a window use, and how many records the next token reads, with how
+many requests, if so many neurons are in memory (calibration/predictor.py). With the machine's costs
+(costs.py) this gives the seconds of a token for each window, depth and gap. choose_plan takes the
+fastest plan that fits into memory.
 
     pack     the directory with the records of a model's neurons, and their predictors
     record   the weights of one neuron on disk
-    entry    memory for one record; each layer has a cache of them
+    entry    memory for one record; each layer has a cache of entries
     window   the number of last tokens whose neurons stay in memory
-    depth    requests that are pending at a time
+    request  a read of contiguous records; a call submits a batch of requests
+    depth    the number of requests that the disk has at a time
     gap      unneeded records between two needed ones that one request still reads
 
 Based on "LLM in a flash" (arXiv 2312.11514, sections 3.1 and 4): latency = I/O + memory management
 + compute.
 
-Shapes: L layers, K windows.
+Shapes: L layers, K windows of a table of figures.
 """
 
 import itertools
@@ -28,47 +30,48 @@ from host.memory import size_text
 from neurons.costs import MachineCosts
 from neurons.pack import Pack
 
-DEPTHS = 16, 32, 64, 128
-WINDOW_TOKENS = 1, 2, 3, 4, 6, 8, 12, 16  # windows to consider, and the longest that fits
+DEPTHS = 16, 32, 64, 128  # to consider
+WINDOW_TOKENS = 1, 2, 3, 4, 6, 8, 12, 16  # to consider, besides the longest window that fits
 # Seconds to read a layer whole that do not depend on its bytes: chunks pass between threads.
 LAYER_STREAM_SECONDS = 5e-3
 LAYER_MANAGE_SECONDS = 60e-6  # to look up and evict cache entries for a token in a layer
-BISECTIONS = 30  # steps of the search for the longest window: it is then exact enough
+BISECTIONS = 30  # steps of the search for the longest window: exact to a millionth of a token
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """How many entries each layer's cache has, how records are read, and the expected costs."""
 
-    window: float  # tokens whose neurons stay in memory
+    window: float  # tokens whose neurons stay in memory; below 1, a share of one token's neurons
     entries: tuple[int, ...]  # cache entries of each layer
-    depth: int  # requests that are pending at a time
-    gap: int  # unneeded records between two needed ones that one request still reads
+    depth: int  # requests that the disk has at a time
+    gap: int  # the most unneeded records between two needed ones that one request still reads
     call_seconds: float  # expected per call that reads records
     request_seconds: float  # expected per request
     record_seconds: float  # expected to read one record
     whole_layer_seconds: float  # expected to read and compute all records of a layer
-    read_seconds: float  # expected per token, in all layers, like the fields below
+    # Expected per token, in all layers:
+    read_seconds: float
     compute_seconds: float
     overlapped_seconds: float  # the part of compute_seconds that passes while the disk reads
-    nbytes: float  # bytes read per token
-    requests: float  # requests per token
+    nbytes: float  # bytes read
+    requests: float
 
     def seconds(self, calls: int, requests: int, records: int) -> float:
-        """Return the expected seconds to read so many records with so many requests and calls. A
-        request reads contiguous records; a call submits a batch of requests."""
+        """Return the expected seconds to read so many records with so many requests and calls."""
         reading = requests * self.request_seconds + records * self.record_seconds
         return calls * self.call_seconds + reading
 
     def prefers_whole_layer(self, missing: np.ndarray, entries: int) -> bool:
-        """Whether reading a whole layer is faster than reading the missing neurons one by one.
+        """Return whether reading a whole layer is faster than reading the missing neurons alone.
 
         missing: (n,) ids that are not in memory, ascending. entries: cache entries of the layer;
-        one call reads at most so many records. Asked for each layer in each step (feed_forward.py).
-        The bytes of records in gaps are not counted.
+        one call reads at most so many records. Called for each layer in each step
+        (feed_forward.py). The bytes of records in gaps are not counted.
         """
         calls = -(-len(missing) // entries)
-        # At most one request per record: the usual case is decided without counting gaps.
+        # There are at most as many requests as records. Where even so many are fast enough, the
+        # usual case, they need not be counted.
         if self.seconds(calls, len(missing), len(missing)) <= self.whole_layer_seconds:
             return False
         requests = 1 + np.count_nonzero(missing[1:] - missing[:-1] > self.gap + 1)
@@ -76,7 +79,7 @@ class CachePlan:
         return seconds > self.whole_layer_seconds
 
     def lines(self, neurons: int) -> list[str]:
-        """Return lines for the user about the plan: its memory and its expected costs. neurons:
+        """Return lines for the user about the plan: neurons in memory and expected costs. neurons:
         their number in a layer."""
         share = 100 * sum(self.entries) / (neurons * len(self.entries))
         return [
@@ -91,16 +94,16 @@ class CachePlan:
 class NeuronUsage:
     """The figures of all layers in a pack's manifest, interpolated to windows of any length.
 
-    Beyond the longest window of the manifest, usage grows to all neurons at twice its length, where
+    A window twice as long as the longest one of the manifest is taken to use all neurons, so that
     a token reads nothing.
     """
 
     def __init__(self, pack: Pack, neurons: int):
         """Read the figures as tables for interpolation. neurons: their number in a layer.
 
-        For each of K windows, in _windows: _usage (L, K), different neurons in use; _reads, records
-        and requests per token, (L, K, gaps) each. Windows without figures in one of the layers are
-        left out; the last one, twice the longest of the others, has all neurons. predicted: (L,),
+        For each of K windows, in _windows: _usage, (L, K), different neurons in use; _reads,
+        records and requests per token, (L, K, gaps) each. Windows without figures in one of the
+        layers are left out. Sets the attribute gaps, those of the manifest, and predicted, (L,),
         the mean number of neurons that the predictor names for a token.
         """
         layers, self.gaps = pack.layers, pack.manifest["gaps"]
@@ -118,7 +121,7 @@ class NeuronUsage:
     def entries(self, window: float) -> np.ndarray:
         """Return (L,): the cache entries that hold all neurons of a window of so many tokens.
 
-        A window below 1 gets that share of one token's neurons. At least one entry each.
+        A window below 1 gets that share of one token's neurons. Each layer gets at least one entry.
         """
         used = self._interpolate(self._usage, max(window, 1)) * min(window, 1)
         return np.ceil(used).astype(int).clip(1)
@@ -126,16 +129,18 @@ class NeuronUsage:
     def reads(self, window: float, gap: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the expected records that a token reads and its requests, (L,) each.
 
-        The cache has the entries of `window` tokens. gap: one of `gaps`.
+        The cache has the entries of `window` tokens. gap: one of `gaps`. A window below 1 counts as
+        1: there are no figures for less.
         """
         column = self.gaps.index(gap)
         return tuple(self._interpolate(table[..., column], max(window, 1)) for table in self._reads)
 
     def longest_window(self, fits: Callable[[float], bool]) -> float:
-        """Return the longest window, in tokens, for which `fits` is true, by bisection.
+        """Return the longest window, in tokens, for which `fits` is true, by bisection; 0 if there
+        is none. It is at most the window that has all neurons.
 
         fits: tells whether the neurons of a window of so many tokens fit into memory. If a window
-        fits, all shorter ones must fit. 0 if none does. At most the window that has all neurons.
+        fits, all shorter ones must fit.
         """
         low, high = 0.0, float(self._windows[-1])
         if fits(high):
@@ -158,9 +163,9 @@ def choose_plan(
     Compares the windows of WINDOW_TOKENS that fit, and the longest that fits, with every depth of
     `costs` and every gap of the pack. Called once, when a model is loaded (attach_neurons).
     neurons: their number in a layer. memory: bytes for all weights; `fixed` of them are needed for
-    weights other than cache entries, and for buffers. window: tokens whose neurons stay in memory,
-    or None to choose it. Raises ValueError if the window's neurons, or one neuron of each layer, do
-    not fit.
+    weights other than cache entries, and for buffers. window: tokens whose neurons stay in memory;
+    None: choose it. Raises ValueError if the neurons of the given window, or with None one neuron
+    of each layer, do not fit.
     """
     usage, stride = NeuronUsage(pack, neurons), pack.format.stride
 
@@ -208,17 +213,17 @@ def expected_plan(
     """Return the plan of one window, depth and gap, with its expected costs.
 
     neurons: their number in a layer. stride: bytes of a record on disk. window: tokens whose
-    neurons stay in memory. depth: a key of costs.reads. gap: one of usage.gaps. A layer computes
-    the neurons that are already in memory while it reads the others: in_memory is the most of the
-    computation that this can hide.
+    neurons stay in memory. depth: a key of costs.reads. gap: one of usage.gaps.
     """
     records, requests = usage.reads(window, gap)  # (L,) each
-    entries = usage.entries(window)
-    computed = entries if costs.computes_all_entries else usage.predicted
+    entries = usage.entries(window)  # (L,)
+    computed = entries if costs.computes_all_entries else usage.predicted  # (L,) neurons
     call, request, byte = costs.reads[depth]
     reading = costs.read_seconds(depth, requests, records * stride)  # (L,)
-    in_memory = ((computed - records) * costs.record).clip(0)  # (L,): seconds to compute these
-    whole_layer = neurons * (costs.stream_byte * stride + costs.record) + LAYER_STREAM_SECONDS
+    # Seconds to compute the neurons that are in memory before the read: these alone can overlap it.
+    in_memory = ((computed - records) * costs.compute_record).clip(0)  # (L,)
+    per_neuron = costs.stream_byte * stride + costs.compute_record
+    whole_layer = neurons * per_neuron + LAYER_STREAM_SECONDS
     return CachePlan(
         window=window,
         entries=tuple(entries.tolist()),
@@ -229,7 +234,7 @@ def expected_plan(
         record_seconds=byte * stride,
         whole_layer_seconds=whole_layer,
         read_seconds=float(reading.sum()),
-        compute_seconds=float((computed * costs.record + LAYER_MANAGE_SECONDS).sum()),
+        compute_seconds=float((computed * costs.compute_record + LAYER_MANAGE_SECONDS).sum()),
         overlapped_seconds=float(np.minimum(reading, in_memory).sum()),
         nbytes=float(records.sum() * stride),
         requests=float(requests.sum()),

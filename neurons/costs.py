@@ -1,12 +1,12 @@
 """Seconds of this machine's disk and products, measured once and saved for later runs.
 
-Start at machine_costs. A call reads a batch of requests, each of contiguous records, which hold the
-weights of one neuron each, into entries, each of which is memory for one record. Batches of several
-sizes are read from the records of a pack (the directory that flash.py writes), and a linear model
-is fitted to the seconds: per call + per request + per byte. The depth is the number of requests
-that the disk has at a time. choose_plan (budget.py) uses the costs.
+Start at machine_costs. A record holds the weights of one neuron; an entry is memory for one record.
+A call of NeuronFile.read_records reads a batch of requests; a request reads contiguous records,
+each into an entry. Batches of several sizes are read from a pack (the directory that flash.py
+writes), and a linear model is fitted to the seconds: per call + per request + per byte. The depth
+is the number of requests that the disk has at a time. choose_plan (budget.py) uses the costs.
 
-Shapes: C entries of a neuron cache.
+Shapes: L layers, C entries of a neuron cache.
 """
 
 import random
@@ -29,11 +29,10 @@ from tiers.prefetch import CPU
 from tiers.probe import typical
 
 BATCHES = (4, 1), (32, 1), (128, 1), (512, 1), (4, 4), (64, 4)  # requests, records per request
-BATCH_REPEATS = 15
 STREAM_BYTES = 2**27  # the most bytes that stream_byte_seconds reads
-PRODUCT_BYTES = 2**26  # memory of records in timed runs: more than a processor's caches hold
+PRODUCT_BYTES = 2**26  # bytes of entries in timed runs: more than a processor's caches hold
 EVICTING_BYTES = 2**24  # weights of the product before each timed batch of reads
-STREAM_REPEATS, PRODUCT_REPEATS = 3, 5
+BATCH_REPEATS, STREAM_REPEATS, PRODUCT_REPEATS = 15, 3, 5  # of each timed run
 NEURONS = 17  # in the timed product: the first is active, the last stands for an empty entry
 SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # seconds per call, request, byte, if a file is too small
 
@@ -42,21 +41,21 @@ SMALL_FILE_COSTS = [0.0, 1e-4, 0.0]  # seconds per call, request, byte, if a fil
 class MachineCosts:
     """Seconds that reading and computing records take.
 
-    reads: by depth (requests that are pending at a time), the seconds per call, per request and per
-    byte. stream_byte: seconds per byte when layers are read in file order. record: seconds to
-    compute one record in memory for one token. computes_all_entries: whether a token computes
-    every entry of the cache, predicted or not (Products.computes_all_entries).
+    reads: depth -> the seconds per call, per request and per byte. stream_byte: seconds per byte
+    when layers are read in file order. compute_record: seconds to compute one record in memory for
+    one token. computes_all_entries: whether a token computes every entry of the cache, predicted or
+    not (Products.computes_all_entries).
     """
 
     reads: dict[int, tuple[float, float, float]]
     stream_byte: float
-    record: float
+    compute_record: float
     computes_all_entries: bool
 
     def read_seconds(self, depth: int, requests: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
         """Return (L,): expected seconds of one call in each layer; 0 if a layer makes no request.
 
-        requests, nbytes: (L,), of each layer's call.
+        depth: a key of reads. requests, nbytes: (L,), of each layer's call.
         """
         call, request, byte = self.reads[depth]
         return np.where(requests > 0, call + request * requests + byte * nbytes, 0)
@@ -67,16 +66,15 @@ def machine_costs(
 ) -> MachineCosts:
     """Return this machine's costs: saved by an earlier run, or measured now, which takes seconds.
 
-    depths: numbers of pending requests to measure. device, dtype: of the model's activations.
-    Saved costs are used again if the machine, the instruction set, the disk, the file's size, the
-    record format and these arguments are the same. Called by attach_neurons when a model is loaded.
-    The timed product is that of a layer of NEURONS neurons: the bias makes the first one active and
-    no other.
+    depths: to measure. device, dtype: of the model's activations. Saved costs are used again if the
+    machine, the instruction set, the disk, the file's size, the record format and these arguments
+    are the same. Called by attach_neurons when a model is loaded.
     """
     format, stat = pack.format, pack.neurons_path.stat()
     kernel = has_kernel(format, device, dtype)
     computing = machine_name(device), dtype, kernel, fastest_set(device)
     key = *computing, stat.st_dev, stat.st_size, format, tuple(depths)
+    # The timed product is that of a layer of NEURONS neurons, of which the first alone is active.
     bias = torch.full((NEURONS, len(format.matrices) - 1), -1, device=device, dtype=dtype)
     bias[0] = 1
     products = Products(format, bias, None, kernel)
@@ -85,9 +83,10 @@ def machine_costs(
         costs = {
             "reads": {depth: batch_costs(pack, depth) for depth in depths},
             "stream_byte": stream_byte_seconds(pack),
-            "record": record_seconds(products, device),
+            "record": compute_record_seconds(products, device),
         }
         save_measurement("flash", key, costs)
+    # The keys of saved costs are text.
     reads = {int(depth): tuple(seconds) for depth, seconds in costs["reads"].items()}
     all_entries = products.computes_all_entries
     return MachineCosts(reads, costs["stream_byte"], costs["record"], all_entries)
@@ -97,8 +96,8 @@ def batch_costs(pack: Pack, depth: int) -> list[float]:
     """Measure the seconds per call, per request and per byte of reads with this depth.
 
     They are fitted to the median seconds of BATCHES, by least squares of relative errors; a
-    negative result counts as 0. Batches with more than half the file's records are left out;
-    SMALL_FILE_COSTS if these are all.
+    negative result becomes 0. Batches of more than half the file's records are left out. If no
+    batch is small enough, returns SMALL_FILE_COSTS.
     """
     stride = pack.format.stride
     timer = BatchTimer(pack, depth)
@@ -112,17 +111,18 @@ def batch_costs(pack: Pack, depth: int) -> list[float]:
 
 
 class BatchTimer:
-    """Times batches of reads from random offsets of a pack's file to random entries in memory.
+    """Times batches of requests that read random records of a pack's file into random entries.
 
-    A product comes before each batch, as in a model: it evicts the kernel's code and the memory
-    from the processor's caches, and a read then takes half a millisecond longer.
+    A product is computed before each batch, as in a model: it evicts Linux's code and the entries
+    from the processor's caches, and a batch then takes half a millisecond longer.
     """
 
     def __init__(self, pack: Pack, depth: int):
-        """Open the file and allocate PRODUCT_BYTES of entries. depth: pending requests."""
+        """Open the file and allocate PRODUCT_BYTES of entries. depth: requests that the disk has at
+        a time."""
         self.stride = pack.format.stride
         self.file = NeuronFile(pack.neurons_path, self.stride, depth)
-        self.total = pack.neurons_path.stat().st_size // self.stride  # records
+        self.total = pack.neurons_path.stat().st_size // self.stride  # records of the file
         self.entries = range(PRODUCT_BYTES // self.stride)
         self.memory = page_aligned(len(self.entries) * self.stride, CPU).fill_(1)
         # A row of 2048 bfloat16 numbers has 4096 bytes. Its product evicts the caches.
@@ -130,18 +130,16 @@ class BatchTimer:
         self.random = random.Random(0)
 
     def median_seconds(self, requests: int, records: int) -> float:
-        """Return the median seconds of a batch: so many requests, each of so many records.
-
-        The records of a request are contiguous in the file. The file needs at least
-        requests * records of them.
-        """
+        """Return the median seconds of BATCH_REPEATS batches: `requests` requests of `records`
+        contiguous records each. The file must have at least requests * records records."""
         return statistics.median(self._seconds(requests, records) for _ in range(BATCH_REPEATS))
 
     def _seconds(self, requests: int, records: int) -> float:
-        """Read one random batch, after a product that evicts caches, and return its seconds.
+        """Read one random batch, after a product that evicts caches, and return the seconds of the
+        read.
 
-        The batch has `requests` requests of `records` contiguous records each, as if the file were
-        one layer. Each record goes to another entry, so there must be as many entries.
+        requests, records: see median_seconds. The file is read as if it were one layer. Each record
+        goes to another entry, so there must be as many entries.
         """
         starts = sorted(self.random.sample(range(self.total // records), requests))
         ids = (np.array(starts)[:, None] * records + np.arange(records)).ravel()
@@ -149,7 +147,7 @@ class BatchTimer:
         addresses = self.memory.data_ptr() + entries * self.stride
         F.linear(self.matrix[:1], self.matrix)
         start = time.perf_counter()
-        self.file.read_records(0, ids, addresses, 0)
+        self.file.read_records(0, ids, addresses, gap=0)
         return time.perf_counter() - start
 
 
@@ -162,14 +160,15 @@ def stream_byte_seconds(pack: Pack) -> float:
     return typical(lambda: file.read([(0, memory)]), CPU, STREAM_REPEATS) / nbytes
 
 
-def record_seconds(products: Products, device: torch.device) -> float:
+def compute_record_seconds(products: Products, device: torch.device) -> float:
     """Measure the seconds to compute one record in memory for one token, with unpacking.
 
-    products: of a layer with few neurons; many entries hold each of them here. The last neuron
-    stands for an empty entry and is in none. All entries are computed in one call.
+    products: of a layer with few neurons, each of which many entries hold here. All C entries are
+    computed in one call.
     """
-    format, neurons = products.format, len(products.bias) - 1
-    count = PRODUCT_BYTES // format.stride
+    format = products.format
+    neurons = len(products.bias) - 1  # without the last one, which stands for an empty entry
+    count = PRODUCT_BYTES // format.stride  # C
     # Filled, because Linux maps all untouched pages to one physical page.
     records = page_aligned(count * format.stride, device).fill_(1).view(count, -1)  # (C, stride)
     x = torch.zeros(1, format.dim, device=device, dtype=products.bias.dtype)

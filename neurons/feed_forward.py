@@ -1,19 +1,20 @@
 """Feed-forward layers whose neurons stay on disk until a token needs them.
 
 Start at SparseFeedForward.forward. Behind a ReLU most neurons output zero for a token. A small
-predictor names the neurons that may be active, and those not in memory are read. A neuron's weights
-on disk are a record; memory for a record is an entry of the layer's cache. The product covers all
-neurons in memory, predicted or not, so an active neuron is missed only if it is on disk and not
-predicted. Neurons in memory are computed while the others are read. For many tokens at once, as in
-a prompt, a layer is read whole: all its neurons in file order, in chunks; and the neurons that the
-last tokens use go into the cache. A neuron's id is its place in this order. The records, predictors
+predictor names the neurons that may be active, and those of them that are not in memory are read. A
+neuron's weights on disk are a record; memory for a record is an entry of the layer's cache. The
+product covers all neurons in memory, predicted or not, unless they would have to be unpacked
+(products.py); so an active neuron is missed only if it is on disk and not predicted. Neurons in
+memory are computed while the others are read. For many tokens at once, as in a prompt, a layer is
+read whole: all its neurons in file order, in chunks; and the neurons that the last tokens use go
+into the cache. A neuron's id is its place in the file's order of the layer. The records, predictors
 and figures of a model are in a pack, the directory that flash.py writes (pack.py).
 
 Based on "LLM in a flash" (arXiv 2312.11514, section 3): predictor, window, bundles of rows and
 columns.
 
-Shapes: B rows, T tokens of a row, N = B*T, D dim, F neurons of a layer, r rank, C entries, n
-records.
+Shapes: B rows, T tokens of a row, N = B*T tokens, D dim, F neurons of a layer, C entries of its
+cache, n records; of predicted, n tokens.
 """
 
 import weakref
@@ -38,10 +39,10 @@ from tiers.prefetch import CPU, to_device
 from weights.allocation import Fill, stored_tensors
 
 MAX_SPARSE_TOKENS = 64  # for more tokens in one call, a layer is read whole
-CACHED_TOKENS = 16  # last tokens of each row of a prompt, whose neurons go into the cache
+CACHED_TOKENS = 16  # last tokens of each row whose neurons go into the cache of a layer read whole
 
-# The host reads neurons within a layer, so compiled code calls it through an operator. The operator
-# gets the layer's number as a tensor, so that one compiled block serves all layers.
+# The host reads neurons within a layer, so compiled code calls the layer through an operator. The
+# operator gets the layer's number, its key here, as a tensor: one compiled block serves all layers.
 LAYERS: weakref.WeakValueDictionary[int, "SparseFeedForward"] = weakref.WeakValueDictionary()
 torch.library.define(
     "gpt_flex::sparse_feed_forward", "(Tensor x, Tensor predicted, Tensor number) -> Tensor"
@@ -57,15 +58,15 @@ def fake_sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Te
 
 @torch.library.impl("gpt_flex::sparse_feed_forward", "CompositeExplicitAutograd")
 def sparse_feed_forward(x: Tensor, predicted: Tensor, number: Tensor) -> Tensor:
-    """Call neuron_sums of a layer from compiled code. x, predicted: its arguments. number: the
-    layer's key in LAYERS; see there why it is a tensor. Raises KeyError if the layer's model is
+    """Call neuron_sums of a layer from compiled code. x, predicted: the arguments of neuron_sums.
+    number: the layer's key in LAYERS, a tensor (). Raises KeyError if the layer's model is
     deleted."""
     return LAYERS[int(number)].neuron_sums(x, predicted)
 
 
 class Predictor(nn.Module):
-    """(N, D) -> (N, F) bool: neurons that may be active. Two low-rank matrices; the bias contains
-    the threshold, so that scores above 0 are predictions."""
+    """Predicts the neurons that may be active: (N, D) -> (N, F) bool. Two low-rank matrices give
+    each neuron a score; the bias contains the threshold, so that scores above 0 are predictions."""
 
     def __init__(self, dim: int, rank: int, neurons: int):
         super().__init__()
@@ -86,13 +87,14 @@ class SparseFeedForward(nn.Module):
     def __init__(self, args: ModelArgs, format: RecordFormat, rank: int):
         """Create the parameters, uninitialised. rank: of the predictor's matrices.
 
-        inner: biases and scales of up, or of gate and up; outer: those of the layer's outputs.
+        inner: biases and scales of up, or of gate and up; outer: those of the layer's outputs. The
+        inner ones have one row more than there are neurons: neuron F stands for an empty entry, and
+        its first bias, -inf, makes it inactive.
         """
         super().__init__()
         neurons, inner = args.hidden_dim, len(format.matrices) - 1
         self.format = format
         self.predictor: Callable[[Tensor], Tensor] = Predictor(args.dim, rank, neurons)
-        # The neuron F stands for an empty entry: its bias makes it inactive.
         self.inner_bias = nn.Parameter(torch.empty(neurons + 1, inner))
         self.outer_bias = nn.Parameter(torch.empty(args.dim))
         scaled = format.kind == "int8"
@@ -105,8 +107,8 @@ class SparseFeedForward(nn.Module):
         """Connect the layer to its neurons on disk, and allocate a cache of so many entries.
 
         Called by attach_neurons, once the parameters are loaded. layer: its index in the model.
-        source: the neuron file, which all layers share. `number` is this layer's key in LAYERS, as
-        a tensor for compiled code.
+        source: the neuron file, which all layers share. Sets `number`, this layer's key in LAYERS,
+        as a tensor for compiled code.
         """
         self.layer, self.source, self.stats = layer, source, source.stats
         LAYERS[id(self)] = self
@@ -119,10 +121,11 @@ class SparseFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's outputs: (B, T, D) -> (B, T, D).
 
-        Neurons are predicted for all tokens if N <= MAX_SPARSE_TOKENS, else only for the last ones
-        of each row, at least CACHED_TOKENS (n tokens in all): the others' neurons are not needed,
-        because the layer is read whole. Compiled code calls neuron_sums through an operator.
+        Neurons are predicted for all tokens if N <= MAX_SPARSE_TOKENS. For more tokens the layer is
+        read whole, and neurons are predicted only for the last tokens of each row, at least
+        CACHED_TOKENS, whose neurons go into the cache.
         """
+        # If N <= MAX_SPARSE_TOKENS, T is at most MAX_SPARSE_TOKENS // B: these are all tokens.
         last = max(CACHED_TOKENS, MAX_SPARSE_TOKENS // len(x))
         predicted = self.predictor(x[:, -last:].flatten(0, 1))  # (n, F)
         if torch.compiler.is_compiling():
@@ -137,8 +140,8 @@ class SparseFeedForward(nn.Module):
         """Sum the neurons' outputs: (B, T, D) -> (B, T, D) float32, without outer scales and bias.
 
         predicted: (n, F) bool, neurons that may be active, for the last tokens of each row; for all
-        tokens if N <= MAX_SPARSE_TOKENS. The layer is read whole if there are more tokens, or if
-        that is expected to be faster than reading the missing neurons.
+        tokens if N <= MAX_SPARSE_TOKENS. The layer is read whole if N is larger, or if this is
+        expected to be faster than reading the missing neurons.
         """
         tokens = x.flatten(0, 1)  # (N, D)
         if len(tokens) > MAX_SPARSE_TOKENS:
@@ -155,11 +158,11 @@ class SparseFeedForward(nn.Module):
         x: (N, D). ids: predicted neurons, ascending. Neurons in memory are computed while the
         others are read. If there are more ids than cache entries, they are read and computed in
         turns. Neurons that are not predicted are left out where they would have to be unpacked.
-        in_memory: the entries to compute during the first read; None: all.
         """
         self.stats.sparse_layers += 1
         self.stats.predicted += len(ids)
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        # The entries to compute during the first read; None: all.
         all_entries = self.products.computes_all_entries
         in_memory = None if all_entries else self.cache.entries(ids)
         filled, waiting = self._fetch(ids, lambda: self._add_sums(y, x, in_memory))
@@ -172,10 +175,10 @@ class SparseFeedForward(nn.Module):
     def _fetch(self, ids: np.ndarray, overlap: Callback) -> tuple[np.ndarray, np.ndarray]:
         """Read those of the neurons `ids`, ascending, that are not in memory, into cache entries.
 
-        overlap: called once, while they are read if any is missing; entries that are being filled
-        are then empty and add nothing to the layer's sums. Returns the entries that were filled,
-        and the ids that need a further call because no entry was left for them. Counts neurons and
-        seconds in the stats.
+        overlap: called once, while the disk reads if any neuron is missing; entries that are being
+        filled are then empty and add nothing to the layer's sums. Returns the entries that were
+        filled, and the ids that need a further call because no entry was left for them. Counts
+        neurons and seconds in the stats.
         """
         stats = self.stats
         with stats.timed("manage_seconds"):
@@ -208,14 +211,14 @@ class SparseFeedForward(nn.Module):
     def _whole_layer(self, x: Tensor, predicted: Tensor) -> Tensor:
         """Sum the outputs of all neurons, in chunks: (B, T, D) -> (B, T, D) float32.
 
-        predicted: (n, F) bool, neurons that may be active, for the last tokens of each row: t per
-        row. Those of the last CACHED_TOKENS go into the cache, as many as fit, for the tokens that
-        follow; those with the lowest ids first, which the calibration texts used most. uses: how
-        many of these tokens use each neuron.
+        predicted: (n, F) bool, neurons that may be active, for the last t tokens of each row. The
+        predicted neurons of the last CACHED_TOKENS tokens go into the cache, as many as fit, for
+        the tokens that follow; the neurons with the lowest ids first, which the calibration texts
+        used most.
         """
         predicted = predicted.unflatten(0, (len(x), -1))  # (B, t, F)
         predicted = predicted[:, -CACHED_TOKENS:].flatten(0, 1)  # (n, F)
-        uses = predicted.sum(0).cpu().numpy()  # (F,)
+        uses = predicted.sum(0).cpu().numpy()  # (F,): how many of these tokens use each neuron
         used = np.flatnonzero(uses)
         ids, entries, _ = self.cache.admit(used, uses[used])
         tokens = x.flatten(0, 1)  # (N, D)
@@ -231,11 +234,9 @@ class SparseFeedForward(nn.Module):
         return y.view_as(x)
 
     def _count_prompt(self, active: Tensor, predicted: Tensor) -> None:
-        """Count active neurons, and how many of them were predicted, for the reported recall.
-
-        Both are bool and have the same shape: last tokens of a prompt, neurons of a chunk. Recall
-        is the share of active neurons that were predicted.
-        """
+        """Count active neurons, and how many of them were predicted, for the reported recall: the
+        share of active neurons that were predicted. active, predicted: bool, (n, neurons of a
+        chunk) each, for the last tokens of a layer read whole."""
         self.stats.prompt_active = self.stats.prompt_active + active.sum()
         self.stats.prompt_predicted = self.stats.prompt_predicted + (active & predicted).sum()
 
@@ -245,7 +246,7 @@ class SparseFeedForward(nn.Module):
         """Copy the records of the neurons `ids` that a chunk contains to their cache entries.
 
         entries: the entry for each id. start: the chunk's first neuron. records: of the chunk,
-        (n, stride) bytes. Called for each chunk; the caller commits the ids after the last.
+        (n, stride) bytes. The caller commits the ids after the last chunk.
         """
         in_chunk = (ids >= start) & (ids < start + len(records))
         if in_chunk.any():
@@ -267,9 +268,9 @@ def swap_feed_forwards(model: Transformer, pack: Pack) -> None:
 
 
 def fill_from_pack(pack: Pack, fill: Fill) -> Fill:
-    """Return a fill function for loading the model's weights: tensors whose names the pack has are
-    copied from the pack (predictors, biases, scales), all others are filled by `fill`, which reads
-    the checkpoint. Used after swap_feed_forwards, whose layers have the pack's names.
+    """Return a function that fills the tensors of a model when it is loaded: predictors, biases and
+    scales, which the pack has under their names in the model, are copied from the pack; all others
+    are filled by `fill`, which reads the checkpoint. Used after swap_feed_forwards.
     """
     resident = pack.resident()
 
@@ -287,7 +288,7 @@ def attach_neurons(model: Transformer, pack: Pack, options: FlashOptions) -> Non
 
     The last of the three steps of loading: the model has sparse layers (swap_feed_forwards) with
     loaded parameters (fill_from_pack). Measures the machine if no earlier run has. Raises
-    ValueError if the memory in `options` is too little.
+    ValueError if options.memory is too little.
     """
     layers = [layer.feed_forward for layer in model.layers]
     weight, neurons, format = model.tok_embeddings.weight, model.args.hidden_dim, pack.format
@@ -304,9 +305,8 @@ def attach_neurons(model: Transformer, pack: Pack, options: FlashOptions) -> Non
 def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tuple[int, int]:
     """Return the bytes of memory for all weights, and how many of them are not for cache entries.
 
-    memory: bytes, or up to 1 a share of the weights of a model with all neurons in memory and no
-    predictors (`dense` is their bytes). The second number covers loaded weights and the buffers for
-    reading whole layers. format.used: bytes of a record without padding.
+    memory: bytes, or, up to 1, a share of the bytes of all weights, predictors not counted. The
+    second number covers the loaded weights and the buffers for reading whole layers.
     """
     neurons = model.args.hidden_dim
     resident = sum(tensor.nbytes for tensor, _ in stored_tensors(model).values())
@@ -315,14 +315,15 @@ def memory_bytes(model: Transformer, format: RecordFormat, memory: float) -> tup
         for layer in model.layers
         for parameter in layer.feed_forward.predictor.parameters()
     )
-    dense = resident - predictors + len(model.layers) * neurons * format.used
+    # As if all neurons were in memory; format.used: bytes of a record without padding.
+    whole = resident - predictors + len(model.layers) * neurons * format.used
     buffers = CHUNK_BUFFERS * chunk_records(neurons, format.stride) * format.stride
-    return int(memory * dense if memory <= 1 else memory), resident + buffers
+    return int(memory * whole if memory <= 1 else memory), resident + buffers
 
 
 def neuron_source(model: Transformer) -> NeuronSource | None:
-    """Return the source from which a model's layers read neurons; None if all are in memory. All
-    layers share the source of the first."""
+    """Return the source from which a model's layers read neurons, which all of them share; None if
+    the model has no neurons on disk."""
     first = model.layers[0]
     return getattr(getattr(first, "feed_forward", None), "source", None)
 
@@ -330,7 +331,7 @@ def neuron_source(model: Transformer) -> NeuronSource | None:
 def flash_report(model: Transformer) -> Iterator[str]:
     """Yield lines for the user after a run: the expected and the measured costs of a token.
 
-    None for a model without neurons on disk, or before its first token.
+    Yields nothing for a model without neurons on disk, or before its first token.
     """
     source = neuron_source(model)
     if source is None or not source.stats.sparse_layers + source.stats.whole_layers:

@@ -5,7 +5,7 @@ neurons that may be active for a token. By default a pack is next to the checkpo
 from. `neurons.bin` has one record for each neuron (records.py), layer after layer, a layer's most
 active neurons first; `resident.pth` has the predictors and the biases and scales that stay in
 memory; `manifest.json`, written last, has the record format, the figures of each layer and the
-hashes of both files.
+hashes of the two other files.
 
 When a pack is opened, both files are read and compared with their hashes. The manifest then gets
 their sizes and dates, and the next time unchanged files are not read.
@@ -33,7 +33,7 @@ from weights.weight_files import read_json
 VERSION = 1
 NEURONS_FILE, RESIDENT_FILE, MANIFEST_FILE = "neurons.bin", "resident.pth", "manifest.json"
 HASHED_FILES = NEURONS_FILE, RESIDENT_FILE
-HASH_CHUNK_BYTES = 2**24
+HASH_CHUNK_BYTES = 2**24  # bytes that are read at a time
 VERIFIED_KEY = "seen"  # key of the manifest: sizes and dates of the files that were verified
 FINGERPRINT_BYTES = 4096  # the bytes of each stored tensor that the fingerprint covers
 
@@ -58,8 +58,8 @@ class Pack:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """Figures of each layer: those of LearnedLayer.figures (calibration/predictor.py), and
-        `rank`, of its predictor."""
+        """Figures of each layer: LearnedLayer.figures (calibration/predictor.py), and `rank`, the
+        rank of its predictor."""
         return self.manifest["layers"]
 
     def resident(self) -> dict[str, Tensor]:
@@ -79,10 +79,10 @@ def flash_directory(checkpoint: Checkpoint) -> Path:
 def open_pack(directory: Path, checkpoint: Checkpoint) -> Pack:
     """Open the pack in a directory for use with this checkpoint, and verify its files.
 
-    Raises FileNotFoundError if the pack or one of its files is absent. Raises ValueError if the
-    model has no ReLU, or the pack has another format version, was made from other weights, or is
-    damaged. The messages, except the one for a model without ReLU, name the command that makes a
-    pack.
+    checkpoint: that of the model that will use the pack. Raises FileNotFoundError if the pack or
+    one of its files is absent. Raises ValueError if the model has no ReLU, or the pack has another
+    format version, was made from other weights, or is damaged. The messages, except the one for a
+    model without ReLU, name the command that makes a pack.
     """
     remedy = f"run python flash.py --checkpoint_path {checkpoint.path} --calibration_file TEXT"
     check_relu(checkpoint.args)
@@ -110,11 +110,12 @@ def check_relu(args: ModelArgs) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a hash of the model's args and its feed-forward weights, which a pack is made from.
+    """Return a hash of the model's args and its feed-forward weights, from which a pack is made.
 
     Of each stored part of a tensor (a fused tensor has several) it covers name, dtype, shape and
-    the first FINGERPRINT_BYTES, so that it takes milliseconds. A part that was loaded into memory
-    (part.tensor) adds no bytes. The manifest has the fingerprint of the pack's checkpoint.
+    the first FINGERPRINT_BYTES, so that it takes milliseconds. Of a part that was loaded into
+    memory (part.tensor) it covers no bytes. The manifest has the fingerprint of the pack's
+    checkpoint.
     """
     digest = hashlib.blake2b(repr(checkpoint.args).encode(), digest_size=16)
     for name, stored in sorted(checkpoint.tensors.items()):
@@ -133,8 +134,8 @@ def verify_files(directory: Path, manifest: dict[str, Any], remedy: str) -> None
     """Raise FileNotFoundError if a file of the pack is absent, ValueError if its hash is wrong.
 
     manifest: that of the directory. remedy: the last clause of the message. Nothing is read if all
-    sizes and dates are those of the last verification. Else both files are read, which takes
-    long for a large pack, and their sizes and dates are added to manifest.json.
+    sizes and dates are those of the last verification. Else both files are read, which takes long
+    for a large pack, and their sizes and dates are written to manifest.json.
     """
     present = [name for name in HASHED_FILES if (directory / name).is_file()]
     if absent := set(HASHED_FILES).difference(present):
@@ -158,10 +159,8 @@ def size_and_date(file: Path) -> list[int]:
 
 
 def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) -> str:
-    """Return the hash of a file, and drop the file from the page cache: it may fill all memory.
-
-    progress: called with the number of bytes of each chunk that was read.
-    """
+    """Return the hash of a file, and drop the file from the page cache, because it may fill all
+    memory. progress: called with the number of bytes of each chunk that was read."""
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as f:
         for chunk in iter(lambda: f.read(HASH_CHUNK_BYTES), b""):
@@ -173,5 +172,5 @@ def hash_file(file: Path, progress: Callable[[int], Any] = lambda nbytes: None) 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json. The file is replaced as a whole, so no reader sees a part of it.
-    flash.py calls this when both files are complete; verify_files, to add sizes and dates."""
+    flash.py calls this when the other files are complete; verify_files, to add sizes and dates."""
     write_whole(directory / MANIFEST_FILE, [json.dumps(manifest, indent=1)])

@@ -1,10 +1,10 @@
 """The feed-forward product of records: by kernels/cpu/neurons.h or by torch.
 
 Start at Products.sums. A record holds the weights of one neuron; an entry is memory for one record.
-A neuron is active for a token if its ReLU, of gate or without a gate of up, is not zero.
-On a CPU with a C++ compiler, in bfloat16 and float16, the kernel computes records as they are
-stored. For an inactive neuron it reads only the row (gate, or up without a gate) that shows it to
-be inactive. Elsewhere torch unpacks quantised weights and multiplies by all of them.
+A neuron is active for a token if its ReLU (of gate, or of up in a layer without a gate) is not
+zero. On a CPU with a C++ compiler, in bfloat16 and float16, the kernel computes records as they are
+stored. Of an inactive neuron it reads only the weights that show it to be inactive: those of gate,
+or of up without a gate. Elsewhere torch unpacks quantised weights and multiplies by all of them.
 
 Shapes: N tokens, D dim, F neurons of a layer, C entries of its cache, n records.
 """
@@ -32,13 +32,13 @@ torch.library.define(
 def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether kernels/cpu/neurons.h can compute records of this format.
 
-    device, dtype: of the activations. False on a GPU, in float32, without a compiler, and
-    if the kernel's chunks do not divide the sizes. The first call compiles it,
-    25 seconds on two cores, once for a machine. `build` returns why it failed, or None.
+    device, dtype: of the activations. False on a GPU, in float32, without a compiler, for dense
+    records of another dtype, and if the kernel's chunks do not divide D and the group size. The
+    first call compiles the kernels, 25 seconds on two cores, once for a machine.
     """
     if device.type != "cpu" or (format.kind == "dense" and format.dtype != dtype):
         return False
-    if unsupported_reason(dtype) or build():
+    if unsupported_reason(dtype) or build():  # build returns why it failed, or None
         return False
     return format.dim % layout().chunk == 0 and format.groupsize % layout().chunk == 0
 
@@ -47,9 +47,9 @@ def has_kernel(format: RecordFormat, device: torch.device, dtype: torch.dtype) -
 class Products:
     """Computes the outputs of one feed-forward layer from records of its neurons.
 
-    bias, scales: (F + 1, 1 or 2), for up or for gate and up; scales are None unless the kind is
-    int8. The last neuron stands for an empty entry and is never active. kernel: whether to use the
-    C++ kernel, as has_kernel returned.
+    bias, scales: (F + 1, 1 or 2), for up, or for gate and up; scales are None unless the kind is
+    int8. The last row is that of neuron F, which stands for an empty entry and is never active.
+    kernel: whether to use the C++ kernel, as has_kernel returned.
     """
 
     format: RecordFormat
@@ -59,7 +59,8 @@ class Products:
 
     @property
     def computes_all_entries(self) -> bool:
-        """Whether computing every entry costs no more than reading its memory: no unpacking."""
+        """Whether callers should compute all entries, not only those of predicted neurons: they are
+        not unpacked, so computing an entry costs no more than reading its memory."""
         return self.kernel or self.format.kind == "dense"
 
     def sums(
@@ -68,9 +69,9 @@ class Products:
         """Sum the outputs of neurons in a cache, without the layer's outer scales and biases.
 
         x: (N, D), the layer's inputs. records: (C, stride) bytes. ids: (C,), the neuron in each
-        entry; the id of an empty entry is that of the last bias, so it adds nothing. entries: (n,)
-        entries to compute, or None for all. Returns the sums, (N, D) float32, and how many neurons
-        were active for at least one token: a tensor without the kernel.
+        entry; F for an empty entry, which adds nothing. entries: (n,) entries to compute; None:
+        all. Returns the sums, (N, D) float32, and how many neurons were active for at least one
+        token, an int by the kernel and a tensor by torch.
         """
         index = None if entries is None else to_device(torch.from_numpy(entries), x.device)
         if self.kernel:
@@ -88,7 +89,7 @@ class Products:
         """Return the activations of neurons for the inputs x: (N, D) -> (N, n), by torch.
 
         records: (n, stride) bytes. ids: (n,), the neuron of each record, on x's device: they select
-        biases and scales. The activation is ReLU(up), or ReLU(gate) * up in a gated layer.
+        biases and scales. The activation is ReLU(up), or ReLU(gate) * up in a layer with a gate.
         """
         parts = []
         for n, matrix in enumerate(self.format.matrices[:-1]):
@@ -101,10 +102,10 @@ class Products:
 
 
 def gather_records(records: Tensor, index: Tensor) -> Tensor:
-    """Copy records out of a cache: (C, stride) bytes -> (n, stride). index: (n,) entries.
+    """Copy some of many records: (C, stride) bytes -> (n, stride). index: (n,), which ones.
 
     Copies 8 bytes at a time, which is 40 times as fast as single bytes: stride must be a multiple
-    of 8. index is on the cache's device.
+    of 8. index is on the device of the records.
     """
     return records.view(torch.int64)[index].view(torch.uint8)
 

@@ -2,11 +2,12 @@
 
 Start at RecordFormat: a neuron's row of the up (and gate) projection and its column of the down
 projection are one record, so that one read brings them ("LLM in a flash", arXiv 2312.11514,
-section 3.2). A NeuronFile reads batches of records past the page cache, each straight into an entry
-(memory for one record) of a layer's NeuronCache, which overwrites the least used entries. A
-neuron's id is its position among the records of its layer. A request is a read of a contiguous
-range of the file; a gap is the unneeded records between two needed ones that one request still
-reads. A pack is the directory with the neuron file (pack.py).
+section 3.2). A NeuronFile reads records past the page cache, each straight into an entry (memory
+for one record) of a layer's NeuronCache, which overwrites the least used entries. A neuron's id is
+its record's position among the records of its layer. A request is a read of a contiguous range of
+the file; a gap is the unneeded records between two needed ones that one request still reads. An
+iovec is an address and a length: the memory for one record. A pack is the directory with the neuron
+file (pack.py).
 
 Shapes: F neurons of a layer, C entries of its cache, D dim, n records.
 """
@@ -38,17 +39,18 @@ MAX_IOVECS = 1024  # iovecs that Linux accepts in one request (IOV_MAX)
 class RecordFormat:
     """How a neuron's weights lie in a record: D numbers for each matrix.
 
-    int8: gate and up have a scale for each row, down has one for each output, as in Int8Linear;
-    scales stay in memory. int4: groups along D in all matrices, each with its scale and zero in
-    the record. The fields' names are also keys of a pack's manifest.
+    int8: gate and up have a scale for each neuron, down has one for each output of the layer, as in
+    Int8Linear; all scales stay in memory, not in records. int4: groups along D in all matrices,
+    each with its scale and zero point in the record. The fields' names are also keys of a pack's
+    manifest.
     """
 
     matrices: tuple[str, ...]  # GATED_MATRICES or PLAIN_MATRICES
     dim: int
     kind: str  # one of KINDS
     dtype: torch.dtype  # the dtype of dense weights
-    groupsize: int = 64  # weights that share a scale and zero in int4
-    sector: int = SECTOR_BYTES  # the size of a record is a multiple of this, in bytes
+    groupsize: int = 64  # weights that share a scale and a zero point in int4
+    sector: int = SECTOR_BYTES  # bytes; the size of a record is padded to a multiple of it
 
     @cached_property
     def fields(self) -> dict[tuple[str, str], tuple[int, int, torch.dtype]]:
@@ -80,8 +82,8 @@ class RecordFormat:
     def starts(self) -> list[int]:
         """The first bytes of weight, scales and zeros of each matrix, for kernels/cpu/neurons.h.
 
-        Three numbers for each matrix, in the order of `matrices`; 0 for a part that this kind does
-        not have.
+        Three offsets in the record for each matrix, in the order of `matrices`; 0 for a part that
+        this kind does not have.
         """
         parts = ("weight", "scales", "zeros")
         return [self.fields.get((m, part), (0,))[0] for m in self.matrices for part in parts]
@@ -108,8 +110,9 @@ class RecordFormat:
     def rows(self, records: Tensor, matrix: str, dtype: torch.dtype) -> Tensor:
         """Return a matrix's weights in each record: (n, stride) bytes -> (n, D) of `dtype`.
 
-        int4 weights are dequantised. int8 weights are not, only converted: their scales are not in
-        the record. The rows of "down" are its columns, one for each neuron.
+        int4 weights are dequantised. int8 weights are only converted to `dtype`: their scales are
+        not in the record. For "down", the result's rows are the matrix's columns, one for each
+        neuron.
         """
         weight = self.part(records, matrix, "weight")
         if self.kind == "int4":
@@ -118,7 +121,7 @@ class RecordFormat:
         return weight.to(dtype)
 
     def pack(self, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Quantise the weights of a layer and write them as records, which flash.py stores.
+        """Return the weights of a layer as records, quantised to this kind; flash.py stores them.
 
         weights: float32, by the names of the matrices: gate and up (F, D), down (D, F), with the
         neurons in the order of the file. Returns the records, (F, stride) uint8, and the scales
@@ -140,8 +143,8 @@ class RecordFormat:
     def _quantized_parts(self, weight: Tensor, down: bool) -> dict[str, Tensor]:
         """Return the parts of one matrix by name, quantised unless the kind is dense.
 
-        weight: (F, D), or (D, F) if `down` is set. The parts have a row for each neuron, except
-        int8 scales, which are those of the matrix's rows: (F,), or (D,) for down.
+        weight: (F, D), or (D, F) if `down` is true. The parts have a row for each neuron, except
+        int8 scales, one for each row of the matrix: (F,), or (D,) for down.
         """
         if self.kind == "int8":
             parts = round_int8(weight)
@@ -161,7 +164,7 @@ class NeuronFile(DirectFile):
     def __init__(self, path: Path, stride: int, depth: int):
         """Open the file, with O_DIRECT if the disk accepts O_DIRECT reads of one record's size.
 
-        stride: bytes from one record to the next. depth: requests that are pending at a time. Sets
+        stride: bytes from one record to the next. depth: requests that the disk has at a time. Sets
         the attribute direct: whether O_DIRECT is used; if not, reads go through the page cache.
         """
         super().__init__(path)
@@ -173,10 +176,8 @@ class NeuronFile(DirectFile):
             self._file, self.direct = os.open(path, os.O_RDONLY), False
 
     def _reads_single_records(self) -> bool:
-        """Whether O_DIRECT accepts a read of one record's size: some disks need whole blocks.
-
-        Raises OSError for errors that do not concern O_DIRECT.
-        """
+        """Return whether O_DIRECT accepts a read of one record's size: some disks need whole
+        blocks. Raises OSError for errors that do not concern O_DIRECT."""
         try:
             os.preadv(self._file, [self._discard.numpy()], 0)
         except OSError as error:
@@ -195,12 +196,12 @@ class NeuronFile(DirectFile):
     ) -> None:
         """Read records of one layer into memory, and wait until all are read.
 
-        layer_offset: byte offset of the layer in the file. ids: (n,) ascending; none is fine.
-        addresses: (n,), the memory for each record, `stride` bytes aligned to a sector. gap:
-        records between two needed ones that one request still reads, and discards. overlap: called
-        once while the disk reads, or alone if there are no ids. One thread at a time may call this:
-        it is the reader's limit.
-        Raises OSError, and ValueError if the file is shorter than its records.
+        layer_offset: byte offset of the layer in the file. ids: (n,) ascending; may be empty.
+        addresses: (n,), of the memory for each record, `stride` bytes aligned to a sector. gap:
+        the most records between two needed ones that one request still reads, and discards.
+        overlap: called once while the disk reads, or alone if there are no ids. Only one thread at
+        a time may call this function, because a reader serves one at a time. Raises OSError, and
+        ValueError if the file ends before a record does.
         """
         if not len(ids):
             return overlap()
@@ -221,10 +222,9 @@ class NeuronFile(DirectFile):
 
         request: a row of REQUEST; iovecs: its ranges of memory, one record each. result: the bytes
         that it read, or a negative errno. Raises OSError for an error of the disk, and ValueError
-        where the file ends before the request does. done: the bytes read so far; part: those of
-        them in the first record that is not complete.
+        if the file ends before the request does.
         """
-        total, done = self.stride * len(iovecs), 0
+        total, done = self.stride * len(iovecs), 0  # bytes; done: read so far
         while True:
             if result < 0 and -result not in (errno.EINTR, errno.EAGAIN):
                 raise OSError(-result, os.strerror(-result), str(self.path))
@@ -234,6 +234,7 @@ class NeuronFile(DirectFile):
             if result == 0:
                 end = int(request["offset"]) + done
                 raise ValueError(f"{self.path} ends at byte {end}: it was cut short")
+            # n records are complete, and `part` bytes of the next one are read.
             n, part = divmod(done, self.stride)
             unread, remainder = iovecs[n:].copy(), request.copy()
             unread["address"][0] += part
@@ -248,21 +249,23 @@ def build_requests(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Group neighbouring records of a layer into requests, each a contiguous range of the file.
 
-    ids: (n,) ascending, at least one. addresses: (n,), the memory for each record. layer_offset:
-    byte offset of the layer in the file. gap: a request reads across so many records that are not
-    among the ids. discard: address of `stride` bytes for all of these.
-    Returns requests, one row of REQUEST each, and the iovecs (an address and a length each), one
-    for each record that is read, also in gaps. The requests hold addresses of iovecs, so the caller
-    must keep these until the reads have ended.
+    ids: (n,) ascending, at least one. addresses: (n,), of the memory for each record. layer_offset:
+    byte offset of the layer in the file. stride: bytes of a record. gap: between two ids, a request
+    also reads up to so many other records. discard: address of `stride` bytes, into which all of
+    these go.
+
+    Returns requests, one row of REQUEST each, and the iovecs, one for each record that is read,
+    also in gaps. The requests hold addresses of iovecs, so the caller must keep the iovecs until
+    the reads have ended.
     """
-    splits = ids[1:] - ids[:-1] > gap + 1
-    # Ids of a request lie between two multiples of MAX_IOVECS: it has at most so many iovecs.
+    splits = ids[1:] - ids[:-1] > gap + 1  # where the next id begins a new request
+    # No request crosses a multiple of MAX_IOVECS, so that it has at most so many iovecs.
     splits |= ids[1:] // MAX_IOVECS != ids[:-1] // MAX_IOVECS
     starts = np.concatenate(([0], np.flatnonzero(splits) + 1))  # each request's first index of ids
     ends = np.append(starts[1:], len(ids))
     first_ids = ids[starts]
-    counts = ids[ends - 1] - first_ids + 1
-    first_iovecs = counts.cumsum() - counts
+    counts = ids[ends - 1] - first_ids + 1  # records of each request
+    first_iovecs = counts.cumsum() - counts  # the index of each request's first iovec
     iovecs = np.empty(counts.sum(), dtype=IOVEC)
     iovecs["address"], iovecs["nbytes"] = discard, stride
     # The iovec of an id is as far from its request's first iovec as the id from the first id.
@@ -277,12 +280,12 @@ def build_requests(
 class NeuronCache:
     """The neurons of one layer that are in memory: the records, and which neuron each entry holds.
 
-    records: (C, stride) bytes. ids: (C,), the neuron of each entry, `empty` (F) for none. `admit`
-    chooses entries to overwrite, the caller reads records into them, `commit` records that they are
-    filled. In between they are empty, and stay empty if the read fails, so no lookup returns an
-    entry with bytes of two neurons. The least used entries are overwritten. Use is a count that
-    decays with each token (USE_DECAY): it misses a quarter fewer neurons than "least recently used"
-    with as many entries.
+    records: (C, stride) bytes. ids: (C,), the neuron of each entry, or `empty` (F). `admit` chooses
+    entries to overwrite and empties them, the caller reads records into them, `commit` notes the
+    neurons that they then hold. If the read fails, they stay empty, so no lookup returns an entry
+    with bytes of two neurons. The least used entries are overwritten. Use is a count that decays
+    with each token (USE_DECAY): it misses a quarter fewer neurons than "least recently used" with
+    as many entries.
     """
 
     def __init__(self, neurons: int, entries: int, stride: int, device: torch.device):
@@ -291,7 +294,7 @@ class NeuronCache:
         self.records = page_aligned(entries * stride, device).view(entries, stride)
         self.empty = neurons  # the id that stands for no neuron
         self.ids = np.full(entries, self.empty)  # (C,): the neuron of each entry
-        self._entry_of = np.full(neurons + 1, -1)  # the entry of each neuron, or -1
+        self._entry_of = np.full(neurons + 1, -1)  # the entry of each neuron; -1: not in memory
         self._use = np.zeros(neurons + 1)  # the sum of each neuron's uses, weighted: see _age
         self._use[self.empty] = -1  # empty entries are overwritten first
         self._unit = 1.0  # the weight of a use now
@@ -318,12 +321,12 @@ class NeuronCache:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count a use of neurons, and empty an entry for each neuron that is not in memory.
 
-        Each call counts as one token in the decay of uses. ids: ascending; their own entries are
-        never emptied. uses: how many tokens use each neuron.
+        Each call counts as one token in the decay of uses. ids: ascending; entries that hold them
+        are not emptied. uses: how many tokens use each neuron.
+
         Returns the ids that the caller must read now, an entry for each (ascending), and the ids
-        that must wait, because no more entries can be emptied: those of `ids` are needed now. For
-        the waiting ids, call again after the product has used the entries.
-        Call `commit` after the read.
+        that must wait, because all other entries hold some of `ids`. Call `commit` after the read.
+        For the waiting ids, call `admit` again after the product has used the entries.
         """
         self._age()
         self._use[ids] += uses * self._unit
@@ -332,10 +335,10 @@ class NeuronCache:
         missing, free = ids[~present], len(self) - int(present.sum())
         fitting, waiting = missing[:free], missing[free:]
         if not len(fitting):
-            return fitting, fitting, waiting
+            return fitting, fitting, waiting  # no ids to read, hence no entries
         use = self._use[self.ids]  # (C,)
         use[entries[present]] = np.inf  # these are not emptied
-        victims = np.argpartition(use, len(fitting) - 1)[: len(fitting)]
+        victims = np.argpartition(use, len(fitting) - 1)[: len(fitting)]  # the least used entries
         victims.sort()
         self._entry_of[self.ids[victims]] = -1
         self.ids[victims] = self.empty
@@ -344,8 +347,8 @@ class NeuronCache:
     def _age(self) -> None:
         """Decay all use counts by USE_DECAY for a new token.
 
-        The weight of later uses, _unit, grows instead, which gives the same order and touches one
-        number. Above MAX_USE_UNIT all sums are scaled back.
+        Instead of the counts becoming smaller, the weight of later uses, _unit, grows: this gives
+        the same order and changes one number. Above MAX_USE_UNIT all counts are divided by it.
         """
         self._unit /= USE_DECAY
         if self._unit > MAX_USE_UNIT:

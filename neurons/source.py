@@ -1,11 +1,12 @@
 """The neurons of all layers on disk: single records into cache entries, or whole layers in chunks.
 
 Start at NeuronSource.fetch and NeuronSource.stream_layer. An entry is memory for one record, which
-holds the weights of one neuron. A CPU reads records straight into their entries. No file can be
-read into a GPU's memory, so records pass through pinned host memory (page-locked, so that the GPU
-copies from it by itself). A gap is the unneeded records between two needed ones that one read still
-covers; the depth is the number of reads that the disk has at a time. A layer that needs most of its
-neurons is read whole, in chunks of records in file order.
+holds the weights of one neuron. On a CPU, records are read straight into their entries. No file can
+be read into a GPU's memory, so records pass through pinned host memory (page-locked, so that the
+GPU copies from it by itself). A request reads neighbouring records; a gap is the unneeded records
+between two needed ones that one request still reads; the depth is the number of requests that the
+disk has at a time. A layer that needs most of its neurons is read whole, in chunks of records in
+file order.
 
 Shapes: C entries of a layer's cache, n records.
 """
@@ -42,10 +43,11 @@ CHUNK_BUFFERS = 2  # one chunk is computed with while the next is read
 
 @dataclass
 class FlashStats:
-    """Counts and host seconds, summed over all tokens and the sparse layers of a model. The layers
-    add to them (feed_forward.py).
+    """Counts and host seconds, summed over all tokens and the layers of a model. The layers add to
+    them (feed_forward.py).
 
-    On a GPU, counts of active neurons are tensors, so that the host need not wait for them.
+    A layer counts once for each pass of the model. Where torch counts active neurons, their number
+    is a tensor: on a GPU the host need not wait for it.
     """
 
     sparse_layers: int = 0  # layers computed from cache entries
@@ -54,10 +56,10 @@ class FlashStats:
     missed: int = 0  # predicted neurons that were not in memory, in sparse_layers
     reads: int = 0  # calls that read records
     active: int | Tensor = 0  # neurons with an activation other than zero, in sparse_layers
-    prompt_active: int | Tensor = 0  # active neurons of the last tokens, in layers read whole
+    prompt_active: int | Tensor = 0  # active neurons of the last tokens, in all layers read whole
     prompt_predicted: int | Tensor = 0  # how many of prompt_active were predicted
     read_seconds: float = 0.0  # from a call's first request to its last completion
-    manage_seconds: float = 0.0  # looking up and evicting entries of the neuron cache
+    manage_seconds: float = 0.0  # looking up and emptying entries of the neuron cache
     compute_seconds: float = 0.0  # feed-forward products of sparse_layers, without predictors
     overlapped_seconds: float = 0.0  # the part of compute_seconds that lies within read_seconds
 
@@ -86,8 +88,8 @@ class StatsTimer:
 class NeuronSource:
     """The neuron file of a model and the buffers through which its records pass.
 
-    All layers share it. layer_bytes: from one layer to the next in the file. chunks: the first
-    neuron of each chunk of a layer, and one past the last.
+    All layers share it. layer_bytes: bytes from one layer to the next in the file. chunks: for each
+    chunk of a layer, the id of its first neuron, and one past its last.
     """
 
     def __init__(
@@ -98,16 +100,15 @@ class NeuronSource:
         device: torch.device,
         plan: CachePlan,
     ):
-        """file: read by both ways, single records and chunks; its depth is the plan's. layers,
-        neurons: their number in the model and in a layer. device: of the model's weights. plan: see
-        CachePlan."""
+        """file: opened with the depth of the plan. layers: their number in the model. neurons:
+        their number in a layer. device: of the model's weights. plan: see CachePlan."""
         self.file, self.device, self.plan, self.stats = file, device, plan, FlashStats()
         self.layers, self.neurons = layers, neurons
         self.layer_bytes = round_up_to_block(neurons * file.stride)
         chunk = chunk_records(neurons, file.stride)
         self.chunks = [(n, min(n + chunk, neurons)) for n in range(0, neurons, chunk)]
         self._pinned: Tensor | None = None  # host memory for single records; None on a CPU
-        self._pinned_copied: Event = None  # the GPU has copied the contents of _pinned
+        self._pinned_copied: Event = None  # when the GPU has copied the contents of _pinned
         self._chunk_store = (
             file if device.type == "cpu" else self._pinned_store(chunk * file.stride)
         )
@@ -115,10 +116,10 @@ class NeuronSource:
         self._prefetcher = self._chunk_prefetcher(chunk * file.stride)
 
     def _pinned_store(self, nbytes: int) -> BouncedFile:
-        """Return a reader that fills a GPU's memory by way of pinned host memory.
+        """Return a reader of chunks that fills a GPU's memory by way of pinned host memory.
 
-        Allocates one host buffer of nbytes for each chunk that is read at a time, and `_pinned` of
-        the same size for single records. nbytes: of a whole chunk.
+        Allocates a host buffer of nbytes for each of the CHUNK_BUFFERS chunks that are read at a
+        time, and `_pinned` of the same size for single records. nbytes: of a whole chunk.
         """
         pinned = self.device.type == "cuda"
         buffers = [page_aligned(nbytes, CPU, pinned) for _ in range(CHUNK_BUFFERS + 1)]
@@ -128,9 +129,9 @@ class NeuronSource:
     def _chunk_prefetcher(self, nbytes: int) -> Prefetcher:
         """Return a Prefetcher of the chunks of all layers, in file order, for stream_layer.
 
-        Its items are (layer, first neuron, end neuron). nbytes: size of each buffer on the device,
-        that of the longest chunk. At the end of a layer it prefetches the next layer's first
-        chunks.
+        Its items are (layer, first neuron, one past the last). nbytes: of the longest chunk, the
+        size of each buffer on the device. At the end of a layer the first chunks of the next layer
+        are prefetched.
         """
         order = [(layer, *chunk) for layer in range(self.layers) for chunk in self.chunks]
         parts = [{"records": page_aligned(nbytes, self.device)} for _ in range(CHUNK_BUFFERS)]
@@ -138,10 +139,11 @@ class NeuronSource:
         return Prefetcher(order, buffers, self._fetch_chunk, WaitTime())
 
     def _fetch_chunk(self, item: tuple[int, int, int], buffer: Buffer) -> Future:
-        """Start to read a chunk into a prefetch buffer; the future is done when it is there.
+        """Start to read a chunk into a prefetch buffer. Returns a future that is done when the
+        chunk is there.
 
-        item: (layer, first neuron, end neuron). Called by the prefetcher. The CUDA stream of the
-        worker first waits until the buffer's last use has ended.
+        item: (layer, first neuron, one past the last). Called by the prefetcher. The CUDA stream of
+        the worker first waits until the buffer's last use has ended.
         """
         layer, start, end = item
         stride = self.file.stride
@@ -152,10 +154,11 @@ class NeuronSource:
         )
 
     def stream_layer(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield each chunk of a layer: the id of its first neuron, and its records, (n, stride).
+        """Yield each chunk of a layer: the id of its first neuron, and its records, (n, stride)
+        bytes.
 
-        For a layer that is read whole. Once the next chunk is requested, the chunk's memory is
-        overwritten; on a GPU, after the work that is queued then.
+        For a layer that is read whole. A chunk's memory may be overwritten once the caller asks for
+        the next chunk; on a GPU, when the work that was queued before has ended.
         """
         stride = self.file.stride
         for start, end in self.chunks:
@@ -177,9 +180,10 @@ class NeuronSource:
         """Read single neurons of a layer into entries of its cache; wait until they are read.
 
         ids: (n,) ascending; entries: (n,), the entry for each id; cache: (C, stride) bytes.
-        overlap: called once, while the disk reads on a CPU; before the reads on a GPU, because it
-        only starts kernels, which run while the host reads. The caller has emptied the entries
-        (NeuronCache.admit), so that no kernel takes a half-read record for a neuron.
+        overlap: called once. On a CPU it is called while the disk reads. On a GPU it is called
+        before the reads: it only starts kernels, which run while the host reads. The caller has
+        emptied the entries (NeuronCache.admit), so that no kernel takes a half-read record for a
+        neuron.
         """
         stride, gap, layer_offset = self.file.stride, self.plan.gap, layer * self.layer_bytes
         if self._pinned is None:
@@ -197,8 +201,8 @@ class NeuronSource:
         """Read neurons of one layer into pinned memory; let the GPU copy them to their entries. The
         copies are queued on the current stream, so that later kernels find the records.
 
-        layer_offset: byte offset of the layer in the file. ids: ascending, at most as many as
-        `_pinned` can hold. entries: the entry for each id. cache: (C, stride) bytes on the GPU.
+        layer_offset: byte offset of the layer in the file. ids: ascending, no more than `_pinned`
+        has room for. entries: the entry for each id. cache: (C, stride) bytes on the GPU.
         """
         stride = self.file.stride
         addresses = self._pinned.data_ptr() + np.arange(len(ids)) * stride
@@ -215,14 +219,14 @@ class NeuronSource:
         self.file.nbytes = self.file.requests = 0
 
     def lines(self) -> Iterator[str]:
-        """Yield lines for the user with the measured means per token, after those of the plan
-        (flash_report).
+        """Yield lines for the user with the measured means for a token. flash_report puts the
+        plan's lines before them.
 
-        A token, or a batch's tokens of one step, runs each layer once, so the number of tokens is
-        that of layer runs / layers. Layers of long prompts are not counted.
-        At least one sparse or whole layer must have been counted.
+        The tokens that a batch adds in one step count as one here. Layers of long prompts are not
+        counted. At least one sparse or whole layer must have been counted.
         """
         stats, file = self.stats, self.file
+        # A step runs each layer once.
         tokens = (stats.sparse_layers + stats.whole_layers) / self.layers
         nbytes = file.nbytes + stats.whole_layers * self.layer_bytes
         yield (
@@ -242,11 +246,12 @@ class NeuronSource:
             yield f"  recall      {recall:.1%} of the active neurons of layers read whole"
 
     def _prediction_line(self) -> str:
-        """Return the line for the user about predicted neurons: share, cache hits, excess.
+        """Return the line for the user about predicted neurons: their share of a layer, how many of
+        them were in memory, and how many were predicted for one active neuron.
 
-        The means are over the sparse layers, at least one of which must have been counted. Excess:
-        predicted neurons for each that was active. max: no division by zero without any.
+        The means are over the sparse layers, at least one of which must have been counted.
         """
+        # At least 1, here and below: no division by zero without any predicted or active neuron.
         stats, predicted = self.stats, max(self.stats.predicted, 1)
         share, hits = predicted / stats.sparse_layers / self.neurons, 1 - stats.missed / predicted
         return (

@@ -1,11 +1,11 @@
 """Batches of file reads: by Linux's io_uring or, where the kernel refuses it, by threads.
 
-Start at open_reader. A thread that waits for one read costs a context switch per request, and
-Python threads also queue for the interpreter's lock: on two cores 120 records of 8 KiB take 3.5 ms
-by threads and 1.8 ms by io_uring. A request is a read of contiguous bytes of a file into several
-ranges of memory; a batch is the requests of one call. With io_uring, requests are rows of arrays
-that are shared with the kernel; a few array operations fill them and one system call submits them
-all.
+Start at open_reader. A request is a read of contiguous bytes of a file into several ranges of
+memory; a batch is the requests of one call of BatchReader.read. A thread that waits for one request
+costs a context switch, and Python threads also queue for the interpreter's lock: on two cores 120
+requests of 8 KiB take 3.5 ms by threads and 1.8 ms by io_uring. With io_uring, requests are rows of
+arrays that are shared with the kernel (Linux); a few array operations fill them and one system call
+submits a portion of the batch, up to `depth` requests.
 
 An io_uring has two queues in shared memory. The program writes submission entries (SQEs) and moves
 the tail of the submission queue (SQ); the kernel moves its head. The kernel writes completion
@@ -30,9 +30,9 @@ import numpy as np
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER = 425, 426  # the same on every architecture
 IORING_OP_READV, IORING_ENTER_GETEVENTS = 1, 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000  # mmap offsets
-MAX_THREADS = 32
-UINT32_MASK = 2**32 - 1  # the ring's counters are 32 bits and wrap around
-SPIN_SECONDS = 2e-3  # polling time before the thread sleeps until reads complete
+MAX_THREADS = 32  # of a ThreadReader
+UINT32_MASK = 2**32 - 1  # heads and tails have 32 bits and wrap around
+SPIN_SECONDS = 2e-3  # polling time before the thread sleeps until requests complete
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 LIBC.preadv.restype = ctypes.c_ssize_t
@@ -66,7 +66,8 @@ class BatchReader(Protocol):
     depth: int
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
-        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
+        """Read a batch of requests, (n,) of REQUEST, from a file descriptor, and wait until all
+        have ended.
 
         overlap: called once, while the disk reads the first requests. Returns (n,): the bytes read
         by each request, fewer than requested if it ended early, or a negative errno. Also after an
@@ -84,8 +85,8 @@ def open_reader(depth: int) -> BatchReader:
 
 
 def read_request(file: int, request: np.void) -> int:
-    """Read one request, a row of REQUEST, in this thread. file: descriptor. The iovecs and their
-    memory must exist: the request has only their addresses.
+    """Read one request, a row of REQUEST, in this thread. file: a file descriptor. The caller keeps
+    the iovecs and their memory: the request has only their addresses.
 
     Returns the bytes read, which may be fewer than requested, or a negative errno.
     """
@@ -105,20 +106,22 @@ class ThreadReader:
         """Return a pool of `depth` threads, at most MAX_THREADS.
 
         All threads start now: Ctrl-C during a later start would leave a thread that the pool does
-        not know and cannot wait for. The barrier keeps a thread from running two of the tasks.
+        not know and cannot wait for.
         """
         count = min(self.depth, MAX_THREADS)
         pool, barrier = ThreadPoolExecutor(count, "reads"), Barrier(count)
+        # Each task waits until all tasks run, so that no thread runs two of them.
         list(pool.map(lambda _: barrier.wait(), range(count)))
         return pool
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
-        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
+        """Read a batch of requests, (n,) of REQUEST, from a file descriptor, and wait until all
+        have ended.
 
         overlap: called once while the threads read. Returns (n,): the bytes read by each request,
         or a negative errno. After an exception in `overlap` or Ctrl-C, requests that have begun are
         completed, the others are dropped, and the pool is replaced. The requests are shared out to
-        at most MAX_THREADS tasks; with a smaller depth, fewer run at a time.
+        at most MAX_THREADS tasks; with a smaller depth, fewer tasks run at a time.
         """
         results = np.zeros(len(requests), dtype=np.int64)
 
@@ -130,7 +133,7 @@ class ThreadReader:
         try:
             pending = self._pool.map(read_every_nth, range(min(len(requests), MAX_THREADS)))
             overlap()
-            list(pending)
+            list(pending)  # wait for all tasks
         except BaseException:  # wait for running reads: they write to memory
             self._pool.shutdown(cancel_futures=True)
             self._pool = self._new_pool()
@@ -149,7 +152,8 @@ class SubmissionOffsets(ctypes.Structure):
 
 
 class CompletionOffsets(ctypes.Structure):
-    """struct io_cqring_offsets. cqes: the first completion queue entry."""
+    """struct io_cqring_offsets: where the completion queue's fields are in shared memory. cqes: its
+    first entry."""
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("head", "tail", "mask", "count", "overflow")),
@@ -159,7 +163,8 @@ class CompletionOffsets(ctypes.Structure):
 
 
 class UringParameters(ctypes.Structure):
-    """struct io_uring_params, which the kernel fills in."""
+    """struct io_uring_params, which the kernel fills in. ignored: flags, features and others, which
+    the program leaves 0."""
 
     _fields_ = [
         ("sq_entries", ctypes.c_uint32),
@@ -176,7 +181,8 @@ class UringReader:
     def __init__(self, depth: int):
         """Create the io_uring and map its queues. Raises OSError where the kernel refuses it.
 
-        depth: requests that the disk has at a time; the kernel rounds it up to a power of two.
+        depth: requests that the disk has at a time; the kernel rounds it up to a power of two, the
+        attribute depth.
         """
         parameters = UringParameters()
         self._ring = LIBC.syscall(SYS_IO_URING_SETUP, depth, ctypes.byref(parameters))
@@ -191,8 +197,8 @@ class UringReader:
 
         parameters: as the kernel filled them in, with the offsets of each field. For each queue:
         head and tail, (1,) uint32, which count entries since the start and wrap around; a mask,
-        which gives an entry's index from its count; and the entries, for the submission queue the
-        indices of SQEs.
+        which gives an entry's index from its count; and the entries. The entries of the submission
+        queue, _sq_array, are indices of SQEs, which lie apart (_map_requests).
         """
         submission, completion = parameters.sq_offsets, parameters.cq_offsets
         nbytes = max(
@@ -213,10 +219,10 @@ class UringReader:
         self._cqes = np.frombuffer(shared, CQE, parameters.cq_entries, completion.cqes)
 
     def _map_requests(self) -> None:
-        """Map the submission queue entries (SQEs), one for each request of a batch.
+        """Map the submission queue entries (SQEs), one for each request of a portion.
 
         The fields that never change are written here: the operation, and user_data, the request's
-        index in its batch, which the kernel copies to the completion. _fields: the other fields,
+        index in its portion, which the kernel copies to the completion. _fields: the other fields,
         each as an array of `depth` values.
         """
         shared = mmap.mmap(self._ring, SQE.itemsize * self.depth, offset=IORING_OFF_SQES)
@@ -226,42 +232,44 @@ class UringReader:
         self._fields = {name: sqes[name] for name in ("fd", *REQUEST.names)}
 
     def __del__(self, close: Callable[[int], None] = os.close):
-        """Close the io_uring. close: a default, as `os` may be gone when the interpreter exits."""
-        if getattr(self, "_ring", -1) >= 0:
+        """Close the io_uring. close: a parameter only because its default outlives the module `os`,
+        which may be gone when the interpreter exits."""
+        if getattr(self, "_ring", -1) >= 0:  # absent or -1 if __init__ has failed
             close(self._ring)
 
     def read(self, file: int, requests: np.ndarray, overlap: Callback = no_op) -> np.ndarray:
-        """Read requests, (n,) of REQUEST, from a file descriptor, and wait until all are read.
+        """Read a batch of requests, (n,) of REQUEST, from a file descriptor, and wait until all
+        have ended.
 
-        The requests go to the kernel in batches of `depth`. overlap: called once while the first
-        batch is read, or not at all without requests. Returns (n,): the bytes read by each request,
-        or a negative errno. After an exception, see _read_batch.
+        The kernel gets portions of `depth` requests, one after the other. overlap: called once
+        while the first portion is read; not called without requests. Returns (n,): the bytes read
+        by each request, or a negative errno. After an exception, see _read_portion.
         """
         results = np.zeros(len(requests), dtype=np.int64)
         self._fields["fd"][:] = file
         for start in range(0, len(requests), self.depth):
             part = slice(start, start + self.depth)
-            self._read_batch(requests[part], results[part], no_op if start else overlap)
+            self._read_portion(requests[part], results[part], no_op if start else overlap)
         return results
 
-    def _read_batch(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
+    def _read_portion(self, requests: np.ndarray, results: np.ndarray, overlap: Callback) -> None:
         """Read at most `depth` requests, and write their results, (n,), in place. No other request
         may be pending.
 
         overlap: called once while the kernel reads. Progress is computed from the shared heads and
-        tails alone, so that Ctrl-C at any point leaves it right. On an exception, wait for the
+        tails alone, so that it is right after Ctrl-C at any point. On an exception, wait for the
         requests that the kernel has taken, because it writes to their memory, and withdraw others.
         """
-        # The submission queue's tail and the completion queue's head before the batch.
+        # The submission queue's tail and the completion queue's head before the portion.
         count, tail, head = len(requests), int(self._sq_tail[0]), int(self._cq_head[0])
         self._fill_entries(requests, tail)
 
         def submitted() -> int:
-            """Return how many requests of the batch the kernel has taken."""
+            """Return how many requests of the portion the kernel has taken."""
             return (int(self._sq_head[0]) - tail) & UINT32_MASK
 
         def collected() -> int:
-            """Return how many results of the batch `_collect` has written."""
+            """Return how many results of the portion `_collect` has written."""
             return (int(self._cq_head[0]) - head) & UINT32_MASK
 
         try:
@@ -281,9 +289,9 @@ class UringReader:
             self._sq_tail[0] = (tail + submitted()) & UINT32_MASK
 
     def _fill_entries(self, requests: np.ndarray, tail: int) -> None:
-        """Write a batch of requests into SQEs 0, 1, ... and their indices into the queue.
+        """Write a portion of requests into SQEs 0, 1, ... and the SQEs' indices into the queue.
 
-        tail: the submission queue's tail before the batch. The kernel sees the entries only after
+        tail: the submission queue's tail before the portion. The kernel sees the entries only after
         the caller has moved the tail. No earlier request may be pending: its SQE is overwritten.
         """
         count = len(requests)
@@ -293,21 +301,22 @@ class UringReader:
         self._sq_array[(tail + indices) & self._sq_mask] = indices
 
     def _poll(self, count: int, head: int) -> None:
-        """Spin until `count` reads have completed since `head`, for SPIN_SECONDS at most.
+        """Spin until `count` requests have completed since `head`, for SPIN_SECONDS at most.
 
         A system call that waits would put the thread to sleep: waking it takes 50 us, and its
-        processor is slow for another 100 us. head: the completion queue's head before the batch.
+        processor is slow for another 100 us. head: the completion queue's head before the portion.
         """
         end = time.perf_counter() + SPIN_SECONDS
         while ((int(self._cq_tail[0]) - head) & UINT32_MASK) < count and time.perf_counter() < end:
             pass
 
     def _enter(self, submit: int, wait: int) -> None:
-        """Submit so many requests, then sleep until so many have completed or a signal arrives. The
-        requests must be in the submission queue. wait: 0 returns at once.
+        """Submit `submit` requests of the submission queue, then sleep until `wait` requests have
+        completed or a signal arrives. With wait 0 it returns at once.
 
         After a signal (EINTR), or if the kernel lacks resources (EAGAIN), it returns early: the
-        caller must count submissions and completions, and call again. Raises OSError otherwise.
+        caller must count submissions and completions, and call again. Raises OSError for any other
+        error.
         """
         arguments = self._ring, submit, wait, IORING_ENTER_GETEVENTS, None, 0
         code = LIBC.syscall(SYS_IO_URING_ENTER, *arguments)
@@ -315,9 +324,9 @@ class UringReader:
             raise OSError(number, os.strerror(number))
 
     def _collect(self, results: np.ndarray) -> None:
-        """Write the results of the reads that have completed, and free their completion entries.
+        """Write the results of the requests that have completed, and free their completion entries.
 
-        results: (n,) of the batch, indexed by user_data, the request's index in the batch.
+        results: (n,), of the portion, indexed by user_data, the request's index in the portion.
         """
         head = int(self._cq_head[0])
         count = (int(self._cq_tail[0]) - head) & UINT32_MASK

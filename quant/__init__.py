@@ -1,7 +1,7 @@
 """Quantised numbers: weights of int8 or int4, and KV caches of int8 or int4.
 
 linear.py    Int8Linear and Int4Linear, rounding to nearest, and the scheme: the record in a file
-             of how many bits its layers have
+             of how many bits and which group size its linears have
 kv_cache.py  QuantizedKVCache, a KVCache whose keys and values take 8 or 4 bits
 
 quantize.py writes a file: it rounds each weight to nearest, or takes the integers that

@@ -1,17 +1,18 @@
 """Linear layers with int8 or int4 weights, as a checkpoint stores them.
 
-Start at Int4Linear. A layer multiplies by its weights in plain PyTorch. This runs on every device
-and is the reference that the faster kernels are tested against: kernels/gpu reads the same tensors,
-fast_layers/cpu.py packs them into another order. On a CPU without these kernels `multiply` unpacks
-a block of rows at a time. `swap_linears` puts these layers into a model, as a checkpoint's scheme
-lists them.
+Start at Int4Linear. A layer multiplies by its weights with the kernels of kernels/gpu on a GPU that
+has them, else in plain PyTorch, which runs on every device and is the reference that these kernels
+and fast_layers/cpu.py are tested against. fast_layers/cpu.py replaces the layers by others, which
+hold the same integers in another order. `swap_linears` puts the layers into a model. A scheme, a
+dict that a quantised file holds, says which linears have how many bits (make_scheme).
 
 int8: symmetric, one scale per output channel: w = q * scale. int4: asymmetric, one scale and one
 zero point per group of inputs: w = (q - zero) * scale, with an integer zero point as in GPTQ (arXiv
 2210.17323) and AWQ (2306.00978). A grid is the scales and the zero points of a weight, float32
 (N, P) each. A nibble is half a byte, an integer 0 to 15.
 
-Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
+Shapes: M rows of activations, N out_features, K in_features, S groupsize, P = ceil(K / S) groups of
+inputs. A weight has N rows, of which n are handled at once.
 """
 
 from collections.abc import Callable
@@ -31,12 +32,16 @@ from model import Transformer
 GROUP_SIZES = (32, 64, 128, 256)
 MODES = ("int8", "int4", "int4-gptq")  # of quantize.py --mode
 HEADS = ("int8", "int4", "dense")  # of quantize.py --head, the output head
-ROWS_PER_CHUNK = 256  # rows of a weight rounded at once: 3 times as fast as all rows at once
-BLOCK_SIZE = 2**18  # float32 weights that `multiply` unpacks at once: 1 MiB, about a CPU's L2 cache
+ROUNDED_AT_ONCE = 256  # rows of a weight: 3 times as fast as rounding all rows at once
+# Weights that `multiply` unpacks to float32 at once: 1 MiB, about a CPU's L2 cache.
+UNPACKED_AT_ONCE = 2**18
 
 
 class QuantizedLinear(nn.Module):
-    """(..., in_features) -> (..., out_features), with integer weights and a dense bias."""
+    """A linear, (..., in_features) -> (..., out_features), with integer weights and a dense bias.
+
+    Int8Linear and Int4Linear add the buffers: weight, scales and, for int4, zeros.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -44,15 +49,14 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights as floats, (N, K)."""
+        """Return the weights as floats, (N, K) in dtype."""
         raise NotImplementedError
 
     def dequantize_by_kernel(self, dtype: torch.dtype) -> Tensor:
-        """Return the weights as floats, (N, K), by the GPU kernel where it runs.
+        """Return the weights, (N, K), as dequantize does, but by the GPU kernel where it runs.
 
-        Elsewhere it calls dequantize. offload.py calls this function to dequantise the weights of a
-        block once for several micro-batches. Compiled code must call dequantize: torch.compile
-        cannot trace the kernel's launch.
+        For offload.py, which dequantises a layer's weights once for several micro-batches. Compiled
+        code must call dequantize: torch.compile cannot trace the kernel's launch.
         """
         return self.dequantize(dtype)
 
@@ -65,29 +69,31 @@ class QuantizedLinear(nn.Module):
         """Multiply rows, (M, K), by the weights -> (M, N), in plain PyTorch."""
         if rows.device.type != "cpu":
             return F.linear(rows, self.dequantize(rows.dtype), self.bias)
-        # torch.compile would unroll the blocks of every layer. Eager code has no need of the
-        # operator, which computes no gradient.
+        # torch.compile would unroll the loop over a weight's rows; it does not look into the
+        # operator. Eager code calls the function itself, since the operator computes no gradient.
         product = torch.ops.gpt_flex.multiply if torch.compiler.is_compiling() else multiply
-        return product(rows, self.weight, self.scales, getattr(self, "zeros", None), self.bias)
+        zeros = getattr(self, "zeros", None)  # None: an Int8Linear
+        return product(rows, self.weight, self.scales, zeros, self.bias)
 
     def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
         """Multiply rows, (M, K), by the weights -> (M, N), with the Triton kernels.
 
-        prologue: a norm or gate that the kernel applies to its input. Allowed only if M = 1 and
-        takes_prologue returns True: otherwise it would be ignored. Default: none.
+        Allowed only if gpu.supports(rows). prologue: a norm or gate that the kernel applies to its
+        input. Allowed only if M = 1 and takes_prologue returns True: otherwise it would be ignored.
+        Default: none. With a gate, rows are (1, 2 K).
         """
         raise NotImplementedError
 
     def takes_prologue(self) -> bool:
-        """Return whether on_gpu accepts a prologue for one row."""
+        """Return whether on_gpu applies a prologue to one row."""
         return True
 
 
 class Int8Linear(QuantizedLinear):
-    """weight: (N, K) int8. scales: (N,) float32.
+    """A linear with int8 weights. weight: (N, K) int8. scales: (N,) float32.
 
-    inputs_per_column: for each buffer whose columns stand for inputs, the inputs of a column; tp.py
-    divides these buffers by columns.
+    inputs_per_column: for each buffer whose columns stand for inputs, how many inputs a column
+    stands for. tp.py divides the columns of these buffers among ranks.
     """
 
     inputs_per_column = {"weight": 1}
@@ -113,10 +119,11 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """weight: (N, P*S/2) uint8. scales: (N, P) float16. zeros: (N, ceil(P/2)) uint8.
+    """A linear with int4 weights in groups of `groupsize` inputs.
 
-    Two numbers share a byte, the first in the low four bits. If K is not a multiple of S, the last
-    group is padded; the padding does not contribute to the output. inputs_per_column: see
+    weight: (N, P*S/2) uint8. scales: (N, P) float16. zeros: (N, ceil(P/2)) uint8. Two integers of
+    weight or zeros share a byte, the first in the low four bits. If K is not a multiple of S, the
+    last group is padded; the padding does not contribute to the output. inputs_per_column: see
     Int8Linear.
     """
 
@@ -147,12 +154,12 @@ class Int4Linear(QuantizedLinear):
 def multiply(
     rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Multiply rows, (M, K), by the buffers of a quantised linear -> (M, N), plus the bias.
+    """Multiply rows, (M, K), by the weights of a quantised linear -> (M, N), plus the bias.
 
     Returns the dtype of rows. It is also the operator gpt_flex::multiply on the CPU. weight,
-    scales, zeros: see Int4Linear, or, if zeros is None, Int8Linear. Computes in float32
-    (float64 for float64 rows), because on a CPU with AVX2 32 rows take five times as long in
-    bfloat16; only int8_product rounds to bfloat16 before the scales.
+    scales, zeros: the buffers of an Int4Linear, or, if zeros is None, of an Int8Linear. Computes in
+    float32 (float64 for float64 rows), because on a CPU with AVX2 32 rows take five times as long
+    in bfloat16; only int8_product rounds to bfloat16, before its result is scaled.
     """
     x = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if zeros is None and suits_int8_product(rows, weight):
@@ -175,13 +182,13 @@ torch.library.register_fake("gpt_flex::multiply")(
 
 
 def suits_int8_product(rows: Tensor, weight: Tensor) -> bool:
-    """Return whether PyTorch's int8 operator takes these rows, (M, K), and is faster.
+    """Return whether int8_product (host/torch_private.py) takes these rows, (M, K), and is faster.
 
-    It takes 0.4 to 0.5 of the time of the blocks for one row, 0.5 to 0.9 for 8, 1.3 to 1.8 for 32.
-    It rounds to bfloat16 before the scales too: a relative error of 2.4e-3, as with dense bfloat16
-    weights (blocks: 1.7e-3). Its operators for int4 do not suit: _weight_int4pack_mm_for_cpu needs
-    a packed copy of the weights and bfloat16 scales (error up to 3.0e-3), _dyn_quant_matmul_4bit
-    rounds the activations to 8 bits.
+    It takes 0.4 to 0.5 of the time of multiply_int8 for one row, 0.5 to 0.9 for 8, 1.3 to 1.8 for
+    32. It also rounds to bfloat16 before the product is scaled: a relative error of 2.4e-3, as with
+    dense bfloat16 weights (multiply_int8: 1.7e-3). PyTorch's operators for int4 do not suit:
+    _weight_int4pack_mm_for_cpu needs a packed copy of the weights and bfloat16 scales (error up to
+    3.0e-3), _dyn_quant_matmul_4bit rounds the activations to 8 bits.
     """
     fits = weight.shape[1] % 32 == 0 and weight.is_contiguous()
     return fits and rows.dtype == torch.bfloat16 and len(rows) <= 8 and not rows.requires_grad
@@ -190,27 +197,27 @@ def suits_int8_product(rows: Tensor, weight: Tensor) -> bool:
 def multiply_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Multiply x, (M, K) float32 or float64, by an Int8Linear's weights -> (M, N).
 
-    Scales the outputs, which are fewer than the weights.
+    Multiplies the outputs by the scales: there are fewer outputs than weights.
     """
-    blocks = weight.split(block_rows(weight))  # (n, K) each
-    return torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], 1) * scales
+    parts = weight.split(rows_at_once(weight))  # (n, K) each
+    return torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], 1) * scales
 
 
 def multiply_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Multiply x, (M, K) float32 or float64, by an Int4Linear's weights -> (M, N).
 
-    With weights (q - zero) * scale, y = x @ (q * scale).T - sums @ (zero * scale).T, where sums are
-    those of each group's inputs. The low nibbles are multiplied by the even inputs and the high
-    nibbles by the odd inputs, so that no nibbles are interleaved.
+    A weight is (q - zero) * scale, so y = x @ (q * scale).T - sums @ (zero * scale).T, where sums
+    has the sum of each group's inputs. The even inputs are multiplied by the low nibbles and the
+    odd inputs by the high ones: putting the nibbles in order would take another pass.
     """
-    P, n = scales.shape[1], block_rows(weight)
+    P, n = scales.shape[1], rows_at_once(weight)
     x = F.pad(x, (0, 2 * weight.shape[1] - x.shape[1]))  # (M, P*S)
     even, odd = x[:, 0::2].contiguous(), x[:, 1::2].contiguous()  # (M, P*S/2) each
     scales = scales.to(x.dtype)
     products = [
-        F.linear(even, scale_groups(block & 15, block_scales))
-        + F.linear(odd, scale_groups(block >> 4, block_scales))
-        for block, block_scales in zip(weight.split(n), scales.split(n), strict=True)
+        F.linear(even, scale_groups(part & 15, part_scales))
+        + F.linear(odd, scale_groups(part >> 4, part_scales))
+        for part, part_scales in zip(weight.split(n), scales.split(n), strict=True)
     ]
     sums = x.unflatten(1, (P, -1)).sum(2)  # (M, P, S) -> (M, P)
     offsets = scales * unpack_nibbles(zeros)[:, :P]  # (N, P)
@@ -218,15 +225,18 @@ def multiply_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> T
 
 
 def scale_groups(q: Tensor, scales: Tensor) -> Tensor:
-    """Multiply integers, (n, P*C), by scales, (n, P) -> (n, P*C) in the scales' dtype."""
+    """Multiply integers, (n, P*C), by scales, (n, P) -> (n, P*C) in the scales' dtype.
+
+    C: columns of a group, which share a scale; here S/2.
+    """
     groups = q.to(scales.dtype).unflatten(1, (scales.shape[1], -1))  # (n, P, C)
     # In place: one product of integers and floats takes twice as long.
     return groups.mul_(scales.unsqueeze(-1)).flatten(1)
 
 
-def block_rows(weight: Tensor) -> int:
-    """Return how many rows of a stored weight `multiply` unpacks at once."""
-    return max(1, BLOCK_SIZE // weight.shape[1])
+def rows_at_once(weight: Tensor) -> int:
+    """Return how many rows of a stored weight `multiply` unpacks at once, at least 1."""
+    return max(1, UNPACKED_AT_ONCE // weight.shape[1])
 
 
 def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -237,7 +247,8 @@ def dequantize_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     P = scales.shape[1]
     q = unpack_nibbles(weight).unflatten(1, (P, -1))  # (N, P, S)
     zeros = unpack_nibbles(zeros)[:, :P].unsqueeze(-1)  # (N, P, 1)
-    return ((q.to(torch.int8) - zeros.to(torch.int8)) * scales.float().unsqueeze(-1)).flatten(1)
+    differences = q.to(torch.int8) - zeros.to(torch.int8)  # -15 to 15; uint8 would wrap
+    return (differences * scales.float().unsqueeze(-1)).flatten(1)
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
@@ -258,13 +269,13 @@ def round_to_nearest(weight: Tensor, linear: QuantizedLinear) -> dict[str, Tenso
     """Round a dense weight, (N, K), to nearest. Returns the buffers of a quantised linear by name.
 
     linear: gives only the kind and the group size; its buffers are not changed, and may be on the
-    meta device. Rounds ROWS_PER_CHUNK rows at a time: the intermediate tensors of a whole weight
+    meta device. Rounds ROUNDED_AT_ONCE rows at a time: the intermediate tensors of a whole weight
     exceed the CPU's caches.
     """
     int4 = isinstance(linear, Int4Linear)
     pieces = [
         round_int4(rows, linear.groupsize) if int4 else round_int8(rows)
-        for rows in weight.split(ROWS_PER_CHUNK)
+        for rows in weight.split(ROUNDED_AT_ONCE)
     ]
     return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
@@ -295,12 +306,13 @@ def choose_int4_grid(
 ) -> tuple[Tensor, Tensor]:
     """Choose the grid of a weight, (N, K): scales and zero points, float32 (N, P) each.
 
-    The 16 values of a group span from its smallest weight to its largest and include 0. units:
-    (N, 1), the scales are rounded to multiples of them; None: computed by scale_units. GPTQ passes
-    the units of the whole weight when it chooses the grid of one group.
+    The 16 values of a group reach from its smallest weight to its largest and include 0. units:
+    (N, 1), see round_scales; None: scale_units computes them. GPTQ passes the units of the whole
+    weight when it chooses the grid of one group.
     """
+    # The range includes 0 anyway, so the padding does not widen it.
     groups = F.pad(weight.float(), (0, -weight.shape[1] % groupsize))
-    groups = groups.unflatten(1, (-1, groupsize))  # (N, P, S), padded with 0
+    groups = groups.unflatten(1, (-1, groupsize))  # (N, P, S)
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
     exact_scales = (high - low) / 15
     units = scale_units(exact_scales) if units is None else units
@@ -311,18 +323,21 @@ def choose_int4_grid(
 def scale_units(scales: Tensor) -> Tensor:
     """Return the unit of each row's scales, (N, P) -> (N, 1) float32: a power of two.
 
-    round_scales rounds the scales of the row to multiples of it. The largest scale of a row is 128
-    to 255 times its unit. So a multiple fits into a byte (kernels/cpu stores it so), with which a
-    CPU is 5 % faster than with float16 (group size 32), and is exact in float16. Units are at least
-    2**-24, float16's smallest number.
+    round_scales rounds the scales of the row to multiples of the unit, of which the largest is 128
+    to 255. Such a multiple is exact in float16, and fits into a byte: kernels/cpu stores bytes,
+    with which a CPU is 5 % faster than with float16 scales (group size 32). Units are at least
+    2**-24, float16's smallest number above 0.
     """
     largest = scales.float().amax(1, keepdim=True)  # (N, 1)
-    exponents = largest.frexp().exponent - 8
+    exponents = largest.frexp().exponent - 8  # frexp: largest = m * 2**exponent, 0.5 <= m < 1
     return torch.ones_like(largest).ldexp(exponents.clamp_min(-24))
 
 
 def round_scales(scales: Tensor, units: Tensor) -> Tensor:
-    """Round scales, (N, P), to multiples, 1 to 255, of the units, (N, 1)."""
+    """Round scales, (N, P), to multiples of their row's unit, (N, 1): 1 to 255 times the unit.
+
+    At least 1, so that a group of zeros has a scale by which its weights can be divided.
+    """
     return (scales / units).round().clamp(1, 255) * units
 
 
@@ -337,8 +352,8 @@ def nearest_int4(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[str, Tensor]:
     """Return the buffers of an Int4Linear by name, in the dtypes and the layout that it stores.
 
-    q: (N, K), integers 0 to 15 of any dtype, padded here to whole groups. scales, zeros: (N, P);
-    the zero points are integers 0 to 15, of any dtype.
+    q: (N, K), padded here to whole groups. scales, zeros: (N, P). q and zeros are integers 0 to 15,
+    of any dtype.
     """
     q = F.pad(q, (0, -q.shape[1] % groupsize))
     return {"weight": pack_nibbles(q), "scales": scales.half(), "zeros": pack_nibbles(zeros)}
@@ -347,10 +362,10 @@ def pack_int4(q: Tensor, scales: Tensor, zeros: Tensor, groupsize: int) -> dict[
 def make_scheme(mode: str, groupsize: int = 32, head: str = "int8") -> dict[str, Any]:
     """Return the scheme of a quantised file: {"mode", "linears", "output"}.
 
-    "linears" (of all blocks) and "output" (the output head) are {"bits": 8} or {"bits": 4,
-    "groupsize": S}; a dense output head is {}. mode: one of MODES; "int4" and "int4-gptq" differ
-    only in this name. head: one of HEADS. groupsize: for the int4 layers. Raises ValueError if it
-    is not one of GROUP_SIZES, unless mode is "int8".
+    "linears" (all but the output head) and "output" (the output head) are {"bits": 8} or {"bits":
+    4, "groupsize": S}; a dense output head is {}. mode: one of MODES; "int4" and "int4-gptq" give
+    schemes that differ only in this name. head: one of HEADS. groupsize: of the int4 linears.
+    Raises ValueError if groupsize is not one of GROUP_SIZES, unless mode is "int8".
     """
     if mode != "int8" and groupsize not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
@@ -364,7 +379,7 @@ def checked_scheme(scheme: Any) -> dict[str, Any] | None:
     """Return the scheme that a file holds, without unknown keys; None (a dense file) stays None.
 
     scheme: a value read from a file, which may be anything. Raises ValueError if it does not have
-    the form of make_scheme's result; any text is accepted as its mode.
+    the form of make_scheme's result; its mode may be any text.
     """
     if scheme is None:
         return None
@@ -373,6 +388,7 @@ def checked_scheme(scheme: Any) -> dict[str, Any] | None:
     quantised = [{"bits": 8}, *({"bits": 4, "groupsize": size} for size in GROUP_SIZES)]
     for key, allowed in {"linears": quantised, "output": [*quantised, {}]}.items():
         entry = scheme.get(key)
+        # `in` below would accept 8.0, and True for a 1: both equal an integer.
         integers = isinstance(entry, dict) and all(type(value) is int for value in entry.values())
         if not integers or entry not in allowed:
             raise ValueError(f"'{key}' of the scheme is {short_text(entry)}")
@@ -382,8 +398,8 @@ def checked_scheme(scheme: Any) -> dict[str, Any] | None:
 def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
     """Build a model on the meta device, which allocates no memory for weights.
 
-    It gives the names, shapes and dtypes of the tensors; loading fills them later. Its linears are
-    quantised as the scheme lists them. scheme: None for a dense model.
+    The model gives the names, shapes and dtypes of the tensors; loading fills them later. Its
+    linears are quantised as the scheme says. scheme: see make_scheme; None: all linears are dense.
     """
     with torch.device("meta"):
         model = Transformer(args)
@@ -393,7 +409,7 @@ def meta_model(args: ModelArgs, scheme: dict[str, Any] | None) -> Transformer:
 
 
 def swap_linears(model: Transformer, scheme: dict[str, Any]) -> None:
-    """Replace the linears of a model by empty quantised ones, as the scheme lists them.
+    """Replace the linears of a model by quantised ones with uninitialised buffers, as scheme says.
 
     For a model whose weights are not loaded yet: dense weights are dropped, not rounded.
     """
@@ -409,8 +425,8 @@ def quantized_copy(
 ) -> Transformer:
     """Return a copy of a loaded model with linears quantised by rounding to nearest.
 
-    It is the draft model of --draft self-int8 and self-int4. All other tensors, biases included,
-    are the model's own. Linears that are quantised already are dequantised and rounded again.
+    It is the draft model of --draft self-int8 and self-int4. It shares all other tensors, biases
+    included, with the model. Linears that are quantised already are dequantised and rounded again.
     progress: called after each linear with the bytes of its new buffers.
     """
     copied = shallow_copy(model)
@@ -440,17 +456,17 @@ def quantized_bytes(model: Transformer) -> int:
 def layer_scheme(name: str, scheme: dict[str, Any]) -> dict[str, Any]:
     """Return a scheme's entry for one linear: bits and group size, or {} if it stays dense.
 
-    name: of the module; "output" is the output head.
+    name: of the linear in the model. The output head is the module "output", or lies in it (tp.py).
     """
     return scheme["output" if name.partition(".")[0] == "output" else "linears"]
 
 
 def quantized_linear(linear: Linear, entry: dict[str, Any]) -> QuantizedLinear | None:
-    """Return a quantised layer of the linear's shape with uninitialised buffers and bias.
+    """Return a quantised linear of a linear's shape, with uninitialised buffers and bias.
 
     They are on the current default device: callers use `with torch.device("meta")` to allocate no
-    memory. linear: gives the shape only. entry: see layer_scheme. Returns None for an entry {}: the
-    linear stays dense.
+    memory. linear: gives the shape only. entry: from layer_scheme. Returns None for an entry {}:
+    the linear stays dense.
     """
     shape = linear.in_features, linear.out_features, linear.bias is not None
     if entry.get("bits") == 4:

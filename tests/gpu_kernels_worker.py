@@ -330,7 +330,7 @@ CASES_OF_MODEL = (
 ALIGNED = [["tt.divisibility", 16]]
 INTEGERS = {
     "N", "K", "C", "M", "W", "T", "G", "S", "Kp", "weight_stride", "scale_stride", "zero_stride",
-    "x_stride", "batch_stride", "position_stride", "slope_stride", "factor_stride",
+    "x_stride", "batch_stride", "slot_stride", "slope_stride", "factor_stride",
     "hessian_stride",
 }  # fmt: skip
 NUMBERS = "factor", "cap", "eps"  # round_kernel's factor is a matrix
@@ -385,7 +385,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
     """The same of what is no product."""
     yield (
         "scale", few_rows.scale_kernel, {"out": "fp16"},
-        {"PARTS": 8, "BLOCK": 4096, "PDL": pdl}, 8, 3,
+        {"PER_WORD": 8, "BLOCK": 4096, "PDL": pdl}, 8, 3,
     )  # fmt: skip
     yield (
         "fixed_point", one_row.fixed_point_kernel, {"q": "i16"},
@@ -409,7 +409,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
     shapes = (128, 16, True), (256, 16, True), (128, 16, False), (256, 32, False)
     for bits, (E, rows, causal) in itertools.product((16, 8, 4), shapes):
         constants = {
-            "R": 4, "E": E, "BE": E, "GROUP": 32, "BITS": bits, "BR": rows, "BS": 64, "STEPS": 2,
+            "R": 4, "E": E, "BE": E, "GROUP": 32, "BITS": bits, "BQ": rows, "BS": 64, "STEPS": 2,
             "SPLITS": 3, "DOT": tl.bfloat16, "CAUSAL": causal, "CAPPED": not causal, "PDL": pdl,
         }  # fmt: skip
         types = dict.fromkeys("kv", "bf16" if bits == 16 else "u8")

@@ -148,7 +148,7 @@ def test_products_in_blocks_match_float64(
     for _ in range(8):
         N, M = chosen.randint(1, 90), chosen.randint(1, 40)
         K = chosen.choice([chosen.randint(1, 600), 32 * chosen.randint(1, 20)])
-        monkeypatch.setattr(quant.linear, "BLOCK_SIZE", chosen.randint(1, 20) * K)
+        monkeypatch.setattr(quant.linear, "UNPACKED_AT_ONCE", chosen.randint(1, 20) * K)
         linear = random_linear((N, K), bias)
         layer = quantized_linear(linear, said)
         layer.load_state_dict(round_to_nearest(linear.weight.detach(), layer), strict=False)

@@ -10,23 +10,25 @@ attention.py attends over the KV cache, quantised or not, in a decoding step. co
 loops of GPTQ. tiles.py lists the tile sizes of each kernel. launch.py launches the kernels. This
 file imports Triton only when a kernel is called.
 
-The kernels are registered as PyTorch operators, which torch.compile calls without looking inside; a
-CUDA graph records them. They do not use torch.library.triton_op, for two reasons: it does not pass
-on programmatic dependent launch, and it would compile a graph for each kernel that a number of rows
-can choose.
+The products and attention are registered as PyTorch operators, which torch.compile calls without
+looking inside; a CUDA graph records the kernels that they launch. They do not use
+torch.library.triton_op, for two reasons: it does not pass on programmatic dependent launch, and the
+compiler would make a graph for each kernel that a number of rows can choose.
 
 The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
 layers.kv_cache.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is
 missing; unsupported_reason returns why.
 
 Words of this folder: a program is one of the blocks of threads that run a kernel. A tile is the
-part of the result that a program computes, or its sizes. A part (few_rows.py, attention.py) is a
+piece of the result that a program computes, or its sizes. A part (few_rows.py, attention.py) is a
 program's share of a sum. PDL, programmatic dependent launch, lets a kernel start before the
-previous one has ended. weight, scales and zeros are the buffers of an Int4Linear or Int8Linear.
+previous one has ended. A nibble is half a byte, an integer 0 to 15. weight, scales and zeros are
+the buffers of an Int4Linear or Int8Linear.
 
-Shapes: M rows, N out_features, K in_features.
+Shapes: M rows of activations, N out_features, K in_features.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,10 +58,11 @@ def supports(x: Tensor) -> bool:
 
 
 class Prologue(NamedTuple):
-    """A function of one row that fixed_point_kernel computes before it converts to fixed point.
+    """A function of one row that one_row.fixed_point_kernel computes before it converts the row.
 
     norm: the weight, (K,), of an RMS norm with eps; None: no norm. gated: the row, (1, 2 K),
-    becomes silu(first half) * second half. The default is no function. Callers give one of the two.
+    becomes silu(first half) * second half, (1, K). Callers give a norm or a gate, or neither, the
+    default.
     """
 
     norm: Tensor | None = None
@@ -77,8 +80,8 @@ def int4_linear(
 ) -> Tensor:
     """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N), plus the bias, in x's dtype.
 
-    prologue: a norm or gate applied to x first, for M = 1 only; more rows ignore it. With a gate, x
-    is (1, 2 K).
+    prologue: a norm or gate applied to x first, for M = 1 only; with more rows it is ignored. With
+    a gate, x is (1, 2 K).
     """
     if len(x) == 1:
         return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
@@ -95,7 +98,7 @@ def int8_linear(
     """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N), plus the bias, in x's dtype.
 
     prologue: a norm or gate applied to x first, for M = 1 and rows of weights aligned to 16 bytes
-    only; other products ignore it. With a gate, x is (1, 2 K).
+    only; else it is ignored. With a gate, x is (1, 2 K).
     """
     if len(x) == 1 and aligned(weight, INT8.size):
         return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
@@ -132,17 +135,17 @@ def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 def aligned(weight: Tensor, count: int) -> bool:
     """Return whether each row of a matrix begins and ends at a multiple of `count` numbers, and its
-    numbers are neighbours in memory: the kernels load so many at a time."""
+    numbers are neighbours in memory: the kernels load `count` numbers at a time."""
     multiples = weight.shape[1] % count == 0 and weight.stride(0) % count == 0
     return multiples and weight.stride(1) == 1
 
 
-def define(schema: str, on_gpu, fake) -> None:
+def define(schema: str, on_gpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Register an operator, gpt_flex::NAME, for CUDA tensors; torch.compile does not trace into it.
 
-    It is called as torch.ops.gpt_flex.NAME. schema: "NAME(arguments) -> result". on_gpu: the
-    function that computes. fake: has the same arguments and returns an empty tensor of the result's
-    shape and dtype, for torch.compile.
+    Callers call it as torch.ops.gpt_flex.NAME. schema: "NAME(arguments) -> result". on_gpu:
+    computes the result. fake: takes the same arguments and returns an empty tensor of the result's
+    shape and dtype, from which torch.compile learns them.
     """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
@@ -150,7 +153,7 @@ def define(schema: str, on_gpu, fake) -> None:
     torch.library.register_fake(name)(fake)
 
 
-# launch.py imports Triton, which takes half a second, so it is imported at the first call.
+# The operators. launch.py imports Triton, which takes half a second: each function imports it.
 def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
     """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
     point, and multiply by an Int4Linear's weights -> (1, N). The operator int4_row."""
@@ -163,7 +166,7 @@ def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
 def int8_row(x, weight, scales, bias, norm, eps, gated):
     """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
     point, and multiply by an Int8Linear's weights -> (1, N). The operator int8_row. Requires rows
-    of weights aligned to 16."""
+    of weights aligned to 16 bytes."""
     from kernels.gpu import launch
 
     fixed = launch.fixed_point(x.contiguous()[0], INT8, norm, eps, gated)
@@ -171,6 +174,8 @@ def int8_row(x, weight, scales, bias, norm, eps, gated):
 
 
 def dense_row(x, weight, bias):
+    """Multiply x, (1, K), by a dense weight -> (1, N). The operator dense_row. Requires rows of the
+    weight aligned to 8 numbers."""
     from kernels.gpu import launch
 
     return launch.dense_row(x.contiguous(), weight, bias)
@@ -189,7 +194,7 @@ def int4_rows(x, weight, scales, zeros, bias):
 
 def int8_rows(x, weight, scales, bias):
     """Multiply x, (M, K), by an Int8Linear's weights -> (M, N). The operator int8_rows. Above
-    MAX_FEW_ROWS rows, or if rows of weights are not aligned to the kernel's words of 4, it
+    MAX_FEW_ROWS rows, or if rows of weights are not aligned to the kernel's words of 4 bytes, it
     dequantises the weights for cuBLAS."""
     from kernels.gpu import launch
 

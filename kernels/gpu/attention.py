@@ -1,21 +1,23 @@
 """Attention of a few new tokens over a KV cache that may be quantised: one decoding step.
 
-Start at attention_kernel. The visible positions of a row are divided among SPLITS programs, so
-that the whole GPU reads the cache even at batch 1. Each program stores a partial sum of weighted
+Start at attention_kernel. The visible slots of a row's cache are divided among SPLITS programs, so
+that the whole GPU reads the cache even at batch 1. Each program stores its part, a sum of weighted
 values; the last one to finish adds the parts in a fixed order and divides by the sum of the weights
 (flash-decoding; the online softmax is that of FlashAttention, arXiv 2205.14135). Quantised keys and
 values are dequantised in registers; no dequantised copy is written to memory.
 
-In causal attention a row sees the positions up to its own. In a layer with a sliding window, whose
-cache may be a ring (layers/kv_cache.py), the kernel reads a mask, which is small beside the keys.
+In causal attention a query sees the slots up to its own token's. In a layer with a sliding window,
+whose cache may be a ring (layers/kv_cache.py), the kernel reads a mask, which is small beside the
+keys.
 
-The query heads that share a key/value head, times the new tokens, are the R*T rows of one tile.
-Keys and values of an int4 cache hold two channels in a byte, the even one in the low half. So the
-kernel handles the even channels and the odd ones apart: names with low and high. Other caches have
-only "low". scales and lows: of a quantised cache, number = low + scale * q (quant/kv_cache.py).
+A query is one new token's vector of one query head. Those of the R heads that share a key/value
+head are the R*T queries of one tile; the tile has BQ, of which the rest is padding. Keys and values
+of an int4 cache hold two channels in a byte, the even one in the low nibble. So the kernel handles
+the even channels (low) and the odd ones (high) apart; for other caches, low are all channels and
+high is unused. scales and lows: of a quantised cache, number = low + scale * q (quant/kv_cache.py).
 
 Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, R = H // G, E head_dim,
-S visible positions.
+S visible slots.
 """
 
 import triton
@@ -28,7 +30,7 @@ from kernels.gpu.one_row import begin, wait
 def load_numbers(
     data, scales, lows, place, scale_place, mask, HALF: tl.constexpr, BITS: tl.constexpr
 ):
-    """Load the numbers of a cache at `place`. BITS 16: stored as they are; else low + scale * q.
+    """Return the numbers of a cache at `place`. BITS 16: stored as they are; else low + scale * q.
 
     data: keys or values. scales, lows: of their groups; not read with BITS 16. place, scale_place:
     indices in data and in scales, lows. mask: the numbers to load; the others are 0. With BITS 4,
@@ -45,12 +47,12 @@ def load_numbers(
 
 
 @triton.jit
-def visible_positions(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr):
-    """Return which positions of a block each row attends to, (BR, BS), which of them any row does,
+def visible_slots(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return which of BS slots each query attends to, (BQ, BS), which of them any query does,
     (BS,), and whether there is one.
 
-    at: (BR,), with CAUSAL the positions of the rows' queries, -1 for padding rows; else the
-    addresses of their rows of the mask. real: rows that exist. first: the block's first position.
+    at: (BQ,), with CAUSAL the slots of the queries' own tokens, -1 for padding; else the addresses
+    of the queries' rows of the mask. real: (BQ,), False for padding. first: the first slot.
     """
     s = first + tl.arange(0, BS)
     if CAUSAL:
@@ -66,20 +68,23 @@ def visible_positions(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr
 
 @triton.jit
 def limited(scores, cap, CAPPED: tl.constexpr):
-    """Return cap * tanh(x) for scores 2 * log2(e) * x; without CAPPED, return the scores."""
+    """Return cap * tanh(x) for scores 2 * log2(e) * x; without CAPPED, return the scores.
+
+    tanh(x) = 1 - 2 / (1 + e**(2 * x)), and e**(2 * x) = 2**scores.
+    """
     return cap * (1 - 2 / (1 + tl.exp2(scores))) if CAPPED else scores
 
 
 @triton.jit
 def softmax_step(scores, visible, top, sum):
-    """Turn a block of scores, (BR, BS), into weights: a step of the online softmax.
+    """Turn a step's scores, (BQ, BS), into weights: a step of the online softmax.
 
-    visible: mask of the scores that a row attends to. top, sum: (BR,), the largest score and the
-    sum of weights of the earlier blocks. A weight is 2 ** (score - largest score). Returns the
-    weights, the factor, (BR, 1), by which sums over earlier blocks must be multiplied, and the
-    largest score and the sum of weights so far, (BR,) each.
+    visible: (BQ, BS), whether a query attends to a slot. top, sum: (BQ,), the largest score and the
+    sum of weights of the earlier steps. A weight is 2 ** (score - largest score). Returns the
+    weights, the factor, (BQ, 1), by which sums over earlier steps must be multiplied, and the
+    largest score and the sum of weights so far, (BQ,) each.
     """
-    scores = tl.where(visible, scores, -1e38)
+    scores = tl.where(visible, scores, -1e38)  # not -inf: -inf - -inf is NaN
     new_top = tl.maximum(top, tl.max(scores, 1))
     shrink = tl.exp2(top - new_top)
     weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0)
@@ -89,14 +94,14 @@ def softmax_step(scores, visible, top, sum):
 @triton.jit
 def attention_kernel(
     q,  # (B, T, H, E)
-    k,  # (B, positions, G, E), or bytes (B, positions, G, E * BITS / 8)
+    k,  # (B, slots + 1, G, E), or bytes (B, slots + 1, G, E * BITS / 8)
     v,
-    k_scales,  # (B, positions, G, E / GROUP) float16, of quantised caches
+    k_scales,  # (B, slots + 1, G, E / GROUP) float16, of quantised caches
     k_lows,
     v_scales,
     v_lows,
-    pos,  # (B, T) int64, with CAUSAL: a query attends to all positions up to its own
-    mask,  # (B, R*T, S), else: 0 where a query attends to a position, -inf elsewhere
+    pos,  # (B, T) int64, read with CAUSAL: the slots of the new tokens
+    mask,  # (B, R*T, S), read without CAUSAL: 0 where a query attends to a slot, else -inf
     parts,  # (B * G, SPLITS, R*T, E) float32
     tops,  # (B * G, SPLITS, R*T, 2) float32: the largest score and the sum of the weights
     arrived,  # (B * G,) int32: programs that have stored their part; 0 before and after a launch
@@ -105,54 +110,54 @@ def attention_kernel(
     G,
     S,
     batch_stride,  # from row to row of a cache, in tokens
-    position_stride,  # from position to position, in tokens
+    slot_stride,  # from slot to slot, in tokens
     factor,  # of the products of queries and keys, see launch.exponents
     cap,  # of the scores, with CAPPED
     R: tl.constexpr,
     E: tl.constexpr,
     BE: tl.constexpr,  # E rounded up to a power of two
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    BR: tl.constexpr,  # R*T or more
+    GROUP: tl.constexpr,  # channels that share a scale and a low
+    BITS: tl.constexpr,  # of a number of the cache: 4, 8 or, not quantised, 16
+    BQ: tl.constexpr,  # R*T rounded up to a power of two, at least 16
     BS: tl.constexpr,
-    STEPS: tl.constexpr,  # blocks of BS positions of a program
+    STEPS: tl.constexpr,  # of BS slots each
     SPLITS: tl.constexpr,
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     CAUSAL: tl.constexpr,
     CAPPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Attend with the queries of a key/value head over a program's share of the positions.
+    """Attend with the queries of a key/value head to a program's share of the slots.
 
-    The grid is (B * G, SPLITS). A program goes over STEPS blocks of BS positions, and skips those
-    that no row attends to. at: see visible_positions. top, sum, low and high: the online softmax so
-    far, see softmax_step and store_part. Requires the visible positions within SPLITS * STEPS * BS.
-    All heads have the same mask: a row reads that of the first head.
+    The launch has (B * G, SPLITS) programs. A program takes STEPS steps of BS slots, and skips a
+    step whose slots no query attends to. at: see visible_slots. top, sum, low and high: the online
+    softmax so far, see softmax_step and store_part. Requires S <= SPLITS * STEPS * BS. All heads
+    have the same mask: every query reads the mask of the first head.
     """
     begin(PDL)
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
-    row = tl.arange(0, BR)
-    t, r = row // R, row % R
-    real = row < R * T
+    i = tl.arange(0, BQ)  # the queries
+    t, r = i // R, i % R
+    real = i < R * T
     wait(PDL)
-    row_of_mask = (b * R * T + t).to(tl.int64)  # (BR,)
-    at = tl.load(pos + b * T + t, real, -1) if CAUSAL else mask + row_of_mask * S  # (BR,)
+    mask_row = (b * R * T + t).to(tl.int64)  # (BQ,)
+    at = tl.load(pos + b * T + t, real, -1) if CAUSAL else mask + mask_row * S  # (BQ,)
     HALVES: tl.constexpr = 2 if BITS == 4 else 1  # int4: even channels, then odd ones
     WIDTH: tl.constexpr = BE // HALVES
     e = tl.arange(0, WIDTH)
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     cells = real[:, None] & (e < E // HALVES)[None, :]
     low_q, high_q = tl.load(query, cells, 0).to(DOT), tl.load(query + HALVES - 1, cells, 0).to(DOT)
-    top, sum = tl.full((BR,), -1e38, tl.float32), tl.zeros((BR,), tl.float32)
-    low, high = tl.zeros((BR, WIDTH), tl.float32), tl.zeros((BR, WIDTH), tl.float32)
+    top, sum = tl.full((BQ,), -1e38, tl.float32), tl.zeros((BQ,), tl.float32)
+    low, high = tl.zeros((BQ, WIDTH), tl.float32), tl.zeros((BQ, WIDTH), tl.float32)
     for step in range(STEPS):
         first = (split * STEPS + step) * BS
-        visible, used, some = visible_positions(at, real, first, S, BS, CAUSAL)
+        visible, used, some = visible_slots(at, real, first, S, BS, CAUSAL)
         if some:
             s = first + tl.arange(0, BS)
-            token = (b * batch_stride + s * position_stride).to(tl.int64) * G + g
-            place = token[:, None] * (E // HALVES) + e[None, :]
-            group = token[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
+            head = (b * batch_stride + s * slot_stride).to(tl.int64) * G + g  # of each slot
+            place = head[:, None] * (E // HALVES) + e[None, :]
+            group = head[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
             filled = used[:, None] & (e < E // HALVES)[None, :]
             keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
             scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
@@ -173,26 +178,26 @@ def attention_kernel(
     if SPLITS == 1:
         finish(low, high, sum, result, cells, BITS)
     else:
-        part = (tl.program_id(0) * SPLITS + split) * (R * T) + row
+        part = (tl.program_id(0) * SPLITS + split) * (R * T) + i
         store_part(parts, tops, part, low, high, top, sum, e, real, cells, E, BITS)
         tl.debug_barrier()  # all of this program has been stored before it counts as arrived
         if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
             tl.store(arrived + tl.program_id(0), 0)
-            combine(parts, tops, result, e, row, real, cells, R * T, E, BR, WIDTH, BITS, SPLITS)
+            combine(parts, tops, result, e, i, real, cells, R * T, E, BQ, WIDTH, BITS, SPLITS)
 
 
 @triton.jit
 def store_part(
     parts, tops, part, low, high, top, sum, e, real, mask, E: tl.constexpr, BITS: tl.constexpr
 ):
-    """Store a program's partial sums of a key/value head, for the program that combines them.
+    """Store a program's part for a key/value head, for the program that combines the parts.
 
-    BR: the rows of the tile, R*T or more. WIDTH: its channels, of an int4 cache half of them.
-    low: (BR, WIDTH), sums of weighted values, for int4 of the even channels; high: of the odd ones.
-    top, sum: (BR,), the largest score and the sum of weights. part: (BR,), each row's index in
-    `parts`. e: (WIDTH,), 0, 1, ...: channel e or, for int4, channels 2e and 2e + 1. real: rows that
-    exist; mask: the same for rows and channels. A barrier must follow before the program counts as
-    arrived.
+    WIDTH: the channels of the tile, of an int4 cache half of them. low: (BQ, WIDTH), sums of
+    weighted values, for int4 of the even channels; high: of the odd ones. top, sum: (BQ,), the
+    largest score and the sum of weights. part: (BQ,), each query's index in parts and tops, whose
+    first three dimensions count as one. e: (WIDTH,), 0, 1, ...: channel e or, for int4, channels 2e
+    and 2e + 1. real: (BQ,), False for padding; mask: the same for queries and channels. A barrier
+    must follow before the program counts as arrived.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     tl.store(tops + part * 2, top, real)
@@ -205,12 +210,12 @@ def store_part(
 
 @triton.jit
 def finish(low, high, sum, result, mask, BITS: tl.constexpr):
-    """Store the weighted values, low and high, divided by the sum of the weights, (BR,).
+    """Store the weighted values, low and high, divided by the sum of the weights, (BQ,).
 
-    result: the addresses of the outputs, of the even channels with BITS 4. mask: rows and channels
-    that exist. Padding rows have a sum of 0.
+    result: the addresses of the outputs, of the even channels with BITS 4. mask: False for padding
+    queries and channels.
     """
-    sum = tl.where(sum > 0, sum, 1)[:, None]
+    sum = tl.where(sum > 0, sum, 1)[:, None]  # padding queries have a sum of 0
     tl.store(result, (low / sum).to(result.dtype.element_ty), mask)
     if BITS == 4:
         tl.store(result + 1, (high / sum).to(result.dtype.element_ty), mask)
@@ -222,30 +227,30 @@ def combine(
     tops,
     result,
     e,
-    row,
+    i,
     real,
     mask,
-    rows,
+    queries,
     E: tl.constexpr,
-    BR: tl.constexpr,
+    BQ: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Combine the SPLITS parts of a key/value head and store the result, see finish.
 
-    Run by the last program of a head. Sums of different largest scores are scaled to the largest of
-    all. parts, tops, e, real: see attention_kernel and store_part. row: (BR,), indices of the rows;
-    rows: R*T. The loads bypass the L1 cache, which does not see what other multiprocessors have
-    stored.
+    Run by the last program of a head. Parts with different largest scores are scaled to the largest
+    of all. parts, tops, e, real, mask: see attention_kernel and store_part. result: see finish. i:
+    (BQ,), indices of the queries; queries: R*T. The loads bypass the L1 cache, which does not see
+    what other multiprocessors have stored.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
-    top = tl.full((BR,), -1e38, tl.float32)
-    sum = tl.zeros((BR,), tl.float32)
-    low = tl.zeros((BR, WIDTH), tl.float32)
-    high = tl.zeros((BR, WIDTH), tl.float32)
+    top = tl.full((BQ,), -1e38, tl.float32)
+    sum = tl.zeros((BQ,), tl.float32)
+    low = tl.zeros((BQ, WIDTH), tl.float32)
+    high = tl.zeros((BQ, WIDTH), tl.float32)
     for split in range(SPLITS):
-        part = (tl.program_id(0) * SPLITS + split) * rows + row
+        part = (tl.program_id(0) * SPLITS + split) * queries + i
         part_top = tl.load(tops + part * 2, real, -1e38, cache_modifier=".cg")
         part_sum = tl.load(tops + part * 2 + 1, real, 0, cache_modifier=".cg")
         new_top = tl.maximum(top, part_top)

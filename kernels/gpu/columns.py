@@ -2,13 +2,14 @@
 
 Start at round_columns and refine_columns; calibration/gptq.py has the same functions in PyTorch,
 which are the reference. In PyTorch a column takes some twenty launches, and the hundreds of
-thousands of columns of a model take minutes. Rows are independent: a program keeps all columns of
-its rows in registers and loops over them. These tensors are (ROWS, BC), with ROWS rows and BC
-columns, a power of two that is at least C; k == c selects column c, as registers have no index.
+thousands of columns of a model take minutes. The rows of a weight (its output channels) do not
+depend on each other: a program keeps all columns of its rows in registers and loops over the
+columns. These tensors are (ROWS, BC), with ROWS rows and BC columns, a power of two that is at
+least C; the mask k == c selects column c, as registers have no index.
 
 A weight's value is (q - zero) * scale with an integer q from 0 to 15, here a float.
 
-Shapes: N rows, C columns, up to 128.
+Shapes: N rows, C columns, up to 128: a strip of gptq.py.
 """
 
 import torch
@@ -21,14 +22,14 @@ ROWS_PER_PROGRAM = 8
 
 @triton.jit
 def column_of(tile, here):
-    """Select one column of a tile, (ROWS, BC). here: (1, BC), True at it. Returns (ROWS,)."""
+    """Return one column, (ROWS,), of a tile, (ROWS, BC). here: (1, BC), True at this column."""
     return tl.sum(tl.where(here, tile, 0.0), 1)
 
 
 @triton.jit
 def nearest_index(value):
-    """Round to 0 to 15, ties to even: adding 1.5 * 2**23 (12582912) to a float32 leaves no fraction
-    bits. The clamp to -1 to 16 before it keeps the sum in the range where this is so."""
+    """Round to an integer 0 to 15, ties to even: adding 1.5 * 2**23 (12582912) to a float32 leaves
+    no fraction bits. The first clamp, to -1 to 16, keeps the sum in the range where this is so."""
     value = tl.minimum(tl.maximum(value, -1.0), 16.0)
     value = (value + 12582912.0) - 12582912.0
     return tl.minimum(tl.maximum(value, 0.0), 15.0)
@@ -39,19 +40,19 @@ def round_kernel(
     weight,  # (N, C) float32
     factor,  # (C, C) float32, upper triangular: of the inverse Hessian, see gptq.inverse_factor
     scales,  # (N, C) float32, contiguous; above 0
-    zeros,  # (N, C) float32, contiguous, as q and errors are
-    q,  # output: the integers, 0 to 15
-    errors,  # output: of each weight, divided by the factor's diagonal
+    zeros,  # (N, C) float32, contiguous
+    q,  # (N, C) float32, contiguous; output: the integers, 0 to 15
+    errors,  # (N, C) float32, contiguous; output: of each weight, divided by the factor's diagonal
     N,
     C,
-    weight_stride,
-    factor_stride,
+    weight_stride,  # from row to row, in numbers
+    factor_stride,  # from row to row, in numbers
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Round one column after another and spread its error over the columns after it.
 
-    w: the weights with the errors compensated so far. indices, lost: become q and errors. div_rn
+    w: the weights, which compensate the errors so far. indices, lost: become q and errors. div_rn
     divides as PyTorch does, rounded to nearest.
     """
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -77,24 +78,23 @@ def round_kernel(
 
 @triton.jit
 def refine_kernel(
-    slope,  # (N, C) float32
+    slope,  # (N, C) float32: half the gradient of the output error
     hessian,  # (C, C) float32
-    q,  # (N, C) float32, contiguous, as all that follow
+    q,  # (N, C) float32, contiguous, as all that follow; the integers, 0 to 15
     scales,
     zeros,
-    better,
-    steps,
+    better,  # output: the new integers
+    steps,  # output: the change of each weight's value
     N,
     C,
-    slope_stride,
-    hessian_stride,
+    slope_stride,  # from row to row, in numbers
+    hessian_stride,  # from row to row, in numbers
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Choose the best integer of one column after another; see gptq.refine_columns.
 
-    slope: half the gradient of the output error; gradient: the same with the changes so far. better
-    and steps are the outputs: the new integers, and the change of each weight's value (taken).
+    gradient: the slope after the changes so far. indices, taken: become better and steps.
     """
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BC)[None, :]
@@ -121,10 +121,10 @@ def refine_kernel(
 
 
 def rowwise(sliced: Tensor, square: Tensor, *others: Tensor) -> list[Tensor]:
-    """Return the matrices with contiguous rows, as the kernels read them.
+    """Return the matrices with contiguous rows, as the kernels read them, in the given order.
 
     sliced: may stay a slice of columns of a wider matrix: the kernels take its stride. square, the
-    matrix (C, C), and others are made contiguous. Returns all in the order of the arguments.
+    matrix (C, C), and others are copied if they are not contiguous.
     """
     sliced = sliced if sliced.stride(1) == 1 else sliced.contiguous()
     return [sliced, *(t.contiguous() for t in (square, *others))]
@@ -137,10 +137,10 @@ def round_columns(
 
     weight: (N, C), may be a slice of a wider matrix. factor: (C, C), upper triangular. scales,
     zeros: (N, C). Returns the integers, as floats, and the errors divided by the factor's diagonal,
-    (N, C) each. enable_fp_fusion=False: products and sums round as PyTorch's do.
+    (N, C) each. enable_fp_fusion=False: products and sums round as in PyTorch.
     """
     N, C = weight.shape
-    # LAPACK stores factors in column order.
+    # The Cholesky factor is stored column by column.
     weight, factor, scales, zeros = rowwise(weight, factor, scales, zeros)
     q, errors = torch.empty_like(scales), torch.empty_like(scales)
     round_kernel[(triton.cdiv(N, ROWS_PER_PROGRAM),)](

@@ -1,7 +1,7 @@
 """Products of 2 to 64 rows, (M, K) x (N, K) -> (M, N), for batches and for verifying drafts.
 
 Start at int4_kernel. Weights are dequantised in registers and multiplied by tensor cores in
-float16, which holds 4-bit and 8-bit integers exactly, and the scales of int4 as they are stored.
+float16, which holds 4-bit and 8-bit integers exactly; int4 scales are stored in float16.
 scale_kernel first scales each row of activations by a power of two into the range of float16.
 
 No GPU instruction converts bytes to float16 as fast as memory delivers them. But the bits
@@ -23,6 +23,7 @@ is the reference of each kernel.
 Words: a nibble is half a byte, an int4 weight. A word is 32 bits. A tile is the (BN, BM) outputs
 that a program computes: BN outputs of BM rows. PDL: whether the launch allows programmatic
 dependent launch. PTX: whether inline assembly is available; Triton's interpreter has none.
+HAS_BIAS: whether bias, (N,), is given.
 
 Shapes: M rows, N out_features, K in_features, W words of a row of weights, P groups of inputs.
 """
@@ -40,11 +41,11 @@ BYTES = tl.constexpr(("0x4400", "0x5511", "0x6622", "0x7733"))  # selectors of p
 
 @triton.jit
 def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
-    """Extract byte `number`, 0 (the lowest) to 3, of each int32 word as an int16, whose upper half
+    """Return byte `number`, 0 (the lowest) to 3, of each int32 word as an int16, whose upper byte
     is undefined.
 
-    The inline assembly, here and below, works on two neighbouring elements: prmt copies the bytes
-    that a selector of BYTES names.
+    The inline assembly, here and below, works on two neighbouring elements at once: prmt copies the
+    bytes of two words that a selector of BYTES names.
     """
     if PTX:
         return tl.inline_asm_elementwise(
@@ -56,9 +57,9 @@ def bytes_of(words, number: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
-    """Return 1024 + (byte & MASK) in float16. bytes: from bytes_of. MASK: a string of PTX, the mask
-    of a byte twice, for two elements: 0x00FF (whole byte), 0x000F or 0x00F0 (a nibble). lop3 with
-    the table 0xEA computes (bytes & MASK) | 0x64006400."""
+    """Return 1024 + (byte & mask) in float16. bytes: from bytes_of. MASK: a string of PTX, which
+    has the mask of an element twice: 00FF (the whole byte), 000F or 00F0 (a nibble of it). lop3
+    with the table 0xEA computes (bytes & MASK) | 0x64006400, for two elements at once."""
     if PTX:
         logic: tl.constexpr = "lop3.b32 $0, $1, " + MASK + ", 0x64006400, 0xEA;"
         return tl.inline_asm_elementwise(logic, "=r,r", [bytes], tl.float16, True, 2)
@@ -70,39 +71,38 @@ def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def scale_kernel(
     x,  # (M, K)
-    out,  # (M, PARTS, Kp / PARTS) float16: input PARTS * i + p at (p, i); 0 beyond K
+    out,  # (M, PER_WORD, Kp / PER_WORD) float16: input PER_WORD * i + p at (p, i); 0 beyond K
     units,  # (M,) float32: x = out * unit
     K,
     Kp,  # K rounded up to the stored width of the weights
     x_stride,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PER_WORD: tl.constexpr,  # inputs that a word of weights multiplies: 8 for int4, 4 for int8
+    BLOCK: tl.constexpr,  # inputs at a time
     PDL: tl.constexpr,
 ):
     """Scale each row of activations to float16 of at most 2**15 by its unit, a power of two.
 
-    A program scales one row. PARTS: 8 for int4 and 4 for int8, the numbers in a word of weights.
-    BLOCK: inputs at a time. A row with an infinite or NaN input gets the unit NaN. The arithmetic
+    A program scales one row. A row with an infinite or NaN input gets the unit NaN. The arithmetic
     on the exponent's bits is explained in fixed_point.fixed_point.
     """
     begin(PDL)
     m = tl.program_id(0)
     wait(PDL)
     largest = tl.zeros((BLOCK,), tl.float32)
-    finite = tl.zeros((BLOCK,), tl.float32)
+    poison = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         values = tl.load(x + m * x_stride + k, k < K, 0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
-        finite += values * 0  # NaN if a value is infinite or NaN
+        poison += values * 0  # NaN if a value is infinite or NaN, else 0
     exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
-    tl.store(units + m, unit.to(tl.float32, bitcast=True) + tl.sum(finite, 0))
+    tl.store(units + m, unit.to(tl.float32, bitcast=True) + tl.sum(poison, 0))
     for start in range(0, Kp, BLOCK):
         k = start + tl.arange(0, BLOCK)
         values = tl.load(x + m * x_stride + k, k < K, 0).to(tl.float32) * inverse
-        place = out + m * Kp + k % PARTS * (Kp // PARTS) + k // PARTS
+        place = out + m * Kp + k % PER_WORD * (Kp // PER_WORD) + k // PER_WORD
         tl.store(place, values.to(tl.float16), k < Kp)
 
 
@@ -122,11 +122,12 @@ def finish_rows(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Store a tile of outputs. With SPLITS > 1 the program that arrives last adds all parts.
+    """Store a tile of outputs. With SPLITS > 1 each program stores its part, and the program that
+    arrives last adds all parts and stores the outputs.
 
     total: this program's sums. scale: of the outputs. units: (M,), of the rows. m, n: (BM,) and
     (BN,), the tile's rows and outputs; mask `inside` leaves out those from M and N on. `place`:
-    their indices in out and in a part.
+    their indices in a part.
     """
     inside = (n[:, None] < N) & (m[None, :] < M)
     place = m[None, :] * N + n[:, None]
@@ -172,22 +173,24 @@ def int4_kernel(
     N,
     W,
     weight_stride,  # from row to row, in chunks of 4 words
-    scale_stride,
-    zero_stride,
-    WORDS: tl.constexpr,  # of a group: groupsize / 8
+    scale_stride,  # from row to row, in numbers
+    zero_stride,  # from row to row, in bytes
+    WORDS: tl.constexpr,  # words of a group: groupsize / 8
     BN: tl.constexpr,
     BM: tl.constexpr,
-    GROUPS: tl.constexpr,  # dequantised at a time
+    GROUPS: tl.constexpr,  # groups that a step dequantises
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply M rows by int4 weights. The grid is (tiles of outputs, tiles of rows, SPLITS).
+    """Multiply M rows by int4 weights. The launch has (tiles of outputs, tiles of rows, SPLITS)
+    programs.
 
-    A program computes a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a
-    step. number: the zero points, factor: the scales, of each word. low, high: the weights of the
-    low and high nibbles; 1024 and 64 are the numbers that number_above has added.
+    A program sums a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a step.
+    It loads the zero points and scales of a step one step ahead. number: the zero point, factor:
+    the scale, of each word. low, high: the differences nibble - zero point of the low and the high
+    nibbles; number_above has added 1024, and, divided by 16 with a high nibble, 64.
     """
     begin(PDL)
     BW: tl.constexpr = GROUPS * WORDS
@@ -211,7 +214,7 @@ def int4_kernel(
         k = start + tl.arange(0, BW)[:, None]
         mask = (k < W) & (m[None, :] < M)  # (BW, BM)
         inputs = x + (m[None, :] * 8) * W + k
-        for byte in tl.static_range(4):
+        for byte in tl.static_range(4):  # its nibbles multiply inputs 2 * byte and 2 * byte + 1
             both = bytes_of(words, byte, PTX)
             low = number_above(both, "0x000F000F", PTX) - (number + 1024)
             total = tl.dot(
@@ -228,7 +231,7 @@ def int4_kernel(
         inside = real & (group * WORDS < W)
         zero = tl.load(zero_row + group // 2, inside, 0)
         scale = tl.load(scale_row + group, inside, 0)
-    ones = tl.full((BN,), 1, tl.float32)
+    ones = tl.full((BN,), 1, tl.float32)  # the weights are scaled already
     finish_rows(total, ones, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)
 
 
@@ -254,10 +257,11 @@ def int8_kernel(
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Multiply M rows by int8 weights. The grid is (tiles of outputs, tiles of rows, SPLITS).
+    """Multiply M rows by int8 weights. The launch has (tiles of outputs, tiles of rows, SPLITS)
+    programs.
 
-    A program computes a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a
-    step. 1152 = 1024 (see number_above) + 128 (see raised).
+    A program sums a (BN, BM) tile over 1/SPLITS of the words, from `first` on, BW words in a step.
+    1152 = 1024 (see number_above) + 128 (see raised).
     """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)

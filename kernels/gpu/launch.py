@@ -6,10 +6,12 @@ Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
 weight, scales and zeros are the buffers of an Int8Linear or Int4Linear (quant/linear.py): weight
 (N, K) int8 and scales (N,) float32, or weight (N, P*S/2) uint8, scales (N, P) float16 and zeros
 (N, ceil(P/2)) uint8. bias: (N,) or None. The int4 kernels need rows of weights that begin at a
-multiple of 16 bytes, as those of an Int4Linear do. tile: sizes of the part that a program (a block
-of threads) computes; tests and benchmarks pass others than those of tiles.py.
+multiple of 16 bytes, as the rows of an Int4Linear do. tile: sizes of the piece of the result that a
+program (a block of threads) computes; None: the measured sizes of tiles.py. Tests and benchmarks
+pass others.
 
-Shapes: M rows, N out_features, K in_features, S groupsize, P = ceil(K / S) groups.
+Shapes: M rows of activations, N out_features, K in_features, S groupsize, P = ceil(K / S) groups;
+of attention, see kernels/gpu/attention.py.
 """
 
 import functools
@@ -27,16 +29,16 @@ from kernels.gpu.support import dependent_launch
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-CHUNK_BYTES = 16
-MAX_ROWS_PER_PROGRAM = 64  # more rows take another read of the weights
+CHUNK_BYTES = 16  # of weights: a chunk of int8 or int4 inputs, see fixed_point.py
+MAX_ROWS_PER_PROGRAM = 64  # of a few-rows product: more rows take another read of the weights
 COUNTERS = 65536  # at least as many as the largest weight, an output head, has tiles
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
-    """Return the launch options that all kernels share.
+    """Return the launch options that all kernels of this file share.
 
     x: a tensor on the device. warps: of a program, 32 threads each. PDL tells the kernel, and
-    launch_pdl the launch, that it may start before the previous kernel has ended.
+    launch_pdl the launch, that the kernel may start before the previous one has ended.
     """
     pdl = dependent_launch(x.device)
     given = {"PDL": pdl, "num_warps": warps, "enable_fp_fusion": True}
@@ -47,8 +49,6 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
     """Multiply x, (1, K), by a dense weight, (N, K) -> (1, N) in x's dtype, plus the bias.
 
     K and weight.stride(0) must be multiples of 8. x must be contiguous.
-
-    tile: None for the measured tile of tiles.py.
     """
     N, K = weight.shape
     tile = tile or ONE_ROW["dense"][shape_class(N, K)]
@@ -72,16 +72,16 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
 def fixed_point(
     x: Tensor, order: Order, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False
 ) -> FixedPoint:
-    """Convert (K,), or (2 K,) if gated, to 16-bit fixed point; see fixed_point.py.
+    """Convert x, (K,) or, if gated, (2 K,), to 16-bit fixed point; see fixed_point.py.
 
     x: contiguous. order: INT8 or INT4, by the weights that follow. norm, eps, gated: see Prologue
-    in kernels/gpu/__init__.py. A program converts 512 inputs.
+    in kernels/gpu/__init__.py.
     """
     K, size = len(x) // (2 if gated else 1), order.size
-    C = triton.cdiv(K, size)
+    C = triton.cdiv(K, size)  # chunks of the row
     q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
     units, sums = x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.int32)
-    chunks = 512 // size  # of a program
+    chunks = 512 // size  # of a program, which converts 512 inputs
     one_row.fixed_point_kernel[(triton.cdiv(C, chunks),)](
         x,
         norm,
@@ -113,7 +113,6 @@ def int8_row(
     """Multiply one row by weight, (N, K) int8 -> (1, N) in dtype, plus the bias.
 
     x: the row in the order INT8, from fixed_point. K and weight.stride(0) must be multiples of 16.
-    tile: None for the measured tile of tiles.py.
     """
     N, K = weight.shape
     tile = tile or ONE_ROW["int8"][shape_class(N, K)]
@@ -148,7 +147,7 @@ def int4_row(
 ) -> Tensor:
     """Multiply one row by the weights of an Int4Linear -> (1, N) in dtype, plus the bias.
 
-    x: the row in the order INT4, from fixed_point. tile: None for the measured tile of tiles.py.
+    x: the row in the order INT4, from fixed_point.
     """
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
@@ -177,15 +176,15 @@ def int4_row(
     return out
 
 
-def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
-    """Scale x, (M, K), for a few-rows product -> (M, parts, width / parts) float16, and the units,
-    (M,) float32: x = out * unit. Input parts * i + p is at (p, i); see scale_kernel.
+def scaled_rows(x: Tensor, width: int, per_word: int) -> tuple[Tensor, Tensor]:
+    """Scale x, (M, K), for a few-rows product: x = out * unit, unit: a power of two of each row.
 
-    width: inputs of a row of weights, K or K padded to whole groups. parts: inputs in a word of
-    weights.
+    Returns out, (M, per_word, width / per_word) float16, and the units, (M,) float32. Input
+    per_word * i + p is at (p, i) of its row. width: inputs of a row of weights, K or K padded to
+    whole groups. per_word: inputs that a word (4 bytes) of weights multiplies.
     """
     M, K = x.shape
-    out = x.new_empty(M, parts, width // parts, dtype=torch.float16)
+    out = x.new_empty(M, per_word, width // per_word, dtype=torch.float16)
     units = x.new_empty(M, dtype=torch.float32)
     block = min(8192, triton.next_power_of_2(K))
     few_rows.scale_kernel[(M,)](
@@ -195,7 +194,7 @@ def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
         K,
         width,
         x.stride(0),
-        PARTS=parts,
+        PER_WORD=per_word,
         BLOCK=block,
         **options(x, 8 if block > 2048 else 4),
     )
@@ -203,7 +202,7 @@ def scaled_rows(x: Tensor, width: int, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of_tile(M: int) -> int:
-    """Return the rows that a program multiplies: 8, 16, 32 or 64."""
+    """Return how many rows a program multiplies: 8, 16, 32 or 64. M: rows of the product."""
     return min(MAX_ROWS_PER_PROGRAM, max(8, triton.next_power_of_2(M)))
 
 
@@ -213,7 +212,7 @@ def int8_rows(
     """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N) in x's dtype, plus the bias.
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. K and
-    weight.stride(0) must be multiples of 4. tile: None for the measured tile of tiles.py.
+    weight.stride(0) must be multiples of 4.
     """
     (N, K), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int8", M, N, K)
@@ -253,13 +252,12 @@ def int4_rows(
 ) -> Tensor:
     """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N) in x's dtype, plus the bias.
 
-    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. tile: None
-    for the measured tile of tiles.py. A program's step reads tile.words words (of 4 bytes) of each
-    row of weights, or one group if that is more.
+    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. A program's
+    step reads tile.words words (of 4 bytes) of each row of weights, or one group if that is more.
     """
     (N, columns), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
-    words = columns // scales.shape[1] // 4  # of a group
+    words = columns // scales.shape[1] // 4  # words of a group
     inputs, units = scaled_rows(x, 2 * columns, 8)
     out = x.new_empty(M, N)
     few_rows.int4_kernel[grid(M, N, tile)](
@@ -291,14 +289,15 @@ def int4_rows(
 
 
 def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
-    """Return the programs of a few-rows product: tiles of outputs, of rows, and splits of K."""
+    """Return the numbers of programs of a few-rows product: tiles of its N outputs, tiles of its M
+    rows, and splits of the inputs."""
     return triton.cdiv(N, tile.outputs), triton.cdiv(M, rows_of_tile(M)), tile.splits
 
 
 def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
-    """Return memory for the sums of programs that divide K, and counters: the arguments `parts` and
-    `arrived` of few_rows.finish_rows. x: (M, K). The memory is empty if one program has all of K.
-    """
+    """Return the arguments `parts` and `arrived` of few_rows.finish_rows: memory for the sums of
+    programs that divide the inputs of x, (M, K), and counters. The memory is empty if they do not
+    divide them."""
     size = tile.splits * len(x) * N if tile.splits > 1 else 0
     return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
 
@@ -307,9 +306,9 @@ def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
 def arrivals(device: torch.device) -> Tensor:
     """Return counters of 0 for programs that share a tile; the last program resets its counter.
 
-    A program counts itself when it has stored its part; the one that finds all others counted adds
-    the parts. All launches on a device share the counters, so these kernels must not run on two
-    streams at a time.
+    A program counts itself when it has stored its part; the program that finds all others counted
+    adds the parts. All launches on a device share the counters, so kernels that count must not run
+    on two streams at a time.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
@@ -317,11 +316,11 @@ def arrivals(device: torch.device) -> Tensor:
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weights of an Int8Linear, (N, K) in dtype, from its buffers.
 
-    For products of many rows, and to share dequantised weights. A program writes 4096 inputs.
+    For products of many rows, and for micro-batches that share dequantised weights.
     """
     N, K = weight.shape
     out = weight.new_empty(N, K, dtype=dtype)
-    unpack.int8_kernel[(triton.cdiv(K, 4096), N)](
+    unpack.int8_kernel[(triton.cdiv(K, 4096), N)](  # a program: 4096 weights of a row
         weight, scales, out, N, K, weight.stride(0), BN=1, BK=4096, **options(weight, 4)
     )
     return out
@@ -332,12 +331,12 @@ def dequantize_int4(
 ) -> Tensor:
     """Return the weights of an Int4Linear, (N, in_features) in dtype, from its buffers.
 
-    For products of many rows, and to share dequantised weights. The padding of the last group is
-    left out.
+    For products of many rows, and for micro-batches that share dequantised weights. The padding of
+    the last group is left out.
     """
     (N, columns), P = weight.shape, scales.shape[1]
     half = columns // P  # bytes of a group
-    groups = 2048 // half  # of a program: 4096 inputs of a row
+    groups = 2048 // half  # of a program: 4096 weights of a row
     out = weight.new_empty(N, in_features, dtype=dtype)
     unpack.int4_kernel[(triton.cdiv(P, groups), N)](
         weight,
@@ -357,13 +356,13 @@ def dequantize_int4(
     return out
 
 
-TENSOR_CORE_TYPES = {
+TENSOR_CORE_TYPES = {  # dtype of the queries -> type in which the attention kernel multiplies
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-POSITIONS_PER_STEP = 64  # of the attention kernel
-ATTENTION_PROGRAMS = 128  # about one for each multiprocessor
+SLOTS_PER_STEP = 64  # of a program of the attention kernel
+ATTENTION_PROGRAMS = 128  # about one for each multiprocessor of an H100
 
 
 def attend(
@@ -376,14 +375,15 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute attention of q, (B, T, H, E), over the first S positions of a cache.
+    """Compute attention of q, (B, T, H, E), over the first S slots of a cache -> (B, T, H, E).
 
-    Returns (B, T, H, E). k, v: (B, positions, G, E), or the bytes (B, positions, G, E*bits/8) of a
-    QuantizedKVCache, whose scales and lows are `extra`: of the keys, then of the values. Of a dense
-    cache, of any float dtype, extra is empty. mask: (B, 1, R*T, S), as that of Transformer.mask.
-    pos: (B, T), the positions of the queries if the mask is causal; the kernel then does not read
-    it. scale, softcap: see Scores. q, mask and pos must be contiguous. For few rows: the R*T query
-    rows of a key/value head are one tile.
+    k, v: (B, slots + 1, G, E), or the bytes (B, slots + 1, G, E*bits/8) of a QuantizedKVCache,
+    whose scales and lows are `extra`: of the keys, then of the values. Of a dense cache, of any
+    float dtype, extra is empty. mask: (B, 1, R*T, S), from Transformer.mask. pos: (B, T), the slots
+    of the queries' own tokens, if a query sees all slots up to its own: the kernel then does not
+    read the mask; None: it reads the mask. scale, softcap: see layers.kv_cache.Scores. q, mask and
+    pos must be contiguous. Only for few new tokens: the R*T queries of a key/value head are one
+    tile.
     """
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R, bits = H // G, 8 * width // E if extra else 16
@@ -395,7 +395,7 @@ def attend(
         q,
         k,
         v,
-        *(extra or (k, k, k, k)),  # placeholders that the kernel does not read
+        *(extra or (k, k, k, k)),  # of a dense cache: placeholders that the kernel does not read
         pos,
         mask,
         parts,
@@ -405,16 +405,17 @@ def attend(
         T,
         G,
         mask.shape[-1],
-        k.stride(0) // (G * width),
+        k.stride(0) // (G * width),  # a token has G * width numbers
         k.stride(1) // (G * width),
         *exponents(scale, softcap),
         R=R,
         E=E,
+        # Tensor cores multiply at least 16 x 16; of 4 bits, half of the channels at a time.
         BE=max(16 * (2 if bits == 4 else 1), triton.next_power_of_2(E)),
         GROUP=E // extra[0].shape[-1] if extra else E,
         BITS=bits,
-        BR=max(16, triton.next_power_of_2(R * T)),
-        BS=POSITIONS_PER_STEP,
+        BQ=max(16, triton.next_power_of_2(R * T)),
+        BS=SLOTS_PER_STEP,
         STEPS=steps,
         SPLITS=splits,
         DOT=TENSOR_CORE_TYPES[q.dtype],
@@ -426,21 +427,24 @@ def attend(
 
 
 def attention_warps(channels: int, causal: bool) -> int:
-    """Return the warps of a program of the attention kernel. 4 were measured; with these, other
-    masks or wider heads would need more registers than a thread has."""
+    """Return the warps of a program of the attention kernel. channels: E. Times were measured with
+    4; a mask that is read, or a wider head, would then need more registers than a thread has."""
     return 4 if causal and channels <= 128 else 8
 
 
 def shares(visible: int, heads: int) -> tuple[int, int]:
-    """Return by how many programs the visible positions of a key/value head are divided, and how
-    many blocks of POSITIONS_PER_STEP positions each has. heads: B * G."""
-    blocks = triton.cdiv(visible, POSITIONS_PER_STEP)
-    splits = max(1, min(blocks, ATTENTION_PROGRAMS // heads))
-    steps = triton.cdiv(blocks, splits)
-    return triton.cdiv(blocks, steps), steps
+    """Return how many programs divide the visible slots of a key/value head among them, and how
+    many steps of SLOTS_PER_STEP slots each takes. heads: B * G."""
+    all_steps = triton.cdiv(visible, SLOTS_PER_STEP)
+    splits = max(1, min(all_steps, ATTENTION_PROGRAMS // heads))
+    steps = triton.cdiv(all_steps, splits)
+    # As steps is rounded up, fewer programs may suffice.
+    return triton.cdiv(all_steps, steps), steps
 
 
 def exponents(scale: float, softcap: float | None) -> tuple[float, float]:
-    """Return the attention kernel's factor and cap: its scores are exponents of 2, see limited."""
+    """Return the attention kernel's factor, of the products of queries and keys, and its cap (0.0:
+    none). They turn scores x into exponents of 2: e**x = 2**(x * log2(e)); see attention.limited.
+    """
     base = math.log2(math.e)
     return (base * scale, 0.0) if softcap is None else (2 * base * scale / softcap, base * softcap)

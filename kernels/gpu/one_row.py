@@ -9,13 +9,15 @@ instructions for eight 4-bit weights, exact in 32 bits.
 A program computes BN outputs and loops over K in steps of BC chunks of 16 bytes of weights. It
 loads its first weights before the previous kernel has ended (programmatic dependent launch, compute
 capability 9.0 on). This is safe because no kernel of a step writes weights, scales or zero points.
+Each step loads the weights of the next one before it multiplies its own, so that both overlap.
 
 The reference of each kernel is the PyTorch formula in quant/linear.py.
 
 Words: a nibble is half a byte, an int4 weight. A chunk is the 32 (int4) or 16 (int8) inputs whose
 weights take 16 bytes, or 8 inputs of a dense weight. A word is 32 bits. PDL: whether the launch
-allows dependent launch. PTX: whether inline assembly is available. `real` masks outputs below N,
-`inside` also chunks below C; `following` are the words of the next step, loaded one step ahead.
+allows dependent launch. PTX: whether inline assembly is available; Triton's interpreter has none.
+`real` masks outputs below N, `inside` also chunks below C; `following` are the weights of the next
+step. HAS_BIAS: whether bias, (N,), is given.
 
 Shapes: N out_features, K in_features, C chunks, P groups of inputs.
 """
@@ -27,11 +29,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX: tl.constexpr):
-    """Add to total the products of an int16 pair and the two low (or HIGH) bytes of a word.
+    """Return total plus the products of a pair of int16 and the two low (or HIGH) bytes of a word.
 
     pairs: int32, two activations each. bytes: int32, four bytes of weights each; HIGH selects the
-    two high ones. They are broadcast. SIGNED: the bytes are int8, else uint8. total: int32 or 0.
-    PTX False: compute by shifts, for Triton's interpreter, which has no inline assembly.
+    two high ones. pairs and bytes are broadcast. SIGNED: the bytes are int8, else uint8. total:
+    int32 or 0. Without PTX it computes by shifts.
     """
     if PTX:
         if SIGNED:
@@ -45,7 +47,7 @@ def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX
         if HIGH:
             bytes = bytes >> 16
         first, second = bytes & 255, (bytes >> 8) & 255
-        if SIGNED:
+        if SIGNED:  # 128 to 255 become -128 to -1
             first, second = (first ^ 128) - 128, (second ^ 128) - 128
         total += ((pairs << 16) >> 16) * first + (pairs >> 16) * second
     return total
@@ -53,24 +55,24 @@ def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start; it calls wait before it reads the results of this one. Every
-    kernel calls it first."""
+    """Let the next kernel start. Every kernel calls it first; the next one calls wait before it
+    reads this kernel's results."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Wait until the previous kernels have ended; call it before reading their results, and before
-    writing to memory that they may still read."""
+    """Wait until the previous kernels have ended. Kernels call it before they read the previous
+    ones' results, and before they write to memory that those may still read."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
-    """Add the bias to BN outputs, total, and store them in the dtype of `out`. n: (BN,), their
-    indices; those from N on are left out."""
+    """Add the bias to the outputs total, (BN,), and store them in the dtype of `out`. n: (BN,),
+    their indices; outputs from N on are left out."""
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)
     tl.store(out + n, total.to(out.dtype.element_ty), n < N)
@@ -88,18 +90,18 @@ def fixed_point_kernel(
     eps,
     SIZE: tl.constexpr,  # inputs of a chunk
     NIBBLES: tl.constexpr,  # inputs per byte of weights: 1 or 2
-    NORM: tl.constexpr,  # the inputs are RMSNorm(x)
-    GATED: tl.constexpr,  # the inputs are silu(first half) * second half
-    BC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,  # whether the inputs are the RMS norm of x
+    GATED: tl.constexpr,  # whether the inputs are silu(first half) * second half
+    BC: tl.constexpr,  # chunks that a program converts
+    BLOCK: tl.constexpr,  # inputs that NORM squares at a time
     PDL: tl.constexpr,
 ):
-    """Compute the prologue of a row (Prologue in kernels/gpu/__init__.py), then fixed point.
+    """Compute the prologue of a row (Prologue in kernels/gpu/__init__.py), then convert the row to
+    fixed point: q, units and sums of a FixedPoint.
 
-    A program converts BC chunks. For each place in the result, k is the input that belongs there
-    (fixed_point.Order). The bit arithmetic is that of fixed_point.fixed_point. BLOCK: inputs that
-    NORM squares at a time. With NORM every program sums the squares of the whole row: the row is in
-    the L2 cache, and a separate kernel for the sum would take longer.
+    For each place in the result, k is the input that belongs there (fixed_point.Order). The bit
+    arithmetic is that of fixed_point.fixed_point. With NORM every program sums the squares of the
+    whole row: the row is in the L2 cache, and a separate kernel for the sum would take longer.
     """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -118,6 +120,7 @@ def fixed_point_kernel(
             row = tl.load(x + all, all < K, 0).to(tl.float32)
             squares += row * row
         values = values * tl.rsqrt(tl.sum(squares, 0) / K + eps) * factor
+        # Round as the separate norm or gate would, whose output has the dtype of x.
         values = values.to(x.dtype.element_ty).to(tl.float32)
     if GATED:
         up = tl.load(x + K + k, k < K, 0).to(tl.float32)
@@ -149,8 +152,8 @@ def int4_kernel(
     N,
     C,
     weight_stride,  # from row to row, in chunks
-    scale_stride,
-    zero_stride,
+    scale_stride,  # from row to row, in numbers
+    zero_stride,  # from row to row, in bytes
     CHUNKS: tl.constexpr,  # chunks of a group: groupsize / 32
     BN: tl.constexpr,
     BC: tl.constexpr,
@@ -162,8 +165,8 @@ def int4_kernel(
 
     The products of q and the nibbles are summed as integers. number, the zero point, times the
     chunk's sum of q is subtracted, and the result is multiplied by the scale and the unit. The four
-    planes of pairs belong to the low nibbles of the low and high bytes of a word, then to the high
-    nibbles.
+    planes of pairs belong to the low nibbles (even) of a word's low bytes and of its high bytes,
+    then to the high nibbles (odd) of both.
     """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -217,7 +220,7 @@ def int8_kernel(
 ):
     """Multiply one row by int8 weights. A program computes BN outputs, BC chunks in a step.
 
-    The two planes of pairs belong to the low and the high two bytes of a word of weights.
+    The two planes of pairs belong to the low two bytes of a word of weights and to the high two.
     """
     begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -249,7 +252,7 @@ def dense_kernel(
     out,  # (N,)
     N,
     K,
-    weight_stride,  # from row to row, in chunks of 8
+    weight_stride,  # from row to row, in chunks of 8 numbers
     BN: tl.constexpr,
     BC: tl.constexpr,  # chunks of 8 inputs
     HAS_BIAS: tl.constexpr,

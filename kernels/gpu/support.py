@@ -10,8 +10,8 @@ MIN_CAPABILITY = 8, 0  # Ampere: the first tensor cores that multiply bfloat16
 
 @functools.cache
 def unsupported_reason(device: torch.device) -> str | None:
-    """Return why the kernels do not run on a device, or None if they do. AMD's GPUs are of device
-    type "cuda", too, and have no torch.version.cuda."""
+    """Return why the kernels do not run on a device, or None if they do."""
+    # AMD's GPUs are of device type "cuda", too, but PyTorch for them has no torch.version.cuda.
     if device.type != "cuda" or torch.version.cuda is None:
         return "they are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
@@ -25,5 +25,5 @@ def unsupported_reason(device: torch.device) -> str | None:
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
     """Return whether a kernel may start before the previous one has ended (programmatic dependent
-    launch): NVIDIA GPUs of compute capability 9.0 on."""
+    launch): on NVIDIA GPUs of compute capability 9.0 or higher."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

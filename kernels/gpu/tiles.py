@@ -2,8 +2,8 @@
 
 The tables replace an autotuner, which would delay the first token. benchmarks/gpu_tune.py measured
 them on an H100 (benchmarks/results/*gpu-tune*). Another GPU computes the same results with them;
-other tiles may be faster there. A program is a block of threads that computes a part of the result;
-warps: the program's threads divided by 32.
+other tiles may be faster there. A program is a block of threads that computes a tile, a piece of
+the result; warps: the program's threads divided by 32.
 
 Shapes: M rows of activations, N out_features, K in_features.
 """
@@ -14,8 +14,8 @@ from typing import NamedTuple
 class OneRow(NamedTuple):
     """The tile of a one-row kernel.
 
-    outputs: computed by a program. chunks: of 16 bytes of weights, read from each output's row in a
-    step of the program's loop.
+    outputs: computed by a program. chunks: of 16 bytes of weights, which a step of the program's
+    loop reads from each output's row.
     """
 
     outputs: int
@@ -26,9 +26,9 @@ class OneRow(NamedTuple):
 class FewRows(NamedTuple):
     """The tile of a few-rows kernel.
 
-    outputs: computed by a program. words: of 4 bytes of weights, read from each output's row in a
-    step of the program's loop. splits: programs that divide the K inputs among them. stages:
-    Triton's num_stages, the steps whose loads are in flight at a time.
+    outputs: of each row, computed by a program. words: of 4 bytes of weights, which a step of the
+    program's loop reads from each output's row. splits: programs that divide the K inputs among
+    them. stages: Triton's num_stages, the steps whose loads are under way at a time.
     """
 
     outputs: int
@@ -41,8 +41,8 @@ class FewRows(NamedTuple):
 def shape_class(N: int, K: int) -> str:
     """Return the class of a weight, (N, K), by which the tables below choose a tile.
 
-    The limits lie between the shapes of large models' layers. head: the output head. wide: w1 and
-    w3 (in one matrix, w13). long: w2. square: attention, and all layers of small models.
+    The limits lie between the shapes of large models' layers: "head" is the output head, "wide" w1
+    and w3 (in one matrix, w13), "long" w2, "square" attention and all layers of small models.
     """
     if N > 65536:
         return "head"
@@ -71,8 +71,8 @@ ONE_ROW: dict[str, dict[str, OneRow]] = {
         "head": OneRow(2, 64, 1),
     },
 }
-# The bool of a key: more than MAX_SMALL_TILE_ROWS rows, for which a program needs more threads. Of
-# the other rows, only this bool changes the bits of a row's result.
+# The bool of a key: whether there are more than MAX_SMALL_TILE_ROWS rows, for which a program needs
+# more threads. The number of rows changes the bits of a row's result by this bool only.
 MAX_SMALL_TILE_ROWS = 16
 FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
     ("int8", False): {

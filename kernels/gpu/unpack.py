@@ -4,6 +4,7 @@ Start at int4_kernel. It reads the packed weights once and writes dense ones, by
 multiplies. Consecutive programs write consecutive pieces of a row. The results have the bits of the
 PyTorch formula in quant/linear.py: (q - zero) * scale in float32, rounded once. A nibble is half a
 byte, an integer 0 to 15; begin and wait order the kernel after the one before it (one_row.py).
+Indices n of rows become int64, since a weight may have more than 2**31 numbers.
 
 Shapes: N out_features, K in_features, KB bytes of a row of weights, P groups of inputs.
 """
@@ -23,8 +24,8 @@ def int4_kernel(
     N,
     K,
     weight_stride,  # from row to row, in chunks of 16 bytes
-    scale_stride,
-    zero_stride,
+    scale_stride,  # from row to row, in numbers
+    zero_stride,  # from row to row, in bytes
     HALF: tl.constexpr,  # bytes of a group: groupsize / 2
     BN: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -32,7 +33,8 @@ def int4_kernel(
 ):
     """Dequantise GROUPS groups of BN rows. BN, GROUPS and HALF: powers of two.
 
-    PDL: whether the launch allows dependent launch. The grid is (blocks of groups, blocks of rows).
+    PDL: whether the launch allows dependent launch. The launch has (ceil(P / GROUPS), ceil(N / BN))
+    programs.
     """
     begin(PDL)
     wait(PDL)
@@ -66,7 +68,7 @@ def int8_kernel(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Dequantise BK inputs of BN rows. The grid is (blocks of inputs, blocks of rows).
+    """Dequantise BK inputs of BN rows. The launch has (ceil(K / BK), ceil(N / BN)) programs.
 
     weight_stride: from row to row, in numbers. PDL: whether the launch allows dependent launch.
     """
