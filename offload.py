@@ -191,9 +191,7 @@ class StreamedLayers(nn.ModuleList):
             x = OffloadedActivations(x, self.policy)
         workers = self._workers if self._computes_in_threads() else None
         B, T, _ = x.shape
-        # zigzag calls the block several times if a call cannot take all B rows: a call takes at
-        # most micro_batch rows, and at most tokens_at_once tokens, T of each row.
-        several_calls = min(self.policy.micro_batch, self.policy.tokens_at_once // T) < B
+        several_calls = self.policy.rows_per_call(T) < B  # of the block, by zigzag
         # Several calls use the same weights: dequantise them once. Compiled code is specialised to
         # the quantised linears, and the CPU's kernels need no dequantised weights.
         unpack = several_calls and self.device.type == "cuda" and self.run is eager
@@ -349,8 +347,7 @@ def zigzag(
 ) -> None:
     """Compute a block for all rows of x, (B, T, D), in place, one micro-batch after the other.
 
-    Called once for each layer and pass. To limit the memory of activations, a call of the block
-    gets only as many rows as have policy.tokens_at_once tokens together, at least one row.
+    Called once for each layer and pass. A call of the block gets policy.rows_per_call rows.
     block: called with x, rotation, mask, pos and cache of some rows; returns the new x of these.
     x: a tensor, or OffloadedActivations. rotation: two tensors, or None without rotary positions.
     mask: see Transformer.mask. pos: (B, T), the slots in which the rows write. rotation, mask and
@@ -358,7 +355,7 @@ def zigzag(
     workers: threads that compute several micro-batches at the same time; None: one at a time.
     """
     (B, T, _), g = x.shape, policy.micro_batch
-    rows_per_call = max(1, min(g, policy.tokens_at_once // T))
+    rows_per_call = policy.rows_per_call(T)
 
     def compute(cell: KVCache | HostAttention, first: int, end: int) -> None:
         """Compute rows first to end - 1, a micro-batch, whose part of the cache is `cell`."""

@@ -133,10 +133,8 @@ def trained_blocks(
     """
     log_above_bars(f"training for {steps} steps on {len(tokens)} texts")
     trained, before, after = distill(checkpoint, tokens, linears, steps, work, device)
-    outcome = "" if after < before else "; GPTQ's integers are kept"
-    log_above_bars(
-        f"trained: {before:.4f} nats per token from the dense model, now {after:.4f}{outcome}"
-    )
+    now = "now" if after < before else "so GPTQ's integers are kept: trained ones would have"
+    log_above_bars(f"trained: {before:.4f} nats per token from the dense model, {now} {after:.4f}")
     return trained
 
 

@@ -136,8 +136,10 @@ def check_sequences(sequences: Sequence[tuple[Ids, int]], context: int, vocab_si
     because the last id is scored but not read. vocab_size: all ids must be below it.
     """
     for number, (ids, start) in enumerate(sequences):
-        if not 1 <= start < len(ids):
-            raise ValueError(f"sequence {number}: no ids after position {start} of {len(ids)}")
+        if start < 1:
+            raise ValueError(f"sequence {number}: the first id cannot be scored: none precedes it")
+        if start >= len(ids):
+            raise ValueError(f"sequence {number}: no ids from {start} on, it has {len(ids)}")
         if len(ids) > context + 1:
             raise ValueError(
                 f"sequence {number} has {len(ids)} ids and the model's context is {context}"

@@ -30,6 +30,7 @@ import numpy as np
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER = 425, 426  # the same on every architecture
 IORING_OP_READV, IORING_ENTER_GETEVENTS = 1, 1
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000  # mmap offsets
+SINGLE_MMAP = 1  # IORING_FEAT_SINGLE_MMAP: one mapping has both queues
 MAX_THREADS = 32  # of a ThreadReader
 UINT32_MASK = 2**32 - 1  # heads and tails have 32 bits and wrap around
 SPIN_SECONDS = 2e-3  # polling time before the thread sleeps until requests complete
@@ -163,13 +164,15 @@ class CompletionOffsets(ctypes.Structure):
 
 
 class UringParameters(ctypes.Structure):
-    """struct io_uring_params, which the kernel fills in. ignored: flags, features and others, which
-    the program leaves 0."""
+    """struct io_uring_params, which the kernel fills in. features: bits, of which SINGLE_MMAP is one.
+    ignored: fields that the program leaves 0."""
 
     _fields_ = [
         ("sq_entries", ctypes.c_uint32),
         ("cq_entries", ctypes.c_uint32),
-        ("ignored", ctypes.c_uint32 * 8),
+        ("ignored", ctypes.c_uint32 * 3),
+        ("features", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32 * 4),
         ("sq_offsets", SubmissionOffsets),
         ("cq_offsets", CompletionOffsets),
     ]
@@ -188,6 +191,8 @@ class UringReader:
         self._ring = LIBC.syscall(SYS_IO_URING_SETUP, depth, ctypes.byref(parameters))
         if self._ring < 0:
             raise OSError(ctypes.get_errno(), "the kernel refuses io_uring")
+        if not parameters.features & SINGLE_MMAP:
+            raise OSError("the kernel maps the queues of io_uring apart, before Linux 5.4")
         self.depth = parameters.sq_entries
         self._map_queues(parameters)
         self._map_requests()

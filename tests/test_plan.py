@@ -213,6 +213,11 @@ def test_micro_batches_by_hand_share_the_rows_of_the_batch(given: dict, rows: tu
     assert (found.micro_batch, found.micro_batches) == rows
 
 
+def test_a_call_of_a_layer_gets_one_row_at_least():
+    policy = Policy(micro_batch=4, tokens_at_once=512)
+    assert [policy.rows_per_call(tokens) for tokens in (1, 128, 200, 512, 513)] == [4, 4, 2, 1, 1]
+
+
 def test_curves_are_straight_between_points_and_beyond():
     curve = Curve((1, 3, 5), (10.0, 20.0, 40.0))
     assert [curve(size) for size in (0.5, 1, 2, 3, 4, 5, 7)] == [10, 10, 15, 20, 30, 40, 60]

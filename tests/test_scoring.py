@@ -164,8 +164,8 @@ def test_nothing_asked_nothing_said(lm: LoadedModel):
 @pytest.mark.parametrize(
     ("ids", "start", "message"),
     [
-        ([1, 2, 3], 0, "no ids after position 0 of 3"),
-        ([1, 2, 3], 3, "no ids after position 3 of 3"),
+        ([1, 2, 3], 0, "the first id cannot be scored"),
+        ([1, 2, 3], 3, "no ids from 3 on, it has 3"),
         ([1] * 514, 1, "514 ids and the model's context is 512"),
         ([1, 2048], 1, "ids from 1 to 2048 and the model knows 0 to 2047"),
     ],

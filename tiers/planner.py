@@ -257,8 +257,8 @@ class Planner:
         totals["device"] += sizes.always_on_device + buffers + self.activation_bytes(policy, work)
         if self.device_is_cpu:
             totals["device"] += totals.pop("host")
-        else:  # host memory through which a layer and a cell are read from disk
-            totals["host"] += sizes.layer + max(cells)
+        else:  # host memory through which layers and a cell are read from disk
+            totals["host"] += WEIGHT_BUFFERS * sizes.layer + max(cells)
         return totals
 
     def activation_bytes(self, policy: Policy, work: Workload) -> int:

@@ -105,6 +105,11 @@ class Policy:
         """The number of rows that run together: of a block of rows."""
         return self.micro_batch * self.micro_batches
 
+    def rows_per_call(self, tokens: int) -> int:
+        """Return how many rows of `tokens` new tokens each a layer computes in one call: at most a
+        micro-batch, with at most tokens_at_once tokens together, and at least one row."""
+        return max(1, min(self.micro_batch, self.tokens_at_once // tokens))
+
     @property
     def plain(self) -> bool:
         """Whether the model can run without offloading: all is on the device, a block of rows is
