@@ -164,8 +164,8 @@ class CompletionOffsets(ctypes.Structure):
 
 
 class UringParameters(ctypes.Structure):
-    """struct io_uring_params, which the kernel fills in. features: bits, of which SINGLE_MMAP is one.
-    ignored: fields that the program leaves 0."""
+    """struct io_uring_params, which the kernel fills in. features: bits, such as SINGLE_MMAP.
+    ignored, reserved: fields that the program leaves 0."""
 
     _fields_ = [
         ("sq_entries", ctypes.c_uint32),
