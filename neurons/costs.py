@@ -131,7 +131,9 @@ class BatchTimer:
 
     def median_seconds(self, requests: int, records: int) -> float:
         """Return the median seconds of BATCH_REPEATS batches: `requests` requests of `records`
-        contiguous records each. The file must have at least requests * records records."""
+        contiguous records each. The file must have at least requests * records records. Where two
+        of the random places are adjacent, one request reads both: of 512 requests in a file of 3000
+        records, as of the demo models, 427 are left; in large files almost all are."""
         return statistics.median(self._seconds(requests, records) for _ in range(BATCH_REPEATS))
 
     def _seconds(self, requests: int, records: int) -> float:
