@@ -212,6 +212,7 @@ def destinations(figures: dict[str, Any], output: Path | None) -> Iterator[Calla
     """
     samples = figures.pop("samples", {})
     shown = {key: figures[key] for key in figures if key not in DETAILS}
+    # Only ASCII: stdout may have another encoding than UTF-8.
     yield partial(print, to_json(shown, ensure_ascii=True), flush=True)
     if not output:
         return

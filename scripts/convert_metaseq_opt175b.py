@@ -393,8 +393,9 @@ def need(slices: Slices, name: str, file: Path) -> Slice:
 def find_sources(
     model_parts: list[Slices], file: Path, config: dict[str, Any]
 ) -> dict[str, SlicedTensor]:
-    """Returns our tensor name -> SlicedTensor, for each tensor of the config's model. Raises
-    ValueError if a tensor is missing, of a wrong shape, or not part of the model."""
+    """Returns our tensor name -> SlicedTensor, for each tensor of the config's model. All
+    model_parts have the same names (check_alike). Raises ValueError if a tensor is missing, of a
+    wrong shape, or not part of the model."""
     sources, left = {}, set(model_parts[0]) - UNUSED
     for ours, (tensor, _) in stored_tensors(meta_model(model_args(config), None)).items():
         name, dim = place(ours)
