@@ -360,8 +360,8 @@ class CalibratedBlock:
 
     model: its layer number `layer` must hold its dense weights; it becomes the copy that is
     quantised, and a deep copy of it the dense block. dense, quantized: on the CPU, the outputs of
-    the dense and of the quantised block before it, or, for the first block, two
-    copies of embed's result: they must not share memory, because `outputs` overwrites them.
+    the dense and of the quantised block before it, or, for the first block, two copies of embed's
+    result: they must not share memory, because `outputs` overwrites them.
     """
 
     def __init__(self, model: Transformer, layer: int, dense: Tensor, quantized: Tensor):

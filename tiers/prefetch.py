@@ -40,12 +40,12 @@ class Layout:
     """The offsets of tensors that lie one after the other in memory or in a file.
 
     Each offset is a multiple of BLOCK_BYTES, as O_DIRECT needs. tensors: shapes and dtypes only, on
-    the meta device. nbytes: the length of the whole, a multiple of BLOCK_BYTES. A layer's weights have a Layout
-    (offload.block_layout), and so have cells (kv_cache.py).
+    the meta device. nbytes: the length of the whole, a multiple of BLOCK_BYTES. A layer's weights
+    have a Layout (offload.block_layout), and so have cells (kv_cache.py).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        """tensors: by name, in the order of their offsets. Only their shapes and dtypes are used."""
+        """tensors: by name, in the order of their offsets; only shapes and dtypes are used."""
         self.tensors = {
             n: torch.empty(t.shape, dtype=t.dtype, device=META) for n, t in tensors.items()
         }
