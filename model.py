@@ -5,8 +5,9 @@ shape that a checkpoint's config.json gives (args.py), positions and KV cache. F
 norms, feed-forward, positions, windows of attention, biases and factors. Constructors choose the
 classes from tables; no forward depends on the family.
 
-Shapes: B rows of a batch, T new tokens per row, S visible slots of the cache, D dim, H query heads,
-G key/value heads, R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
+Shapes: B rows of a batch, T new tokens per row, S visible slots of the KV cache (a slot holds one
+token's key and value; attention reads the visible ones), D dim, H query heads, G key/value heads,
+R = H // G query heads per key/value head, E head_dim, F hidden_dim, V vocab.
 
 A step is one call of Transformer.forward, which computes T new tokens of each row. Rows of
 different lengths are padded on the right: a padding token writes to a slot of the KV cache that the
@@ -14,7 +15,7 @@ mask hides from every query of its row, and the row's own later token overwrites
 may attend to it.
 
 Based on Llama (arXiv 2302.13971), OPT (2205.01068), rotary positions (2104.09864) and grouped
-query attention (2305.13245); names follow Llama's reference code, sizes gpt-fast's brevity.
+query attention (2305.13245); names follow Llama's reference code, the brief style follows gpt-fast.
 """
 
 import contextlib
@@ -53,12 +54,12 @@ from layers.positions import POSITIONS, Rotation
 
 
 class AttentionInputs(NamedTuple):
-    """What a layer needs for attention, besides x and its cache."""
+    """The inputs of a layer's attention, besides x and the layer's cache."""
 
-    rotation: Rotation  # of the new tokens
+    rotation: Rotation  # cosine and sine for the new tokens; None with learned positions
     mask: Tensor  # (B, 1, R*T, S), see Transformer.mask
-    # (B, T), the slots of the cache in which the new tokens are stored: their positions, unless the
-    # cache is a ring.
+    # (B, T), the slots of the cache in which the new tokens are stored. They are the tokens'
+    # positions, unless the cache is a ring (see layers/kv_cache.py).
     pos: Tensor
 
 
@@ -98,13 +99,14 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Returns the logits after each new token, (B, T, V); extends the caches.
 
-        tokens: (B, T) ids. pos: (B, T), the position of each in its row.
-        key_pos: (S,) = arange(S), the positions of the keys that attention reads, S > pos.max();
-        of a ring it reads fewer, see slots_and_keys.
+        tokens: (B, T) ids. pos: (B, T), the position of each token in its row.
+        key_pos: (S,) = arange(S), S > pos.max(): the positions whose keys attention reads. From a
+        ring, attention reads at most the ring's slots, see slots_and_keys.
         caches: one per layer. at: (N,) indices into the B*T tokens; only these get logits, (N, V),
-        since the output head is the widest product. lengths: (B, 1), tokens of each row's whole
-        prompt, None while tokens are generated. Tokens at positions >= lengths are padding.
-        LengthRope and rings depend on it. Raises ValueError as slots_and_keys does.
+        since the output head is the widest product; None: all tokens. lengths: (B, 1), tokens of
+        each row's whole prompt, so that tokens at positions >= lengths are padding; None while
+        tokens are generated. LengthRope and rings depend on lengths. Raises ValueError if a ring
+        cannot take T tokens, see slots_and_keys.
         """
         rings = [cache.ring for cache in caches]
         x, inputs = self.embed(tokens, pos, key_pos, rings, lengths)
@@ -120,10 +122,11 @@ class Transformer(nn.Module):
         rings: Sequence[int | None],
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionInputs]]:
-        """Returns the input of the first layer, (B, T, D), and what each layer needs besides.
+        """Returns the input of the first layer, (B, T, D), and the AttentionInputs of each layer.
 
-        rings: of each layer's cache, see KVCache. The other parameters are those of forward.
-        compiled.py and finite.py call the parts of forward themselves: embed, the layers, unembed.
+        rings: the attribute `ring` of each layer's cache, see KVCache. The other parameters are
+        those of forward. embed, the layers and unembed are separate functions because compiled.py
+        and finite.py call them one by one.
         """
         x = self.project_in(self.tok_embeddings(tokens))  # (B, T, D)
         return self.attention_inputs(x, pos, key_pos, rings, lengths)
@@ -139,32 +142,35 @@ class Transformer(nn.Module):
         """Returns x, (B, T, D), plus learned positions if the model has them (OPT), and the
         AttentionInputs of each layer; layers with equal rope, window and ring share tensors.
 
-        rings: of each layer's cache, see KVCache. Other parameters: see forward. Raises ValueError
-        as slots_and_keys does.
+        rings: the attribute `ring` of each layer's cache, see KVCache. Other parameters: see
+        forward. Raises ValueError if a ring cannot take T tokens, see slots_and_keys.
         """
         x, rotations = self.positions(x, pos, lengths)
         by_rope = dict(zip(self.args.ropes, rotations, strict=True))
-        shared = {}  # (window, ring) -> mask and slots, which all layers with these two share
+        shared = {}  # (window, ring) -> (mask, slots) of all layers with this window and ring
         inputs = []
         for layer, ring in zip(self.args.layer_types, rings, strict=True):
             key = layer.window, ring
             if key not in shared:
                 slots, held_pos = slots_and_keys(pos, key_pos, ring, lengths)
                 shared[key] = self.mask(pos, held_pos, x.dtype, layer.window), slots
-            inputs.append(AttentionInputs(by_rope.get(layer.rope), *shared[key]))
+            rotation = by_rope.get(layer.rope)  # None with learned positions: there are no ropes
+            inputs.append(AttentionInputs(rotation, *shared[key]))
         return x, inputs
 
     def run_layer(self, n: int, block: nn.Module, x: Tensor) -> Tensor:
         """Run a block, as layer n of the model, over whole texts: (B, T, D) -> (B, T, D).
 
-        Each text starts at position 0 with a new KV cache. x is on the block's device, as the
-        model's positions must be. For calibration, which has one block in memory at a time.
+        Each text starts at position 0 with a new KV cache. The block, model.positions and x must be
+        on one device. For calibration, which has one block in memory at a time, perhaps not in
+        model.layers.
         """
         B, T, _ = x.shape
         key_pos, rings = torch.arange(T, device=x.device), [None] * self.args.n_layers
         lengths = torch.full((B, 1), T, device=x.device)
+        # Its first result is not used: x has passed through embed, which adds learned positions.
         _, inputs = self.attention_inputs(x, key_pos.expand(B, T), key_pos, rings, lengths)
-        shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)
+        shape = (B, T + 1, self.args.n_kv_heads, self.args.head_dim)  # + 1: see make_caches
         with self.whole_caches():
             cache = self.cache_factory(shape, x.dtype, x.device, self.args.layer_types[n].window)
         return block(x, *inputs[n], cache)
@@ -182,10 +188,13 @@ class Transformer(nn.Module):
 
         bench.py compares these bytes with the memory's bandwidth.
         """
-        state = {id(t): t for t in self.state_dict(keep_vars=True).values()}  # tied: once
+        # By identity, so that a tied table counts once. keep_vars: state_dict returns the tensors
+        # themselves, not new views of them.
+        state = {id(t): t for t in self.state_dict(keep_vars=True).values()}
         tables = [self.positions.weight] if isinstance(self.positions, nn.Embedding) else []
         table = self.tok_embeddings.weight
-        tables += [] if getattr(self.output, "weight", None) is table else [table]
+        tied = getattr(self.output, "weight", None) is table  # a PackedLinear has no `weight`
+        tables += [] if tied else [table]
         return sum(t.nbytes for t in state.values()) - sum(t.nbytes for t in tables)
 
     def mask(
@@ -194,7 +203,9 @@ class Transformer(nn.Module):
         """Returns the mask of attention: 0 where a query sees a key, else -inf.
 
         pos, (B, T), and keys, (S,) or (B, S): positions of queries and keys, see hidden_keys.
-        Returns (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head.
+        dtype: of the mask; it must be that of the queries. window: the layer's, see LayerType.
+        Returns (B, 1, R*T, S): grouped_attention has R*T queries for each key/value head, first the
+        T queries of one query head, then those of the next.
         """
         hidden = hidden_keys(pos, keys, window)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=pos.device)
@@ -205,9 +216,10 @@ class Transformer(nn.Module):
     def make_caches(self, batch: int, length: int) -> list["KVCache"]:
         """Returns empty caches on the model's device, in its dtype: `length` positions per row.
 
-        A layer with a sliding window has fewer slots than positions, see CacheFactory. One more
-        slot is allocated. Besides holding padding, it keeps the number of visible slots below that
-        of all: the compiler would make a second graph for steps in which they are equal.
+        The cache of a layer with a sliding window has fewer slots than positions, see CacheFactory.
+        Each cache gets one slot more, for two reasons: a ring stores padding there, and the visible
+        slots are then always fewer than the slots. For steps in which the two numbers are equal,
+        the compiler would make a second graph.
         """
         weight, args = self.tok_embeddings.weight, self.args
         shape = (batch, length + 1, args.n_kv_heads, args.head_dim)
@@ -218,7 +230,8 @@ class Transformer(nn.Module):
     def whole_caches(self) -> Iterator[None]:
         """Within the with statement, caches are made and counted with a slot for every position,
         also those of layers with a sliding window, which are otherwise rings of fewer slots. For
-        callers that read more tokens of a row in one step than a ring takes. They stay so later."""
+        callers that read more tokens of a row in one step than a ring takes. A cache made within
+        the statement keeps all its slots afterwards."""
         factory = self.cache_factory
         self.cache_factory = replace(factory, windows=False)
         try:
@@ -227,26 +240,29 @@ class Transformer(nn.Module):
             self.cache_factory = factory
 
     def kv_bytes(self, length: int) -> int:
-        """Returns the bytes of the caches of all layers for one row of `length` positions."""
-        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)  # one slot of one row
+        """Returns the bytes of the caches of all layers for one row of `length` positions, without
+        the extra slots (see make_caches)."""
+        # One row of 0 positions, so that the cache has only the extra slot, as large as any other.
+        shape = (1, 1, self.args.n_kv_heads, self.args.head_dim)
         slot = self.cache_factory(shape, self.tok_embeddings.weight.dtype, torch.device("meta"))
         return self.kv_slots(length) * sum(buffer.nbytes for buffer in slot.buffers())
 
     def kv_slots(self, length: int) -> int:
-        """Returns the slots of the caches of all layers together for one row of `length`
-        positions."""
+        """Returns the slots of the caches of all layers together for one row of `length` positions,
+        without the extra slots (see make_caches)."""
         counts = Counter(layer.window for layer in self.args.layer_types)
         return sum(n * self.cache_factory.slots(length, window) for window, n in counts.items())
 
     def has_rings(self, length: int) -> bool:
-        """Returns whether caches of `length` positions are rings in some layers of the whole model,
-        this rank's or another's: all ranks must read a text in the same steps."""
+        """Returns whether caches of `length` positions are rings in some layers of the whole model.
+        A layer of another rank counts, too: all ranks must divide a text into the same steps."""
         return any(self.cache_factory.slots(length, w) < length for w in self.args.windows)
 
 
 class SequentialBlock(nn.Module):
     """A layer: attention, then the feed-forward. Each reads a norm of x, and its output is added
-    to x, after a norm (Gemma, OLMo 2) or a factor (Granite), if the model has one."""
+    to x. If the model has them, a norm (Gemma, OLMo 2) or a factor (Granite) is applied to the
+    output first."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -262,8 +278,8 @@ class SequentialBlock(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Returns the layer's output for x, (B, T, D). rotation, mask, pos: AttentionInputs of this
-        layer. cache: this layer's."""
+        """Returns the layer's output for x, (B, T, D), in that shape. rotation, mask, pos: the
+        AttentionInputs of this layer. cache: this layer's."""
         y = self.attention(self.attention_norm(x), rotation, mask, pos, cache)
         x = x + self.attention_output(y)
         return x + self.ffn_output(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
@@ -287,7 +303,8 @@ class ParallelBlock(SequentialBlock):
 
 
 class PostNormBlock(SequentialBlock):
-    """A layer whose norms follow the residual sums (OPT-350m)."""
+    """A layer whose norms follow the residual sums (OPT-350m). It has no output norms or factors:
+    attention_output and ffn_output are not used."""
 
     @torch.compiler.nested_compile_region
     def forward(
@@ -299,12 +316,12 @@ class PostNormBlock(SequentialBlock):
 
 
 class Attention(nn.Module):
-    """Self-attention over the KV cache, with one product for q, k and v."""
+    """Self-attention over the KV cache, with one matrix product for q, k and v."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.head_dim = args.head_dim
-        # Outputs of the product that are q, k and v.
+        # The numbers of output channels of q, k and v, which lie one after another in wqkv.
         self.widths = [n * args.head_dim for n in (args.n_heads, args.n_kv_heads, args.n_kv_heads)]
         self.wqkv = Linear(args.dim, sum(self.widths), bias=args.attention_bias)
         self.wo = Linear(self.widths[0], args.dim, bias=args.wo_bias)
@@ -315,8 +332,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Returns the attention of x, (B, T, D), to the cache, in which it stores keys and values.
-        rotation, mask, pos: see AttentionInputs."""
+        """Stores the keys and values of x, (B, T, D), in the cache; returns the attention of x's
+        queries to the cache, (B, T, D). rotation, mask, pos: see AttentionInputs."""
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
@@ -326,7 +343,8 @@ class Attention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """The feed-forward of Llama: w2(act(w1 x) * w3 x), with one product for w1 and w3."""
+    """The feed-forward of Llama: w2(act(w1 x) * w3 x), with one matrix product for w1 and
+    w3."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -336,7 +354,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.w2(self.activation(gate) * up)
+        return self.w2(self.activation(gate) * up)  # (B, T, D)
 
 
 class PlainFeedForward(nn.Module):
@@ -349,30 +367,33 @@ class PlainFeedForward(nn.Module):
         self.activation = ACTIVATIONS[args.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.activation(self.w1(x)))
+        return self.w2(self.activation(self.w1(x)))  # (B, T, D)
 
 
 def make_embedding(args: ModelArgs) -> Embedding:
+    """Returns the embedding table, which multiplies its rows if the model has embedding_scale."""
     if args.embedding_scale == 1:
         return Embedding(args.vocab_size, args.embed_dim)
-    scale = args.embedding_scale, args.round_embedding_scale
-    return ScaledEmbedding(args.vocab_size, args.embed_dim, *scale)
+    scale, rounded = args.embedding_scale, args.round_embedding_scale
+    return ScaledEmbedding(args.vocab_size, args.embed_dim, scale, rounded)
 
 
 def make_output_scale(args: ModelArgs) -> nn.Module:
-    """Returns what a block's attention or feed-forward output passes through before it is added."""
+    """Returns the module that a block applies to the output of its attention or feed-forward before
+    adding it to x: a norm, a factor (Granite) or nothing."""
     if args.output_norms:
         return make_norm(args)
     return nn.Identity() if args.residual_scale == 1 else Scale(args.residual_scale)
 
 
 def make_logits_scale(args: ModelArgs) -> nn.Module:
-    """Returns what the output head's logits pass through."""
+    """Returns the module that is applied to the logits: a softcap, a division or nothing."""
     if args.logits_softcap is not None:
         return SoftCap(args.logits_softcap)
     return nn.Identity() if args.logits_divisor == 1 else Divide(args.logits_divisor)
 
 
+# By these names, ModelArgs.block, feed_forward and activation choose.
 BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "post_norm": PostNormBlock}
 FEED_FORWARDS = {"gated": GatedFeedForward, "plain": PlainFeedForward}
 ACTIVATIONS = {

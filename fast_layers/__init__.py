@@ -7,8 +7,8 @@ gpu.py      layers on the kernels of kernels/gpu (Triton): dense products of one
             gates fused with the product after them, attention over quantised caches
 
 A fast layer has the weights and the arguments of the layer that it replaces. The replaced layer is
-slower and is the reference in tests. Where the GPU, the compiler or the dtype is unsupported, the
-model keeps its layers. On a CPU a log line tells why.
+slower and is the reference in tests. If the GPU, the dtype or (on a CPU) the lack of a C++ compiler
+rules the fast layers out, the model keeps its layers. On a CPU a log line tells why.
 
 Attention is no layer: it is replaced in layers.kv_cache.CacheFactory, which makes the KV caches.
 

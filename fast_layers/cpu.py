@@ -2,16 +2,16 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
-use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. In
-float32, or without a compiler, a model keeps its layers, which are slower and are the reference in
-tests. Small dense linears stay, too.
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. In float32, or
+without a compiler, a model keeps its layers, which are slower and are the reference in tests. The
+dense linears of a small model stay, too.
 
-layout() returns the constants of the packed order: layout().strip outputs (16) are packed together
-as a strip; layout().int8, int4 and int4_half number the formats of packed weights. torch.ops.
-gpt_flex.NAME are the operators that kernels/cpu/build.py compiles.
+layout() returns the constants of the packed order: a strip is the weights of layout().strip outputs
+(16), which are packed together; layout().int8, int4 and int4_half number the formats of packed
+weights. torch.ops.gpt_flex.NAME are the operators that kernels/cpu/build.py compiles.
 
 Shapes: M rows, N out_features, K in_features; for attention B rows, T new tokens, S visible
-positions, H query heads, G key/value heads, E head_dim.
+slots, H query heads, G key/value heads, E head_dim.
 """
 
 import threading
@@ -39,41 +39,41 @@ from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
 MIN_DENSE_BYTES = 2**24
-# Query heads of a key/value head for which a verify pass of 16 tokens has at most kMaxQueries
-# queries (kernels/cpu/layer_operators.cpp).
+# The most query heads that may share a key/value head: a verify pass of 16 tokens then has at most
+# kMaxQueries queries (128, kernels/cpu/layer_operators.cpp).
 MAX_SHARING = 8
 
 
 class PackedLinear(nn.Module):
     """A quantised linear with its weights in the kernels' order, see kernels/cpu/layout.h.
 
-    Takes bfloat16 and float16 rows, and float32 rows in a draft's copy of a float32 model; a bias
-    has the dtype of the rows. Needs the operators: `build` must have succeeded. packed: (strips,
-    bytes of a strip) uint8, None before load_from.
+    Takes bfloat16 and float16 rows, and float32 rows in the quantised copy of a float32 model that
+    drafts for it; a bias has the dtype of the rows. Needs the operators: `build` must have
+    succeeded. packed: (strips, bytes of a strip) uint8, None before load_from.
     """
 
     def __init__(self, linear: QuantizedLinear, memory: HugePages | None = None):
         """Pack a linear, or only allocate memory for its shape if it is on the meta device.
 
         In the latter case call load_from before forward. memory: where to allocate the packed
-        bytes; None: in a buffer that fits the widest format of the linear's kind, so that load_from
-        may be called again, as offload.py does for streamed layers. `pack` chooses the format by
-        the scales.
+        bytes, of exactly the size that they need; linear must then have weights. None: in a buffer
+        that fits the widest format of the linear's kind (the operator `pack` chooses the format by
+        the scales), so that load_from may be called again, as offload.py does for streamed layers.
         """
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.strips = -(-self.out_features // layout().strip)
+        self.strips = -(-self.out_features // layout().strip)  # rounded up
         self.register_buffer("packed", None)
         self.register_buffer("bias", None)
         widest = layout().int8 if isinstance(linear, Int8Linear) else layout().int4_half
-        # If the scales fit a narrower format, the end of the buffer is never written, and the OS
-        # assigns no memory to it.
+        # If the scales fit a narrower format, the end of the buffer is never written, and the
+        # operating system assigns no memory to it.
         nbytes = self.strips * strip_bytes(linear, widest)
         allocate = memory.take if memory else partial(page_aligned, device=torch.device("cpu"))
         self._buffer = allocate(nbytes)
         if not linear.weight.is_meta:
             self.load_from(linear)
-        if memory:
+        if memory:  # give the end back to `memory`
             self._buffer = memory.shorten(self.packed.numel())
             self.packed = self._buffer.view_as(self.packed)
 
@@ -94,6 +94,7 @@ class PackedLinear(nn.Module):
         self._layout = format, inputs_per_scale(linear), self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the linear's output, (..., N), for x, (..., K)."""
         rows = x.flatten(0, -2)  # (M, K)
         y = torch.ops.gpt_flex.quantized_linear(rows, self.packed, self.bias, *self._layout)
         return y.view(*x.shape[:-1], self.out_features)
@@ -113,21 +114,24 @@ class DenseLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the linear's output, (..., N), for x, (..., K)."""
         y = torch.ops.gpt_flex.linear(x.flatten(0, -2), self.weight, self.bias)  # (M, N)
         return y.view(*x.shape[:-1], self.out_features)
 
 
 def inputs_per_scale(linear: QuantizedLinear) -> int:
-    """Return how many inputs share a scale of the weights (int4) or of the activations (int8)."""
+    """Return how many inputs share a scale: of the weights (int4), or of the activations (int8,
+    whose weights have one scale for each output)."""
     return linear.groupsize if isinstance(linear, Int4Linear) else layout().int8_block
 
 
 def strip_bytes(linear: QuantizedLinear, format: int) -> int:
     """Return the packed bytes of one strip, which holds all weights of layout().strip outputs.
 
-    linear: gives the shape and the group size; it may be on the meta device. format: layout().int8,
-    int4 or int4_half.
+    linear: only its shape and group size are read; it may be on the meta device. format:
+    layout().int8, int4 or int4_half.
     """
+    # Bytes of an output's weights in the checkpoint's order; int4 has two weights to a byte.
     row_bytes = linear.weight.shape[1] * linear.weight.itemsize
     return torch.ops.gpt_flex.strip_bytes(format, row_bytes, inputs_per_scale(linear))
 
@@ -140,11 +144,12 @@ def use_fast_linears(
 ) -> bool:
     """Replace the linears of a model on the CPU by fast ones, in place.
 
-    Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Those on the
-    meta device stay, as they have no weights to pack. dtype: of the model's activations. memory:
-    see PackedLinear. Returns whether the kernels serve the model, or will serve its linears that
-    are on the meta device now. They then compute its RMS norms and activations, too. If not, logs
-    why.
+    Quantised linears become PackedLinear, and dense ones DenseLinear, see replaceable. Linears on
+    the meta device (offload.py loads them later) stay, as they have no weights to pack. dtype: of
+    the model's activations. large: see replaceable. memory: see PackedLinear. Returns whether the
+    kernels serve the model, or will serve the linears that are on the meta device now. If so, the
+    kernels compute its RMS norms and tanh GELUs, too. If the kernels cannot run here, logs why.
+    Raises ValueError as supported_sets does.
     """
     names = replaceable(model, dtype, large)
     if not names:
@@ -153,7 +158,8 @@ def use_fast_linears(
         quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
         log(f"{'quantised' if quantized else 'dense'} layers run slowly here: {reason}")
         return False
-    for name in names:  # names, not modules: only one layer is in memory twice
+    # By name: a list of the modules would keep all replaced layers in memory until the end.
+    for name in names:
         linear = model.get_submodule(name)
         if not linear.weight.is_meta:
             packs = isinstance(linear, QuantizedLinear)
@@ -168,7 +174,7 @@ def use_fast_linears(
 
 
 def fast_gelu_tanh(x: Tensor) -> Tensor:
-    """Returns what gelu_tanh does, by kernels/cpu/functions.h."""
+    """Returns the same as gelu_tanh, computed by kernels/cpu/functions.h."""
     return torch.ops.gpt_flex.fast_gelu_tanh(x)
 
 
@@ -176,8 +182,8 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
     """Start to compile the kernels in another thread, if use_fast_linears will need them.
 
     model: on the meta device, before its weights are loaded. dtype, large: as in use_fast_linears,
-    which calls build and so waits for the thread. After the first time, the thread only loads the
-    compiled library. If the kernels are needed, raises ValueError as supported_sets does.
+    which calls build and so waits for the thread. If an earlier process has compiled the kernels,
+    the thread only loads the library. Raises ValueError as supported_sets does.
     """
     if replaceable(model, dtype, large) and not unsupported_reason(dtype):
         supported_sets()  # raises ValueError here, not in the thread
@@ -189,11 +195,11 @@ def build_while_loading(model: nn.Module, dtype: torch.dtype, large: bool | None
 def replaceable(model: nn.Module, dtype: torch.dtype, large: bool | None = None) -> list[str]:
     """Return the names of the linears that use_fast_linears should replace.
 
-    These are all quantised linears: in float32 it logs why they stay. Dense linears are among them
-    if dtype is bfloat16 or float16, the model is large, and the CPU has a better instruction set
-    than "scalar", with which PyTorch's dense products are faster. model: may be on the meta device.
-    large: whether compiling the kernels pays for the dense linears; None: what is_large returns.
-    Raises ValueError as supported_sets does.
+    These are all quantised linears, also in float32, in which use_fast_linears logs why they stay.
+    Dense linears are among them if dtype is bfloat16 or float16, the model is large, and the CPU
+    has a better instruction set than "scalar", with which PyTorch's dense products are faster.
+    model: may be on the meta device. large: whether compiling the kernels pays for the dense
+    linears; None: what is_large returns. Raises ValueError as supported_sets does.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (Linear, QuantizedLinear))}
     pays = dtype in DTYPES and (is_large(model) if large is None else large)
@@ -211,10 +217,10 @@ def use_fast_attention(model: Transformer) -> None:
     """Let the KV caches compute attention by kernels/cpu/attention.h.
 
     Call it if use_fast_linears returned True (the kernels are then compiled), before caches are
-    made. With one query head for each key/value head the kernel is faster. With 2 to MAX_SHARING it
-    is faster only on CPUs that do not multiply bfloat16. With more, PyTorch's attention stays: a
-    verify pass would have more queries than the kernel takes, and must give the same bits as single
-    steps.
+    made. With one query head for each key/value head, the kernel is faster than PyTorch's. With 2
+    to MAX_SHARING query heads, it is faster only on CPUs that do not multiply bfloat16. With more,
+    PyTorch's attention stays: a verify pass would have more queries than the kernel takes, and must
+    give the same bits as single steps.
     """
     queries = model.args.n_heads // model.args.n_kv_heads
     if queries == 1 or (queries <= MAX_SHARING and not multiplies_bfloat16()):
@@ -225,8 +231,8 @@ def use_fast_attention(model: Transformer) -> None:
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
     """Compute attention over a cache by kernels/cpu/attention.h (type CacheAttention).
 
-    q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible positions.
-    pos: not used. Returns (B, T, H, E).
+    q: (B, T, H, E). mask: of Transformer.mask; its last size S is the number of visible slots.
+    pos, a parameter of every CacheAttention, is not used. Returns (B, T, H, E).
     """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     attention = partial(torch.ops.gpt_flex.attention, **cache.scores._asdict())

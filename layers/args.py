@@ -15,21 +15,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary positions of some layers. Which fields count depends on the kind."""
+    """The rotary positions of some layers. Fields from `factor` on matter to some kinds only; the
+    functions and classes of positions.py say how."""
 
     dim: int  # channels of a head that are rotated, the first ones; even
     theta: float = 10000.0
     kind: str = "default"  # a key of ROPES
     factor: float = 1.0  # by which the context exceeds the trained one
-    original_context: int = 0  # the trained one
+    original_context: int = 0  # positions of the trained context
     attention_factor: float = 1.0  # multiplies cosines and sines: yarn, longrope
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn
+    low_freq_factor: float = 1.0  # llama3: turns in the trained context, see scale_llama3
+    high_freq_factor: float = 4.0  # llama3: turns, see scale_llama3
+    beta_fast: float = 32.0  # yarn: turns in the trained context, see scale_yarn
+    beta_slow: float = 1.0  # yarn: turns, see scale_yarn
+    truncate: bool = True  # yarn: round the bounds of the interpolation to whole pairs
     short_factors: tuple[float, ...] = ()  # longrope: dim / 2 divisors of the frequencies
-    long_factors: tuple[float, ...] = ()  # longrope
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer texts, see LongRope
     # Whether all keys of a text are computed again when it grows beyond original_context.
     recompute: bool = False
 
@@ -46,12 +47,12 @@ class LayerType:
 class ModelArgs:
     """The shape of a model."""
 
-    dim: int
+    dim: int  # channels of the activations between layers
     n_layers: int
-    n_heads: int
-    n_kv_heads: int
+    n_heads: int  # query heads
+    n_kv_heads: int  # key/value heads; n_heads is a multiple
     head_dim: int
-    hidden_dim: int
+    hidden_dim: int  # channels between the products of the feed-forward
     vocab_size: int
     context: int  # positions the model can attend over
     embed_dim: int  # width of the embedding table; differs from dim in OPT-350m only
@@ -61,7 +62,7 @@ class ModelArgs:
     norm_affine: bool = True  # norms have weights
     input_norms: bool = True  # norms before attention and feed-forward
     output_norms: bool = False  # norms after attention and feed-forward
-    final_norm: bool = True
+    final_norm: bool = True  # a norm before the output head
     qk_norm: str = "none"  # a key of QK_NORMS
     feed_forward: str = "gated"  # a key of FEED_FORWARDS
     activation: str = "silu"  # a key of ACTIVATIONS
@@ -75,14 +76,15 @@ class ModelArgs:
     mlp_bias: bool = False  # of all products of the feed-forward
     tied: bool = False  # the output head is the embedding table
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
-    attention_softcap: float | None = None  # of the scores, see soft_cap
+    attention_softcap: float | None = None  # of the scores, see soft_cap; None: no limit
     embedding_scale: float = 1.0  # multiplies embeddings
     round_embedding_scale: bool = True  # to the dtype of the embeddings
     residual_scale: float = 1.0  # multiplies outputs of attention and feed-forward
-    logits_divisor: float = 1.0
-    logits_softcap: float | None = None
+    logits_divisor: float = 1.0  # divides the logits
+    logits_softcap: float | None = None  # of the logits, see soft_cap; None: no limit
 
     def __post_init__(self):
+        # object.__setattr__: a frozen dataclass refuses plain assignments.
         if not self.layer_types:
             object.__setattr__(self, "layer_types", (LayerType(),) * self.n_layers)
         if len(self.layer_types) != self.n_layers:
@@ -92,14 +94,14 @@ class ModelArgs:
             object.__setattr__(self, "windows", tuple(sorted(windows)))
 
     def with_layers(self, layers: range) -> "ModelArgs":
-        """Returns the args of a model of these consecutive layers."""
+        """Returns the args of a model of these consecutive layers, a pipeline stage (pp.py)."""
         types = self.layer_types[layers.start : layers.stop]
         return replace(self, n_layers=len(layers), layer_types=types)
 
     @property
     def recompute_after(self) -> int | None:
-        """The number of tokens after which all keys of a growing text are computed again, with the
-        rotary positions for longer texts (Phi 3); None: never."""
+        """The length of a growing text, in tokens, beyond which all its keys are computed again,
+        with the rotary positions for longer texts (Phi 3); None: they never are."""
         lengths = {rope.original_context for rope in self.ropes if rope.recompute}
         return min(lengths, default=None)
 

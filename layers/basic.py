@@ -1,7 +1,8 @@
 """Linear layers, embedding tables, norms and elementwise functions.
 
-Start at Linear and make_norm. On a CPU, compiled code must return the same bits as eager code:
-operators defined by `kernel` are called by compiled code as they are.
+Start at Linear and make_norm. On a CPU, compiled code must return the same bits as eager code, but
+some of the compiler's own code differs in the last bit. For these functions, compiled code calls
+operators that define_operator made of PyTorch's functions.
 
 Shapes: B rows of a batch, T new tokens per row, D dim, E head_dim, V vocab.
 """
@@ -26,11 +27,13 @@ class Embedding(nn.Embedding):
 
 class ScaledEmbedding(Embedding):
     """An embedding table whose rows are multiplied by `scale`. rounded: whether the scale itself is
-    rounded to the table's dtype, as Gemma's is."""
+    first rounded to the table's dtype, as Gemma's is."""
 
     def __init__(self, rows: int, columns: int, scale: float, rounded: bool):
         super().__init__(rows, columns)
         self.scale = scale
+        # Rounded to each dtype: that of the table is not known yet. On the CPU even if the model is
+        # built on the meta device, where a tensor has no value.
         dtypes = DTYPES.values() if rounded else ()
         self.scales = {t: torch.tensor(scale, dtype=t, device="cpu").item() for t in dtypes}
 
@@ -40,7 +43,7 @@ class ScaledEmbedding(Embedding):
 
 
 class Scale(nn.Module):
-    """Multiplies by a number."""
+    """Multiplies by a number (Granite's residual factor)."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -51,7 +54,8 @@ class Scale(nn.Module):
 
 
 class Divide(nn.Module):
-    """Divides by a number. A product with its reciprocal may differ in the last bit."""
+    """Divides by a number (Granite's logits). Multiplying by the reciprocal may give another last
+    bit."""
 
     def __init__(self, divisor: float):
         super().__init__()
@@ -69,19 +73,20 @@ class SoftCap(nn.Module):
         self.cap = cap
 
     def forward(self, logits: Tensor) -> Tensor:
-        compute = torch.ops.gpt_flex.soft_cap if takes_kernel(logits) else soft_cap
+        compute = torch.ops.gpt_flex.soft_cap if calls_operator(logits) else soft_cap
         return compute(logits, self.cap)
 
 
 class Linear(nn.Linear):
     """A dense layer, (..., in_features) -> (..., out_features)."""
 
-    # Inputs that a column of each tensor stands for, for tp.py, which divides columns among ranks.
+    # For each tensor, the number of inputs whose weights one of its columns holds. tp.py divides
+    # columns among ranks.
     inputs_per_column = {"weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
-        # A matrix, since for inputs of more dimensions and a bias the compiler takes dynamic sizes
-        # for constants (torch 2.13).
+        # F.linear gets a matrix: for inputs of more dimensions and a bias, the compiler takes sizes
+        # that vary for constants (torch 2.13).
         rows = x.flatten(0, -2)  # (N, in_features), N: product of the other dimensions
         y = F.linear(rows, self.weight, self.bias)  # (N, out_features)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
@@ -89,7 +94,8 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     """RMS norm; compiled code returns the same bits as eager code. eps: added to the mean square.
-    affine: whether it has a weight. fast: whether to call the operator of kernels/cpu."""
+    affine: whether it has a weight. fast: whether to call the operator of kernels/cpu;
+    fast_layers/cpu.py sets it."""
 
     fast = False
 
@@ -99,8 +105,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape of x."""
         if self.fast:
+            # 0.0: added to the weight, see OffsetRMSNorm.
             return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 0.0)
-        if takes_kernel(x):
+        if calls_operator(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
 
@@ -110,7 +117,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape of x."""
-        if takes_kernel(x):
+        if calls_operator(x):
             affine = self.weight, self.bias
             return torch.ops.gpt_flex.layer_norm(x, self.normalized_shape, *affine, self.eps)
         return super().forward(x)
@@ -121,13 +128,14 @@ class OffsetLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape of x."""
-        compute = torch.ops.gpt_flex.layer_norm if takes_kernel(x) else torch.layer_norm
-        return compute(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+        compute = torch.ops.gpt_flex.layer_norm if calls_operator(x) else torch.layer_norm
+        factor = 1 + self.weight
+        return compute(x, self.normalized_shape, factor, self.bias, self.eps)
 
 
 class OffsetRMSNorm(nn.Module):
-    """The RMS norm of Gemma: the stored weight is the factor minus 1, and products are float32.
-    fast: see RMSNorm."""
+    """The RMS norm of Gemma: the stored weight is the factor minus 1, and the norm is computed in
+    float32. fast: see RMSNorm."""
 
     fast = False
 
@@ -139,7 +147,7 @@ class OffsetRMSNorm(nn.Module):
         """Returns the norm of x over its last dimension, in the shape and dtype of x."""
         if self.fast:
             return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 1.0)
-        compute = torch.ops.gpt_flex.rms_norm if takes_kernel(x) else torch.rms_norm
+        compute = torch.ops.gpt_flex.rms_norm if calls_operator(x) else torch.rms_norm
         factor = 1 + self.weight.float()
         return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)
 
@@ -154,7 +162,8 @@ class WholeRMSNorm(RMSNorm):
 
 
 class HeadLayerNorm(nn.Module):
-    """A layer norm of queries or keys with weights of its own for each head (StableLM 2)."""
+    """A layer norm of queries or keys over the channels of a head; each head has weights of its own
+    (StableLM 2). dim: channels of a head."""
 
     def __init__(self, heads: int, dim: int, eps: float):
         super().__init__()
@@ -163,18 +172,15 @@ class HeadLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x, (B, T, heads, E), over the channels of each head."""
-        compute = torch.ops.gpt_flex.layer_norm if takes_kernel(x) else torch.layer_norm
+        compute = torch.ops.gpt_flex.layer_norm if calls_operator(x) else torch.layer_norm
+        # No weight here: layer_norm takes one for all heads only.
         y = compute(x.float(), self.shape[1:], None, None, self.eps)
         return (y * self.weight.float().view(self.shape)).type_as(x)  # (heads * E,) -> (heads, E)
 
 
 def make_norm(args: ModelArgs, dim: int | None = None) -> nn.Module:
-    """Returns a norm over `dim` channels; None: those of the model's activations."""
+    """Returns a norm over `dim` channels, of the class that args.norm names. None: args.dim."""
     return NORMS[args.norm](args, dim or args.dim)
-
-
-def layer_norm(args: ModelArgs, dim: int) -> LayerNorm:
-    return LayerNorm(dim, args.norm_eps, args.norm_affine)
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -184,7 +190,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """Returns the GELU of x in its approximation by a hyperbolic tangent."""
-    if takes_kernel(x):
+    if calls_operator(x):
         return torch.ops.gpt_flex.gelu_tanh(x)
     return F.gelu(x, approximate="tanh")
 
@@ -194,18 +200,20 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def takes_kernel(x: Tensor) -> bool:
-    """Returns whether to call the operators below for x: in compiled code on CPUs. The operators
-    have no gradient."""
+def calls_operator(x: Tensor) -> bool:
+    """Returns whether to call the operators below for x: in compiled code on CPUs, unless x needs a
+    gradient, which the operators do not compute."""
     return torch.compiler.is_compiling() and x.device.type == "cpu" and not x.requires_grad
 
 
-def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Define an operator gpt_flex::NAME, which compiled code calls as it is; the compiler would
-    replace the same PyTorch functions by generated code.
+def define_operator(
+    schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """Define an operator gpt_flex::NAME. Compiled code calls it as it is; a call of the same
+    PyTorch functions would be replaced by code that the compiler generates.
 
     schema: NAME and the signature, in PyTorch's notation. on_cpu: computes the result. fake:
-    returns an uninitialised tensor of the result's shape, which the compiler asks for.
+    returns an uninitialised result of the same shape and dtype; the compiler calls it in tracing.
     """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
@@ -215,33 +223,35 @@ def kernel(schema: str, on_cpu: Callable[..., Tensor], fake: Callable[..., Tenso
 
 # On a CPU, Inductor's own norms sum in another order, and its tanh differs in the last bit; in
 # bfloat16, compiled text would differ from eager text.
-kernel(
+define_operator(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
     lambda x, *_: torch.empty_like(x),
 )
-kernel(
+define_operator(
     "layer_norm(Tensor x, int[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     torch.layer_norm,
     lambda x, *_: torch.empty_like(x),
 )
 
-kernel("soft_cap(Tensor x, float cap) -> Tensor", soft_cap, lambda x, cap: torch.empty_like(x))
-kernel(
+define_operator(
+    "soft_cap(Tensor x, float cap) -> Tensor", soft_cap, lambda x, cap: torch.empty_like(x)
+)
+define_operator(
     "gelu_tanh(Tensor x) -> Tensor",
     lambda x: F.gelu(x, approximate="tanh"),
     lambda x: torch.empty_like(x),
 )
 
-# Name -> function of the args and a number of channels that makes a norm over these.
+# ModelArgs.norm -> function of the args and a number of channels that makes a norm over these.
 NORMS = {
     "rms": lambda args, dim: RMSNorm(dim, args.norm_eps, args.norm_affine),
     "offset_rms": lambda args, dim: OffsetRMSNorm(dim, args.norm_eps),
-    "layer": layer_norm,
+    "layer": lambda args, dim: LayerNorm(dim, args.norm_eps, args.norm_affine),
     "offset_layer": lambda args, dim: OffsetLayerNorm(dim, args.norm_eps),
 }
-# Name -> function of the args and a number of heads that makes a norm of queries or keys, (B, T,
-# heads, E).
+# ModelArgs.qk_norm -> function of the args and a number of heads that makes a norm of queries or
+# keys, (B, T, heads, E).
 QK_NORMS = {
     "none": lambda args, heads: nn.Identity(),
     "head": lambda args, heads: make_norm(args, args.head_dim),

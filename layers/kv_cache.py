@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.torch_private import copy_with_buffers, own_buffers
-from layers.basic import kernel, soft_cap, takes_kernel
+from layers.basic import calls_operator, define_operator, soft_cap
 
 # Slots of a ring beyond its window. So many tokens of a row may be written in one step, rejected
 # draft tokens included, or be dropped from the end of a chat, before a key is lost that a query
-# still sees. A GPU is busy already with steps of this size.
+# still sees. More would save no time: a step of this size keeps a GPU busy.
 WINDOW_SLACK = 512
 
 
 class Scores(NamedTuple):
-    """How attention computes the scores of queries and keys."""
+    """How attention computes the scores of queries and keys, which softmax turns into weights."""
 
     scale: float | None = None  # multiplies the products; None: 1 / sqrt(E)
     softcap: float | None = None  # limits the scaled products; see soft_cap
@@ -47,8 +47,8 @@ def grouped_attention(
 ) -> Tensor:
     """Attend with queries, (B, T, H, E), to keys and values, (B, S, G, E) each -> (B, T, H, E).
 
-    attention: called with q, k, v and the mask, as F.scaled_dot_product_attention is. mask: see
-    Transformer.mask; its shape, (B, 1, R*T, S), is that for these queries.
+    attention: called as F.scaled_dot_product_attention is, with q, (B, G, R*T, E), k and v, (B, G,
+    S, E) each, and the mask; returns the shape of q. mask: (B, 1, R*T, S), see Transformer.mask.
     """
     T = q.shape[1]
     # The queries of the R heads that share a key/value head become R*T queries of one head, so
@@ -61,8 +61,8 @@ def grouped_attention(
 def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
     """Attend with PyTorch's kernel: the default CacheAttention, which runs on every device.
 
-    The mask's last dimension tells how many slots are visible; pos is not used. The cache's scores
-    must have no softcap.
+    The mask's last dimension tells how many slots are visible; pos, a parameter of every
+    CacheAttention, is not used. The cache's scores must have no softcap.
     """
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
     attention = partial(F.scaled_dot_product_attention, scale=cache.scores.scale)
@@ -70,9 +70,10 @@ def sdpa_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Te
 
 
 def capped_attention(cache: "KVCache", q: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-    """Attend as sdpa_attention does, with scores that are limited by a softcap (Gemma 2)."""
+    """Attend as sdpa_attention does, with scores that are limited by a softcap (Gemma 2), which
+    PyTorch's kernel does not offer."""
     k, v = cache.visible(mask.shape[-1])  # (B, S, G, E)
-    compute = torch.ops.gpt_flex.capped if takes_kernel(q) else attend_capped
+    compute = torch.ops.gpt_flex.capped if calls_operator(q) else attend_capped
     scale = cache.scores.scale or 1 / math.sqrt(q.shape[-1])
     attention = partial(compute, scale=scale, softcap=cache.scores.softcap)
     return grouped_attention(attention, q, k, v, mask)
@@ -83,13 +84,14 @@ def attend_capped(
 ) -> Tensor:
     """Attend with queries, (B, G, Q, E), to keys and values, (B, G, S, E) each -> (B, G, Q, E).
 
-    mask: (B, 1, Q, S), added after the softcap. Softmax is computed in float32.
+    mask: (B, 1, Q, S), added after the softcap, which would make -inf finite. Softmax is computed
+    in float32.
     """
     scores = Scores(scale, softcap)(q, k) + mask  # (B, G, Q, S)
     return scores.softmax(-1, dtype=torch.float32).type_as(v) @ v
 
 
-kernel(
+define_operator(
     "capped(Tensor q, Tensor k, Tensor v, Tensor mask, *, float scale, float softcap) -> Tensor",
     attend_capped,
     lambda q, *rest, **scores: q.new_empty(q.shape),
@@ -97,8 +99,8 @@ kernel(
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer: (B, slots + 1, G, E) each. The last slot holds no token of a
-    text; the padding of a ring is written there.
+    """Keys and values of one layer: (B, slots + 1, G, E) each. No token of a text is in the last
+    slot: a ring stores padding there, see also Transformer.make_caches.
 
     It is a module so that the compiler takes k and v for buffers with fixed addresses: a CUDA graph
     writes to them in place, and new caches of the same shape need no new compilation.
@@ -119,8 +121,8 @@ class KVCache(nn.Module):
 
         shape: (B, slots + 1, G, E). attention: the function by which it attends; scores: how
         attention computes its scores. length: positions of a text, None: as many as slots. Sets the
-        attribute ring: the slots, if they are fewer than the positions; None: the token at position
-        p is in slot p.
+        attribute `ring`: the number of slots, if it is below the number of positions, else None.
+        Without a ring the token at position p is in slot p.
         """
         super().__init__()
         self.attention, self.scores = attention, scores
@@ -146,9 +148,9 @@ class KVCache(nn.Module):
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
-        """Yield the part of some rows while they compute and write to pos, (B, T).
-
-        Here nothing needs to be moved: caches on several tiers fetch and save the part.
+        """Yield the cache of some rows, which compute within the with statement and write to pos,
+        (B, T). Here nothing is to be done; a cache on several tiers (tiers/kv_cache.py) fetches the
+        keys and values before and saves those at pos afterwards.
         """
         yield self.part(rows)
 
@@ -158,7 +160,7 @@ class KVCache(nn.Module):
 
     def update(self, pos: Tensor, k: Tensor, v: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, T, G, E), in slots pos, (B, T); return keys and values of the first
-        `visible` slots, (B, visible, G, E) each. Attention on the host calls it."""
+        `visible` slots, (B, visible, G, E) each. Attention on the host (tiers/) calls it."""
         self.store(pos, k, v)
         return self.visible(visible)
 
@@ -183,34 +185,38 @@ class KVCache(nn.Module):
 
     def compacted(self, rows: Sequence[int], filled: int) -> "KVCache":
         """Move the first `filled` positions of the given rows to the front; return a view of these
-        rows. The decoding loop calls it when enough of the other rows have ended; from then on only
-        the view may be used, until the caches are filled again from position 0. rows: ascending.
+        rows. The decoding loop calls it when enough of the other rows have ended. From then on only
+        the view may be used, until the cache is filled again from position 0. rows: ascending
+        indices.
         """
         front = self.first(len(rows))
         front.take(self, torch.tensor(rows, device=self.device), filled)
         return front
 
     def take(self, source: "KVCache", rows: Tensor, filled: int) -> None:
-        """Copy the first `filled` positions of the given rows, (B,), of another cache to the rows
-        of this one, in order. For a ring with fewer slots than `filled`, all slots are copied."""
+        """Copy the first `filled` positions of the given rows, (B,), of `source` to the B rows of
+        this cache, in order. Of a ring with fewer slots than `filled`, all slots are copied."""
         for mine, theirs in zip(self.buffers(), source.buffers(), strict=True):
             mine[:, :filled] = theirs[rows, :filled]
 
 
 class Cache(Protocol):
-    """The cache of a layer as the decoding loop uses it: a KVCache, or one of several micro-batches
-    (groups of rows) on several tiers: device, host memory and disk (tiers/kv_cache.py)."""
+    """The cache of a layer as the decoding loop uses it: a KVCache, or a TieredCache, which keeps
+    micro-batches (groups of rows) on device, host memory and disk (tiers/kv_cache.py)."""
 
     rows: int
     length: int  # usable positions of each row
-    ring: int | None  # slots of each row, if they are fewer; see KVCache
+    ring: int | None  # slots of each row if they are fewer than length, else None; see KVCache
     device: torch.device
-    row_granularity: int  # rows of a micro-batch: they take as long as one row of it
+    # Rows of a micro-batch, which is moved as a whole: one live row of it costs as much as all.
+    # Without micro-batches 1.
+    row_granularity: int
 
     def opened(
         self, rows: slice, pos: Tensor
     ) -> "contextlib.AbstractContextManager[AttentionCache]":
-        """Yield the cache of some rows while they compute and write to pos, (B, T)."""
+        """Yield the cache of some rows, which compute within the with statement and write to pos,
+        (B, T)."""
 
     def first(self, count: int) -> "Cache":
         """Return a view of the first `count` rows."""
@@ -244,10 +250,11 @@ class CacheFactory:
     """Makes the KV cache of each layer; a Transformer holds one.
 
     make: KVCache, or another constructor with the same arguments (quant/kv_cache.py).
-    scores: how attention computes its scores. attention: the function by which caches attend;
-    None: PyTorch's; fast_layers sets it to a kernel for the model's device. window_attention: the
-    same for layers with a sliding window. windows: whether the caches of these layers are rings,
-    with fewer slots than positions; False for callers that read whole texts in one step.
+    scores: how attention computes its scores. attention: the function by which caches attend; None:
+    sdpa_attention or capped_attention; fast_layers sets it to a kernel for the model's device.
+    window_attention: the same for layers with a sliding window. windows: whether the caches of
+    layers with a sliding window are rings, with fewer slots than positions; False for callers that
+    read whole texts in one step.
     """
 
     make: Callable[..., KVCache] = KVCache
@@ -268,7 +275,8 @@ class CacheFactory:
         rows, positions, *head = shape[0], shape[1] - 1, *shape[2:]
         slots = self.slots(positions, window)
         in_pytorch = sdpa_attention if self.scores.softcap is None else capped_attention
-        # A window that covers all positions hides none: the mask is causal, and its kernel faster.
+        # A window that covers all positions hides none: the mask is causal, and the kernel for
+        # causal masks is faster.
         windowed = window is not None and window < positions
         attention = self.window_attention if windowed else self.attention
         return self.make(
@@ -286,8 +294,8 @@ class CacheFactory:
         return min(length, window + WINDOW_SLACK) if ring else length
 
     def portable(self) -> "CacheFactory":
-        """Return a factory of caches that attend by PyTorch, on any device: for attention on the
-        host."""
+        """Return the same factory without kernels for one device: its caches attend by PyTorch, on
+        any device. For attention on the host."""
         return replace(self, attention=None, window_attention=None)
 
 
@@ -298,11 +306,10 @@ def slots_and_keys(
     that each visible slot holds after the step, (S,) or (B, S); negative: the slot is empty.
 
     pos: (B, T), positions of the new tokens. key_pos: arange(n), n: the positions that attention
-    would read if the cache were no ring. ring: slots of the cache, see KVCache. lengths: (B, 1),
-    tokens of each row's whole prompt. A new token at a position >= lengths is padding and goes, in
-    a ring, to the extra last slot. None: there is no padding. Raises ValueError for more than
-    WINDOW_SLACK + 1 new tokens of a row: a later one would replace a key that an earlier one still
-    sees.
+    would read if the cache were no ring. ring: see KVCache. lengths: (B, 1), tokens of each row's
+    whole prompt; None: there is no padding. A new token at a position >= lengths is padding and
+    goes, in a ring, to the extra last slot. Raises ValueError for more than WINDOW_SLACK + 1 new
+    tokens of a row in a ring: a later one would replace a key that an earlier one still sees.
     """
     if ring is None or len(key_pos) <= ring:  # no position has wrapped: slots are positions
         return pos, key_pos
@@ -313,11 +320,12 @@ def slots_and_keys(
             f"a step has {pos.shape[1]} tokens of a row, and the caches of layers with a sliding "
             f"window take {WINDOW_SLACK + 1} at a time"
         )
+    # newest: the last position of each row after the step.
     newest, slot = pos.amax(1, keepdim=True), pos % ring  # (B, 1), (B, T)
     if lengths is not None:
         newest = torch.minimum(newest, lengths - 1)
         slot = slot.masked_fill(pos >= lengths, ring)
-    # Slot s holds the newest position p with p % ring == s.
+    # Slot s holds the greatest position p <= newest with p % ring == s; p < 0: it is empty.
     return slot, newest - (newest - key_pos[:ring]) % ring  # (B, T), (B, S)
 
 
@@ -332,8 +340,8 @@ def hidden_keys(pos: Tensor, keys: Tensor, window: int | None) -> Tensor:
     pos = pos.unsqueeze(-1)  # (B, T, 1)
     hidden = keys > pos  # (B, T, S)
     if window is not None:
-        # Padding of a prompt, which is beyond all keys of its row, sees the newest ones: a query
-        # that saw none would be NaN.
+        # A prompt's padding has positions beyond all keys of its row. Its window ends at the newest
+        # key, because the softmax of a query that sees no key is NaN.
         oldest = torch.minimum(pos, keys.amax(-1, keepdim=True)) - window  # (B, T, 1)
         hidden = hidden | (keys <= oldest) | (keys < 0)
     return hidden
@@ -343,8 +351,8 @@ def visible_length(filled: int, most: int) -> int:
     """Round `filled` up to 64, 96, 128, 192, 256, 384, ..., but at most to `most`.
 
     filled: positions in use, 1 or more. most: positions of the cache, or the model's context.
-    Attention reads as many positions as the result says. Beyond 64, less than a third of them is
-    not filled. Each doubling of the length has two sizes, hence two CUDA graphs.
+    Attention reads as many positions as the result says. Above 64, more than two thirds of them are
+    filled. Each doubling of the length has two sizes, hence two CUDA graphs.
     """
     power = max(64, 1 << (filled - 1).bit_length())
     return min(power * 3 // 4 if filled <= power * 3 // 4 and power > 64 else power, most)

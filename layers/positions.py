@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from layers.args import ModelArgs, Rope
-from layers.basic import Embedding, kernel, takes_kernel
+from layers.basic import Embedding, calls_operator, define_operator
 
-# Cosine and sine, (B, T, 1, P) each. None: the model has learned positions.
+# Cosine and sine of each token's angles, (B, T, 1, P) each. None: the model has learned positions.
 Rotation = tuple[Tensor, Tensor] | None
 
 
@@ -33,9 +33,9 @@ class RotaryPositions(nn.Module):
     def forward(
         self, x: Tensor, pos: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Rotation]]:
-        """Returns x unchanged, and the rotations of the tokens at pos, (B, T), in the order of
-        ModelArgs.ropes. lengths: (B, 1), tokens of each row's whole prompt; None while tokens are
-        generated."""
+        """Returns x unchanged (LearnedPositions changes it), and the rotations of the tokens at
+        pos, (B, T), in the order of ModelArgs.ropes. lengths: (B, 1), tokens of each row's whole
+        prompt; None while tokens are generated."""
         return x, [rope(pos, lengths) for rope in self.ropes]
 
     @staticmethod
@@ -44,7 +44,7 @@ class RotaryPositions(nn.Module):
         forward returned, in float32. Channel i pairs with i + P, as in Hugging Face files."""
         cos, sin = rotation
         P = cos.shape[-1]
-        # (B, T, heads, P), the same, (B, T, heads, E - 2P)
+        # a and b: (B, T, heads, P), rest: (B, T, heads, E - 2P)
         a, b, rest = x.float().split((P, P, x.shape[-1] - 2 * P), dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
 
@@ -52,7 +52,7 @@ class RotaryPositions(nn.Module):
 class LearnedPositions(Embedding):
     """Adds a learned vector for the position to each embedding; rotates nothing (OPT).
 
-    It has the interface of RotaryPositions; there are no rotations.
+    It has the interface of RotaryPositions, with an empty list of rotations.
     """
 
     OFFSET = 2  # OPT's tables begin with two rows that no position uses
@@ -69,6 +69,7 @@ class LearnedPositions(Embedding):
 
     @staticmethod
     def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+        """Returns the queries or keys x unchanged; rotation is None."""
         return x
 
 
@@ -78,16 +79,17 @@ class FixedRope(nn.Module):
     def __init__(self, rope: Rope):
         super().__init__()
         self.attention_factor = rope.attention_factor
-        # On the CPU even if the model is built on the meta device: no checkpoint stores them.
+        # On the CPU even if the model is built on the meta device: checkpoints have no frequencies,
+        # so no later step would fill them in.
         freqs = FREQUENCIES[rope.kind](plain_freqs(rope), rope)  # (P,)
         self.register_buffer("freqs", freqs, persistent=False)
 
     def forward(self, pos: Tensor, lengths: Tensor | None = None) -> Rotation:
         """Returns cosine and sine of the tokens at pos, (B, T), times attention_factor: (B, T, 1,
         P) each. lengths: see RotaryPositions.forward."""
-        # For the new positions only: a table for a context of 4M positions would take 2 GB.
+        # Angles of the new positions only: a table for a context of 4M positions would take 2 GB.
         angles = pos[..., None, None] * self.frequencies(pos, lengths)  # (B, T, 1, P)
-        compute = torch.ops.gpt_flex.cos_sin if takes_kernel(angles) else cos_sin
+        compute = torch.ops.gpt_flex.cos_sin if calls_operator(angles) else cos_sin
         return compute(angles, self.attention_factor)
 
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
@@ -112,7 +114,8 @@ class LengthRope(FixedRope):
     def frequencies(self, pos: Tensor, lengths: Tensor | None) -> Tensor:
         """Returns the frequencies of the tokens at pos, (B, T): (B, T, 1, P). lengths: see
         RotaryPositions.forward."""
-        # (B, T). Only padding is beyond the prompt's length; its result is not used.
+        # (B, T). Every token of a prompt has pos < lengths, so its length is the prompt's. Only
+        # padding has pos >= lengths; its result is not used.
         length = pos + 1 if lengths is None else torch.maximum(pos + 1, lengths)
         longer = length[..., None, None] > self.original_context  # (B, T, 1, 1)
         return torch.where(longer, self.long_freqs(length), self.freqs)
@@ -125,7 +128,8 @@ class LengthRope(FixedRope):
 
 
 class DynamicRope(LengthRope):
-    """The NTK scaling, "dynamic" in transformers: frequencies fall with the text's length."""
+    """The NTK scaling, "dynamic" in transformers: beyond the trained context, frequencies fall with
+    the text's length; see ntk_freqs."""
 
     def __init__(self, rope: Rope):
         super().__init__(rope)
@@ -134,7 +138,8 @@ class DynamicRope(LengthRope):
         self.register_buffer("exponents", exponents(rope), persistent=False)  # (P,)
 
     def long_freqs(self, length: Tensor) -> Tensor:
-        compute = torch.ops.gpt_flex.ntk_freqs if takes_kernel(length) else ntk_freqs
+        """Returns (B, T, 1, P), see LengthRope."""
+        compute = torch.ops.gpt_flex.ntk_freqs if calls_operator(length) else ntk_freqs
         return compute(length, self.exponents, *self.settings)
 
 
@@ -147,6 +152,7 @@ class LongRope(LengthRope):
         self.register_buffer("long_set", divided_freqs(rope, rope.long_factors), persistent=False)
 
     def long_freqs(self, length: Tensor) -> Tensor:
+        """Returns (P,): one set for all lengths."""
         return self.long_set
 
 
@@ -154,9 +160,9 @@ def same_rotations(args: ModelArgs, one: int, other: int) -> bool:
     """Returns whether the keys of tokens that two texts share are rotated alike in both.
 
     one, other: the lengths of the texts. Only a LengthRope depends on them, and only if a text
-    exceeds the trained context. With Rope.recompute (a LongRope) it matters only whether it does:
-    two longer texts are rotated alike. Without it, the rotations also depend on the length and on
-    which tokens were generated, so even texts of one length may differ.
+    exceeds the trained context. With Rope.recompute (a LongRope), any two texts beyond the trained
+    context are rotated alike. Without it, the rotations also depend on the length and on which
+    tokens were generated, so even two texts of equal length may differ.
     """
     for rope in args.ropes:
         if issubclass(ROPES[rope.kind], LengthRope):
@@ -167,7 +173,8 @@ def same_rotations(args: ModelArgs, one: int, other: int) -> bool:
 
 
 def exponents(rope: Rope) -> Tensor:
-    """Returns the exponents of theta in the frequencies' divisors: (P,), from 0 to almost 1."""
+    """Returns the exponents of theta, (P,), from 0 to almost 1: the plain frequency of a pair is
+    1 / theta ** exponent."""
     return torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu") / rope.dim
 
 
@@ -202,28 +209,29 @@ def scale_llama3(freqs: Tensor, rope: Rope) -> Tensor:
 
 
 def scale_yarn(freqs: Tensor, rope: Rope) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, and interpolate by the channel (yarn).
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between (yarn).
 
-    The channels between are those that make beta_fast to beta_slow turns in the trained context.
-    freqs: (P,).
+    Between are the pairs that make beta_fast to beta_slow full turns in the trained context; the
+    weights of the interpolation are linear in the pair's index. freqs: (P,).
     """
-    # The indices of the pairs, as fractions, that make beta_fast and beta_slow turns in the trained
-    # context.
+    # The indices, as fractions, of the pairs that make beta_fast and beta_slow turns.
     first, last = (
         rope.dim / 2 * math.log(rope.original_context / (turns * 2 * math.pi), rope.theta)
         for turns in (rope.beta_fast, rope.beta_slow)
     )
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rope.dim - 1)
-    # With equal bounds the interpolation would be 0 / 0.
+    first, last = max(first, 0), min(last, rope.dim - 1)  # not dim / 2 - 1: as in transformers
+    # With equal bounds the interpolation would be 0 / 0. transformers adds 0.001, too.
     last = last if first != last else last + 0.001
     pairs = torch.arange(len(freqs), dtype=torch.float32, device="cpu")  # (P,)
+    # The weight of the divided frequency: 0 for high ones, 1 for low ones.
     scaled = ((pairs - first) / (last - first)).clamp(0, 1)
     return freqs / rope.factor * scaled + freqs * (1 - scaled)
 
 
 def cos_sin(angles: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and the sines of angles, times `factor`, in the shape of angles."""
     return angles.cos() * factor, angles.sin() * factor
 
 
@@ -241,18 +249,19 @@ def ntk_freqs(
     return 1.0 / base[..., None, None] ** exponents  # (B, T, 1, P)
 
 
-# On a CPU, Inductor's own cosines and powers differ in the last bit.
-kernel(
+# On a CPU, Inductor's own cosines and powers differ in the last bit; see define_operator.
+define_operator(
     "cos_sin(Tensor angles, float factor) -> (Tensor, Tensor)",
     cos_sin,
     lambda angles, factor: (torch.empty_like(angles), torch.empty_like(angles)),
 )
-kernel(
+define_operator(
     "ntk_freqs(Tensor length, Tensor exponents, float theta, float factor, int context) -> Tensor",
     ntk_freqs,
     lambda length, exponents, *_: exponents.new_empty(*length.shape, 1, len(exponents)),
 )
 
+# ModelArgs.positions -> the class of Transformer.positions.
 POSITIONS = {"rotary": RotaryPositions, "learned": LearnedPositions}
 # Rope.kind -> the class that computes the rotation.
 ROPES = {

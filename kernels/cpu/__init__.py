@@ -7,8 +7,9 @@ nothing of torch; linear_operators.cpp and layer_operators.cpp share the work be
 
     pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
     quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers;
-                      strip_products.h multiplies them by the factors of factors.h, on CPUs with
-                      AVX-512 VNNI vnni.h, amx_int8.h or gemm.h does
+                      strip_products.h multiplies them by the weights, both in the form that
+                      factors.h gives them. On CPUs with AVX-512 VNNI, vnni.h, amx_int8.h or gemm.h
+                      multiplies instead
     linear            rows by dense bfloat16 or float16 weights
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
@@ -17,10 +18,10 @@ nothing of torch; linear_operators.cpp and layer_operators.cpp share the work be
 
 vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h
 define them for each instruction set. Products of integers are exact and other sums have a fixed
-order. So all instruction sets give the same bits, but for dense bfloat16 products by AVX-512 BF16,
-AMX and PyTorch. A row's result has the same bits whatever rows are beside it, with two exceptions:
-`linear` adds in another order from 17 rows on, and AVX-512 BF16 and AMX multiply many bfloat16 rows
-otherwise than few.
+order. So all instruction sets give the same bits, except for dense bfloat16 products, which AVX-512
+BF16, AMX and PyTorch add in other orders. A row's result has the same bits whatever rows are beside
+it, with two exceptions: `linear` adds in another order from 17 rows on, and AVX-512 BF16 and AMX
+multiply many bfloat16 rows otherwise than few.
 
 Start at layout.h, vector.h, then quantized_linear.h. fast_layers/cpu.py puts the operators into a
 model; neurons/products.py calls neurons. PyTorch's own layers are the reference in

@@ -29,7 +29,10 @@ bool has_amx() {
   return granted;
 }
 
-// The operand of ldtilecfg. It configures this thread's tiles; its destructor releases them.
+// The operand of the instruction ldtilecfg, whose fields Intel defines. Its constructor configures
+// this thread's tiles, and its destructor releases them. input_bytes: bytes of a row of the tile
+// kRows; weight_rows: rows of a tile of weights. The defaults are those of amx_int8.h: 32 inputs of
+// each of 16 rows, and 32 inputs, four to a row, of 16 outputs.
 struct alignas(kLine) AmxTiles {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine};  // of a row
@@ -42,22 +45,25 @@ struct alignas(kLine) AmxTiles {
   ~AmxTiles() { if (has_amx()) asm volatile("tilerelease"); }
 };
 
+// Loads a tile, whose rows lie `stride` bytes apart.
 template <Amx TILE>
 void amx_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%1,%2), %%tmm%c0" ::"i"(TILE), "r"(from), "r"(stride) : "memory");
 }
+// Stores a tile, row after row of 64 bytes.
 template <Amx TILE>
 void amx_store(void* to) {
   asm volatile("tilestored %%tmm%c0, (%1,%2)" ::"i"(TILE), "r"(to), "r"(kLine) : "memory");
 }
 
-// Adds the products of signed activation bytes and unsigned weight bytes.
+// Adds to a tile of sums the products of signed activation bytes (kRows) and unsigned weight bytes.
 template <Amx SUMS, Amx WEIGHTS>
 void amx_int8_dot() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(kRows), "i"(WEIGHTS));
 }
 
-// Adds the products of bfloat16 weights and activations.
+// Adds to a tile of sums the products of bfloat16 weights and activations (kRows). The sums are
+// (output, row): here the weights are the left operand.
 template <Amx SUMS, Amx WEIGHTS>
 void amx_bf16_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(WEIGHTS), "i"(kRows));

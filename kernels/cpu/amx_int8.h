@@ -9,9 +9,10 @@ namespace {
 
 #ifdef __AMX_INT8__
 
-// Does what multiply_strips does, for eight rows and two strips, with the same bits. Returns in y:
-// (2, 8, 16). While AMX multiplies block b, AVX-512 unpacks block b + 1 and scales block b - 1, so
-// that neither unit waits for the other.
+// Does what multiply_strips does, for the eight rows from `first` on and the two strips n, with the
+// same bits. Returns in y: (2, 8, 16). A tile of activations has 16 rows, each x.stride bytes after
+// the one before: by turns a row's high bytes and its low bytes. While AMX multiplies block b,
+// AVX-512 unpacks block b + 1 and scales block b - 1, so that neither unit waits for the other.
 template <Format F, int64_t BLOCK>
 void multiply_two_strips(const PackedWeights& w, const int64_t (&n)[2], const FixedPointRows& x,
                          int64_t first, Floats* y) {
@@ -83,8 +84,8 @@ void multiply_two_strips(const PackedWeights& w, const int64_t (&n)[2], const Fi
     y[i] = totals[i / kRowGroup][i % kRowGroup] * w.output_scales(n[i / kRowGroup]);
 }
 
-// Multiplies rows in groups of eight while more than kMaxVnniRows are left, and stores them.
-// Returns the first row that is left; 0 without AMX.
+// Multiplies rows in groups of eight while more than kMaxVnniRows are left, and stores the outputs.
+// The last group may have fewer rows. Returns the first row that is left; 0 without AMX.
 template <Format F>
 int64_t multiply_rows_by_amx(const PackedWeights& w, const int64_t (&n)[2], const FixedPointRows& x,
                              const Output& out) {

@@ -1,9 +1,10 @@
 // Attention of few queries over a KV cache, in plain C++17.
 //
-// Start at attend_heads. The KV cache stores the heads of a position side by side. A thread visits
-// four positions at a time, all its heads of these before the next, so it reads memory once and
-// nearly in order. Sums are float32. A query's result has the same bits whatever queries are beside
-// it, and on every instruction set.
+// Start at attend_heads. Shapes: B rows of a batch, G key/value heads, S positions, E channels. The
+// KV cache stores the heads of a position side by side. A thread visits four positions at a time,
+// in all its heads before the next four, so it reads memory once and nearly in order. Sums are
+// float32. A query's result has the same bits whatever queries are beside it, and on every
+// instruction set.
 
 #pragma once
 
@@ -14,10 +15,10 @@
 
 namespace {
 
-constexpr int64_t kTogether = 4;  // positions that share each load of a query or a sum
+constexpr int64_t kTogether = 4;  // positions for which a query or a sum is loaded once
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// T is BFloat16, Half or float. Strides are in elements.
+// Keys or values. T is BFloat16, Half or float. Strides are in elements.
 template <class T>
 struct Heads {  // (B, G, S, E)
   const T* data;
@@ -28,7 +29,7 @@ struct Heads {  // (B, G, S, E)
 template <class T>
 struct Attention {
   int64_t G, Q, S, E;
-  int64_t all;  // queries of a head in memory, of which the first Q from q, mask and y on are taken
+  int64_t all;  // queries of each head in memory. The first Q, from q, mask and y on, are computed
   const T* q;   // (B, G, all, E)
   Heads<T> k, v;
   const T* mask;  // (B, all, S), added to the scores; -infinity hides a position from a query
@@ -37,12 +38,13 @@ struct Attention {
   float softcap;  // of the scaled products, see soft_cap; 0: none
 };
 
-// The float32 numbers of heads `first` to `last` of row b. Positions are in blocks of kStrip.
+// The memory of one thread for heads `first` to `last` of row b, in float32. Scores and masks are
+// stored in blocks of kStrip positions.
 struct Scratch {
   int64_t b, first, last, queries;  // queries: those of all these heads, n
-  float *q, *sums;                  // (n, E)
+  float *q, *sums;                  // (n, E); sums: of the weighted values
   float *scores, *masks;            // (blocks, n, kStrip), (blocks, Q, kStrip)
-  float* widened;                   // (kTogether, E)
+  float* widened;                   // (kTogether, E): keys or values as float32
 };
 
 // Returns cap * tanh(score / cap): almost the score near 0, at most the cap anywhere.
@@ -55,7 +57,7 @@ inline void copy_as_floats(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kStrip) store(to + i, load(from + i));
 }
 
-// Multiplies a query by the keys of kTogether positions.
+// Writes the products of a query and the keys of kTogether positions to y, (kTogether).
 template <class T>
 inline void dots(const float* query, const T* const* keys, int64_t E, float* y) {
   Floats sums[kTogether];
@@ -79,7 +81,8 @@ inline void add_values(const float* weights, const T* const* values, int64_t E, 
   }
 }
 
-// As add_values for kTogether positions. Values of weight 0 are not used: they may be NaN.
+// Does add_values for kTogether positions, but skips those with weight 0: their values may be NaN,
+// since a hidden slot may hold anything.
 template <class T>
 inline void add_weighted(const float* weights, const T* const* values, int64_t E, float* sums) {
   if (std::all_of(weights, weights + kTogether, [](float w) { return w != 0; }))
@@ -97,8 +100,10 @@ inline bool any_seen(const float* masks, int64_t Q) {
   return seen;
 }
 
-// Calls visit(g, s, rows) for positions s to s + kTogether - 1 of head g, unless no query sees one
-// of them. rows: pointers to E numbers each; those of positions from S on repeat the last.
+// Calls visit(g, s, rows) for each kTogether positions, s to s + kTogether - 1, of which a query
+// sees any, and each head g. rows: for each position a pointer to its E numbers in `heads`; for
+// positions from S on, to those of the last position. They are of type T for one query, else
+// float32. `offset` is the distance of the prefetches, about kAhead bytes.
 template <class T, class Visit>
 void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& heads, Visit visit) {
   const int64_t bytes = a.E * sizeof(T), ahead = kAhead / ((w.last - w.first) * bytes);
@@ -123,8 +128,8 @@ void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& he
   }
 }
 
-// Replaces the products of query i by softmax weights before their division by their sum, and
-// returns the sum.
+// Replaces the products of query i of the Scratch by softmax weights, but does not divide them by
+// their sum; returns the sum. attend divides the results.
 template <class T>
 float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
   const Floats masked = splat(kMasked), scale = splat(a.scale);
@@ -149,7 +154,7 @@ float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
   return reduce_add(sum);
 }
 
-// Computes the heads of `w`, whose q and masks are set.
+// Computes the heads of `w`, whose q and masks are set and whose sums are 0.
 template <class T>
 void attend(const Attention<T>& a, const Scratch& w) {
   const auto scores_of = [&](int64_t i, int64_t s) {
@@ -173,7 +178,7 @@ void attend(const Attention<T>& a, const Scratch& w) {
   }
 }
 
-// Does attend for the heads `first` to `last` of row b.
+// Sets up a Scratch for the heads `first` to `last` of row b, and calls attend.
 template <class T>
 void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   const int64_t queries = (last - first) * a.Q, numbers = queries * a.E;
@@ -195,7 +200,7 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   attend(a, w);
 }
 
-// Returns part `part` of `parts` of the queries of every head.
+// Returns the same work for only a part of the queries of every head: number `part` of `parts`.
 template <class T>
 Attention<T> part_of_queries(Attention<T> a, int64_t part, int64_t parts) {
   const int64_t first = a.all * part / parts;

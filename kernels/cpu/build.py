@@ -28,7 +28,7 @@ from host.measurements import cache_directory
 FOLDER = Path(__file__).resolve().parent
 SOURCES, HEADERS = sorted(FOLDER.glob("*.cpp")), sorted(FOLDER.glob("*.h"))
 DTYPES = torch.bfloat16, torch.float16  # of activations; float32 would lose precision
-LIBRARY = "cpu_products"
+LIBRARY = "cpu_products"  # the name of the compiled library
 UNUSED_DAYS = 60  # after which a compiled library is removed
 CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS; forbids faster ones
 
@@ -36,7 +36,8 @@ CHOICE = "GPT_FLEX_ISA"  # environment variable: a name of INSTRUCTION_SETS; for
 class InstructionSet(NamedTuple):
     """Instructions that the kernels are compiled for.
 
-    features: of torch.cpu.get_capabilities; the CPU needs them all. flags: of the compiler.
+    architecture: "x86_64" or "arm64"; "" for any. features: keys of torch.cpu.get_capabilities;
+    the CPU needs them all. flags: of the compiler.
     """
 
     architecture: str
@@ -68,6 +69,8 @@ ARM_NAMES = "aarch64", "arm64"  # of platform.machine(): Linux, macOS
 # additions by itself: only the functions fma and fnma of vector.h do, on every CPU alike.
 FLAGS = "-O3", "-fno-strict-aliasing", "-ffp-contract=off"
 
+# The schemas of the operators. register_fake: returns an uninitialised result of the right shape,
+# which torch.compile asks for while it traces.
 torch.library.define(
     "gpt_flex::quantized_linear",
     "(Tensor x, Tensor packed, Tensor? bias, int format, int block, int out_features) -> Tensor",
@@ -120,8 +123,8 @@ def layout() -> Layout:
 def supported_sets() -> list[str]:
     """Return the names of INSTRUCTION_SETS that this CPU has, the fastest first.
 
-    With the environment variable GPT_FLEX_ISA, returns those from that one on. Raises ValueError if
-    this CPU lacks it.
+    If the environment variable GPT_FLEX_ISA names a set, returns this set and the slower ones.
+    Raises ValueError if the CPU lacks the named set.
     """
     has = torch.cpu.get_capabilities()
     machine = "arm64" if platform.machine() in ARM_NAMES else "x86_64"
@@ -140,7 +143,8 @@ def supported_sets() -> list[str]:
 def fastest_set(device: torch.device) -> str | None:
     """Return the name of the fastest supported set, or None if the device is no CPU.
 
-    Saved measurements have the name in their key. GPT_FLEX_ISA changes it.
+    Saved measurements have the name in their key, since other kernels have other speeds.
+    GPT_FLEX_ISA (see supported_sets) changes it.
     """
     return supported_sets()[0] if device.type == "cpu" else None
 
@@ -159,7 +163,8 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
 
 
 def compiler() -> str:
-    """Return the name of the C++ compiler that Inductor uses. torch's extensions call it c++."""
+    """Return the name of the C++ compiler that Inductor uses: that of the environment variable CXX,
+    or the system's usual one, which torch's extensions (compile_and_load) call c++."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
@@ -186,7 +191,8 @@ def build() -> str | None:
 
 
 def load_best() -> str:
-    """Load the fastest instruction set that this CPU and the compiler have, and return its name.
+    """Load the operators for the fastest instruction set that this CPU and the compiler have, and
+    return its name.
 
     Raises ValueError as supported_sets does, and OSError, RuntimeError or ImportError on failure.
     """
@@ -195,6 +201,7 @@ def load_best() -> str:
     if not shutil.which("ninja"):  # pip installs it beside Python, which may not be in PATH
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     names = supported_sets()
+    # The last set, "scalar", has no flags that a compiler could refuse.
     name = next((name for name in names if is_accepted(name)), names[-1])
     folder = cache / f"{LIBRARY}-{build_key(name):08x}"
     load_library(folder, name)
@@ -252,14 +259,16 @@ def load_library(folder: Path, name: str) -> None:
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
     failure.
     """
-    # Written after the library: one that a killed linker has left is compiled again.
+    # This file is written after the library. A library without it, which a killed linker has left,
+    # is compiled again.
     complete = folder / "complete"
     if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
         raise RuntimeError("the process ends")
     if not complete.exists():
         log(f"compiling products for this CPU ({name}), once: 25 seconds on two cores ...")
     with locked(folder):
-        if complete.exists():  # not by `load`, which compiles again for sources of another path
+        # cpp_extension.load would compile again if the sources were in another folder then.
+        if complete.exists():
             torch.ops.load_library(folder / f"{LIBRARY}.so")
         else:
             compile_and_load(folder, name)
@@ -267,6 +276,8 @@ def load_library(folder: Path, name: str) -> None:
 
 
 def compile_and_load(folder: Path, name: str) -> None:
+    """Compile the operators for an instruction set into the folder, and load them. Raises OSError,
+    RuntimeError or ImportError on failure."""
     from torch.utils import cpp_extension  # imports setuptools, which takes time
 
     cpp_extension.load(
@@ -281,12 +292,14 @@ def compile_and_load(folder: Path, name: str) -> None:
 
 def remove_unused(cache: Path, own: Path) -> None:
     """Remove the libraries of other sources, CPUs or versions of torch that no process has loaded
-    for UNUSED_DAYS. own: the folder of the library that this process has loaded."""
+    for UNUSED_DAYS. cache: the directory that has a folder for each library. own: the folder of the
+    library that this process has loaded."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for folder in cache.glob(f"{LIBRARY}-*"):
         # Another process may remove it at the same time, or another user may own it.
         with contextlib.suppress(OSError):
             complete = folder / "complete"
+            # Without the file "complete", a build has failed or still runs.
             used = (complete if complete.exists() else folder).stat().st_mtime
             if folder != own and used < oldest:
                 shutil.rmtree(folder)
@@ -296,8 +309,9 @@ def remove_unused(cache: Path, own: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Within the context, no other process builds in the folder, which is created if missing.
 
-    Removes torch's own lock file: a killed build leaves it behind, and every later build would wait
-    for its removal. This function's lock, on the file "building", ends with its process.
+    Removes torch's own lock file: a killed build leaves that file behind, and every later build
+    would wait for its removal. The system releases this function's lock, on the file "building",
+    when the process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as file:

@@ -1,7 +1,8 @@
 // The factors of integer products: packed weights and fixed-point rows, as registers of 32-bit
-// lanes. A lane of weights belongs to one output, and a lane of a row's numbers, which is copied to
-// all lanes, has the same inputs. Start at Factors, which is Bytes where the CPU adds products of
-// four bytes (AVX-VNNI, ARM's dot products), else Pairs. Both give the same integers.
+// lanes. Each lane of a register of weights has some inputs of one output. The row's numbers of the
+// same inputs are one lane, which is copied to all lanes of another register. Start at Factors,
+// which is Bytes where the CPU adds products of four bytes (AVX-VNNI, ARM's dot products), else
+// Pairs. Both give the same integers.
 //
 // Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile
 // in the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give
@@ -18,7 +19,7 @@ namespace {
 // shift turns bytes or nibbles into pairs, without moving any of them between lanes.
 template <Format F>
 struct Pairs {
-  static constexpr int kPlanes = 1;            // sums that a row needs
+  static constexpr int kPlanes = 1;            // planes of a row (fixed_point.h), each with sums
   static constexpr int kInputs = 2;            // of a lane
   static constexpr int kSteps = 16 / bits(F);  // lanes that a lane of packed weights turns into
 
@@ -37,16 +38,17 @@ struct Pairs {
     return native_add_pair_products(sums, weights, inputs);
   }
   static void keep(NativeInt& sums) { native_keep(sums); }
-  // Returns the sums of the products. row_sum: of the row's numbers in the block.
+  // Returns the sums of the products of all planes. row_sum: of the row's numbers in the block.
   [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float /*row_sum*/) {
     return sums[0];
   }
 };
 
 #ifdef GPT_FLEX_BYTE_PRODUCTS
-// Bytes: of a row's numbers the high ones (plane 0) and the low ones (plane 1), which need sums of
-// their own. int8 weights are stored plus 128; where the CPU multiplies signed bytes, weights()
-// takes 128 off, and total() adds 128 times the sum of the inputs.
+// Bytes: the high bytes (plane 0) and the low bytes (plane 1) of a row's numbers, which need sums
+// of their own. The members are those of Pairs. int8 weights are stored plus 128; where the CPU
+// multiplies signed bytes, weights() takes 128 off, and total() adds 128 times the sum of the
+// inputs.
 template <Format F>
 struct Bytes {
   static constexpr int kPlanes = 2, kInputs = 4, kSteps = 8 / bits(F);

@@ -14,7 +14,8 @@
 namespace {
 
 constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX multiplies as many
-// Half of the inputs that pad a row: a row stride of a power of two would hit the same cache sets.
+// Half of the inputs that pad a row. Without padding, the distance of rows may be a power of two,
+// and the same inputs of all rows would compete for the same few sets of the cache.
 constexpr int64_t kPad = 32;
 
 // How a row's numbers are stored. Some CPUs multiply bytes (vpdpbusd, AMX, ARM's sdot): a number is
@@ -38,7 +39,8 @@ struct FixedPointRows {
     return reinterpret_cast<const int8_t*>(&numbers[m * stride]);
   }
   const int8_t* low(int64_t m) const { return high(m) + stride; }
-  // Returns row m as lanes of 32 bits: pairs of numbers, or four high (plane 0) or low (1) bytes.
+  // Returns row m as lanes of 32 bits: pairs of numbers, all in plane 0, or, with kBytePlanes, four
+  // high bytes (plane 0) or four low bytes (plane 1).
   const int32_t* lanes(int64_t m, int plane) const {
     return reinterpret_cast<const int32_t*>(high(m) + plane * stride);
   }
@@ -87,7 +89,7 @@ void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointR
   rows.sum[rows.block(m, b)] = reduce_add(to_floats(total));  // exact: below 2^24
 }
 
-// Makes `rows` large enough for M rows. It never shrinks: a vector that grows again clears memory.
+// Makes `rows` large enough for M rows. Its vectors never shrink: growing again would clear memory.
 inline void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows) {
   const size_t padded = (M + kRowGroup - 1) / kRowGroup * kRowGroup;
   auto reserve = [](auto& values, size_t size) {
@@ -98,7 +100,8 @@ inline void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows
   reserve(rows.scale, padded * rows.blocks), reserve(rows.sum, padded * rows.blocks);
 }
 
-// Converts rows m to `end` of x, (M, inputs). Zeros follow the inputs of a row, up to w.K.
+// Converts rows m to `end` of x, (M, inputs), to fixed-point rows of w.K inputs; zeros follow the
+// inputs that x has.
 template <class T>
 void to_fixed_point(const T* x, int64_t inputs, const PackedWeights& w, int64_t m, int64_t end,
                     FixedPointRows& rows) {

@@ -17,8 +17,10 @@ template <int N>
   return y;
 }
 
-// Returns e^x for x <= 0, to 2^-22: a power of two times the Taylor series of the remainder.
-// Returns 0 below x = -80, so also for masked positions.
+// Returns e^x for x <= 0, with an error of at most 2^-22. x log2(e) is the sum of an integer and a
+// rest of at most 1/2: the result is 2^integer times the Taylor series of 2^rest. Returns 0 below
+// x = -80, so also for masked positions (x = -infinity); their power counts as 0, since
+// scale_by_power needs small exponents.
 [[gnu::always_inline]] inline Floats exponential(Floats x) {
   constexpr float kTerms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
                               2.4022651e-1f, 6.9314718e-1f, 1.f};
@@ -29,8 +31,9 @@ template <int N>
   return keep_above(x, limit, scale_by_power(polynomial(kTerms, rest), whole));
 }
 
-// Returns tanh x, to 2^-21 of it: x times a ratio of polynomials in x^2, those with the smallest
-// relative error up to x = 9. Larger x count as 9, whose tangent is 1 - 2^-25. A NaN stays.
+// Returns tanh x with a relative error of 2^-21: x times a ratio of polynomials in x^2, chosen for
+// the smallest relative error up to |x| = 9. Larger |x| count as 9, whose tanh is 1 - 2^-25. A NaN
+// stays a NaN.
 [[gnu::always_inline]] inline Floats hyperbolic_tangent(Floats x) {
   constexpr float kTop[] = {1.3354660e-8f, 2.0609080e-5f, 3.4955880e-3f, 1.3381025e-1f, 1.f};
   constexpr float kBottom[] = {7.7765577e-7f, 3.2856344e-4f, 2.5876982e-2f, 4.6714342e-1f, 1.f};
@@ -39,11 +42,13 @@ template <int N>
 }
 
 // Returns the tanh approximation of the GELU of x (arXiv 1606.08415, section 2): x (1 + tanh u) / 2
-// with u = sqrt(2 / pi) (x + 0.044715 x^3). Computed as x / (1 + e^-2u), which has no cancellation.
+// with u = sqrt(2 / pi) (x + 0.044715 x^3). Computed as x / (1 + e^-2u), which is the same and
+// subtracts no nearly equal numbers.
 [[gnu::always_inline]] inline Floats gelu_tanh(Floats x) {
   const Floats cube = x * x * x, zero = splat(0.f), one = splat(1.f);
   const Floats z = splat(1.59576912f) * fma(splat(0.044715f), cube, x);  // 2u
-  // 1 / (1 + e^-z) for z > 0, e^z / (1 + e^z) for others: e^-|z| cannot overflow.
+  // 1 / (1 + e^-z) is computed as it stands for z > 0, else as e^z / (1 + e^z): only e^-|z|, which
+  // cannot overflow, is needed. The numerator is 1 or e^-|z|.
   const Floats power = exponential(min(z, zero - z));  // e^-|z|
   const Floats numerator = keep_above(z, zero, one) + (power - keep_above(z, zero, power));
   return x * (numerator / (one + power));

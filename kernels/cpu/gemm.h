@@ -13,7 +13,8 @@ namespace {
 
 using at::Tensor;
 
-// Writes outputs n0 to n1 of the weights to `into`, (K, n1 - n0) in bfloat16.
+// Writes the weights of outputs n0 to n1, multiples of 16, to `into`, (K, n1 - n0) in bfloat16 with
+// any stride between inputs.
 template <Format F>
 void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Tensor& into) {
   auto* data = reinterpret_cast<BFloat16*>(into.mutable_data_ptr());
@@ -43,12 +44,14 @@ void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Te
   }
 }
 
-// Returns x by packed weights. Each thread dequantizes as many outputs as its L2 cache holds, and
-// multiplies by them before it goes on.
+// Returns the product of x, (M, K), by packed weights, plus bias. The outputs are divided into
+// parts of `width` strips. A thread dequantizes the weights of a part, which its L2 cache holds,
+// and multiplies by them before it goes on to the next part.
 template <Format F>
 Tensor gemm_product(const Tensor& x, const PackedWeights& w, const std::optional<Tensor>& bias) {
   constexpr int64_t kScratch = 3 << 19;  // bytes, of the 2 MB of L2 that CPUs with AMX have
   const Tensor out = at::empty({x.size(0), w.N}, x.options());
+  // parts: of each thread, so that a part has about kScratch bytes of bfloat16 weights at most.
   const int64_t threads = at::get_num_threads(), parts = 2 * w.K * w.N / kScratch / threads + 1;
   const int64_t strips = w.N / kStrip, width = (strips - 1) / (parts * threads) + 1;
   at::parallel_for(0, (strips - 1) / width + 1, 1, [&](int64_t from, int64_t to) {

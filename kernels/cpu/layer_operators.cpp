@@ -21,12 +21,14 @@ using Result = std::tuple<Tensor, int64_t>;
 // Queries of a key/value head. A verify pass of 16 tokens, with 8 heads that share it, has no more.
 constexpr int64_t kMaxQueries = 128;
 
+// t: (B, G, S, E), with channels side by side.
 template <class T>
 Heads<T> heads_of(const Tensor& t) {
   return {data_of<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// queries: q, contiguous, whose data `data` is. softcap: 0 for none.
+// Does `attention` for tensors that fit. data: that of `queries`, which are contiguous. softcap: 0
+// for none.
 template <class T>
 Tensor attention_of(const T* data, const Tensor& queries, const Tensor& k, const Tensor& v,
                     const Tensor& mask, double scale, double softcap) {
@@ -50,7 +52,7 @@ Tensor attention_of(const T* data, const Tensor& queries, const Tensor& k, const
   return y;
 }
 
-// Returns whether attention_of takes these tensors.
+// Returns whether attention_of takes these tensors, which are those of `attention`.
 bool fits(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask) {
   if (!is_supported(q) || q.dim() != 4 || k.dim() != 4 || q.numel() == 0 || k.numel() == 0)
     return false;
@@ -62,7 +64,8 @@ bool fits(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask)
          k.stride(3) == 1 && v.stride(3) == 1;
 }
 
-// Attends by PyTorch's functions; those with a softcap are an operator of layers/kv_cache.py.
+// Attends by PyTorch: without a softcap by its own function, with one by the operator "capped",
+// which layers/kv_cache.py defines.
 Tensor attention_by_torch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
                           double scale, std::optional<double> softcap) {
   if (!softcap) return at::scaled_dot_product_attention(q, k, v, mask, 0, false, scale);
@@ -74,7 +77,8 @@ Tensor attention_by_torch(const Tensor& q, const Tensor& k, const Tensor& v, con
 
 // q: (B, G, Q, E). k, v: (B, G, S, E), with channels side by side. mask: (B, 1, Q, S), added to the
 // scores. scale: of the products, by default 1 / sqrt(E). softcap: limits the scaled products, see
-// soft_cap; by default they have none. Returns (B, G, Q, E). Leaves other tensors to PyTorch.
+// soft_cap; by default they have no limit. Returns (B, G, Q, E). Tensors that do not fit, such as
+// those of more than kMaxQueries queries, are left to PyTorch.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
                  std::optional<double> scale, std::optional<double> softcap) {
   const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
@@ -116,6 +120,7 @@ Tensor fast_gelu_tanh(const Tensor& x) {
     auto* to = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(data)>>*>(
         y.mutable_data_ptr());
     const int64_t count = x.numel(), strips = (count + kStrip - 1) / kStrip;
+    // A GELU counts as 16 multiplications.
     at::parallel_for(0, strips, kGrain / kStrip / 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first * kStrip; i < std::min(count, last * kStrip); i += kStrip)
         store_some(to + i, count - i, gelu_tanh(load_some(data + i, count - i)));
@@ -124,7 +129,8 @@ Tensor fast_gelu_tanh(const Tensor& x) {
   return y;
 }
 
-// W: the type of weights. x: contiguous.
+// Does `neurons` for `count` entries with weights of the type W. entries: nullptr for all. x:
+// contiguous.
 template <class W, class T>
 Result neurons_of(const Layer<T>& layer, const int64_t* entries, int64_t count, const Tensor& x) {
   const int64_t N = x.size(0), dim = layer.dim;
@@ -145,7 +151,8 @@ Result neurons_of(const Layer<T>& layer, const int64_t* entries, int64_t count, 
   return {y, std::accumulate(active.begin(), active.end(), int64_t{0})};
 }
 
-// The arguments' shapes: at `neurons`.
+// Returns the Layer of these arguments, whose shapes `neurons` gives; the caller sets empty, dim
+// and group.
 template <class T>
 Layer<T> layer_of(const T* bias, const Tensor& records, const Tensor& ids,
                   const std::optional<Tensor>& scales, at::IntArrayRef fields) {
@@ -159,11 +166,13 @@ Layer<T> layer_of(const T* bias, const Tensor& records, const Tensor& ids,
   return layer;
 }
 
-// x: (N, D). records: (C, stride) bytes. entries: the records to use, none: all. ids: (C,), the
-// neuron of each record. bias: (F + 1, inner), of x's dtype; its last row belongs to empty records.
-// scales: the same shape. fields: the first bytes of weights, scales and zero points of each matrix
-// in a record. bits: 4 or 8 of a weight, or another number for weights of x's dtype. Returns (N, D)
-// in float32, and how many neurons were active for a row.
+// x: (N, D). records: (C, stride) bytes. entries: the numbers of the records to use; none: all.
+// ids: (C,), the neuron of each record; F: the record is empty. bias: (F + 1, inner), of x's dtype;
+// its last row belongs to empty records. scales: of int8 weights, of the same shape, else none.
+// fields: for each matrix (see Layer) the first bytes of weights, scales and zero points in a
+// record. bits: of a weight, 4 or 8, or another number for weights of x's dtype. group: int4
+// weights that share a scale. Returns (N, D) in float32, and how many neurons were active for at
+// least one row.
 Result neurons(const Tensor& x, const Tensor& records, const std::optional<Tensor>& entries,
                const Tensor& ids, const Tensor& bias, const std::optional<Tensor>& scales,
                at::IntArrayRef fields, int64_t bits, int64_t group) {

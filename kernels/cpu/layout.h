@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kStrip = 16;       // outputs of a strip
 constexpr int64_t kSpan = 256;       // inputs of a span, but for the last one of a strip
-constexpr int64_t kUnit = 128;       // zeros pad the inputs of a strip to a multiple, and to blocks
+constexpr int64_t kUnit = 128;       // zeros pad a strip's inputs to a multiple, see strip_inputs
 constexpr int64_t kChunk = 32;       // inputs that are unpacked together
 constexpr int64_t kLine = 64;        // bytes of a cache line
 constexpr int64_t kInt8Block = 128;  // inputs of an int8 product that share an activation scale
@@ -33,15 +33,18 @@ constexpr int64_t scale_bytes(Format format) { return format % 10; }
 // The format is a template parameter: as an argument it made GCC 12 compile the kernels to other
 // code.
 
-// Returns the byte of a span's header at which the zero points of block b begin.
+// block: inputs that share a scale, here and below. Returns the byte of a span's header at which
+// the zero points of block b of the span begin.
 template <Format F>
 constexpr int64_t zeros_offset(int64_t block, int64_t b) {
   return kSpan / block * kStrip * scale_bytes(F) + b * kStrip / 2;
 }
+// Returns the bytes of a span's header. Every header has room for a whole span's blocks.
 template <Format F>
 constexpr int64_t header_bytes(int64_t block) {
   return F == kInt8 ? 0 : (zeros_offset<F>(block, kSpan / block) + kLine - 1) / kLine * kLine;
 }
+// Returns the bytes of a whole span: its header and its weights.
 template <Format F>
 constexpr int64_t span_bytes(int64_t block) {
   return header_bytes<F>(block) + kStrip * kSpan * bits(F) / 8;
@@ -57,13 +60,15 @@ constexpr int64_t strip_inputs(int64_t row_bytes, int64_t block) {
   const int64_t unit = block > kUnit ? block : kUnit;
   return (row_bytes * 8 / bits(F) + unit - 1) / unit * unit;
 }
+// Returns the bytes of a strip; row_bytes as in strip_inputs.
 template <Format F>
 constexpr int64_t strip_bytes(int64_t row_bytes, int64_t block) {
   const int64_t scales = kStrip * static_cast<int64_t>(sizeof(float));
   const int64_t K = strip_inputs<F>(row_bytes, block);
   return scales + spans_of(K) * header_bytes<F>(block) + kStrip * K * bits(F) / 8;
 }
-// Returns K again, given strip_bytes. The last span may have fewer weights; its header is whole.
+// The inverse of strip_bytes: returns the inputs, K, of a strip of `bytes` bytes. The last span may
+// have fewer weights; its header is whole.
 template <Format F>
 constexpr int64_t inputs_of_strip(int64_t bytes, int64_t block) {
   const int64_t in_spans = bytes - kStrip * static_cast<int64_t>(sizeof(float));
@@ -71,6 +76,7 @@ constexpr int64_t inputs_of_strip(int64_t bytes, int64_t block) {
   const int64_t weight_bytes = rest ? rest - header_bytes<F>(block) : 0;
   return whole * kSpan + weight_bytes * 8 / bits(F) / kStrip;
 }
+// Returns strip_bytes for a format given at run time, as Python gives it.
 inline int64_t strip_bytes_of(int64_t format, int64_t row_bytes, int64_t block) {
   return format == kInt8   ? strip_bytes<kInt8>(row_bytes, block)
          : format == kInt4 ? strip_bytes<kInt4>(row_bytes, block)

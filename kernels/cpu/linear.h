@@ -27,7 +27,8 @@ struct DenseWeights {
   int64_t N, K;
 };
 
-// Converts rows, (M, K), to float32 with `stride` floats from row to row; pads them with zeros.
+// Converts rows `from` to `to` of x, (M, K), to float32 in `rows`, which has `stride` >= K floats
+// from row to row; zeros fill the rest of a row.
 template <class T>
 void to_float_rows(const T* x, int64_t K, int64_t stride, int64_t from, int64_t to, float* rows) {
   for (int64_t m = from; m < to; m++) {
@@ -46,7 +47,8 @@ inline Floats load_weights(const W* row, int64_t k, int64_t K) {
   return load(padded);
 }
 
-// Writes sums of the products of M rows by N outputs to y, (M, N).
+// Writes the products of M rows by N outputs to y, (M, N). weights: of the first output; rows: the
+// first row, with `stride` floats from row to row, a multiple of 16.
 template <class W, int M, int N>
 void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride, float* y) {
   Floats sums[M][N];
@@ -67,8 +69,8 @@ void dot_products(const W* weights, int64_t K, const float* rows, int64_t stride
   for (int i = 0; i < M * N; i++) y[i] = reduce_add(sums[i / N][i % N]);
 }
 
-// Computes outputs n, n + step, n + 2 * step and n + 3 * step of row 0, the only one, which is
-// padded with zeros to a multiple of 16.
+// Computes outputs n, n + step, n + 2 * step and n + 3 * step of the only row, which is padded with
+// zeros to a multiple of 16.
 template <class W>
 void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t step,
                  const Output& out) {
@@ -92,7 +94,7 @@ void dot_one_row(const DenseWeights& w, const float* row, int64_t n, int64_t ste
   for (int64_t t = 0; t < kOneRowStreams; t++) out.store_one(0, n + t * step, y[t]);
 }
 
-// Computes N outputs from n on of all rows.
+// Computes N outputs, from output n on, of all rows.
 template <class W, int N>
 void dot_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t n,
               const Output& out) {
@@ -120,13 +122,14 @@ void multiply_few_rows(const DenseWeights& w, const float* rows, int64_t stride,
   for (; n < to; n++) dot_rows<W, 1>(w, rows, stride, n, out);
 }
 
+// Weights of 16 outputs as float32, transposed: all outputs' weights of an input lie side by side.
 struct alignas(kLine) DensePanel {
   float weights[kPanelInputs][kStrip];
 };
 
-// Writes the weights of strip n, outputs 16 * n to 16 * n + 15, for inputs k to k + count - 1 to
-// the panel as float32, transposed. Weights of outputs from N on are 0. Prefetches the next strip's
-// weights for the same inputs.
+// Writes to the panel the weights of strip n, outputs 16 * n to 16 * n + 15, for inputs k to
+// k + count - 1. Weights of outputs from N on are 0. Prefetches the next strip's weights for the
+// same inputs.
 template <class W>
 void fill_panel(const DenseWeights& w, int64_t n, int64_t k, int64_t count, DensePanel& panel) {
   alignas(kLine) float rows[kStrip][kStrip] = {};
@@ -142,7 +145,7 @@ void fill_panel(const DenseWeights& w, int64_t n, int64_t k, int64_t count, Dens
   }
 }
 
-// Adds the products of a panel and R rows of float32 to y, (R, 16).
+// Adds the products of a panel, of `count` inputs, and R rows of float32 to y, (R, 16).
 template <int R>
 void multiply_dense_panel(const DensePanel& panel, int64_t count, const float* rows,
                           int64_t stride, Floats* y) {
@@ -169,7 +172,7 @@ void multiply_dense_panel(const DensePanel& panel, int64_t count, const float* r
     for (int p = 0; p < kParts; p++) y[r].part[p] = sums[r][p];
 }
 
-// Multiplies float32 rows by strips `from` to `to`, of 16 outputs each.
+// Multiplies any number of float32 rows by strips `from` to `to`, of 16 outputs each.
 template <class W>
 void multiply_many_rows(const DenseWeights& w, const float* rows, int64_t stride, int64_t from,
                         int64_t to, const Output& out) {

@@ -18,8 +18,10 @@ using at::Tensor;
 constexpr int64_t kGroup = 4;  // rows and outputs of a product by AVX-512
 
 #ifdef __AMX_BF16__
-// Requires K % 32 == 0 and N % 32 == 0. A tile of weights holds a cache line, 32 inputs, of each of
-// 16 outputs. The rows of x become the columns of the other tile, with two inputs side by side.
+// Multiplies up to 16 rows. Requires K % 32 == 0 and N % 32 == 0. A tile of weights holds a cache
+// line, 32 inputs, of each of 16 outputs. The rows of x become the columns of the other tile, with
+// two inputs side by side. Two tiles of weights, 32 outputs, share each tile of x. bias: nullptr
+// for none, here and below.
 void linear_by_amx(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& out) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), row = 2 * K;
   const auto* pairs = reinterpret_cast<const uint32_t*>(x.const_data_ptr<at::BFloat16>());
@@ -50,8 +52,8 @@ void linear_by_amx(const Tensor& x, const Tensor& weight, const at::BFloat16* bi
 }
 #endif
 
-// Adds the products of inputs k to k + 31 to the sums of N outputs by M rows. `mask` selects the
-// inputs that exist. The order of additions does not depend on N and M.
+// Adds the products of inputs k to k + 31 to the sums of N outputs by M rows. Bit i of `mask` is
+// set if input k + i exists. The order of additions does not depend on N and M.
 template <int N, int M>
 void add_products(const at::BFloat16* weights, const at::BFloat16* rows, int64_t K, int64_t k,
                   __mmask32 mask, __m512 (&sums)[N][M]) {
@@ -67,7 +69,8 @@ void add_products(const at::BFloat16* weights, const at::BFloat16* rows, int64_t
   }
 }
 
-// Computes outputs n to n + N - 1 of all rows, M rows at a time. y: (rows, outputs).
+// Computes outputs n to n + N - 1 of `rows` rows, a multiple of M, M rows at a time. y: (rows,
+// outputs).
 template <int N, int M>
 void dot_products(const at::BFloat16* x, const at::BFloat16* weights, const at::BFloat16* bias,
                   int64_t rows, int64_t K, int64_t outputs, int64_t n, at::BFloat16* y) {
@@ -87,7 +90,8 @@ void dot_products(const at::BFloat16* x, const at::BFloat16* weights, const at::
 }
 
 // Takes any shape. For one row it reads weights from the first to the last, which is faster than
-// four outputs side by side. For several rows four outputs share each loaded input.
+// four outputs side by side. For several rows, four outputs share each loaded input, and four rows
+// (`fours`: as many rows as fill groups of four) share each loaded weight.
 void linear_by_avx512(const Tensor& x, const Tensor& weight, const at::BFloat16* bias,
                       Tensor& out) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), fours = M / kGroup * kGroup;

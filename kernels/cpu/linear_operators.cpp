@@ -18,8 +18,8 @@ namespace {
 
 using at::Tensor;
 
-// Writes all strips to the beginning of `buffer`. Returns false if the scales do not fit this
-// format.
+// Writes all strips in format F to the beginning of `buffer`, uint8. Returns false if the scales do
+// not fit this format.
 template <Format F>
 bool pack_as(const StoredLinear& from, const Tensor& buffer) {
   const int64_t strips = (from.N + kStrip - 1) / kStrip;
@@ -32,7 +32,8 @@ bool pack_as(const StoredLinear& from, const Tensor& buffer) {
 }
 
 // Writes the argument `packed` of quantized_linear to the beginning of `buffer`, and returns its
-// format. int4 scales take a byte each, or two where a scale is no multiple of its output's unit.
+// format. weight, scales, zeros: the tensors of Int4Linear, or, without zeros, of Int8Linear. int4
+// scales take a byte each, or two if a scale is no multiple of its output's unit (load_units).
 int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& zeros,
              const Tensor& buffer) {
   const int64_t N = weight.size(0), bytes = weight.size(1);
@@ -54,7 +55,7 @@ int64_t pack(const Tensor& weight, const Tensor& scales, const std::optional<Ten
   return pack_as<kInt4Half>(from, buffer), kInt4Half;
 }
 
-// Returns the fields of Layout in build.py.
+// Returns the fields of Layout in build.py, in their order.
 std::vector<int64_t> layout() { return {kStrip, kChunk, kInt8Block, kInt8, kInt4, kInt4Half}; }
 
 // Multiplies x, (M, inputs), by packed weights. The threads divide the strips. With up to kRowGroup
@@ -80,7 +81,7 @@ void integer_product(const T* x, int64_t inputs, const PackedWeights& w, const O
   });
 }
 
-// Returns the number of rows from which a GEMM of dequantized weights is faster.
+// Returns the number of rows of x from which on gemm_product is faster than integer_product.
 template <Format F>
 int64_t gemm_rows(const Tensor& x) {
 #ifdef __AVX512BF16__
@@ -89,6 +90,7 @@ int64_t gemm_rows(const Tensor& x) {
   return std::numeric_limits<int64_t>::max();
 }
 
+// Does quantized_linear for one format, and returns all outputs, those of padding included.
 template <Format F>
 Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>& bias,
                      int64_t block) {
@@ -114,9 +116,9 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
   return out;
 }
 
-// x: (M, at most K), bfloat16, float16 or float32. packed: (N / 16, bytes of a strip). Weights and
-// bias, which has the dtype of x, are padded to whole strips. Returns the first `out_features`
-// outputs.
+// x: (M, at most K), bfloat16, float16 or float32. packed: (N / 16, bytes of a strip), in the
+// format numbered `format`. Weights and bias, which has the dtype of x, are padded to whole strips.
+// block: inputs that share a scale. Returns the first `out_features` outputs.
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t format, int64_t block, int64_t out_features) {
   Tensor y = format == kInt8   ? packed_linear<kInt8>(x, packed, bias, block)
@@ -126,6 +128,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::option
 }
 
 #ifdef __AVX512BF16__
+// Does `linear` for contiguous bfloat16 rows on CPUs that multiply bfloat16.
 Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   if (x.size(0) > kMaxFewRows) return at::linear(x, weight, bias);
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
@@ -138,8 +141,7 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, const std::optiona
 }
 #endif
 
-// Multiplies float32 rows, (M, stride), by weights of the type W, each thread by outputs of its
-// own.
+// Multiplies float32 rows, (M, stride), by weights of the type W. The threads divide the outputs.
 template <class W>
 void multiply_dense(const DenseWeights& w, const float* rows, int64_t stride, const Output& out) {
   const bool few = out.M <= kMaxFewRows;
@@ -163,7 +165,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 #ifdef __AVX512BF16__
   if (dtype == at::kBFloat16) return bfloat16_linear(input, weight, bias);
 #endif
-  // A row's padding keeps rows apart by other than a power of two.
+  // At least 16 floats of padding: rows whose distance is a power of two would compete for the same
+  // few sets of the cache.
   const int64_t stride = (K + kStrip - 1) / kStrip * kStrip + kStrip;
   const Tensor out = at::empty({M, N}, x.options());
   const Tensor rows = at::empty({M, stride}, x.options().dtype(at::kFloat));

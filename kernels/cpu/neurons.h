@@ -3,11 +3,12 @@
 // Start at add_neurons. A record (neurons/records.py) holds the weights of one neuron: its row of
 // the up (and gate) projection and its column of the down projection. Few neurons are active for a
 // token, so most records are read no further than their first row, and reading these rows bounds
-// decoding. Sums and hidden values are float32. int4 weights are unpacked as the even ones of 32,
-// then the odd ones; inputs and sums are kept in that order, too.
+// decoding. Sums and hidden values are float32. Of each 32 int4 weights, those with even numbers
+// are unpacked first, then those with odd numbers; inputs and sums are kept in that order, too.
 //
-// T is the type of activations and biases: BFloat16, Half or float. W is the type of weights: T,
-// int8_t or Nibbles.
+// Shapes: C records in memory, F neurons of the layer, N rows, D (`dim`) channels of a row. T is
+// the type of activations and biases: BFloat16, Half or float. W is the type of weights: T, int8_t
+// or Nibbles.
 
 #pragma once
 
@@ -18,11 +19,13 @@
 
 namespace {
 
-constexpr int64_t kSharedRows = 4;  // rows that share an unpacked weight
+constexpr int64_t kSharedRows = 4;  // rows for which a weight is unpacked once
 
 struct Nibbles {};  // two weights to a byte, in groups that share a scale and a zero point
 
-struct Matrix {  // first bytes within a record; only Nibbles have scales and zero points in it
+// Where a matrix has its numbers in a record: the offsets, in bytes, of their first ones. Only
+// Nibbles have scales and zero points in the record.
+struct Matrix {
   int64_t weights, scales, zeros;
 };
 
@@ -30,14 +33,16 @@ template <class T>
 struct Layer {
   const uint8_t* records;  // (C, stride)
   const int64_t* ids;      // (C,): the neuron of each record; `empty`: no neuron
-  const T* bias;           // (F + 1, inner)
-  const float* scales;     // (F + 1, inner) or nullptr
-  int64_t stride, inner, empty, dim, group;  // inner: 1 (up) or 2 (gate and up)
-  Matrix matrices[3];
+  const T* bias;           // (F + 1, inner); the last row is for `empty`
+  const float* scales;     // (F + 1, inner), of int8 weights, or nullptr
+  // stride: bytes from record to record; inner: matrices before down, 1 (up) or 2 (gate and up);
+  // empty: F; group: int4 weights that share a scale.
+  int64_t stride, inner, empty, dim, group;
+  Matrix matrices[3];  // up, down; or gate, up, down
 };
 
-// Reads the weights of one neuron and one matrix, kChunk at a time. Prefetches what lies `ahead`
-// bytes further.
+// Reads the weights of one neuron in one matrix, kChunk at a time. Prefetches what lies `ahead`
+// bytes after the weights that it reads. The third argument of the constructor is Layer::group.
 template <class W>
 struct Reader {
   const W* data;
@@ -87,20 +92,22 @@ struct Reader<Nibbles> {
 template <class W>
 constexpr int64_t bits_of_weight = std::is_same_v<W, Nibbles> ? 4 : 8 * sizeof(W);
 
-// Returns the place within a chunk of inputs and sums at which number i of it is kept.
+// Returns the index within a chunk of inputs or sums at which number i of the chunk is kept: for
+// Nibbles, even numbers come before odd ones.
 template <class W>
 constexpr int64_t place(int64_t i) {
   return std::is_same_v<W, Nibbles> ? i % 2 * kStrip + i / 2 : i;
 }
 
-// Converts x, (N, D), to rows for the functions below, (N, D).
+// Converts x, (N, D), to float32 `rows`, (N, D), in the order of `place`.
 template <class W, class T>
 void arrange_rows(const T* x, int64_t N, int64_t dim, float* rows) {
   for (int64_t k = 0; k < N * dim; k += kChunk)
     for (int64_t i = 0; i < kChunk; i++) rows[k + place<W>(i)] = to_float(x[k + i]);
 }
 
-// Adds sums of several parts of the neurons, (parts, N, D). Returns them in y: (N, D).
+// Adds up the sums of several parts of the neurons, (parts, N, D), and undoes the order of `place`.
+// Returns in y: (N, D).
 template <class W>
 void add_parts(const float* sums, int64_t parts, int64_t N, int64_t dim, float* y) {
   for (int64_t k = 0; k < N * dim; k += kChunk)
@@ -126,6 +133,8 @@ void dot(Reader<W> weights, const float* rows, int64_t dim, float* y) {
   for (int m = 0; m < M; m++) y[m] = reduce_add(sums[m][0] + sums[m][1]);
 }
 
+// Does dot for any number N of rows. Each call of dot reads the weights anew, from a copy of the
+// Reader.
 template <class W>
 void dots(const Reader<W>& weights, const float* rows, int64_t N, int64_t dim, float* y) {
   int64_t m = 0;
@@ -148,9 +157,10 @@ void add(Reader<W> weights, const float* h, int64_t N, int64_t dim, float* sums)
   }
 }
 
-// Computes the hidden values h, (N,), of one neuron: ReLU(up), or ReLU(gate) * up. Returns whether
-// any of them is not 0. next: the record that is read after this one. Records are too far apart for
-// the CPU's prefetcher.
+// Computes the hidden values h, (N,), of one neuron, number `id` of the layer: ReLU(up), or
+// ReLU(gate) * up. Returns whether any ReLU is not 0. next: the record that is read after this one;
+// while the first matrix is read, the same bytes of the next record are prefetched, since records
+// are too far apart for the CPU's own prefetcher. up: memory for N numbers.
 template <class W, class T>
 bool hidden(const Layer<T>& layer, const uint8_t* record, const uint8_t* next, int64_t id,
             const float* rows, int64_t N, float* h, float* up) {
@@ -171,8 +181,9 @@ bool hidden(const Layer<T>& layer, const uint8_t* record, const uint8_t* next, i
   return active;
 }
 
-// Adds the outputs of neurons `from` to `to` of the entries to the sums, (N, D). entries: the
-// records to use, nullptr: all. Returns how many neurons were active for a row.
+// Adds to the sums, (N, D), the outputs of the neurons of entries `from` to `to`. entries: the
+// numbers of the records to use; nullptr: all records. Returns how many of these neurons were
+// active for at least one row.
 template <class W, class T>
 int64_t add_neurons(const Layer<T>& layer, const int64_t* entries, int64_t from, int64_t to,
                     const float* rows, int64_t N, float* sums) {

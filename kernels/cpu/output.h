@@ -1,4 +1,5 @@
-// The outputs of a product: y and its bias, in any of the dtypes of activations.
+// The outputs of a product: y and its bias, in any of the dtypes of activations. Results are
+// float32 until they are stored; the bias is added before the only rounding.
 
 #pragma once
 

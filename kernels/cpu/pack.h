@@ -26,7 +26,7 @@ struct StoredLinear {
   const float* output_scales;  // (N), int8
   const Half* scales;          // (N, groups), int4
   const uint8_t* zeros;        // (N, ceil(groups / 2)), int4
-  int64_t N, bytes, groups, block;  // block: inputs of a group; int8: kInt8Block
+  int64_t N, bytes, groups, block;  // bytes: of an output; block: inputs of a group, or kInt8Block
 };
 
 using FourDwords = uint32_t __attribute__((vector_size(16)));
@@ -52,18 +52,22 @@ inline void stream(uint8_t* to, FourDwords four) {
   std::memcpy(to, &four, sizeof(four));
 #endif
 }
+// Orders this thread's stores by `stream` before its later stores, so that a thread that is told of
+// the packed weights sees them.
 inline void wait_for_streams() {
 #ifdef __SSE2__
   _mm_sfence();
 #endif
 }
+// Copies `bytes` bytes, a multiple of 16, by `stream`; returns the byte after them in `to`.
 inline uint8_t* stream_copy(const void* from, int64_t bytes, uint8_t* to) {
   for (int64_t i = 0; i < bytes; i += sizeof(FourDwords))
     stream(to + i, load_four(static_cast<const uint8_t*>(from) + i));
   return to + bytes;
 }
 
-// Copies `bytes` bytes, clamped to 0 to SIZE, and fills SIZE bytes up with `padding`.
+// Writes SIZE bytes to `to`: the first ones from `from`, at most `bytes` (none if it is negative),
+// then `padding`.
 template <int64_t SIZE>
 inline void copy_padded(void* to, const void* from, int64_t bytes, uint8_t padding = 0) {
   if (bytes >= SIZE) {
@@ -74,7 +78,7 @@ inline void copy_padded(void* to, const void* from, int64_t bytes, uint8_t paddi
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
-// Returns the dwords of a and b, numbered 0 to 7, at AT.
+// Returns four of the dwords of a (numbered 0 to 3) and b (4 to 7): those with the numbers AT.
 template <int... AT>
 inline FourDwords shuffle(FourDwords a, FourDwords b) {
 #ifdef __clang__
@@ -84,7 +88,7 @@ inline FourDwords shuffle(FourDwords a, FourDwords b) {
 #endif
 }
 
-// Calls store(i, four) for the dwords from i on of the transposed square.
+// Transposes a square. Calls store(i, four) with each four dwords of the result, from dword i on.
 template <class Store>
 inline void transpose(const Square& from, Store store) {
   for (int64_t i = 0; i < kStrip; i += 4)
@@ -102,7 +106,8 @@ inline void transpose(const Square& from, Store store) {
     }
 }
 
-// Transposes 16 rows of 16 nibbles. In blocks of 16, 8, 4 and 2 it swaps the off-diagonal quarters.
+// Transposes 16 rows of 16 nibbles. It divides the rows into blocks of 16 by 16, then 8, 4 and 2,
+// and swaps the two off-diagonal quarters of each block.
 inline void transpose_nibbles(uint64_t (&rows)[kStrip]) {
   uint64_t left = 0x00000000ffffffff;  // nibbles of the quarters that go to other rows
 #pragma GCC unroll 4
@@ -115,9 +120,9 @@ inline void transpose_nibbles(uint64_t (&rows)[kStrip]) {
     }
 }
 
-// Writes the float scales, (16), of the outputs from n on. For kInt4 a scale is the power of two of
-// which the output's largest block scale is 128 to 255 multiples, as in scale_units
-// (quant/linear.py).
+// Writes the float scales, (16), of the outputs from n on. For kInt4, an output's scale is the
+// power of two of which its largest block scale is 128 to 255 times, as in scale_units
+// (quant/linear.py). For kInt4Half it is 1.
 template <Format F>
 void load_units(const StoredLinear& from, int64_t n, float* units) {
   const int64_t rows = std::min(kStrip, from.N - n);
@@ -127,14 +132,16 @@ void load_units(const StoredLinear& from, int64_t n, float* units) {
   Half largest[kStrip] = {};
   const Half* scales = from.scales + n * from.groups;
   for (int64_t i = 0; i < rows; i++, scales += from.groups) {
-    int16_t bits = 0;  // of positive halves: in their order
+    int16_t bits = 0;  // as integers, the bits of positive halves have the order of the numbers
     for (int64_t g = 0; g < from.groups; g++)
       bits = std::max(bits, static_cast<int16_t>(scales[g].bits));
     largest[i].bits = bits;
   }
   store(units, load(largest));
   for (int64_t i = 0; i < rows; i++) {
-    // std::frexp and std::ldexp would take a tenth of the time of packing.
+    // frexp and ldexp of scale_units by bit operations, since std::frexp and std::ldexp would take
+    // a tenth of the time of packing. A float's exponent is stored plus 127; that of frexp is one
+    // more.
     const int exponent = units[i] ? static_cast<int>(bits_of(units[i]) >> 23) - 126 : 0;
     units[i] = float_of((std::max(exponent - 8, -24) + 127) << 23);
   }
@@ -156,7 +163,8 @@ inline bool scale_integers(const Half* scales, const float* inverse_units, Squar
       store(reinterpret_cast<int32_t*>(to.dwords + i), integers);
       store(errors + i, to_floats(integers) - multiples);
     }
-    // GCC makes vectors of this long loop, and makes none of a loop over 16.
+    // An exact multiple has the error +0, all of whose bits are 0. A loop of its own: GCC makes
+    // vectors of this long loop, and makes none of a loop over 16.
     for (int64_t i = 0; i < kStrip * kStrip; i++)
       misfits |= bits_of(errors[i]) | (to.dwords[i] & ~255u);
   }
@@ -166,8 +174,9 @@ inline bool scale_integers(const Half* scales, const float* inverse_units, Squar
 template <Format F>
 using StoredScale = std::conditional_t<F == kInt4, uint8_t, uint16_t>;
 
-// Reads the scales of 16 outputs, from n on, for each of 16 groups, from g on. Returns false if one
-// does not fit in a byte.
+// Writes to `to`, (16 groups, 16 outputs), the scales of the outputs from n on in the groups from g
+// on, as the header stores them; 0 for outputs and groups that do not exist. Returns false if a
+// scale does not fit in a byte.
 template <Format F>
 bool read_scales(const StoredLinear& from, int64_t n, int64_t g, const float* inverse_units,
                  StoredScale<F>* to) {
@@ -186,7 +195,8 @@ bool read_scales(const StoredLinear& from, int64_t n, int64_t g, const float* in
   return true;
 }
 
-// Reads the zero points of 16 outputs, from n on, for each of 16 groups, from g on.
+// Writes to `to`, (16 groups) of 16 nibbles, the zero points of the outputs from n on in the groups
+// from g on.
 inline void read_zeros(const StoredLinear& from, int64_t n, int64_t g, uint64_t (&to)[kStrip]) {
   const int64_t row_bytes = (from.groups + 1) / 2;
   for (int64_t i = 0; i < kStrip; i++) {
@@ -239,9 +249,10 @@ inline void reorder(const uint8_t* from, uint32_t* to) {
   }
 }
 
-// Packs a cache line of each of 16 outputs, from byte `at` on. It prefetches the same lines of the
-// next strip: rows are too short for the CPU's prefetcher, and without this packing takes up to 1.6
-// times as long (Xeon; int4 on Zen 3: 1.2 times). Returns the byte after the tiles.
+// Packs a cache line, from byte `at` on, of each of the 16 outputs from n on. It prefetches the
+// same lines of the next strip: an output's weights are too short for the CPU's own prefetcher, and
+// without this packing takes up to 1.6 times as long (Xeon; int4 on Zen 3: 1.2 times). Returns the
+// byte after the tiles.
 template <Format F>
 uint8_t* pack_tiles(const StoredLinear& from, int64_t n, int64_t at, uint8_t* to) {
   Square lines;

@@ -7,9 +7,11 @@
 
 namespace {
 
+// N outputs, padded to whole strips, of K inputs, padded as strip_inputs says. The inputs of a
+// block share a scale: of the weights in int4, of the activations in int8.
 struct PackedWeights {
   const uint8_t* data;         // (N / 16, strip)
-  int64_t N, K, block, strip;  // block: inputs that share a scale; strip: bytes of a strip
+  int64_t N, K, block, strip;  // block: inputs of a block; strip: bytes of a strip
 
   int64_t blocks() const { return K / block; }
   const uint8_t* scales(int64_t n) const { return data + n * strip; }  // of strip n
@@ -19,15 +21,15 @@ struct PackedWeights {
   }
 };
 
-// Spreads the 8 nibbles of 4 bytes over 8 bytes: of each byte first the low nibble, then the high
-// one.
+// Returns the 8 nibbles of 4 bytes, each in a byte of its own: of each byte first the low nibble,
+// then the high one.
 inline uint64_t spread_nibbles(uint64_t pairs) {
   pairs = (pairs | pairs << 16) & 0x0000ffff0000ffff;
   pairs = (pairs | pairs << 8) & 0x00ff00ff00ff00ff;
   return (pairs | pairs << 4) & 0x0f0f0f0f0f0f0f0f;
 }
 
-// Returns the zero points, (16,), of block b of a span.
+// Returns the zero points, (16,), of block b of the span that begins at `header`.
 template <Format F>
 inline Floats load_zeros(const uint8_t* header, int64_t block, int64_t b) {
   if constexpr (F == kInt8) return splat(128.f);
@@ -37,7 +39,8 @@ inline Floats load_zeros(const uint8_t* header, int64_t block, int64_t b) {
   return load(reinterpret_cast<const uint8_t*>(zeros));
 }
 
-// Returns the scales, (16,), of block b of a span.
+// Returns the scales, (16,), of block b of the span that begins at `header`; they are in units of
+// output_scales.
 template <Format F>
 inline Floats load_scales(const uint8_t* header, int64_t b) {
   const uint8_t* scales = header + b * kStrip * scale_bytes(F);
@@ -46,8 +49,9 @@ inline Floats load_scales(const uint8_t* header, int64_t b) {
   return load(scales);
 }
 
-// Returns y, (16,), plus scales * row_scale * (sums - zeros * row_sum). sums: of products of the
-// row's integers and the weights' in a block; row_sum: of the row's integers in the block.
+// Returns y, (16,), plus the outputs of a block: scales * row_scale * (sums - zeros * row_sum).
+// sums: for each output the sum of the products of the row's and the weights' integers; row_sum:
+// the sum of the row's integers; row_scale: their scale.
 inline Floats add_block(Floats y, Ints sums, Floats zeros, Floats scales, float row_sum,
                         float row_scale) {
   const Floats dot = fnma(zeros, splat(row_sum), to_floats(sums));

@@ -1,12 +1,12 @@
 // Products of fixed-point rows by packed int8 or int4 weights, for one thread.
 //
 // Start at multiply. The rate at which memory is read bounds decoding, so the arithmetic must cost
-// little beside a load, and it must be exact. fixed_point.h therefore converts activations to
-// 16-bit integers, and products with weights add up in 32 bits without rounding: by
-// strip_products.h, or on CPUs with AVX-512 VNNI by vnni.h (vpdpbusd) and amx_int8.h (tdpbsud,
-// eight rows at a time). Weights are read from the first byte to the last, as layout.h orders them.
-// A row's result has the same bits whatever rows are beside it and whatever instructions the CPU
-// has.
+// little beside a load. It must be exact, so that all CPUs give the same bits. fixed_point.h
+// therefore converts activations to 16-bit integers, and products with weights add up in 32 bits
+// without rounding: by strip_products.h, or on CPUs with AVX-512 VNNI by vnni.h (vpdpbusd) and
+// amx_int8.h (tdpbsud, eight rows at a time). Weights are read from the first byte to the last, as
+// layout.h orders them. A row's result has the same bits whatever rows are beside it and whatever
+// instructions the CPU has.
 
 #pragma once
 
@@ -45,6 +45,7 @@ void multiply_all_rows(const PackedWeights& w, const FixedPointRows& rows, int64
   }
 }
 
+// Multiplies all rows by strips `from` to `to`, and stores the outputs in `out`.
 template <Format F>
 void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
               const Output& out) {
@@ -57,6 +58,7 @@ void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, 
 
 inline int64_t streams(int64_t M) { return M == 1 ? kRowStreams : 1; }
 
+// As above.
 template <Format F>
 void multiply(const PackedWeights& w, const FixedPointRows& rows, int64_t from, int64_t to,
               const Output& out) {

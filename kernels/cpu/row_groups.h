@@ -1,5 +1,5 @@
-// Rows in groups: the kernels keep the sums of a few rows in registers, and need their number at
-// compile time.
+// Rows in groups: the kernels keep the sums of a few rows in registers, for which the number of
+// these rows must be known at compile time.
 
 #pragma once
 
@@ -8,7 +8,8 @@
 
 namespace {
 
-// Calls visit(count, first) with `count`, 1 to R, as a std::integral_constant.
+// Calls visit(count, first) with `count`, 1 to R, as a std::integral_constant, whose value is known
+// at compile time.
 template <int R, class Visit>
 inline void with_constant(int64_t count, int64_t first, Visit visit) {
   if (count == R) return visit(std::integral_constant<int, R>{}, first);
@@ -17,7 +18,7 @@ inline void with_constant(int64_t count, int64_t first, Visit visit) {
 
 // Divides `rows` rows into as few groups of at most R as possible, of sizes that differ by at most
 // one (a group of one row reads as many weights as a full group), and calls visit(count, first) for
-// each.
+// each: `count` rows from `first` on.
 template <int R, class Visit>
 inline void in_groups(int64_t rows, Visit visit) {
   const int64_t groups = (rows + R - 1) / R;

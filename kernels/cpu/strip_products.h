@@ -12,15 +12,15 @@
 
 namespace {
 
-constexpr int kRowPlanes = Factors<kInt8>::kPlanes;
+constexpr int kRowPlanes = Factors<kInt8>::kPlanes;  // 2 if a row's high and low bytes are apart
 constexpr int kRowStreams = 4 / kRowPlanes;  // strips that one row reads side by side
 // Rows whose sums fit in the registers.
 constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Multiplies row 0, the only one, by the strips n, which are read side by side. Returns in y:
-// (STRIPS, 16).
+// Multiplies the only row, row 0, by the strips with the numbers n, which are read side by side.
+// Returns in y: (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
@@ -85,8 +85,8 @@ struct Span {
   Floats zeros[kSpan / kChunk], scales[kSpan / kChunk];
 };
 
-// Fills `span` from span `number`, which begins at `header`. Its scales and zero points are read
-// once, for all groups of rows.
+// Fills `span` from span `number` of a strip, which begins at `header`. Scales and zero points are
+// thus read once, for all groups of rows.
 template <Format F>
 inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t number, Span& span) {
   span.tiles = header + header_bytes<F>(w.block), span.number = number, span.block = w.block;
@@ -97,7 +97,8 @@ inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t num
   }
 }
 
-// Where R rows of a span begin: the lanes of each plane, and for each block the sums and scales.
+// Where a span begins in R rows: the lanes of each plane, and the sums and scales of its first
+// block. Those of the next block lie kRowGroup numbers further.
 template <int R>
 struct RowPointers {
   const int32_t* lanes[R][kRowPlanes];
@@ -113,15 +114,15 @@ struct RowPointers {
   }
 };
 
-// Returns register p of y plus the products of a block, as add_block does for a whole strip.
+// Does for one register of a strip's outputs what add_block does for the whole strip.
 inline NativeFloat add_block_part(NativeFloat y, NativeInt sums, NativeFloat zeros,
                                   NativeFloat scales, float row_sum, float row_scale) {
   const NativeFloat dot = native_fnma(zeros, native_splat(row_sum), native_to_float(sums));
   return native_fma(native_multiply(scales, native_splat(row_scale)), dot, y);
 }
 
-// Adds to y, (R, 16), the products of a span by rows `row` to row + R - 1, without the outputs' own
-// scales. Unpacks the weights in registers.
+// Adds to y, (R, 16), the products of a span by rows `row` to row + R - 1. Unpacks the weights in
+// registers. Does not multiply by output_scales: multiply_rows_by_strips does, after all spans.
 template <Format F, int R>
 void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Floats* y) {
   using Factor = Factors<F>;
@@ -168,8 +169,8 @@ void multiply_span(const Span& span, const FixedPointRows& x, int64_t row, Float
   }
 }
 
-// Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores them. One
-// span of these rows stays in the L1 cache while all the strips are multiplied by it.
+// Multiplies rows `first` to first + rows - 1 by `strips` strips from n on, and stores the outputs.
+// One span of these rows stays in the L1 cache while all the strips are multiplied by it.
 template <Format F>
 void multiply_rows_by_strips(const PackedWeights& w, int64_t n, int64_t strips,
                              const FixedPointRows& x, int64_t first, int64_t rows,
@@ -194,7 +195,8 @@ void multiply_rows_by_strips(const PackedWeights& w, int64_t n, int64_t strips,
       out.store_strip(first + r, n + i, y[i][r] * w.output_scales(n + i));
 }
 
-// Multiplies the one row by strips `from` to `to`, of which it reads STRIPS side by side.
+// Multiplies the only row by strips `from` to `to`: divides them into STRIPS parts, which it reads
+// side by side.
 template <Format F, int STRIPS>
 void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                       const Output& out) {
@@ -212,7 +214,7 @@ void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t f
   }
 }
 
-// Multiplies all rows by strips `from` to `to`, and stores them in `out`.
+// Multiplies all rows by strips `from` to `to`, and stores the outputs in `out`.
 template <Format F>
 void multiply_strips(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                      const Output& out) {

@@ -19,6 +19,7 @@
 
 namespace {
 
+// Returns whether the tensor has one of the dtypes of the kernels.
 inline bool is_supported(const at::Tensor& x) {
   const auto type = x.scalar_type();
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
@@ -30,12 +31,14 @@ inline Dtype dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf ? kFloat16 : kFloat32;
 }
 
+// Returns a tensor's data as T, which the caller knows to be the type of its numbers.
 template <class T>
 const T* data_of(const at::Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-// Calls `use` with the data of a contiguous tensor, as a pointer to its type; returns the result.
+// Calls `use` with the data of a contiguous tensor, as a pointer to BFloat16, Half or float;
+// returns the result.
 template <class Use>
 auto with_data(const at::Tensor& x, Use use) {
   const Dtype dtype = dtype_of(x);

@@ -9,7 +9,8 @@
 // selects the plain form, which is the reference of the others in tests/test_instruction_sets.py.
 //
 // NativeFloat and NativeInt are registers of kLanes numbers of 32 bits. A NativeInt may also hold
-// pairs of 16-bit integers, or four bytes, in place of each number.
+// pairs of 16-bit integers, or four bytes, in place of each number. A function native_NAME does for
+// one register what NAME below does for sixteen numbers; besides there are:
 //   native_load_bytes         loads kLanes bytes and widens each to 32 bits
 //   native_load_bits          loads 4 * kLanes bytes as they lie
 //   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
@@ -17,6 +18,7 @@
 //   native_add_byte_products  adds to each sum the products of the four bytes in its lane; exists
 //                             where GPT_FLEX_BYTE_PRODUCTS is defined. Inputs are signed, and
 //                             weights are signed if kSignedWeights is true
+//   native_reduce_add_four    writes the sums of the lanes of four registers
 //   native_keep               makes the compiler finish a sum before it computes more products
 
 #pragma once
@@ -86,6 +88,7 @@ inline NativeInt native_and(NativeInt a, NativeInt b) { return a & b; }
 inline NativeInt native_magnitude_bits(NativeFloat a) {
   return register_at<NativeInt>(&a) & native_splat(0x7fffffff);
 }
+// Adds to the exponent of each float, which begins at bit 23.
 inline NativeFloat native_scale_by_power(NativeFloat a, NativeInt exponent) {
   const NativeInt bits = register_at<NativeInt>(&a) + (exponent << 23);
   return register_at<NativeFloat>(&bits);
@@ -129,7 +132,7 @@ inline Floats load(const T* from) {
   return result;
 }
 
-// Loads sixteen bytes of two 4-bit numbers each.
+// Loads sixteen bytes of two 4-bit numbers each: the low halves and the high halves.
 inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++) {
@@ -168,7 +171,7 @@ inline void store_some(T* to, int64_t count, const Floats& values) {
   std::copy_n(numbers, count, to);
 }
 
-// Rounds one number, as native_store does.
+// Rounds one number to T, as store does.
 template <class T>
 inline T to_type(float value) {
   T lanes[kLanes];
@@ -231,7 +234,8 @@ inline Floats scale_by_power(Floats a, Ints exponent) {
   return each<Floats>([](auto x, auto y) { return native_scale_by_power(x, y); }, a, exponent);
 }
 
-// Combines `count` values, a power of two: i and i + count / 2, i and i + count / 4, and so on.
+// Combines `count` values, a power of two, to one: i and i + count / 2, then i and i + count / 4,
+// and so on. Overwrites them.
 template <class T, class Op>
 inline T fold(T* values, int count, Op op) {
 #pragma GCC unroll 4
@@ -247,6 +251,7 @@ inline float reduce_add(Floats values) {
   native_store(lanes, fold(values.part, kParts, add));
   return fold(lanes, kLanes, add);
 }
+// Returns the largest of the sixteen numbers.
 template <class Number, class Vector>
 inline Number reduce_max_to(Vector values) {
   Number lanes[kLanes];
@@ -266,12 +271,14 @@ inline void reduce_add_four(const Floats (&values)[4], float* to) {
   native_reduce_add_four(sums, to);
 }
 
-// Bytes between a load and its prefetch. With 4096 memory is read 1.5 times as fast as without
-// (Xeon with AVX-512). With 2048 one of two threads sometimes ran a whole step without that gain;
-// with 4096 none did.
+// Bytes between a load and the place that is prefetched meanwhile. With 4096, memory is read 1.5
+// times as fast as without prefetches (Xeon with AVX-512). With 2048 one of two threads sometimes
+// ran a whole step without that gain; with 4096 none did.
 constexpr int64_t kAhead = 4096;
-constexpr int64_t kGrain = 1 << 16;  // multiplications from which on another thread pays
+constexpr int64_t kGrain = 1 << 16;  // multiplications for which one more thread pays
 
+// Asks the CPU to load these bytes into its caches. It never faults, so `from` may lie beyond the
+// end of a buffer.
 inline void prefetch(const void* from, int64_t bytes = 1) {
   for (int64_t i = 0; i < bytes; i += kLine)
     __builtin_prefetch(static_cast<const uint8_t*>(from) + i);

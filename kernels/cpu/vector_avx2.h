@@ -39,8 +39,8 @@ inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
 }
-// Adds 0x7fff, and one more if the lowest bit that stays is set, and cuts 16 bits off. NaN would
-// overflow, and becomes 0x7fc0, PyTorch's NaN.
+// Rounds to nearest, ties to even: adds 0x7fff, and one more if the lowest bit that stays is set,
+// and cuts 16 bits off. A NaN might overflow; it becomes 0x7fc0, PyTorch's NaN.
 inline void native_store(BFloat16* to, NativeFloat v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -92,9 +92,10 @@ inline NativeInt native_add_byte_products(NativeInt sums, NativeInt weights, Nat
 }
 #endif
 
-// Keeps GCC from computing all products of a loop before their sums, for which it lacks registers:
-// without it prefill takes 1.4 times as long.
-// As a NativeInt, GCC 12 copies each sum: 59 instructions of four rows' int8 loop, not 53.
+// Empty assembly that seems to change `sums`. It keeps GCC from computing all products of a loop
+// before their sums, for which there are too few registers: without it prefill takes 1.4 times as
+// long. The cast: of a NativeInt GCC 12 copies each sum, which makes 59 instructions of the int8
+// loop of four rows, not 53.
 inline void native_keep(NativeInt& sums) {
   asm volatile("" : "+x"(reinterpret_cast<__m256i&>(sums)));
 }

@@ -1,5 +1,6 @@
-// Vectors of AVX-512 (F, BW, VL, DQ), of 512 bits. Where the CPU has BF16, it rounds to
-// bfloat16, and denormals to zero. Included by vector.h, which describes the functions.
+// Vectors of AVX-512 (F, BW, VL, DQ), of 512 bits. If the CPU has AVX-512 BF16, its instruction
+// rounds to bfloat16; it rounds denormals to zero. Included by vector.h, which describes the
+// functions.
 
 #pragma once
 

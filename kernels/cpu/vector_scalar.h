@@ -16,10 +16,11 @@ inline NativeFloat native_load(const BFloat16* from) { return to_float(*from); }
 inline NativeFloat native_load(const int8_t* from) { return *from; }
 inline NativeInt native_load_bytes(const uint8_t* from) { return *from; }
 inline NativeFloat native_load(const uint8_t* from) { return *from; }
+// Half: a sign bit, 5 bits of exponent and 10 of fraction; float: 1, 8 and 23.
 inline float to_float(Half a) {
   const uint32_t sign = (a.bits & 0x8000u) << 16, rest = a.bits & 0x7fffu;
-  // Moved to the place of a float's bits, a half is too small by 2^112. Infinity and NaN need the
-  // largest exponent.
+  // The exponent is stored plus 15 in a half and plus 127 in a float: moved to the place of a
+  // float's bits, a half is too small by 2^112. Infinity and NaN need the largest exponent.
   const float value = float_of(rest << 13) * 0x1p112f;
   return float_of(sign | (rest < 0x7c00u ? bits_of(value) : 0x7f800000u | rest << 13));
 }
@@ -34,9 +35,9 @@ inline void native_store(Half* to, NativeFloat v) {
   const float size = std::abs(v);
   uint32_t bits = 0x7c00u;                      // infinity
   if (std::isnan(v)) bits = 0x7e00u | (bits_of(v) >> 13 & 0x3ffu);
-  else if (size < 0x1p-14f)                     // a multiple of 2^-24
+  else if (size < 0x1p-14f)                     // a denormal, which is a multiple of 2^-24
     bits = static_cast<uint32_t>(std::nearbyint(size * 0x1p24f));
-  else if (size < 65520.f)                      // rounds to at most 65504
+  else if (size < 65520.f)                      // rounds to at most 65504, the largest half
     bits = (bits_of(size) - (112u << 23) + 0xfffu + (bits_of(size) >> 13 & 1)) >> 13;
   to->bits = sign | bits;
 }

@@ -8,12 +8,12 @@ namespace {
 
 inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
 
-// Returns lanes i plus lanes i + 4.
+// Returns lanes 0 to 3 plus lanes 4 to 7.
 inline __m128 fold_to_four(__m256 v) {
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }
 
-// Writes the sums of four vectors: of lanes i and i + 2 first.
+// Writes the sums of the lanes of a, b, c and d. Adds lanes i and i + 2 first, as reduce_add does.
 inline void reduce_add_four(__m128 a, __m128 b, __m128 c, __m128 d, float* to) {
   // a0 + a2, a1 + a3, b0 + b2, b1 + b3, and the same of c and d.
   const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));

@@ -23,7 +23,9 @@ inline void unpack(const uint8_t* from, __m512i* tiles) {
     tiles[0] = low_nibbles(v), tiles[1] = low_nibbles(_mm512_srli_epi16(v, 4));
 }
 
-// Adds the products of one byte of a block's inputs, of M rows, by the tiles to sums, (STRIPS, M).
+// Adds to sums, (STRIPS, M), the products of the tiles of a block by either the high or the low
+// bytes of M rows. row: these bytes of the first row; stride: bytes from row to row; prefetches:
+// whether to prefetch later tiles.
 //
 // Sums stay in registers if this function is inlined and all loops over them are unrolled.
 template <Format F, int M, int STRIPS>
@@ -55,8 +57,8 @@ template <Format F, int M, int STRIPS>
   }
 }
 
-// Multiplies rows `first` to first + M - 1 by the strips n. Returns in y: (STRIPS, M, 16). Inlined,
-// it would lack registers for its pointers.
+// Multiplies rows `first` to first + M - 1 by the strips with the numbers n. Returns in y: (STRIPS,
+// M, 16). If it were inlined, there would be too few registers for its pointers.
 template <Format F, int M, int STRIPS>
 [[gnu::noinline]] void multiply_strips(const PackedWeights& w, const int64_t (&n)[STRIPS],
                                        const FixedPointRows& x, int64_t first, Floats* y) {
@@ -98,7 +100,8 @@ template <Format F, int M, int STRIPS>
   for (int i = 0; i < STRIPS * M; i++) y[i] = y[i] * w.output_scales(n[i / M]);
 }
 
-// Multiplies rows from m on in groups of M, and stores them. Returns the first row that is left.
+// Multiplies rows from m on in groups of M, and stores the outputs. Returns the first row that is
+// left.
 template <Format F, int M, int STRIPS>
 int64_t multiply_rows(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                       int64_t m, const Output& out) {

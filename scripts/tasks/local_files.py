@@ -1,7 +1,10 @@
 """Documents of evaluation sets from files that the user names: eval.py --task_data NAME=PATH.
 
-Each function is a task's custom_dataset (see the YAML file of its name) and reads the form that the
-set is published in, or the one that llama.cpp and others pass on. Nothing here is downloaded.
+Each variable at the end is a task's custom_dataset: a function that returns the documents; the YAML
+files beside this one name it. A read_ function yields the documents of one file, in the form in
+which the set is published or in the form that llama.cpp and others distribute. A document is a
+dictionary with the keys that the task's YAML file uses; its "gold" is the index of the right
+choice. Nothing here is downloaded.
 """
 
 import bz2
@@ -18,9 +21,16 @@ Docs = Iterator[dict[str, Any]]
 
 
 def from_files(task: str, read: Callable[[Path], Docs]) -> Callable[..., DatasetDict]:
-    """A custom_dataset, which lm_eval calls with the metadata that eval.py gives every task."""
+    """Returns the custom_dataset of a task. lm_eval calls it with the metadata that eval.py gives
+    every task. read: yields the documents of a file.
+
+    The path may be a file, or a directory, of which all .jsonl files are read. The custom_dataset
+    raises ValueError without a path, FileNotFoundError for a directory without such files, and what
+    `read` raises.
+    """
 
     def load(task_data: dict[str, str] | None = None, **_: Any) -> DatasetDict:
+        """Returns the documents as the split "test". task_data: task name -> path."""
         given = (task_data or {}).get(task)
         if given is None:
             raise ValueError(f"task {task} reads a local file: give --task_data {task}=PATH")
@@ -34,13 +44,15 @@ def from_files(task: str, read: Callable[[Path], Docs]) -> Callable[..., Dataset
 
 
 def lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a text file, which may be compressed (.bz2), without their ends."""
     opened = bz2.open if path.suffix == ".bz2" else open
     with opened(path, "rt", encoding="utf-8") as file:
         yield from (line.rstrip("\n") for line in file)
 
 
 def records(path: Path, *keys: str) -> Docs:
-    """Of a .jsonl file; ValueError where a line is not JSON or lacks a key."""
+    """Yields the lines of a .jsonl file as dictionaries. Raises ValueError if a line is not JSON or
+    lacks one of the keys."""
     for n, line in enumerate(lines(path), 1):
         try:
             doc = json.loads(line)
@@ -52,8 +64,11 @@ def records(path: Path, *keys: str) -> Docs:
 
 
 def read_hellaswag(path: Path) -> Docs:
-    """Published .jsonl, or six lines each (context, number of the right ending, four endings)."""
+    """Yields a query, four choices and gold. Reads the published .jsonl; or a file with six lines
+    for each document: context, index of the right ending, four endings. Raises ValueError if the
+    index is not 0 to 3 or the last document has fewer lines."""
     if ".jsonl" not in path.suffixes:
+        # zip_longest takes six lines at a time, because the six arguments are one iterator.
         for n, (context, label, *endings) in enumerate(zip_longest(*[lines(path)] * 6)):
             if label not in set("0123") or None in endings:
                 raise ValueError(f"{path}, line {6 * n + 2}: expected 0 to 3, then four endings")
@@ -66,24 +81,27 @@ def read_hellaswag(path: Path) -> Docs:
 
 
 def without_marks(text: str) -> str:
-    """WikiHow's titles and steps are marked in brackets, which lm_eval's task takes out, too."""
+    """Returns a text without WikiHow's marks in brackets, such as [title] and [step]. lm_eval's own
+    task removes them in the same way."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def read_lambada(path: Path) -> Docs:
+    """Yields texts as their last word and the context before it."""
     for doc in records(path, "text"):
         context, _, word = doc["text"].rpartition(" ")
         yield {"context": context, "word": word}
 
 
 def read_blimp(path: Path) -> Docs:
+    """Yields pairs of sentences, the right one first, with the name of their file as "set"."""
     for doc in records(path, "sentence_good", "sentence_bad"):
         yield {"choices": [doc["sentence_good"], doc["sentence_bad"]], "set": path.stem}
 
 
 def read_arc(path: Path) -> Docs:
-    """AI2's own records, or a query with its choices."""
+    """Yields a query, choices and gold. Reads AI2's own records, or records with these keys."""
     for doc in records(path, "choices"):
         if "query" in doc:
             yield {key: doc[key] for key in ("query", "choices", "gold")}
@@ -94,7 +112,9 @@ def read_arc(path: Path) -> Docs:
 
 
 def read_winogrande(path: Path) -> Docs:
-    """AI2's own records, or the two beginnings with what follows both."""
+    """Yields as choices two beginnings of a sentence, which differ in the word or name at the gap
+    "_", and as "after" the rest, which follows both. Reads AI2's own records, or records of
+    beginnings and rest."""
     for doc in records(path):
         if "sentence" in doc:
             before, _, after = doc["sentence"].partition("_")
@@ -106,7 +126,9 @@ def read_winogrande(path: Path) -> Docs:
 
 
 def beginning(doc: dict[str, Any]) -> int:
-    """lm_eval compares beginnings, not ends, where a task's text is a number: the right one's."""
+    """Returns gold, as the text of a Winogrande document. Where a document's text is a number,
+    lm_eval takes the choices for contexts and compares the probability of the target, here the rest
+    of the sentence, after each; the number is the index of the right choice."""
     return doc["gold"]
 
 
