@@ -495,6 +495,10 @@ def test_an_interrupted_run_goes_on(
             "line 1 has no 'sentence_good'",
         ),
         (
+            ["--tasks", "winogrande_local", "--task_data", "winogrande_local={lambada_local}"],
+            "line 1 has no 'sentence'",
+        ),
+        (
             ["--tasks", "lambada_local", "--apply_chat_template"]
             + ["--task_data", "lambada_local={lambada_local}"],
             "no chat template",

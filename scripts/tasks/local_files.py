@@ -50,16 +50,17 @@ def lines(path: Path) -> Iterator[str]:
         yield from (line.rstrip("\n") for line in file)
 
 
-def records(path: Path, *keys: str) -> Docs:
-    """Yields the lines of a .jsonl file as dictionaries. Raises ValueError if a line is not JSON or
-    lacks one of the keys."""
+def records(path: Path, *forms: str) -> Docs:
+    """Yields the lines of a .jsonl file as dictionaries. forms: each the keys of a record, separated
+    by blanks. Raises ValueError if a line is not JSON or has not all keys of one of the forms."""
     for n, line in enumerate(lines(path), 1):
         try:
             doc = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {n} is not JSON: {error}") from error
-        if lacking := [key for key in keys if key not in doc]:
-            raise ValueError(f"{path}, line {n} has no '{lacking[0]}': not a file of this task")
+        lacking = [[key for key in form.split() if key not in doc] for form in forms]
+        if all(lacking):
+            raise ValueError(f"{path}, line {n} has no '{lacking[0][0]}': not a file of this task")
         yield doc
 
 
@@ -74,7 +75,7 @@ def read_hellaswag(path: Path) -> Docs:
                 raise ValueError(f"{path}, line {6 * n + 2}: expected 0 to 3, then four endings")
             yield {"query": context, "choices": endings, "gold": int(label)}
         return
-    for doc in records(path, "activity_label", "ctx_a", "ctx_b", "endings", "label"):
+    for doc in records(path, "activity_label ctx_a ctx_b endings label"):
         context = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
         choices = [without_marks(ending) for ending in doc["endings"]]
         yield {"query": without_marks(context), "choices": choices, "gold": int(doc["label"])}
@@ -96,13 +97,13 @@ def read_lambada(path: Path) -> Docs:
 
 def read_blimp(path: Path) -> Docs:
     """Yields pairs of sentences, the right one first, with the name of their file as "set"."""
-    for doc in records(path, "sentence_good", "sentence_bad"):
+    for doc in records(path, "sentence_good sentence_bad"):
         yield {"choices": [doc["sentence_good"], doc["sentence_bad"]], "set": path.stem}
 
 
 def read_arc(path: Path) -> Docs:
     """Yields a query, choices and gold. Reads AI2's own records, or records with these keys."""
-    for doc in records(path, "choices"):
+    for doc in records(path, "question choices answerKey", "query choices gold"):
         if "query" in doc:
             yield {key: doc[key] for key in ("query", "choices", "gold")}
             continue
@@ -113,9 +114,10 @@ def read_arc(path: Path) -> Docs:
 
 def read_winogrande(path: Path) -> Docs:
     """Yields as choices two beginnings of a sentence, which differ in the word or name at the gap
-    "_", and as "after" the rest, which follows both. Reads AI2's own records, or records of
-    beginnings and rest."""
-    for doc in records(path):
+    "_", and as "after" the rest, which follows both. Reads AI2's own records, or those with
+    context_options (the two beginnings), continuation (the rest) and gold; not llama.cpp's CSV."""
+    own = "sentence option1 option2 answer"
+    for doc in records(path, own, "context_options continuation gold"):
         if "sentence" in doc:
             before, _, after = doc["sentence"].partition("_")
             options = [before + doc["option1"], before + doc["option2"]]
