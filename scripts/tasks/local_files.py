@@ -51,8 +51,9 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def records(path: Path, *forms: str) -> Docs:
-    """Yields the lines of a .jsonl file as dictionaries. forms: each the keys of a record, separated
-    by blanks. Raises ValueError if a line is not JSON or has not all keys of one of the forms."""
+    """Yields the lines of a .jsonl file as dictionaries. forms: the keys that a record must have,
+    separated by blanks, in each form that the task reads. Raises ValueError if a line is not JSON
+    or lacks a key of every form."""
     for n, line in enumerate(lines(path), 1):
         try:
             doc = json.loads(line)
