@@ -281,10 +281,10 @@ def prefill(
     (B, 1, V).
 
     prompts: one for each row, padded on the right here. past: leading tokens of every prompt that
-    the caches have, fewer than the prompt; later positions are overwritten. key_pos: arange over
-    the positions of the caches. A chunk is what one call of lm.prefill reads: at most
-    lm.prefill_chunk_tokens tokens of all rows together (None: PREFILL_TOKENS), but at least one
-    token of each row.
+    the caches have; later positions are overwritten. A prompt with no more tokens than `past` gets
+    padding only, and its logits mean nothing. key_pos: arange over the positions of the caches. A
+    chunk is what one call of lm.prefill reads: at most lm.prefill_chunk_tokens tokens of all rows
+    together (None: PREFILL_TOKENS), but at least one token of each row.
     """
     # Lengths of the whole prompts, and of the parts to compute.
     whole = torch.tensor([[len(p)] for p in prompts], device=lm.device)  # (B, 1)

@@ -287,19 +287,21 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
 
     weights: bytes of the layers. They are added to the free bytes of the disk, because a policy
     counts layers on disk, and they are taken to be stored there already. The processes that
-    torchrun started on this machine share the free memory equally. The result has the keys of
-    TIERS, without "host" if the device is the CPU.
+    torchrun started on this machine share its memory equally; each has a GPU of its own. The result
+    has the keys of TIERS, without "host" if the device is the CPU.
     """
     cpu = torch.device("cpu")
-    given = {"device": options.device_memory, "host": options.host_memory}
-    # On a CPU, Sizes.always_on_device counts this process's memory: it is added to the free bytes.
-    free = {"host": available_memory(cpu) + process_memory(cpu), "device": 0}
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    # Sizes.always_on_device counts this process's memory if the device is the CPU (it is 0 for a
+    # GPU), so it is added to the free bytes.
+    free = {"host": (available_memory(cpu) + process_memory(device)) / processes}
     if device.type != "cpu":
         free["device"] = available_memory(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    limits = {tier: given[tier] or (1 - RESERVED_SHARE) * free[tier] / sharing for tier in free}
+    limits = {tier: (1 - RESERVED_SHARE) * nbytes for tier, nbytes in free.items()}
     if device.type == "cpu":
-        limits = {"device": given["device"] or limits["host"]}
+        limits = {"device": limits["host"]}
+    given = {"device": options.device_memory, "host": options.host_memory}
+    limits = {tier: given[tier] or limits[tier] for tier in limits}
     stat = os.statvfs(nearest_directory(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 

@@ -148,9 +148,10 @@ class KVCache(nn.Module):
 
     @contextlib.contextmanager
     def opened(self, rows: slice, pos: Tensor) -> Iterator["KVCache"]:
-        """Yield the cache of some rows, which compute within the with statement and write to pos,
-        (B, T). Here nothing is to be done; a cache on several tiers (tiers/kv_cache.py) fetches the
-        keys and values before and saves those at pos afterwards.
+        """Yield the cache of some rows, which compute within the with statement. pos: (B, T), the
+        slots in which each row of the batch writes, not only these rows. Here nothing is to be
+        done; a cache on several tiers (tiers/kv_cache.py) fetches the keys and values before and
+        saves those in the slots afterwards.
         """
         yield self.part(rows)
 
@@ -215,8 +216,8 @@ class Cache(Protocol):
     def opened(
         self, rows: slice, pos: Tensor
     ) -> "contextlib.AbstractContextManager[AttentionCache]":
-        """Yield the cache of some rows, which compute within the with statement and write to pos,
-        (B, T)."""
+        """Yield the cache of some rows, which compute within the with statement. pos: (B, T), the
+        slots in which each row of the batch writes."""
 
     def first(self, count: int) -> "Cache":
         """Return a view of the first `count` rows."""

@@ -218,6 +218,23 @@ def test_a_call_of_a_layer_gets_one_row_at_least():
     assert [policy.rows_per_call(tokens) for tokens in (1, 128, 200, 512, 513)] == [4, 4, 2, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_ranks_share_the_memory_of_the_host_and_not_that_of_the_gpus(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free = {"cpu": 800, "cuda": 500}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(plan, "available_memory", lambda device: free[device.type])
+    monkeypatch.setattr(plan, "process_memory", lambda device: 80 * (device.type == "cpu"))
+    monkeypatch.setattr(plan, "RESERVED_SHARE", 0.0)
+    options = PlanOptions(offload_dir=tmp_path)
+    found = plan.budgets(options, torch.device(kind), 0)
+    found.pop("disk")
+    assert found == ({"device": 220} if kind == "cpu" else {"host": 200, "device": 500})
+    given = dataclasses.replace(options, device_memory=7.0)
+    assert plan.budgets(given, torch.device(kind), 0)["device"] == 7
+
+
 def test_curves_are_straight_between_points_and_beyond():
     curve = Curve((1, 3, 5), (10.0, 20.0, 40.0))
     assert [curve(size) for size in (0.5, 1, 2, 3, 4, 5, 7)] == [10, 10, 15, 20, 30, 40, 60]

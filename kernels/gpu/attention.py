@@ -240,9 +240,9 @@ def combine(
     """Combine the SPLITS parts of a key/value head and store the result, see finish.
 
     Run by the last program of a head. Parts with different largest scores are scaled to the largest
-    of all. parts, tops, e, real, mask: see attention_kernel and store_part. result: see finish. i:
-    (BQ,), indices of the queries; queries: R*T. The loads bypass the L1 cache, which does not see
-    what other multiprocessors have stored.
+    of all. parts, tops, e, real, mask: see store_part. result: see finish. i: (BQ,), indices of the
+    queries; queries: R*T. The loads bypass the L1 cache, which does not see what other
+    multiprocessors have stored.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     top = tl.full((BQ,), -1e38, tl.float32)
