@@ -15,6 +15,7 @@ at each step, records again for new caches, and warns of each number of visible 
 """
 
 import contextlib
+import os
 import shutil
 import threading
 import weakref
@@ -43,6 +44,8 @@ from layers.positions import Rotation
 from model import Transformer
 from ranks import has_one_shot_all_reduce
 
+# Inductor's environment variable.
+PRECOMPILED_HEADERS = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 FRAME_WORDS = 2**13  # of Python's stack: 64 kB
 Graph = Callable[..., Sequence[Tensor]]  # a compiled graph: its inputs -> its outputs
 
@@ -439,8 +442,9 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
         "cpp.vec_isa_ok": True,
         # A vectorised loop over one row ends before a second thread has started.
         "cpp.min_chunk_size": 16384 if packed else 512,
-        # Precompiled headers save time from some twenty generated functions on; a model has four.
-        "cpp_cache_precompile_headers": False,
+        # Precompiled headers take 5 s once, and save a second for each generated function; a model
+        # has four. Tests, which compile many models, ask for them by Inductor's own variable.
+        "cpp_cache_precompile_headers": os.environ.get(PRECOMPILED_HEADERS) == "1",
         # If this is off, the two residual sums of a block are one generated function, not two.
         "inplace_buffers": False,
         # Round where eager code rounds, so that compiled text is eager text, bit for bit.

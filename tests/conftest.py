@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "1"  # see compiled.cpu_options
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker, and what it starts, has a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

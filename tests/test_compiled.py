@@ -61,6 +61,7 @@ def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, 
     assert len(set(map(str, wanted))) == 3
 
 
+@pytest.mark.parametrize("lm", [None], ids=["dense-cache"], indirect=True)
 def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, direct: list[bool]):
     batch = ids(lm, TEXTS)
     assert batch == ids(eager(lm), TEXTS)

@@ -175,10 +175,19 @@ def test_quantised_models_too(quantised: dict[str, Path], mode: str, dtype: torc
             )
 
 
+COMPILED = {"device": "cpu", "dtype": torch.float32, "compile": True, "compile_prefill": True}
+
+
+@pytest.fixture(scope="module")
+def compiled_plain() -> LoadedModel:
+    return load_model(DEMO, **COMPILED)
+
+
 @pytest.mark.parametrize("draft", DRAFTS, ids=str)
-def test_compiled_too_and_one_graph_serves_every_number_of_draft_tokens(draft: str | Path):
-    options = {"device": "cpu", "dtype": torch.float32, "compile": True, "compile_prefill": True}
-    plain, lm = load_model(DEMO, **options), load_model(DEMO, **options, draft=draft)
+def test_compiled_too_and_one_graph_serves_every_number_of_draft_tokens(
+    draft: str | Path, compiled_plain: LoadedModel
+):
+    plain, lm = compiled_plain, load_model(DEMO, **COMPILED, draft=draft)
     caches = lm.make_caches(1, 200)
     compile_now(plain, caches), compile_now(lm, caches)
     before = compiled_graphs()

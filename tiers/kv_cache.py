@@ -191,7 +191,7 @@ class CellAllocator:
         for a GPU the bytes pass through one bounce buffer, as large as the largest cell. Raises
         ValueError if the disk is too full."""
         scratch = ScratchFile(self.policy.directory, nbytes)
-        if self._buffers_on_host():
+        if self._fetches_to_host():
             return scratch
         pin = self.policy.pins(self.device)
         return BouncedFile(scratch, [page_aligned(self.layout.nbytes, CPU, pin)])
@@ -200,12 +200,12 @@ class CellAllocator:
         """Allocate a prefetch buffer: memory of the largest cell, and for each kind of cell a cache
         whose tensors share this memory. It is on the device, or on the host if the host computes
         the attention."""
-        device = CPU if self._buffers_on_host() else self.device
+        device = CPU if self._fetches_to_host() else self.device
         parts = self.layout.allocate(device)
         caches = {kind: kind.cache(parts, device) for kind in set(self.kinds)}
         return Buffer(parts, caches, record_event(self.device))
 
-    def _buffers_on_host(self) -> bool:
+    def _fetches_to_host(self) -> bool:
         """Return whether the prefetch buffers are in host memory, so that files are read directly
         into them: if the model is on a CPU, or the host computes the attention."""
         return self.device.type == "cpu" or self.policy.cpu_attention
@@ -242,7 +242,7 @@ class TieredCaches(Sequence["TieredCache"]):
         cells = allocator.cells(kinds, tiers)
         self._caches = [TieredCache(self, cells[n : n + K]) for n in range(0, len(cells), K)]
         moving = [cell for cell in cells if cell.cache is None]
-        self._buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
+        self._prefetch_buffers = [allocator.buffer() for _ in moving[:CACHE_BUFFERS]]
         self._reader = TransferWorker(self.device, "cache in")
         self._writer = TransferWorker(self.device, "cache out")
         self._wait_time = wait_time or WaitTime()
@@ -320,7 +320,7 @@ class TieredCaches(Sequence["TieredCache"]):
         the old cell; all rows `new` are in `cell` and are consecutive.
         """
         g = self.policy.micro_batch
-        target = cell.cache or self._buffers[-1].contents[cell.kind]
+        target = cell.cache or self._prefetch_buffers[-1].contents[cell.kind]
         target_rows = target.part(slice(new[0] % g, new[-1] % g + 1))
         target_rows.take(source, torch.tensor(old) % g, filled)
 
@@ -331,7 +331,7 @@ class TieredCaches(Sequence["TieredCache"]):
         if cell.cache is not None:
             yield cell.cache
             return
-        buffer = self._buffers[0]
+        buffer = self._prefetch_buffers[0]
         self._fetch(cell, buffer).result()
         yield buffer.contents[cell.kind]
         buffer.last_use = record_event(self.device)
@@ -341,7 +341,7 @@ class TieredCaches(Sequence["TieredCache"]):
         write the last buffer, which holds its new rows, to its store and wait for the write."""
         cell.filled = filled
         if cell.cache is None:
-            buffer = self._buffers[-1]
+            buffer = self._prefetch_buffers[-1]
             buffer.last_use = record_event(self.device)
             self._store(cell, buffer, 0, filled)
             cell.stored.result()
@@ -360,7 +360,7 @@ class TieredCaches(Sequence["TieredCache"]):
             moving = [c for cache in self for c in cache.cells[:K] if c.cache is None]
             self._prefetcher = Prefetcher(
                 moving,
-                self._buffers[: len(moving)],
+                self._prefetch_buffers[: len(moving)],
                 self._fetch,
                 self._wait_time,
                 self.policy.overlap,
