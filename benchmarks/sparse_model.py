@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.common import ROOT, exit_code, log
-from calibration.predictor import InputRecorder, run_block
+from calibration.predictor import InputRecorder
 from load import meta_model
 from model import Transformer
 from text.tokenizer import load_tokenizer
@@ -85,11 +85,11 @@ def random_tensors(model: Transformer, tokens: Tensor) -> Iterator[tuple[str, Te
     for n, block in enumerate(tqdm(model.layers, desc="write", unit="layer")):
         randomise(block, noise)
         recorder = block.feed_forward = InputRecorder(block.feed_forward)
-        run_block(model, block, x, pos)
+        model.run_layer(n, block, x)
         inputs = torch.cat(recorder.inputs).flatten(0, 1)  # (N, D)
         make_sparse(recorder.inner, inputs, noise, generator)
         block.feed_forward = recorder.inner
-        x = run_block(model, block, x, pos)
+        x = model.run_layer(n, block, x)
         for name, (tensor, _) in stored_tensors(block).items():
             yield f"layers.{n}.{name}", tensor.detach().bfloat16()
         block.to("meta")

@@ -147,6 +147,43 @@ def test_lines_of_cpp_are_short_and_files_say_what_they_are():
         assert max(map(len, lines)) <= 100, file
 
 
+def defined(file: Path) -> set[str]:
+    """The names that a module has at its top level."""
+    found: set[str] = set()
+    blocks = [tree(file).body]
+    for block in blocks:  # the bodies of top-level statements are appended
+        for node in block:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+                continue
+            inner = ast.walk(node)
+            found |= {n.id for n in inner if isinstance(n, ast.Name) and is_stored(n)}
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+            blocks += [getattr(node, part, []) for part in ("body", "orelse", "handlers")]
+    return found
+
+
+def is_stored(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+@pytest.mark.parametrize("file", [*HOUSE, *TOOLS], ids=name_of)
+def test_what_is_imported_exists(file: Path):
+    """Also in benchmarks, most of which no test runs."""
+    for node in ast.walk(tree(file)):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        path = ROOT / node.module.replace(".", "/")
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if source.is_file():
+            for alias in node.names:
+                module = (path / alias.name).with_suffix(".py").is_file()
+                package = (path / alias.name).is_dir()
+                exists = module or package or alias.name in defined(source)
+                assert exists, f"{node.module} has no {alias.name}"
+
+
 def functions(file: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
 
