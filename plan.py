@@ -297,11 +297,10 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     free = {"host": (available_memory(cpu) + process_memory(device)) / processes}
     if device.type != "cpu":
         free["device"] = available_memory(device)
-    limits = {tier: (1 - RESERVED_SHARE) * nbytes for tier, nbytes in free.items()}
-    if device.type == "cpu":
-        limits = {"device": limits["host"]}
     given = {"device": options.device_memory, "host": options.host_memory}
-    limits = {tier: given[tier] or limits[tier] for tier in limits}
+    limits = {tier: given[tier] or (1 - RESERVED_SHARE) * free[tier] for tier in free}
+    if device.type == "cpu":  # either option limits its memory
+        limits = {"device": given["device"] or limits["host"]}
     stat = os.statvfs(nearest_directory(options.offload_dir))
     return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
 

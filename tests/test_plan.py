@@ -233,6 +233,9 @@ def test_ranks_share_the_memory_of_the_host_and_not_that_of_the_gpus(
     assert found == ({"device": 220} if kind == "cpu" else {"host": 200, "device": 500})
     given = dataclasses.replace(options, device_memory=7.0)
     assert plan.budgets(given, torch.device(kind), 0)["device"] == 7
+    given = dataclasses.replace(options, host_memory=9.0)
+    limited = plan.budgets(given, torch.device(kind), 0)
+    assert limited["device" if kind == "cpu" else "host"] == 9
 
 
 def test_curves_are_straight_between_points_and_beyond():
