@@ -442,8 +442,9 @@ def cpu_options(model: Transformer) -> dict[str, Any]:
         "cpp.vec_isa_ok": True,
         # A vectorised loop over one row ends before a second thread has started.
         "cpp.min_chunk_size": 16384 if packed else 512,
-        # Precompiled headers take 5 s once, and save a second for each generated function; a model
-        # has four. Tests, which compile many models, ask for them by Inductor's own variable.
+        # Off: a first model would wait 5 s for precompiled headers, which save a second for each of
+        # its four generated functions. Tests, which compile many models, switch them on by
+        # Inductor's own variable.
         "cpp_cache_precompile_headers": os.environ.get(PRECOMPILED_HEADERS) == "1",
         # If this is off, the two residual sums of a block are one generated function, not two.
         "inplace_buffers": False,

@@ -13,6 +13,7 @@ shape of a model, so that `--plan` predicts how a model runs on this machine bef
 downloaded. tiers/planner.py searches for the policy; tiers/probe.py measures the machine.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -150,12 +151,16 @@ def plan_texts(
     prompt_lengths: called with the tokenizer and the args; returns the number of tokens of each
     prompt. new: tokens that follow each prompt, fewer where the context ends. The plan takes all
     prompts to be as long as the longest. In a pipeline of ranks (pp.py) the texts are divided among
-    options.micro_batches micro-batches, and the plan is for the texts of one of these.
+    options.micro_batches micro-batches, as are the rows of options.batch_size, and the plan is for
+    one of these.
     """
     spec, tokenizer = find_model_spec(model, load, options.compress_weight)
     lengths, context = prompt_lengths(tokenizer, spec.args), spec.args.context
     longest = min(max(lengths), context - 1)
-    texts = -(-len(lengths) // (options.micro_batches or 1))
+    count = options.micro_batches or 1
+    texts = math.ceil(len(lengths) / count)
+    if options.batch_size:
+        options = replace(options, batch_size=math.ceil(options.batch_size / count))
     return make_plan(spec, Workload(texts, longest, min(new, context - longest)), options)
 
 
@@ -230,18 +235,23 @@ def policy_by_hand(start: Policy, workload: Workload, options: PlanOptions) -> P
     """Returns the policy with the shares of --percent and the micro-batches of the options.
 
     start: the policy that gives all other fields. Without gpu_batch_size, the micro-batches share
-    the rows of batch_size, or have 16 rows each.
+    the rows of batch_size (None: all texts, at most 16 in each), and there are no more of them than
+    rows. With gpu_batch_size, batch_size is not used.
     """
     # --percent: of the weights, the cache and the activations, each on the device and on the host.
     weights, cache, activations = (Share(*options.percent[n : n + 2]) for n in (0, 2, 4))
     rows, count = min(options.batch_size or workload.texts, workload.texts), options.num_gpu_batches
-    each = max(1, rows // count) if options.batch_size else min(16, rows)
+    if options.gpu_batch_size:
+        micro_batch = options.gpu_batch_size
+    else:
+        count = min(count, rows)
+        micro_batch = rows // count if options.batch_size else min(16, math.ceil(rows / count))
     return replace(
         start,
         weights=weights,
         cache=cache,
         activations=activations,
-        micro_batch=options.gpu_batch_size or each,
+        micro_batch=micro_batch,
         micro_batches=count,
     )
 
@@ -285,24 +295,25 @@ def budgets(options: PlanOptions, device: torch.device, weights: int) -> dict[st
     """Returns the bytes that a run may take of each tier: what the options say, or the free bytes
     less a reserve.
 
-    weights: bytes of the layers. They are added to the free bytes of the disk, because a policy
-    counts layers on disk, and they are taken to be stored there already. The processes that
-    torchrun started on this machine share its memory equally; each has a GPU of its own. The result
-    has the keys of TIERS, without "host" if the device is the CPU.
+    weights: bytes of the layers. They are added to the free bytes of the disk: a policy counts
+    layers on disk as bytes of the disk, which holds the checkpoint already. The processes that
+    torchrun started on this machine share its memory and its disk equally; each has a GPU of its
+    own. options.host_memory and device_memory are for each process. The result has the keys of
+    TIERS, without "host" if the device is the CPU.
     """
     cpu = torch.device("cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
-    # Sizes.always_on_device counts this process's memory if the device is the CPU (it is 0 for a
-    # GPU), so it is added to the free bytes.
-    free = {"host": (available_memory(cpu) + process_memory(device)) / processes}
+    # If the device is the CPU, predictions include what this process uses already
+    # (Sizes.always_on_device), which is not among the free bytes. For a GPU, process_memory is 0.
+    free = {"host": available_memory(cpu) / processes + process_memory(device)}
     if device.type != "cpu":
         free["device"] = available_memory(device)
     given = {"device": options.device_memory, "host": options.host_memory}
     limits = {tier: given[tier] or (1 - RESERVED_SHARE) * free[tier] for tier in free}
-    if device.type == "cpu":  # either option limits its memory
-        limits = {"device": given["device"] or limits["host"]}
+    if device.type == "cpu":  # both options limit its memory
+        limits = {"device": min(filter(None, given.values()), default=limits["host"])}
     stat = os.statvfs(nearest_directory(options.offload_dir))
-    return limits | {"disk": weights + stat.f_bavail * stat.f_frsize}
+    return limits | {"disk": weights + stat.f_bavail * stat.f_frsize / processes}
 
 
 def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) -> Machine | None:

@@ -98,6 +98,19 @@ def test_a_library_that_was_not_linked_to_its_end_is_compiled_again(
     assert compiled == ["avx2"]
 
 
+def test_a_damaged_library_is_compiled_again_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = []
+    monkeypatch.setattr(build, "compile_and_load", lambda folder, name: compiled.append(name))
+    (tmp_path / f"{build.LIBRARY}.so").write_bytes(b"half of it")
+    (tmp_path / "complete").touch()
+    with pytest.raises(OSError, match=build.LIBRARY):
+        build.load_library(tmp_path, "avx2")
+    build.load_library(tmp_path, "avx2")
+    assert compiled == ["avx2"] and (tmp_path / "complete").exists()
+
+
 def test_libraries_that_are_not_used_are_removed(tmp_path: Path):
     names = [f"{build.LIBRARY}-{n}" for n in ("own", "used", "unused", "broken")] + ["other"]
     own, used, unused, broken, other = folders = [tmp_path / name for name in names]

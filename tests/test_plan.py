@@ -201,7 +201,7 @@ def test_what_is_no_amount_of_memory(text: str):
         ({}, (16, 2)),
         ({"batch_size": 40}, (20, 2)),
         ({"batch_size": 5}, (2, 2)),
-        ({"batch_size": 1}, (1, 2)),
+        ({"batch_size": 1}, (1, 1)),
         ({"batch_size": 1000}, (50, 2)),  # as many as there are texts
         ({"batch_size": 40, "gpu_batch_size": 3}, (3, 2)),
     ],
@@ -213,9 +213,32 @@ def test_micro_batches_by_hand_share_the_rows_of_the_batch(given: dict, rows: tu
     assert (found.micro_batch, found.micro_batches) == rows
 
 
+def test_micro_batches_of_a_pipeline_share_the_rows_of_batch_size(monkeypatch: pytest.MonkeyPatch):
+    args = model_args(json.loads((lm_path() / "config.json").read_text()))
+    spec = ModelSpec(args, None, torch.bfloat16, None, torch.device("cpu"))
+    monkeypatch.setattr(plan, "find_model_spec", lambda *given: (spec, None))
+    monkeypatch.setattr(plan, "make_plan", lambda spec, work, options: (work, options))
+    given = PlanOptions(batch_size=64, micro_batches=4)
+    work, options = plan.plan_texts(None, None, given, lambda tokenizer, args: [8] * 250, 8)
+    assert (work.texts, options.batch_size) == (63, 16)
+
+
 def test_a_call_of_a_layer_gets_one_row_at_least():
     policy = Policy(micro_batch=4, tokens_at_once=512)
     assert [policy.rows_per_call(tokens) for tokens in (1, 128, 200, 512, 513)] == [4, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "at_once"),
+    [(100, 400), (200, 512), (600, 600), (5000, 1024)],  # chunks of 4096 tokens: 1024 of each row
+)
+def test_activations_of_a_layer_are_those_of_whole_rows(prompt: int, at_once: int):
+    args = model_args(json.loads((lm_path() / "config.json").read_text()))
+    spec = ModelSpec(args, None, torch.bfloat16, None, torch.device("cpu"))
+    parts = dataclasses.replace(sizes(spec), activations_between_layers=0, logits=0)
+    policy, work = Policy(micro_batch=4, tokens_at_once=512), Workload(4, prompt, 8)
+    found = Planner(parts, None, True).activation_bytes(policy, work)
+    assert found == at_once * parts.activations_in_layer
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -230,12 +253,12 @@ def test_ranks_share_the_memory_of_the_host_and_not_that_of_the_gpus(
     options = PlanOptions(offload_dir=tmp_path)
     found = plan.budgets(options, torch.device(kind), 0)
     found.pop("disk")
-    assert found == ({"device": 220} if kind == "cpu" else {"host": 200, "device": 500})
+    assert found == ({"device": 280} if kind == "cpu" else {"host": 200, "device": 500})
     given = dataclasses.replace(options, device_memory=7.0)
     assert plan.budgets(given, torch.device(kind), 0)["device"] == 7
-    given = dataclasses.replace(options, host_memory=9.0)
+    given = dataclasses.replace(given, host_memory=5.0)
     limited = plan.budgets(given, torch.device(kind), 0)
-    assert limited["device" if kind == "cpu" else "host"] == 9
+    assert limited["device" if kind == "cpu" else "host"] == 5
 
 
 def test_curves_are_straight_between_points_and_beyond():

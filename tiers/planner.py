@@ -225,7 +225,7 @@ class Planner:
         """
         sizes, machine, g, K = self.sizes, self.machine, policy.micro_batch, policy.micro_batches
         device_cells, host_cells, disk_cells = split.cache
-        calls = math.ceil(g * tokens / policy.tokens_at_once)  # of a layer, for a micro-batch
+        calls = math.ceil(g / policy.rows_per_call(tokens))  # of a layer, for a micro-batch
         products = sizes.layers * K * calls * machine.products(g * tokens / calls)
         # A call of machine.products is the seconds of one layer; the head's are to them as its
         # bytes to the layer's.
@@ -264,12 +264,12 @@ class Planner:
     def activation_bytes(self, policy: Policy, work: Workload) -> int:
         """Return the largest number of bytes of activations and logits: those between two layers,
         for all rows; those in a layer, for the tokens that are computed at once; and the logits.
-        chunk: tokens of a pass; at_once: those that a layer computes at once."""
-        sizes, rows = self.sizes, policy.rows
-        chunk = rows * self.chunk_tokens(policy, work)
-        at_once = max(min(policy.tokens_at_once, chunk), policy.micro_batch)
+        chunk: tokens of a row in a pass; at_once: those of all rows that a layer computes at once,
+        which are all of one row at least."""
+        sizes, rows, chunk = self.sizes, policy.rows, self.chunk_tokens(policy, work)
+        at_once = max(min(policy.tokens_at_once, rows * chunk), chunk, policy.micro_batch)
         between, inside = sizes.activations_between_layers, sizes.activations_in_layer
-        return chunk * between + at_once * inside + rows * sizes.logits
+        return rows * chunk * between + at_once * inside + rows * sizes.logits
 
     def cell_sizes(self, policy: Policy, work: Workload) -> list[int]:
         """Return the bytes of a cell of each layer, long enough for a prompt and its new tokens.

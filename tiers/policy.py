@@ -79,7 +79,7 @@ class Policy:
     micro-batch; micro_batches: how many micro-batches use a layer's weights before the next layer
     is loaded. prefill_chunk_tokens: prompt tokens of all rows that use a layer's weights before the
     next layer is loaded; tokens_at_once: how many of a micro-batch's tokens a layer computes in one
-    call (offload.zigzag).
+    call, but at least those of one row (rows_per_call).
     compress_weight: round dense weights to 4 bits, in groups of 64. cpu_attention: compute on the
     host the attention over a cache that is not on the device; attention_share: the share of tokens
     whose values this attention reads, 1 for exact attention. pin: allocate host memory that a GPU
@@ -107,7 +107,7 @@ class Policy:
 
     def rows_per_call(self, tokens: int) -> int:
         """Return how many rows of `tokens` new tokens each a layer computes in one call: at most a
-        micro-batch, with at most tokens_at_once tokens together, and at least one row."""
+        micro-batch, and at most tokens_at_once tokens together; one row even if it has more."""
         return max(1, min(self.micro_batch, self.tokens_at_once // tokens))
 
     @property

@@ -186,7 +186,8 @@ def build() -> str | None:
             try:
                 loaded.append(load_best())
             except (OSError, RuntimeError, ImportError) as error:
-                failures.append(f"the fast products did not compile: {str(error).splitlines()[0]}")
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                failures.append(f"the fast products did not compile: {reason}")
         return None if loaded else failures[0]
 
 
@@ -259,20 +260,25 @@ def load_library(folder: Path, name: str) -> None:
     Loading registers the operators in torch.ops. Raises OSError, RuntimeError or ImportError on
     failure.
     """
-    # This file is written after the library. A library without it, which a killed linker has left,
-    # is compiled again.
-    complete = folder / "complete"
-    if not threading.main_thread().is_alive():  # after Ctrl-C nothing may wait for the compiler
+    # The file "complete" exists once the library was compiled and loaded. A library without it, as
+    # a killed linker leaves it, is compiled again. remove_unused reads the file's time.
+    library, complete = folder / f"{LIBRARY}.so", folder / "complete"
+    if not threading.main_thread().is_alive():  # a thread builds: after Ctrl-C none may go on
         raise RuntimeError("the process ends")
     if not complete.exists():
         log(f"compiling products for this CPU ({name}), once: 25 seconds on two cores ...")
     with locked(folder):
-        # cpp_extension.load would compile again if the sources were in another folder then.
-        if complete.exists():
-            torch.ops.load_library(folder / f"{LIBRARY}.so")
-        else:
-            compile_and_load(folder, name)
-        complete.touch()  # its time tells remove_unused when the library was used
+        try:
+            if complete.exists():
+                # Not by cpp_extension.load, which compiles again for a copy of this repository.
+                torch.ops.load_library(library)
+            else:
+                compile_and_load(folder, name)
+        except OSError:  # the file is damaged: the next run compiles it again
+            library.unlink(missing_ok=True)
+            complete.unlink(missing_ok=True)
+            raise
+        complete.touch()
 
 
 def compile_and_load(folder: Path, name: str) -> None:
@@ -291,18 +297,20 @@ def compile_and_load(folder: Path, name: str) -> None:
 
 
 def remove_unused(cache: Path, own: Path) -> None:
-    """Remove the libraries of other sources, CPUs or versions of torch that no process has loaded
-    for UNUSED_DAYS. cache: the directory that has a folder for each library. own: the folder of the
-    library that this process has loaded."""
+    """Remove the folders of libraries, and of failed builds, that no process has used for
+    UNUSED_DAYS: those of other sources, CPUs or versions of torch. cache: the directory of these
+    folders. own: the folder of the library that this process has loaded."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for folder in cache.glob(f"{LIBRARY}-*"):
-        # Another process may remove it at the same time, or another user may own it.
+        # Another process may use it or remove it at the same time, or another user may own it.
         with contextlib.suppress(OSError):
             complete = folder / "complete"
             # Without the file "complete", a build has failed or still runs.
             used = (complete if complete.exists() else folder).stat().st_mtime
             if folder != own and used < oldest:
-                shutil.rmtree(folder)
+                with (folder / "building").open("w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,13 @@
 namespace {
 
 // Pairs of 16-bit numbers, as AVX2's vpmaddwd multiplies them. Of four bytes of weights, seen as
-// two 16-bit lanes, the low bytes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or a
-// shift turns bytes or nibbles into pairs, without moving any of them between lanes.
+// two halves of 16 bits, the low bytes are inputs 0 and 2, the high bytes inputs 1 and 3: a mask or
+// a shift turns bytes or nibbles into pairs, without moving any of them between lanes.
 template <Format F>
 struct Pairs {
-  static constexpr int kPlanes = 1;            // planes of a row (fixed_point.h), each with sums
-  static constexpr int kInputs = 2;            // of a lane
-  static constexpr int kSteps = 16 / bits(F);  // lanes that a lane of packed weights turns into
+  static constexpr int kPlanes = 1;            // of a row: 1 of 16-bit numbers, or 2 of bytes
+  static constexpr int kInputs = 2;            // in a lane of a row
+  static constexpr int kSteps = 16 / bits(F);  // registers that one of packed weights turns into
 
   // Returns the weights of a step, as unsigned integers. Step 0: inputs 0 and 2 of each lane. Step
   // 1: inputs 1 and 3. In int4, steps 2 and 3 are those of the second tile.
@@ -46,9 +46,9 @@ struct Pairs {
 
 #ifdef GPT_FLEX_BYTE_PRODUCTS
 // Bytes: the high bytes (plane 0) and the low bytes (plane 1) of a row's numbers, which need sums
-// of their own. The members are those of Pairs. int8 weights are stored plus 128; where the CPU
-// multiplies signed bytes, weights() takes 128 off, and total() adds 128 times the sum of the
-// inputs.
+// of their own. The members are those of Pairs. int8 weights are stored plus 128, and add_block
+// subtracts 128 times the sum of the inputs, as for a zero point. Where the CPU multiplies signed
+// bytes, weights() takes 128 off each weight, so total() adds 128 times that sum.
 template <Format F>
 struct Bytes {
   static constexpr int kPlanes = 2, kInputs = 4, kSteps = 8 / bits(F);

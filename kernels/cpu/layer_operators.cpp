@@ -38,12 +38,14 @@ Tensor attention_of(const T* data, const Tensor& queries, const Tensor& k, const
   const Attention<T> work{G, Q, S, E, Q, data, heads_of<T>(k), heads_of<T>(v), data_of<T>(masks),
                           static_cast<T*>(y.mutable_data_ptr()), static_cast<float>(scale),
                           static_cast<float>(softcap)};
-  // With more threads than heads of keys and values, threads share a head and divide its queries.
-  const int64_t heads = k.size(0) * G, threads = at::get_num_threads();
+  // With twice as many threads as heads of keys and values, or more, the threads that share a head
+  // divide its queries into parts, if there is work for as many.
+  const int64_t heads = k.size(0) * G, work_per_head = Q * S * E;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), heads * work_per_head / kGrain);
   const int64_t parts = std::clamp<int64_t>(threads / heads, 1, Q);
-  const int64_t grain = std::max<int64_t>(1, kGrain * parts / (Q * S * E));
+  const int64_t grain = std::max<int64_t>(1, kGrain * parts / work_per_head);
   at::parallel_for(0, parts * heads, grain, [&](int64_t start, int64_t end) {
-    for (int64_t from = start; from < end;) {
+    for (int64_t from = start; from < end;) {  // part * heads + head
       const int64_t part = from / heads, to = std::min(end, (part + 1) * heads);
       attend_heads(part_of_queries(work, part, parts), from - part * heads, to - part * heads);
       from = to;

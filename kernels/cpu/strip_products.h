@@ -13,14 +13,17 @@
 namespace {
 
 constexpr int kRowPlanes = Factors<kInt8>::kPlanes;  // 2 if a row's high and low bytes are apart
-constexpr int kRowStreams = 4 / kRowPlanes;  // strips that one row reads side by side
+// Strips, far apart in memory, that one row reads in turn, a cache line of each: memory is read
+// faster from several places.
+constexpr int kRowStreams = 4 / kRowPlanes;
 // Rows whose sums fit in the registers.
 constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Multiplies the only row, row 0, by the strips with the numbers n, which are read side by side.
-// Returns in y: (STRIPS, 16).
+// Multiplies the only row, row 0, by the strips with the numbers n, of which it reads a cache line
+// in turn. Returns in y: (STRIPS, 16). In the loops, t: strip, p: register of its 16 outputs, j:
+// step, h: plane of the row, see Factors.
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
@@ -196,7 +199,7 @@ void multiply_rows_by_strips(const PackedWeights& w, int64_t n, int64_t strips,
 }
 
 // Multiplies the only row by strips `from` to `to`: divides them into STRIPS parts, which it reads
-// side by side.
+// in turn.
 template <Format F, int STRIPS>
 void multiply_one_row(const PackedWeights& w, const FixedPointRows& x, int64_t from, int64_t to,
                       const Output& out) {

@@ -1,5 +1,5 @@
-// Vectors of AVX2, FMA and F16C, of 256 bits; with AVX-VNNI pairs are multiplied and added by one
-// instruction. Included by vector.h, which describes the functions.
+// Vectors of AVX2, FMA and F16C, of 256 bits; with AVX-VNNI one instruction adds products of four
+// bytes. Included by vector.h, which describes the functions.
 
 #pragma once
 
@@ -78,11 +78,7 @@ inline NativeInt native_shift_right_16(NativeInt a) {
   return (NativeInt)_mm256_srli_epi16((__m256i)a, BITS);
 }
 inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt b) {
-#ifdef __AVXVNNI__
-  return (NativeInt)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
-#else
   return sums + (NativeInt)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#endif
 }
 #ifdef __AVXVNNI__
 #define GPT_FLEX_BYTE_PRODUCTS

@@ -53,7 +53,7 @@ def lines(path: Path) -> Iterator[str]:
 def records(path: Path, *forms: str) -> Docs:
     """Yields the lines of a .jsonl file as dictionaries. forms: the keys that a record must have,
     separated by blanks, in each form that the task reads. Raises ValueError if a line is not JSON
-    or lacks a key of every form."""
+    or has the keys of no form; the message names a key of the first form."""
     for n, line in enumerate(lines(path), 1):
         try:
             doc = json.loads(line)
