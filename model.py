@@ -334,12 +334,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Stores the keys and values of x, (B, T, D), in the cache; returns the attention of x's
         queries to the cache, (B, T, D). rotation, mask, pos: see AttentionInputs."""
+        return self.wo(self.attend(self.wqkv(x), rotation, mask, pos, cache))  # (B, T, D)
+
+    def attend(
+        self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
+    ) -> Tensor:
+        """Stores the keys and values among the outputs of wqkv, (B, T, (H + 2 G) * E), in the
+        cache; returns the attention of the queries to the cache, (B, T, H * E)."""
         q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)) for t in self.wqkv(x).split(self.widths, dim=-1)
+            t.unflatten(-1, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)
         q, k = self.rotate(self.q_norm(q), rotation), self.rotate(self.k_norm(k), rotation)
-        y = cache.attend(q, k, v, mask, pos)  # (B, T, H, E)
-        return self.wo(y.flatten(2))  # (B, T, H*E) -> (B, T, D)
+        return cache.attend(q, k, v, mask, pos).flatten(2)  # (B, T, H, E) -> (B, T, H * E)
 
 
 class GatedFeedForward(nn.Module):

@@ -34,11 +34,11 @@ ROWS = 1, 8, 64
 GROUP = 32
 STEPS = (32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 4), (256, 8), (512, 8)
 ONE_ROW_TILES = [OneRow(n, chunks, warps) for n in (1, 2, 4) for chunks, warps in STEPS]
+NARROW = (16, 1), (32, 1), (32, 2), (64, 2), (64, 4)  # outputs and warps of a program
 FEW_ROWS_TILES = [
     FewRows(n, words, splits, warps, stages)
-    for (n, warps), words, splits, stages in itertools.product(
-        ((16, 1), (32, 2), (64, 2), (64, 4)), (16, 32), (1, 2, 4), (2, 3)
-    )
+    for words, sizes, most_stages in ((32, NARROW, 4), (64, NARROW[:3:2], 3))
+    for (n, warps), splits, stages in itertools.product(sizes, (1, 2, 4), range(2, most_stages + 1))
 ]
 Tile = OneRow | FewRows
 
@@ -73,12 +73,12 @@ def product(kind: str, M: int, K: int, tile: Tile) -> Callable[[tuple[Tensor, ..
     x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
     if M > 1:
         call = {"int8": launch.int8_rows, "int4": launch.int4_rows}[kind]
-        return lambda weights: call(x, *weights, None, tile)
+        return lambda weights: call(x, *weights, None, tile=tile)
     if kind == "dense":
         return lambda weights: launch.dense_row(x, *weights, None, tile)
     call, order = {"int8": (launch.int8_row, INT8), "int4": (launch.int4_row, INT4)}[kind]
     fixed = launch.fixed_point(x[0], order)
-    return lambda weights: call(fixed, *weights, None, x.dtype, tile)
+    return lambda weights: call(fixed, *weights, None, None, x.dtype, tile)
 
 
 def compile_some(cases: list[tuple[str, int, Tile]]) -> None:

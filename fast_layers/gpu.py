@@ -1,11 +1,9 @@
 """Layers that run on the Triton kernels of kernels/gpu.
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
-This file (1) replaces dense linears by OneRowLinear, faster for one row, (2) fuses a norm or a gate
-into the quantised linear after it, and (3) sets the functions by which the KV caches of
+This file (1) replaces blocks of quantised linears by FusedBlock, (2) replaces dense linears by
+OneRowLinear, faster for one row, and (3) sets the functions by which the KV caches of
 model.cache_factory attend: kernel_attention, and masked_attention for layers with a sliding window.
-A gpu.Prologue is a norm or gate that a kernel applies to its input first. Fusing saves the launch
-of a kernel; for more than one row, norm and gate run separately.
 
 Shapes: M rows of activations, N out_features, K in_features; for attention B rows of the batch, T
 new tokens, S visible slots, H query heads, G key/value heads, R = H // G, E head_dim.
@@ -23,7 +21,8 @@ from torch import Tensor, nn
 
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
-from layers.kv_cache import KVCache, attend_capped, grouped_attention
+from layers.kv_cache import AttentionCache, KVCache, attend_capped, grouped_attention
+from layers.positions import RotaryPositions, Rotation
 from model import GatedFeedForward, SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
@@ -49,41 +48,51 @@ class OneRowLinear(Linear):
         return product(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
-class NormedLinear(nn.Module):
-    """A quantised linear and the RMS norm before it. For one row, the kernel that converts
-    activations to fixed point also computes the norm. linear: its takes_prologue must be true."""
+class FusedBlock(SequentialBlock):
+    """A SequentialBlock whose products compute the norms, the gate and the residual sums within
+    their kernels; rotary positions and the store of keys and values are one kernel.
 
-    def __init__(self, norm: RMSNorm, linear: QuantizedLinear):
-        super().__init__()
-        self.norm, self.linear = norm, linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return linear(norm(x)), (..., K) -> (..., N)."""
-        rows = x.flatten(0, -2)  # (M, K)
-        if len(rows) > 1 or not gpu.supports(rows):
-            return self.linear(self.norm(x))
-        prologue = gpu.Prologue(norm=self.norm.weight, eps=self.norm.eps)
-        return self.linear.on_gpu(rows, prologue).view(*x.shape[:-1], -1)  # (..., N)
-
-
-class OneRowFeedForward(GatedFeedForward):
-    """A GatedFeedForward that, for one row, computes silu(gate) * up within the kernel of w2.
-
-    w13's outputs are gate and up, (M, 2 * hidden_dim). replaced: the layer whose linears it takes:
-    its activation is SiLU, and its w2 takes a prologue.
+    block: the layer whose modules it takes; can_fuse(block) must be true. A decoding step of Llama
+    3.1 8B in int4 has 16 kernels for each layer without it, with it 10.
     """
 
-    def __init__(self, replaced: GatedFeedForward):
-        nn.Module.__init__(self)  # not GatedFeedForward's, which would allocate linears
-        self.w13, self.w2 = replaced.w13, replaced.w2
-        self.activation = replaced.activation
+    def __init__(self, block: SequentialBlock):
+        nn.Module.__init__(self)  # not SequentialBlock's, which would allocate weights
+        for name, module in block.named_children():
+            self.add_module(name, module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the feed-forward layer, (..., D) -> (..., D); D is the model's width."""
-        rows = x.flatten(0, -2)  # (M, D)
-        if len(rows) > 1 or not gpu.supports(rows):
-            return super().forward(x)
-        return self.w2.on_gpu(self.w13(rows), gpu.Prologue(gated=True)).view_as(x)
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
+    ) -> Tensor:
+        """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
+        if not gpu.supports(x):
+            return super().forward(x, rotation, mask, pos, cache)
+        attention, feed_forward = self.attention, self.feed_forward
+        rows = x.flatten(0, 1)  # (M, D)
+        qkv = attention.wqkv.on_gpu(rows, norm_prologue(self.attention_norm))
+        qkv = qkv.unflatten(0, x.shape[:2])  # (B, T, (H + 2 G) * E)
+        y = self.attend(qkv, rotation, mask, pos, cache).flatten(0, 1)  # (M, H * E)
+        rows = attention.wo.on_gpu(y, residual=rows)
+        hidden = feed_forward.w13.on_gpu(rows, norm_prologue(self.ffn_norm))  # (M, 2 F)
+        return feed_forward.w2.on_gpu(hidden, gpu.Prologue(gated=True), rows).view_as(x)
+
+    def attend(
+        self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
+    ) -> Tensor:
+        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E): with the kernel that
+        rotates and stores, if the cache is not quantised and the heads have no norms."""
+        attention = self.attention
+        plain = type(cache) is KVCache and attention.rotate is RotaryPositions.rotate
+        if not (plain and type(attention.q_norm) is type(attention.k_norm) is nn.Identity):
+            return attention.attend(qkv, rotation, mask, pos, cache)
+        heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
+        q = torch.ops.gpt_flex.rotate_and_store(heads, *rotation, pos, cache.k, cache.v)
+        return cache.attention(cache, q, mask, pos).flatten(2)
+
+
+def norm_prologue(norm: RMSNorm) -> gpu.Prologue:
+    """Return the prologue that computes a norm."""
+    return gpu.Prologue(norm.weight, norm.eps)
 
 
 def use_fast_layers(model: Transformer) -> None:
@@ -109,12 +118,14 @@ def log_once(line: str) -> None:
 def replace_layers(model: Transformer) -> None:
     """Replace the layers and the attention of a model, in place, without a check of its device.
 
-    Fuses norms and gates, then replaces all dense linears. Fuses only in a plain ModuleList: a
-    model whose layers are streamed (StreamedLayers of offload.py) stays unfused. Caches that the
-    model makes later use kernel_attention, or masked_attention in layers with a sliding window.
+    Fuses blocks, then replaces dense linears. A model whose layers are streamed (StreamedLayers of
+    offload.py, no plain ModuleList) keeps its blocks. Caches that the model makes later use
+    kernel_attention, or masked_attention in layers with a sliding window.
     """
-    for layer in model.layers if type(model.layers) is nn.ModuleList else ():
-        fuse_prologues(layer)
+    if type(model.layers) is nn.ModuleList:
+        for n, block in enumerate(model.layers):
+            if can_fuse(block):
+                model.layers[n] = FusedBlock(block)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
@@ -122,26 +133,24 @@ def replace_layers(model: Transformer) -> None:
     model.cache_factory = replace(model.cache_factory, **kernels)
 
 
-def fuse_prologues(layer: nn.Module) -> None:
-    """Fuse the norm before wqkv with wqkv, and the gate before w2 with w2, in place.
-
-    layer: a block of the model. Only quantised linears whose kernel takes a prologue are fused, and
-    only an RMS norm with weights and a SiLU gate; the norm only in a SequentialBlock, where wqkv
-    alone reads it. nn.Identity takes the place of a fused norm.
-    """
-    attention, feed_forward = layer.attention, layer.feed_forward
-    normed = isinstance(layer.attention_norm, RMSNorm) and layer.attention_norm.elementwise_affine
-    if type(layer) is SequentialBlock and normed and takes_prologue(attention.wqkv):
-        attention.wqkv = NormedLinear(layer.attention_norm, attention.wqkv)
-        layer.attention_norm = nn.Identity()
-    gated = type(feed_forward) is GatedFeedForward and feed_forward.activation is F.silu
-    if gated and takes_prologue(feed_forward.w2):
-        layer.feed_forward = OneRowFeedForward(feed_forward)
-
-
-def takes_prologue(linear: nn.Module) -> bool:
-    """Return whether a linear is quantised and its kernel for one row takes a gpu.Prologue."""
-    return isinstance(linear, QuantizedLinear) and linear.takes_prologue()
+def can_fuse(block: nn.Module) -> bool:
+    """Return whether FusedBlock computes a block: RMS norms with weights, a SiLU gate and quantised
+    linears, no norm or factor of outputs. RowParallel (tp.py) is no quantised linear: residual sums
+    come after its all-reduce."""
+    if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
+        return False
+    attention, feed_forward = block.attention, block.feed_forward
+    norms, outputs = (
+        (block.attention_norm, block.ffn_norm),
+        (block.attention_output, block.ffn_output),
+    )
+    linears = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
+    return (
+        all(type(norm) is RMSNorm and norm.elementwise_affine for norm in norms)
+        and all(type(output) is nn.Identity for output in outputs)
+        and all(isinstance(linear, QuantizedLinear) for linear in linears)
+        and feed_forward.activation is F.silu
+    )
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None) -> Tensor:
@@ -203,6 +212,24 @@ def attend_on_gpu(
     return grouped_attention(attention, q, k, v, mask).contiguous()
 
 
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """The operator gpt_flex::rotate_and_store: see launch.rotate_and_store. It changes k and v."""
+    from kernels.gpu import launch  # imports Triton
+
+    given = (t.contiguous() for t in (qkv, cos, sin, pos))
+    return launch.rotate_and_store(*given, k, v)
+
+
+gpu.define(
+    "rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor(a!) k, Tensor(b!) v) "
+    "-> Tensor",
+    rotate_and_store,
+    lambda qkv, cos, sin, pos, k, v: qkv.new_empty(
+        *qkv.shape[:2], qkv.shape[2] - 2 * k.shape[2], qkv.shape[3]
+    ),
+)
 gpu.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor? pos, float scale, "
     "float? softcap) -> Tensor",

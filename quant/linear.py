@@ -75,18 +75,18 @@ class QuantizedLinear(nn.Module):
         zeros = getattr(self, "zeros", None)  # None: an Int8Linear
         return product(rows, self.weight, self.scales, zeros, self.bias)
 
-    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
+    def on_gpu(
+        self,
+        rows: Tensor,
+        prologue: gpu.Prologue = gpu.Prologue(),
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Multiply rows, (M, K), by the weights -> (M, N), with the Triton kernels.
 
-        Allowed only if gpu.supports(rows). prologue: a norm or gate that the kernel applies to its
-        input. Allowed only if M = 1 and takes_prologue returns True: otherwise it would be ignored.
-        Default: none. With a gate, rows are (1, 2 K).
+        Allowed only if gpu.supports(rows). prologue: a norm or gate that is applied to the rows
+        first. Default: none. With a gate, rows are (M, 2 K). residual: (M, N), added to the result.
         """
         raise NotImplementedError
-
-    def takes_prologue(self) -> bool:
-        """Return whether on_gpu applies a prologue to one row."""
-        return True
 
 
 class Int8Linear(QuantizedLinear):
@@ -111,11 +111,13 @@ class Int8Linear(QuantizedLinear):
             return self.dequantize(dtype)
         return gpu.dequantize_int8(self.weight, self.scales, dtype)
 
-    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
-        return gpu.int8_linear(rows, self.weight, self.scales, self.bias, prologue)
-
-    def takes_prologue(self) -> bool:
-        return gpu.aligned(self.weight, gpu.INT8.size)
+    def on_gpu(
+        self,
+        rows: Tensor,
+        prologue: gpu.Prologue = gpu.Prologue(),
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return gpu.int8_linear(rows, self.weight, self.scales, self.bias, prologue, residual)
 
 
 class Int4Linear(QuantizedLinear):
@@ -147,8 +149,14 @@ class Int4Linear(QuantizedLinear):
             return self.dequantize(dtype)
         return gpu.dequantize_int4(self.weight, self.scales, self.zeros, self.in_features, dtype)
 
-    def on_gpu(self, rows: Tensor, prologue: gpu.Prologue = gpu.Prologue()) -> Tensor:
-        return gpu.int4_linear(rows, self.weight, self.scales, self.zeros, self.bias, prologue)
+    def on_gpu(
+        self,
+        rows: Tensor,
+        prologue: gpu.Prologue = gpu.Prologue(),
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        buffers = self.weight, self.scales, self.zeros
+        return gpu.int4_linear(rows, *buffers, self.bias, prologue, residual)
 
 
 def multiply(

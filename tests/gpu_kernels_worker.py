@@ -3,12 +3,13 @@
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py products SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py attention SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py loops SEED CASES
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py rotate SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py model SEED CASES
     python tests/gpu_kernels_worker.py compile CAPABILITY
 
-Without the variable the first four run on the GPU.
+Without the variable the first five run on the GPU.
 
-The first three compare kernels with the PyTorch formulas over random shapes; model compares a whole
+The first four compare kernels with the PyTorch formulas over random shapes; model compares a whole
 model's logits with them and without; they print how many cases there were. compile prints a JSON
 line for each kernel: its registers, and what it spills.
 """
@@ -38,12 +39,14 @@ from calibration import gptq
 from fast_layers import gpu as gpu_products
 from host.torch_private import shallow_copy
 from kernels import gpu
-from kernels.gpu import attention, columns, few_rows, launch, one_row, unpack
+from kernels.gpu import attention, columns, few_rows, inputs, launch, one_row, unpack
+from kernels.gpu import rotate as rotation_kernels
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
 from layers import kv_cache
 from layers.args import LayerType, ModelArgs, Rope
 from layers.kv_cache import KVCache, attend_capped, grouped_attention, hidden_keys
+from layers.positions import RotaryPositions
 from load import find_cache
 from model import Transformer
 from quant.kv_cache import QuantizedKVCache
@@ -92,56 +95,71 @@ def a_view(tensor: Tensor, columns: int) -> Tensor:
     return wide[:, : tensor.shape[1]]
 
 
+class Product:
+    """A linear with random weights, inputs, (M, K), and the result that its kernels should give."""
+
+    def __init__(self, M: int, K: int, N: int, groupsize: int | None, bias: bool, dtype: Any):
+        self.case = M, K, N, groupsize, bias, dtype
+        self.linear, x = random_linear(K, N, groupsize, bias), torch.randn(M, K)
+        x[:, : K // 8] *= random.choice([1, 300])  # outliers, as real activations have
+        self.x, self.weight = x.to(dtype), self.linear.dequantize(torch.float32)
+        self.bias = None if self.linear.bias is None else self.linear.bias.to(dtype)
+        self.residual = torch.randn(M, N).to(dtype) if random.random() < 0.5 else None
+        # Rounded twice: the product, and its sum with the residual.
+        self.tolerance = TOLERANCE + 2 * ROUNDING[dtype]
+        more = [t.float() for t in (self.bias, self.residual) if t is not None]
+        self.exact = sum(more, F.linear(self.x.float(), self.weight))  # (M, N)
+        # What errors are measured in: sums of absolute values.
+        self.size = F.linear(self.x.float().abs(), self.weight.abs()) + 1e-20
+        self.size = sum((t.abs() for t in more), self.size)
+        # One row by one: 2**-16 of the largest input, times each weight, as well, since the largest
+        # may itself meet a weight of zero.
+        largest = self.x.float().abs().amax(1, keepdim=True)  # (M, 1)
+        self.fixed_size = self.size + 2**-5 * largest * self.weight.abs().sum(1)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Of the linear, the weights as part of a wider tensor."""
+        found = dict(self.linear.named_buffers())
+        return found | {"weight": a_view(found["weight"], 16 * random.randint(0, 1))}
+
+
 def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dtype: Any) -> None:
     """One linear by each of its kernels, and rows alone beside rows together."""
-    case = M, K, N, groupsize, bias, dtype
-    linear, x = random_linear(K, N, groupsize, bias), torch.randn(M, K)
-    x[:, : K // 8] *= random.choice([1, 300])  # outliers, as real activations have
-    x = x.to(dtype)
-    given = None if linear.bias is None else linear.bias.to(dtype)
-    exact = F.linear(
-        x.float(), linear.dequantize(torch.float32), None if given is None else given.float()
-    )
-    size = F.linear(x.float().abs(), linear.dequantize(torch.float32).abs())  # (M, N)
-    size += 1e-20 if given is None else given.float().abs()
-    tolerance = TOLERANCE + ROUNDING[dtype]
-    # 2**-16 of the largest input, times each weight: the largest may itself meet a weight of zero.
-    fixed = x[:1].float().abs().amax() * linear.dequantize(torch.float32).abs().sum(1)  # (N,)
-    fixed = size[:1] + 2**-5 * fixed  # (1, N)
-    few = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
+    p = Product(M, K, N, groupsize, bias, dtype)
+    stored, given, first = p.buffers(), p.bias, None if p.residual is None else p.residual[:1]
     one = OneRow(random.choice([1, 2, 4]), random.choice([4, 32]), 1)
     if groupsize is None:
-        weight = a_view(linear.weight, 16 * random.randint(0, 1))
-        assert torch.equal(
-            launch.dequantize_int8(weight, linear.scales, torch.float32),
-            linear.dequantize(torch.float32),
-        )
-        if K % 16 == 0:
-            y = launch.int8_row(
-                launch.fixed_point(x[0], INT8), weight, linear.scales, given, dtype, one
-            )
-            near(y, exact[:1], tolerance, fixed, case)
-        rows = None
-        if K % 4 == 0:
-            rows = lambda some: launch.int8_rows(some, weight, linear.scales, given, few)  # noqa: E731
+        dense = launch.dequantize_int8(**stored, dtype=torch.float32)
+        row_product, order, rows, some = launch.int8_row, INT8, launch.int8_rows, K % 4 == 0
     else:
-        stored = (a_view(linear.weight, 16 * random.randint(0, 1)), linear.scales, linear.zeros)
-        assert torch.equal(
-            launch.dequantize_int4(*stored, K, torch.float32), linear.dequantize(torch.float32)
-        )
-        y = launch.int4_row(launch.fixed_point(x[0], INT4), *stored, given, dtype, one)
-        near(y, exact[:1], tolerance, fixed, case)
-        rows = lambda some: launch.int4_rows(some, *stored, given, few)  # noqa: E731
-    if rows is not None:
-        together = rows(x)
-        near(together, exact, tolerance, size, case)
-        row, others = random.randrange(M), torch.randn(M, K).to(dtype)
-        others[row] = x[row]
-        assert torch.equal(rows(others)[row], together[row]), f"{case}: bits of a row"
+        dense = launch.dequantize_int4(**stored, in_features=K, dtype=torch.float32)
+        row_product, order, rows, some = launch.int4_row, INT4, launch.int4_rows, True
+    assert torch.equal(dense, p.weight)
+    if groupsize or K % 16 == 0:
+        fixed = launch.fixed_point(p.x[0], order)
+        y = row_product(fixed, **stored, bias=given, residual=first, dtype=dtype, tile=one)
+        near(y, p.exact[:1], p.tolerance, p.fixed_size[:1], p.case)
+    if some:
+        check_few_rows(p, partial(rows, **stored, bias=given, residual=p.residual))
+    if dtype == torch.float32 and M < 4:
+        product = gpu.int8_product if groupsize is None else gpu.int4_product
+        y = product(p.x, *stored.values(), given, p.residual, *gpu.Prologue())
+        near(y, p.exact, p.tolerance, p.fixed_size, (p.case, "one by one"))
     if K % 8 == 0:
-        dense = linear.dequantize(torch.float32).to(dtype)
-        wanted = F.linear(x[:1].float(), dense.float(), None if given is None else given.float())
-        near(launch.dense_row(x[:1], dense, given, one), wanted, tolerance, size[:1], case)
+        wanted = F.linear(p.x[:1].float(), p.weight.to(dtype).float())
+        wanted += 0 if given is None else given.float()
+        y = launch.dense_row(p.x[:1], p.weight.to(dtype), given, one)
+        near(y, wanted, p.tolerance, p.size[:1], p.case)
+
+
+def check_few_rows(p: Product, multiply: Any) -> None:
+    """All rows together, and whether a row has the same bits beside others."""
+    tile = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
+    together = multiply(p.x, tile=tile)
+    near(together, p.exact, p.tolerance, p.size, p.case)
+    row, others = random.randrange(len(p.x)), torch.randn(p.x.shape).to(p.x.dtype)
+    others[row] = p.x[row]
+    assert torch.equal(multiply(others, tile=tile)[row], together[row]), f"{p.case}: bits of a row"
 
 
 def same(found: FixedPoint, x: Tensor, order: Order) -> None:
@@ -164,11 +182,29 @@ def products(seed: int, cases: int) -> None:
             bias=random.random() < 0.5,
             dtype=random.choice(DTYPES),
         )
+    check_prologues()
+    check_special_numbers()
+
+
+def check_prologues() -> None:
+    """A norm or a gate before a product, for one row, a few rows and many."""
     for order, K in itertools.product((INT4, INT8), (48, 1100)):
         x, weight = torch.randn(2 * K), torch.randn(K)
-        normed = F.rms_norm(x[:K], (K,), weight, 1e-5)
-        same(launch.fixed_point(x[:K], order, weight, 1e-5), normed, order)
-        same(launch.fixed_point(x, order, gated=True), F.silu(x[:K]) * x[K:], order)
+        norm, gate = gpu.Prologue(weight, 1e-5), gpu.Prologue(gated=True)
+        same(launch.fixed_point(x[:K], order, norm), norm.apply(x[:K]), order)
+        same(launch.fixed_point(x, order, gate), gate.apply(x), order)
+        rows, per_word, width = torch.randn(5, 2 * K), order.size // 4, -(-K // 32) * 32
+        for prologue, some in ((norm, rows[:, :K]), (gate, rows)):
+            numbers, units = launch.scaled_rows(some, width, per_word, 64, prologue)
+            numbers = numbers.float().transpose(1, 2).flatten(1)  # (5, width)
+            found = numbers * units.repeat_interleave(64, 1)[:, :width]
+            wanted = F.pad(prologue.apply(some), (0, width - K))
+            near(launch.apply_prologue(some, prologue), wanted[:, :K], 1e-5, 1.0, (K, "many rows"))
+            near(found, wanted, 2**-10, wanted.abs() + 2**-14 * units.max(), (order, K, "rows"))
+
+
+def check_special_numbers() -> None:
+    """Infinite inputs, NaN, zeros, and numbers of very different size."""
     for order in (INT4, INT8):
         x = torch.randn(1000) * torch.logspace(-30, 30, 1000)
         x[70], x[500], x[900] = math.inf, math.nan, 0
@@ -245,6 +281,26 @@ def attend(seed: int, cases: int) -> None:
         )
 
 
+def rotate(seed: int, cases: int) -> None:
+    """Rotary positions and the store of keys and values."""
+    for _ in range(cases):
+        B, T, G, R = (random.choice(some) for some in ((1, 3), (1, 2, 5), (1, 2), (1, 4)))
+        E = random.choice([8, 64, 80])
+        P = random.choice([E // 2, E // 4])
+        qkv = torch.randn(B, T, (R + 2) * G, E).to(random.choice(DTYPES))
+        pos = torch.stack([torch.randperm(20)[:T] for _ in range(B)])
+        angles = torch.randn(B, T, 1, P)
+        rotation = angles.cos(), angles.sin()
+        mine, theirs = (KVCache((B, 21, G, E), qkv.dtype, DEVICE) for _ in range(2))
+        found = launch.rotate_and_store(qkv, *rotation, pos, mine.k, mine.v)
+        q, k, v = qkv.split((R * G, G, G), 2)
+        wanted = RotaryPositions.rotate(q, rotation)
+        theirs.store(pos, RotaryPositions.rotate(k, rotation), v)
+        tolerance = 1e-6 + ROUNDING[qkv.dtype]
+        for a, b in ((found, wanted), (mine.k, theirs.k), (mine.v, theirs.v)):
+            near(a, b.float(), tolerance, b.float().abs().clamp_min(1.0), (B, T, G, R, E, P))
+
+
 def loops(seed: int, cases: int) -> None:
     """GPTQ's loops over columns."""
     for _ in range(cases):
@@ -289,10 +345,16 @@ def model_logits(model: Transformer, kv_dtype: str | None) -> list[Tensor]:
 def model(seed: int, cases: int) -> None:
     """A small model with everything that a GPU's would have, beside the plain one."""
     if launch.INTERPRETED:
-        for name in ("int4_row", "int8_row", "int4_rows", "int8_rows", "dense_row"):
-            torch.library.impl(f"gpt_flex::{name}", "cpu")(getattr(gpu, name))
-        torch.library.impl("gpt_flex::attend", "cpu")(gpu_products.attend_on_gpu)
+        for name, on_gpu in (
+            ("int4_linear", gpu.int4_product),
+            ("int8_linear", gpu.int8_product),
+            ("dense_row", gpu.dense_row),
+            ("attend", gpu_products.attend_on_gpu),
+            ("rotate_and_store", gpu_products.rotate_and_store),
+        ):
+            torch.library.impl(f"gpt_flex::{name}", "cpu")(on_gpu)
     kv_cache.WINDOW_SLACK = 19
+    gpu.one_by_one = lambda x: len(x) == 1  # float32 by the kernel for few rows, too
     for mode, kv_dtype, softcap in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
         dense = random_model(replace(SMALL, attention_softcap=softcap))
         whole = quantized_copy(dense, make_scheme(mode)) if mode else dense
@@ -306,8 +368,7 @@ def model(seed: int, cases: int) -> None:
         for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
             near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype, softcap))
         if mode:
-            assert isinstance(fast.layers[0].attention.wqkv, gpu_products.NormedLinear)
-            assert isinstance(fast.layers[0].feed_forward, gpu_products.OneRowFeedForward)
+            assert all(isinstance(layer, gpu_products.FusedBlock) for layer in fast.layers)
 
 
 def random_model(args: ModelArgs) -> Transformer:
@@ -329,7 +390,8 @@ CASES_OF_MODEL = (
 
 ALIGNED = [["tt.divisibility", 16]]
 INTEGERS = {
-    "N", "K", "C", "M", "W", "T", "G", "S", "Kp", "weight_stride", "scale_stride", "zero_stride",
+    "N", "K", "C", "M", "W", "T", "H", "G", "S", "Kp", "P", "Z",
+    "weight_stride", "scale_stride", "zero_stride",
     "x_stride", "batch_stride", "slot_stride", "slope_stride", "factor_stride",
     "hessian_stride",
 }  # fmt: skip
@@ -339,7 +401,8 @@ POINTERS = {
     "x": "bf16", "parts": "fp32", "arrived": "i32", "tops": "fp32", "q": "bf16", "k": "bf16",
     "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
     "pos": "i64", "mask": "bf16", "norm": "bf16", "factor": "fp32", "hessian": "fp32",
-    "better": "fp32", "steps": "fp32",
+    "better": "fp32", "steps": "fp32", "qkv": "bf16", "cos": "fp32", "sin": "fp32",
+    "residual": "bf16",
 }  # fmt: skip
 
 
@@ -348,7 +411,7 @@ def product_kernels(
 ) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """Name, kernel, its pointers' types where they differ from POINTERS, constants, warps, stages:
     of all products with the tiles that they are launched with."""
-    common = {"HAS_BIAS": True, "PDL": pdl}
+    common = {"HAS_BIAS": True, "ADDS": True, "PDL": pdl}
     for kind, weight, scales in (
         ("int4", "i32", "fp16"),
         ("int8", "i32", "fp32"),
@@ -385,14 +448,22 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
     """The same of what is no product."""
     yield (
         "scale", few_rows.scale_kernel, {"out": "fp16"},
-        {"PER_WORD": 8, "BLOCK": 4096, "PDL": pdl}, 8, 3,
+        {"PER_WORD": 8, "SPAN": 256, "NORM": True, "GATED": True, "BLOCK": 4096, "PDL": pdl}, 4, 3,
+    )  # fmt: skip
+    yield (
+        "prologue", inputs.prologue_kernel, {},
+        {"NORM": True, "GATED": True, "BK": 4096, "BLOCK": 4096, "PDL": pdl}, 4, 3,
     )  # fmt: skip
     yield (
         "fixed_point", one_row.fixed_point_kernel, {"q": "i16"},
         {
-            "SIZE": 32, "NIBBLES": 2, "NORM": True, "GATED": True, "BC": 16, "BLOCK": 1024,
+            "SIZE": 32, "NIBBLES": 2, "NORM": True, "GATED": True, "BC": 16, "BLOCK": 4096,
             "PDL": pdl,
         }, 4, 3,
+    )  # fmt: skip
+    yield (
+        "rotate", rotation_kernels.rotate_kernel, {}, {"E": 128, "BE": 128, "P": 64, "PDL": pdl},
+        1, 3,
     )  # fmt: skip
     yield (
         "unpack.int8", unpack.int8_kernel, {"weight": "i8", "scales": "fp32"},
@@ -469,7 +540,8 @@ def main(what: str, *numbers: str) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.set_default_device(DEVICE)
-    {"products": products, "attention": attend, "model": model, "loops": loops}[what](seed, cases)
+    checks = {"products": products, "attention": attend, "model": model, "loops": loops}
+    (checks | {"rotate": rotate})[what](seed, cases)
     print(f"{cases} cases of {what}, seed {seed}: equal")
 
 

@@ -42,13 +42,18 @@ def test_the_loops_of_gptq_are_those_in_pytorch():
     assert "20 cases" in work("loops", 0, 20, interpret=True)
 
 
+def test_rotary_positions_are_those_of_the_formula():
+    assert "40 cases" in work("rotate", 0, 40, interpret=True)
+
+
 def test_a_model_with_kernels_computes_the_same():
     assert "4 cases" in work("model", 0, 4, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("what", "cases"), [("products", 8), ("attention", 8), ("loops", 4), ("model", 4)]
+    ("what", "cases"),
+    [("products", 8), ("attention", 8), ("loops", 4), ("rotate", 8), ("model", 4)],
 )
 def test_kernels_on_a_gpu(what: str, cases: int):
     if not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 Start at int4_linear. The number of rows of a product chooses its kernel:
 
-    one row (decoding)              fixed_point.py, then one_row.py: bound by memory bandwidth
+    one row (decoding), or float32  fixed_point.py, then one_row.py: bound by memory bandwidth
     2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights dequantised in registers
     more (prompts)                  unpack.py dequantises the weights, then cuBLAS multiplies
 
@@ -29,13 +29,13 @@ Shapes: M rows of activations, N out_features, K in_features.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gpu.fixed_point import INT4, INT8
+from kernels.gpu.prologue import Prologue
 from kernels.gpu.support import unsupported_reason
 
 MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
@@ -57,19 +57,6 @@ def supports(x: Tensor) -> bool:
     return x.is_cuda and not needs_gradient and usable(x.device.index)
 
 
-class Prologue(NamedTuple):
-    """A function of one row that one_row.fixed_point_kernel computes before it converts the row.
-
-    norm: the weight, (K,), of an RMS norm with eps; None: no norm. gated: the row, (1, 2 K),
-    becomes silu(first half) * second half, (1, K). Callers give a norm or a gate, or neither, the
-    default.
-    """
-
-    norm: Tensor | None = None
-    eps: float = 0.0
-    gated: bool = False
-
-
 def int4_linear(
     x: Tensor,
     weight: Tensor,
@@ -77,15 +64,11 @@ def int4_linear(
     zeros: Tensor,
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N), plus the bias, in x's dtype.
-
-    prologue: a norm or gate applied to x first, for M = 1 only; with more rows it is ignored. With
-    a gate, x is (1, 2 K).
-    """
-    if len(x) == 1:
-        return torch.ops.gpt_flex.int4_row(x, weight, scales, zeros, bias, *prologue)
-    return torch.ops.gpt_flex.int4_rows(x, weight, scales, zeros, bias)
+    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N), plus the bias and the
+    residual, (M, N), in x's dtype. prologue: applied to x first; with a gate, x is (M, 2 K)."""
+    return torch.ops.gpt_flex.int4_linear(x, weight, scales, zeros, bias, residual, *prologue)
 
 
 def int8_linear(
@@ -94,15 +77,11 @@ def int8_linear(
     scales: Tensor,
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N), plus the bias, in x's dtype.
-
-    prologue: a norm or gate applied to x first, for M = 1 and rows of weights aligned to 16 bytes
-    only; else it is ignored. With a gate, x is (1, 2 K).
-    """
-    if len(x) == 1 and aligned(weight, INT8.size):
-        return torch.ops.gpt_flex.int8_row(x, weight, scales, bias, *prologue)
-    return torch.ops.gpt_flex.int8_rows(x, weight, scales, bias)
+    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N), plus the bias and the
+    residual, (M, N), in x's dtype. prologue: applied to x first; with a gate, x is (M, 2 K)."""
+    return torch.ops.gpt_flex.int8_linear(x, weight, scales, bias, residual, *prologue)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -153,24 +132,63 @@ def define(schema: str, on_gpu: Callable[..., Tensor], fake: Callable[..., Tenso
     torch.library.register_fake(name)(fake)
 
 
-# The operators. launch.py imports Triton, which takes half a second: each function imports it.
-def int4_row(x, weight, scales, zeros, bias, norm, eps, gated):
-    """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
-    point, and multiply by an Int4Linear's weights -> (1, N). The operator int4_row."""
+# The operators. launch.py imports Triton, which takes half a second: each function imports it. The
+# number of rows chooses the kernel within the operator, so that a compiled graph is right for any.
+def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
+    """Compute int4_linear: the operator of this name. Above MAX_FEW_ROWS rows, dequantise the
+    weights for cuBLAS."""
     from kernels.gpu import launch
 
-    fixed = launch.fixed_point(x.contiguous()[0], INT4, norm, eps, gated)
-    return launch.int4_row(fixed, weight, scales, zeros, bias, x.dtype)
+    prologue, x = Prologue(*prologue), x.contiguous()
+    if one_by_one(x):
+
+        def row_product(row, residual):
+            fixed = launch.fixed_point(row, INT4, prologue)
+            return launch.int4_row(fixed, weight, scales, zeros, bias, residual, x.dtype)
+
+        return each_row(row_product, x, residual)
+    if len(x) <= MAX_FEW_ROWS:
+        return launch.int4_rows(x, weight, scales, zeros, bias, residual, prologue)
+    x = launch.apply_prologue(x, prologue)
+    dense = launch.dequantize_int4(weight, scales, zeros, x.shape[1], x.dtype)
+    return added(F.linear(x, dense, bias), residual)
 
 
-def int8_row(x, weight, scales, bias, norm, eps, gated):
-    """Apply the prologue (norm, eps, gated) to x, (1, K) or gated (1, 2 K), convert it to fixed
-    point, and multiply by an Int8Linear's weights -> (1, N). The operator int8_row. Requires rows
-    of weights aligned to 16 bytes."""
+def int8_product(x, weight, scales, bias, residual, *prologue):
+    """Compute int8_linear: the operator of this name. Above MAX_FEW_ROWS rows, or if rows of
+    weights are not aligned to what the kernels read at once, dequantise the weights for cuBLAS."""
     from kernels.gpu import launch
 
-    fixed = launch.fixed_point(x.contiguous()[0], INT8, norm, eps, gated)
-    return launch.int8_row(fixed, weight, scales, bias, x.dtype)
+    prologue, x = Prologue(*prologue), x.contiguous()
+    if one_by_one(x) and aligned(weight, INT8.size):
+
+        def row_product(row, residual):
+            fixed = launch.fixed_point(row, INT8, prologue)
+            return launch.int8_row(fixed, weight, scales, bias, residual, x.dtype)
+
+        return each_row(row_product, x, residual)
+    if len(x) <= MAX_FEW_ROWS and x.dtype != torch.float32 and aligned(weight, 4):
+        return launch.int8_rows(x, weight, scales, bias, residual, prologue)
+    x = launch.apply_prologue(x, prologue)
+    return added(F.linear(x, launch.dequantize_int8(weight, scales, x.dtype), bias), residual)
+
+
+def one_by_one(x: Tensor) -> bool:
+    """Return whether the kernel for one row multiplies each row of x. In float32, which is for
+    comparing devices, it does: the kernel for few rows would round the inputs to float16."""
+    return len(x) == 1 or (x.dtype == torch.float32 and len(x) <= MAX_FEW_ROWS)
+
+
+def each_row(product: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+    """Return product(row, residual of the row), (1, N), of each row of x, (M, K) -> (M, N)."""
+    residuals = [None] * len(x) if residual is None else residual.split(1)
+    products = [product(row, more) for row, more in zip(x, residuals, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def added(y: Tensor, residual: Tensor | None) -> Tensor:
+    """Return y plus the residual, if there is one, in the memory of y."""
+    return y if residual is None else y.add_(residual)
 
 
 def dense_row(x, weight, bias):
@@ -181,52 +199,20 @@ def dense_row(x, weight, bias):
     return launch.dense_row(x.contiguous(), weight, bias)
 
 
-def int4_rows(x, weight, scales, zeros, bias):
-    """Multiply x, (M, K), by an Int4Linear's weights -> (M, N). The operator int4_rows. Above
-    MAX_FEW_ROWS rows, it dequantises the weights for cuBLAS. The choice is made inside the
-    operator, so that a compiled graph is right for any M."""
-    from kernels.gpu import launch
-
-    if len(x) <= MAX_FEW_ROWS:
-        return launch.int4_rows(x.contiguous(), weight, scales, zeros, bias)
-    return F.linear(x, launch.dequantize_int4(weight, scales, zeros, x.shape[1], x.dtype), bias)
-
-
-def int8_rows(x, weight, scales, bias):
-    """Multiply x, (M, K), by an Int8Linear's weights -> (M, N). The operator int8_rows. Above
-    MAX_FEW_ROWS rows, or if rows of weights are not aligned to the kernel's words of 4 bytes, it
-    dequantises the weights for cuBLAS."""
-    from kernels.gpu import launch
-
-    if len(x) <= MAX_FEW_ROWS and aligned(weight, 4):
-        return launch.int8_rows(x.contiguous(), weight, scales, bias)
-    return F.linear(x, launch.dequantize_int8(weight, scales, x.dtype), bias)
-
-
 define(
-    "int4_row(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, Tensor? norm, "
-    "float eps, bool gated) -> Tensor",
-    int4_row,
-    lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
+    "int4_linear(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, "
+    "Tensor? residual, Tensor? norm, float eps, bool gated) -> Tensor",
+    int4_product,
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
 )
 define(
-    "int8_row(Tensor x, Tensor weight, Tensor scales, Tensor? bias, Tensor? norm, float eps, "
-    "bool gated) -> Tensor",
-    int8_row,
-    lambda x, weight, *rest: x.new_empty(1, weight.shape[0]),
+    "int8_linear(Tensor x, Tensor weight, Tensor scales, Tensor? bias, Tensor? residual, "
+    "Tensor? norm, float eps, bool gated) -> Tensor",
+    int8_product,
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
 )
 define(
     "dense_row(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     dense_row,
     lambda x, weight, bias: x.new_empty(1, weight.shape[0]),
-)
-define(
-    "int4_rows(Tensor x, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias) -> Tensor",
-    int4_rows,
-    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
-)
-define(
-    "int8_rows(Tensor x, Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
-    int8_rows,
-    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
 )

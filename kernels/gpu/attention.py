@@ -23,7 +23,7 @@ S visible slots.
 import triton
 import triton.language as tl
 
-from kernels.gpu.one_row import begin, wait
+from kernels.gpu.inputs import begin, wait
 
 
 @triton.jit
@@ -64,6 +64,14 @@ def visible_slots(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr):
         users = tl.sum(visible.to(tl.int32), 0)
         used, some = users > 0, tl.max(users, 0) > 0
     return visible, used, some
+
+
+@triton.jit
+def head_in_slots(b, g, G, first, batch_stride, slot_stride, BS: tl.constexpr):
+    """Return the index of key/value head g of row b in each of BS slots, (BS,) int64, where all but
+    the last dimension of a cache count as one. first: the first slot; strides: in tokens."""
+    s = first + tl.arange(0, BS)
+    return (b * batch_stride + s * slot_stride).to(tl.int64) * G + g
 
 
 @triton.jit
@@ -154,12 +162,13 @@ def attention_kernel(
         first = (split * STEPS + step) * BS
         visible, used, some = visible_slots(at, real, first, S, BS, CAUSAL)
         if some:
-            s = first + tl.arange(0, BS)
-            head = (b * batch_stride + s * slot_stride).to(tl.int64) * G + g  # of each slot
+            head = head_in_slots(b, g, G, first, batch_stride, slot_stride, BS)  # (BS,)
             place = head[:, None] * (E // HALVES) + e[None, :]
             group = head[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
             filled = used[:, None] & (e < E // HALVES)[None, :]
             keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
+            if BITS == 16:  # both at once; quantised ones would need too many registers
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
             if BITS == 4:
                 keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
@@ -167,13 +176,12 @@ def attention_kernel(
             scores = limited(scores * factor, cap, CAPPED)
             weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
             weights = weights.to(DOT)
-            values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
+            if BITS != 16:
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
             low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
             if BITS == 4:
                 values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
-                high = tl.dot(
-                    weights.to(DOT), values.to(DOT), high * shrink, input_precision="ieee"
-                )
+                high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
         finish(low, high, sum, result, cells, BITS)

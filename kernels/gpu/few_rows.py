@@ -31,7 +31,7 @@ Shapes: M rows, N out_features, K in_features, W words of a row of weights, P gr
 import triton
 import triton.language as tl
 
-from kernels.gpu.one_row import begin, wait
+from kernels.gpu.inputs import begin, inputs, wait
 
 # Load activations through the L1 cache, which the programs of a multiprocessor share: loading them
 # from the L2 cache would take as much of its bandwidth as the weights take.
@@ -70,48 +70,49 @@ def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def scale_kernel(
-    x,  # (M, K)
+    x,  # (M, K), or (M, 2 K) where GATED
+    norm,  # (K,): the weight of an RMS norm
     out,  # (M, PER_WORD, Kp / PER_WORD) float16: input PER_WORD * i + p at (p, i); 0 beyond K
-    units,  # (M,) float32: x = out * unit
+    units,  # (M, ceil(Kp / SPAN)) float32: x = out * unit
     K,
     Kp,  # K rounded up to the stored width of the weights
     x_stride,
+    eps,
     PER_WORD: tl.constexpr,  # inputs that a word of weights multiplies: 8 for int4, 4 for int8
-    BLOCK: tl.constexpr,  # inputs at a time
+    SPAN: tl.constexpr,  # inputs that share a unit
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,  # inputs that NORM squares at a time
     PDL: tl.constexpr,
 ):
-    """Scale each row of activations to float16 of at most 2**15 by its unit, a power of two.
+    """Compute the prologue of each row (inputs.py), then scale it to float16 of at most 2**15:
+    SPAN inputs at a time by their unit, a power of two.
 
-    A program scales one row. A row with an infinite or NaN input gets the unit NaN. The arithmetic
-    on the exponent's bits is explained in fixed_point.fixed_point.
+    The launch has (M, ceil(Kp / SPAN)) programs. Inputs with an infinite or NaN one among them get
+    the unit NaN. The arithmetic on the exponent's bits is explained in fixed_point.fixed_point.
     """
     begin(PDL)
-    m = tl.program_id(0)
+    m, span = tl.program_id(0), tl.program_id(1)
+    k = span * SPAN + tl.arange(0, SPAN)
+    factor = tl.load(norm + k, k < K, 0).to(tl.float32) if NORM else 0.0
     wait(PDL)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    poison = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        values = tl.load(x + m * x_stride + k, k < K, 0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
-        poison += values * 0  # NaN if a value is infinite or NaN, else 0
-    exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
+    values = inputs(x + m * x_stride, factor, k, K, eps, NORM, GATED, BLOCK)
+    exponent = tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
-    tl.store(units + m, unit.to(tl.float32, bitcast=True) + tl.sum(poison, 0))
-    for start in range(0, Kp, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        values = tl.load(x + m * x_stride + k, k < K, 0).to(tl.float32) * inverse
-        place = out + m * Kp + k % PER_WORD * (Kp // PER_WORD) + k // PER_WORD
-        tl.store(place, values.to(tl.float16), k < Kp)
+    poison = tl.sum(values * 0, 0)  # NaN if a value is infinite or NaN, else 0
+    place = units + m * tl.num_programs(1) + span
+    tl.store(place, unit.to(tl.float32, bitcast=True) + poison)
+    place = out + m * Kp + k % PER_WORD * (Kp // PER_WORD) + k // PER_WORD
+    tl.store(place, (values * inverse).to(tl.float16), k < Kp)
 
 
 @triton.jit
 def finish_rows(
     total,  # (BN, BM) float32
     scale,  # (BN,)
-    units,
     bias,
+    residual,
     out,
     parts,  # (SPLITS, M, N) float32
     arrived,  # int32 per tile: programs that have stored their part; 0 before and after a launch
@@ -121,18 +122,18 @@ def finish_rows(
     N,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """Store a tile of outputs. With SPLITS > 1 each program stores its part, and the program that
     arrives last adds all parts and stores the outputs.
 
-    total: this program's sums. scale: of the outputs. units: (M,), of the rows. m, n: (BM,) and
-    (BN,), the tile's rows and outputs; mask `inside` leaves out those from M and N on. `place`:
-    their indices in a part.
+    total: this program's sums. scale: of the outputs. m, n: (BM,) and (BN,), the tile's rows and
+    outputs; mask `inside` leaves out those from M and N on. `place`: their indices in a part.
     """
     inside = (n[:, None] < N) & (m[None, :] < M)
     place = m[None, :] * N + n[:, None]
     if SPLITS == 1:
-        store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS)
+        store_rows(total, scale, bias, residual, out, m, n, M, N, HAS_BIAS, ADDS)
     else:
         tl.store(parts + tl.program_id(2) * M * N + place, total, inside)
         tl.debug_barrier()  # all of this program has been stored before it counts as arrived
@@ -144,34 +145,61 @@ def finish_rows(
                 # Bypass the L1 cache, which does not see what other programs have stored.
                 part = parts + split * M * N + place
                 whole += tl.load(part, inside, 0, cache_modifier=".cg")
-            store_rows(whole, scale, units, bias, out, m, n, M, N, HAS_BIAS)
+            store_rows(whole, scale, bias, residual, out, m, n, M, N, HAS_BIAS, ADDS)
 
 
 @triton.jit
-def store_rows(total, scale, units, bias, out, m, n, M, N, HAS_BIAS: tl.constexpr):
-    """Multiply (BN, BM) sums, total, by the scale of each output, (BN,), and the unit of each row,
-    add the bias and store them. m, n: the tile's rows and outputs, see finish_rows."""
-    total *= scale[:, None] * tl.load(units + m, m < M, 0)[None, :]
+def store_rows(
+    total, scale, bias, residual, out, m, n, M, N, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr
+):
+    """Multiply (BN, BM) sums, total, by the scale of each output, (BN,), add the bias and the
+    residual and store them. m, n: the tile's rows and outputs, see finish_rows."""
+    total *= scale[:, None]
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)[:, None]
     inside = (n[:, None] < N) & (m[None, :] < M)
-    tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), inside)
+    place, y = m[None, :] * N + n[:, None], total.to(out.dtype.element_ty)
+    if ADDS:
+        y = (tl.load(residual + place, inside, 0).to(tl.float32) + y).to(out.dtype.element_ty)
+    tl.store(out + place, y, inside)
+
+
+@triton.jit
+def load_zeros(rows, group, real, Z, GROUPS: tl.constexpr):
+    """Load the bytes that hold the zero points of GROUPS groups, from `group` on: (BN, GROUPS / 2)
+    or, of one group, (BN, 1). rows: (BN, 1), the addresses of rows of Z bytes. real: (BN, 1), which
+    of them exist. GROUPS: a power of two; group: a multiple of it."""
+    HALF: tl.constexpr = GROUPS // 2 if GROUPS > 1 else 1
+    byte = group // 2 + tl.arange(0, HALF)[None, :]
+    return tl.load(rows + byte, real & (byte < Z), 0)
+
+
+@triton.jit
+def zero_points(bytes, group, GROUPS: tl.constexpr):
+    """Return the zero points, (BN, GROUPS), from the bytes of load_zeros. group: as there."""
+    if GROUPS == 1:
+        return (bytes >> (group % 2 * 4).to(tl.uint8)) & 15
+    else:
+        return tl.join(bytes & 15, bytes >> 4).reshape(bytes.shape[0], GROUPS)
 
 
 @triton.jit
 def int4_kernel(
     x,  # (M, 8, W) float16 from scale_kernel: every eighth input together
-    units,  # (M,) float32
+    units,  # (M, ceil(W / BW)) float32
     weight,  # (N, W) int32: eight nibbles each
     scales,  # (N, P) float16
     zeros,  # (N, ceil(P / 2)) uint8
     bias,
+    residual,  # (M, N): is added to the outputs
     out,  # (M, N)
     parts,  # (SPLITS, M, N) float32
     arrived,  # see finish_rows
     M,
     N,
     W,
+    P,
+    Z,  # bytes of a row of zeros
     weight_stride,  # from row to row, in chunks of 4 words
     scale_stride,  # from row to row, in numbers
     zero_stride,  # from row to row, in bytes
@@ -181,6 +209,7 @@ def int4_kernel(
     GROUPS: tl.constexpr,  # groups that a step dequantises
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -194,54 +223,64 @@ def int4_kernel(
     """
     begin(PDL)
     BW: tl.constexpr = GROUPS * WORDS
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     steps = tl.cdiv(tl.cdiv(W, BW), SPLITS)
     first = tl.program_id(2) * steps * BW
     row, real = weight + n[:, None] * (weight_stride * 4), n[:, None] < N
     step = tl.arange(0, BW)[None, :]
-    group = first // WORDS + tl.arange(0, GROUPS)[None, :]  # (1, GROUPS)
-    inside = real & (group * WORDS < W)
+    # P and Z are parameters, and `group` no quotient of `first`: so Triton knows what divides them,
+    # and loads a row's scales, and its zero points, by one instruction.
+    group = tl.program_id(2) * steps * GROUPS
     zero_row, scale_row = zeros + n[:, None] * zero_stride, scales + n[:, None] * scale_stride
-    zero, scale = tl.load(zero_row + group // 2, inside, 0), tl.load(scale_row + group, inside, 0)
+    column = group + tl.arange(0, GROUPS)[None, :]  # (1, GROUPS)
+    zero = load_zeros(zero_row, group, real, Z, GROUPS)
+    scale = tl.load(scale_row + column, real & (column < P), 0)
     total = tl.zeros((BN, BM), tl.float32)
+    unit_row = units + m * tl.cdiv(W, BW)
     wait(PDL)
     for start in range(first, tl.minimum(W, first + steps * BW), BW):
         words = tl.load(row + start + step, real & (start + step < W), 0)  # (BN, BW)
-        number = ((zero >> (group % 2 * 4).to(tl.uint8)) & 15).to(tl.float16)
+        unit = tl.load(unit_row + start // BW, m < M, 0)  # (BM,)
+        number = zero_points(zero, group, GROUPS).to(tl.float16)  # (BN, GROUPS)
+        factor = scale
+        group += GROUPS
+        column += GROUPS
+        zero = load_zeros(zero_row, group, real, Z, GROUPS)
+        scale = tl.load(scale_row + column, real & (column < P), 0)
         number = tl.broadcast_to(number[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
-        factor = tl.broadcast_to(scale[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
+        factor = tl.broadcast_to(factor[:, :, None], (BN, GROUPS, WORDS)).reshape(BN, BW)
         k = start + tl.arange(0, BW)[:, None]
         mask = (k < W) & (m[None, :] < M)  # (BW, BM)
-        inputs = x + (m[None, :] * 8) * W + k
+        part = tl.zeros((BN, BM), tl.float32)
+        numbers = x + (m[None, :] * 8) * W + k
         for byte in tl.static_range(4):  # its nibbles multiply inputs 2 * byte and 2 * byte + 1
             both = bytes_of(words, byte, PTX)
             low = number_above(both, "0x000F000F", PTX) - (number + 1024)
-            total = tl.dot(
-                low * factor, tl.load(inputs + 2 * byte * W, mask, 0, cache_modifier=CACHED), total
+            part = tl.dot(
+                low * factor, tl.load(numbers + 2 * byte * W, mask, 0, cache_modifier=CACHED), part
             )
             # A high nibble q stays in the upper half of its byte: the number is 1024 + 16 q.
             high = number_above(both, "0x00F000F0", PTX) * 0.0625 - (number + 64)
-            total = tl.dot(
+            part = tl.dot(
                 high * factor,
-                tl.load(inputs + (2 * byte + 1) * W, mask, 0, cache_modifier=CACHED),
-                total,
+                tl.load(numbers + (2 * byte + 1) * W, mask, 0, cache_modifier=CACHED),
+                part,
             )
-        group += GROUPS
-        inside = real & (group * WORDS < W)
-        zero = tl.load(zero_row + group // 2, inside, 0)
-        scale = tl.load(scale_row + group, inside, 0)
+        total += part * unit[None, :]
     ones = tl.full((BN,), 1, tl.float32)  # the weights are scaled already
-    finish_rows(total, ones, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)
+    finish_rows(
+        total, ones, bias, residual, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS, ADDS
+    )
 
 
 @triton.jit
 def int8_kernel(
     x,  # (M, 4, W) float16 from scale_kernel: every fourth input together
-    units,  # (M,) float32
+    units,  # (M, ceil(W / BW)) float32
     weight,  # (N, W) int32: four int8 each
     scales,  # (N,) float32
     bias,
+    residual,  # (M, N): is added to the outputs
     out,  # (M, N)
     parts,  # (SPLITS, M, N) float32
     arrived,  # see finish_rows
@@ -254,6 +293,7 @@ def int8_kernel(
     BW: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -264,24 +304,29 @@ def int8_kernel(
     1152 = 1024 (see number_above) + 128 (see raised).
     """
     begin(PDL)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
     steps = tl.cdiv(tl.cdiv(W, BW), SPLITS)
     first = tl.program_id(2) * steps * BW
     row, real = weight + n[:, None] * weight_stride, n[:, None] < N
     step = tl.arange(0, BW)[None, :]
     scale = tl.load(scales + n, n < N, 0)
     total = tl.zeros((BN, BM), tl.float32)
+    unit_row = units + m * tl.cdiv(W, BW)
     wait(PDL)
     for start in range(first, tl.minimum(W, first + steps * BW), BW):
         words = tl.load(row + start + step, real & (start + step < W), 0)  # (BN, BW)
         raised = words ^ -2139062144  # 0x80808080: each byte is then q + 128
         k = start + tl.arange(0, BW)[:, None]
         mask = (k < W) & (m[None, :] < M)  # (BW, BM)
-        inputs = x + (m[None, :] * 4) * W + k
+        part = tl.zeros((BN, BM), tl.float32)
+        numbers = x + (m[None, :] * 4) * W + k
+        unit = tl.load(unit_row + start // BW, m < M, 0)  # (BM,)
         for byte in tl.static_range(4):
             weights = number_above(bytes_of(raised, byte, PTX), "0x00FF00FF", PTX) - 1152
-            total = tl.dot(
-                weights, tl.load(inputs + byte * W, mask, 0, cache_modifier=CACHED), total
+            part = tl.dot(
+                weights, tl.load(numbers + byte * W, mask, 0, cache_modifier=CACHED), part
             )
-    finish_rows(total, scale, units, bias, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS)
+        total += part * unit[None, :]
+    finish_rows(
+        total, scale, bias, residual, out, parts, arrived, m, n, M, N, SPLITS, HAS_BIAS, ADDS
+    )

@@ -5,7 +5,8 @@ Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
 
 weight, scales and zeros are the buffers of an Int8Linear or Int4Linear (quant/linear.py): weight
 (N, K) int8 and scales (N,) float32, or weight (N, P*S/2) uint8, scales (N, P) float16 and zeros
-(N, ceil(P/2)) uint8. bias: (N,) or None. The int4 kernels need rows of weights that begin at a
+(N, ceil(P/2)) uint8. bias: (N,) or None. residual: added to the outputs, of their shape and dtype;
+None: nothing. The int4 kernels need rows of weights that begin at a
 multiple of 16 bytes, as the rows of an Int4Linear do. tile: sizes of the piece of the result that a
 program (a block of threads) computes; None: the measured sizes of tiles.py. Tests and benchmarks
 pass others.
@@ -23,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import attention, few_rows, one_row, unpack
+from kernels.gpu import attention, few_rows, inputs, one_row, rotate, unpack
 from kernels.gpu.fixed_point import FixedPoint, Order
+from kernels.gpu.prologue import Prologue
 from kernels.gpu.support import dependent_launch
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
@@ -45,6 +47,12 @@ def options(x: Tensor, warps: int) -> dict[str, object]:
     return given | ({"launch_pdl": True} if pdl else {})
 
 
+def squares_options(x: Tensor, K: int, norm: Tensor | None) -> dict[str, object]:
+    """Return the launch options of a kernel that may compute a norm of K inputs (inputs.py). It
+    loads up to 8192 inputs at once: in a loop the latency of each load would add up."""
+    return {"BLOCK": min(8192, triton.next_power_of_2(K))} | options(x, 1 if norm is None else 4)
+
+
 def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | None = None) -> Tensor:
     """Multiply x, (1, K), by a dense weight, (N, K) -> (1, N) in x's dtype, plus the bias.
 
@@ -57,6 +65,7 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
         x,
         weight,
         bias,
+        None,
         out,
         N,
         K,
@@ -64,19 +73,18 @@ def dense_row(x: Tensor, weight: Tensor, bias: Tensor | None, tile: OneRow | Non
         BN=tile.outputs,
         BC=tile.chunks,
         HAS_BIAS=bias is not None,
+        ADDS=False,
         **options(x, tile.warps),
     )
     return out
 
 
-def fixed_point(
-    x: Tensor, order: Order, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False
-) -> FixedPoint:
+def fixed_point(x: Tensor, order: Order, prologue: Prologue = Prologue()) -> FixedPoint:
     """Convert x, (K,) or, if gated, (2 K,), to 16-bit fixed point; see fixed_point.py.
 
-    x: contiguous. order: INT8 or INT4, by the weights that follow. norm, eps, gated: see Prologue
-    in kernels/gpu/__init__.py.
+    x: contiguous. order: INT8 or INT4, by the weights that follow. prologue: applied to x first.
     """
+    norm, eps, gated = prologue
     K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)  # chunks of the row
     q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
@@ -96,8 +104,7 @@ def fixed_point(
         NORM=norm is not None,
         GATED=gated,
         BC=chunks,
-        BLOCK=1024,
-        **options(x, 4 if norm is not None else 1),
+        **squares_options(x, K, norm),
     )
     return FixedPoint(q, units, sums)
 
@@ -107,10 +114,11 @@ def int8_row(
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by weight, (N, K) int8 -> (1, N) in dtype, plus the bias.
+    """Multiply one row by weight, (N, K) int8 -> (1, N) in dtype, plus the bias and the residual.
 
     x: the row in the order INT8, from fixed_point. K and weight.stride(0) must be multiples of 16.
     """
@@ -123,6 +131,7 @@ def int8_row(
         weight.view(torch.int32),
         scales,
         bias,
+        residual,
         out,
         N,
         K // CHUNK_BYTES,
@@ -130,6 +139,7 @@ def int8_row(
         BN=tile.outputs,
         BC=tile.chunks,
         HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
         PTX=not INTERPRETED,
         **options(scales, tile.warps),
     )
@@ -142,10 +152,12 @@ def int4_row(
     scales: Tensor,
     zeros: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     dtype: torch.dtype,
     tile: OneRow | None = None,
 ) -> Tensor:
-    """Multiply one row by the weights of an Int4Linear -> (1, N) in dtype, plus the bias.
+    """Multiply one row by the weights of an Int4Linear -> (1, N) in dtype, plus the bias and the
+    residual.
 
     x: the row in the order INT4, from fixed_point.
     """
@@ -160,6 +172,7 @@ def int4_row(
         scales,
         zeros,
         bias,
+        residual,
         out,
         N,
         len(x.units),
@@ -170,33 +183,42 @@ def int4_row(
         BN=tile.outputs,
         BC=tile.chunks,
         HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
         PTX=not INTERPRETED,
         **options(scales, tile.warps),
     )
     return out
 
 
-def scaled_rows(x: Tensor, width: int, per_word: int) -> tuple[Tensor, Tensor]:
-    """Scale x, (M, K), for a few-rows product: x = out * unit, unit: a power of two of each row.
+def scaled_rows(
+    x: Tensor, width: int, per_word: int, span: int, prologue: Prologue
+) -> tuple[Tensor, Tensor]:
+    """Scale x, (M, K) or, if gated, (M, 2 K), for a few-rows product: x = out * unit.
 
-    Returns out, (M, per_word, width / per_word) float16, and the units, (M,) float32. Input
-    per_word * i + p is at (p, i) of its row. width: inputs of a row of weights, K or K padded to
-    whole groups. per_word: inputs that a word (4 bytes) of weights multiplies.
+    Returns out, (M, per_word, width / per_word) float16, and the units, (M, ceil(width / span))
+    float32: powers of two. Input per_word * i + p is at (p, i) of its row; inputs i * span to
+    (i + 1) * span - 1 share unit i. width: inputs of a row of weights, K or K padded to whole
+    groups. per_word: inputs that a word (4 bytes) of weights multiplies. span: a power of two.
+    prologue: applied to x first.
     """
-    M, K = x.shape
+    norm, eps, gated = prologue
+    M, K = len(x), x.shape[1] // (2 if gated else 1)
     out = x.new_empty(M, per_word, width // per_word, dtype=torch.float16)
-    units = x.new_empty(M, dtype=torch.float32)
-    block = min(8192, triton.next_power_of_2(K))
-    few_rows.scale_kernel[(M,)](
+    units = x.new_empty(M, triton.cdiv(width, span), dtype=torch.float32)
+    few_rows.scale_kernel[tuple(units.shape)](
         x,
+        norm,
         out,
         units,
         K,
         width,
         x.stride(0),
+        eps,
         PER_WORD=per_word,
-        BLOCK=block,
-        **options(x, 8 if block > 2048 else 4),
+        SPAN=span,
+        NORM=norm is not None,
+        GATED=gated,
+        **squares_options(x, K, norm),
     )
     return out, units
 
@@ -207,23 +229,31 @@ def rows_of_tile(M: int) -> int:
 
 
 def int8_rows(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: FewRows | None = None
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    prologue: Prologue = Prologue(),
+    tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N) in x's dtype, plus the bias.
+    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N) in x's dtype, plus the bias and the
+    residual, (M, N). prologue: applied to x first; if gated, x is (M, 2 K).
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. K and
     weight.stride(0) must be multiples of 4.
     """
     (N, K), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int8", M, N, K)
-    inputs, units = scaled_rows(x, K, 4)
+    numbers, units = scaled_rows(x, K, 4, 4 * tile.words, prologue)
     out = x.new_empty(M, N)
     few_rows.int8_kernel[grid(M, N, tile)](
-        inputs,
+        numbers,
         units,
         weight.view(torch.int32),
         scales,
         bias,
+        residual,
         out,
         *split_sums(x, N, tile),
         M,
@@ -235,6 +265,7 @@ def int8_rows(
         BW=tile.words,
         SPLITS=tile.splits,
         HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
         PTX=not INTERPRETED,
         num_stages=tile.stages,
         **options(x, tile.warps),
@@ -248,9 +279,12 @@ def int4_rows(
     scales: Tensor,
     zeros: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None = None,
+    prologue: Prologue = Prologue(),
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N) in x's dtype, plus the bias.
+    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N) in x's dtype, plus the bias and
+    the residual, (M, N). prologue: applied to x first; if gated, x is (M, 2 K).
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. A program's
     step reads tile.words words (of 4 bytes) of each row of weights, or one group if that is more.
@@ -258,29 +292,34 @@ def int4_rows(
     (N, columns), M = weight.shape, len(x)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
     words = columns // scales.shape[1] // 4  # words of a group
-    inputs, units = scaled_rows(x, 2 * columns, 8)
+    groups = max(1, tile.words // words)  # of a step
+    numbers, units = scaled_rows(x, 2 * columns, 8, 8 * words * groups, prologue)
     out = x.new_empty(M, N)
     few_rows.int4_kernel[grid(M, N, tile)](
-        inputs,
+        numbers,
         units,
         weight.view(torch.int32),
         scales,
         zeros,
         bias,
+        residual,
         out,
         *split_sums(x, N, tile),
         M,
         N,
         columns // 4,
+        scales.shape[1],
+        zeros.shape[1],
         weight.stride(0) // CHUNK_BYTES,
         scales.stride(0),
         zeros.stride(0),
         WORDS=words,
         BN=tile.outputs,
         BM=rows_of_tile(M),
-        GROUPS=max(1, tile.words // words),
+        GROUPS=groups,
         SPLITS=tile.splits,
         HAS_BIAS=bias is not None,
+        ADDS=residual is not None,
         PTX=not INTERPRETED,
         num_stages=tile.stages,
         **options(x, tile.warps),
@@ -311,6 +350,28 @@ def arrivals(device: torch.device) -> Tensor:
     on two streams at a time.
     """
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def apply_prologue(x: Tensor, prologue: Prologue) -> Tensor:
+    """Apply a prologue to rows, (M, K) or, if gated, (M, 2 K), contiguous -> (M, K)."""
+    norm, eps, gated = prologue
+    if norm is None and not gated:
+        return x
+    M, K = len(x), x.shape[1] // (2 if gated else 1)
+    out, block = x.new_empty(M, K), min(4096, triton.next_power_of_2(K))
+    inputs.prologue_kernel[(M, triton.cdiv(K, block))](
+        x,
+        norm,
+        out,
+        K,
+        x.stride(0),
+        eps,
+        NORM=norm is not None,
+        GATED=gated,
+        BK=block,
+        **(squares_options(x, K, norm) | {"num_warps": 4}),
+    )
+    return out
 
 
 def dequantize_int8(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -424,6 +485,38 @@ def attend(
         **options(q, attention_warps(E, pos is not None)),
     )
     return out
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Rotate new queries and keys, store keys and values in a cache, return the queries.
+
+    qkv: (B, T, H + 2 G, E), queries, then keys, then values. cos, sin: (B, T, 1, P) float32. pos:
+    (B, T), slots of the cache. All of these contiguous. k, v: (B, slots + 1, G, E), the cache's.
+    Returns (B, T, H, E) in the dtype of qkv.
+    """
+    (B, T, heads, E), G, P = qkv.shape, k.shape[2], cos.shape[-1]
+    q = qkv.new_empty(B, T, heads - 2 * G, E)
+    rotate.rotate_kernel[(B * T, heads)](
+        qkv,
+        cos,
+        sin,
+        pos,
+        q,
+        k,
+        v,
+        T,
+        heads - 2 * G,
+        G,
+        k.stride(0) // (G * E),  # a token has G * E numbers
+        k.stride(1) // (G * E),
+        E=E,
+        BE=triton.next_power_of_2(E),
+        P=P,
+        **options(qkv, 1),
+    )
+    return q
 
 
 def attention_warps(channels: int, causal: bool) -> int:

@@ -24,7 +24,8 @@ Shapes: N out_features, K in_features, C chunks, P groups of inputs.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.gpu.inputs import begin, inputs, wait
 
 
 @triton.jit
@@ -54,28 +55,15 @@ def dot_pairs(pairs, bytes, total, HIGH: tl.constexpr, SIGNED: tl.constexpr, PTX
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
-    """Let the next kernel start. Every kernel calls it first; the next one calls wait before it
-    reads this kernel's results."""
-    if PDL:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait(PDL: tl.constexpr):
-    """Wait until the previous kernels have ended. Kernels call it before they read the previous
-    ones' results, and before they write to memory that those may still read."""
-    if PDL:
-        gdc_wait()
-
-
-@triton.jit
-def finish(total, bias, out, n, N, HAS_BIAS: tl.constexpr):
-    """Add the bias to the outputs total, (BN,), and store them in the dtype of `out`. n: (BN,),
-    their indices; outputs from N on are left out."""
+def finish(total, bias, more, out, n, N, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr):
+    """Add the bias and `more`, numbers of the residual, to the outputs total, (BN,), and store them
+    in the dtype of `out`. n: (BN,), their indices; outputs from N on are left out."""
     if HAS_BIAS:
         total += tl.load(bias + n, n < N, 0).to(tl.float32)
-    tl.store(out + n, total.to(out.dtype.element_ty), n < N)
+    y = total.to(out.dtype.element_ty)  # rounded, as it is where the sum is another kernel
+    if ADDS:
+        y = (more.to(tl.float32) + y).to(out.dtype.element_ty)
+    tl.store(out + n, y, n < N)
 
 
 @triton.jit
@@ -90,18 +78,17 @@ def fixed_point_kernel(
     eps,
     SIZE: tl.constexpr,  # inputs of a chunk
     NIBBLES: tl.constexpr,  # inputs per byte of weights: 1 or 2
-    NORM: tl.constexpr,  # whether the inputs are the RMS norm of x
-    GATED: tl.constexpr,  # whether the inputs are silu(first half) * second half
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
     BC: tl.constexpr,  # chunks that a program converts
     BLOCK: tl.constexpr,  # inputs that NORM squares at a time
     PDL: tl.constexpr,
 ):
-    """Compute the prologue of a row (Prologue in kernels/gpu/__init__.py), then convert the row to
-    fixed point: q, units and sums of a FixedPoint.
+    """Compute the prologue of a row (inputs.py), then convert the row to fixed point: q, units
+    and sums of a FixedPoint.
 
     For each place in the result, k is the input that belongs there (fixed_point.Order). The bit
-    arithmetic is that of fixed_point.fixed_point. With NORM every program sums the squares of the
-    whole row: the row is in the L2 cache, and a separate kernel for the sum would take longer.
+    arithmetic is that of fixed_point.fixed_point.
     """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -109,23 +96,9 @@ def fixed_point_kernel(
     plane, word, p = place // 8, place % 8 // 2, place % 2
     k = c[:, None] * SIZE + word * (4 * NIBBLES) + plane % 2 * (2 * NIBBLES) + p * NIBBLES
     k += plane // 2  # the nibble
-    if NORM:
-        factor = tl.load(norm + k, k < K, 0).to(tl.float32)
+    factor = tl.load(norm + k, k < K, 0).to(tl.float32) if NORM else 0.0
     wait(PDL)
-    values = tl.load(x + k, k < K, 0).to(tl.float32)  # (BC, SIZE)
-    if NORM:
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, K, BLOCK):
-            all = start + tl.arange(0, BLOCK)
-            row = tl.load(x + all, all < K, 0).to(tl.float32)
-            squares += row * row
-        values = values * tl.rsqrt(tl.sum(squares, 0) / K + eps) * factor
-        # Round as the separate norm or gate would, whose output has the dtype of x.
-        values = values.to(x.dtype.element_ty).to(tl.float32)
-    if GATED:
-        up = tl.load(x + K + k, k < K, 0).to(tl.float32)
-        values = values / (1 + tl.exp(-values)) * up
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+    values = inputs(x, factor, k, K, eps, NORM, GATED, BLOCK)  # (BC, SIZE)
     exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
@@ -148,6 +121,7 @@ def int4_kernel(
     scales,  # (N, P) float16
     zeros,  # (N, ceil(P / 2)) uint8
     bias,
+    residual,  # (N,): is added to the outputs
     out,  # (N,)
     N,
     C,
@@ -158,6 +132,7 @@ def int4_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -180,6 +155,7 @@ def int4_kernel(
     zero_row, scale_row = zeros + n[:, None] * zero_stride, scales + n[:, None] * scale_stride
     zero, scale = tl.load(zero_row + group // 2, inside, 0), tl.load(scale_row + group, inside, 0)
     wait(PDL)
+    more = tl.load(residual + n, n < N, 0) if ADDS else 0.0  # early, as its latency is not hidden
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)[None, :, None]
         ahead = c + BC
@@ -198,7 +174,7 @@ def int4_kernel(
         inside, group = (n[:, None] < N) & (chunk < C), chunk // CHUNKS
         words, zero = following, tl.load(zero_row + group // 2, inside, 0)
         scale = tl.load(scale_row + group, inside, 0)
-    finish(tl.sum(total, 1), bias, out, n, N, HAS_BIAS)
+    finish(tl.sum(total, 1), bias, more, out, n, N, HAS_BIAS, ADDS)
 
 
 @triton.jit
@@ -208,6 +184,7 @@ def int8_kernel(
     weight,  # (N, 4 C) int32: four bytes each
     scales,  # (N,) float32
     bias,
+    residual,  # (N,): is added to the outputs
     out,  # (N,)
     N,
     C,
@@ -215,6 +192,7 @@ def int8_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -231,6 +209,7 @@ def int8_kernel(
     words = tl.load(weight + (row + c) * 4 + word, real & (c < C), 0)  # (BN, BC, 4)
     scale = tl.load(scales + n, n < N, 0)
     wait(PDL)
+    more = tl.load(residual + n, n < N, 0) if ADDS else 0.0  # early, as its latency is not hidden
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)[None, :, None]
         ahead = c + BC
@@ -241,7 +220,7 @@ def int8_kernel(
         chunk = start + tl.arange(0, BC)[None, :]
         total += tl.sum(dot, 2).to(tl.float32) * tl.load(units + chunk, chunk < C, 0)  # (BN, BC)
         words = following
-    finish(tl.sum(total, 1) * scale, bias, out, n, N, HAS_BIAS)
+    finish(tl.sum(total, 1) * scale, bias, more, out, n, N, HAS_BIAS, ADDS)
 
 
 @triton.jit
@@ -249,6 +228,7 @@ def dense_kernel(
     x,  # (K,)
     weight,  # (N, K)
     bias,
+    residual,  # (N,): is added to the outputs
     out,  # (N,)
     N,
     K,
@@ -256,6 +236,7 @@ def dense_kernel(
     BN: tl.constexpr,
     BC: tl.constexpr,  # chunks of 8 inputs
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Multiply one row by dense weights, with sums in float32.
@@ -271,10 +252,11 @@ def dense_kernel(
     total = tl.zeros((BN, BC * 8), tl.float32)
     w = tl.load(row + k[None, :], real & (k < K)[None, :], 0)
     wait(PDL)
+    more = tl.load(residual + n, n < N, 0) if ADDS else 0.0  # early, as its latency is not hidden
     for start in range(0, K, BC * 8):
         k = start + tl.arange(0, BC * 8)
         ahead = k + BC * 8
         following = tl.load(row + ahead[None, :], real & (ahead < K)[None, :], 0)
         total += w.to(tl.float32) * tl.load(x + k, k < K, 0).to(tl.float32)[None, :]
         w = following
-    finish(tl.sum(total, 1), bias, out, n, N, HAS_BIAS)
+    finish(tl.sum(total, 1), bias, more, out, n, N, HAS_BIAS, ADDS)

@@ -76,16 +76,16 @@ ONE_ROW: dict[str, dict[str, OneRow]] = {
 MAX_SMALL_TILE_ROWS = 16
 FEW_ROWS: dict[tuple[str, bool], dict[str, FewRows]] = {
     ("int8", False): {
-        "square": FewRows(16, 32, 2, 1, 3),
-        "long": FewRows(16, 32, 4, 1, 3),
-        "wide": FewRows(64, 32, 1, 4, 3),
-        "head": FewRows(64, 32, 1, 4, 2),
+        "square": FewRows(16, 64, 4, 1, 2),
+        "long": FewRows(32, 64, 4, 2, 3),
+        "wide": FewRows(32, 64, 1, 2, 2),
+        "head": FewRows(32, 64, 1, 2, 2),
     },
     ("int4", False): {
-        "square": FewRows(64, 32, 4, 4, 3),
-        "long": FewRows(64, 32, 4, 4, 2),
-        "wide": FewRows(32, 32, 1, 2, 2),
-        "head": FewRows(32, 32, 1, 2, 2),
+        "square": FewRows(32, 64, 4, 2, 3),
+        "long": FewRows(16, 64, 4, 1, 3),
+        "wide": FewRows(32, 32, 1, 2, 3),
+        "head": FewRows(32, 64, 1, 2, 3),
     },
     ("int8", True): {
         "square": FewRows(64, 32, 4, 4, 3),

@@ -12,7 +12,7 @@ Shapes: N out_features, K in_features, KB bytes of a row of weights, P groups of
 import triton
 import triton.language as tl
 
-from kernels.gpu.one_row import begin, wait
+from kernels.gpu.inputs import begin, wait
 
 
 @triton.jit
