@@ -70,8 +70,9 @@ def generate(
     config = fitted(config, lm.model.args.vocab_size)
     if caches is None:
         longest = max(map(len, texts))
-        # At least 512 positions: short texts then have equal caches, hence one compiled step.
-        caches = lm.make_caches(len(texts), max(512, longest + config.max_new_tokens))
+        # Compiled: at least 512 positions, so that short texts have equal caches, hence one step.
+        least = 0 if lm.any_rows else 512
+        caches = lm.make_caches(len(texts), max(least, longest + config.max_new_tokens))
     # The most new tokens of each row: their positions must stay within the caches.
     counts = new_token_limits(texts, config.max_new_tokens, caches[0].length)
     # The batch appends new ids to `texts`; `padded` below keeps the prompts as they are.
