@@ -282,14 +282,16 @@ class ModelDraft:
         return self._latest
 
     def _caches_like(self, caches: Sequence[Cache]) -> Sequence[Cache]:
-        """Return caches for the draft model with the rows and the length of `caches`, the verifying
-        model's; the length is at most the draft's context. If the caches of the last call of
-        `start` have this size, return these objects, with their contents."""
+        """Return caches for the draft model with the rows and at least the length of `caches`, the
+        verifying model's; the length is at most the draft's context. If the caches of the last call
+        of `start` have this size, return these objects, with their contents."""
         rows, length = caches[0].rows, min(caches[0].length, self.lm.model.args.context)
         own = self._latest.caches if self._latest else []
-        if own and (own[0].rows, own[0].length) == (rows, length):
+        if own and own[0].rows == rows and own[0].length >= length:
             return own
-        return self.lm.model.make_caches(rows, length)
+        # lm.make_caches, not the model's: on a GPU it reuses the memory of caches that are dropped,
+        # for which CUDA graphs are recorded.
+        return self.lm.make_caches(rows, length)
 
 
 def match_vocab_size(draft: LoadedModel, vocab_size: int) -> LoadedModel:

@@ -29,6 +29,7 @@ from draft_length import DraftLengthController
 from host.devices import find_device
 from layers.kv_cache import KVCache
 from load import compile_now, compile_views, random_model
+from quant.linear import make_scheme
 from speculate import ModelDraft
 
 
@@ -54,7 +55,9 @@ def time_drafts(
     lm = random_model(args.config, **options)
     caches = lm.make_caches(1, min(cache_length(1), lm.model.args.context))
     drafts = {
-        args.draft_config.stem: ModelDraft(DraftLengthController(None), small),
+        f"{args.draft_config.stem} {args.draft_mode}": ModelDraft(
+            DraftLengthController(None), small
+        ),
         "self-int4": lm.draft,
     }
     for name, draft in drafts.items():
@@ -67,7 +70,8 @@ def time_drafts(
 def main(args: argparse.Namespace) -> dict[str, Any]:
     device = find_device(args.device)
     args.device, attempt, figures = str(device), Attempts(), {}
-    small = random_model(args.draft_config, device=args.device, compile=True)
+    scheme = None if args.draft_mode == "bf16" else make_scheme(args.draft_mode)
+    small = random_model(args.draft_config, device=args.device, compile=True, scheme=scheme)
     if args.warm:
         figures["compile_s"] = seconds(lambda: warm(small), device)
     else:
@@ -81,6 +85,8 @@ def parse_args() -> argparse.Namespace:
     add, configs = parser.add_argument, ROOT / "benchmarks" / "configs"
     add("--config", type=Path, default=configs / "llama-3.1-8b.json", help="(Llama 3.1 8B's)")
     add("--draft_config", type=Path, default=configs / "llama-3.2-1b.json", help="(3.2 1B's)")
+    modes = "bf16", "int8", "int4"
+    add("--draft_mode", choices=modes, default="int8", help="of the small model (default: int8)")
     add("--device", default="cuda", help="(default: cuda)")
     add("--acceptance", nargs="+", type=float, default=[0.8], help="(default: 0.8)")
     add("--speculate_k", type=int, default=4, help="draft tokens (default: 4; and auto)")

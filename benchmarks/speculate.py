@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from bench import Stats, provenance
 from benchmarks.common import CONFIG, ROOT, Others, exit_code, log, show, spread
+from compiled import has_graphs
 from decoding import LoadedModel
 from draft_length import DraftLengthController
 from engine import complete
@@ -211,7 +212,7 @@ def demo_rounds(
 
 def with_new_controller(draft: ModelDraft | SelfDraft, k: int | None) -> ModelDraft | SelfDraft:
     """Return the same draft with a controller that has counted nothing yet."""
-    return type(draft)(DraftLengthController(k), draft.lm)
+    return type(draft)(DraftLengthController(k, has_graphs(draft.lm.decode)), draft.lm)
 
 
 def log_speed_up(name: str, figures: dict[str, Any]) -> None:
@@ -260,11 +261,15 @@ def synthetic_rounds(
     k: int | None,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Run args.rounds rounds after one to warm up, each with another text; return the figures."""
+    """Run args.rounds rounds after some to warm up, each with another text; return the figures."""
     config = GenerationConfig(args.new_tokens, temperature=0, ignore_eos=True)
-    controller, times, ratios = DraftLengthController(k), None, []
+    graphs = has_graphs(large.lm.decode)  # the first cycles record them and are not judged
+    own_caches = isinstance(large.lm.draft, ModelDraft)
+    controller, times, ratios = DraftLengthController(k, graphs, own_caches), None, []
     rates: dict[str, list[float]] = {"plain": [], "speculative": []}
-    for n in tqdm(range(args.rounds + 1), desc="rounds", leave=False, disable=None):
+    # On a GPU the controller tries other k for a while, and each records CUDA graphs.
+    warm_ups = 4 if graphs else 1
+    for n in tqdm(range(args.rounds + warm_ups), desc="rounds", leave=False, disable=None):
         script = large.script(n)
         wrong = (torch.rand(len(script), generator=generator) >= acceptance).to(large.device)
         draft_lm = scripted(large.lm.draft.lm, (script + wrong.long()) % large.vocab)
@@ -272,10 +277,10 @@ def synthetic_rounds(
         draft = type(large.lm.draft)(controller, draft_lm)
         runs = PairedRuns(plain, dataclasses.replace(plain, draft=draft), config)
         times = times or CycleTimes(plain, k or 0, config)
-        if n:  # the first round warms up
+        if n >= warm_ups:
             runs.ratios, runs.rates = ratios, rates
         runs.round([script[:PROMPT_LENGTH].tolist()], large.caches)
-        if n and k:
+        if n >= warm_ups and k:
             _, draft_caches, _ = draft.warm_up_inputs(large.caches)
             past = PROMPT_LENGTH + args.new_tokens // 2
             tokens = controller.stats.tokens / controller.stats.cycles
