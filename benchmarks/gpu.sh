@@ -41,7 +41,7 @@ else
     big=${BIG_CONFIG:-$configs/opt-13b.json} slow=1 side_by_side=$(lanes)
     deadline=${DEADLINE:-$([[ -n $gptfast ]] && echo 575 || echo 525)}
     decode=(--rows 1 8 64 --rounds 3) speculate=(--rounds 3)
-    offload=(--rounds 3) gptq=() policies=15 texts=64
+    offload=(--rounds 2) gptq=() policies=15 texts=64
     models=(demo-opt demo) kinds=(int4 int8 dense) check=(--drafts) fast=()
 fi
 
@@ -98,7 +98,8 @@ part() {
         printf '{"part": "%s", "rc": %d, "seconds": %d, "figures": %s}\n' \
             "$name" "$rc" "$((SECONDS - started))" "$figures" >> "$out/results.jsonl"
     } 9> "$scratch/lock"
-    ((rc == 0)) || say "== $name failed with code $rc"
+    ((rc == 0)) || say "== $name failed with code $rc; the end of its output:" \
+        "$(tail -n 30 "$scratch/$name.out" | sed "s/^/$name: /")"
     return $rc
 }
 
@@ -143,8 +144,11 @@ check() { # MODEL MODE: what the GPU says, beside what the CPU says
         --modes "$2" "${check[@]}"
 }
 
-tests() { # FILE: those of its tests that a GPU is for
-    part "$(basename "$1" .py)" 200 "$python" -m pytest -q -p no:cacheprovider -m gpu "$1"
+tests() { # FILE: those of its tests that a GPU is for; kernels are compiled by three processes
+    local together=()
+    ! "$python" -c 'import xdist' 2> /dev/null || together=(-n 3)
+    part "$(basename "$1" .py)" 200 "$python" -m pytest -q -p no:cacheprovider -m gpu \
+        "${together[@]}" "$1"
 }
 
 check_offload() {
@@ -227,7 +231,7 @@ one_by_one() {
         timing int4 100 --profile "$scratch/int4.json"
     fi
     ! named speculate || speculation speculate $((130 + compiling))
-    ! named offload || part offload 100 "$python" benchmarks/gpu_offload.py --config "$big" \
+    ! named offload || part offload 130 "$python" benchmarks/gpu_offload.py --config "$big" \
         --device "$device" --directory "$scratch/offload" "${offload[@]}"
     ! named gptq || part gptq 90 "$python" benchmarks/gpu_gptq.py --config "$config" \
         --device "$device" "${gptq[@]}"

@@ -34,11 +34,12 @@ def measured(args: argparse.Namespace, name: str, policy: Policy) -> dict[str, A
     options = {"device": args.device, "compile": args.compile}
     lm = random_model(args.config, policy=policy, **options)
     nbytes = len(lm.model.layers) * lm.model.layers.layout.nbytes
-    run(lm, policy.rows, args.prompt, 3)  # warms up
+    run(lm, policy.rows, args.prompt, 2)  # warms up
     steps, bare = [], []
     for _ in range(args.rounds):
         bare.append(copy_rate(lm))
         steps.append(statistics.median(run(lm, policy.rows, args.prompt, args.new)[1:]))
+        log(f"{name}: a step of {steps[-1]:.2f} s; bare copies at {bare[-1] / 1e9:.1f} GB/s")
     rates = [nbytes / step for step in steps]
     figures = {
         "bytes_per_step": nbytes,
@@ -92,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     add("--rows", type=int, default=8, help="of a micro-batch (default: 8)")
     add("--batches", type=int, default=4, help="micro-batches (default: 4)")
     add("--prompt", type=int, default=32, help="tokens (default: 32)")
-    add("--new", type=int, default=8, help="tokens of a run (default: 8)")
+    add("--new", type=int, default=4, help="tokens of a run (default: 4)")
     add("--rounds", type=int, default=3, help="of which the median counts (default: 3)")
     add("--compile", action="store_true", help="compile the block")
     add("--directory", type=Path, default=Path("offload"), help="for scratch files")

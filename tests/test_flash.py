@@ -336,8 +336,10 @@ def test_through_a_bounce_buffer(family: str, models: dict[str, Path], never_who
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=triton)])
+@pytest.mark.parametrize(
+    ("kind", "compile"),
+    [*((kind, False) for kind in KINDS), pytest.param(KINDS[0], True, marks=triton)],
+)
 def test_on_a_gpu(
     kind: str,
     compile: bool,
@@ -362,8 +364,9 @@ def test_on_a_gpu(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=triton)])
-@pytest.mark.parametrize("draft", ["ngram", "model"])
+@pytest.mark.parametrize(
+    ("draft", "compile"), [("model", False), pytest.param("ngram", True, marks=triton)]
+)
 def test_with_a_draft_on_a_gpu(draft: str, compile: bool, models: dict[str, Path]):
     path = models["opt"]
     options = {"device": "cuda", "compile": compile}
