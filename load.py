@@ -22,6 +22,7 @@ the time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -100,7 +101,7 @@ def random_model(
 
     options = checked(replace(options, **changes))
     options = with_draft_model(options)
-    weights = RandomWeights(read_json(Path(config_file)), scheme, options.device)
+    weights = RandomWeights(read_json(Path(config_file)), scheme)
     tokenizer = id_tokenizer(weights.args.vocab_size)
     return assemble(weights, tokenizer, options)
 
@@ -242,18 +243,17 @@ class RandomWeights:
     config: the content of the file, whose dtype the weights have. scheme: how they are quantised.
     """
 
-    def __init__(self, config: dict[str, Any], scheme: Scheme, device: torch.device):
+    def __init__(self, config: dict[str, Any], scheme: Scheme):
         from weights.hf import model_args
 
         self.args, self.scheme, self.dtype = model_args(config), scheme, config_dtype(config)
-        self.device = device
 
     def check(self) -> None: ...
 
     def prepare(self, model: Transformer) -> None: ...
 
     def filler(self, model: Transformer, scheme: Scheme, strategy: ParallelStrategy) -> Fill:
-        return random_filler(self.device)
+        return random_filler()
 
     def stored(self, strategy: ParallelStrategy) -> Stored:
         return no_location
@@ -378,23 +378,28 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     return known[Config({key: name}).choice(key, known, null="auto")]
 
 
-def random_filler(device: torch.device) -> Callable[[str, Tensor], None]:
+def random_filler() -> Callable[[str, Tensor], None]:
     """Returns a fill function that writes noise of about the size of weights, always the same.
 
-    device: that of the tensors. Integers, such as quantised weights, get the noise times 1000; all
-    scales get the same value.
+    Integers, such as quantised weights, get the noise times 1000; all scales get the same value.
     """
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    @functools.cache
+    def noise_like(dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns the noise in this dtype on this device: copies of it are as fast as memory."""
+        factor = 1 if dtype.is_floating_point else 1000  # 0.02 would be rounded to 0
+        return (noise * factor).to(dtype).to(device)
 
     def fill(name: str, tensor: Tensor) -> None:
         """Fill a tensor with the beginning of the noise, again and again."""
-        integers = not tensor.is_floating_point()
-        for piece in tensor.detach().view(-1).split(len(noise)):
-            if name.endswith(".scales"):
-                piece.fill_(3 / 1024)  # dequantised int4 weights have the size of the noise
-            else:
-                # Times 1000, since 0.02 would be rounded to 0.
-                piece.copy_(noise[: len(piece)] * (1000 if integers else 1))
+        tensor = tensor.detach()
+        if name.endswith(".scales"):
+            tensor.fill_(3 / 1024)  # dequantised int4 weights have the size of the noise
+            return
+        numbers = noise_like(tensor.dtype, tensor.device)
+        for piece in tensor.view(-1).split(len(numbers)):
+            piece.copy_(numbers[: len(piece)])
 
     return fill
 

@@ -332,7 +332,7 @@ def machine(spec: ModelSpec, directory: Path, needed: bool, anew: bool = False) 
         return None
     small = sample_args(spec.args, sizes(spec).layer)
     model = meta_model(small, spec.scheme)
-    allocate(model, spec.device, spec.dtype, random_filler(spec.device))
+    allocate(model, spec.device, spec.dtype, random_filler())
     model.cache_factory = replace(model.cache_factory, make=find_cache(spec.kv_dtype))
     use_fast_layers(model, spec.dtype, is_large(meta_model(spec.args, spec.scheme)))
     log("measuring this machine, once for this model's shape: about 20 seconds ...")

@@ -11,10 +11,10 @@
 #
 # Needs no network. PYTHON: which python. OUT: where to write. DEADLINE: seconds for all, which
 # a card of less than 80 GB needs more of, as less goes on side by side there.
-# Files: log.txt (all that was said), results.jsonl (a line for each part), kernels.txt (of decode
-# steps), summary.json (also the last line of stdout). Each part has a time limit of its own; one
-# that fails does not stop the others. Exit code: 0 where no part and no check failed; whether a
-# figure reaches its bar is said, and does not matter for it.
+# Files: log.txt (all that was said), results.jsonl (a line for each part), summary.json (also the
+# last line of stdout). Each part has a time limit of its own; one that fails does not stop the
+# others. Exit code: 0 where no part and no check failed; whether a figure reaches its bar is said,
+# and does not matter for it.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -41,7 +41,7 @@ else
     big=${BIG_CONFIG:-$configs/opt-13b.json} slow=1 side_by_side=$(lanes)
     deadline=${DEADLINE:-$([[ -n $gptfast ]] && echo 575 || echo 525)}
     decode=(--rows 1 8 64 --rounds 3) speculate=(--rounds 3)
-    offload=(--rounds 2) gptq=() policies=15 texts=64
+    offload=(--rounds 2) gptq=() policies=12 texts=32
     models=(demo-opt demo) kinds=(int4 int8 dense) check=(--drafts) fast=()
 fi
 
@@ -51,8 +51,8 @@ for what in $wanted; do
 done
 parts=$*
 out=${OUT:-benchmarks/results/gpu${parts:+-${parts// /-}}-$(date +%F)}
-mkdir -p "$out" && : > "$out/log.txt" && : > "$out/results.jsonl" &&
-    : > "$out/kernels.txt" || exit 2
+mkdir -p "$out" && : > "$out/log.txt" && : > "$out/results.jsonl" ||
+    exit 2
 scratch=$(mktemp -d)
 mkdir "$scratch/running"
 export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_DIR=$scratch/triton
@@ -223,12 +223,12 @@ first_phase() {
 }
 
 one_by_one() {
-    local mode compiling=170 # more for what is not warm
+    local compiling=170 # more for what is not warm
     if named decode; then
         compiling=0
         timing bf16 130 --cold
-        timing int8 100 --profile "$scratch/int8.json"
-        timing int4 100 --profile "$scratch/int4.json"
+        timing int8 100
+        timing int4 100
     fi
     ! named speculate || speculation speculate $((130 + compiling))
     ! named offload || part offload 130 "$python" benchmarks/gpu_offload.py --config "$big" \
@@ -238,10 +238,6 @@ one_by_one() {
     ! named gptfast || theirs gptfast 150
     ! named products || part products 90 "$python" benchmarks/gpu_products.py \
         --device "$device" --config "$config"
-    for mode in int8 int4; do
-        [[ ! -f $scratch/$mode.json ]] || part "kernels_$mode" 40 "$python" \
-            benchmarks/gpu_report.py kernels "$scratch/$mode.json" --append "$out/kernels.txt"
-    done
 }
 
 ranks() {

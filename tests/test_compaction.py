@@ -50,6 +50,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "weights too": {"cache": Share(20, 40), "weights": Share(0, 50), "micro_batch": 3},
     "int8": {"cache": Share(30, 30), "micro_batch": 2, "kv_dtype": "int8"},
 }
+ON_GPU = "host", "attention there", "weights too", "int8"  # the others take as long again
 
 
 def demo(name: str, device: str = "cpu", **options) -> LoadedModel:
@@ -137,9 +138,14 @@ def test_rows_that_end_leave_and_the_others_get_what_they_get_alone(
     assert len(set(moved)) > 2
 
 
-@pytest.mark.parametrize("tiers", POLICIES)
+@pytest.mark.parametrize(
+    ("device", "tiers"),
+    [
+        *(("cpu", tiers) for tiers in POLICIES),
+        *(pytest.param("cuda", tiers, marks=pytest.mark.gpu) for tiers in ON_GPU),
+    ],
+)
 @pytest.mark.parametrize(("name", "config"), [("demo", SAMPLED), ("demo-opt", GREEDY)])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_rows_leave_caches_on_any_tier(
     device: str, name: str, config: GenerationConfig, tiers: str, tmp_path: Path
 ):

@@ -250,7 +250,7 @@ def test_attention_on_the_host_is_measured_without_the_kernels_of_the_device(
 
     def sample(device: torch.device) -> Transformer:
         model = meta_model(args, None)
-        allocate(model, device, torch.float32, random_filler(device))
+        allocate(model, device, torch.float32, random_filler())
         return model
 
     def moved(model: Transformer, device: str) -> Transformer:  # the pretended device moves none
