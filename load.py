@@ -379,16 +379,15 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def random_filler() -> Callable[[str, Tensor], None]:
-    """Returns a fill function that writes noise of about the size of weights, always the same.
-
-    Integers, such as quantised weights, get the noise times 1000; all scales get the same value.
-    """
+    """Returns a fill function that writes the same 2**20 random numbers, of standard deviation
+    0.02, again and again into each tensor. Integers, such as quantised weights, get them times
+    1000; tensors whose names end in .scales get a constant."""
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
 
     @functools.cache
     def noise_like(dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns the noise in this dtype on this device: copies of it are as fast as memory."""
-        factor = 1 if dtype.is_floating_point else 1000  # 0.02 would be rounded to 0
+        factor = 1 if dtype.is_floating_point else 1000  # 0.02 would be cut off to 0
         return (noise * factor).to(dtype).to(device)
 
     def fill(name: str, tensor: Tensor) -> None:

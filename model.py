@@ -339,8 +339,10 @@ class Attention(nn.Module):
     def attend(
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: "AttentionCache"
     ) -> Tensor:
-        """Stores the keys and values among the outputs of wqkv, (B, T, (H + 2 G) * E), in the
-        cache; returns the attention of the queries to the cache, (B, T, H * E)."""
+        """Computes what lies between the products wqkv and wo: norms and rotation of queries and
+        keys, the store of keys and values in the cache, and the attention of the queries to the
+        cache, (B, T, H * E). qkv: (B, T, (H + 2 G) * E), the outputs of wqkv. rotation, mask, pos:
+        see AttentionInputs."""
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1)
         )  # (B, T, H, E), (B, T, G, E), (B, T, G, E)

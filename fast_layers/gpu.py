@@ -5,7 +5,8 @@ This file (1) replaces blocks of quantised linears by FusedBlock, (2) replaces d
 OneRowLinear, faster for one row, and (3) sets the functions by which the KV caches of
 model.cache_factory attend: kernel_attention, and masked_attention for layers with a sliding window.
 
-Shapes: M rows of activations, N out_features, K in_features; for attention B rows of the batch, T
+Shapes: M rows of activations, N out_features, K in_features; of a layer D dim, F hidden_dim; for
+attention B rows of the batch, T
 new tokens, S visible slots, H query heads, G key/value heads, R = H // G, E head_dim.
 """
 
@@ -49,8 +50,8 @@ class OneRowLinear(Linear):
 
 
 class FusedBlock(SequentialBlock):
-    """A SequentialBlock whose products compute the norms, the gate and the residual sums within
-    their kernels; rotary positions and the store of keys and values are one kernel.
+    """A SequentialBlock whose norms, gate and residual sums are computed, for up to 64 rows, within
+    the kernels of its products. Elsewhere than on a GPU it computes as SequentialBlock does.
 
     block: the layer whose modules it takes; can_fuse(block) must be true. A decoding step of Llama
     3.1 8B in int4 has 16 kernels for each layer without it, with it 10.
@@ -79,8 +80,8 @@ class FusedBlock(SequentialBlock):
     def attend(
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
-        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E): with the kernel that
-        rotates and stores, if the cache is not quantised and the heads have no norms."""
+        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). One kernel rotates and
+        stores, if the cache is a plain KVCache, positions are rotary, and heads have no norms."""
         attention = self.attention
         plain = type(cache) is KVCache and attention.rotate is RotaryPositions.rotate
         if not (plain and type(attention.q_norm) is type(attention.k_norm) is nn.Identity):
@@ -134,9 +135,10 @@ def replace_layers(model: Transformer) -> None:
 
 
 def can_fuse(block: nn.Module) -> bool:
-    """Return whether FusedBlock computes a block: RMS norms with weights, a SiLU gate and quantised
-    linears, no norm or factor of outputs. RowParallel (tp.py) is no quantised linear: residual sums
-    come after its all-reduce."""
+    """Return whether FusedBlock can replace a block: a plain SequentialBlock with a feed-forward
+    gated by SiLU, RMSNorms with weights, quantised linears, and no norm or factor of outputs. A
+    block with RowParallel (tp.py), which is no quantised linear, is not fused: the residual is to
+    be added after the sum over ranks."""
     if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
         return False
     attention, feed_forward = block.attention, block.feed_forward

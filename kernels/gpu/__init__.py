@@ -2,22 +2,25 @@
 
 Start at int4_linear. The number of rows of a product chooses its kernel:
 
-    one row (decoding), or float32  fixed_point.py, then one_row.py: bound by memory bandwidth
+    one row (decoding)              fixed_point.py, then one_row.py: bound by memory bandwidth
     2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights dequantised in registers
     more (prompts)                  unpack.py dequantises the weights, then cuBLAS multiplies
 
-attention.py attends over the KV cache, quantised or not, in a decoding step. columns.py has the
-loops of GPTQ. tiles.py lists the tile sizes of each kernel. launch.py launches the kernels. This
-file imports Triton only when a kernel is called.
+In float32 up to 64 rows are multiplied one by one. int8 weights whose rows are not aligned: see
+int8_product. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
+after it. rotate.py rotates queries and keys, and stores keys and values. attention.py attends over
+the KV cache, quantised or not, in a decoding step. columns.py has the loops of GPTQ and launches
+them; launch.py launches the other kernels. tiles.py lists the tile sizes of each kernel. This file
+imports Triton only when a kernel is called.
 
-The products and attention are registered as PyTorch operators, which torch.compile calls without
-looking inside; a CUDA graph records the kernels that they launch. They do not use
+The products, attention and rotation are registered as PyTorch operators, which torch.compile calls
+without looking inside; a CUDA graph records the kernels that they launch. They do not use
 torch.library.triton_op, for two reasons: it does not pass on programmatic dependent launch, and the
 compiler would make a graph for each kernel that a number of rows can choose.
 
-The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py and
-layers.kv_cache.sdpa_attention. This also runs where Triton or a GPU of compute capability 8.0 is
-missing; unsupported_reason returns why.
+The reference of every kernel is plain PyTorch: quant/linear.py, calibration/gptq.py, prologue.py,
+layers/positions.py and layers/kv_cache.py. This also runs where Triton or a GPU of compute
+capability 8.0 is missing; unsupported_reason returns why.
 
 Words of this folder: a program is one of the blocks of threads that run a kernel. A tile is the
 piece of the result that a program computes, or its sizes. A part (few_rows.py, attention.py) is a
@@ -136,7 +139,7 @@ def define(schema: str, on_gpu: Callable[..., Tensor], fake: Callable[..., Tenso
 # number of rows chooses the kernel within the operator, so that a compiled graph is right for any.
 def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
     """Compute int4_linear: the operator of this name. Above MAX_FEW_ROWS rows, dequantise the
-    weights for cuBLAS."""
+    weights for cuBLAS. prologue: norm, eps, gated."""
     from kernels.gpu import launch
 
     prologue, x = Prologue(*prologue), x.contiguous()
@@ -155,8 +158,12 @@ def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
 
 
 def int8_product(x, weight, scales, bias, residual, *prologue):
-    """Compute int8_linear: the operator of this name. Above MAX_FEW_ROWS rows, or if rows of
-    weights are not aligned to what the kernels read at once, dequantise the weights for cuBLAS."""
+    """Compute int8_linear: the operator of this name. prologue: norm, eps, gated.
+
+    One row, or few float32 rows: the kernel for one row, if rows of weights are aligned to 16
+    bytes. Else up to MAX_FEW_ROWS rows, not float32: the kernel for few rows, if aligned to 4
+    bytes. Else dequantise the weights for cuBLAS.
+    """
     from kernels.gpu import launch
 
     prologue, x = Prologue(*prologue), x.contiguous()
@@ -174,13 +181,18 @@ def int8_product(x, weight, scales, bias, residual, *prologue):
 
 
 def one_by_one(x: Tensor) -> bool:
-    """Return whether the kernel for one row multiplies each row of x. In float32, which is for
-    comparing devices, it does: the kernel for few rows would round the inputs to float16."""
+    """Return whether to multiply x, (M, K), row by row with the kernel for one row: one row, and up
+    to MAX_FEW_ROWS rows in float32, which is for comparing devices: the kernel for few rows would
+    round inputs to float16, more coarsely than 16-bit fixed point."""
     return len(x) == 1 or (x.dtype == torch.float32 and len(x) <= MAX_FEW_ROWS)
 
 
 def each_row(product: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-    """Return product(row, residual of the row), (1, N), of each row of x, (M, K) -> (M, N)."""
+    """Call product(row, residual of the row), which returns (1, N), for each row of x -> (M, N).
+
+    x: (M, K), or (M, 2 K) for a gate; a row is (K,) or (2 K,). residual: (M, N), of a row (1, N);
+    None: product gets None.
+    """
     residuals = [None] * len(x) if residual is None else residual.split(1)
     products = [product(row, more) for row, more in zip(x, residuals, strict=True)]
     return products[0] if len(products) == 1 else torch.cat(products)

@@ -2,7 +2,8 @@
 
 Start at int4_kernel. Weights are dequantised in registers and multiplied by tensor cores in
 float16, which holds 4-bit and 8-bit integers exactly; int4 scales are stored in float16.
-scale_kernel first scales each row of activations by a power of two into the range of float16.
+scale_kernel first scales the activations of each step of a product, by a power of two of their own,
+into the range of float16.
 
 No GPU instruction converts bytes to float16 as fast as memory delivers them. But the bits
 0x6400 + b are the number 1024 + b, so that a byte permutation, a logical operation and a
@@ -16,14 +17,14 @@ cores need.
 SPLITS programs may divide the K inputs of a product. Each stores its part of the sum; the last one
 adds the parts in a fixed order, so that two runs give the same bits.
 
-A weight (q - zero) * scale is rounded to float16 with an error of at most 2**-12 of itself; the
-PyTorch formula rounds to bfloat16, which is 16 times as coarse. That formula, in quant/linear.py,
+A weight (q - zero) * scale is rounded to float16 with an error of at most 2**-11 of itself; the
+PyTorch formula rounds to bfloat16, which is 8 times as coarse. That formula, in quant/linear.py,
 is the reference of each kernel.
 
 Words: a nibble is half a byte, an int4 weight. A word is 32 bits. A tile is the (BN, BM) outputs
 that a program computes: BN outputs of BM rows. PDL: whether the launch allows programmatic
 dependent launch. PTX: whether inline assembly is available; Triton's interpreter has none.
-HAS_BIAS: whether bias, (N,), is given.
+HAS_BIAS, ADDS: whether bias, (N,), and residual, (M, N), are given. NORM, GATED: see inputs.py.
 
 Shapes: M rows, N out_features, K in_features, W words of a row of weights, P groups of inputs.
 """
@@ -71,11 +72,11 @@ def number_above(bytes, MASK: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def scale_kernel(
     x,  # (M, K), or (M, 2 K) where GATED
-    norm,  # (K,): the weight of an RMS norm
+    norm,  # (K,): the weight of an RMS norm; None without NORM
     out,  # (M, PER_WORD, Kp / PER_WORD) float16: input PER_WORD * i + p at (p, i); 0 beyond K
-    units,  # (M, ceil(Kp / SPAN)) float32: x = out * unit
+    units,  # (M, ceil(Kp / SPAN)) float32: the row after its prologue = out * unit
     K,
-    Kp,  # K rounded up to the stored width of the weights
+    Kp,  # inputs of a stored row of weights: K, or K padded to whole groups
     x_stride,
     eps,
     PER_WORD: tl.constexpr,  # inputs that a word of weights multiplies: 8 for int4, 4 for int8
@@ -86,10 +87,10 @@ def scale_kernel(
     PDL: tl.constexpr,
 ):
     """Compute the prologue of each row (inputs.py), then scale it to float16 of at most 2**15:
-    SPAN inputs at a time by their unit, a power of two.
+    each span of SPAN inputs by its unit, a power of two.
 
-    The launch has (M, ceil(Kp / SPAN)) programs. Inputs with an infinite or NaN one among them get
-    the unit NaN. The arithmetic on the exponent's bits is explained in fixed_point.fixed_point.
+    The launch has (M, ceil(Kp / SPAN)) programs. A span with an infinite or NaN input gets the unit
+    NaN. The arithmetic on the exponent's bits is explained in fixed_point.fixed_point.
     """
     begin(PDL)
     m, span = tl.program_id(0), tl.program_id(1)
@@ -166,9 +167,10 @@ def store_rows(
 
 @triton.jit
 def load_zeros(rows, group, real, Z, GROUPS: tl.constexpr):
-    """Load the bytes that hold the zero points of GROUPS groups, from `group` on: (BN, GROUPS / 2)
-    or, of one group, (BN, 1). rows: (BN, 1), the addresses of rows of Z bytes. real: (BN, 1), which
-    of them exist. GROUPS: a power of two; group: a multiple of it."""
+    """Load the bytes that hold the zero points of GROUPS groups: (BN, GROUPS / 2) or, of one group,
+    (BN, 1), uint8. rows: (BN, 1), the addresses of rows of Z bytes. real: (BN, 1), which of them
+    exist. group: the index of the first group, a multiple of GROUPS, a power of two. Bytes from Z
+    on, and those of rows that do not exist, are 0."""
     HALF: tl.constexpr = GROUPS // 2 if GROUPS > 1 else 1
     byte = group // 2 + tl.arange(0, HALF)[None, :]
     return tl.load(rows + byte, real & (byte < Z), 0)
@@ -176,7 +178,8 @@ def load_zeros(rows, group, real, Z, GROUPS: tl.constexpr):
 
 @triton.jit
 def zero_points(bytes, group, GROUPS: tl.constexpr):
-    """Return the zero points, (BN, GROUPS), from the bytes of load_zeros. group: as there."""
+    """Return the zero points, (BN, GROUPS) uint8, from the bytes of load_zeros. group: the index of
+    the first group; used only if GROUPS is 1, where it selects the nibble."""
     if GROUPS == 1:
         return (bytes >> (group % 2 * 4).to(tl.uint8)) & 15
     else:
@@ -228,8 +231,8 @@ def int4_kernel(
     first = tl.program_id(2) * steps * BW
     row, real = weight + n[:, None] * (weight_stride * 4), n[:, None] < N
     step = tl.arange(0, BW)[None, :]
-    # P and Z are parameters, and `group` no quotient of `first`: so Triton knows what divides them,
-    # and loads a row's scales, and its zero points, by one instruction.
+    # Triton joins loads only if it knows that their mask is the same. So P and Z are parameters, of
+    # which it knows whether 16 divides them, and `group` is counted, not computed as a quotient.
     group = tl.program_id(2) * steps * GROUPS
     zero_row, scale_row = zeros + n[:, None] * zero_stride, scales + n[:, None] * scale_stride
     column = group + tl.arange(0, GROUPS)[None, :]  # (1, GROUPS)

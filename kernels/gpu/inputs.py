@@ -1,6 +1,6 @@
-"""What kernels begin with: the order of launches, and the inputs that a prologue makes of a row.
+"""Parts that the kernels share: begin and wait, which order launches, and the prologue of a row.
 
-Start at inputs. A prologue is a norm or a gate that the kernel before a product applies to its
+Start at inputs. A prologue is a norm or a gate that the first kernel of a product applies to its
 rows; see prologue.py. PDL: whether the launch allows programmatic dependent
 launch, so that a kernel starts before the previous one has ended.
 """
@@ -12,8 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start. Every kernel calls it first; the next one calls wait before it
-    reads this kernel's results."""
+    """Let the next kernel start. Every kernel of a decoding step calls it first; the next one calls
+    wait before it reads this kernel's results."""
     if PDL:
         gdc_launch_dependents()
 
@@ -28,12 +28,14 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def inputs(row, factor, k, K, eps, NORM: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the inputs k of a product, of any shape, in float32: a row after its prologue.
+    """Return the numbers at the indices k of a row after its prologue, in float32.
 
-    row: the address of K numbers, or of 2 K where GATED: then the inputs are silu(first half) *
-    second half. NORM: they are the RMS norm of the row; factor: the norm's weight at k. Every
-    program sums the squares of the whole row, BLOCK at a time: the row is in the L2 cache, and a
-    separate kernel for the sum would take longer. Inputs from K on are 0.
+    row: the address of K numbers, or of 2 K where GATED: then the result is silu(first half) *
+    second half. k: of any shape; from K on the result is 0. NORM: the result is the RMS norm of the
+    row with eps added to its mean square; factor: the norm's weight at k, which the caller loads
+    before it waits. NORM and GATED exclude each other. Every program sums the squares of the whole
+    row, BLOCK (a power of two) at a time: the row is in the L2 cache, and a separate kernel for the
+    sum would take longer. Rounded where separate layers would round.
     """
     values = tl.load(row + k, k < K, 0).to(tl.float32)
     if NORM:
@@ -43,11 +45,10 @@ def inputs(row, factor, k, K, eps, NORM: tl.constexpr, GATED: tl.constexpr, BLOC
             numbers = tl.load(row + all, all < K, 0).to(tl.float32)
             squares += numbers * numbers
         values = values * tl.rsqrt(tl.sum(squares, 0) / K + eps) * factor
-        # Round as the separate norm or gate would, whose output has the dtype of the row.
         values = values.to(row.dtype.element_ty).to(tl.float32)
     if GATED:
         up = tl.load(row + K + k, k < K, 0).to(tl.float32)
-        values = values / (1 + tl.exp(-values)) * up
+        values = (values / (1 + tl.exp(-values))).to(row.dtype.element_ty).to(tl.float32) * up
         values = values.to(row.dtype.element_ty).to(tl.float32)
     return values
 
@@ -55,10 +56,10 @@ def inputs(row, factor, k, K, eps, NORM: tl.constexpr, GATED: tl.constexpr, BLOC
 @triton.jit
 def prologue_kernel(
     x,  # (M, K), or (M, 2 K) where GATED
-    norm,  # (K,): the weight of an RMS norm
+    norm,  # (K,): the weight of an RMS norm; None without NORM
     out,  # (M, K)
     K,
-    x_stride,
+    x_stride,  # from row to row, in numbers
     eps,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -66,7 +67,7 @@ def prologue_kernel(
     BLOCK: tl.constexpr,  # see inputs
     PDL: tl.constexpr,
 ):
-    """Compute the prologue of rows. For products of many rows, which cuBLAS computes.
+    """Compute the prologue of rows, for products that cuBLAS computes.
 
     The launch has (M, ceil(K / BK)) programs.
     """

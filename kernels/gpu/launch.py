@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: each function allocates the output and launches one kernel.
+"""Launches of the Triton kernels: functions that allocate outputs and launch kernels.
 
 Start at int4_row. kernels/gpu/__init__.py chooses between the kernels. Tensors may be on a CPU if
 Triton interprets its kernels (TRITON_INTERPRET=1), as in the tests.
@@ -47,9 +47,14 @@ def options(x: Tensor, warps: int) -> dict[str, object]:
     return given | ({"launch_pdl": True} if pdl else {})
 
 
-def squares_options(x: Tensor, K: int, norm: Tensor | None) -> dict[str, object]:
-    """Return the launch options of a kernel that may compute a norm of K inputs (inputs.py). It
-    loads up to 8192 inputs at once: in a loop the latency of each load would add up."""
+def norm_options(x: Tensor, K: int, norm: Tensor | None) -> dict[str, object]:
+    """Return the launch options of a kernel that may compute a norm of K inputs, and BLOCK, see
+    inputs.inputs.
+
+    x: a tensor on the device. norm: the norm's weight; None: the kernel computes none, and needs
+    one warp in place of four. Up to 8192 inputs are one block: each round of a loop over blocks
+    would add the latency of a load.
+    """
     return {"BLOCK": min(8192, triton.next_power_of_2(K))} | options(x, 1 if norm is None else 4)
 
 
@@ -104,7 +109,7 @@ def fixed_point(x: Tensor, order: Order, prologue: Prologue = Prologue()) -> Fix
         NORM=norm is not None,
         GATED=gated,
         BC=chunks,
-        **squares_options(x, K, norm),
+        **norm_options(x, K, norm),
     )
     return FixedPoint(q, units, sums)
 
@@ -193,13 +198,13 @@ def int4_row(
 def scaled_rows(
     x: Tensor, width: int, per_word: int, span: int, prologue: Prologue
 ) -> tuple[Tensor, Tensor]:
-    """Scale x, (M, K) or, if gated, (M, 2 K), for a few-rows product: x = out * unit.
+    """Apply a prologue to x, (M, K) or, if gated, (M, 2 K), and scale it for a few-rows product.
 
-    Returns out, (M, per_word, width / per_word) float16, and the units, (M, ceil(width / span))
-    float32: powers of two. Input per_word * i + p is at (p, i) of its row; inputs i * span to
-    (i + 1) * span - 1 share unit i. width: inputs of a row of weights, K or K padded to whole
-    groups. per_word: inputs that a word (4 bytes) of weights multiplies. span: a power of two.
-    prologue: applied to x first.
+    x: contiguous. Returns out, (M, per_word, width / per_word) float16, and units, (M, ceil(width /
+    span)) float32: powers of two, whose product with out is x after the prologue. Input n of a row
+    is at (n % per_word, n // per_word) and has unit n // span. width: inputs of a stored row of
+    weights, K or K padded to whole groups. per_word: inputs that a word (4 bytes) of weights
+    multiplies. span: a power of two.
     """
     norm, eps, gated = prologue
     M, K = len(x), x.shape[1] // (2 if gated else 1)
@@ -218,7 +223,7 @@ def scaled_rows(
         SPAN=span,
         NORM=norm is not None,
         GATED=gated,
-        **squares_options(x, K, norm),
+        **norm_options(x, K, norm),
     )
     return out, units
 
@@ -369,7 +374,7 @@ def apply_prologue(x: Tensor, prologue: Prologue) -> Tensor:
         NORM=norm is not None,
         GATED=gated,
         BK=block,
-        **(squares_options(x, K, norm) | {"num_warps": 4}),
+        **(norm_options(x, K, norm) | {"num_warps": 4}),
     )
     return out
 
@@ -490,11 +495,12 @@ def attend(
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Rotate new queries and keys, store keys and values in a cache, return the queries.
+    """Rotate new queries and keys; store keys and values in k and v, in place; return the rotated
+    queries, (B, T, H, E) in the dtype of qkv.
 
-    qkv: (B, T, H + 2 G, E), queries, then keys, then values. cos, sin: (B, T, 1, P) float32. pos:
-    (B, T), slots of the cache. All of these contiguous. k, v: (B, slots + 1, G, E), the cache's.
-    Returns (B, T, H, E) in the dtype of qkv.
+    qkv: (B, T, H + 2 G, E), queries, then keys, then values. cos, sin: (B, T, 1, pairs of channels)
+    float32. pos: (B, T) int64, slots of the cache. All of these contiguous. k, v: (B, slots + 1, G,
+    E), a cache's buffers or their first rows.
     """
     (B, T, heads, E), G, P = qkv.shape, k.shape[2], cos.shape[-1]
     q = qkv.new_empty(B, T, heads - 2 * G, E)

@@ -1,7 +1,7 @@
 """Rotary positions of new queries and keys, and the store of keys and values, in one kernel.
 
 Start at rotate_kernel. Its reference is RotaryPositions.rotate (layers/positions.py) and
-KVCache.store (layers/kv_cache.py). In one kernel they take 1.3 us; three kernels take as long each.
+KVCache.store (layers/kv_cache.py). As three kernels they would take about three times as long.
 
 Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, E head_dim, P pairs of
 rotated channels.
@@ -17,10 +17,10 @@ from kernels.gpu.inputs import begin, wait
 def rotate_kernel(
     qkv,  # (B, T, H + 2 G, E): queries, keys, values
     cos,  # (B, T, P) float32
-    sin,
+    sin,  # (B, T, P) float32
     pos,  # (B, T) int64: slots of the cache
-    q,  # (B, T, H, E)
-    k,  # (B, slots + 1, G, E)
+    q,  # (B, T, H, E): the result
+    k,  # (B, slots + 1, G, E): the cache's, written in place
     v,
     T,
     H,

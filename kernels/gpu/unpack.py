@@ -3,7 +3,7 @@
 Start at int4_kernel. It reads the packed weights once and writes dense ones, by which cuBLAS
 multiplies. Consecutive programs write consecutive pieces of a row. The results have the bits of the
 PyTorch formula in quant/linear.py: (q - zero) * scale in float32, rounded once. A nibble is half a
-byte, an integer 0 to 15; begin and wait order the kernel after the one before it (one_row.py).
+byte, an integer 0 to 15; begin and wait order the kernel after the one before it (inputs.py).
 Indices n of rows become int64, since a weight may have more than 2**31 numbers.
 
 Shapes: N out_features, K in_features, KB bytes of a row of weights, P groups of inputs.
