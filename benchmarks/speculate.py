@@ -281,10 +281,13 @@ def synthetic_rounds(
             runs.ratios, runs.rates = ratios, rates
         runs.round([script[:PROMPT_LENGTH].tolist()], large.caches)
         if n >= warm_ups and k:
-            _, draft_caches, _ = draft.warm_up_inputs(large.caches)
             past = PROMPT_LENGTH + args.new_tokens // 2
             tokens = controller.stats.tokens / controller.stats.cycles
-            times.round(draft_lm, large.caches, draft_caches, past, tokens)
+            # No variable keeps the draft's caches: the next round's then have their addresses, for
+            # which CUDA graphs are recorded.
+            given = large.caches, draft.warm_up_inputs(large.caches)[1], past, tokens
+            times.round(draft_lm, *given)
+            del given
     return runs.figures() | ({"formula": spread(times.predicted)} if k else {})
 
 
