@@ -156,7 +156,9 @@ def check_few_rows(p: Product, multiply: Any) -> None:
     """All rows together, and whether a row has the same bits beside others."""
     tile = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
     together = multiply(p.x, tile=tile)
-    near(together, p.exact, p.tolerance, p.size, p.case)
+    # float32 inputs are rounded to float16, as the weights are.
+    tolerance = p.tolerance + (TOLERANCE if p.x.dtype == torch.float32 else 0)
+    near(together, p.exact, tolerance, p.size, p.case)
     row, others = random.randrange(len(p.x)), torch.randn(p.x.shape).to(p.x.dtype)
     others[row] = p.x[row]
     assert torch.equal(multiply(others, tile=tile)[row], together[row]), f"{p.case}: bits of a row"
@@ -165,7 +167,8 @@ def check_few_rows(p: Product, multiply: Any) -> None:
 def same(found: FixedPoint, x: Tensor, order: Order) -> None:
     """Raises AssertionError where fixed point is not that of x, but for the rounding of x."""
     wanted = fixed_point(x, order)
-    near(found.q * found.units[:, None], wanted.q * wanted.units[:, None], 1e-4, 1.0, order)
+    steps = 2 * wanted.units[:, None]  # a rounding of x may cross a border, also of a unit
+    near(found.q * found.units[:, None], wanted.q * wanted.units[:, None], 1.0, steps, order)
     assert torch.equal(found.sums, found.q.sum((0, 2), dtype=torch.int32))
 
 
