@@ -6,8 +6,8 @@ OneRowLinear, faster for one row, and (3) sets the functions by which the KV cac
 model.cache_factory attend: kernel_attention, and masked_attention for layers with a sliding window.
 
 Shapes: M rows of activations, N out_features, K in_features; of a layer D dim, F hidden_dim; for
-attention B rows of the batch, T
-new tokens, S visible slots, H query heads, G key/value heads, R = H // G, E head_dim.
+attention B rows of the batch, T new tokens, S visible slots, H query heads, G key/value heads,
+R = H // G, E head_dim.
 """
 
 import functools

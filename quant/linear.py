@@ -86,7 +86,9 @@ class QuantizedLinear(nn.Module):
         Allowed only if gpu.supports(rows). prologue: a norm or gate that is applied to the rows
         first. Default: none. With a gate, rows are (M, 2 K). residual: (M, N), added to the result.
         """
-        raise NotImplementedError
+        zeros = getattr(self, "zeros", None)  # None: an Int8Linear
+        stored = self.weight, self.scales, zeros, self.bias
+        return gpu.quantized_linear(rows, *stored, prologue, residual)
 
 
 class Int8Linear(QuantizedLinear):
@@ -110,14 +112,6 @@ class Int8Linear(QuantizedLinear):
         if not gpu.supports(self.weight):
             return self.dequantize(dtype)
         return gpu.dequantize_int8(self.weight, self.scales, dtype)
-
-    def on_gpu(
-        self,
-        rows: Tensor,
-        prologue: gpu.Prologue = gpu.Prologue(),
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return gpu.int8_linear(rows, self.weight, self.scales, self.bias, prologue, residual)
 
 
 class Int4Linear(QuantizedLinear):
@@ -148,15 +142,6 @@ class Int4Linear(QuantizedLinear):
         if not gpu.supports(self.weight):
             return self.dequantize(dtype)
         return gpu.dequantize_int4(self.weight, self.scales, self.zeros, self.in_features, dtype)
-
-    def on_gpu(
-        self,
-        rows: Tensor,
-        prologue: gpu.Prologue = gpu.Prologue(),
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        buffers = self.weight, self.scales, self.zeros
-        return gpu.int4_linear(rows, *buffers, self.bias, prologue, residual)
 
 
 def multiply(

@@ -1,6 +1,6 @@
 """Matrix products and attention on NVIDIA GPUs, in Triton.
 
-Start at int4_linear. The number of rows of a product chooses its kernel:
+Start at quantized_linear. The number of rows of a product chooses its kernel:
 
     one row (decoding)              fixed_point.py, then one_row.py: bound by memory bandwidth
     2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights dequantised in registers
@@ -60,31 +60,22 @@ def supports(x: Tensor) -> bool:
     return x.is_cuda and not needs_gradient and usable(x.device.index)
 
 
-def int4_linear(
+def quantized_linear(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
-    zeros: Tensor,
+    zeros: Tensor | None,
     bias: Tensor | None,
     prologue: Prologue = Prologue(),
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N), plus the bias and the
-    residual, (M, N), in x's dtype. prologue: applied to x first; with a gate, x is (M, 2 K)."""
-    return torch.ops.gpt_flex.int4_linear(x, weight, scales, zeros, bias, residual, *prologue)
-
-
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    prologue: Prologue = Prologue(),
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int8Linear -> (M, N), plus the bias and the
-    residual, (M, N), in x's dtype. prologue: applied to x first; with a gate, x is (M, 2 K)."""
-    return torch.ops.gpt_flex.int8_linear(x, weight, scales, bias, residual, *prologue)
+    """Multiply x, (M, K), by the weights of an Int4Linear or, if zeros is None, of an Int8Linear ->
+    (M, N), plus the bias and the residual, (M, N), in x's dtype. prologue: applied to x first; with
+    a gate, x is (M, 2 K)."""
+    more = bias, residual, *prologue
+    if zeros is None:
+        return torch.ops.gpt_flex.int8_linear(x, weight, scales, *more)
+    return torch.ops.gpt_flex.int4_linear(x, weight, scales, zeros, *more)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +129,7 @@ def define(schema: str, on_gpu: Callable[..., Tensor], fake: Callable[..., Tenso
 # The operators. launch.py imports Triton, which takes half a second: each function imports it. The
 # number of rows chooses the kernel within the operator, so that a compiled graph is right for any.
 def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
-    """Compute int4_linear: the operator of this name. Above MAX_FEW_ROWS rows, dequantise the
+    """The operator int4_linear, see quantized_linear. Above MAX_FEW_ROWS rows, dequantise the
     weights for cuBLAS. prologue: norm, eps, gated."""
     from kernels.gpu import launch
 
@@ -158,7 +149,7 @@ def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
 
 
 def int8_product(x, weight, scales, bias, residual, *prologue):
-    """Compute int8_linear: the operator of this name. prologue: norm, eps, gated.
+    """The operator int8_linear, see quantized_linear. prologue: norm, eps, gated.
 
     One row, or few float32 rows: the kernel for one row, if rows of weights are aligned to 16
     bytes. Else up to MAX_FEW_ROWS rows, not float32: the kernel for few rows, if aligned to 4

@@ -1,8 +1,8 @@
 """Parts that the kernels share: begin and wait, which order launches, and the prologue of a row.
 
 Start at inputs. A prologue is a norm or a gate that the first kernel of a product applies to its
-rows; see prologue.py. PDL: whether the launch allows programmatic dependent
-launch, so that a kernel starts before the previous one has ended.
+rows; see prologue.py. PDL: whether the launch allows programmatic dependent launch, so that a
+kernel starts before the previous one has ended.
 """
 
 import triton
