@@ -109,10 +109,10 @@ void quantized_case(Random& random, const char* name) {
   FixedPointRows rows;
   std::vector<T> together(M * N), alone(M * N);
   const void* b = random.below(2) ? bias.data() : nullptr;
-  reserve_rows(M, w, rows), to_fixed_point(x.data(), inputs, w, 0, M, rows);
+  reserve_rows<F>(M, w, rows), to_fixed_point(x.data(), inputs, w, 0, M, rows);
   multiply<F>(w, rows, 0, N / kStrip, {together.data(), b, kDtype<T>, M, N});
   for (int64_t m = 0; m < M; m++) {
-    reserve_rows(1, w, rows), to_fixed_point(x.data() + m * inputs, inputs, w, 0, 1, rows);
+    reserve_rows<F>(1, w, rows), to_fixed_point(x.data() + m * inputs, inputs, w, 0, 1, rows);
     multiply<F>(w, rows, 0, N / kStrip, {alone.data() + m * N, b, kDtype<T>, 1, N});
   }
   print(name, M, N, inputs, block, together), print(name, M, N, inputs, block, alone);

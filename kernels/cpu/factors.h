@@ -2,13 +2,15 @@
 // lanes. Each lane of a register of weights has some inputs of one output. The row's numbers of the
 // same inputs are one lane, which is copied to all lanes of another register. Start at Factors,
 // which is Bytes where the CPU adds products of four bytes (AVX-VNNI, ARM's dot products), else
-// Pairs. Both give the same integers.
+// Pairs, and at RowFactors, for a single row. All give the same integers.
 //
 // Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile
 // in the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give
 // at most 128 * 255 * 32639, 256 int4 inputs less.
 
 #pragma once
+
+#include <type_traits>
 
 #include "fixed_point.h"
 
@@ -22,6 +24,7 @@ struct Pairs {
   static constexpr int kPlanes = 1;            // of a row: 1 of 16-bit numbers, or 2 of bytes
   static constexpr int kInputs = 2;            // in a lane of a row
   static constexpr int kSteps = 16 / bits(F);  // registers that one of packed weights turns into
+  static constexpr int64_t kExact = kSpan;     // inputs of which a sum holds the products
 
   // Returns the weights of a step, as unsigned integers. Step 0: inputs 0 and 2 of each lane. Step
   // 1: inputs 1 and 3. In int4, steps 2 and 3 are those of the second tile.
@@ -52,6 +55,7 @@ struct Pairs {
 template <Format F>
 struct Bytes {
   static constexpr int kPlanes = 2, kInputs = 4, kSteps = 8 / bits(F);
+  static constexpr int64_t kExact = kSpan;
 
   static NativeInt weights(NativeInt v, int step) {
     if constexpr (F == kInt8)
@@ -74,5 +78,37 @@ using Factors = Bytes<F>;
 template <Format F>
 using Factors = Pairs<F>;
 #endif
+
+// Bytes of a row by 4-bit weights, with sums of 16 bits: the CPU adds 16 of them at a time, and
+// unpacks two registers of weights where Pairs needs four. The members are those of Bytes. A sum
+// holds 16 products of 32 inputs: at most 16 * 15 * 128. For several rows this gains nothing: they
+// share the unpacking, and each needs two sums.
+struct ShortBytes {
+  static constexpr int kPlanes = 2, kInputs = 4, kSteps = 2;
+  static constexpr int64_t kExact = 32;
+
+#ifdef GPT_FLEX_SHORT_SUMS
+  static NativeInt weights(NativeInt v, int step) {
+    return native_and(step == 0 ? v : native_shift_right_16<4>(v), native_splat(0x0f0f0f0f));
+  }
+  static NativeInt add_products(NativeInt sums, NativeInt weights, NativeInt inputs) {
+    return native_add_shorts(sums, native_short_products(weights, inputs));
+  }
+  static void keep(NativeInt& sums) { native_keep(sums); }
+  [[gnu::always_inline]] static Ints total(const Ints (&sums)[kPlanes], float /*row_sum*/) {
+    return each<Ints>(
+        [](auto high, auto low) {
+          const NativeInt highs = native_add_pair_products(native_splat(0), high,
+                                                           native_splat(0x01000100));  // times 256
+          return native_add_pair_products(highs, low, native_splat(0x00010001));
+        },
+        sums[0], sums[1]);
+  }
+#endif
+};
+
+// The factors of a single row.
+template <Format F>
+using RowFactors = std::conditional_t<short_sums<F>(1), ShortBytes, Factors<F>>;
 
 }  // namespace

@@ -27,9 +27,21 @@ constexpr bool kBytePlanes = true;
 #else
 constexpr bool kBytePlanes = false;
 #endif
+#ifdef GPT_FLEX_SHORT_SUMS
+constexpr bool kShortSums = true;
+#else
+constexpr bool kShortSums = false;
+#endif
+
+// Returns whether M rows are multiplied as bytes with sums of 16 bits, see ShortBytes.
+template <Format F>
+constexpr bool short_sums(int64_t M) {
+  return kShortSums && bits(F) == 4 && M == 1;
+}
 
 // M rows, padded to M', a multiple of kRowGroup.
 struct FixedPointRows {
+  bool bytes;                     // whether high and low bytes are apart
   int64_t stride, blocks;         // stride: inputs of a row and padding; blocks: of a row
   std::vector<int16_t> numbers;   // (M', stride)
   std::vector<float> scale, sum;  // (M' / 8, blocks, 8); sum: of a block's fixed-point numbers
@@ -39,8 +51,8 @@ struct FixedPointRows {
     return reinterpret_cast<const int8_t*>(&numbers[m * stride]);
   }
   const int8_t* low(int64_t m) const { return high(m) + stride; }
-  // Returns row m as lanes of 32 bits: pairs of numbers, all in plane 0, or, with kBytePlanes, four
-  // high bytes (plane 0) or four low bytes (plane 1).
+  // Returns row m as lanes of 32 bits: pairs of numbers, all in plane 0, or, if `bytes`, four high
+  // bytes (plane 0) or four low bytes (plane 1).
   const int32_t* lanes(int64_t m, int plane) const {
     return reinterpret_cast<const int32_t*>(high(m) + plane * stride);
   }
@@ -50,11 +62,11 @@ struct FixedPointRows {
   }
 };
 
-// Stores sixteen numbers of row m from input k on, in the form that kBytePlanes selects.
+// Stores sixteen numbers of row m from input k on, in the form that rows.bytes selects.
 inline void store_numbers(const Ints& q, int64_t m, int64_t k, FixedPointRows& rows) {
   alignas(kLine) int32_t numbers[kStrip];
   store(numbers, q);
-  if constexpr (kBytePlanes) {
+  if (rows.bytes) {
     int8_t *high = rows.high(m) + k, *low = high + rows.stride;
     for (int i = 0; i < kStrip; i++) high[i] = static_cast<int8_t>((numbers[i] + 128) >> 8);
     for (int i = 0; i < kStrip; i++) low[i] = static_cast<int8_t>(numbers[i]);  // modulo 256
@@ -89,12 +101,15 @@ void to_fixed_point(const T* x, int64_t block, int64_t m, int64_t b, FixedPointR
   rows.sum[rows.block(m, b)] = reduce_add(to_floats(total));  // exact: below 2^24
 }
 
-// Makes `rows` large enough for M rows. Its vectors never shrink: growing again would clear memory.
-inline void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows) {
+// Makes `rows` large enough for M rows, and selects the form in which products by weights of format
+// F read them. Its vectors never shrink: growing again would clear memory.
+template <Format F>
+void reserve_rows(int64_t M, const PackedWeights& w, FixedPointRows& rows) {
   const size_t padded = (M + kRowGroup - 1) / kRowGroup * kRowGroup;
   auto reserve = [](auto& values, size_t size) {
     if (values.size() < size) values.resize(size);
   };
+  rows.bytes = kBytePlanes || short_sums<F>(M);
   rows.stride = w.K + 2 * kPad, rows.blocks = w.blocks();
   reserve(rows.numbers, padded * rows.stride);
   reserve(rows.scale, padded * rows.blocks), reserve(rows.sum, padded * rows.blocks);

@@ -25,7 +25,7 @@ void dequantize_outputs(const PackedWeights& w, int64_t n0, int64_t n1, const Te
     auto* out = data + n * kStrip - n0;
     for (int64_t k = 0; k < w.K; k += kChunk) {
       if (k % kSpan == 0) span_header = tiles, tiles += header;
-      const int64_t b = k % kSpan / w.block;
+      const int64_t b = blocks_of(k % kSpan, w.block);
       const Floats zero = load_zeros<F>(span_header, w.block, b);
       const Floats scale = load_scales<F>(span_header, b) * output_scales;
       __m512i bytes[8];

@@ -67,7 +67,7 @@ void integer_product(const T* x, int64_t inputs, const PackedWeights& w, const O
   thread_local FixedPointRows of_caller;
   FixedPointRows& shared = of_caller;  // in a lambda, of_caller would be the running thread's own
   if (together) {
-    reserve_rows(out.M, w, shared);
+    reserve_rows<F>(out.M, w, shared);
     at::parallel_for(0, out.M, 1, [&](int64_t from, int64_t to) {
       to_fixed_point(x, inputs, w, from, to, shared);
     });
@@ -76,7 +76,7 @@ void integer_product(const T* x, int64_t inputs, const PackedWeights& w, const O
     const int64_t parts = streams(out.M), part = (to - from) / parts;
     for (int64_t i = 0; i < parts; i++) prefetch(w.scales(from + i * part), kAhead);
     thread_local FixedPointRows own;
-    if (!together) reserve_rows(out.M, w, own), to_fixed_point(x, inputs, w, 0, out.M, own);
+    if (!together) reserve_rows<F>(out.M, w, own), to_fixed_point(x, inputs, w, 0, out.M, own);
     multiply<F>(w, together ? shared : own, from, to, out);
   });
 }

@@ -210,7 +210,7 @@ inline void read_zeros(const StoredLinear& from, int64_t n, int64_t g, uint64_t 
 // byte.
 template <Format F>
 bool pack_headers(const StoredLinear& from, int64_t n, const float* units, uint8_t* headers) {
-  const int64_t span_blocks = kSpan / from.block;
+  const int64_t span_blocks = blocks_of(kSpan, from.block);
   const int64_t zeros_at = zeros_offset<F>(from.block, 0), bytes = header_bytes<F>(from.block);
   float inverse_units[kStrip];
   for (int64_t i = 0; i < kStrip; i++) inverse_units[i] = units[i] ? 1 / units[i] : 0;

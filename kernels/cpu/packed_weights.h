@@ -13,7 +13,7 @@ struct PackedWeights {
   const uint8_t* data;         // (N / 16, strip)
   int64_t N, K, block, strip;  // block: inputs of a block; strip: bytes of a strip
 
-  int64_t blocks() const { return K / block; }
+  int64_t blocks() const { return blocks_of(K, block); }
   const uint8_t* scales(int64_t n) const { return data + n * strip; }  // of strip n
   const uint8_t* spans(int64_t n) const { return scales(n) + kStrip * sizeof(float); }
   Floats output_scales(int64_t n) const {
@@ -21,22 +21,11 @@ struct PackedWeights {
   }
 };
 
-// Returns the 8 nibbles of 4 bytes, each in a byte of its own: of each byte first the low nibble,
-// then the high one.
-inline uint64_t spread_nibbles(uint64_t pairs) {
-  pairs = (pairs | pairs << 16) & 0x0000ffff0000ffff;
-  pairs = (pairs | pairs << 8) & 0x00ff00ff00ff00ff;
-  return (pairs | pairs << 4) & 0x0f0f0f0f0f0f0f0f;
-}
-
 // Returns the zero points, (16,), of block b of the span that begins at `header`.
 template <Format F>
 inline Floats load_zeros(const uint8_t* header, int64_t block, int64_t b) {
   if constexpr (F == kInt8) return splat(128.f);
-  uint32_t pairs[2];
-  std::memcpy(pairs, header + zeros_offset<F>(block, b), sizeof(pairs));
-  const uint64_t zeros[2] = {spread_nibbles(pairs[0]), spread_nibbles(pairs[1])};
-  return load(reinterpret_cast<const uint8_t*>(zeros));
+  return load_packed_nibbles(header + zeros_offset<F>(block, b));
 }
 
 // Returns the scales, (16,), of block b of the span that begins at `header`; they are in units of

@@ -13,69 +13,111 @@
 namespace {
 
 constexpr int kRowPlanes = Factors<kInt8>::kPlanes;  // 2 if a row's high and low bytes are apart
-// Strips, far apart in memory, that one row reads in turn, a cache line of each: memory is read
+// Strips, far apart in memory, that one row reads in turn, a few cache lines of each: memory is read
 // faster from several places.
-constexpr int kRowStreams = 4 / kRowPlanes;
+constexpr int kRowStreams = 4;
 // Rows whose sums fit in the registers.
 constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Multiplies the only row, row 0, by the strips with the numbers n, of which it reads a cache line
-// in turn. Returns in y: (STRIPS, 16). In the loops, t: strip, p: register of its 16 outputs, j:
-// step, h: plane of the row, see Factors.
+// Adds to register p of the sums of each plane the products of a register of packed weights by the
+// row's values of each step and plane. A sum stays in a register while it grows: GCC 12 keeps
+// references to elements of `sums` in memory.
+template <class Factor>
+[[gnu::always_inline]] inline void add_line_products(
+    NativeInt packed, const NativeInt (&values)[Factor::kSteps][Factor::kPlanes], int p,
+    Ints (&sums)[Factor::kPlanes]) {
+  NativeInt weights[Factor::kSteps];
+#pragma GCC unroll 4
+  for (int j = 0; j < Factor::kSteps; j++) weights[j] = Factor::weights(packed, j);
+#pragma GCC unroll 2
+  for (int h = 0; h < Factor::kPlanes; h++) {
+    NativeInt sum = sums[h].part[p];
+#pragma GCC unroll 4
+    for (int j = 0; j < Factor::kSteps; j++) {
+      sum = Factor::add_products(sum, weights[j], values[j][h]);
+      Factor::keep(sum);
+    }
+    sums[h].part[p] = sum;
+  }
+}
+
+// Multiplies a block of `inputs` inputs of a row, whose planes are `lanes`, by the tiles of STRIPS
+// strips. Returns the sums in totals, (STRIPS, 16). row_sum: of the row's numbers. In the loops, k
+// and i: cache line, t: strip, p: register of its 16 outputs, j: step, h: plane of the row.
+template <class Factor, int STRIPS>
+[[gnu::always_inline]] inline void multiply_block(const uint8_t* const* tiles,
+                                                  const int32_t* const* lanes, int64_t inputs,
+                                                  float row_sum, Ints (&totals)[STRIPS]) {
+  constexpr int kPlanes = Factor::kPlanes, kSteps = Factor::kSteps;
+  constexpr int64_t kLineInputs = Factor::kInputs * kSteps, kExact = Factor::kExact / kLineInputs;
+  constexpr bool kWhole = Factor::kExact == kSpan;  // the sums hold the products of any block
+  constexpr int kUnrolled = kWhole ? 1 : kExact;
+  const int64_t lines = inputs / kLineInputs, exact = kWhole ? lines : kExact;
+  for (Ints& total : totals) total = splat(0);
+  for (int64_t first = 0; first < lines; first += exact) {
+    Ints sums[STRIPS][kPlanes];
+    for (int i = 0; i < STRIPS * kPlanes; i++) sums[i / kPlanes][i % kPlanes] = splat(0);
+    for (int64_t k = first; k < first + exact; k += kUnrolled) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnrolled; i++) {
+        NativeInt values[kSteps][kPlanes];
+#pragma GCC unroll 2
+        for (int h = 0; h < kPlanes; h++)
+#pragma GCC unroll 4
+          for (int j = 0; j < kSteps; j++)
+            values[j][h] = native_splat(lanes[h][(k + i) * kSteps + j]);
+#pragma GCC unroll 4
+        for (int t = 0; t < STRIPS; t++) {
+          const uint8_t* line = tiles[t] + (k + i) * kLine;
+          prefetch(line + kAhead);
+#pragma GCC unroll 16
+          for (int p = 0; p < kParts; p++)
+            add_line_products<Factor>(native_load_bits(line + 4 * p * kLanes), values, p, sums[t]);
+        }
+      }
+    }
+    for (int t = 0; t < STRIPS; t++) totals[t] = totals[t] + Factor::total(sums[t], row_sum);
+  }
+}
+
+// Multiplies the only row, row 0, by the strips with the numbers n, of which it reads a block in
+// turn. Returns the outputs in y, (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
-  using Factor = Factors<F>;
-  constexpr int kPlanes = Factor::kPlanes, kSteps = Factor::kSteps;
-  const int64_t header = header_bytes<F>(w.block), span_blocks = kSpan / w.block;
-  const uint8_t *tiles[STRIPS], *headers[STRIPS] = {};
+  using Factor = RowFactors<F>;
+  constexpr int kTogether = std::min(STRIPS, 4 / Factor::kPlanes);  // whose sums fit in registers
+  constexpr bool kShort = Factor::kExact < kSpan;
+  const int64_t header = header_bytes<F>(w.block), span_blocks = blocks_of(kSpan, w.block);
+  const uint8_t* tiles[STRIPS];
   for (int t = 0; t < STRIPS; t++) tiles[t] = w.spans(n[t]), y[t] = splat(0.f);
-  const int32_t* lanes[kPlanes];
-  for (int h = 0; h < kPlanes; h++) lanes[h] = x.lanes(0, h);
-  for (int64_t b = 0; b < x.blocks; b++) {
-    const int64_t in_span = b % span_blocks;
-    if (in_span == 0) {
-      for (int t = 0; t < STRIPS; t++) {
-        headers[t] = tiles[t], tiles[t] += header;
-        prefetch(headers[t] + kAhead, header);
-      }
+  const int32_t* lanes[Factor::kPlanes];
+  for (int h = 0; h < Factor::kPlanes; h++) lanes[h] = x.lanes(0, h);
+  for (int64_t first = 0; first < x.blocks; first += span_blocks) {
+    const uint8_t* headers[STRIPS];
+    for (int t = 0; t < STRIPS; t++) {
+      headers[t] = tiles[t], tiles[t] += header;
+      prefetch(headers[t] + kAhead, header);
     }
-    Ints sums[STRIPS][kPlanes];
-    for (int i = 0; i < STRIPS * kPlanes; i++) sums[i / kPlanes][i % kPlanes] = splat(0);
-    for (int64_t k = 0; k < w.block / Factor::kInputs; k += kSteps) {
-      NativeInt inputs[kSteps][kPlanes];
+    for (int64_t b = 0; b < std::min(span_blocks, x.blocks - first); b++) {
+      const int64_t at = x.block(0, first + b);
 #pragma GCC unroll 2
-      for (int h = 0; h < kPlanes; h++)
-#pragma GCC unroll 4
-        for (int j = 0; j < kSteps; j++) inputs[j][h] = native_splat(lanes[h][k + j]);
-#pragma GCC unroll 4
-      for (int t = 0; t < STRIPS; t++) {
-        prefetch(tiles[t] + kAhead);
-#pragma GCC unroll 16
-        for (int p = 0; p < kParts; p++) {
-          const NativeInt v = native_load_bits(tiles[t] + 4 * p * kLanes);
-#pragma GCC unroll 4
-          for (int j = 0; j < kSteps; j++) {
-            const NativeInt weights = Factor::weights(v, j);
-#pragma GCC unroll 2
-            for (int h = 0; h < kPlanes; h++)
-              sums[t][h].part[p] =
-                  Factor::add_products(sums[t][h].part[p], weights, inputs[j][h]);
-          }
-#pragma GCC unroll 2
-          for (int h = 0; h < kPlanes; h++) Factor::keep(sums[t][h].part[p]);
-        }
-        tiles[t] += kLine;
+      for (int s = 0; s < STRIPS; s += kTogether) {
+        Ints sums[kTogether];
+        // With a constant number of inputs the totals stay in registers.
+        if (kShort && w.block == Factor::kExact)
+          multiply_block<Factor>(tiles + s, lanes, Factor::kExact, x.sum[at], sums);
+        else
+          multiply_block<Factor>(tiles + s, lanes, w.block, x.sum[at], sums);
+        for (int t = 0; t < kTogether; t++)
+          y[s + t] = add_block(y[s + t], sums[t], load_zeros<F>(headers[s + t], w.block, b),
+                               load_scales<F>(headers[s + t], b), x.sum[at], x.scale[at]);
       }
+      for (const int32_t*& plane : lanes) plane += w.block / Factor::kInputs;
+      for (const uint8_t*& tile : tiles) tile += kStrip * w.block * bits(F) / 8;
     }
-    for (int h = 0; h < kPlanes; h++) lanes[h] += w.block / Factor::kInputs;
-    const int64_t at = x.block(0, b);
-    for (int t = 0; t < STRIPS; t++)
-      y[t] = add_block(y[t], Factor::total(sums[t], x.sum[at]),
-                       load_zeros<F>(headers[t], w.block, in_span),
-                       load_scales<F>(headers[t], in_span), x.sum[at], x.scale[at]);
   }
   for (int t = 0; t < STRIPS; t++) y[t] = y[t] * w.output_scales(n[t]);
 }
@@ -93,7 +135,7 @@ struct Span {
 template <Format F>
 inline void load_span(const PackedWeights& w, const uint8_t* header, int64_t number, Span& span) {
   span.tiles = header + header_bytes<F>(w.block), span.number = number, span.block = w.block;
-  span.blocks = std::min(kSpan, w.K - number * kSpan) / w.block;
+  span.blocks = blocks_of(std::min(kSpan, w.K - number * kSpan), w.block);
   for (int64_t b = 0; b < span.blocks; b++) {
     span.zeros[b] = load_zeros<F>(header, w.block, b);
     span.scales[b] = load_scales<F>(header, b);
@@ -109,7 +151,7 @@ struct RowPointers {
 
   RowPointers(const FixedPointRows& x, int64_t row, const Span& span) {
     for (int r = 0; r < R; r++) {
-      const int64_t at = x.block(row + r, span.number * (kSpan / span.block));
+      const int64_t at = x.block(row + r, span.number * blocks_of(kSpan, span.block));
       for (int h = 0; h < kRowPlanes; h++)
         lanes[r][h] = x.lanes(row + r, h) + span.number * kSpan / Factors<kInt8>::kInputs;
       sums[r] = &x.sum[at], scales[r] = &x.scale[at];

@@ -13,11 +13,18 @@
 // one register what NAME below does for sixteen numbers; besides there are:
 //   native_load_bytes         loads kLanes bytes and widens each to 32 bits
 //   native_load_bits          loads 4 * kLanes bytes as they lie
+//   native_load_nibbles       loads kLanes numbers of 4 bits, from number `at` on (a multiple of
+//                             kLanes), and widens each to 32 bits. Of a byte's two numbers the low
+//                             one is the first
 //   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
 //   native_add_pair_products  adds to each sum the products of the two pairs in its lane
 //   native_add_byte_products  adds to each sum the products of the four bytes in its lane; exists
 //                             where GPT_FLEX_BYTE_PRODUCTS is defined. Inputs are signed, and
 //                             weights are signed if kSignedWeights is true
+//   native_short_products     for each 16 bits: the sum of the products of their two bytes. Exists
+//                             with native_add_shorts where GPT_FLEX_SHORT_SUMS is defined. Weights
+//                             are unsigned, inputs signed, and a sum must fit 16 bits
+//   native_add_shorts         adds integers of 16 bits
 //   native_reduce_add_four    writes the sums of the lanes of four registers
 //   native_keep               makes the compiler finish a sum before it computes more products
 
@@ -140,6 +147,15 @@ inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
     low.part[p] = native_to_float(bytes & native_splat(15));
     high.part[p] = native_to_float(native_shift_right_16<4>(bytes));
   }
+}
+
+// Loads sixteen 4-bit numbers, two to a byte; the low one is the first.
+inline Floats load_packed_nibbles(const uint8_t* from) {
+  Floats result;
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; p++)
+    result.part[p] = native_to_float(native_load_nibbles(from, p * kLanes));
+  return result;
 }
 
 // Stores sixteen floats; rounds to nearest, ties to even. T: float, BFloat16 or Half.

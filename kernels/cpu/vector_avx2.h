@@ -35,6 +35,14 @@ inline NativeFloat native_load(const uint8_t* from) {
   return _mm256_cvtepi32_ps((__m256i)native_load_bytes(from));
 }
 
+inline NativeInt native_load_nibbles(const uint8_t* from, int64_t at) {
+  int32_t eight;
+  std::memcpy(&eight, from + at / 2, sizeof(eight));
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts);
+  return (NativeInt)_mm256_and_si256(shifted, _mm256_set1_epi32(15));
+}
+
 inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
@@ -85,6 +93,14 @@ inline NativeInt native_add_pair_products(NativeInt sums, NativeInt a, NativeInt
 constexpr bool kSignedWeights = false;
 inline NativeInt native_add_byte_products(NativeInt sums, NativeInt weights, NativeInt inputs) {
   return (NativeInt)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)weights, (__m256i)inputs);
+}
+#else
+#define GPT_FLEX_SHORT_SUMS
+inline NativeInt native_short_products(NativeInt weights, NativeInt inputs) {
+  return (NativeInt)_mm256_maddubs_epi16((__m256i)weights, (__m256i)inputs);
+}
+inline NativeInt native_add_shorts(NativeInt a, NativeInt b) {
+  return (NativeInt)_mm256_add_epi16((__m256i)a, (__m256i)b);
 }
 #endif
 

@@ -39,6 +39,17 @@ inline NativeFloat native_load(const uint8_t* from) {
   return _mm512_cvtepi32_ps((__m512i)native_load_bytes(from));
 }
 
+inline NativeInt native_load_nibbles(const uint8_t* from, int64_t at) {
+  const __m128i sixteen = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + at / 2));
+  // The first eight numbers to lanes 0 to 7, the others to lanes 8 to 15.
+  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i copies = _mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(sixteen));
+  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28,  //
+                                           0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i shifted = _mm512_srlv_epi32(copies, shifts);
+  return (NativeInt)_mm512_and_si512(shifted, _mm512_set1_epi32(15));
+}
+
 inline void native_store(Half* to, NativeFloat v) {
   const auto halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);

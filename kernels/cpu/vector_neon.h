@@ -37,6 +37,13 @@ inline NativeInt native_load_bytes(const uint8_t* from) {
 inline NativeFloat native_load(const uint8_t* from) {
   return vcvtq_f32_s32(native_load_bytes(from));
 }
+inline NativeInt native_load_nibbles(const uint8_t* from, int64_t at) {
+  uint16_t four;
+  std::memcpy(&four, from + at / 2, sizeof(four));
+  const int32_t by[4] = {0, -4, -8, -12};  // negative: to the right
+  const uint32x4_t shifted = vshlq_u32(vdupq_n_u32(four), vld1q_s32(by));
+  return vreinterpretq_s32_u32(vandq_u32(shifted, vdupq_n_u32(15)));
+}
 inline float to_float(Half a) {
   return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a.bits))), 0);
 }

@@ -16,6 +16,9 @@ inline NativeFloat native_load(const BFloat16* from) { return to_float(*from); }
 inline NativeFloat native_load(const int8_t* from) { return *from; }
 inline NativeInt native_load_bytes(const uint8_t* from) { return *from; }
 inline NativeFloat native_load(const uint8_t* from) { return *from; }
+inline NativeInt native_load_nibbles(const uint8_t* from, int64_t at) {
+  return from[at / 2] >> at % 2 * 4 & 15;
+}
 // Half: a sign bit, 5 bits of exponent and 10 of fraction; float: 1, 8 and 23.
 inline float to_float(Half a) {
   const uint32_t sign = (a.bits & 0x8000u) << 16, rest = a.bits & 0x7fffu;

@@ -68,7 +68,7 @@ template <Format F, int M, int STRIPS>
   const float *row_sums = &x.sum[x.block(first, 0)], *row_scales = &x.scale[x.block(first, 0)];
   for (int i = 0; i < STRIPS * M; i++) y[i] = splat(0.f);
   for (int64_t b = 0; b < x.blocks; b++) {
-    const int64_t in_span = b % (kSpan / w.block), k = b * w.block;
+    const int64_t in_span = b & (blocks_of(kSpan, w.block) - 1), k = b * w.block;
     for (int t = 0; t < STRIPS && in_span == 0; t++) {
       headers[t] = tiles[t];
       prefetch(tiles[t] + kAhead, header);
