@@ -1,7 +1,7 @@
 """Layers that run on the Triton kernels of kernels/gpu.
 
 Start at use_fast_layers. Quantised linears choose their kernels by themselves (quant/linear.py).
-This file (1) replaces blocks of quantised linears by FusedBlock, (2) replaces dense linears by
+This file (1) replaces blocks of quantised linears by GPUBlock, (2) replaces dense linears by
 OneRowLinear, faster for one row, and (3) sets the functions by which the KV caches of
 model.cache_factory attend: kernel_attention, and masked_attention for layers with a sliding window.
 
@@ -20,17 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast_layers.fused_block import FusedBlock, Products, can_fuse, is_identity
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
 from layers.kv_cache import AttentionCache, KVCache, attend_capped, grouped_attention
 from layers.positions import RotaryPositions, Rotation
-from model import GatedFeedForward, SequentialBlock, Transformer
+from model import SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
 # Limits on the queries of a key/value head, R*T, and on their numbers, R*T*E. With more queries,
 # PyTorch is faster; more numbers do not fit into the registers of a Triton program.
 MAX_KERNEL_QUERIES, MAX_KERNEL_NUMBERS = 64, 64 * 128
+PRODUCTS = Products((QuantizedLinear,), (F.silu,), (RMSNorm,), output_norms=False)
 
 
 class OneRowLinear(Linear):
@@ -49,51 +51,40 @@ class OneRowLinear(Linear):
         return product(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
-class FusedBlock(SequentialBlock):
-    """A SequentialBlock whose norms, gate and residual sums are computed, for up to 64 rows, within
-    the kernels of its products. Elsewhere than on a GPU it computes as SequentialBlock does.
-
-    block: the layer whose modules it takes; can_fuse(block) must be true. A decoding step of Llama
-    3.1 8B in int4 has 16 kernels for each layer without it, with it 10.
-    """
-
-    def __init__(self, block: SequentialBlock):
-        nn.Module.__init__(self)  # not SequentialBlock's, which would allocate weights
-        for name, module in block.named_children():
-            self.add_module(name, module)
+class GPUBlock(FusedBlock):
+    """A FusedBlock whose products, for up to 64 rows, are the kernels of quantised linears.
+    Elsewhere than on a GPU it computes as SequentialBlock does. A decoding step of Llama 3.1 8B in
+    int4 has 16 kernels for each layer without it, with it 10."""
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
-        if not gpu.supports(x):
-            return super().forward(x, rotation, mask, pos, cache)
-        attention, feed_forward = self.attention, self.feed_forward
-        rows = x.flatten(0, 1)  # (M, D)
-        qkv = attention.wqkv.on_gpu(rows, norm_prologue(self.attention_norm))
-        qkv = qkv.unflatten(0, x.shape[:2])  # (B, T, (H + 2 G) * E)
-        y = self.attend(qkv, rotation, mask, pos, cache).flatten(0, 1)  # (M, H * E)
-        rows = attention.wo.on_gpu(y, residual=rows)
-        hidden = feed_forward.w13.on_gpu(rows, norm_prologue(self.ffn_norm))  # (M, 2 F)
-        return feed_forward.w2.on_gpu(hidden, gpu.Prologue(gated=True), rows).view_as(x)
+        compute = FusedBlock if gpu.supports(x) else SequentialBlock
+        return compute.forward(self, x, rotation, mask, pos, cache)
+
+    def product(
+        self, linear, x, norm=None, activation=None, output_norm=None, residual=None
+    ) -> Tensor:
+        """See FusedBlock.product. output_norm must be None, and an activation F.silu."""
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        prologue = gpu.Prologue(weight, eps, gated=activation is not None)
+        residual = None if residual is None else residual.flatten(0, 1)  # (M, N)
+        y = linear.on_gpu(x.flatten(0, 1), prologue, residual)  # (M, N)
+        return y.unflatten(0, x.shape[:2])  # (B, T, N)
 
     def attend(
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
-        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). One kernel rotates and
-        stores, if the cache is a plain KVCache, positions are rotary, and heads have no norms."""
+        """See FusedBlock.attend. One kernel rotates and stores, if the cache is a plain KVCache,
+        positions are rotary, and heads have no norms."""
         attention = self.attention
         plain = type(cache) is KVCache and attention.rotate is RotaryPositions.rotate
-        if not (plain and type(attention.q_norm) is type(attention.k_norm) is nn.Identity):
-            return attention.attend(qkv, rotation, mask, pos, cache)
+        if not (plain and is_identity(attention.q_norm) and is_identity(attention.k_norm)):
+            return super().attend(qkv, rotation, mask, pos, cache)
         heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
         q = torch.ops.gpt_flex.rotate_and_store(heads, *rotation, pos, cache.k, cache.v)
         return cache.attention(cache, q, mask, pos).flatten(2)
-
-
-def norm_prologue(norm: RMSNorm) -> gpu.Prologue:
-    """Return the prologue that computes a norm."""
-    return gpu.Prologue(norm.weight, norm.eps)
 
 
 def use_fast_layers(model: Transformer) -> None:
@@ -125,34 +116,13 @@ def replace_layers(model: Transformer) -> None:
     """
     if type(model.layers) is nn.ModuleList:
         for n, block in enumerate(model.layers):
-            if can_fuse(block):
-                model.layers[n] = FusedBlock(block)
+            if can_fuse(block, PRODUCTS):
+                model.layers[n] = GPUBlock(block)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():
         model.set_submodule(name, OneRowLinear(linear))
     kernels = {"attention": kernel_attention, "window_attention": masked_attention}
     model.cache_factory = replace(model.cache_factory, **kernels)
-
-
-def can_fuse(block: nn.Module) -> bool:
-    """Return whether FusedBlock can replace a block: a plain SequentialBlock with a feed-forward
-    gated by SiLU, RMSNorms with weights, quantised linears, and no norm or factor of outputs. A
-    block with RowParallel (tp.py), which is no quantised linear, is not fused: the residual is to
-    be added after the sum over ranks."""
-    if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
-        return False
-    attention, feed_forward = block.attention, block.feed_forward
-    norms, outputs = (
-        (block.attention_norm, block.ffn_norm),
-        (block.attention_output, block.ffn_output),
-    )
-    linears = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
-    return (
-        all(type(norm) is RMSNorm and norm.elementwise_affine for norm in norms)
-        and all(type(output) is nn.Identity for output in outputs)
-        and all(isinstance(linear, QuantizedLinear) for linear in linears)
-        and feed_forward.activation is F.silu
-    )
 
 
 def kernel_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor | None) -> Tensor:

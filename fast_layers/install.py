@@ -2,7 +2,7 @@
 
 import torch
 
-from fast_layers.cpu import build_while_loading, use_fast_attention, use_fast_linears
+from fast_layers.cpu import build_while_loading, fuse_blocks, use_fast_attention, use_fast_linears
 from host.memory import HugePages
 from model import Transformer
 
@@ -17,6 +17,7 @@ def use_fast_layers(model: Transformer, dtype: torch.dtype, large: bool | None =
     if device == "cpu":
         if use_fast_linears(model, dtype, large, HugePages()):
             use_fast_attention(model)
+            fuse_blocks(model)
     elif device == "cuda":
         from fast_layers import gpu  # not at the top: a CPU does not need it
 

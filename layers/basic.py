@@ -95,9 +95,9 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """RMS norm; compiled code returns the same bits as eager code. eps: added to the mean square.
     affine: whether it has a weight. fast: whether to call the operator of kernels/cpu;
-    fast_layers/cpu.py sets it."""
+    fast_layers/cpu.py sets it. offset: added to the weight, see OffsetRMSNorm."""
 
-    fast = False
+    fast, offset = False, 0.0
 
     def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__(dim, eps, affine)
@@ -105,8 +105,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape of x."""
         if self.fast:
-            # 0.0: added to the weight, see OffsetRMSNorm.
-            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 0.0)
+            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, self.offset)
         if calls_operator(x):
             return torch.ops.gpt_flex.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         return super().forward(x)
@@ -135,9 +134,9 @@ class OffsetLayerNorm(LayerNorm):
 
 class OffsetRMSNorm(nn.Module):
     """The RMS norm of Gemma: the stored weight is the factor minus 1, and the norm is computed in
-    float32. fast: see RMSNorm."""
+    float32. fast, offset: see RMSNorm."""
 
-    fast = False
+    fast, offset = False, 1.0
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -146,7 +145,7 @@ class OffsetRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of x over its last dimension, in the shape and dtype of x."""
         if self.fast:
-            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, 1.0)
+            return torch.ops.gpt_flex.fast_rms_norm(x, self.weight, self.eps, self.offset)
         compute = torch.ops.gpt_flex.rms_norm if calls_operator(x) else torch.rms_norm
         factor = 1 + self.weight.float()
         return compute(x.float(), self.weight.shape, factor, self.eps).type_as(x)

@@ -371,7 +371,7 @@ def model(seed: int, cases: int) -> None:
         for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
             near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype, softcap))
         if mode:
-            assert all(isinstance(layer, gpu_products.FusedBlock) for layer in fast.layers)
+            assert all(isinstance(layer, gpu_products.GPUBlock) for layer in fast.layers)
 
 
 def random_model(args: ModelArgs) -> Transformer:

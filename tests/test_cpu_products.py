@@ -6,6 +6,7 @@ More on the bits of products: test_instruction_sets.py.
 import copy
 import fcntl
 import itertools
+import json
 import math
 import mmap
 import os
@@ -14,6 +15,7 @@ import shutil
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,14 +26,14 @@ from torch import Tensor
 
 import load
 from fast_layers import cpu as cpu_products
-from fast_layers.cpu import DenseLinear, PackedLinear
+from fast_layers.cpu import CPUBlock, DenseLinear, PackedLinear
 from host.memory import HugePages, page_aligned
 from kernels.cpu import build
 from layers.args import LayerType, ModelArgs, Rope
-from layers.basic import Linear
+from layers.basic import Linear, OffsetRMSNorm, RMSNorm
 from layers.kv_cache import attend_capped, sdpa_attention
 from load import random_model
-from model import Transformer
+from model import SequentialBlock, Transformer
 from quant.linear import (
     GROUP_SIZES,
     Int4Linear,
@@ -763,21 +765,108 @@ def test_rms_norm(D: int, dtype: torch.dtype, offset: float):
     assert lost[1, 2].all() and lost.sum() == D
 
 
+def exact_gelu_tanh(x: Tensor) -> Tensor:
+    """torch's own result is 0 below -8."""
+    exact = x * (2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).sigmoid()
+    assert (exact - F.gelu(x, approximate="tanh")).abs().max() < 1e-14
+    return exact
+
+
 @needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gelu_tanh(dtype: torch.dtype):
+@pytest.mark.parametrize("name, exactly", [("gelu_tanh", exact_gelu_tanh), ("silu", F.silu)])
+def test_activations(name: str, exactly: Callable[[Tensor], Tensor], dtype: torch.dtype):
     """Also of rows apart in memory, far from 0, where the result is tiny, and of no number."""
+    function = getattr(torch.ops.gpt_flex, f"fast_{name}")
     x = torch.linspace(-12, 12, 3 * 1001).view(3, 1001).to(dtype)[:, :997]
-    found = torch.ops.gpt_flex.fast_gelu_tanh(x)
-    wide = x.double()  # torch's own result is 0 below -8
-    exact = wide * (2 * (2 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)).sigmoid()
-    assert (exact - F.gelu(wide, approximate="tanh")).abs().max() < 1e-14
+    found, exact = function(x), exactly(x.double())
     assert found.dtype == dtype and found.is_contiguous()
     tiny = max(2 * torch.finfo(dtype).smallest_normal, 1e-33)
     assert ((found - exact).abs() <= exact.abs() * (torch.finfo(dtype).eps + 2**-16) + tiny).all()
     few = torch.tensor([torch.nan, torch.inf, 0.0], dtype=dtype)
-    assert str(torch.ops.gpt_flex.fast_gelu_tanh(few).tolist()) == "[nan, inf, 0.0]"
-    assert torch.ops.gpt_flex.fast_gelu_tanh(x[:0]).shape == (0, 997)
+    assert str(function(few).tolist()) == "[nan, inf, 0.0]"
+    assert function(x[:0]).shape == (0, 997)
+
+
+BLOCKS = {  # for each kind of layer the config, beside COMMON, and whether it is fused
+    "llama": ({"model_type": "llama"}, True),
+    "bias": ({"model_type": "qwen2", "num_key_value_heads": 4}, True),
+    "head norms": ({"model_type": "qwen3", "head_dim": 48}, True),
+    "gemma": (
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        True,
+    ),
+    "output norms only": ({"model_type": "olmo2"}, True),
+    "partial rotation": ({"model_type": "phi3", "partial_rotary_factor": 0.75}, True),
+    "factors": ({"model_type": "granite", "residual_multiplier": 0.5}, False),
+    "no gate": ({"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"}, False),
+}
+COMMON = {
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "torch_dtype": "bfloat16",
+}
+
+
+def step_logits(model: Transformer) -> list[Tensor]:
+    """The logits of a prompt of two unlike texts and of three decoding steps, beyond a window."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(300, (2, 22), generator=generator)
+    caches, key_pos = model.make_caches(2, 32), torch.arange(32)
+    starts = [torch.arange(19).expand(2, 19), *(torch.full((2, 1), p) for p in (19, 20, 21))]
+    return [model(tokens[:, pos[0]], pos, key_pos, caches) for pos in starts]
+
+
+@needed
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", BLOCKS)
+@torch.inference_mode()
+def test_fused_blocks_give_the_bits_of_plain_ones(
+    kind: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
+    config, fused = BLOCKS[kind]
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
+    scheme = mode and make_scheme(mode, 32, mode)
+    given = {"device": "cpu", "dtype": torch.bfloat16, "scheme": scheme}
+    model = random_model(tmp_path / "config.json", **given).model
+    for module in model.modules():  # all norms begin as ones, or as zeros in Gemma
+        if isinstance(module, (RMSNorm, OffsetRMSNorm)):
+            module.weight.uniform_(0.5, 2)
+    assert {type(block) is CPUBlock for block in model.layers} == {fused}
+    found = step_logits(model)
+    for block in model.layers:
+        block.forward = SequentialBlock.forward.__get__(block)
+    assert all(map(torch.equal, found, step_logits(model)))
+
+
+@needed
+def test_the_fused_operators_have_the_schemas_and_shapes_that_they_claim():
+    x, residual, norm = rows(3, 300)[:, None], rows(3, 48)[:, None], torch.ones(300).bfloat16()
+    fast = PackedLinear(filled(300, 48, 32, True))
+    fused = torch.ops.gpt_flex.fused_linear
+    given = x, residual, norm, None, 1e-5, 0.0, "", *fast.operands()
+    torch.library.opcheck(fused, given, test_utils=("test_schema", "test_faketensor"))
+    heads, angles = rows(6, 64).view(2, 1, 3, 64), torch.rand(2, 1, 1, 32)
+    given = heads, angles, angles, 1, None, None, 0.0, 0.0
+    rotate = torch.ops.gpt_flex.rotate_heads
+    torch.library.opcheck(rotate, given, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="no gate by relu"):
+        fused(rows(1, 600), None, None, None, 0.0, 0.0, "relu", *fast.operands())
+    with pytest.raises(RuntimeError, match="a norm not of 64"):
+        rotate(heads, angles, angles, 1, norm, norm, 0.0, 0.0)
 
 
 @needed

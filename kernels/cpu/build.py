@@ -88,8 +88,9 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None, float? softcap=None) -> Tensor",
 )
 torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: torch.empty_like(q))
-torch.library.define("gpt_flex::fast_gelu_tanh", "(Tensor x) -> Tensor")
-torch.library.register_fake("gpt_flex::fast_gelu_tanh")(lambda x: x.new_empty(x.shape))
+for name in ("fast_gelu_tanh", "fast_silu"):
+    torch.library.define(f"gpt_flex::{name}", "(Tensor x) -> Tensor")
+    torch.library.register_fake(f"gpt_flex::{name}")(lambda x: x.new_empty(x.shape))
 torch.library.define(
     "gpt_flex::fast_rms_norm", "(Tensor x, Tensor? weight, float eps, float offset) -> Tensor"
 )
@@ -98,6 +99,22 @@ torch.library.define("gpt_flex::linear", "(Tensor x, Tensor weight, Tensor? bias
 torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
 )
+torch.library.define(
+    "gpt_flex::fused_linear",
+    "(Tensor x, Tensor? residual, Tensor? norm, Tensor? output_norm, float eps, float offset, "
+    "str activation, Tensor weight, Tensor? bias, int[] layout) -> Tensor",
+)
+torch.library.register_fake("gpt_flex::fused_linear")(
+    lambda x, residual, norm, output_norm, eps, offset, activation, weight, bias, layout: (
+        x.new_empty(*x.shape[:-1], layout[-1] if layout else weight.shape[0])
+    )
+)
+torch.library.define(
+    "gpt_flex::rotate_heads",
+    "(Tensor qkv, Tensor cos, Tensor sin, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps, "
+    "float offset) -> Tensor",
+)
+torch.library.register_fake("gpt_flex::rotate_heads")(lambda qkv, *rest: qkv.new_empty(qkv.shape))
 
 
 class Layout(NamedTuple):

@@ -41,17 +41,24 @@ template <int N>
   return bounded * polynomial(kTop, square) / polynomial(kBottom, square);
 }
 
+// Returns 1 / (1 + e^-x). Computed as it stands for x > 0, else as e^x / (1 + e^x): only e^-|x|,
+// which cannot overflow, is needed. A NaN stays a NaN.
+[[gnu::always_inline]] inline Floats logistic(Floats x) {
+  const Floats zero = splat(0.f), one = splat(1.f);
+  const Floats power = exponential(min(x, zero - x));  // e^-|x|
+  const Floats numerator = keep_above(x, zero, one) + (power - keep_above(x, zero, power));
+  return numerator / (one + power);
+}
+
+// Returns x / (1 + e^-x), the SiLU of x.
+[[gnu::always_inline]] inline Floats silu(Floats x) { return x * logistic(x); }
+
 // Returns the tanh approximation of the GELU of x (arXiv 1606.08415, section 2): x (1 + tanh u) / 2
 // with u = sqrt(2 / pi) (x + 0.044715 x^3). Computed as x / (1 + e^-2u), which is the same and
 // subtracts no nearly equal numbers.
 [[gnu::always_inline]] inline Floats gelu_tanh(Floats x) {
-  const Floats cube = x * x * x, zero = splat(0.f), one = splat(1.f);
-  const Floats z = splat(1.59576912f) * fma(splat(0.044715f), cube, x);  // 2u
-  // 1 / (1 + e^-z) is computed as it stands for z > 0, else as e^z / (1 + e^z): only e^-|z|, which
-  // cannot overflow, is needed. The numerator is 1 or e^-|z|.
-  const Floats power = exponential(min(z, zero - z));  // e^-|z|
-  const Floats numerator = keep_above(z, zero, one) + (power - keep_above(z, zero, power));
-  return x * (numerator / (one + power));
+  const Floats cube = x * x * x;
+  return x * logistic(splat(1.59576912f) * fma(splat(0.044715f), cube, x));
 }
 
 }  // namespace

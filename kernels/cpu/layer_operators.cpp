@@ -9,9 +9,8 @@
 #include <numeric>
 
 #include "attention.h"
+#include "layer_functions.h"
 #include "neurons.h"
-#include "rms_norm.h"
-#include "torch.h"
 
 namespace {
 
@@ -91,44 +90,80 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   });
 }
 
-// x: (..., D). weight: (D) of x's dtype, or none. Returns the RMS norm of x over D, times weight +
-// offset, in the shape and dtype of x.
-Tensor fast_rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps,
-                     double offset) {
-  const int64_t D = x.size(-1), rows = D ? x.numel() / D : 0;
-  TORCH_CHECK(!weight || (weight->is_contiguous() && weight->numel() == D &&
-                          weight->scalar_type() == x.scalar_type()), "a weight not of ", D);
-  const Tensor from = x.contiguous();
-  Tensor y = at::empty(x.sizes(), x.options());
-  with_data(from, [&](const auto* data) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    const RmsNorm<T> norm{D, weight ? data_of<T>(*weight) : nullptr, static_cast<float>(eps),
-                          static_cast<float>(offset)};
-    T* to = static_cast<T*>(y.mutable_data_ptr());
-    at::parallel_for(0, rows, kGrain / std::max<int64_t>(D, 1) + 1,
-                     [&](int64_t first, int64_t last) {
-                       for (int64_t row = first; row < last; row++)
-                         rms_norm(norm, data + row * D, to + row * D);
-                     });
+// The rotation of queries and keys, after their norms if the model has them.
+template <class T>
+struct HeadRotation {
+  int64_t H, G, E, P;  // query heads, key/value heads, channels of a head, rotated pairs of channels
+  const float *cos, *sin;      // of the angles of each token, (P) each
+  const T *q_norm, *k_norm;    // weights of the norms, (E), or nullptr
+  float eps, offset;           // of the norms, see RmsNorm
+
+  // Rotates the first 2 P channels of x, (E): channel i pairs with channel i + P. Rounds once.
+  void rotate(const T* x, int64_t token, T* y) const {
+    for (int64_t i = 0; i < P; i += kStrip) {
+      const Floats a = load_some(x + i, P - i), b = load_some(x + P + i, P - i);
+      const Floats c = load_some(cos + token * P + i, P - i);
+      const Floats s = load_some(sin + token * P + i, P - i);
+      store_some(y + i, P - i, a * c - b * s);
+      store_some(y + P + i, P - i, b * c + a * s);
+    }
+    std::copy(x + 2 * P, x + E, y + 2 * P);
+  }
+
+  // Rotates `heads` heads of a token from x on, (heads, E). normed: memory for E numbers.
+  void rotate_heads(const T* x, int64_t heads, const T* norm, int64_t token, T* y,
+                    T* normed) const {
+    for (int64_t h = 0; h < heads; h++, x += E, y += E) {
+      if (norm) rms_norm(RmsNorm<T>{E, norm, eps, offset}, x, normed);
+      rotate(norm ? normed : x, token, y);
+    }
+  }
+
+  // Rotates the queries and keys of token t, and copies its values. x, y: (tokens, H + 2 G, E).
+  void rotate_token(const T* x, int64_t t, T* y, T* normed) const {
+    const int64_t first = t * (H + 2 * G) * E, keys = first + H * E, values = keys + G * E;
+    rotate_heads(x + first, H, q_norm, t, y + first, normed);
+    rotate_heads(x + keys, G, k_norm, t, y + keys, normed);
+    std::copy_n(x + values, G * E, y + values);
+  }
+};
+
+// Does rotate_heads for contiguous tensors of `tokens` tokens. qkv: data of the heads.
+template <class T>
+Tensor rotate_heads_of(const HeadRotation<T>& rotation, const T* qkv, int64_t tokens,
+                       const Tensor& heads) {
+  const Tensor out = at::empty(heads.sizes(), heads.options());
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t numbers = heads.size(2) * rotation.E;  // of a token
+  at::parallel_for(0, tokens, kGrain / numbers + 1, [&](int64_t first, int64_t last) {
+    std::vector<T> normed(rotation.E);
+    for (int64_t t = first; t < last; t++) rotation.rotate_token(qkv, t, to, normed.data());
   });
-  return y;
+  return out;
 }
 
-// Returns the GELU of x in its approximation by a hyperbolic tangent; see gelu_tanh.
-Tensor fast_gelu_tanh(const Tensor& x) {
-  const Tensor from = x.contiguous();
-  Tensor y = at::empty(x.sizes(), x.options());
-  with_data(from, [&](const auto* data) {
-    auto* to = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(data)>>*>(
-        y.mutable_data_ptr());
-    const int64_t count = x.numel(), strips = (count + kStrip - 1) / kStrip;
-    // A GELU counts as 16 multiplications.
-    at::parallel_for(0, strips, kGrain / kStrip / 16, [&](int64_t first, int64_t last) {
-      for (int64_t i = first * kStrip; i < std::min(count, last * kStrip); i += kStrip)
-        store_some(to + i, count - i, gelu_tanh(load_some(data + i, count - i)));
-    });
+// qkv: (B, T, H + 2 G, E), the heads of queries, keys and values. cos, sin: (B, T, 1, P), float32.
+// q_norm, k_norm: (E), weights of RMS norms of each head, or none; eps and offset: of
+// fast_rms_norm. Returns the rotated queries and keys, and the values, in the shape of qkv.
+Tensor rotate_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t kv_heads,
+                    const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                    double eps, double offset) {
+  const int64_t tokens = qkv.size(0) * qkv.size(1), G = kv_heads, H = qkv.size(2) - 2 * G;
+  const int64_t E = qkv.size(3), P = cos.size(-1);
+  TORCH_CHECK(cos.numel() == tokens * P && sin.sizes() == cos.sizes() && 2 * P <= E && H > 0);
+  TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat);
+  for (const auto& norm : {q_norm, k_norm})
+    TORCH_CHECK(!norm || (norm->scalar_type() == qkv.scalar_type() && norm->numel() == E &&
+                          norm->is_contiguous()), "a norm not of ", E, " channels");
+  const Tensor heads = qkv.contiguous(), c = cos.contiguous(), s = sin.contiguous();
+  return with_data(heads, [&](const auto* data) {
+    using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    const HeadRotation<Number> rotation{
+        H, G, E, P, data_of<float>(c), data_of<float>(s),
+        q_norm ? data_of<Number>(*q_norm) : nullptr, k_norm ? data_of<Number>(*k_norm) : nullptr,
+        static_cast<float>(eps), static_cast<float>(offset)};
+    return rotate_heads_of(rotation, data, tokens, heads);
   });
-  return y;
 }
 
 // Does `neurons` for `count` entries with weights of the type W. entries: nullptr for all. x:
@@ -205,5 +240,7 @@ TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
   library.impl("attention", attention);
   library.impl("fast_gelu_tanh", fast_gelu_tanh);
   library.impl("fast_rms_norm", fast_rms_norm);
+  library.impl("fast_silu", fast_silu);
   library.impl("neurons", neurons);
+  library.impl("rotate_heads", rotate_heads);
 }

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "gemm.h"
+#include "layer_functions.h"
 #include "linear.h"
 #include "linear_avx512.h"
 #include "pack.h"
@@ -184,9 +185,34 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
+// A product with what stands before and after it in a layer, in one call: from Python, each call
+// takes 4 to 8 microseconds. Computes what separate calls do, bit for bit:
+//   x = fast_rms_norm(x, norm, eps, offset)             if norm is given
+//   x = gated(x, activation)                            if activation is not empty
+//   y = linear(x, weight, bias), or quantized_linear(x, weight, bias, *layout) if layout is given
+//   y = fast_rms_norm(y, output_norm, eps, offset)      if output_norm is given
+//   y = y + residual                                    if residual is given
+// x: (..., K), or (..., 2 K) with an activation. Returns (..., N).
+Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& residual,
+                    const std::optional<Tensor>& norm, const std::optional<Tensor>& output_norm,
+                    double eps, double offset, c10::string_view activation, const Tensor& weight,
+                    const std::optional<Tensor>& bias, at::IntArrayRef layout) {
+  Tensor rows = x.reshape({-1, x.size(-1)});
+  if (norm) rows = fast_rms_norm(rows, *norm, eps, offset);
+  if (!activation.empty()) rows = gated(rows, activation);
+  Tensor y = layout.empty() ? ::linear(rows, weight, bias)
+                            : quantized_linear(rows, weight, bias, layout[0], layout[1], layout[2]);
+  if (output_norm) y = fast_rms_norm(y, *output_norm, eps, offset);
+  auto sizes = x.sizes().vec();
+  sizes.back() = y.size(1);
+  if (residual) add_to(y, *residual);
+  return y.view(sizes);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
+  library.impl("fused_linear", fused_linear);
   library.impl("pack", pack);
   library.impl("quantized_linear", quantized_linear);
   library.impl("linear", linear);
