@@ -3,8 +3,10 @@
 install.py  use_fast_layers: called by load.py after the weights are loaded; picks cpu or gpu
 cpu.py      layers on the kernels of kernels/cpu (C++): packed quantised weights, dense products,
             attention
-gpu.py      layers on the kernels of kernels/gpu (Triton): dense products of one row, norms and
-            gates fused with the product after them, attention over quantised caches
+gpu.py      layers on the kernels of kernels/gpu (Triton): dense products of one row, attention over
+            quantised caches
+fused_block.py  blocks whose products compute norms, gates and residual sums, too; cpu.py and gpu.py
+            derive theirs from it
 
 A fast layer has the weights and the arguments of the layer that it replaces. The replaced layer is
 slower and is the reference in tests. If the GPU, the dtype or (on a CPU) the lack of a C++ compiler

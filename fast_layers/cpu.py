@@ -2,9 +2,10 @@
 
 Start at use_fast_linears. It replaces quantised linears by PackedLinear, which hold the same
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
-use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h. In float32, or
-without a compiler, a model keeps its layers, which are slower and are the reference in tests. The
-dense linears of a small model stay, too.
+use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h, and fuse_blocks
+replaces whole blocks of such linears by CPUBlock. In float32, or without a compiler, a model keeps
+its layers, which are slower and are the reference in tests. The dense linears of a small model
+stay, too.
 
 layout() returns the constants of the packed order: a strip is the weights of layout().strip outputs
 (16), which are packed together; layout().int8, int4 and int4_half number the formats of packed
@@ -215,8 +216,8 @@ def use_fast_linears(
     the meta device (offload.py loads them later) stay, as they have no weights to pack. dtype: of
     the model's activations. large: see replaceable. memory: see PackedLinear. Returns whether the
     kernels serve the model, or will serve the linears that are on the meta device now. If so, the
-    kernels compute its RMS norms and tanh GELUs, too. If the kernels cannot run here, logs why.
-    Raises ValueError as supported_sets does.
+    kernels compute its RMS norms, SiLUs and tanh GELUs, too. If the kernels cannot run here, logs
+    why. Raises ValueError as supported_sets does.
     """
     names = replaceable(model, dtype, large)
     if not names:

@@ -14,6 +14,7 @@
 #include "pack.h"
 #include "quantized_linear.h"
 #include "rms_norm.h"
+#include "rotation.h"
 
 namespace {
 
@@ -152,6 +153,27 @@ void norm_case(Random& random, const char* name) {
   for (int64_t i = 0; i < D; i += kStrip)
     store_some(y.data() + i, D - i, gelu_tanh(load_some(x.data() + i, D - i)));
   print("gelu", D, 0, 0, 0, y);
+  for (int64_t i = 0; i < D; i += kStrip)
+    store_some(y.data() + i, D - i, silu(load_some(x.data() + i, D - i)));
+  print("silu", D, 0, 0, 0, y);
+}
+
+template <class T>
+void rotation_case(Random& random, const char* name) {
+  const int64_t H = 1 + random.below(4), G = 1 + random.below(3), P = 1 + random.below(40);
+  const int64_t E = 2 * P + random.below(2) * random.below(20), tokens = 1 + random.below(3);
+  const auto x = random_values<T>(random, tokens * (H + 2 * G) * E);
+  const auto cos = random_values<float>(random, tokens * P);
+  const auto sin = random_values<float>(random, tokens * P);
+  const auto norms = random_values<T>(random, 2 * E);
+  const bool normed = random.below(2);
+  const HeadRotation<T> rotation{H, G, E, P, cos.data(), sin.data(),
+                                 normed ? norms.data() : nullptr,
+                                 normed ? norms.data() + E : nullptr, 1e-6f,
+                                 static_cast<float>(random.below(2))};
+  std::vector<T> y(x.size()), memory(E);
+  for (int64_t t = 0; t < tokens; t++) rotation.rotate_token(x.data(), t, y.data(), memory.data());
+  print(name, tokens, H, E, P, y);
 }
 
 // Computes all heads together, then one query of each head alone; prints both. In half of the cases
@@ -262,6 +284,8 @@ int main(int, char** arguments) {
     attention_case<float>(random, "attention");
     norm_case<BFloat16>(random, "norm"), norm_case<Half>(random, "norm");
     norm_case<float>(random, "norm");
+    rotation_case<BFloat16>(random, "rotation"), rotation_case<Half>(random, "rotation");
+    rotation_case<float>(random, "rotation");
     neurons_case<BFloat16, BFloat16>(random, "neurons");
     neurons_case<Half, Half>(random, "neurons");
     neurons_case<int8_t, BFloat16>(random, "neurons_int8");

@@ -1,8 +1,8 @@
 """The CPU kernels give the same bits for every instruction set, on random shapes.
 
 cpu_kernels.cpp runs the kernels without torch and prints checksums. It is compiled for the plain
-form, which is the reference, for each instruction set that this CPU has, and for ARM, which
-qemu-aarch64 emulates.
+form, which is the reference, for each instruction set that this CPU has, for ARM, which
+qemu-aarch64 emulates, and for AVX-512, which functions of SIMDe emulate.
 """
 
 import os
@@ -20,9 +20,9 @@ from kernels.cpu.build import FLAGS, FOLDER, INSTRUCTION_SETS, compiler, support
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 SEED = int(os.environ.get("GPT_FLEX_FUZZ_SEED", "1"))
 CASES = 12
-# 11 products and attentions are printed twice; 3 norms, 3 GELUs, 4 sums of neurons and 3 packed
-# matrices once.
-LINES_PER_CASE = 2 * 11 + 3 + 3 + 4 + 3
+# 11 products and attentions are printed twice; 3 norms, 3 GELUs, 3 SiLUs, 3 rotations, 4 sums of
+# neurons and 3 packed matrices once.
+LINES_PER_CASE = 2 * 11 + 4 * 3 + 4 + 3
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 Compile = Callable[..., Path]
 
@@ -86,6 +86,25 @@ def test_arm_gives_the_same_bits_under_emulation(name: str, compiled: Compile, e
         pytest.skip(f"{ARM_EMULATOR} is not installed (Debian: qemu-user)")
     program = compiled(name, ARM_COMPILER, "-static", *INSTRUCTION_SETS[name].flags)
     assert_same(lines(ARM_EMULATOR, program), expected)
+
+
+@pytest.mark.parametrize("name, flags", [("avx512", ()), ("avx512_vnni", ("-DEMULATED_VNNI",))])
+def test_avx512_gives_the_same_bits_under_emulation(
+    name: str, flags: tuple[str, ...], compiled: Compile, expected: list[str], tmp_path: Path
+):
+    if "avx2" not in supported_sets() or not Path("/usr/include/simde").is_dir():
+        pytest.skip("needs AVX2 and SIMDe (Debian: libsimde-dev)")
+    folder = tmp_path / "cpu"
+    shutil.copytree(FOLDER, folder)
+    vectors = folder / "vector_avx512.h"
+    # A register of AVX-512 may stand in empty assembly only if the CPU has it: in memory then.
+    text = vectors.read_text()
+    assert text.count('"+v"') == 1
+    vectors.write_text(text.replace('"+v"', '"+m"'))
+    emulation = "-include", str(SOURCE.with_name("emulated_avx512.h")), f"-I{folder}"
+    avx2 = INSTRUCTION_SETS["avx2"].flags
+    program = compiled(name, "g++", *avx2, "-O1", "-Wno-psabi", *emulation, *flags)
+    assert_same(lines(program), expected)
 
 
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(expected: list[str]):

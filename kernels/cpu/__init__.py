@@ -11,9 +11,12 @@ nothing of torch; linear_operators.cpp and layer_operators.cpp share the work be
                       factors.h gives them. On CPUs with AVX-512 VNNI, vnni.h, amx_int8.h or gemm.h
                       multiplies instead
     linear            rows by dense bfloat16 or float16 weights
+    fused_linear      one of these two products with the norm or gate before it, and the norm and
+                      residual sum after it
+    rotate_heads      norms and rotary positions of the heads of queries and keys
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
-    fast_gelu_tanh    the activation of Gemma and StarCoder 2
+    fast_gelu_tanh    the activation of Gemma and StarCoder 2; fast_silu: that of Llama
     neurons           feed-forward layers of which few neurons are active (neurons/)
 
 vector.h defines vectors of sixteen numbers, with which the kernels are written once; vector_*.h
@@ -23,8 +26,9 @@ BF16, AMX and PyTorch add in other orders. A row's result has the same bits what
 it, with two exceptions: `linear` adds in another order from 17 rows on, and AVX-512 BF16 and AMX
 multiply many bfloat16 rows otherwise than few.
 
-Start at layout.h, vector.h, then quantized_linear.h. fast_layers/cpu.py puts the operators into a
-model; neurons/products.py calls neurons. PyTorch's own layers are the reference in
-tests/test_cpu_products.py; tests/test_instruction_sets.py compares the instruction sets, with ARM
-under emulation.
+Start at layout.h, vector.h, then quantized_linear.h. layer_functions.h has what both files of
+operators use. fast_layers/cpu.py puts the operators into a model; neurons/products.py calls
+neurons. PyTorch's own layers are the reference in tests/test_cpu_products.py;
+tests/test_instruction_sets.py compares the instruction sets, ARM and AVX-512 under emulation where
+the CPU lacks them.
 """

@@ -1,16 +1,17 @@
-// The operators attention (scaled_dot_product_attention for few queries), fast_rms_norm,
-// fast_gelu_tanh, and neurons (a feed-forward layer with ReLU, of some of its neurons, for a few
-// rows). This file checks arguments and shares the work between threads; attention.h, rms_norm.h,
-// functions.h and neurons.h compute.
+// The operators attention (scaled_dot_product_attention for few queries), rotate_heads (norms and
+// rotary positions of queries and keys), neurons (a feed-forward layer with ReLU, of some of its
+// neurons, for a few rows), and those of layer_functions.h. This file checks arguments and shares
+// the work between threads; attention.h, rotation.h and neurons.h compute.
 //
-// Start at these four. PyTorch's attention takes twenty times as long for one query of each of 32
-// heads, its norm of one row twenty times, and its GELU of one row five times as long.
+// Start at the first three. PyTorch's attention takes twenty times as long for one query of each of
+// 32 heads.
 
 #include <numeric>
 
 #include "attention.h"
 #include "layer_functions.h"
 #include "neurons.h"
+#include "rotation.h"
 
 namespace {
 
@@ -89,44 +90,6 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     return attention_of(data, queries, k, v, mask, factor, softcap.value_or(0));
   });
 }
-
-// The rotation of queries and keys, after their norms if the model has them.
-template <class T>
-struct HeadRotation {
-  int64_t H, G, E, P;  // query heads, key/value heads, channels of a head, rotated pairs of channels
-  const float *cos, *sin;      // of the angles of each token, (P) each
-  const T *q_norm, *k_norm;    // weights of the norms, (E), or nullptr
-  float eps, offset;           // of the norms, see RmsNorm
-
-  // Rotates the first 2 P channels of x, (E): channel i pairs with channel i + P. Rounds once.
-  void rotate(const T* x, int64_t token, T* y) const {
-    for (int64_t i = 0; i < P; i += kStrip) {
-      const Floats a = load_some(x + i, P - i), b = load_some(x + P + i, P - i);
-      const Floats c = load_some(cos + token * P + i, P - i);
-      const Floats s = load_some(sin + token * P + i, P - i);
-      store_some(y + i, P - i, a * c - b * s);
-      store_some(y + P + i, P - i, b * c + a * s);
-    }
-    std::copy(x + 2 * P, x + E, y + 2 * P);
-  }
-
-  // Rotates `heads` heads of a token from x on, (heads, E). normed: memory for E numbers.
-  void rotate_heads(const T* x, int64_t heads, const T* norm, int64_t token, T* y,
-                    T* normed) const {
-    for (int64_t h = 0; h < heads; h++, x += E, y += E) {
-      if (norm) rms_norm(RmsNorm<T>{E, norm, eps, offset}, x, normed);
-      rotate(norm ? normed : x, token, y);
-    }
-  }
-
-  // Rotates the queries and keys of token t, and copies its values. x, y: (tokens, H + 2 G, E).
-  void rotate_token(const T* x, int64_t t, T* y, T* normed) const {
-    const int64_t first = t * (H + 2 * G) * E, keys = first + H * E, values = keys + G * E;
-    rotate_heads(x + first, H, q_norm, t, y + first, normed);
-    rotate_heads(x + keys, G, k_norm, t, y + keys, normed);
-    std::copy_n(x + values, G * E, y + values);
-  }
-};
 
 // Does rotate_heads for contiguous tensors of `tokens` tokens. qkv: data of the heads.
 template <class T>

@@ -1,9 +1,10 @@
-// The operators of linear layers: pack, quantized_linear and linear. This file checks arguments and
-// shares the work between threads; the headers compute. Two files of operators take half as long to
-// compile as five, because of PyTorch's headers.
+// The operators of linear layers: pack, quantized_linear, linear and fused_linear. This file checks
+// arguments and shares the work between threads; the headers compute. Two files of operators take
+// half as long to compile as five, because of PyTorch's headers.
 //
-// Start at quantized_linear and linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX), both
-// use PyTorch's GEMM for many bfloat16 rows, and linear uses linear_avx512.h for few.
+// Start at quantized_linear and linear; fused_linear calls them. Where the CPU multiplies bfloat16
+// (AVX-512 BF16, AMX), both use PyTorch's GEMM for many bfloat16 rows, and linear uses
+// linear_avx512.h for few.
 
 #include <limits>
 

@@ -13,8 +13,8 @@
 namespace {
 
 constexpr int kRowPlanes = Factors<kInt8>::kPlanes;  // 2 if a row's high and low bytes are apart
-// Strips, far apart in memory, that one row reads in turn, a few cache lines of each: memory is read
-// faster from several places.
+// Strips, far apart in memory, that one row reads in turn, a few cache lines of each: memory is
+// read faster from several places.
 constexpr int kRowStreams = 4;
 // Rows whose sums fit in the registers.
 constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
