@@ -2,12 +2,12 @@
 
     python benchmarks/shapes.py --config benchmarks/configs/{tinyllama-1.1b,qwen3-1.7b}.json
 
-Start at main. All shapes are loaded with random weights, compiled, and decode in turns; the first
-round warms up and is not counted. After each turn the bandwidth is measured anew, since that of a
-shared machine drifts. A share is the bytes that a step reads, over its seconds, over that
-bandwidth. "over the first" is the share over that of the first --config in the same round; "at its
-fastest" is the same for the bytes per second of each shape's fastest turn, which neighbours disturb
-least.
+Start at main. All shapes are loaded with random weights, compiled (without --eager), and decode in
+turns; the first round warms up and is not counted. After each turn the bandwidth is measured anew,
+since that of a shared machine drifts. A share is the bytes that a step reads, over its seconds,
+over that bandwidth. "over the first" is the share over that of the first --config in the same
+round; "at its fastest" is the same for the bytes per second of each shape's fastest turn, which
+neighbours disturb least.
 """
 
 import argparse
@@ -34,11 +34,11 @@ VISIBLE = 192  # slots given to attention; see visible_length in layers/kv_cache
 
 
 class Shape:
-    """A model of this shape, compiled, with its caches."""
+    """A model of this shape, compiled unless `eager`, with its caches."""
 
-    def __init__(self, config: Path, mode: str):
+    def __init__(self, config: Path, mode: str, eager: bool):
         scheme = None if mode == "dense" else make_scheme(mode, 32, mode)
-        dtype, compiled = torch.bfloat16, {"compile": True, "compile_prefill": True}
+        dtype, compiled = torch.bfloat16, {"compile": not eager, "compile_prefill": not eager}
         self.lm: LoadedModel = random_model(
             config, device="cpu", dtype=dtype, scheme=scheme, **compiled
         )
@@ -59,7 +59,7 @@ class Shape:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Logs a line for each shape, and returns the figures by its name, the stem of its config."""
     torch.set_num_threads(args.threads)
-    shapes = {config.stem: Shape(config, args.mode) for config in args.config}
+    shapes = {config.stem: Shape(config, args.mode, args.eager) for config in args.config}
     others = Others()
     seconds: dict[str, list[float]] = {name: [] for name in shapes}
     shares: dict[str, list[float]] = {name: [] for name in shapes}
@@ -81,6 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "shapes",
         "mode": args.mode,
+        "eager": args.eager,
         "shapes": figures,
         "others_cpu_share": others.share(),
     } | provenance(CPU)
@@ -91,6 +92,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", nargs="+", type=Path, default=[CONFIG], help="shapes (default: TinyLlama-1.1B)")
     add("--mode", choices=["dense", "int8", "int4"], default="int4", help="(default: int4)")
+    add("--eager", action="store_true", help="decode without compiling")
     add("--steps", type=int, default=8, help="decoding steps of a turn (default: 8)")
     add("--rounds", type=int, default=15, help="counted turns of each shape (default: 15)")
     add("--threads", type=int, default=2, help="(default: 2)")
