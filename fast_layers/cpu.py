@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from fast_layers.fused_block import (
     FusedBlock,
-    Products,
+    FusedOperations,
     can_fuse,
+    eps_and_offset,
     is_identity,
     is_norm,
-    settings,
 )
 from host.log import log
 from host.memory import HugePages, page_aligned
@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
         self._layout = format, inputs_per_scale(linear), self.out_features
 
     def operands(self) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Return the arguments weight, bias and layout of the operator fused_linear."""
+        """Return the arguments weight, bias and packing of the operator fused_linear."""
         return self.packed, self.bias, self._layout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class DenseLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def operands(self) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Return the arguments weight, bias and layout of the operator fused_linear."""
+        """Return the arguments weight, bias and packing of the operator fused_linear."""
         return self.weight, self.bias, ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,10 +138,10 @@ class DenseLinear(nn.Module):
 
 
 class CPUBlock(FusedBlock):
-    """A FusedBlock on the operators fused_linear and rotate_heads, which compute what separate
-    calls do, bit for bit. From Python a call takes 4 to 8 microseconds in compiled code and more in
-    eager code. A compiled layer has 7 calls; of SequentialBlock, Llama has 12 and Gemma 3 has
-    18."""
+    """A FusedBlock on the operators fused_linear and rotate_heads, which give the bits of separate
+    calls. A compiled layer makes 7 calls; as SequentialBlocks, layers of Llama made 12, and those
+    of Gemma 3 made 18. Eager steps of models of 1 billion int4 weights are 1.14 to 1.19 times as
+    fast, compiled ones 1.00 to 1.02 times. The operators compute no gradients."""
 
     # The compiler compiles this once for all layers, see SequentialBlock.
     @torch.compiler.nested_compile_region
@@ -160,8 +160,8 @@ class CPUBlock(FusedBlock):
             residual,
             None if norm is None else norm.weight,
             None if output_norm is None else output_norm.weight,
-            *settings(norm or output_norm),
-            ACTIVATIONS.get(activation, ""),
+            *eps_and_offset(norm or output_norm),
+            "" if activation is None else GATES[activation],
             *linear.operands(),
         )
 
@@ -169,7 +169,7 @@ class CPUBlock(FusedBlock):
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """See FusedBlock.attend. One operator computes norms and rotations of heads, if positions
-        are rotary, and the norms those of Norm."""
+        are rotary, and heads have RMS norms with weights or none."""
         attention, norms = self.attention, (self.attention.q_norm, self.attention.k_norm)
         normed = all(map(is_norm, norms))
         if not (normed or all(map(is_identity, norms))) or rotation is None:
@@ -181,7 +181,7 @@ class CPUBlock(FusedBlock):
             *rotation,
             kv_heads,
             *weights,
-            *settings(norms[0] if normed else None),
+            *eps_and_offset(norms[0] if normed else None),
         )  # (B, T, H + 2 G, E)
         q, k, v = heads.split((q_heads, kv_heads, kv_heads), 2)
         return cache.attend(q, k, v, mask, pos).flatten(2)  # (B, T, H, E) -> (B, T, H * E)
@@ -247,24 +247,27 @@ def fast_gelu_tanh(x: Tensor) -> Tensor:
 
 
 def fast_silu(x: Tensor) -> Tensor:
-    """Returns the same as F.silu, computed by kernels/cpu/functions.h."""
+    """Returns F.silu(x) up to rounding, computed by kernels/cpu/functions.h; 0 for x < -80."""
     return torch.ops.gpt_flex.fast_silu(x)
 
 
 FAST_ACTIVATIONS = {gelu_tanh: fast_gelu_tanh, F.silu: fast_silu}
-# The activations of gates in fused_linear, by their functions.
-ACTIVATIONS = {fast_silu: "silu", fast_gelu_tanh: "gelu_tanh"}
-PRODUCTS = Products(
-    (PackedLinear, DenseLinear), tuple(ACTIVATIONS), (RMSNorm, OffsetRMSNorm), output_norms=True
+# For each activation function its name in fused_linear.
+GATES = {fast_silu: "silu", fast_gelu_tanh: "gelu_tanh"}
+FUSED = FusedOperations(
+    (PackedLinear, DenseLinear), tuple(GATES), (RMSNorm, OffsetRMSNorm), output_norms=True
 )
 
 
 def fuse_blocks(model: Transformer) -> None:
-    """Replace the blocks of a model by CPUBlock, in place, where can_fuse allows it. Call it if
-    use_fast_linears returned True. Streamed layers (offload.py, no plain ModuleList) stay."""
+    """Replace the blocks of a model by CPUBlock, in place, where can_fuse allows it.
+
+    Call it after use_fast_linears, if that returned True: can_fuse looks for its linears and
+    activations. Streamed layers (offload.py) stay: they are not in a plain ModuleList.
+    """
     if type(model.layers) is nn.ModuleList:
         for n, block in enumerate(model.layers):
-            if can_fuse(block, PRODUCTS):
+            if can_fuse(block, FUSED):
                 model.layers[n] = CPUBlock(block)
 
 

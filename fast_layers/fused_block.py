@@ -1,7 +1,7 @@
-"""A layer of few operators: norms, gates and residual sums are computed within its products.
+"""A layer of few operators: norms, gates and residual sums are computed within its operations.
 
-Start at FusedBlock. fast_layers/cpu.py and gpu.py make subclasses of it for their devices, and
-can_fuse tells them for which layers.
+Start at FusedBlock. fast_layers/cpu.py and gpu.py make subclasses of it for their devices; can_fuse
+says which layers they can replace.
 
 Shapes: B rows of the batch, T new tokens, D dim, F hidden_dim, H query heads, G key/value heads, E
 head_dim, K in_features and N out_features of a linear.
@@ -21,7 +21,7 @@ Norm = RMSNorm | OffsetRMSNorm
 
 
 class FusedBlock(SequentialBlock):
-    """A SequentialBlock of products that also compute what stands before and after them.
+    """A SequentialBlock that computes norms, gates and residual sums together with its operations.
 
     block: the layer whose modules it takes; can_fuse(block, ...) must be true. Computes the same as
     the block.
@@ -41,41 +41,45 @@ class FusedBlock(SequentialBlock):
         output_norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Return output_norm(linear(y)) + residual, (B, T, N), with y, (B, T, K), made of x:
-        norm(x), or with an activation, for x of (B, T, 2 K), activation(first half) * second half.
-        What is None is left out. A subclass computes it for its device."""
+        """Compute a linear together with the norm or gate before it, and the norm and sum after it.
+
+        Returns output_norm(linear(y)) + residual, (B, T, N). y, (B, T, K), is norm(x); with an
+        activation, x is (B, T, 2 K), and y is activation(first half) * second half. Callers give a
+        norm or an activation, not both, and at most one of the two norms. What is None is skipped.
+        Subclasses implement it.
+        """
         raise NotImplementedError
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
-        attention, feed_forward, output = self.attention, self.feed_forward, norm_or_none
+        attention, feed_forward = self.attention, self.feed_forward
         qkv = self.product(attention.wqkv, x, norm=norm_or_none(self.attention_norm))
         y = self.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
         x = self.product(
-            attention.wo, y, output_norm=output(self.attention_output), residual=x
+            attention.wo, y, output_norm=norm_or_none(self.attention_output), residual=x
         )  # (B, T, D)
         hidden = self.product(feed_forward.w13, x, norm=norm_or_none(self.ffn_norm))  # (B, T, 2 F)
         return self.product(
             feed_forward.w2,
             hidden,
             activation=feed_forward.activation,
-            output_norm=output(self.ffn_output),
+            output_norm=norm_or_none(self.ffn_output),
             residual=x,
         )
 
     def attend(
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
-        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). A subclass may have
-        faster ways."""
+        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). A subclass may override
+        it with a faster version."""
         return self.attention.attend(qkv, rotation, mask, pos, cache)
 
 
-class Products(NamedTuple):
-    """What the products of a device compute: the types of linears, the activations of gates, and
-    whether norms follow a product."""
+class FusedOperations(NamedTuple):
+    """What a device computes together with operations. linears: classes of linears. activations: of
+    gates. norms: classes of norms. output_norms: whether a norm may follow a product."""
 
     linears: tuple[type[nn.Module], ...]
     activations: tuple[Callable[[Tensor], Tensor], ...]
@@ -83,11 +87,14 @@ class Products(NamedTuple):
     output_norms: bool
 
 
-def can_fuse(block: nn.Module, products: Products) -> bool:
-    """Return whether a FusedBlock with these products can replace a block: a plain SequentialBlock
-    with a gated feed-forward, whose norms have weights, and without factors of outputs. A block
-    with RowParallel (tp.py), which is of another type, is not fused: the residual is to be added
-    after the sum over ranks."""
+def can_fuse(block: nn.Module, operations: FusedOperations) -> bool:
+    """Return whether a FusedBlock with these operations can replace a block.
+
+    The block must be a plain SequentialBlock with a gated feed-forward. No factor (Scale) may be
+    applied to its outputs. Its linears, norms and activation must be among the operations.
+    RowParallel (tp.py) is no such linear, so the layer of a rank is not fused: its residual must be
+    added after the sum over ranks.
+    """
     if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
         return False
     attention, feed_forward = block.attention, block.feed_forward
@@ -95,10 +102,10 @@ def can_fuse(block: nn.Module, products: Products) -> bool:
     outputs = block.attention_output, block.ffn_output
     norms = [m for m in (block.attention_norm, block.ffn_norm, *outputs) if not is_identity(m)]
     return (
-        all(isinstance(linear, products.linears) for linear in linears)
-        and all(type(norm) in products.norms and is_norm(norm) for norm in norms)
-        and (products.output_norms or all(map(is_identity, outputs)))
-        and feed_forward.activation in products.activations
+        all(isinstance(linear, operations.linears) for linear in linears)
+        and all(type(norm) in operations.norms and is_norm(norm) for norm in norms)
+        and (operations.output_norms or all(map(is_identity, outputs)))
+        and feed_forward.activation in operations.activations
     )
 
 
@@ -116,6 +123,6 @@ def norm_or_none(module: nn.Module) -> Norm | None:
     return None if is_identity(module) else module
 
 
-def settings(norm: Norm | None) -> tuple[float, float]:
-    """Return eps, and what is added to the weight, of a norm; any numbers for None."""
+def eps_and_offset(norm: Norm | None) -> tuple[float, float]:
+    """Return a norm's eps and the offset of its weight; zeros, which are not used, for None."""
     return (0.0, 0.0) if norm is None else (norm.eps, norm.offset)

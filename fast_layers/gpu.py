@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_layers.fused_block import FusedBlock, Products, can_fuse, is_identity
+from fast_layers.fused_block import FusedBlock, FusedOperations, can_fuse, is_identity
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
 from layers.kv_cache import AttentionCache, KVCache, attend_capped, grouped_attention
@@ -32,7 +32,7 @@ from quant.linear import QuantizedLinear
 # Limits on the queries of a key/value head, R*T, and on their numbers, R*T*E. With more queries,
 # PyTorch is faster; more numbers do not fit into the registers of a Triton program.
 MAX_KERNEL_QUERIES, MAX_KERNEL_NUMBERS = 64, 64 * 128
-PRODUCTS = Products((QuantizedLinear,), (F.silu,), (RMSNorm,), output_norms=False)
+FUSED = FusedOperations((QuantizedLinear,), (F.silu,), (RMSNorm,), output_norms=False)
 
 
 class OneRowLinear(Linear):
@@ -52,9 +52,10 @@ class OneRowLinear(Linear):
 
 
 class GPUBlock(FusedBlock):
-    """A FusedBlock whose products, for up to 64 rows, are the kernels of quantised linears.
-    Elsewhere than on a GPU it computes as SequentialBlock does. A decoding step of Llama 3.1 8B in
-    int4 has 16 kernels for each layer without it, with it 10."""
+    """A FusedBlock on the kernels of quantised linears. For up to 64 rows, norm, gate and residual
+    are part of a product's kernels: a decoding step of Llama 3.1 8B in int4 has 10 kernels for each
+    layer, and 16 without it. Where gpu.supports(x) is false, it computes as SequentialBlock does.
+    """
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
@@ -67,6 +68,7 @@ class GPUBlock(FusedBlock):
         self, linear, x, norm=None, activation=None, output_norm=None, residual=None
     ) -> Tensor:
         """See FusedBlock.product. output_norm must be None, and an activation F.silu."""
+        assert output_norm is None and activation in (None, F.silu)
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         prologue = gpu.Prologue(weight, eps, gated=activation is not None)
         residual = None if residual is None else residual.flatten(0, 1)  # (M, N)
@@ -116,7 +118,7 @@ def replace_layers(model: Transformer) -> None:
     """
     if type(model.layers) is nn.ModuleList:
         for n, block in enumerate(model.layers):
-            if can_fuse(block, PRODUCTS):
+            if can_fuse(block, FUSED):
                 model.layers[n] = GPUBlock(block)
     linears = {n: m for n, m in model.named_modules() if type(m) is Linear}
     for name, linear in linears.items():

@@ -1,4 +1,4 @@
-// Runs the kernels of kernels/cpu on random inputs of random shapes, and prints one line for each
+// Runs the kernels of kernels/cpu on random inputs of random shapes, and prints lines for each
 // case: its name, its shape and a checksum of the bits of its outputs. test_instruction_sets.py
 // compiles this file for several instruction sets and compares the lines.
 //

@@ -1,7 +1,7 @@
 // AVX-512 on CPUs without it: each instruction that the kernels use becomes a function of SIMDe
 // (Debian: libsimde-dev) or, where SIMDe 0.7 has none, one below. test_instruction_sets.py includes
-// this file before the kernels; the macros of the instruction sets, which the compiler would define,
-// are defined last, so that SIMDe does not use the instructions themselves.
+// this file before the kernels; the macros of the instruction sets, which the compiler would
+// define, are defined last, so that SIMDe does not use the instructions themselves.
 
 #pragma once
 
@@ -11,11 +11,11 @@
 #include <cstdint>
 #include <cstring>
 
-// SIMDe 0.7.4 names the masked function here.
+// SIMDe 0.7.4 gives this alias the four parameters of the masked function.
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 
-// Returns number i of a register of numbers of type T.
+// Returns element i of a register whose elements have type T.
 template <class T, class Register>
 inline T number_of(const Register& v, int i) {
   T number;

@@ -830,17 +830,22 @@ def step_logits(model: Transformer) -> list[Tensor]:
 
 
 @needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("kind", BLOCKS)
 @torch.inference_mode()
 def test_fused_blocks_give_the_bits_of_plain_ones(
-    kind: str, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    mode: str | None,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(cpu_products, "MIN_DENSE_BYTES", 0)
     config, fused = BLOCKS[kind]
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
     scheme = mode and make_scheme(mode, 32, mode)
-    given = {"device": "cpu", "dtype": torch.bfloat16, "scheme": scheme}
+    given = {"device": "cpu", "dtype": dtype, "scheme": scheme}
     model = random_model(tmp_path / "config.json", **given).model
     for module in model.modules():  # all norms begin as ones, or as zeros in Gemma
         if isinstance(module, (RMSNorm, OffsetRMSNorm)):
@@ -865,6 +870,12 @@ def test_the_fused_operators_have_the_schemas_and_shapes_that_they_claim():
     torch.library.opcheck(rotate, given, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="no gate by relu"):
         fused(rows(1, 600), None, None, None, 0.0, 0.0, "relu", *fast.operands())
+    with pytest.raises(RuntimeError, match="halves of 599"):
+        fused(rows(1, 599), None, None, None, 0.0, 0.0, "silu", *fast.operands())
+    with pytest.raises(RuntimeError, match="a sum of unlike tensors"):
+        fused(rows(1, 300), rows(48, 1), None, None, 0.0, 0.0, "", *fast.operands())
+    with pytest.raises(RuntimeError, match="2 numbers of a packing"):
+        fused(x, None, None, None, 0.0, 0.0, "", fast.packed, fast.bias, fast._layout[:2])
     with pytest.raises(RuntimeError, match="a norm not of 64"):
         rotate(heads, angles, angles, 1, norm, norm, 0.0, 0.0)
 

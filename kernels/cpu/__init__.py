@@ -2,8 +2,9 @@
 and plain C++.
 
 build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
-and registers each operator as torch.ops.gpt_flex.NAME. Each operator has a header, which knows
-nothing of torch; linear_operators.cpp and layer_operators.cpp share the work between its threads:
+and registers each operator as torch.ops.gpt_flex.NAME. The computation of an operator is in headers
+that know nothing of torch; linear_operators.cpp, layer_operators.cpp and layer_functions.h share
+the work between its threads:
 
     pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
     quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers;

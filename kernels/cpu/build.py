@@ -102,11 +102,11 @@ torch.library.register_fake("gpt_flex::linear")(
 torch.library.define(
     "gpt_flex::fused_linear",
     "(Tensor x, Tensor? residual, Tensor? norm, Tensor? output_norm, float eps, float offset, "
-    "str activation, Tensor weight, Tensor? bias, int[] layout) -> Tensor",
+    "str activation, Tensor weight, Tensor? bias, int[] packing) -> Tensor",
 )
 torch.library.register_fake("gpt_flex::fused_linear")(
-    lambda x, residual, norm, output_norm, eps, offset, activation, weight, bias, layout: (
-        x.new_empty(*x.shape[:-1], layout[-1] if layout else weight.shape[0])
+    lambda x, residual, norm, output_norm, eps, offset, activation, weight, bias, packing: (
+        x.new_empty(*x.shape[:-1], packing[-1] if packing else weight.shape[0])
     )
 )
 torch.library.define(
@@ -252,12 +252,14 @@ def multiplies_bfloat16() -> bool:
 
 
 def build_key(name: str) -> int:
-    """Return a checksum of the sources, the version of torch, the CPU and an instruction set.
+    """Return a checksum of the sources, the compiler's name, the version of torch, the CPU and an
+    instruction set.
 
     It names the library's folder, so that a change of any of them gives a new library. Copies of
     this repository share it. A library is tuned for one CPU (-mtune=native).
     """
-    kind = torch.__version__, sorted(torch.cpu.get_capabilities().items()), name, flags(name)
+    has = sorted(torch.cpu.get_capabilities().items())
+    kind = torch.__version__, has, name, compiler(), flags(name)
     texts = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
     return zlib.crc32(repr(kind).encode() + texts)
 

@@ -1,12 +1,12 @@
 // The factors of integer products: packed weights and fixed-point rows, as registers of 32-bit
-// lanes. Each lane of a register of weights has some inputs of one output. The row's numbers of the
-// same inputs are one lane, which is copied to all lanes of another register. Start at Factors,
-// which is Bytes where the CPU adds products of four bytes (AVX-VNNI, ARM's dot products), else
-// Pairs, and at RowFactors, for a single row. All give the same integers.
+// lanes. A lane of weights holds the weights of two or four inputs of one output. The row's numbers
+// of these inputs fill one lane, which is copied to all lanes of another register. Start at
+// Factors, which is Bytes where the CPU adds products of four bytes (AVX-VNNI, ARM's dot products),
+// else Pairs, and at RowFactors, for a single row. All give the same integers.
 //
 // Four bytes of packed weights hold four inputs of an output in int8, and eight in int4: one tile
-// in the low nibbles, the next tile in the high nibbles. A sum is below 2^31: 128 int8 inputs give
-// at most 128 * 255 * 32639, 256 int4 inputs less.
+// in the low nibbles, the next tile in the high nibbles. A sum of 256 products is below 2^31: at
+// most 256 * 255 * 32639 in int8, less in int4.
 
 #pragma once
 
@@ -21,10 +21,10 @@ namespace {
 // a shift turns bytes or nibbles into pairs, without moving any of them between lanes.
 template <Format F>
 struct Pairs {
-  static constexpr int kPlanes = 1;            // of a row: 1 of 16-bit numbers, or 2 of bytes
+  static constexpr int kPlanes = 1;            // of a row: 16-bit numbers; or 2, high and low bytes
   static constexpr int kInputs = 2;            // in a lane of a row
-  static constexpr int kSteps = 16 / bits(F);  // registers that one of packed weights turns into
-  static constexpr int64_t kExact = kSpan;     // inputs of which a sum holds the products
+  static constexpr int kSteps = 16 / bits(F);  // registers that a register of packed weights gives
+  static constexpr int64_t kExact = kSpan;     // the most inputs whose products a sum can hold
 
   // Returns the weights of a step, as unsigned integers. Step 0: inputs 0 and 2 of each lane. Step
   // 1: inputs 1 and 3. In int4, steps 2 and 3 are those of the second tile.
@@ -79,11 +79,12 @@ template <Format F>
 using Factors = Pairs<F>;
 #endif
 
-// Bytes of a row by 4-bit weights, with sums of 16 bits: the CPU adds 16 of them at a time, and
-// unpacks two registers of weights where Pairs needs four. The members are those of Bytes. A sum
-// holds 16 products of 32 inputs: at most 16 * 15 * 128. For several rows this gains nothing: they
-// share the unpacking, and each needs two sums.
-struct ShortBytes {
+// Multiplies the bytes of one row by 4-bit weights. A lane has two sums of 16 bits, which share 32
+// inputs: each adds up 16 products, at most 16 * 15 * 128. A register of packed weights gives two
+// registers of bytes, where Pairs needs four. For several rows this gains nothing: they share the
+// unpacking, and each needs two sums. The members mean the same as those of Pairs; the functions
+// exist where GPT_FLEX_SHORT_SUMS is defined.
+struct ShortSums {
   static constexpr int kPlanes = 2, kInputs = 4, kSteps = 2;
   static constexpr int64_t kExact = 32;
 
@@ -109,6 +110,6 @@ struct ShortBytes {
 
 // The factors of a single row.
 template <Format F>
-using RowFactors = std::conditional_t<short_sums<F>(1), ShortBytes, Factors<F>>;
+using RowFactors = std::conditional_t<short_sums<F>(1), ShortSums, Factors<F>>;
 
 }  // namespace

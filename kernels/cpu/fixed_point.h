@@ -18,10 +18,11 @@ constexpr int64_t kRowGroup = 8;  // rows whose scales lie side by side; AMX mul
 // and the same inputs of all rows would compete for the same few sets of the cache.
 constexpr int64_t kPad = 32;
 
-// How a row's numbers are stored. Some CPUs multiply bytes (vpdpbusd, AMX, ARM's sdot): a number is
-// 256 * high + low, both signed, and all high bytes of a row lie before all low ones. Others
-// multiply pairs of 16 bits: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile
-// of weights hold the inputs 0 and 2, and 1 and 3 (factors.h).
+// A row's numbers are stored in one of two forms, which reserve_rows selects. Bytes, for CPUs that
+// add products of four bytes (vpdpbusd, AMX, ARM's sdot) and for short_sums: a number is 256 * high
+// + low, both signed, and all high bytes of a row lie before all low ones. Pairs of 16 bits
+// elsewhere: inputs 0 to 3 lie in the order 0 2 1 3, because 16-bit lanes of a tile of weights hold
+// the inputs 0 and 2, and 1 and 3 (factors.h).
 #if defined(__AVX512VNNI__) || defined(GPT_FLEX_BYTE_PRODUCTS)
 constexpr bool kBytePlanes = true;
 #else
@@ -33,7 +34,8 @@ constexpr bool kShortSums = true;
 constexpr bool kShortSums = false;
 #endif
 
-// Returns whether M rows are multiplied as bytes with sums of 16 bits, see ShortBytes.
+// Returns whether M rows are multiplied by weights of format F as bytes with sums of 16 bits, see
+// ShortSums.
 template <Format F>
 constexpr bool short_sums(int64_t M) {
   return kShortSums && bits(F) == 4 && M == 1;

@@ -19,8 +19,8 @@ template <int N>
 
 // Returns e^x for x <= 0, with an error of at most 2^-22. x log2(e) is the sum of an integer and a
 // rest of at most 1/2: the result is 2^integer times the Taylor series of 2^rest. Returns 0 below
-// x = -80, so also for masked positions (x = -infinity); their power counts as 0, since
-// scale_by_power needs small exponents.
+// x = -80, so also for masked positions (x = -infinity), and for a NaN; their power counts as 0,
+// since scale_by_power needs small exponents.
 [[gnu::always_inline]] inline Floats exponential(Floats x) {
   constexpr float kTerms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
                               2.4022651e-1f, 6.9314718e-1f, 1.f};
@@ -41,8 +41,8 @@ template <int N>
   return bounded * polynomial(kTop, square) / polynomial(kBottom, square);
 }
 
-// Returns 1 / (1 + e^-x). Computed as it stands for x > 0, else as e^x / (1 + e^x): only e^-|x|,
-// which cannot overflow, is needed. A NaN stays a NaN.
+// Returns 1 / (1 + e^-x), and 0 for x < -80 and for a NaN. For x > 0 it is computed as it stands,
+// else as e^x / (1 + e^x). Both need only e^-|x|, which cannot overflow.
 [[gnu::always_inline]] inline Floats logistic(Floats x) {
   const Floats zero = splat(0.f), one = splat(1.f);
   const Floats power = exponential(min(x, zero - x));  // e^-|x|
@@ -50,12 +50,12 @@ template <int N>
   return numerator / (one + power);
 }
 
-// Returns x / (1 + e^-x), the SiLU of x.
+// Returns x / (1 + e^-x), the SiLU of x. A NaN stays a NaN, because x is a factor of the result.
 [[gnu::always_inline]] inline Floats silu(Floats x) { return x * logistic(x); }
 
 // Returns the tanh approximation of the GELU of x (arXiv 1606.08415, section 2): x (1 + tanh u) / 2
 // with u = sqrt(2 / pi) (x + 0.044715 x^3). Computed as x / (1 + e^-2u), which is the same and
-// subtracts no nearly equal numbers.
+// subtracts no nearly equal numbers. A NaN stays a NaN, as in silu.
 [[gnu::always_inline]] inline Floats gelu_tanh(Floats x) {
   const Floats cube = x * x * x;
   return x * logistic(splat(1.59576912f) * fma(splat(0.044715f), cube, x));

@@ -106,8 +106,9 @@ Tensor rotate_heads_of(const HeadRotation<T>& rotation, const T* qkv, int64_t to
 }
 
 // qkv: (B, T, H + 2 G, E), the heads of queries, keys and values. cos, sin: (B, T, 1, P), float32.
-// q_norm, k_norm: (E), weights of RMS norms of each head, or none; eps and offset: of
-// fast_rms_norm. Returns the rotated queries and keys, and the values, in the shape of qkv.
+// kv_heads: G. q_norm, k_norm: (E), the weight of the RMS norm of every query or key head, or none;
+// eps and offset: of fast_rms_norm. Returns the rotated queries and keys, and the values, in the
+// shape of qkv.
 Tensor rotate_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t kv_heads,
                     const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
                     double eps, double offset) {

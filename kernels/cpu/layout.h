@@ -34,8 +34,8 @@ constexpr int64_t scale_bytes(Format format) { return format % 10; }
 // code.
 
 // block: inputs that share a scale, here and below; a power of two that divides kSpan. Returns the
-// blocks that `inputs` inputs make. A division would take 10 to 90 cycles, in every turn of a loop:
-// it may trap, so the compiler leaves it where it is.
+// number of whole blocks in `inputs` inputs. It shifts in place of dividing: a division takes 10 to
+// 90 cycles, and the compiler does not move it out of a loop, because dividing by zero traps.
 constexpr int64_t blocks_of(int64_t inputs, int64_t block) {
   return inputs >> __builtin_ctzll(static_cast<uint64_t>(block));
 }

@@ -25,7 +25,7 @@ struct PackedWeights {
 template <Format F>
 inline Floats load_zeros(const uint8_t* header, int64_t block, int64_t b) {
   if constexpr (F == kInt8) return splat(128.f);
-  return load_packed_nibbles(header + zeros_offset<F>(block, b));
+  return load_sixteen_nibbles(header + zeros_offset<F>(block, b));
 }
 
 // Returns the scales, (16,), of block b of the span that begins at `header`; they are in units of

@@ -16,13 +16,13 @@ inline void with_constant(int64_t count, int64_t first, Visit visit) {
   if constexpr (R > 1) with_constant<R - 1>(count, first, visit);
 }
 
-// Divides `rows` rows into as few groups of at most R as possible, of sizes that differ by at most
-// one (a group of one row reads as many weights as a full group), and calls visit(count, first) for
-// each: `count` rows from `first` on.
+// Divides `rows` rows, at least one, into as few groups of at most R as possible, and calls
+// visit(count, first) for each: `count` rows from `first` on. The sizes differ by at most one,
+// since a group of one row reads as many weights as a full group.
 template <int R, class Visit>
 inline void in_groups(int64_t rows, Visit visit) {
   const int64_t groups = (rows + R - 1) / R;
-  // Divisions of 32 bits: those of 64 bits take up to 90 cycles on older CPUs.
+  // A division of 32 bits: one of 64 bits takes up to 90 cycles on older CPUs.
   const int64_t size = static_cast<uint32_t>(rows) / static_cast<uint32_t>(groups);
   int64_t larger = rows - size * groups;  // groups that have a row more
   for (int64_t first = 0; first < rows; larger--) {

@@ -12,20 +12,21 @@
 
 namespace {
 
-constexpr int kRowPlanes = Factors<kInt8>::kPlanes;  // 2 if a row's high and low bytes are apart
-// Strips, far apart in memory, that one row reads in turn, a few cache lines of each: memory is
-// read faster from several places.
+// Planes of each of several rows. A single row may have more, see RowFactors.
+constexpr int kRowPlanes = Factors<kInt8>::kPlanes;
+// Strips that are read in turn for one row, a few cache lines of each. They are far apart in
+// memory, because memory is read faster from several places.
 constexpr int kRowStreams = 4;
 // Rows whose sums fit in the registers.
 constexpr int kRowsTogether = (kLanes == 16 ? 8 : 4) / kRowPlanes;
 // Strips and rows whose outputs, 8 KB, and a span of the rows, 16 KB, stay in the L1 cache.
 constexpr int64_t kStripsInCache = 4, kRowsInCache = 32;
 
-// Adds to register p of the sums of each plane the products of a register of packed weights by the
-// row's values of each step and plane. A sum stays in a register while it grows: GCC 12 keeps
-// references to elements of `sums` in memory.
+// Multiplies a register of packed weights by the row's values of each step and plane. Adds the
+// products to register p of the plane's sums. Each sum is a local variable while it grows, because
+// GCC 12 would store an element of `sums` in memory after each addition.
 template <class Factor>
-[[gnu::always_inline]] inline void add_line_products(
+[[gnu::always_inline]] inline void add_register_products(
     NativeInt packed, const NativeInt (&values)[Factor::kSteps][Factor::kPlanes], int p,
     Ints (&sums)[Factor::kPlanes]) {
   NativeInt weights[Factor::kSteps];
@@ -43,22 +44,25 @@ template <class Factor>
   }
 }
 
-// Multiplies a block of `inputs` inputs of a row, whose planes are `lanes`, by the tiles of STRIPS
-// strips. Returns the sums in totals, (STRIPS, 16). row_sum: of the row's numbers. In the loops, k
-// and i: cache line, t: strip, p: register of its 16 outputs, j: step, h: plane of the row.
+// Multiplies a block of `inputs` inputs of a row by the tiles of STRIPS strips. Returns the sums in
+// totals, (STRIPS, 16). lanes: the block's lanes of each plane of the row. row_sum: the sum of the
+// row's numbers in the block. Sums are added to the totals after every `exact` cache lines, before
+// they could overflow. In the loops, k + i: cache line, t: strip, p: register of its 16 outputs, j:
+// step, h: plane of the row.
 template <class Factor, int STRIPS>
 [[gnu::always_inline]] inline void multiply_block(const uint8_t* const* tiles,
                                                   const int32_t* const* lanes, int64_t inputs,
                                                   float row_sum, Ints (&totals)[STRIPS]) {
   constexpr int kPlanes = Factor::kPlanes, kSteps = Factor::kSteps;
-  constexpr int64_t kLineInputs = Factor::kInputs * kSteps, kExact = Factor::kExact / kLineInputs;
+  constexpr int64_t kLineInputs = Factor::kInputs * kSteps;
   constexpr bool kWhole = Factor::kExact == kSpan;  // the sums hold the products of any block
-  constexpr int kUnrolled = kWhole ? 1 : kExact;
-  const int64_t lines = inputs / kLineInputs, exact = kWhole ? lines : kExact;
+  constexpr int kUnrolled = kWhole ? 1 : Factor::kExact / kLineInputs;
+  const int64_t lines = inputs / kLineInputs, exact = kWhole ? lines : kUnrolled;
   for (Ints& total : totals) total = splat(0);
   for (int64_t first = 0; first < lines; first += exact) {
     Ints sums[STRIPS][kPlanes];
-    for (int i = 0; i < STRIPS * kPlanes; i++) sums[i / kPlanes][i % kPlanes] = splat(0);
+    for (auto& strip : sums)
+      for (Ints& plane : strip) plane = splat(0);
     for (int64_t k = first; k < first + exact; k += kUnrolled) {
 #pragma GCC unroll 4
       for (int i = 0; i < kUnrolled; i++) {
@@ -73,8 +77,10 @@ template <class Factor, int STRIPS>
           const uint8_t* line = tiles[t] + (k + i) * kLine;
           prefetch(line + kAhead);
 #pragma GCC unroll 16
-          for (int p = 0; p < kParts; p++)
-            add_line_products<Factor>(native_load_bits(line + 4 * p * kLanes), values, p, sums[t]);
+          for (int p = 0; p < kParts; p++) {
+            const NativeInt packed = native_load_bits(line + 4 * p * kLanes);
+            add_register_products<Factor>(packed, values, p, sums[t]);
+          }
         }
       }
     }
@@ -82,7 +88,7 @@ template <class Factor, int STRIPS>
   }
 }
 
-// Multiplies the only row, row 0, by the strips with the numbers n, of which it reads a block in
+// Multiplies row 0, the only row, by the STRIPS strips numbered n. Reads one block of each strip in
 // turn. Returns the outputs in y, (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,

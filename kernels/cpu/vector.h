@@ -17,13 +17,14 @@
 //                             kLanes), and widens each to 32 bits. Of a byte's two numbers the low
 //                             one is the first
 //   native_shift_right_16     shifts each half of 16 bits and fills it up with zeros
-//   native_add_pair_products  adds to each sum the products of the two pairs in its lane
+//   native_add_pair_products  adds to each sum a0 * b0 + a1 * b1 of the pairs a and b in its lane
 //   native_add_byte_products  adds to each sum the products of the four bytes in its lane; exists
 //                             where GPT_FLEX_BYTE_PRODUCTS is defined. Inputs are signed, and
 //                             weights are signed if kSignedWeights is true
-//   native_short_products     for each 16 bits: the sum of the products of their two bytes. Exists
-//                             with native_add_shorts where GPT_FLEX_SHORT_SUMS is defined. Weights
-//                             are unsigned, inputs signed, and a sum must fit 16 bits
+//   native_short_products     multiplies unsigned bytes of weights by signed bytes of inputs, and
+//                             adds each two neighbouring products to a sum of 16 bits, which must
+//                             not overflow. Exists, as native_add_shorts does, where
+//                             GPT_FLEX_SHORT_SUMS is defined
 //   native_add_shorts         adds integers of 16 bits
 //   native_reduce_add_four    writes the sums of the lanes of four registers
 //   native_keep               makes the compiler finish a sum before it computes more products
@@ -150,7 +151,7 @@ inline void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
 }
 
 // Loads sixteen 4-bit numbers, two to a byte; the low one is the first.
-inline Floats load_packed_nibbles(const uint8_t* from) {
+inline Floats load_sixteen_nibbles(const uint8_t* from) {
   Floats result;
 #pragma GCC unroll 16
   for (int p = 0; p < kParts; p++)
