@@ -169,7 +169,8 @@ class CPUBlock(FusedBlock):
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """See FusedBlock.attend. One operator computes norms and rotations of heads, if positions
-        are rotary, and heads have RMS norms with weights or none."""
+        are rotary, and the heads have either no norms or RMS norms with weights, whose eps and
+        offset are the same."""
         attention, norms = self.attention, (self.attention.q_norm, self.attention.k_norm)
         normed = all(map(is_norm, norms))
         if not (normed or all(map(is_identity, norms))) or rotation is None:
@@ -262,8 +263,9 @@ FUSED = FusedOperations(
 def fuse_blocks(model: Transformer) -> None:
     """Replace the blocks of a model by CPUBlock, in place, where can_fuse allows it.
 
-    Call it after use_fast_linears, if that returned True: can_fuse looks for its linears and
-    activations. Streamed layers (offload.py) stay: they are not in a plain ModuleList.
+    Call it after use_fast_linears, if that returned True: can_fuse accepts only the linears and
+    activations that it puts in. Streamed layers (offload.py) stay: they are not in a plain
+    ModuleList.
     """
     if type(model.layers) is nn.ModuleList:
         for n, block in enumerate(model.layers):

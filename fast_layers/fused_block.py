@@ -1,4 +1,5 @@
-"""A layer of few operators: norms, gates and residual sums are computed within its operations.
+"""A layer of few operators: each linear also computes the norm or gate before it and the residual
+sum after it.
 
 Start at FusedBlock. fast_layers/cpu.py and gpu.py make subclasses of it for their devices; can_fuse
 says which layers they can replace.
@@ -21,7 +22,7 @@ Norm = RMSNorm | OffsetRMSNorm
 
 
 class FusedBlock(SequentialBlock):
-    """A SequentialBlock that computes norms, gates and residual sums together with its operations.
+    """A SequentialBlock that computes norms, gates and residual sums together with its linears.
 
     block: the layer whose modules it takes; can_fuse(block, ...) must be true. Computes the same as
     the block.
@@ -91,9 +92,10 @@ def can_fuse(block: nn.Module, operations: FusedOperations) -> bool:
     """Return whether a FusedBlock with these operations can replace a block.
 
     The block must be a plain SequentialBlock with a gated feed-forward. No factor (Scale) may be
-    applied to its outputs. Its linears, norms and activation must be among the operations.
-    RowParallel (tp.py) is no such linear, so the layer of a rank is not fused: its residual must be
-    added after the sum over ranks.
+    applied to its outputs. Its linears, norms and activation must be among the operations; a norm
+    must have a weight, and nn.Identity stands for no norm. Tensor-parallel layers are not fused:
+    RowParallel (tp.py) is not among the linears, and the residual must be added after the sum over
+    ranks.
     """
     if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
         return False

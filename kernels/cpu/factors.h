@@ -79,8 +79,8 @@ template <Format F>
 using Factors = Pairs<F>;
 #endif
 
-// Multiplies the bytes of one row by 4-bit weights. A lane has two sums of 16 bits, which share 32
-// inputs: each adds up 16 products, at most 16 * 15 * 128. A register of packed weights gives two
+// Multiplies the bytes of one row by 4-bit weights. A lane has two sums of 16 bits; each adds up
+// the products of 16 of 32 inputs, at most 16 * 15 * 128. A register of packed weights gives two
 // registers of bytes, where Pairs needs four. For several rows this gains nothing: they share the
 // unpacking, and each needs two sums. The members mean the same as those of Pairs; the functions
 // exist where GPT_FLEX_SHORT_SUMS is defined.

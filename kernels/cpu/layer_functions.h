@@ -81,7 +81,7 @@ inline Floats rounded(const Floats& v) {
 }
 
 // Returns activation(first half) * second half of each row of x, (M, 2 K) -> (M, K). Rounds the
-// activation first, as separate operators would.
+// activation to the dtype first, so that the bits are those of separate operators.
 template <class Activation>
 Tensor gated_by(const Tensor& x, Activation activation) {
   const int64_t M = x.size(0), K = x.size(1) / 2, strips = (K + kStrip - 1) / kStrip;

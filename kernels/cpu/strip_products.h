@@ -88,8 +88,8 @@ template <class Factor, int STRIPS>
   }
 }
 
-// Multiplies row 0, the only row, by the STRIPS strips numbered n. Reads one block of each strip in
-// turn. Returns the outputs in y, (STRIPS, 16).
+// Multiplies row 0, the only row, by the STRIPS strips numbered n: a block of all strips before the
+// next block. Returns the outputs in y, (STRIPS, 16).
 template <Format F, int STRIPS>
 void multiply_row(const PackedWeights& w, const int64_t (&n)[STRIPS], const FixedPointRows& x,
                   Floats* y) {
