@@ -27,7 +27,6 @@ from fast_layers.fused_block import (
     FusedBlock,
     FusedOperations,
     can_fuse,
-    eps_and_offset,
     is_identity,
     is_norm,
 )
@@ -44,7 +43,7 @@ from kernels.cpu.build import (
 from layers.basic import Linear, OffsetRMSNorm, RMSNorm, gelu_tanh
 from layers.kv_cache import AttentionCache, KVCache, grouped_attention
 from layers.positions import Rotation
-from model import Transformer
+from model import SequentialBlock, Transformer
 from quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 # Compiling the kernels does not pay for a model whose dense linears have fewer bytes.
@@ -52,6 +51,7 @@ MIN_DENSE_BYTES = 2**24
 # The most query heads that may share a key/value head: a verify pass of 16 tokens then has at most
 # kMaxQueries queries (128, kernels/cpu/layer_operators.cpp).
 MAX_SHARING = 8
+NO_PACKING = -1, 0, 0  # of a dense linear, in place of a PackedLinear's _layout: kDense of the C++
 
 
 class PackedLinear(nn.Module):
@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
         self._layout = format, inputs_per_scale(linear), self.out_features
 
     def operands(self) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Return the arguments weight, bias and packing of the operator fused_linear."""
+        """Return weight, bias and packing, as the operator decoder_layer takes them."""
         return self.packed, self.bias, self._layout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ class DenseLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def operands(self) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-        """Return the arguments weight, bias and packing of the operator fused_linear."""
-        return self.weight, self.bias, ()
+        """Return weight, bias and packing, as the operator decoder_layer takes them."""
+        return self.weight, self.bias, NO_PACKING
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the linear's output, (..., N), for x, (..., K)."""
@@ -138,53 +138,70 @@ class DenseLinear(nn.Module):
 
 
 class CPUBlock(FusedBlock):
-    """A FusedBlock on the operators fused_linear and rotate_heads, which give the bits of separate
-    calls. A compiled layer makes 7 calls; as SequentialBlocks, layers of Llama made 12, and those
-    of Gemma 3 made 18. Eager steps of models of 1 billion int4 weights are 1.14 to 1.19 times as
-    fast, compiled ones 1.00 to 1.02 times. The operators compute no gradients."""
+    """A FusedBlock of three operators: project_heads, store_and_attend and finish_layer, which
+    kernels/cpu/__init__.py describes. They give the bits of separate calls, and compute no
+    gradients. The weights of the block must have their final places in memory."""
 
-    # The compiler compiles this once for all layers, see SequentialBlock.
-    @torch.compiler.nested_compile_region
+    def __init__(self, block: SequentialBlock):
+        super().__init__(block)
+        attention = self.attention
+        q_heads, kv_heads, _ = (width // attention.head_dim for width in attention.widths)
+        self.heads, self.width = (q_heads, kv_heads, attention.head_dim), sum(attention.widths)
+        norms = attention.q_norm, attention.k_norm
+        # Whether project_heads can compute the norms of heads, and their rotation after them.
+        self.rotates = all(map(is_identity, norms)) or all(map(is_norm, norms))
+        # Not persistent: it refers to the weights, which a state_dict has anyway.
+        self.register_buffer("layer", self._decoder_layer(), persistent=False)
+
+    def _decoder_layer(self) -> Tensor:
+        """Return what the operator decoder_layer makes of the block."""
+        attention, feed_forward = self.attention, self.feed_forward
+        linears = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
+        weights, biases, packings = zip(*(linear.operands() for linear in linears), strict=True)
+        norms = [self.attention_norm, self.attention_output, self.ffn_norm, self.ffn_output]
+        norms += [attention.q_norm, attention.k_norm] if self.rotates else [nn.Identity()] * 2
+        eps, offset = next(((n.eps, n.offset) for n in norms if not is_identity(n)), (0.0, 0.0))
+        return torch.ops.gpt_flex.decoder_layer(
+            [weight.detach() for weight in weights],
+            biases,
+            sum(packings, ()),
+            [None if is_identity(norm) else norm.weight.detach() for norm in norms],
+            eps,
+            offset,
+            GATES[feed_forward.activation],
+            self.heads,
+        )
+
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
-        return super().forward(x, rotation, mask, pos, cache)
+        ops, layer = torch.ops.gpt_flex, self.layer
+        cos, sin = rotation if self.rotates else (None, None)
+        heads = ops.project_heads(layer, x, cos, sin, self.width)  # (B, T, (H + 2 G) * E)
+        if self.rotates and type(cache) is KVCache and cache.attention is kernel_attention:
+            y = ops.store_and_attend(heads, cache.k, cache.v, pos, mask, *cache.scores)
+        else:
+            y = self.attend(heads, None if self.rotates else rotation, mask, pos, cache)
+        return ops.finish_layer(layer, x, y)  # y: (B, T, H * E)
 
-    def product(
-        self, linear, x, norm=None, activation=None, output_norm=None, residual=None
-    ) -> Tensor:
-        """See FusedBlock.product."""
-        return torch.ops.gpt_flex.fused_linear(
-            x,
-            residual,
-            None if norm is None else norm.weight,
-            None if output_norm is None else output_norm.weight,
-            *eps_and_offset(norm or output_norm),
-            "" if activation is None else GATES[activation],
-            *linear.operands(),
-        )
-
+    # The compiler compiles this once for all layers, see SequentialBlock.
+    @torch.compiler.nested_compile_region
     def attend(
-        self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
+        self,
+        heads: Tensor,
+        rotation: Rotation | None,
+        mask: Tensor,
+        pos: Tensor,
+        cache: AttentionCache,
     ) -> Tensor:
-        """See FusedBlock.attend. One operator computes norms and rotations of heads, if positions
-        are rotary, and the heads have either no norms or RMS norms with weights, whose eps and
-        offset are the same."""
-        attention, norms = self.attention, (self.attention.q_norm, self.attention.k_norm)
-        normed = all(map(is_norm, norms))
-        if not (normed or all(map(is_identity, norms))) or rotation is None:
-            return super().attend(qkv, rotation, mask, pos, cache)
-        weights = [norm.weight if normed else None for norm in norms]
-        q_heads, kv_heads, _ = (width // attention.head_dim for width in attention.widths)
-        heads = torch.ops.gpt_flex.rotate_heads(
-            qkv.unflatten(2, (-1, attention.head_dim)),
-            *rotation,
-            kv_heads,
-            *weights,
-            *eps_and_offset(norms[0] if normed else None),
-        )  # (B, T, H + 2 G, E)
-        q, k, v = heads.split((q_heads, kv_heads, kv_heads), 2)
+        """Compute Attention.attend for any cache, (B, T, (H + 2 G) * E) -> (B, T, H * E). rotation:
+        None: the heads are already normed and rotated."""
+        if rotation is not None:
+            return self.attention.attend(heads, rotation, mask, pos, cache)
+        q_heads, kv_heads, head_dim = self.heads
+        each = heads.unflatten(2, (-1, head_dim))  # (B, T, H + 2 G, E)
+        q, k, v = each.split((q_heads, kv_heads, kv_heads), 2)
         return cache.attend(q, k, v, mask, pos).flatten(2)  # (B, T, H, E) -> (B, T, H * E)
 
 
@@ -253,7 +270,7 @@ def fast_silu(x: Tensor) -> Tensor:
 
 
 FAST_ACTIVATIONS = {gelu_tanh: fast_gelu_tanh, F.silu: fast_silu}
-# For each activation function its name in fused_linear.
+# For each activation function its name in decoder_layer.
 GATES = {fast_silu: "silu", fast_gelu_tanh: "gelu_tanh"}
 FUSED = FusedOperations(
     (PackedLinear, DenseLinear), tuple(GATES), (RMSNorm, OffsetRMSNorm), output_norms=True

@@ -1,11 +1,7 @@
-"""A layer of few operators: each linear also computes the norm or gate before it and the residual
-sum after it.
+"""Layers that compute norms, gates and residual sums together with their linears.
 
-Start at FusedBlock. fast_layers/cpu.py and gpu.py make subclasses of it for their devices; can_fuse
-says which layers they can replace.
-
-Shapes: B rows of the batch, T new tokens, D dim, F hidden_dim, H query heads, G key/value heads, E
-head_dim, K in_features and N out_features of a linear.
+Start at can_fuse, which says which layers a device can compute so. cpu.py and gpu.py make
+subclasses of FusedBlock for their devices.
 """
 
 from collections.abc import Callable
@@ -14,68 +10,22 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from layers.basic import OffsetRMSNorm, RMSNorm
-from layers.kv_cache import AttentionCache
-from layers.positions import Rotation
+from layers.positions import RotaryPositions
 from model import GatedFeedForward, SequentialBlock
 
 Norm = RMSNorm | OffsetRMSNorm
 
 
 class FusedBlock(SequentialBlock):
-    """A SequentialBlock that computes norms, gates and residual sums together with its linears.
+    """A SequentialBlock with a faster forward, which subclasses implement. Computes the same.
 
-    block: the layer whose modules it takes; can_fuse(block, ...) must be true. Computes the same as
-    the block.
+    block: the layer whose modules it takes; can_fuse(block, ...) must be true.
     """
 
     def __init__(self, block: SequentialBlock):
         nn.Module.__init__(self)  # not SequentialBlock's, which would allocate weights
         for name, module in block.named_children():
             self.add_module(name, module)
-
-    def product(
-        self,
-        linear: nn.Module,
-        x: Tensor,
-        norm: Norm | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
-        output_norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Compute a linear together with the norm or gate before it, and the norm and sum after it.
-
-        Returns output_norm(linear(y)) + residual, (B, T, N). y, (B, T, K), is norm(x); with an
-        activation, x is (B, T, 2 K), and y is activation(first half) * second half. Callers give a
-        norm or an activation, not both, and at most one of the two norms. What is None is skipped.
-        Subclasses implement it.
-        """
-        raise NotImplementedError
-
-    def forward(
-        self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
-    ) -> Tensor:
-        """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
-        attention, feed_forward = self.attention, self.feed_forward
-        qkv = self.product(attention.wqkv, x, norm=norm_or_none(self.attention_norm))
-        y = self.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
-        x = self.product(
-            attention.wo, y, output_norm=norm_or_none(self.attention_output), residual=x
-        )  # (B, T, D)
-        hidden = self.product(feed_forward.w13, x, norm=norm_or_none(self.ffn_norm))  # (B, T, 2 F)
-        return self.product(
-            feed_forward.w2,
-            hidden,
-            activation=feed_forward.activation,
-            output_norm=norm_or_none(self.ffn_output),
-            residual=x,
-        )
-
-    def attend(
-        self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
-    ) -> Tensor:
-        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). A subclass may override
-        it with a faster version."""
-        return self.attention.attend(qkv, rotation, mask, pos, cache)
 
 
 class FusedOperations(NamedTuple):
@@ -91,11 +41,11 @@ class FusedOperations(NamedTuple):
 def can_fuse(block: nn.Module, operations: FusedOperations) -> bool:
     """Return whether a FusedBlock with these operations can replace a block.
 
-    The block must be a plain SequentialBlock with a gated feed-forward. No factor (Scale) may be
-    applied to its outputs. Its linears, norms and activation must be among the operations; a norm
-    must have a weight, and nn.Identity stands for no norm. Tensor-parallel layers are not fused:
-    RowParallel (tp.py) is not among the linears, and the residual must be added after the sum over
-    ranks.
+    The block must be a plain SequentialBlock with rotary positions and a gated feed-forward. No
+    factor (Scale) may be applied to its outputs. Its linears, norms and activation must be among
+    the operations; a norm must have a weight, and nn.Identity stands for no norm. All RMS norms
+    must have the same eps and offset. Tensor-parallel layers are not fused: RowParallel (tp.py) is
+    not among the linears, and the residual must be added after the sum over ranks.
     """
     if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
         return False
@@ -104,8 +54,10 @@ def can_fuse(block: nn.Module, operations: FusedOperations) -> bool:
     outputs = block.attention_output, block.ffn_output
     norms = [m for m in (block.attention_norm, block.ffn_norm, *outputs) if not is_identity(m)]
     return (
-        all(isinstance(linear, operations.linears) for linear in linears)
+        attention.rotate is RotaryPositions.rotate
+        and all(isinstance(linear, operations.linears) for linear in linears)
         and all(type(norm) in operations.norms and is_norm(norm) for norm in norms)
+        and len({(norm.eps, norm.offset) for norm in filter(is_norm, block.modules())}) <= 1
         and (operations.output_norms or all(map(is_identity, outputs)))
         and feed_forward.activation in operations.activations
     )
@@ -123,8 +75,3 @@ def is_norm(module: nn.Module) -> bool:
 def norm_or_none(module: nn.Module) -> Norm | None:
     """Return a norm, or None for nn.Identity."""
     return None if is_identity(module) else module
-
-
-def eps_and_offset(norm: Norm | None) -> tuple[float, float]:
-    """Return a norm's eps and the offset of its weight; zeros, which are not used, for None."""
-    return (0.0, 0.0) if norm is None else (norm.eps, norm.offset)

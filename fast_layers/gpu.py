@@ -20,12 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_layers.fused_block import FusedBlock, FusedOperations, can_fuse, is_identity
+from fast_layers.fused_block import (
+    FusedBlock,
+    FusedOperations,
+    Norm,
+    can_fuse,
+    is_identity,
+    norm_or_none,
+)
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
 from layers.kv_cache import AttentionCache, KVCache, attend_capped, grouped_attention
-from layers.positions import RotaryPositions, Rotation
-from model import SequentialBlock, Transformer
+from layers.positions import Rotation
+from model import Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
@@ -61,32 +68,47 @@ class GPUBlock(FusedBlock):
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
         """Return the layer's output for x, (B, T, D), in that shape; see SequentialBlock."""
-        compute = FusedBlock if gpu.supports(x) else SequentialBlock
-        return compute.forward(self, x, rotation, mask, pos, cache)
-
-    def product(
-        self, linear, x, norm=None, activation=None, output_norm=None, residual=None
-    ) -> Tensor:
-        """See FusedBlock.product. output_norm must be None, and an activation F.silu."""
-        assert output_norm is None and activation in (None, F.silu)
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        prologue = gpu.Prologue(weight, eps, gated=activation is not None)
-        residual = None if residual is None else residual.flatten(0, 1)  # (M, N)
-        y = linear.on_gpu(x.flatten(0, 1), prologue, residual)  # (M, N)
-        return y.unflatten(0, x.shape[:2])  # (B, T, N)
+        if not gpu.supports(x):
+            return super().forward(x, rotation, mask, pos, cache)
+        attention, feed_forward = self.attention, self.feed_forward
+        qkv = product(attention.wqkv, x, norm_or_none(self.attention_norm))
+        y = self.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
+        x = product(attention.wo, y, residual=x)  # (B, T, D)
+        hidden = product(feed_forward.w13, x, norm_or_none(self.ffn_norm))  # (B, T, 2 F)
+        return product(feed_forward.w2, hidden, gated=True, residual=x)  # (B, T, D)
 
     def attend(
         self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
     ) -> Tensor:
-        """See FusedBlock.attend. One kernel rotates and stores, if the cache is a plain KVCache,
-        positions are rotary, and heads have no norms."""
+        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). One kernel rotates and
+        stores, if the cache is a plain KVCache and heads have no norms."""
         attention = self.attention
-        plain = type(cache) is KVCache and attention.rotate is RotaryPositions.rotate
-        if not (plain and is_identity(attention.q_norm) and is_identity(attention.k_norm)):
-            return super().attend(qkv, rotation, mask, pos, cache)
+        norms = attention.q_norm, attention.k_norm
+        if type(cache) is not KVCache or not all(map(is_identity, norms)):
+            return attention.attend(qkv, rotation, mask, pos, cache)
         heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
         q = torch.ops.gpt_flex.rotate_and_store(heads, *rotation, pos, cache.k, cache.v)
         return cache.attention(cache, q, mask, pos).flatten(2)
+
+
+def product(
+    linear: QuantizedLinear,
+    x: Tensor,
+    norm: Norm | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute a linear together with the norm or gate before it and the residual sum after it.
+
+    Returns linear(y) + residual, (B, T, N). y, (B, T, K), is norm(x); if `gated`, x is (B, T, 2 K),
+    and y is silu(first half) * second half. Callers give a norm or a gate, not both. What is None
+    is skipped.
+    """
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    prologue = gpu.Prologue(weight, eps, gated=gated)
+    residual = None if residual is None else residual.flatten(0, 1)  # (M, N)
+    y = linear.on_gpu(x.flatten(0, 1), prologue, residual)  # (M, N)
+    return y.unflatten(0, x.shape[:2])  # (B, T, N)
 
 
 def use_fast_layers(model: Transformer) -> None:

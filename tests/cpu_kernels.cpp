@@ -162,7 +162,7 @@ template <class T>
 void rotation_case(Random& random, const char* name) {
   const int64_t H = 1 + random.below(4), G = 1 + random.below(3), P = 1 + random.below(40);
   const int64_t E = 2 * P + random.below(2) * random.below(20), tokens = 1 + random.below(3);
-  const auto x = random_values<T>(random, tokens * (H + 2 * G) * E);
+  auto heads = random_values<T>(random, tokens * (H + 2 * G) * E);
   const auto cos = random_values<float>(random, tokens * P);
   const auto sin = random_values<float>(random, tokens * P);
   const auto norms = random_values<T>(random, 2 * E);
@@ -171,9 +171,8 @@ void rotation_case(Random& random, const char* name) {
                                  normed ? norms.data() : nullptr,
                                  normed ? norms.data() + E : nullptr, 1e-6f,
                                  static_cast<float>(random.below(2))};
-  std::vector<T> y(x.size()), memory(E);
-  for (int64_t t = 0; t < tokens; t++) rotation.rotate_token(x.data(), t, y.data(), memory.data());
-  print(name, tokens, H, E, P, y);
+  for (int64_t t = 0; t < tokens; t++) rotation.rotate_token(heads.data(), t);
+  print(name, tokens, H, E, P, heads);
 }
 
 // Computes all heads together, then one query of each head alone; prints both. In half of the cases

@@ -17,7 +17,9 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -857,27 +859,74 @@ def test_fused_blocks_give_the_bits_of_plain_ones(
     assert all(map(torch.equal, found, step_logits(model)))
 
 
+def layer_of(**changes: Any) -> Tensor:
+    """What decoder_layer makes of small random linears, one of them dense, with all norms. changes:
+    other arguments."""
+    sizes = (64, 192), (96, 64), (80, 64)
+    wqkv, wo, w2 = (PackedLinear(filled(*size, 32, True)) for size in sizes)
+    w13 = DenseLinear(Linear(64, 160, dtype=torch.bfloat16))
+    weights, biases, packings = zip(*(m.operands() for m in (wqkv, wo, w13, w2)), strict=True)
+    norms = [torch.rand(D).bfloat16() for D in (64, 64, 64, 64, 48, 48)]
+    given = {
+        "weights": [weight.detach() for weight in weights],
+        "biases": [None if bias is None else bias.detach() for bias in biases],
+        "packings": sum(packings, ()),
+        "norms": norms,
+        "eps": 1e-5,
+        "offset": 0.0,
+        "activation": "silu",
+        "heads": (2, 1, 48),
+    }
+    return torch.ops.gpt_flex.decoder_layer(*(given | changes).values())
+
+
 @needed
-def test_the_fused_operators_have_the_schemas_and_shapes_that_they_claim():
-    x, residual, norm = rows(3, 300)[:, None], rows(3, 48)[:, None], torch.ones(300).bfloat16()
-    fast = PackedLinear(filled(300, 48, 32, True))
-    fused = torch.ops.gpt_flex.fused_linear
-    given = x, residual, norm, None, 1e-5, 0.0, "", *fast.operands()
-    torch.library.opcheck(fused, given, test_utils=("test_schema", "test_faketensor"))
-    heads, angles = rows(6, 64).view(2, 1, 3, 64), torch.rand(2, 1, 1, 32)
-    given = heads, angles, angles, 1, None, None, 0.0, 0.0
-    rotate = torch.ops.gpt_flex.rotate_heads
-    torch.library.opcheck(rotate, given, test_utils=("test_schema", "test_faketensor"))
-    with pytest.raises(RuntimeError, match="no gate by relu"):
-        fused(rows(1, 600), None, None, None, 0.0, 0.0, "relu", *fast.operands())
-    with pytest.raises(RuntimeError, match="halves of 599"):
-        fused(rows(1, 599), None, None, None, 0.0, 0.0, "silu", *fast.operands())
-    with pytest.raises(RuntimeError, match="a sum of unlike tensors"):
-        fused(rows(1, 300), rows(48, 1), None, None, 0.0, 0.0, "", *fast.operands())
-    with pytest.raises(RuntimeError, match="2 numbers of a packing"):
-        fused(x, None, None, None, 0.0, 0.0, "", fast.packed, fast.bias, fast._layout[:2])
-    with pytest.raises(RuntimeError, match="a norm not of 64"):
-        rotate(heads, angles, angles, 1, norm, norm, 0.0, 0.0)
+def test_the_operators_of_a_layer_have_the_schemas_and_shapes_that_they_claim():
+    """opcheck copies all arguments, and a layer may not be copied."""
+    ops, layer, angles = torch.ops.gpt_flex, layer_of(), torch.rand(3, 1, 1, 24)
+    x, (k, v) = rows(3, 64)[:, None], rows(30, 48).view(2, 3, 5, 1, 48)
+
+    def checked(operator, *given):
+        found = operator(*given)
+        fake = operator(*(t.to("meta") if isinstance(t, Tensor) else t for t in given))
+        assert (fake.shape, fake.dtype) == (found.shape, found.dtype) and found.is_contiguous()
+        return found
+
+    heads = checked(ops.project_heads, layer, x, angles, angles, 192)  # (3, 1, 4 * 48)
+    slots, mask = torch.tensor([[1], [0], [4]]), torch.zeros(3, 1, 2, 5).bfloat16()
+    given = heads, k, v, slots, mask, None, None
+    torch.library.opcheck(
+        ops.store_and_attend, given, test_utils=("test_schema", "test_faketensor")
+    )
+    y = ops.store_and_attend(*given)  # (3, 1, 2 * 48)
+    checked(ops.finish_layer, layer, x, y)
+
+
+@needed
+def test_the_operators_of_a_layer_refuse_wrong_arguments():
+    ops, x, angles = torch.ops.gpt_flex, rows(3, 64)[:, None], torch.rand(3, 1, 1, 24)
+    layer, norm = layer_of(), torch.ones(64).bfloat16()
+    project = partial(ops.project_heads, x=x, cos=angles, sin=angles, width=192)
+    heads, (k, v) = project(layer), rows(30, 48).view(2, 3, 5, 1, 48)
+    mask, slots = torch.zeros(3, 1, 2, 5).bfloat16(), torch.zeros(3, 1, dtype=torch.long)
+    attend = partial(ops.store_and_attend, heads, k, v, mask=mask, scale=None, softcap=None)
+    y, head_norms = attend(slots), [norm] * 6
+    for call, message in (
+        (lambda: layer_of(packings=(1, 32, 0)), "lists of other lengths"),
+        (lambda: project(layer.clone()), "a copy of one"),
+        (lambda: project(torch.zeros(8, dtype=torch.uint8)), "no tensor of decoder_layer"),
+        (lambda: project(layer_of(heads=(2, 2, 48))), "heads of another width"),
+        (lambda: project(layer_of(norms=head_norms)), "a norm not of 48 channels"),
+        (lambda: project(layer, cos=angles[1:]), "cos.numel"),
+        (lambda: attend(slots - 1), "slot -1 of 5"),
+        (lambda: attend(slots + 5), "slot 5 of 5"),
+        (lambda: attend(slots[1:]), "slots.sizes"),
+        (lambda: attend(slots, mask=mask.half()), "lack|mask|dtype"),
+        (lambda: ops.finish_layer(layer_of(activation="relu"), x, y), "no gate by relu"),
+        (lambda: ops.finish_layer(layer, x[1:], y), "a sum of unlike tensors"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @needed

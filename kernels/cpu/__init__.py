@@ -3,8 +3,8 @@ and plain C++.
 
 build.py compiles the sources at the first use, for the fastest instruction set that this CPU has,
 and registers each operator as torch.ops.gpt_flex.NAME. The computation of an operator is in headers
-that know nothing of torch; linear_operators.cpp, layer_operators.cpp and layer_functions.h share
-the work between its threads:
+that know nothing of torch; linear_operators.cpp, layer_operators.cpp, layer_functions.h and
+decoder_layer.h share the work between its threads:
 
     pack              a checkpoint's int8 or int4 weights -> packed weights (layout.h)
     quantized_linear  rows by packed weights. fixed_point.h converts the rows to integers;
@@ -12,9 +12,12 @@ the work between its threads:
                       factors.h gives them. On CPUs with AVX-512 VNNI, vnni.h, amx_int8.h or gemm.h
                       multiplies instead
     linear            rows by dense bfloat16 or float16 weights
-    fused_linear      one of these two products with the norm or gate before it, and the norm and
-                      residual sum after it
-    rotate_heads      norms and rotary positions of the heads of queries and keys
+    decoder_layer     the weights and settings of a layer -> one tensor, for the next two
+    project_heads     the heads of queries, keys and values of a layer's input: norm, product, norms
+                      and rotary positions of heads
+    store_and_attend  stores new keys and values in the KV cache, and attends to it
+    finish_layer      the rest of a layer after its attention: output product and feed-forward, with
+                      their norms, gate and residual sums
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
     fast_gelu_tanh    the activation of Gemma and StarCoder 2; fast_silu: that of Llama

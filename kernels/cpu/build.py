@@ -100,21 +100,31 @@ torch.library.register_fake("gpt_flex::linear")(
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
 )
 torch.library.define(
-    "gpt_flex::fused_linear",
-    "(Tensor x, Tensor? residual, Tensor? norm, Tensor? output_norm, float eps, float offset, "
-    "str activation, Tensor weight, Tensor? bias, int[] packing) -> Tensor",
+    "gpt_flex::decoder_layer",
+    "(Tensor[] weights, Tensor?[] biases, int[] packings, Tensor?[] norms, float eps, "
+    "float offset, str activation, int[] heads) -> Tensor",
 )
-torch.library.register_fake("gpt_flex::fused_linear")(
-    lambda x, residual, norm, output_norm, eps, offset, activation, weight, bias, packing: (
-        x.new_empty(*x.shape[:-1], packing[-1] if packing else weight.shape[0])
+torch.library.define(
+    "gpt_flex::project_heads",
+    "(Tensor layer, Tensor x, Tensor? cos, Tensor? sin, int width) -> Tensor",
+)
+torch.library.register_fake("gpt_flex::project_heads")(
+    lambda layer, x, cos, sin, width: x.new_empty(*x.shape[:-1], width)
+)
+torch.library.define(
+    "gpt_flex::store_and_attend",
+    "(Tensor heads, Tensor(a!) k, Tensor(b!) v, Tensor slots, Tensor mask, float? scale, "
+    "float? softcap) -> Tensor",
+)
+torch.library.register_fake("gpt_flex::store_and_attend")(
+    lambda heads, k, *rest: heads.new_empty(
+        *heads.shape[:-1], heads.shape[-1] - 2 * k.shape[2] * k.shape[3]
     )
 )
 torch.library.define(
-    "gpt_flex::rotate_heads",
-    "(Tensor qkv, Tensor cos, Tensor sin, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps, "
-    "float offset) -> Tensor",
+    "gpt_flex::finish_layer", "(Tensor layer, Tensor x, Tensor attention) -> Tensor"
 )
-torch.library.register_fake("gpt_flex::rotate_heads")(lambda qkv, *rest: qkv.new_empty(qkv.shape))
+torch.library.register_fake("gpt_flex::finish_layer")(lambda layer, x, y: x.new_empty(x.shape))
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,6 @@
 // Norms, activations, gates and sums of tensors. fast_rms_norm, fast_gelu_tanh and fast_silu are
-// operators; fused_linear calls fast_rms_norm, gated_by_name and add_to. PyTorch's norm of one row
-// takes twenty times as long, its GELU of one row three to four times.
+// operators; finish_layer calls the other functions, too. PyTorch's norm of one row takes twenty
+// times as long, its GELU of one row three to four times.
 
 #pragma once
 

@@ -1,17 +1,17 @@
-// The operators attention (scaled_dot_product_attention for few queries), rotate_heads (norms and
-// rotary positions of queries and keys), neurons (a feed-forward layer with ReLU, of some of its
-// neurons, for a few rows), and those of layer_functions.h. This file checks arguments and shares
-// the work between threads; attention.h, rotation.h and neurons.h compute.
+// The operators attention (scaled_dot_product_attention for few queries), store_and_attend (the
+// same, after it has stored new keys and values in the cache), neurons (a feed-forward layer with
+// ReLU, of some of its neurons, for a few rows), and those of layer_functions.h. This file checks
+// arguments and shares the work between threads; attention.h and neurons.h compute.
 //
 // Start at the first three. PyTorch's attention takes twenty times as long for one query of each of
 // 32 heads.
 
+#include <cstring>
 #include <numeric>
 
 #include "attention.h"
 #include "layer_functions.h"
 #include "neurons.h"
-#include "rotation.h"
 
 namespace {
 
@@ -91,43 +91,44 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   });
 }
 
-// Does rotate_heads for contiguous tensors of `tokens` tokens. qkv: data of the heads.
-template <class T>
-Tensor rotate_heads_of(const HeadRotation<T>& rotation, const T* qkv, int64_t tokens,
-                       const Tensor& heads) {
-  const Tensor out = at::empty(heads.sizes(), heads.options());
-  auto* to = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t numbers = heads.size(2) * rotation.E;  // of a token
-  at::parallel_for(0, tokens, kGrain / numbers + 1, [&](int64_t first, int64_t last) {
-    std::vector<T> normed(rotation.E);
-    for (int64_t t = first; t < last; t++) rotation.rotate_token(qkv, t, to, normed.data());
-  });
-  return out;
+// Copies the keys and values of new tokens into the slots of a cache. heads: (B, T, H + 2 G, E),
+// contiguous; the last 2 G are keys and values. k, v: (B, S, G, E). slots: (B, T), contiguous.
+void store_in_cache(const Tensor& heads, const Tensor& k, const Tensor& v, const Tensor& slots) {
+  const int64_t B = heads.size(0), T = heads.size(1), S = k.size(1), G = k.size(2), E = k.size(3);
+  const int64_t token = heads.size(2) * E * heads.element_size();      // bytes of all heads
+  const int64_t bytes = G * E * heads.element_size(), keys = token - 2 * bytes;
+  const auto* slot = slots.const_data_ptr<int64_t>();
+  const auto* from = static_cast<const uint8_t*>(heads.const_data_ptr());
+  auto *to_k = static_cast<uint8_t*>(k.mutable_data_ptr());
+  auto *to_v = static_cast<uint8_t*>(v.mutable_data_ptr());
+  for (int64_t i = 0; i < B * T; i++) {
+    TORCH_CHECK(slot[i] >= 0 && slot[i] < S, "slot ", slot[i], " of ", S);
+    const int64_t at = (i / T * S + slot[i]) * bytes;
+    std::memcpy(to_k + at, from + i * token + keys, bytes);
+    std::memcpy(to_v + at, from + i * token + keys + bytes, bytes);
+  }
 }
 
-// qkv: (B, T, H + 2 G, E), the heads of queries, keys and values. cos, sin: (B, T, 1, P), float32.
-// kv_heads: G. q_norm, k_norm: (E), the weight of the RMS norm of every query or key head, or none;
-// eps and offset: of fast_rms_norm. Returns the rotated queries and keys, and the values, in the
-// shape of qkv.
-Tensor rotate_heads(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t kv_heads,
-                    const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
-                    double eps, double offset) {
-  const int64_t tokens = qkv.size(0) * qkv.size(1), G = kv_heads, H = qkv.size(2) - 2 * G;
-  const int64_t E = qkv.size(3), P = cos.size(-1);
-  TORCH_CHECK(cos.numel() == tokens * P && sin.sizes() == cos.sizes() && 2 * P <= E && H > 0);
-  TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat);
-  for (const auto& norm : {q_norm, k_norm})
-    TORCH_CHECK(!norm || (norm->scalar_type() == qkv.scalar_type() && norm->numel() == E &&
-                          norm->is_contiguous()), "a norm not of ", E, " channels");
-  const Tensor heads = qkv.contiguous(), c = cos.contiguous(), s = sin.contiguous();
-  return with_data(heads, [&](const auto* data) {
-    using Number = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    const HeadRotation<Number> rotation{
-        H, G, E, P, data_of<float>(c), data_of<float>(s),
-        q_norm ? data_of<Number>(*q_norm) : nullptr, k_norm ? data_of<Number>(*k_norm) : nullptr,
-        static_cast<float>(eps), static_cast<float>(offset)};
-    return rotate_heads_of(rotation, data, tokens, heads);
-  });
+// Stores the keys and values of new tokens in a cache, then attends with their queries to it.
+// heads: (B, T, (H + 2 G) * E), from project_heads. k, v: the cache's, (B, S', G, E), contiguous.
+// slots: (B, T), int64, where the tokens are stored. mask: (B, 1, R * T, S), see Transformer.mask;
+// attention reads the first S slots. scale, softcap: see `attention`. Returns (B, T, H * E).
+Tensor store_and_attend(const Tensor& heads, const Tensor& k, const Tensor& v, const Tensor& slots,
+                        const Tensor& mask, std::optional<double> scale,
+                        std::optional<double> softcap) {
+  const int64_t G = k.size(2), E = k.size(3), S = mask.size(3);
+  TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.sizes() == v.sizes());
+  TORCH_CHECK(heads.scalar_type() == k.scalar_type() && v.scalar_type() == k.scalar_type());
+  TORCH_CHECK(slots.sizes() == heads.sizes().slice(0, 2) && k.size(0) == heads.size(0));
+  const Tensor each = heads.contiguous().unflatten(2, {-1, E});  // (B, T, H + 2 G, E)
+  const int64_t T = each.size(1), H = each.size(2) - 2 * G;
+  TORCH_CHECK(H > 0 && H % G == 0, H, " heads of queries for ", G, " of keys");
+  store_in_cache(each, k, v, slots.contiguous());
+  // The queries of the R heads that share a key/value head become R * T queries of one head.
+  const Tensor q = each.narrow(2, 0, H).unflatten(2, {G, -1}).permute({0, 2, 3, 1, 4});
+  const Tensor y = attention(q.flatten(2, 3), k.narrow(1, 0, S).transpose(1, 2),
+                             v.narrow(1, 0, S).transpose(1, 2), mask, scale, softcap);
+  return y.unflatten(2, {-1, T}).permute({0, 3, 1, 2, 4}).flatten(2);  // (B, G, R, T, E) before
 }
 
 // Does `neurons` for `count` entries with weights of the type W. entries: nullptr for all. x:
@@ -206,5 +207,5 @@ TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
   library.impl("fast_rms_norm", fast_rms_norm);
   library.impl("fast_silu", fast_silu);
   library.impl("neurons", neurons);
-  library.impl("rotate_heads", rotate_heads);
+  library.impl("store_and_attend", store_and_attend);
 }

@@ -15,7 +15,7 @@ struct RmsNorm {
   float offset;  // added to the weight: 1 in models that store weight - 1 (Gemma), else 0
 };
 
-// Writes the norm of x, (D), to y, (D).
+// Writes the norm of x, (D), to y, (D), which may be x.
 template <class T>
 void rms_norm(const RmsNorm<T>& norm, const T* x, T* y) {
   Floats squares = splat(0.f);
