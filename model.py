@@ -76,6 +76,8 @@ class Transformer(nn.Module):
         self.tok_embeddings = make_embedding(args)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
+        # For each layer the index of its rope among args.ropes; None: positions are learned.
+        self.rope_of = [layer.rope and args.ropes.index(layer.rope) for layer in args.layer_types]
         self.layers = nn.ModuleList(BLOCKS[args.block](args) for _ in range(args.n_layers))
         self.norm = make_norm(args) if args.final_norm else nn.Identity()
         self.project_out = (
@@ -146,15 +148,14 @@ class Transformer(nn.Module):
         forward. Raises ValueError if a ring cannot take T tokens, see slots_and_keys.
         """
         x, rotations = self.positions(x, pos, lengths)
-        by_rope = dict(zip(self.args.ropes, rotations, strict=True))
         shared = {}  # (window, ring) -> (mask, slots) of all layers with this window and ring
         inputs = []
-        for layer, ring in zip(self.args.layer_types, rings, strict=True):
+        for layer, rope, ring in zip(self.args.layer_types, self.rope_of, rings, strict=True):
             key = layer.window, ring
             if key not in shared:
                 slots, held_pos = slots_and_keys(pos, key_pos, ring, lengths)
                 shared[key] = self.mask(pos, held_pos, x.dtype, layer.window), slots
-            rotation = by_rope.get(layer.rope)  # None with learned positions: there are no ropes
+            rotation = None if rope is None else rotations[rope]
             inputs.append(AttentionInputs(rotation, *shared[key]))
         return x, inputs
 

@@ -193,8 +193,9 @@ void attention_case(Random& random, const char* name) {
     const int64_t last = random.below(S);
     for (int64_t s = 0; s < S; s++) mask.push_back(to_type<T>(s > last ? kMasked : 0.f));
   }
-  Attention<T> all{G, Q, S, E, Q, q.data(), {k.data(), row, E, G * E}, {v.data(), row, E, G * E},
-                   mask.data(), y.data(), random.uniform(), softcap};
+  const Heads<T> keys{k.data(), row, E, G * E}, values{v.data(), row, E, G * E};
+  Attention<T> all{G, Q, S, E, Q, q.data(), G * Q * E, keys, values, mask.data(), y.data(),
+                   random.uniform(), softcap};
   attend_heads(all, 0, B * G);
   all.y = alone.data();
   for (int64_t i = 0; i < Q; i++) attend_heads(part_of_queries(all, i, Q), 0, B * G);

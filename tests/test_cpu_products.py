@@ -17,7 +17,6 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -881,7 +880,7 @@ def layer_of(**changes: Any) -> Tensor:
 
 
 @needed
-def test_the_operators_of_a_layer_have_the_schemas_and_shapes_that_they_claim():
+def test_the_operators_of_a_layer_have_the_shapes_that_they_claim():
     """opcheck copies all arguments, and a layer may not be copied."""
     ops, layer, angles = torch.ops.gpt_flex, layer_of(), torch.rand(3, 1, 1, 24)
     x, (k, v) = rows(3, 64)[:, None], rows(30, 48).view(2, 3, 5, 1, 48)
@@ -893,40 +892,42 @@ def test_the_operators_of_a_layer_have_the_schemas_and_shapes_that_they_claim():
         return found
 
     heads = checked(ops.project_heads, layer, x, angles, angles, 192)  # (3, 1, 4 * 48)
+    y = checked(ops.finish_layer, layer, x, heads[..., :96])
     slots, mask = torch.tensor([[1], [0], [4]]), torch.zeros(3, 1, 2, 5).bfloat16()
-    given = heads, k, v, slots, mask, None, None
-    torch.library.opcheck(
-        ops.store_and_attend, given, test_utils=("test_schema", "test_faketensor")
-    )
-    y = ops.store_and_attend(*given)  # (3, 1, 2 * 48)
-    checked(ops.finish_layer, layer, x, y)
+    given = layer, x, angles, angles, k, v, slots, mask, None, None
+    assert checked(ops.run_layer, *given).shape == y.shape
+    assert torch.equal(k[[0, 1, 2], [1, 0, 4]].flatten(1), heads[:, 0, 96:144])
+    assert torch.equal(v[[0, 1, 2], [1, 0, 4]].flatten(1), heads[:, 0, 144:])
 
 
 @needed
 def test_the_operators_of_a_layer_refuse_wrong_arguments():
     ops, x, angles = torch.ops.gpt_flex, rows(3, 64)[:, None], torch.rand(3, 1, 1, 24)
-    layer, norm = layer_of(), torch.ones(64).bfloat16()
-    project = partial(ops.project_heads, x=x, cos=angles, sin=angles, width=192)
-    heads, (k, v) = project(layer), rows(30, 48).view(2, 3, 5, 1, 48)
+    layer, norm, (k, v) = layer_of(), torch.ones(64).bfloat16(), rows(30, 48).view(2, 3, 5, 1, 48)
     mask, slots = torch.zeros(3, 1, 2, 5).bfloat16(), torch.zeros(3, 1, dtype=torch.long)
-    attend = partial(ops.store_and_attend, heads, k, v, mask=mask, scale=None, softcap=None)
-    y, head_norms = attend(slots), [norm] * 6
-    for call, message in (
-        (lambda: layer_of(packings=(1, 32, 0)), "lists of other lengths"),
-        (lambda: project(layer.clone()), "a copy of one"),
-        (lambda: project(torch.zeros(8, dtype=torch.uint8)), "no tensor of decoder_layer"),
-        (lambda: project(layer_of(heads=(2, 2, 48))), "heads of another width"),
-        (lambda: project(layer_of(norms=head_norms)), "a norm not of 48 channels"),
-        (lambda: project(layer, cos=angles[1:]), "cos.numel"),
-        (lambda: attend(slots - 1), "slot -1 of 5"),
-        (lambda: attend(slots + 5), "slot 5 of 5"),
-        (lambda: attend(slots[1:]), "slots.sizes"),
-        (lambda: attend(slots, mask=mask.half()), "lack|mask|dtype"),
-        (lambda: ops.finish_layer(layer_of(activation="relu"), x, y), "no gate by relu"),
-        (lambda: ops.finish_layer(layer, x[1:], y), "a sum of unlike tensors"),
+
+    def run(layer=layer, x=x, cos=angles, k=k, v=v, slots=slots, mask=mask):
+        return ops.run_layer(layer, x, cos, angles, k, v, slots, mask, None, None)
+
+    for message, changes in (
+        ("lists of other lengths", {"layer": lambda: layer_of(packings=(1, 32, 0))}),
+        ("a copy of one", {"layer": layer.clone}),
+        ("no tensor of decoder_layer", {"layer": lambda: torch.zeros(8, dtype=torch.uint8)}),
+        ("heads of another width", {"layer": lambda: layer_of(heads=(2, 2, 48))}),
+        ("a norm not of 48 channels", {"layer": lambda: layer_of(norms=[norm] * 6)}),
+        ("no gate by relu", {"layer": lambda: layer_of(activation="relu")}),
+        ("cos.numel", {"cos": lambda: angles[1:]}),
+        ("slot -1 of 5", {"slots": lambda: slots - 1}),
+        ("slot 5 of 5", {"slots": lambda: slots + 5}),
+        ("slots.sizes", {"slots": lambda: slots[1:]}),
+        ("k.sizes", {"v": lambda: v[1:]}),
+        ("v.scalar_type", {"v": v.half}),
+        ("more slots than the cache", {"mask": lambda: torch.zeros(3, 1, 2, 6).bfloat16()}),
     ):
         with pytest.raises(RuntimeError, match=message):
-            call()
+            run(**{name: make() for name, make in changes.items()})
+    with pytest.raises(RuntimeError, match="a sum of unlike tensors"):
+        ops.finish_layer(layer, x[1:], x[..., :1].expand(-1, -1, 96).contiguous())
 
 
 @needed

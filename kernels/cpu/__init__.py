@@ -12,12 +12,10 @@ decoder_layer.h share the work between its threads:
                       factors.h gives them. On CPUs with AVX-512 VNNI, vnni.h, amx_int8.h or gemm.h
                       multiplies instead
     linear            rows by dense bfloat16 or float16 weights
-    decoder_layer     the weights and settings of a layer -> one tensor, for the next two
-    project_heads     the heads of queries, keys and values of a layer's input: norm, product, norms
-                      and rotary positions of heads
-    store_and_attend  stores new keys and values in the KV cache, and attends to it
-    finish_layer      the rest of a layer after its attention: output product and feed-forward, with
-                      their norms, gate and residual sums
+    decoder_layer     the weights and settings of a layer -> one tensor, for the next three
+    run_layer         a decoder layer: norms, products, rotary positions, a store of new keys and
+                      values in the KV cache, attention to it, gate, residual sums
+    project_heads     of these what comes before the store; finish_layer: what follows the attention
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
     fast_gelu_tanh    the activation of Gemma and StarCoder 2; fast_silu: that of Llama

@@ -30,7 +30,8 @@ template <class T>
 struct Attention {
   int64_t G, Q, S, E;
   int64_t all;  // queries of each head in memory. The first Q, from q, mask and y on, are computed
-  const T* q;   // (B, G, all, E)
+  const T* q;   // (B, G, all, E), with q_stride numbers from row to row of the batch
+  int64_t q_stride;
   Heads<T> k, v;
   const T* mask;  // (B, all, S), added to the scores; -infinity hides a position from a query
   T* y;           // (B, G, all, E)
@@ -190,7 +191,8 @@ void attend_row(const Attention<T>& a, int64_t b, int64_t first, int64_t last) {
   w.q = buffer.data(), w.sums = w.q + numbers, w.widened = w.sums + numbers;
   w.scores = w.widened + kTogether * a.E, w.masks = w.scores + queries * positions;
   for (int64_t g = first; g < last; g++)
-    copy_as_floats(a.q + (b * a.G + g) * a.all * a.E, a.Q * a.E, w.q + (g - first) * a.Q * a.E);
+    copy_as_floats(a.q + b * a.q_stride + g * a.all * a.E, a.Q * a.E,
+                   w.q + (g - first) * a.Q * a.E);
   std::fill_n(w.sums, numbers, 0.f);
   const T* mask = a.mask + b * a.all * a.S;
   for (int64_t s = 0; s < positions; s++)

@@ -112,19 +112,15 @@ torch.library.register_fake("gpt_flex::project_heads")(
     lambda layer, x, cos, sin, width: x.new_empty(*x.shape[:-1], width)
 )
 torch.library.define(
-    "gpt_flex::store_and_attend",
-    "(Tensor heads, Tensor(a!) k, Tensor(b!) v, Tensor slots, Tensor mask, float? scale, "
-    "float? softcap) -> Tensor",
-)
-torch.library.register_fake("gpt_flex::store_and_attend")(
-    lambda heads, k, *rest: heads.new_empty(
-        *heads.shape[:-1], heads.shape[-1] - 2 * k.shape[2] * k.shape[3]
-    )
-)
-torch.library.define(
     "gpt_flex::finish_layer", "(Tensor layer, Tensor x, Tensor attention) -> Tensor"
 )
-torch.library.register_fake("gpt_flex::finish_layer")(lambda layer, x, y: x.new_empty(x.shape))
+torch.library.define(
+    "gpt_flex::run_layer",
+    "(Tensor layer, Tensor x, Tensor cos, Tensor sin, Tensor(a!) k, Tensor(b!) v, Tensor slots, "
+    "Tensor mask, float? scale, float? softcap) -> Tensor",
+)
+for name in ("finish_layer", "run_layer"):
+    torch.library.register_fake(f"gpt_flex::{name}")(lambda layer, x, *rest: x.new_empty(x.shape))
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,6 @@
-// The weights and settings of a decoder layer in one tensor, for the operators project_heads and
-// finish_layer. An operator with a list of all these takes 15 microseconds longer to call from
-// Python.
+// A decoder layer: attention and a gated feed-forward, each with a residual sum. Its weights and
+// settings are in one tensor: an operator with a list of them all takes 15 microseconds longer to
+// call from Python.
 //
 // Start at decoder_layer, the operator that makes the tensor.
 
@@ -13,6 +13,7 @@
 #include <string>
 
 #include "layer_functions.h"
+#include "multiply.h"
 #include "rotation.h"
 
 namespace {
@@ -20,24 +21,22 @@ namespace {
 using at::Tensor;
 using Tensors = c10::List<std::optional<Tensor>>;
 
-constexpr int64_t kDense = -1;  // in place of a format: the weight is not packed
 // The order of the linears and norms in the arguments of decoder_layer.
 enum { kWqkv, kWo, kW13, kW2, kLinears };
 enum { kInputNorm, kAttentionOutput, kFeedForwardNorm, kOutput, kQueryNorm, kKeyNorm, kNorms };
 
 struct DecoderLayer {
-  struct Linear {
-    Tensor weight;  // packed, or (N, K) if format is kDense
-    std::optional<Tensor> bias;
-    int64_t format, block, N;  // arguments of quantized_linear; only the first is used if kDense
-  };
-
   const DecoderLayer* self = this;  // differs in a copy of the tensor's bytes
-  std::array<Linear, kLinears> linears;
+  std::array<gpt_flex::Linear, kLinears> linears;
   std::array<std::optional<Tensor>, kNorms> norms;  // weights of RMS norms, (D) or (E), or none
   int64_t H, G, E;                                  // query heads, key/value heads, channels
   double eps, offset;                               // of all norms, see fast_rms_norm
   std::string activation;                           // see gated_by_name
+
+  // Returns the product of x, (M, K), and a linear's weight: (M, N).
+  Tensor multiply(int linear, const Tensor& x) const {
+    return gpt_flex::multiply(x, linears[linear]);
+  }
 
   // Returns the norm of x, (M, D), or x if the layer has no such norm.
   Tensor normed(int norm, const Tensor& x) const {
@@ -53,10 +52,10 @@ const DecoderLayer& decoder_layer_of(const Tensor& layer) {
   return *object;
 }
 
-// Returns a tensor of bytes that is a DecoderLayer, and owns it. weights, biases: of the linears.
-// packings: for each linear format, block and out_features of quantized_linear, or kDense and two
-// numbers that are not used. norms: their weights, or none. Linears and norms are in the order of
-// the enumerations above. heads: H, G and E.
+// Returns a tensor of bytes that is a DecoderLayer, and owns it. weights, biases: of the linears;
+// packings: the three numbers of each, see gpt_flex::Linear. norms: their weights, or none. Linears
+// and norms are in the order of the enumerations above. eps, offset: of all norms. activation: of
+// the gate, see gated_by_name. heads: H, G and E.
 Tensor decoder_layer(at::TensorList weights, const Tensors& biases, at::IntArrayRef packings,
                      const Tensors& norms, double eps, double offset, c10::string_view activation,
                      at::IntArrayRef heads) {

@@ -1,19 +1,16 @@
-// The operators of linear layers: pack, quantized_linear, linear, and two parts of a layer:
-// project_heads before its attention, finish_layer after it. This file checks arguments and shares
-// the work between threads; the headers compute. Two files of operators take half as long to
+// The operators of linear layers: pack, quantized_linear and linear. This file checks arguments and
+// shares the work between threads; the headers compute. Two files of operators take half as long to
 // compile as five, because of PyTorch's headers.
 //
-// Start at quantized_linear and linear; project_heads and finish_layer call them. Where the CPU
-// multiplies bfloat16 (AVX-512 BF16, AMX), both use PyTorch's GEMM for many bfloat16 rows, and
-// linear uses linear_avx512.h for few.
+// Start at quantized_linear and linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX), both
+// use PyTorch's GEMM for many bfloat16 rows, and linear uses linear_avx512.h for few.
 
 #include <limits>
 
-#include "decoder_layer.h"
 #include "gemm.h"
-#include "layer_functions.h"
 #include "linear.h"
 #include "linear_avx512.h"
+#include "multiply.h"
 #include "pack.h"
 #include "quantized_linear.h"
 #include "torch.h"
@@ -188,55 +185,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-// Returns the product of x, (M, K), and a linear's weight, (M, N).
-Tensor product(const Tensor& x, const DecoderLayer::Linear& linear) {
+}  // namespace
+
+Tensor gpt_flex::multiply(const Tensor& x, const Linear& linear) {
   if (linear.format == kDense) return ::linear(x, linear.weight, linear.bias);
   return quantized_linear(x, linear.weight, linear.bias, linear.format, linear.block, linear.N);
 }
 
-// Returns the heads of queries, keys and values, (B, T, (H + 2 G) * E), of the tokens x, (B, T, D).
-// With cos and sin, (B, T, 1, P), the heads of queries and keys are normed, if the layer has such
-// norms, and rotated. layer: from decoder_layer. width: (H + 2 G) * E, for tracing, which cannot
-// read the layer.
-Tensor project_heads(const Tensor& layer, const Tensor& x, const std::optional<Tensor>& cos,
-                     const std::optional<Tensor>& sin, int64_t width) {
-  const DecoderLayer& of = decoder_layer_of(layer);
-  const Tensor qkv = product(of.normed(kInputNorm, x.reshape({-1, x.size(-1)})), of.linears[kWqkv]);
-  if (cos) rotate_heads(qkv, of, *cos, *sin);
-  auto sizes = x.sizes().vec();
-  sizes.back() = width;
-  return qkv.view(sizes);
-}
-
-// Returns the layer's output, (B, T, D), from its input x, (B, T, D), and the output of its
-// attention, (B, T, H * E): computes wo and the feed-forward, with their norms and residual sums.
-// layer: from decoder_layer.
-Tensor finish_layer(const Tensor& layer, const Tensor& x, const Tensor& attention) {
-  const DecoderLayer& of = decoder_layer_of(layer);
-  const Tensor y = product(attention.reshape({-1, attention.size(-1)}), of.linears[kWo]);
-  const Tensor middle = of.normed(kAttentionOutput, y);  // (B * T, D)
-  add_to(middle, x);
-  const Tensor hidden = product(of.normed(kFeedForwardNorm, middle), of.linears[kW13]);
-  const Tensor gated = gated_by_name(hidden, of.activation);  // (B * T, F)
-  const Tensor out = of.normed(kOutput, product(gated, of.linears[kW2]));
-  add_to(out, middle);
-  return out.view(x.sizes());
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
-  library.impl("finish_layer", finish_layer);
   library.impl("pack", pack);
-  library.impl("project_heads", project_heads);
   library.impl("quantized_linear", quantized_linear);
   library.impl("linear", linear);
 }
 
-// Operators without tensors have no device: layout and strip_bytes tell Python what layout.h says.
-// The arguments of decoder_layer are lists, which may be empty.
+// Operators without tensors have no device. They tell Python what layout.h says.
 TORCH_LIBRARY_IMPL(gpt_flex, CompositeExplicitAutograd, library) {
-  library.impl("decoder_layer", decoder_layer);
   library.impl("layout", layout);
   library.impl("strip_bytes", strip_bytes_of);
 }
