@@ -231,4 +231,6 @@ gpu.define(
     "float? softcap) -> Tensor",
     attend_on_gpu,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
+    # It takes any strides. Without the tag, the compiler computes a mask for each layer.
+    tags=(torch.Tag.flexible_layout,),
 )

@@ -858,6 +858,25 @@ def test_fused_blocks_give_the_bits_of_plain_ones(
     assert all(map(torch.equal, found, step_logits(model)))
 
 
+@needed
+@torch.inference_mode()
+def test_compiled_code_computes_a_mask_once_for_all_layers(tmp_path: Path):
+    from torch._inductor.utils import run_and_get_code
+
+    config = COMMON | {"model_type": "llama", "num_hidden_layers": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scheme = make_scheme("int4", 32, "int4")
+    lm = random_model(tmp_path / "config.json", device="cpu", dtype=torch.bfloat16, scheme=scheme)
+    caches, pos, key_pos = lm.model.make_caches(1, 32), torch.tensor([[7]]), torch.arange(17)
+    given = torch.tensor([[3]]), pos, key_pos, caches
+    options = {"fx_graph_cache": False}  # an older graph would be found whatever the tag says
+    compiled = torch.compile(lm.model, fullgraph=True, options=options)
+    wanted, (found, (code,)) = lm.model(*given), run_and_get_code(compiled, *given)
+    assert torch.equal(found, wanted) and code.count("gpt_flex.run_layer.default(") == 5
+    masks = [line for line in code.splitlines() if "empty_strided" in line and ", 17)" in line]
+    assert len(masks) == 1
+
+
 def layer_of(**changes: Any) -> Tensor:
     """What decoder_layer makes of small random linears, one of them dense, with all norms. changes:
     other arguments."""

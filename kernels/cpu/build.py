@@ -118,6 +118,8 @@ torch.library.define(
     "gpt_flex::run_layer",
     "(Tensor layer, Tensor x, Tensor cos, Tensor sin, Tensor(a!) k, Tensor(b!) v, Tensor slots, "
     "Tensor mask, float? scale, float? softcap) -> Tensor",
+    # It takes any strides. Without the tag, the compiler computes a mask for each layer.
+    tags=torch.Tag.flexible_layout,
 )
 for name in ("finish_layer", "run_layer"):
     torch.library.register_fake(f"gpt_flex::{name}")(lambda layer, x, *rest: x.new_empty(x.shape))

@@ -31,7 +31,7 @@ the buffers of an Int4Linear or Int8Linear.
 Shapes: M rows of activations, N out_features, K in_features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -113,15 +113,20 @@ def aligned(weight: Tensor, count: int) -> bool:
     return multiples and weight.stride(1) == 1
 
 
-def define(schema: str, on_gpu: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def define(
+    schema: str,
+    on_gpu: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    tags: Sequence[torch.Tag] = (),
+) -> None:
     """Register an operator, gpt_flex::NAME, for CUDA tensors; torch.compile does not trace into it.
 
     Callers call it as torch.ops.gpt_flex.NAME. schema: "NAME(arguments) -> result". on_gpu:
     computes the result. fake: takes the same arguments and returns an empty tensor of the result's
-    shape and dtype, from which torch.compile learns them.
+    shape and dtype, from which torch.compile learns them. tags: of torch.library.define.
     """
     name = f"gpt_flex::{schema.partition('(')[0]}"
-    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.define(name, schema[schema.index("(") :], tags=tags)
     torch.library.impl(name, "cuda")(on_gpu)
     torch.library.register_fake(name)(fake)
 
