@@ -76,8 +76,9 @@ class Transformer(nn.Module):
         self.tok_embeddings = make_embedding(args)
         self.project_in = Linear(args.embed_dim, args.dim, bias=False) if resized else nn.Identity()
         self.positions = POSITIONS[args.positions](args)
-        # For each layer the index of its rope among args.ropes; None: positions are learned.
-        self.rope_of = [layer.rope and args.ropes.index(layer.rope) for layer in args.layer_types]
+        # For each layer the index of its rope (rotary positions) in args.ropes, or None.
+        ropes = {rope: n for n, rope in enumerate(args.ropes)}
+        self.rope_numbers = [ropes.get(layer.rope) for layer in args.layer_types]
         self.layers = nn.ModuleList(BLOCKS[args.block](args) for _ in range(args.n_layers))
         self.norm = make_norm(args) if args.final_norm else nn.Identity()
         self.project_out = (
@@ -150,7 +151,7 @@ class Transformer(nn.Module):
         x, rotations = self.positions(x, pos, lengths)
         shared = {}  # (window, ring) -> (mask, slots) of all layers with this window and ring
         inputs = []
-        for layer, rope, ring in zip(self.args.layer_types, self.rope_of, rings, strict=True):
+        for layer, rope, ring in zip(self.args.layer_types, self.rope_numbers, rings, strict=True):
             key = layer.window, ring
             if key not in shared:
                 slots, held_pos = slots_and_keys(pos, key_pos, ring, lengths)

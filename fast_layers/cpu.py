@@ -138,12 +138,14 @@ class DenseLinear(nn.Module):
 
 
 class CPUBlock(FusedBlock):
-    """A FusedBlock of one operator, run_layer, or, if its attention is computed in PyTorch, of
-    project_heads and finish_layer: kernels/cpu/__init__.py describes them.
+    """A FusedBlock of one operator: run_layer, if the cache is a plain KVCache that attends by
+    kernel_attention. Otherwise project_heads and finish_layer compute what precedes and follows the
+    cache's own attention. kernels/cpu/__init__.py describes the operators.
 
     They give the bits of separate operators, and compute no gradients. Eager steps of models of 1
-    billion int4 weights are 1.25 times as fast as by an operator for each linear, compiled ones
-    1.08 times. The weights of `block` must have their final places in memory.
+    billion int4 weights are 1.25 times as fast as by an operator for each linear, compiled ones 1.1
+    times. The operators read the tensors that `block` has now: replace no module or tensor of it
+    afterwards. Numbers may change in place.
     """
 
     def __init__(self, block: SequentialBlock):
@@ -152,7 +154,7 @@ class CPUBlock(FusedBlock):
         q_heads, kv_heads, _ = (width // attention.head_dim for width in attention.widths)
         self.heads, self.width = (q_heads, kv_heads, attention.head_dim), sum(attention.widths)
         norms = attention.q_norm, attention.k_norm
-        # Whether project_heads can compute the norms of heads, and their rotation after them.
+        # Whether the operators can compute the norms of heads, and their rotation after them.
         self.rotates = all(map(is_identity, norms)) or all(map(is_norm, norms))
         # Not persistent: it refers to the weights, which a state_dict has anyway.
         self.register_buffer("layer", self._decoder_layer(), persistent=False)
@@ -167,7 +169,7 @@ class CPUBlock(FusedBlock):
         eps, offset = next(((n.eps, n.offset) for n in norms if not is_identity(n)), (0.0, 0.0))
         return torch.ops.gpt_flex.decoder_layer(
             [weight.detach() for weight in weights],
-            biases,
+            [None if bias is None else bias.detach() for bias in biases],
             sum(packings, ()),
             [None if is_identity(norm) else norm.weight.detach() for norm in norms],
             eps,
@@ -189,7 +191,8 @@ class CPUBlock(FusedBlock):
         y = self.attend(heads, None if self.rotates else rotation, mask, pos, cache)
         return ops.finish_layer(layer, x, y)  # y: (B, T, H * E)
 
-    # The compiler compiles this once for all layers, see SequentialBlock.
+    # The compiler compiles this once for all layers, see SequentialBlock. forward may not be such a
+    # region, because run_layer changes the cache.
     @torch.compiler.nested_compile_region
     def attend(
         self,

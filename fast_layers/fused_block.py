@@ -1,7 +1,7 @@
 """Layers that compute norms, gates and residual sums together with their linears.
 
-Start at can_fuse, which says which layers a device can compute so. cpu.py and gpu.py make
-subclasses of FusedBlock for their devices.
+Start at can_fuse, which says which layers of a model a device can compute in this way. cpu.py and
+gpu.py make subclasses of FusedBlock for their devices.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layers.basic import OffsetRMSNorm, RMSNorm
 from layers.positions import RotaryPositions
-from model import GatedFeedForward, SequentialBlock
+from model import Attention, GatedFeedForward, SequentialBlock
 
 Norm = RMSNorm | OffsetRMSNorm
 
@@ -29,8 +29,8 @@ class FusedBlock(SequentialBlock):
 
 
 class FusedOperations(NamedTuple):
-    """What a device computes together with operations. linears: classes of linears. activations: of
-    gates. norms: classes of norms. output_norms: whether a norm may follow a product."""
+    """The modules that a device's FusedBlock can compute. linears, norms: their classes.
+    activations: those of gates. output_norms: whether a norm may follow a product."""
 
     linears: tuple[type[nn.Module], ...]
     activations: tuple[Callable[[Tensor], Tensor], ...]
@@ -43,13 +43,16 @@ def can_fuse(block: nn.Module, operations: FusedOperations) -> bool:
 
     The block must be a plain SequentialBlock with rotary positions and a gated feed-forward. No
     factor (Scale) may be applied to its outputs. Its linears, norms and activation must be among
-    the operations; a norm must have a weight, and nn.Identity stands for no norm. All RMS norms
-    must have the same eps and offset. Tensor-parallel layers are not fused: RowParallel (tp.py) is
-    not among the linears, and the residual must be added after the sum over ranks.
+    the operations; a norm must have a weight, and nn.Identity stands for no norm. All norms of the
+    classes RMSNorm and OffsetRMSNorm must have the same eps and offset. Tensor-parallel layers are
+    not fused: RowParallel (tp.py) is not among the linears, and the residual must be added after
+    the sum over ranks.
     """
-    if type(block) is not SequentialBlock or type(block.feed_forward) is not GatedFeedForward:
+    if type(block) is not SequentialBlock:
         return False
     attention, feed_forward = block.attention, block.feed_forward
+    if type(attention) is not Attention or type(feed_forward) is not GatedFeedForward:
+        return False
     linears = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
     outputs = block.attention_output, block.ffn_output
     norms = [m for m in (block.attention_norm, block.ffn_norm, *outputs) if not is_identity(m)]

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from fast_layers.fused_block import (
     FusedBlock,
     FusedOperations,
-    Norm,
     can_fuse,
     is_identity,
     norm_or_none,
@@ -94,7 +93,7 @@ class GPUBlock(FusedBlock):
 def product(
     linear: QuantizedLinear,
     x: Tensor,
-    norm: Norm | None = None,
+    norm: RMSNorm | None = None,
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -231,6 +230,7 @@ gpu.define(
     "float? softcap) -> Tensor",
     attend_on_gpu,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
-    # It takes any strides. Without the tag, the compiler computes a mask for each layer.
+    # It takes any strides. Without the tag, the compiler computes the mask into another buffer for
+    # each layer.
     tags=(torch.Tag.flexible_layout,),
 )

@@ -212,7 +212,8 @@ def define_operator(
     PyTorch functions would be replaced by code that the compiler generates.
 
     schema: NAME and the signature, in PyTorch's notation. on_cpu: computes the result. fake:
-    returns an uninitialised result of the same shape and dtype; the compiler calls it in tracing.
+    returns an uninitialised result of the same shape, strides and dtype; the compiler calls it in
+    tracing, and reads the result by these strides.
     """
     name = f"gpt_flex::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
@@ -225,12 +226,12 @@ def define_operator(
 define_operator(
     "rms_norm(Tensor x, int[] shape, Tensor? weight, float? eps) -> Tensor",
     torch.rms_norm,
-    lambda x, *_: torch.empty_like(x),
+    lambda x, *_: x.new_empty(x.shape),
 )
 define_operator(
     "layer_norm(Tensor x, int[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     torch.layer_norm,
-    lambda x, *_: torch.empty_like(x),
+    lambda x, *_: x.new_empty(x.shape),
 )
 
 define_operator(

@@ -859,6 +859,77 @@ def test_fused_blocks_give_the_bits_of_plain_ones(
 
 
 @needed
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_key_that_is_not_a_number_reaches_the_queries_that_see_it(softcap: float | None):
+    """In every slot: a maximum may lose it, depending on what follows."""
+    S, (q, k, v) = 23, (rows(2 * n, 64).view(1, 2, n, 64) for n in (3, 23, 23))
+    mask = torch.full((1, 1, 3, S), -torch.inf).triu(S - 2).bfloat16()
+    sees = mask[0, 0] == 0  # (3, S)
+    wanted = torch.ops.gpt_flex.attention(q, k, v, mask, softcap=softcap)
+    for slot in range(S):
+        lost = k.clone()
+        lost[:, :, slot, 5] = torch.nan
+        found = torch.ops.gpt_flex.attention(q, lost, v, mask, softcap=softcap)
+        assert torch.equal(found.isnan().all(3)[0, 0], sees[:, slot])
+        hidden = ~sees[:, slot]
+        assert torch.equal(found[:, :, hidden], wanted[:, :, hidden])
+
+
+ONES = torch.ones(64)
+UNARY = {  # operators, and their arguments after a tensor, (2, 4, 3, 64)
+    "rms_norm": lambda x: ([64], ONES.to(x.device), 1e-5),
+    "layer_norm": lambda x: ([64], ONES.to(x.device), None, 1e-5),
+    "soft_cap": lambda x: (2.0,),
+    "gelu_tanh": lambda x: (),
+    "cos_sin": lambda x: (2.0,),
+    "fast_rms_norm": lambda x: (ONES.to(x.device), 1e-5, 0.0),
+    "fast_silu": lambda x: (),
+    "fast_gelu_tanh": lambda x: (),
+    "capped": lambda x: (x, x, x.new_zeros(2, 1, 3, 3)),
+    "attention": lambda x: (x, x, x.new_zeros(2, 1, 3, 3)),
+}
+
+
+@needed
+@pytest.mark.parametrize("name", UNARY)
+def test_results_have_the_strides_that_the_compiler_expects(name: str):
+    """Of tensors in order, with gaps, and permuted."""
+    scores = {"scale": 1.0, "softcap": 2.0} if name == "capped" else {}
+
+    def compute(x: Tensor) -> Tensor:
+        found = getattr(torch.ops.gpt_flex, name)(x, *UNARY[name](x), **scores)
+        return found[0] if name == "cos_sin" else found
+
+    for x in (
+        torch.rand(2, 4, 3, 64),
+        torch.rand(2, 4, 5, 96)[:, :, 1:4, :64],
+        torch.rand(2, 3, 4, 64).transpose(1, 2),
+        torch.rand(2, 4, 64, 3).transpose(2, 3),
+    ):
+        fake = compute(torch.empty_strided(x.shape, x.stride(), device="meta"))
+        assert fake.stride() == compute(x).stride()
+
+
+@needed
+@pytest.mark.parametrize("queries", [3, 200])
+@torch.inference_mode()
+def test_compiled_attention_of_permuted_queries(queries: int):
+    """As grouped_attention gives them for one query head for each key/value head: the compiler must
+    not expect a result in the order of q. 200 queries: PyTorch's attention."""
+
+    def attend(heads: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        attention = torch.ops.gpt_flex.attention(heads.transpose(1, 2), k, v, mask)
+        return attention.transpose(1, 2).flatten(2) * 2  # (B, T, H, E) -> (B, T, H * E)
+
+    k, v = rows(2 * 2 * 4 * 7, 64).view(2, 2, 4, 7, 64)
+    given = rows(2 * queries * 4, 64).view(2, queries, 4, 64), k, v, torch.zeros(2, 1, queries, 7)
+    given = *given[:3], given[3].bfloat16()
+    options = {"size_asserts": False, "fx_graph_cache": False}  # as compiled.py compiles
+    found = torch.compile(attend, fullgraph=True, options=options)(*given)
+    assert torch.equal(found, attend(*given))
+
+
+@needed
 @torch.inference_mode()
 def test_compiled_code_computes_a_mask_once_for_all_layers(tmp_path: Path):
     from torch._inductor.utils import run_and_get_code
@@ -930,23 +1001,37 @@ def test_the_operators_of_a_layer_refuse_wrong_arguments():
 
     for message, changes in (
         ("lists of other lengths", {"layer": lambda: layer_of(packings=(1, 32, 0))}),
+        ("on another device", {"layer": lambda: layer_of(norms=[norm.to("meta")] * 6)}),
+        ("3 heads for 2 of 48", {"layer": lambda: layer_of(heads=(3, 2, 48))}),
+        ("0 heads for 0 of 48", {"layer": lambda: layer_of(heads=(0, 0, 48))}),
+        ("no format 7", {"layer": lambda: layer_of(packings=(7, 32, 192) * 4)}),
         ("a copy of one", {"layer": layer.clone}),
         ("no tensor of decoder_layer", {"layer": lambda: torch.zeros(8, dtype=torch.uint8)}),
-        ("heads of another width", {"layer": lambda: layer_of(heads=(2, 2, 48))}),
+        ("shape '.3, 1, 288.' is invalid", {"layer": lambda: layer_of(heads=(2, 2, 48))}),
         ("a norm not of 48 channels", {"layer": lambda: layer_of(norms=[norm] * 6)}),
         ("no gate by relu", {"layer": lambda: layer_of(activation="relu")}),
-        ("cos.numel", {"cos": lambda: angles[1:]}),
+        ("a rotation of other tokens", {"cos": lambda: angles[1:]}),
         ("slot -1 of 5", {"slots": lambda: slots - 1}),
         ("slot 5 of 5", {"slots": lambda: slots + 5}),
-        ("slots.sizes", {"slots": lambda: slots[1:]}),
-        ("k.sizes", {"v": lambda: v[1:]}),
-        ("v.scalar_type", {"v": v.half}),
+        ("slots of other tokens", {"slots": lambda: slots[1:]}),
+        ("not int64", {"slots": slots.int}),
+        ("a cache of", {"v": lambda: v[1:]}),
+        ("a cache of", {"k": lambda: k[..., :32], "v": lambda: v[..., :32]}),
+        ("a cache of", {"k": lambda: k.repeat(1, 1, 2, 1), "v": lambda: v.repeat(1, 1, 2, 1)}),
+        ("a cache of", {"k": lambda: k[:, :, 0], "v": lambda: v[:, :, 0]}),
+        ("a cache that is not contiguous", {"k": lambda: k.repeat(1, 2, 1, 1)[:, ::2]}),
+        ("a cache of another dtype", {"v": v.half}),
         ("more slots than the cache", {"mask": lambda: torch.zeros(3, 1, 2, 6).bfloat16()}),
     ):
+        kept = k.clone(), v.clone()
         with pytest.raises(RuntimeError, match=message):
             run(**{name: make() for name, make in changes.items()})
+        if "layer" not in changes:
+            assert torch.equal(kept[0], k) and torch.equal(kept[1], v)
     with pytest.raises(RuntimeError, match="a sum of unlike tensors"):
         ops.finish_layer(layer, x[1:], x[..., :1].expand(-1, -1, 96).contiguous())
+    with pytest.raises(RuntimeError, match="a cosine without a sine"):
+        ops.project_heads(layer, x, angles, None, 192)
 
 
 @needed

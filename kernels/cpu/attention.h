@@ -130,12 +130,14 @@ void visit_positions(const Attention<T>& a, const Scratch& w, const Heads<T>& he
 }
 
 // Replaces the products of query i of the Scratch by softmax weights, but does not divide them by
-// their sum; returns the sum. attend divides the results.
+// their sum; returns the sum, or NaN if a product that is not hidden is NaN. attend divides the
+// results.
 template <class T>
 float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
   const Floats masked = splat(kMasked), scale = splat(a.scale);
   const int64_t blocks = (a.S + kStrip - 1) / kStrip, row = i % a.Q;
   Floats largest = masked, sum = splat(0.f);
+  Ints largest_bits = splat(0);  // max and exponential may lose a NaN
   for (int64_t n = 0; n < blocks; n++) {
     float* scores = w.scores + (n * w.queries + i) * kStrip;
     const Floats mask = load(w.masks + (n * a.Q + row) * kStrip);
@@ -144,7 +146,10 @@ float exponentiate(const Attention<T>& a, const Scratch& w, int64_t i) {
     score = keep_above(mask, masked, score) + mask;
     store(scores, score);
     largest = max(largest, score);
+    largest_bits = max(largest_bits, magnitude_bits(score));
   }
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  if (std::isnan(float_of(static_cast<uint32_t>(reduce_max(largest_bits))))) return nan;
   const Floats top = splat(reduce_max(largest));
   for (int64_t n = 0; n < blocks; n++) {
     float* scores = w.scores + (n * w.queries + i) * kStrip;

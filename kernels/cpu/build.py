@@ -69,8 +69,8 @@ ARM_NAMES = "aarch64", "arm64"  # of platform.machine(): Linux, macOS
 # additions by itself: only the functions fma and fnma of vector.h do, on every CPU alike.
 FLAGS = "-O3", "-fno-strict-aliasing", "-ffp-contract=off"
 
-# The schemas of the operators. register_fake: returns an uninitialised result of the right shape,
-# which torch.compile asks for while it traces.
+# The schemas of the operators. register_fake: returns an uninitialised result of the right shape
+# and strides. torch.compile asks for it while it traces, and reads the result by these strides.
 torch.library.define(
     "gpt_flex::quantized_linear",
     "(Tensor x, Tensor packed, Tensor? bias, int format, int block, int out_features) -> Tensor",
@@ -87,7 +87,8 @@ torch.library.define(
     "gpt_flex::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor mask, float? scale=None, float? softcap=None) -> Tensor",
 )
-torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: torch.empty_like(q))
+# Not empty_like: it keeps the order of a permuted q in memory, and the result is contiguous.
+torch.library.register_fake("gpt_flex::attention")(lambda q, *rest, **scores: q.new_empty(q.shape))
 for name in ("fast_gelu_tanh", "fast_silu"):
     torch.library.define(f"gpt_flex::{name}", "(Tensor x) -> Tensor")
     torch.library.register_fake(f"gpt_flex::{name}")(lambda x: x.new_empty(x.shape))
@@ -118,7 +119,8 @@ torch.library.define(
     "gpt_flex::run_layer",
     "(Tensor layer, Tensor x, Tensor cos, Tensor sin, Tensor(a!) k, Tensor(b!) v, Tensor slots, "
     "Tensor mask, float? scale, float? softcap) -> Tensor",
-    # It takes any strides. Without the tag, the compiler computes a mask for each layer.
+    # It takes any strides, but of the caches. Without the tag, the compiler computes the mask into
+    # another buffer for each layer.
     tags=torch.Tag.flexible_layout,
 )
 for name in ("finish_layer", "run_layer"):

@@ -1,6 +1,6 @@
 // Norms, activations, gates and sums of tensors. fast_rms_norm, fast_gelu_tanh and fast_silu are
-// operators; finish_layer calls the other functions, too. PyTorch's norm of one row takes twenty
-// times as long, its GELU of one row three to four times.
+// operators; project_heads and finish_layer call fast_rms_norm, gated_by_name and add_to. PyTorch's
+// norm of one row takes twenty times as long, its GELU of one row three to four times.
 
 #pragma once
 
@@ -111,8 +111,8 @@ Tensor gated_by_name(const Tensor& x, c10::string_view activation) {
   return gated_by(x, GeluTanh());
 }
 
-// Adds other, (..., N), to y, (M, N), row by row. Both have the same dtype and number of rows; y is
-// contiguous.
+// Adds other, (..., N), to y, (M, N), number by number. Both have the same dtype and number of
+// rows; y is contiguous.
 void add_to(const Tensor& y, const Tensor& other) {
   TORCH_CHECK(other.numel() == y.numel() && other.size(-1) == y.size(-1) &&
               other.scalar_type() == y.scalar_type(), "a sum of unlike tensors");

@@ -1,11 +1,11 @@
 // The operators run_layer (a decoder layer), project_heads and finish_layer (its parts before and
-// after the attention), attention (scaled_dot_product_attention for few queries), neurons (a
-// feed-forward layer with ReLU, of some of its neurons, for a few rows), and those of
-// layer_functions.h. This file checks arguments and shares the work between threads; attention.h
-// and neurons.h compute.
+// after the attention), decoder_layer (see decoder_layer.h), attention (of few queries, as
+// scaled_dot_product_attention), neurons (a feed-forward layer with ReLU, of some of its neurons,
+// for a few rows), and those of layer_functions.h. This file checks arguments and shares the work
+// between threads; headers compute.
 //
 // Start at run_layer, attention and neurons. PyTorch's attention takes twenty times as long for one
-// query of each of 32 heads.
+// query of each of 32 heads. Shapes: see decoder_layer.h; S visible slots of a cache.
 
 #include <cstring>
 #include <numeric>
@@ -19,7 +19,8 @@ namespace {
 using at::Tensor;
 using Result = std::tuple<Tensor, int64_t>;
 
-// Queries of a key/value head. A verify pass of 16 tokens, with 8 heads that share it, has no more.
+// The most queries of a key/value head that attention.h computes. A verify pass of 16 tokens, with
+// 8 query heads for a key/value head, has as many.
 constexpr int64_t kMaxQueries = 128;
 
 // t: (B, G, S, E), with channels side by side.
@@ -76,17 +77,18 @@ bool fits(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask)
 // which layers/kv_cache.py defines.
 Tensor attention_by_torch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
                           double scale, std::optional<double> softcap) {
-  if (!softcap) return at::scaled_dot_product_attention(q, k, v, mask, 0, false, scale);
+  if (!softcap)
+    return at::scaled_dot_product_attention(q, k, v, mask, 0, false, scale).contiguous();
   using Capped = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double);
   static const auto capped =
       c10::Dispatcher::singleton().findSchemaOrThrow("gpt_flex::capped", "").typed<Capped>();
-  return capped.call(q, k, v, mask, scale, *softcap);
+  return capped.call(q, k, v, mask, scale, *softcap).contiguous();
 }
 
 // q: (B, G, Q, E). k, v: (B, G, S, E), with channels side by side. mask: (B, 1, Q, S), added to the
 // scores. scale: of the products, by default 1 / sqrt(E). softcap: limits the scaled products, see
-// soft_cap; by default they have no limit. Returns (B, G, Q, E). Tensors that do not fit, such as
-// those of more than kMaxQueries queries, are left to PyTorch.
+// soft_cap; by default they have no limit. Returns (B, G, Q, E), contiguous. Tensors that do not
+// fit, such as those of more than kMaxQueries queries, are left to PyTorch.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
                  std::optional<double> scale, std::optional<double> softcap) {
   const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1))));
@@ -97,28 +99,31 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   });
 }
 
-// A plain KV cache and how attention reads it.
-struct PlainCache {
-  const Tensor &k, &v;  // (B, S', G, E), contiguous
+// A plain KV cache, where new tokens are stored in it, and how attention reads it.
+struct CacheUse {
+  const Tensor &k, &v;  // (B, slots + 1, G, E), contiguous; see KVCache
   const Tensor& slots;  // (B, T), int64: where the new tokens are stored
   const Tensor& mask;   // (B, 1, R * T, S), see Transformer.mask; attention reads the first S slots
   std::optional<double> scale, softcap;  // see `attention`
 };
 
-// Raises an error unless the cache is for the tokens of heads, (B, T, H + 2 G, E).
-void check_cache(const PlainCache& cache, const Tensor& heads) {
+// Raises an error unless the cache is for the tokens of heads, (B, T, H + 2 G, E), of a layer.
+void check_cache(const CacheUse& cache, const Tensor& heads, const DecoderLayer& layer) {
   const auto &[k, v, slots, mask, scale, softcap] = cache;
-  const int64_t H = heads.size(2) - 2 * k.size(2);
-  TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.sizes() == v.sizes());
-  TORCH_CHECK(heads.scalar_type() == k.scalar_type() && v.scalar_type() == k.scalar_type());
-  TORCH_CHECK(slots.sizes() == heads.sizes().slice(0, 2) && k.size(0) == heads.size(0));
-  TORCH_CHECK(H > 0 && H % k.size(2) == 0, H, " heads of queries for ", k.size(2), " of keys");
+  const bool fits = k.dim() == 4 && k.size(0) == heads.size(0) && k.size(2) == layer.G &&
+                    k.size(3) == layer.E && v.sizes() == k.sizes();
+  TORCH_CHECK(fits, "a cache of ", k.sizes(), " and ", v.sizes(), " for heads ", heads.sizes());
+  TORCH_CHECK(k.is_contiguous() && v.is_contiguous(), "a cache that is not contiguous");
+  TORCH_CHECK(k.scalar_type() == heads.scalar_type() && v.scalar_type() == heads.scalar_type(),
+              "a cache of another dtype");
+  TORCH_CHECK(slots.sizes() == heads.sizes().slice(0, 2) && slots.scalar_type() == at::kLong,
+              "slots of other tokens, or not int64");
   TORCH_CHECK(mask.dim() == 4 && mask.size(3) <= k.size(1), "a mask of more slots than the cache");
 }
 
 // Copies the keys and values of new tokens into the slots of a cache. heads: (B, T, H + 2 G, E),
 // contiguous; the last 2 G are keys and values.
-void store_in_cache(const Tensor& heads, const PlainCache& cache) {
+void store_in_cache(const Tensor& heads, const CacheUse& cache) {
   const int64_t T = heads.size(1), S = cache.k.size(1), G = cache.k.size(2);
   const int64_t head = heads.size(3) * heads.element_size(), token = heads.size(2) * head;  // bytes
   const Tensor slots = cache.slots.contiguous();
@@ -126,8 +131,9 @@ void store_in_cache(const Tensor& heads, const PlainCache& cache) {
   const auto* keys = static_cast<const uint8_t*>(heads.const_data_ptr()) + token - 2 * G * head;
   auto* to_k = static_cast<uint8_t*>(cache.k.mutable_data_ptr());
   auto* to_v = static_cast<uint8_t*>(cache.v.mutable_data_ptr());
-  for (int64_t i = 0; i < slots.numel(); i++, keys += token) {
+  for (int64_t i = 0; i < slots.numel(); i++)
     TORCH_CHECK(slot[i] >= 0 && slot[i] < S, "slot ", slot[i], " of ", S);
+  for (int64_t i = 0; i < slots.numel(); i++, keys += token) {
     const int64_t at = (i / T * S + slot[i]) * G * head;
     std::memcpy(to_k + at, keys, G * head);
     std::memcpy(to_v + at, keys + G * head, G * head);
@@ -135,9 +141,9 @@ void store_in_cache(const Tensor& heads, const PlainCache& cache) {
 }
 
 // Does attend_to_cache for one token of each row, without views of tensors, which take several
-// microseconds. data: that of the heads.
+// microseconds. data: that of the heads, which are contiguous, as the mask is.
 template <class T>
-Tensor attend_one_token(const T* data, const Tensor& heads, const PlainCache& cache, double scale) {
+Tensor attend_one_token(const T* data, const Tensor& heads, const CacheUse& cache, double scale) {
   const int64_t B = heads.size(0), E = heads.size(3), S = cache.mask.size(3), G = cache.k.size(2);
   const int64_t H = heads.size(2) - 2 * G, row = cache.k.stride(0);
   Tensor y = at::empty({B, 1, H * E}, heads.options());
@@ -150,13 +156,13 @@ Tensor attend_one_token(const T* data, const Tensor& heads, const PlainCache& ca
 }
 
 // Attends with the queries of heads, (B, T, H + 2 G, E), to a cache -> (B, T, H * E).
-Tensor attend_to_cache(const Tensor& heads, const PlainCache& cache) {
+Tensor attend_to_cache(const Tensor& heads, const CacheUse& cache) {
   const int64_t B = heads.size(0), T = heads.size(1), E = heads.size(3), S = cache.mask.size(3);
   const int64_t G = cache.k.size(2), H = heads.size(2) - 2 * G, R = H / G;
   const Tensor& mask = cache.mask;
-  const bool plain = mask.is_contiguous() && mask.scalar_type() == heads.scalar_type() &&
-                     mask.sizes() == at::IntArrayRef{B, 1, R * T, S};
-  if (T == 1 && plain && R <= kMaxQueries && E % kStrip == 0 && mask.numel() > 0)
+  const bool reads_mask = mask.is_contiguous() && mask.scalar_type() == heads.scalar_type() &&
+                          mask.sizes() == at::IntArrayRef{B, 1, R * T, S};
+  if (T == 1 && reads_mask && R <= kMaxQueries && E % kStrip == 0 && mask.numel() > 0)
     return with_data(heads, [&](const auto* data) {
       const double scale = cache.scale.value_or(1 / std::sqrt(static_cast<double>(E)));
       return attend_one_token(data, heads, cache, scale);
@@ -175,40 +181,43 @@ Tensor attend_to_cache(const Tensor& heads, const PlainCache& cache) {
 // read the layer.
 Tensor project_heads(const Tensor& layer, const Tensor& x, const std::optional<Tensor>& cos,
                      const std::optional<Tensor>& sin, int64_t width) {
-  const DecoderLayer& of = decoder_layer_of(layer);
-  const Tensor qkv = of.multiply(kWqkv, of.normed(kInputNorm, x.reshape({-1, x.size(-1)})));
-  if (cos) rotate_heads(qkv, of, *cos, *sin);
-  return qkv.view({x.size(0), x.size(1), width});
+  const DecoderLayer& block = decoder_layer_of(layer);
+  TORCH_CHECK(cos.has_value() == sin.has_value() && x.dim() == 3, "a cosine without a sine");
+  const Tensor rows = block.normed(kAttentionNorm, x.reshape({-1, x.size(2)}));  // (B * T, D)
+  const Tensor heads = block.multiply(kWqkv, rows).view({x.size(0), x.size(1), width});
+  if (cos) rotate_heads(heads, block, *cos, *sin);
+  return heads;
 }
 
 // Returns the layer's output, (B, T, D), from its input x, (B, T, D), and the output of its
 // attention, (B, T, H * E): computes wo and the feed-forward, with their norms and residual sums.
 // layer: from decoder_layer.
-Tensor finish_layer(const Tensor& layer, const Tensor& x, const Tensor& attention) {
-  const DecoderLayer& of = decoder_layer_of(layer);
-  const Tensor y = of.multiply(kWo, attention.reshape({-1, attention.size(-1)}));
-  const Tensor middle = of.normed(kAttentionOutput, y);  // (B * T, D)
+Tensor finish_layer(const Tensor& layer, const Tensor& x, const Tensor& attended) {
+  const DecoderLayer& block = decoder_layer_of(layer);
+  const Tensor y = block.multiply(kWo, attended.reshape({-1, attended.size(-1)}));
+  const Tensor middle = block.normed(kAttentionOutput, y);  // (B * T, D)
   add_to(middle, x);
-  const Tensor hidden = of.multiply(kW13, of.normed(kFeedForwardNorm, middle));  // (B * T, 2 F)
-  const Tensor out = of.normed(kOutput, of.multiply(kW2, gated_by_name(hidden, of.activation)));
+  const Tensor hidden = block.multiply(kW13, block.normed(kFeedForwardNorm, middle));
+  const Tensor gated = gated_by_name(hidden, block.activation);  // (B * T, 2 F) -> (B * T, F)
+  const Tensor out = block.normed(kFeedForwardOutput, block.multiply(kW2, gated));
   add_to(out, middle);
   return out.view(x.sizes());
 }
 
 // Computes a layer: project_heads, a store of keys and values in the cache, attention to it and
-// finish_layer. One call from Python instead of three takes 25 microseconds less. k to softcap: see
-// PlainCache. The other arguments and the result are those of project_heads and finish_layer.
+// finish_layer. As separate calls from Python these take 25 microseconds more. k to softcap: see
+// CacheUse. The other arguments and the result are those of project_heads and finish_layer.
 Tensor run_layer(const Tensor& layer, const Tensor& x, const Tensor& cos, const Tensor& sin,
                  const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& mask,
                  std::optional<double> scale, std::optional<double> softcap) {
-  const DecoderLayer& of = decoder_layer_of(layer);
-  const int64_t heads = of.H + 2 * of.G;
-  const PlainCache cache{k, v, slots, mask, scale, softcap};
-  const Tensor qkv = project_heads(layer, x, cos, sin, heads * of.E);
-  const Tensor each = qkv.view({x.size(0), x.size(1), heads, of.E});
-  check_cache(cache, each);
-  store_in_cache(each, cache);
-  return finish_layer(layer, x, attend_to_cache(each, cache));
+  const DecoderLayer& block = decoder_layer_of(layer);
+  const int64_t count = block.H + 2 * block.G;
+  const CacheUse cache{k, v, slots, mask, scale, softcap};
+  const Tensor heads = project_heads(layer, x, cos, sin, count * block.E)
+                           .view({x.size(0), x.size(1), count, block.E});
+  check_cache(cache, heads, block);
+  store_in_cache(heads, cache);
+  return finish_layer(layer, x, attend_to_cache(heads, cache));
 }
 
 // Does `neurons` for `count` entries with weights of the type W. entries: nullptr for all. x:

@@ -1,6 +1,6 @@
 // The operators of linear layers: pack, quantized_linear and linear. This file checks arguments and
-// shares the work between threads; the headers compute. Two files of operators take half as long to
-// compile as five, because of PyTorch's headers.
+// shares the work between threads; the headers compute, and gemm.h and linear_avx512.h also share.
+// Two files of operators take half as long to compile as five, because of PyTorch's headers.
 //
 // Start at quantized_linear and linear. Where the CPU multiplies bfloat16 (AVX-512 BF16, AMX), both
 // use PyTorch's GEMM for many bfloat16 rows, and linear uses linear_avx512.h for few.
@@ -122,6 +122,7 @@ Tensor packed_linear(Tensor x, const Tensor& packed, const std::optional<Tensor>
 // block: inputs that share a scale. Returns the first `out_features` outputs.
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t format, int64_t block, int64_t out_features) {
+  TORCH_CHECK(format == kInt8 || format == kInt4 || format == kInt4Half, "no format ", format);
   Tensor y = format == kInt8   ? packed_linear<kInt8>(x, packed, bias, block)
              : format == kInt4 ? packed_linear<kInt4>(x, packed, bias, block)
                                : packed_linear<kInt4Half>(x, packed, bias, block);
@@ -187,9 +188,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 }  // namespace
 
-Tensor gpt_flex::multiply(const Tensor& x, const Linear& linear) {
-  if (linear.format == kDense) return ::linear(x, linear.weight, linear.bias);
-  return quantized_linear(x, linear.weight, linear.bias, linear.format, linear.block, linear.N);
+Tensor gpt_flex::multiply(const Tensor& x, const Linear& by) {
+  if (by.format == kDense) return ::linear(x, by.weight, by.bias);
+  return quantized_linear(x, by.weight, by.bias, by.format, by.block, by.out_features);
 }
 
 TORCH_LIBRARY_IMPL(gpt_flex, CPU, library) {
