@@ -143,7 +143,8 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionInputs]]:
         """Returns x, (B, T, D), plus learned positions if the model has them (OPT), and the
-        AttentionInputs of each layer; layers with equal rope, window and ring share tensors.
+        AttentionInputs of each layer. Layers with equal rope share the rotation; layers with equal
+        window and ring share mask and slots.
 
         rings: the attribute `ring` of each layer's cache, see KVCache. Other parameters: see
         forward. Raises ValueError if a ring cannot take T tokens, see slots_and_keys.

@@ -4,8 +4,8 @@ Start at use_fast_linears. It replaces quantised linears by PackedLinear, which 
 integers in the order in which the kernels read them, and dense linears by DenseLinear.
 use_fast_attention lets the KV caches compute attention by kernels/cpu/attention.h, and fuse_blocks
 replaces whole blocks of such linears by CPUBlock. In float32, or without a compiler, a model keeps
-its layers, which are slower and are the reference in tests. The dense linears of a small model
-stay, too.
+its layers, which are slower and are the reference in tests; only its quantised copy that drafts
+(self-int8, self-int4) has fast layers in float32, too. The dense linears of a small model stay.
 
 layout() returns the constants of the packed order: a strip is the weights of layout().strip outputs
 (16), which are packed together; layout().int8, int4 and int4_half number the formats of packed
