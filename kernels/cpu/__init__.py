@@ -12,10 +12,11 @@ know nothing of torch compute it, but for gemm.h and linear_avx512.h, which use 
                       factors.h gives them. On CPUs with AVX-512 VNNI, vnni.h, amx_int8.h or gemm.h
                       multiplies instead
     linear            rows by dense bfloat16 or float16 weights
-    decoder_layer     the weights and settings of a layer -> one tensor, for the next two lines
+    decoder_layer     the weights and settings of a layer -> one tensor, for the next three
     run_layer         a decoder layer: norms, products, rotary positions, a store of new keys and
                       values in the KV cache, attention to it, gate, residual sums
-    project_heads     its part before the store; finish_layer: its part after the attention
+    project_heads     the part of run_layer before the store
+    finish_layer      the part of run_layer after the attention
     attention         attention of up to 128 queries of a key/value head over the KV cache
     fast_rms_norm     RMS norm of rows
     fast_gelu_tanh    the activation of Gemma and StarCoder 2; fast_silu: that of Llama

@@ -53,7 +53,8 @@ struct DecoderLayer {
   }
 };
 
-// Returns the layer's object in a tensor that decoder_layer returned.
+// Returns the object in a tensor that decoder_layer returned; it lives as long as the tensor.
+// Raises an error for other tensors and for copies.
 const DecoderLayer& decoder_layer_of(const Tensor& layer) {
   const bool fits = layer.nbytes() == sizeof(DecoderLayer);
   const auto* object = static_cast<const DecoderLayer*>(layer.const_data_ptr());

@@ -103,11 +103,14 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 struct CacheUse {
   const Tensor &k, &v;  // (B, slots + 1, G, E), contiguous; see KVCache
   const Tensor& slots;  // (B, T), int64: where the new tokens are stored
-  const Tensor& mask;   // (B, 1, R * T, S), see Transformer.mask; attention reads the first S slots
+  // (B, 1, R * T, S), see Transformer.mask; attention reads the first S slots. With a mask that is
+  // broadcast or not contiguous, or of another dtype, PyTorch attends.
+  const Tensor& mask;
   std::optional<double> scale, softcap;  // see `attention`
 };
 
-// Raises an error unless the cache is for the tokens of heads, (B, T, H + 2 G, E), of a layer.
+// Raises an error unless the shapes and dtypes of cache, slots and mask fit the heads, (B, T, H + 2
+// G, E), of a layer. store_in_cache checks the slots' numbers.
 void check_cache(const CacheUse& cache, const Tensor& heads, const DecoderLayer& layer) {
   const auto &[k, v, slots, mask, scale, softcap] = cache;
   const bool fits = k.dim() == 4 && k.size(0) == heads.size(0) && k.size(2) == layer.G &&
@@ -124,7 +127,7 @@ void check_cache(const CacheUse& cache, const Tensor& heads, const DecoderLayer&
 // Copies the keys and values of new tokens into the slots of a cache. heads: (B, T, H + 2 G, E),
 // contiguous; the last 2 G are keys and values.
 void store_in_cache(const Tensor& heads, const CacheUse& cache) {
-  const int64_t T = heads.size(1), S = cache.k.size(1), G = cache.k.size(2);
+  const int64_t T = heads.size(1), all = cache.k.size(1), G = cache.k.size(2);  // all: slots
   const int64_t head = heads.size(3) * heads.element_size(), token = heads.size(2) * head;  // bytes
   const Tensor slots = cache.slots.contiguous();
   const auto* slot = slots.const_data_ptr<int64_t>();
@@ -132,16 +135,17 @@ void store_in_cache(const Tensor& heads, const CacheUse& cache) {
   auto* to_k = static_cast<uint8_t*>(cache.k.mutable_data_ptr());
   auto* to_v = static_cast<uint8_t*>(cache.v.mutable_data_ptr());
   for (int64_t i = 0; i < slots.numel(); i++)
-    TORCH_CHECK(slot[i] >= 0 && slot[i] < S, "slot ", slot[i], " of ", S);
+    TORCH_CHECK(slot[i] >= 0 && slot[i] < all, "slot ", slot[i], " of ", all);
   for (int64_t i = 0; i < slots.numel(); i++, keys += token) {
-    const int64_t at = (i / T * S + slot[i]) * G * head;
+    const int64_t at = (i / T * all + slot[i]) * G * head;
     std::memcpy(to_k + at, keys, G * head);
     std::memcpy(to_v + at, keys + G * head, G * head);
   }
 }
 
-// Does attend_to_cache for one token of each row, without views of tensors, which take several
-// microseconds. data: that of the heads, which are contiguous, as the mask is.
+// Does attend_to_cache, which tests whether it can, for one token of each row: without views of
+// tensors, which take several microseconds. data: that of the heads. scale: that of the cache, or
+// its default.
 template <class T>
 Tensor attend_one_token(const T* data, const Tensor& heads, const CacheUse& cache, double scale) {
   const int64_t B = heads.size(0), E = heads.size(3), S = cache.mask.size(3), G = cache.k.size(2);
@@ -182,7 +186,8 @@ Tensor attend_to_cache(const Tensor& heads, const CacheUse& cache) {
 Tensor project_heads(const Tensor& layer, const Tensor& x, const std::optional<Tensor>& cos,
                      const std::optional<Tensor>& sin, int64_t width) {
   const DecoderLayer& block = decoder_layer_of(layer);
-  TORCH_CHECK(cos.has_value() == sin.has_value() && x.dim() == 3, "a cosine without a sine");
+  TORCH_CHECK(x.dim() == 3, "tokens of ", x.dim(), " dimensions");
+  TORCH_CHECK(cos.has_value() == sin.has_value(), "a cosine without a sine");
   const Tensor rows = block.normed(kAttentionNorm, x.reshape({-1, x.size(2)}));  // (B * T, D)
   const Tensor heads = block.multiply(kWqkv, rows).view({x.size(0), x.size(1), width});
   if (cos) rotate_heads(heads, block, *cos, *sin);
@@ -205,8 +210,9 @@ Tensor finish_layer(const Tensor& layer, const Tensor& x, const Tensor& attended
 }
 
 // Computes a layer: project_heads, a store of keys and values in the cache, attention to it and
-// finish_layer. As separate calls from Python these take 25 microseconds more. k to softcap: see
-// CacheUse. The other arguments and the result are those of project_heads and finish_layer.
+// finish_layer. As separate calls from Python these take 25 microseconds more for each layer. k to
+// softcap: see CacheUse. The other arguments and the result are those of project_heads and
+// finish_layer.
 Tensor run_layer(const Tensor& layer, const Tensor& x, const Tensor& cos, const Tensor& sin,
                  const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& mask,
                  std::optional<double> scale, std::optional<double> softcap) {
