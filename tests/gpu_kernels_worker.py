@@ -39,7 +39,16 @@ from calibration import gptq
 from fast_layers import gpu as gpu_products
 from host.torch_private import shallow_copy
 from kernels import gpu
-from kernels.gpu import attention, columns, few_rows, inputs, launch, one_row, unpack
+from kernels.gpu import (
+    attention,
+    columns,
+    few_rows,
+    inputs,
+    launch,
+    one_row,
+    to_fixed_point,
+    unpack,
+)
 from kernels.gpu import rotate as rotation_kernels
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
@@ -458,7 +467,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         {"NORM": True, "GATED": True, "BK": 4096, "BLOCK": 4096, "PDL": pdl}, 4, 3,
     )  # fmt: skip
     yield (
-        "fixed_point", one_row.fixed_point_kernel, {"q": "i16"},
+        "fixed_point", to_fixed_point.fixed_point_kernel, {"q": "i16"},
         {
             "SIZE": 32, "NIBBLES": 2, "NORM": True, "GATED": True, "BC": 16, "BLOCK": 4096,
             "PDL": pdl,

@@ -1,6 +1,6 @@
 """One row of activations as 16-bit fixed point, in the order in which the one-row kernels read it.
 
-Start at fixed_point, in PyTorch: the reference of one_row.fixed_point_kernel.
+Start at fixed_point, in PyTorch: the reference of to_fixed_point.fixed_point_kernel.
 
 A chunk is 16 (int8) or 32 (int4) inputs, whose weights take 16 bytes. The inputs of a chunk share a
 unit, a power of two: x = unit * q with q from -32768 to 32767. Scaling by a power of two is exact,

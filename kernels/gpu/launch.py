@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import attention, few_rows, inputs, one_row, rotate, unpack
+from kernels.gpu import attention, few_rows, inputs, one_row, rotate, to_fixed_point, unpack
 from kernels.gpu.fixed_point import FixedPoint, Order
 from kernels.gpu.prologue import Prologue
 from kernels.gpu.support import dependent_launch
@@ -95,7 +95,7 @@ def fixed_point(x: Tensor, order: Order, prologue: Prologue = Prologue()) -> Fix
     q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
     units, sums = x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.int32)
     chunks = 512 // size  # of a program, which converts 512 inputs
-    one_row.fixed_point_kernel[(triton.cdiv(C, chunks),)](
+    to_fixed_point.fixed_point_kernel[(triton.cdiv(C, chunks),)](
         x,
         norm,
         q,

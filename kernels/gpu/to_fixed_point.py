@@ -1,0 +1,57 @@
+"""Conversion of a row of activations to 16-bit fixed point, for the one-row kernels.
+
+Start at fixed_point_kernel. Its reference is fixed_point.fixed_point, which explains the format.
+
+Shapes: K in_features, C chunks of the row, SIZE inputs of a chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.inputs import begin, inputs, wait
+
+
+@triton.jit
+def fixed_point_kernel(
+    x,  # (K,), or (2 K,) where GATED
+    norm,  # (K,): the weight of an RMS norm
+    q,  # (PLANES, C, 8) int16
+    units,  # (C,) float32
+    sums,  # (C,) int32
+    K,
+    C,
+    eps,
+    SIZE: tl.constexpr,  # inputs of a chunk
+    NIBBLES: tl.constexpr,  # inputs per byte of weights: 1 or 2
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    BC: tl.constexpr,  # chunks that a program converts
+    BLOCK: tl.constexpr,  # inputs that NORM squares at a time
+    PDL: tl.constexpr,
+):
+    """Compute the prologue of a row (inputs.py), then convert the row to fixed point: q, units
+    and sums of a FixedPoint.
+
+    For each place in the result, k is the input that belongs there (fixed_point.Order). The bit
+    arithmetic is that of fixed_point.fixed_point.
+    """
+    begin(PDL)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    place = tl.arange(0, SIZE)[None, :]  # plane, word, p
+    plane, word, p = place // 8, place % 8 // 2, place % 2
+    k = c[:, None] * SIZE + word * (4 * NIBBLES) + plane % 2 * (2 * NIBBLES) + p * NIBBLES
+    k += plane // 2  # the nibble
+    factor = tl.load(norm + k, k < K, 0).to(tl.float32) if NORM else 0.0
+    wait(PDL)
+    values = inputs(x, factor, k, K, eps, NORM, GATED, BLOCK)  # (BC, SIZE)
+    exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
+    inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
+    scaled = values * inverse[:, None]
+    # Round to nearest, ties to even: adding 1.5 * 2**23 leaves no fraction bits.
+    rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
+    rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
+    tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, rounded.to(tl.int16), c[:, None] < C)
+    poison = tl.sum(values * 0, 1)  # NaN for chunks with an infinite or NaN input, else 0
+    tl.store(units + c, unit.to(tl.float32, bitcast=True) + poison, c < C)
+    tl.store(sums + c, tl.sum(rounded, 1), c < C)
