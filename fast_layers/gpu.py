@@ -25,19 +25,28 @@ from fast_layers.fused_block import (
     FusedOperations,
     can_fuse,
     is_identity,
+    is_norm,
     norm_or_none,
 )
 from kernels import gpu
 from layers.basic import Linear, RMSNorm
-from layers.kv_cache import AttentionCache, KVCache, attend_capped, grouped_attention
+from layers.kv_cache import (
+    AttentionCache,
+    CacheAttention,
+    KVCache,
+    attend_capped,
+    grouped_attention,
+)
 from layers.positions import Rotation
-from model import Transformer
+from model import SequentialBlock, Transformer
 from quant.kv_cache import QuantizedKVCache, dequantize
 from quant.linear import QuantizedLinear
 
 # Limits on the queries of a key/value head, R*T, and on their numbers, R*T*E. With more queries,
 # PyTorch is faster; more numbers do not fit into the registers of a Triton program.
 MAX_KERNEL_QUERIES, MAX_KERNEL_NUMBERS = 64, 64 * 128
+# The same of the kernel that also rotates and stores, which needs more registers.
+MAX_NEW_QUERIES, MAX_NEW_NUMBERS = 32, 32 * 128
 FUSED = FusedOperations((QuantizedLinear,), (F.silu,), (RMSNorm,), output_norms=False)
 
 
@@ -59,9 +68,18 @@ class OneRowLinear(Linear):
 
 class GPUBlock(FusedBlock):
     """A FusedBlock on the kernels of quantised linears. For up to 64 rows, norm, gate and residual
-    are part of a product's kernels: a decoding step of Llama 3.1 8B in int4 has 10 kernels for each
-    layer, and 16 without it. Where gpu.supports(x) is false, it computes as SequentialBlock does.
+    are part of a product's kernels; for one row, attention converts its results for wo. A decoding
+    step of Llama 3.1 8B in int4 has 8 kernels for each layer, and 16 without these. Where
+    gpu.supports(x) is false, it computes as SequentialBlock does.
     """
+
+    def __init__(self, block: SequentialBlock):
+        super().__init__(block)
+        norms = self.attention.q_norm, self.attention.k_norm
+        # Whether the operator attend_and_project can compute the norms of heads.
+        self.operable = all(map(is_identity, norms)) or all(
+            type(norm) is RMSNorm and is_norm(norm) for norm in norms
+        )
 
     def forward(
         self, x: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
@@ -71,23 +89,37 @@ class GPUBlock(FusedBlock):
             return super().forward(x, rotation, mask, pos, cache)
         attention, feed_forward = self.attention, self.feed_forward
         qkv = product(attention.wqkv, x, norm_or_none(self.attention_norm))
-        y = self.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
-        x = product(attention.wo, y, residual=x)  # (B, T, D)
+        if self.operable and type(cache) is KVCache and is_kernel(cache.attention):
+            x = self.attend_and_project(qkv, rotation, mask, pos, cache, residual=x)
+        else:
+            y = attention.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
+            x = product(attention.wo, y, residual=x)  # (B, T, D)
         hidden = product(feed_forward.w13, x, norm_or_none(self.ffn_norm))  # (B, T, 2 F)
         return product(feed_forward.w2, hidden, gated=True, residual=x)  # (B, T, D)
 
-    def attend(
-        self, qkv: Tensor, rotation: Rotation, mask: Tensor, pos: Tensor, cache: AttentionCache
+    def attend_and_project(
+        self,
+        qkv: Tensor,
+        rotation: Rotation,
+        mask: Tensor,
+        pos: Tensor,
+        cache: KVCache,
+        residual: Tensor,
     ) -> Tensor:
-        """Compute Attention.attend, (B, T, (H + 2 G) * E) -> (B, T, H * E). One kernel rotates and
-        stores, if the cache is a plain KVCache and heads have no norms."""
-        attention = self.attention
-        norms = attention.q_norm, attention.k_norm
-        if type(cache) is not KVCache or not all(map(is_identity, norms)):
-            return attention.attend(qkv, rotation, mask, pos, cache)
+        """Compute Attention.attend, then wo, plus the residual: (B, T, (H + 2 G) * E) -> (B, T, D).
+        One operator, so that its kernels can do the work of several; see attend_and_project below.
+        """
+        attention, scores = self.attention, cache.scores
         heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
-        q = torch.ops.gpt_flex.rotate_and_store(heads, *rotation, pos, cache.k, cache.v)
-        return cache.attention(cache, q, mask, pos).flatten(2)
+        norms = [norm_or_none(attention.q_norm), norm_or_none(attention.k_norm)]
+        weights = [None if norm is None else norm.weight for norm in norms]
+        eps = 0.0 if norms[0] is None else norms[0].eps
+        causal = cache.attention is kernel_attention
+        scale = scores.scale or 1 / math.sqrt(attention.head_dim)
+        return torch.ops.gpt_flex.attend_and_project(
+            heads, *rotation, pos, mask, cache.k, cache.v, weights, eps, causal, scale,
+            scores.softcap, list(attention.wo.stored()), residual,
+        )  # fmt: skip
 
 
 def product(
@@ -168,6 +200,11 @@ def masked_attention(cache: KVCache, q: Tensor, mask: Tensor, pos: Tensor) -> Te
     return kernel_attention(cache, q, mask, None)
 
 
+def is_kernel(attention: CacheAttention) -> bool:
+    """Return whether a cache's attention is one of the two functions above."""
+    return attention is kernel_attention or attention is masked_attention
+
+
 def attend_on_gpu(
     q: Tensor,
     k: Tensor,
@@ -207,24 +244,6 @@ def attend_on_gpu(
     return grouped_attention(attention, q, k, v, mask).contiguous()
 
 
-def rotate_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """The operator gpt_flex::rotate_and_store: see launch.rotate_and_store. It changes k and v."""
-    from kernels.gpu import launch  # imports Triton
-
-    given = (t.contiguous() for t in (qkv, cos, sin, pos))
-    return launch.rotate_and_store(*given, k, v)
-
-
-gpu.define(
-    "rotate_and_store(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor(a!) k, Tensor(b!) v) "
-    "-> Tensor",
-    rotate_and_store,
-    lambda qkv, cos, sin, pos, k, v: qkv.new_empty(
-        *qkv.shape[:2], qkv.shape[2] - 2 * k.shape[2], qkv.shape[3]
-    ),
-)
 gpu.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor[] extra, Tensor mask, Tensor? pos, float scale, "
     "float? softcap) -> Tensor",
@@ -233,4 +252,46 @@ gpu.define(
     # It takes any strides. Without the tag, the compiler computes the mask into another buffer for
     # each layer.
     tags=(torch.Tag.flexible_layout,),
+)
+
+
+def attend_and_project(qkv, cos, sin, pos, mask, k, v, *rest):
+    """Compute Attention.attend and wo: the operator of that name. It changes k and v.
+
+    qkv: (B, T, H + 2 G, E). cos, sin: the rotation, (B, T, 1, P). pos, mask: see AttentionInputs.
+    k, v: (B, slots + 1, G, E), the buffers of a KVCache. rest: the weights of the RMS norms of
+    query and key heads, or None, and their eps; causal, whether a query sees all slots up to its
+    own (else the mask is read); scale and softcap, see layers.kv_cache.Scores; weight, scales,
+    zeros and bias of wo, see gpu.Stored; the residual, (B, T, D). Returns (B, T, D).
+
+    Few causal queries: one kernel, and one for the product. Others: see gpu.rotate_and_store,
+    attend_on_gpu and gpu.quantized_linear.
+    """
+    from kernels.gpu import launch  # imports Triton
+
+    weights, eps, causal, scale, softcap, stored, residual = rest
+    (B, T, heads, E), S, G = qkv.shape, mask.shape[-1], k.shape[2]
+    given = qkv.contiguous(), (cos.contiguous(), sin.contiguous()), gpu.HeadNorms(*weights, eps)
+    pos, residual = pos.contiguous(), residual.flatten(0, 1)  # (B * T, D)
+    queries = (heads // G - 2) * T  # of a key/value head
+    if not causal or queries > MAX_NEW_QUERIES or queries * E > MAX_NEW_NUMBERS:
+        q = launch.rotate_and_store(*given, pos, k, v)
+        y = attend_on_gpu(q, k, v, [], mask, pos if causal else None, scale, softcap)
+    else:
+        order = gpu.row_order(stored[0], stored[2]) if B * T == 1 else None
+        order = order if order and E % order.size == 0 else None
+        y = launch.attend_new_tokens(*given, pos, (k, v), S, (scale, softcap), order)
+        if order:
+            return gpu.row_product(y, stored, residual, qkv.dtype).view(B, T, -1)
+    y = y.view(B * T, -1)  # (B * T, H * E)
+    return gpu.quantized_linear(y, *stored, residual=residual).view(B, T, -1)
+
+
+gpu.define(
+    "attend_and_project(Tensor qkv, Tensor cos, Tensor sin, Tensor pos, Tensor mask, Tensor(a!) k, "
+    "Tensor(b!) v, Tensor?[] norms, float eps, bool causal, float scale, float? softcap, "
+    "Tensor?[] stored, Tensor residual) -> Tensor",
+    attend_and_project,
+    lambda *given: given[-1].new_empty(given[-1].shape),
+    tags=(torch.Tag.flexible_layout,),  # as with attend
 )

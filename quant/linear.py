@@ -72,8 +72,7 @@ class QuantizedLinear(nn.Module):
         # torch.compile would unroll the loop over a weight's rows; it does not look into the
         # operator. Eager code calls the function itself, since the operator computes no gradient.
         product = torch.ops.gpt_flex.multiply if torch.compiler.is_compiling() else multiply
-        zeros = getattr(self, "zeros", None)  # None: an Int8Linear
-        return product(rows, self.weight, self.scales, zeros, self.bias)
+        return product(rows, *self.stored())
 
     def on_gpu(
         self,
@@ -86,9 +85,11 @@ class QuantizedLinear(nn.Module):
         Allowed only if gpu.supports(rows). prologue: a norm or gate that is applied to the rows
         first. Default: none. With a gate, rows are (M, 2 K). residual: (M, N), added to the result.
         """
-        zeros = getattr(self, "zeros", None)  # None: an Int8Linear
-        stored = self.weight, self.scales, zeros, self.bias
-        return gpu.quantized_linear(rows, *stored, prologue, residual)
+        return gpu.quantized_linear(rows, *self.stored(), prologue, residual)
+
+    def stored(self) -> gpu.Stored:
+        """Return weight, scales, zeros (None: an Int8Linear) and bias."""
+        return self.weight, self.scales, getattr(self, "zeros", None), self.bias
 
 
 class Int8Linear(QuantizedLinear):

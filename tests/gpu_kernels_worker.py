@@ -4,12 +4,13 @@
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py attention SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py loops SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py rotate SEED CASES
+    TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py new_tokens SEED CASES
     TRITON_INTERPRET=1 python tests/gpu_kernels_worker.py model SEED CASES
     python tests/gpu_kernels_worker.py compile CAPABILITY
 
-Without the variable the first five run on the GPU.
+Without the variable the first six run on the GPU.
 
-The first four compare kernels with the PyTorch formulas over random shapes; model compares a whole
+The first five compare kernels with the PyTorch formulas over random shapes; model compares a whole
 model's logits with them and without; they print how many cases there were. compile prints a JSON
 line for each kernel: its registers, and what it spills.
 """
@@ -49,6 +50,7 @@ from kernels.gpu import (
     to_fixed_point,
     unpack,
 )
+from kernels.gpu import new_tokens as new_tokens_kernels
 from kernels.gpu import rotate as rotation_kernels
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
@@ -293,24 +295,102 @@ def attend(seed: int, cases: int) -> None:
         )
 
 
-def rotate(seed: int, cases: int) -> None:
-    """Rotary positions and the store of keys and values."""
-    for _ in range(cases):
-        B, T, G, R = (random.choice(some) for some in ((1, 3), (1, 2, 5), (1, 2), (1, 4)))
-        E = random.choice([8, 64, 80])
+class NewTokens:
+    """Random new tokens, (B, T, H + 2 G, E), with norms of heads or without, and a cache of S slots
+    that holds the tokens before them."""
+
+    def __init__(self, sizes: dict[str, int], dtype: torch.dtype, normed: bool):
+        B, T, R, G, E, S = (sizes[name] for name in "BTRGES")
+        self.case, self.split = (sizes, dtype, normed), (R * G, G, G)
         P = random.choice([E // 2, E // 4])
-        qkv = torch.randn(B, T, (R + 2) * G, E).to(random.choice(DTYPES))
-        pos = torch.stack([torch.randperm(20)[:T] for _ in range(B)])
+        self.qkv = torch.randn(B, T, (R + 2) * G, E).to(dtype)
         angles = torch.randn(B, T, 1, P)
-        rotation = angles.cos(), angles.sin()
-        mine, theirs = (KVCache((B, 21, G, E), qkv.dtype, DEVICE) for _ in range(2))
-        found = launch.rotate_and_store(qkv, *rotation, pos, mine.k, mine.v)
-        q, k, v = qkv.split((R * G, G, G), 2)
-        wanted = RotaryPositions.rotate(q, rotation)
-        theirs.store(pos, RotaryPositions.rotate(k, rotation), v)
-        tolerance = 1e-6 + ROUNDING[qkv.dtype]
-        for a, b in ((found, wanted), (mine.k, theirs.k), (mine.v, theirs.v)):
-            near(a, b.float(), tolerance, b.float().abs().clamp_min(1.0), (B, T, G, R, E, P))
+        self.rotation = angles.cos(), angles.sin()
+        weights = [torch.randn(E).to(dtype) if normed else None for _ in "qk"]
+        self.norms = gpu.HeadNorms(*weights, 1e-5)
+        first = torch.randint(0, S - T + 1, (B, 1))
+        first[0] = S - T
+        self.pos = (first + torch.arange(T)).contiguous()  # (B, T)
+        self.mine, self.theirs = (KVCache((B, S + 1, G, E), dtype, DEVICE) for _ in range(2))
+        for buffer, other in zip(self.mine.buffers(), self.theirs.buffers(), strict=True):
+            buffer.normal_()
+            buffer[torch.arange(S + 1) >= first] = math.nan  # not stored yet
+            other.copy_(buffer)
+
+    def rotated(self) -> Tensor:
+        """The queries by the formula, which stores keys and values in `theirs`."""
+        q, k, v = self.qkv.split(self.split, 2)
+        given = self.norms.q, self.norms.k
+        q, k = (
+            t if norm is None else F.rms_norm(t, norm.shape, norm, self.norms.eps)
+            for t, norm in zip((q, k), given, strict=True)
+        )
+        self.theirs.store(self.pos, RotaryPositions.rotate(k, self.rotation), v)
+        return RotaryPositions.rotate(q, self.rotation)
+
+    def check_cache(self) -> None:
+        tolerance = 1e-6 + 2 * ROUNDING[self.qkv.dtype]
+        for a, b in zip(self.mine.buffers(), self.theirs.buffers(), strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            a, b = a.nan_to_num(), b.nan_to_num().float()
+            near(a, b, tolerance, b.abs().clamp_min(1.0) * 2, self.case)
+
+    def check_attention(self, softcap: float | None) -> None:
+        """All in one kernel, as numbers and, of one row, as fixed point."""
+        S, q = self.mine.k.shape[1] - 1, self.rotated()
+        mask = torch.zeros(*self.pos.shape, S)
+        mask.masked_fill_(hidden_keys(self.pos, torch.arange(S), None), -math.inf)
+        mask = mask.repeat(1, self.split[0] // self.split[1], 1).unsqueeze(1)
+        formula = partial(F.scaled_dot_product_attention, scale=0.3)
+        if softcap is not None:
+            formula = partial(attend_capped, scale=0.3, softcap=softcap)
+        k, v = (t.nan_to_num().float() for t in self.theirs.visible(S))
+        wanted = grouped_attention(formula, q.float(), k, v, mask)
+        given = self.qkv, self.rotation, self.norms, self.pos, (*self.mine.buffers(),), S
+        found = launch.attend_new_tokens(*given, (0.3, softcap))
+        tolerance = 1e-5 + 8 * ROUNDING[self.qkv.dtype]
+        near(found, wanted, tolerance, wanted.abs().max().item(), self.case)
+        self.check_cache()
+        for order in (INT4, INT8):
+            if self.pos.numel() == 1 and self.qkv.shape[-1] % order.size == 0:
+                fixed = launch.attend_new_tokens(*given, (0.3, softcap), order)
+                for a, b in zip(fixed, fixed_point(found.flatten(), order), strict=True):
+                    assert torch.equal(a, b), (self.case, order)
+        assert not launch.arrivals(k.device).any(), "counters are not back at 0"
+
+
+def rotate(seed: int, cases: int) -> None:
+    """Norms of heads, rotary positions and the store of keys and values."""
+    for _ in range(cases):
+        sizes = {
+            "B": (1, 3),
+            "T": (1, 2, 5),
+            "G": (1, 2),
+            "R": (1, 4),
+            "E": (8, 64, 80),
+            "S": (20,),
+        }
+        sizes = {name: random.choice(some) for name, some in sizes.items()}
+        tokens = NewTokens(sizes, random.choice(DTYPES), random.random() < 0.5)
+        given = tokens.qkv, tokens.rotation, tokens.norms, tokens.pos
+        found, wanted = launch.rotate_and_store(*given, *tokens.mine.buffers()), tokens.rotated()
+        tolerance = 1e-6 + 2 * ROUNDING[found.dtype]
+        near(found, wanted.float(), tolerance, wanted.float().abs().clamp_min(1.0) * 2, tokens.case)
+        tokens.check_cache()
+
+
+def new_tokens(seed: int, cases: int) -> None:
+    """Norms, rotation, store and causal attention in one kernel."""
+    for _ in range(cases):
+        sizes = {
+            "B": (1, 1, 3), "T": (1, 1, 2, 6), "G": (1, 2), "R": (1, 2, 4),
+            "E": (8, 24, 32, 64, 80), "S": (8, 64, 70, 129, 300),
+        }  # fmt: skip
+        sizes = {name: random.choice(some) for name, some in sizes.items()}
+        # The interpreter's products of bfloat16 matrices multiply their bits as integers.
+        dtypes = (torch.float32, torch.float16) if launch.INTERPRETED else DTYPES
+        tokens = NewTokens(sizes, random.choice(dtypes), random.random() < 0.5)
+        tokens.check_attention(random.choice([None, 0.5, 50.0]))
 
 
 def loops(seed: int, cases: int) -> None:
@@ -362,13 +442,14 @@ def model(seed: int, cases: int) -> None:
             ("int8_linear", gpu.int8_product),
             ("dense_row", gpu.dense_row),
             ("attend", gpu_products.attend_on_gpu),
-            ("rotate_and_store", gpu_products.rotate_and_store),
+            ("attend_and_project", gpu_products.attend_and_project),
         ):
             torch.library.impl(f"gpt_flex::{name}", "cpu")(on_gpu)
     kv_cache.WINDOW_SLACK = 19
     gpu.one_by_one = lambda x: len(x) == 1  # float32 by the kernel for few rows, too
-    for mode, kv_dtype, softcap in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
-        dense = random_model(replace(SMALL, attention_softcap=softcap))
+    for case in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
+        mode, kv_dtype, softcap, qk_norm = case
+        dense = random_model(replace(SMALL, attention_softcap=softcap, qk_norm=qk_norm))
         whole = quantized_copy(dense, make_scheme(mode)) if mode else dense
         gpu.supports = lambda x: False
         torch.manual_seed(seed)
@@ -378,7 +459,7 @@ def model(seed: int, cases: int) -> None:
         gpu_products.replace_layers(fast)
         torch.manual_seed(seed)
         for mine, oracle in zip(model_logits(fast, kv_dtype), wanted, strict=True):
-            near(mine, oracle, 0.01, oracle.abs().max().item(), (mode, kv_dtype, softcap))
+            near(mine, oracle, 0.01, oracle.abs().max().item(), case)
         if mode:
             assert all(isinstance(layer, gpu_products.GPUBlock) for layer in fast.layers)
 
@@ -390,13 +471,15 @@ def random_model(args: ModelArgs) -> Transformer:
     return model
 
 
-# Mode of the weights, dtype of the cache, softcap of the scores.
+# Mode of the weights, dtype of the cache, softcap of the scores, norms of heads.
 CASES_OF_MODEL = (
-    ("int4", None, None),
-    ("int8", "int8", None),
-    (None, "int4", 0.5),
-    ("int4", "int8", None),
-    (None, None, 0.5),
+    ("int4", None, None, "head"),
+    ("int8", "int8", None, "none"),
+    (None, "int4", 0.5, "none"),
+    ("int8", None, 0.5, "none"),
+    ("int4", None, None, "whole"),
+    ("int4", "int8", None, "none"),
+    (None, None, 0.5, "head"),
 )
 
 
@@ -414,7 +497,7 @@ POINTERS = {
     "v": "bf16", "k_scales": "fp16", "k_lows": "fp16", "v_scales": "fp16", "v_lows": "fp16",
     "pos": "i64", "mask": "bf16", "norm": "bf16", "factor": "fp32", "hessian": "fp32",
     "better": "fp32", "steps": "fp32", "qkv": "bf16", "cos": "fp32", "sin": "fp32",
-    "residual": "bf16",
+    "residual": "bf16", "q_norm": "bf16", "k_norm": "bf16",
 }  # fmt: skip
 
 
@@ -474,8 +557,8 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         }, 4, 3,
     )  # fmt: skip
     yield (
-        "rotate", rotation_kernels.rotate_kernel, {}, {"E": 128, "BE": 128, "P": 64, "PDL": pdl},
-        1, 3,
+        "rotate", rotation_kernels.rotate_kernel, {},
+        {"E": 128, "BE": 128, "P": 64, "NORM": True, "PDL": pdl}, 1, 3,
     )  # fmt: skip
     yield (
         "unpack.int8", unpack.int8_kernel, {"weight": "i8", "scales": "fp32"},
@@ -489,6 +572,15 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
         yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
+    shapes = (64, 16, 32), (128, 16, 32), (128, 16, 16), (128, 16, 0), (128, 32, 0), (256, 16, 16)
+    for (E, rows, size), norm in itertools.product(shapes, (False, True)):
+        constants = {
+            "R": 4, "E": E, "BE": E, "P": E // 2, "BQ": rows, "BS": 64, "STEPS": 2, "SPLITS": 3,
+            "SIZE": size, "DOT": tl.bfloat16, "NORM": norm, "CAPPED": False, "PDL": pdl,
+        }  # fmt: skip
+        types = {"out": "i16"} if size else {}
+        name, warps = f"new_tokens {E} {rows} {size} {norm}", launch.attention_warps(E, True)
+        yield name, new_tokens_kernels.new_tokens_kernel, types, constants, warps, 3
     shapes = (128, 16, True), (256, 16, True), (128, 16, False), (256, 32, False)
     for bits, (E, rows, causal) in itertools.product((16, 8, 4), shapes):
         constants = {
@@ -553,7 +645,7 @@ def main(what: str, *numbers: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_device(DEVICE)
     checks = {"products": products, "attention": attend, "model": model, "loops": loops}
-    (checks | {"rotate": rotate})[what](seed, cases)
+    (checks | {"rotate": rotate, "new_tokens": new_tokens})[what](seed, cases)
     print(f"{cases} cases of {what}, seed {seed}: equal")
 
 

@@ -46,14 +46,25 @@ def test_rotary_positions_are_those_of_the_formula():
     assert "40 cases" in work("rotate", 0, 40, interpret=True)
 
 
+def test_new_tokens_in_one_kernel_are_those_of_the_formula():
+    assert "60 cases" in work("new_tokens", 0, 60, interpret=True)
+
+
 def test_a_model_with_kernels_computes_the_same():
-    assert "4 cases" in work("model", 0, 4, interpret=True)
+    assert "6 cases" in work("model", 0, 6, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("what", "cases"),
-    [("products", 8), ("attention", 8), ("loops", 4), ("rotate", 8), ("model", 4)],
+    [
+        ("products", 8),
+        ("attention", 8),
+        ("loops", 4),
+        ("rotate", 8),
+        ("new_tokens", 12),
+        ("model", 6),
+    ],
 )
 def test_kernels_on_a_gpu(what: str, cases: int):
     if not torch.cuda.is_available():

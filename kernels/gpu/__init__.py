@@ -2,16 +2,16 @@
 
 Start at quantized_linear. The number of rows of a product chooses its kernel:
 
-    one row (decoding)              fixed_point.py, then one_row.py: bound by memory bandwidth
+    one row (decoding)              to_fixed_point.py, then one_row.py: bound by memory bandwidth
     2 to 64 rows (batches, drafts)  few_rows.py: tensor cores, weights dequantised in registers
     more (prompts)                  unpack.py dequantises the weights, then cuBLAS multiplies
 
 In float32 up to 64 rows are multiplied one by one. int8 weights whose rows are not aligned: see
 int8_product. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
 after it. rotate.py rotates queries and keys, and stores keys and values. attention.py attends over
-the KV cache, quantised or not, in a decoding step. columns.py has the loops of GPTQ and launches
-them; launch.py launches the other kernels. tiles.py lists the tile sizes of each kernel. This file
-imports Triton only when a kernel is called.
+the KV cache, quantised or not, in a decoding step; new_tokens.py does the work of both in one
+kernel. columns.py has the loops of GPTQ and launches them; launch.py launches the other kernels.
+tiles.py lists the tile sizes of each kernel. This file imports Triton only when a kernel is called.
 
 The products, attention and rotation are registered as PyTorch operators, which torch.compile calls
 without looking inside; a CUDA graph records the kernels that they launch. They do not use
@@ -37,10 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu.fixed_point import INT4, INT8
+from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order
+from kernels.gpu.prologue import HeadNorms as HeadNorms
 from kernels.gpu.prologue import Prologue
 from kernels.gpu.support import unsupported_reason
 
+# Weight, scales, zeros and bias of an Int4Linear or, with zeros None, of an Int8Linear.
+Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 MAX_FEW_ROWS = 64  # with more rows, dequantised weights and cuBLAS are faster
 
 
@@ -138,14 +141,9 @@ def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
     weights for cuBLAS. prologue: norm, eps, gated."""
     from kernels.gpu import launch
 
-    prologue, x = Prologue(*prologue), x.contiguous()
+    prologue, x, stored = Prologue(*prologue), x.contiguous(), (weight, scales, zeros, bias)
     if one_by_one(x):
-
-        def row_product(row, residual):
-            fixed = launch.fixed_point(row, INT4, prologue)
-            return launch.int4_row(fixed, weight, scales, zeros, bias, residual, x.dtype)
-
-        return each_row(row_product, x, residual)
+        return each_row(x, INT4, stored, prologue, residual)
     if len(x) <= MAX_FEW_ROWS:
         return launch.int4_rows(x, weight, scales, zeros, bias, residual, prologue)
     x = launch.apply_prologue(x, prologue)
@@ -162,14 +160,9 @@ def int8_product(x, weight, scales, bias, residual, *prologue):
     """
     from kernels.gpu import launch
 
-    prologue, x = Prologue(*prologue), x.contiguous()
-    if one_by_one(x) and aligned(weight, INT8.size):
-
-        def row_product(row, residual):
-            fixed = launch.fixed_point(row, INT8, prologue)
-            return launch.int8_row(fixed, weight, scales, bias, residual, x.dtype)
-
-        return each_row(row_product, x, residual)
+    prologue, x, stored = Prologue(*prologue), x.contiguous(), (weight, scales, None, bias)
+    if one_by_one(x) and row_order(weight, None):
+        return each_row(x, INT8, stored, prologue, residual)
     if len(x) <= MAX_FEW_ROWS and x.dtype != torch.float32 and aligned(weight, 4):
         return launch.int8_rows(x, weight, scales, bias, residual, prologue)
     x = launch.apply_prologue(x, prologue)
@@ -183,14 +176,39 @@ def one_by_one(x: Tensor) -> bool:
     return len(x) == 1 or (x.dtype == torch.float32 and len(x) <= MAX_FEW_ROWS)
 
 
-def each_row(product: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-    """Call product(row, residual of the row), which returns (1, N), for each row of x -> (M, N).
+def row_order(weight: Tensor, zeros: Tensor | None) -> Order | None:
+    """Return the order of fixed point by which the kernel for one row takes inputs of a linear.
+    None: the kernel cannot read its weights, whose rows are not aligned to 16 bytes."""
+    if zeros is not None:
+        return INT4
+    return INT8 if aligned(weight, INT8.size) else None
 
-    x: (M, K), or (M, 2 K) for a gate; a row is (K,) or (2 K,). residual: (M, N), of a row (1, N);
-    None: product gets None.
-    """
+
+def row_product(
+    x: FixedPoint, stored: Stored, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply one row by the weights of a linear -> (1, N) in dtype, plus the bias and the
+    residual, (1, N). x: in the linear's row_order."""
+    from kernels.gpu import launch
+
+    weight, scales, zeros, bias = stored
+    if zeros is None:
+        return launch.int8_row(x, weight, scales, bias, residual, dtype)
+    return launch.int4_row(x, weight, scales, zeros, bias, residual, dtype)
+
+
+def each_row(
+    x: Tensor, order: Order, stored: Stored, prologue: Prologue, residual: Tensor | None
+) -> Tensor:
+    """Multiply the rows of x, (M, K) or, with a gate, (M, 2 K), one by one -> (M, N). order: the
+    linear's row_order. residual: (M, N)."""
+    from kernels.gpu import launch
+
     residuals = [None] * len(x) if residual is None else residual.split(1)
-    products = [product(row, more) for row, more in zip(x, residuals, strict=True)]
+    rows = [launch.fixed_point(row, order, prologue) for row in x]
+    products = [
+        row_product(row, stored, more, x.dtype) for row, more in zip(rows, residuals, strict=True)
+    ]
     return products[0] if len(products) == 1 else torch.cat(products)
 
 

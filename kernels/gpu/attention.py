@@ -100,6 +100,73 @@ def softmax_step(scores, visible, top, sum):
 
 
 @triton.jit
+def attend_share(
+    low_q,
+    high_q,
+    k,
+    v,
+    k_scales,
+    k_lows,
+    v_scales,
+    v_lows,
+    at,
+    real,
+    G,
+    S,
+    batch_stride,
+    slot_stride,
+    factor,
+    cap,
+    E: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BS: tl.constexpr,
+    STEPS: tl.constexpr,
+    DOT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Attend with the queries of a key/value head, low_q and high_q, (BQ, WIDTH) each, to the slots
+    of this program: STEPS steps of BS slots. A step whose slots no query attends to is skipped.
+
+    Returns the online softmax's low, high, top and sum, see store_part. at, real: see
+    visible_slots. The other parameters are those of attention_kernel.
+    """
+    b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    BQ: tl.constexpr = low_q.shape[0]
+    WIDTH: tl.constexpr = low_q.shape[1]
+    HALVES: tl.constexpr = 2 if BITS == 4 else 1
+    e = tl.arange(0, WIDTH)
+    top, sum = tl.full((BQ,), -1e38, tl.float32), tl.zeros((BQ,), tl.float32)
+    low, high = tl.zeros((BQ, WIDTH), tl.float32), tl.zeros((BQ, WIDTH), tl.float32)
+    for step in range(STEPS):
+        first = (split * STEPS + step) * BS
+        visible, used, some = visible_slots(at, real, first, S, BS, CAUSAL)
+        if some:
+            head = head_in_slots(b, g, G, first, batch_stride, slot_stride, BS)  # (BS,)
+            place = head[:, None] * (E // HALVES) + e[None, :]
+            group = head[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
+            filled = used[:, None] & (e < E // HALVES)[None, :]
+            keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
+            if BITS == 16:  # both at once; quantised ones would need too many registers
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
+            scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
+            if BITS == 4:
+                keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
+                scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
+            scores = limited(scores * factor, cap, CAPPED)
+            weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
+            weights = weights.to(DOT)
+            if BITS != 16:
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
+            low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
+            if BITS == 4:
+                values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
+                high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
+    return low, high, top, sum
+
+
+@triton.jit
 def attention_kernel(
     q,  # (B, T, H, E)
     k,  # (B, slots + 1, G, E), or bytes (B, slots + 1, G, E * BITS / 8)
@@ -137,13 +204,12 @@ def attention_kernel(
 ):
     """Attend with the queries of a key/value head to a program's share of the slots.
 
-    The launch has (B * G, SPLITS) programs. A program takes STEPS steps of BS slots, and skips a
-    step whose slots no query attends to. at: see visible_slots. top, sum, low and high: the online
-    softmax so far, see softmax_step and store_part. Requires S <= SPLITS * STEPS * BS. All heads
-    have the same mask: every query reads the mask of the first head.
+    The launch has (B * G, SPLITS) programs of STEPS steps of BS slots: S <= SPLITS * STEPS * BS.
+    at: see visible_slots. low, high, top, sum: see store_part. All heads have the same mask: every
+    query reads the mask of the first head.
     """
     begin(PDL)
-    b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    b, g = tl.program_id(0) // G, tl.program_id(0) % G
     i = tl.arange(0, BQ)  # the queries
     t, r = i // R, i % R
     real = i < R * T
@@ -156,64 +222,68 @@ def attention_kernel(
     query = q + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     cells = real[:, None] & (e < E // HALVES)[None, :]
     low_q, high_q = tl.load(query, cells, 0).to(DOT), tl.load(query + HALVES - 1, cells, 0).to(DOT)
-    top, sum = tl.full((BQ,), -1e38, tl.float32), tl.zeros((BQ,), tl.float32)
-    low, high = tl.zeros((BQ, WIDTH), tl.float32), tl.zeros((BQ, WIDTH), tl.float32)
-    for step in range(STEPS):
-        first = (split * STEPS + step) * BS
-        visible, used, some = visible_slots(at, real, first, S, BS, CAUSAL)
-        if some:
-            head = head_in_slots(b, g, G, first, batch_stride, slot_stride, BS)  # (BS,)
-            place = head[:, None] * (E // HALVES) + e[None, :]
-            group = head[:, None] * (E // GROUP) + e[None, :] * HALVES // GROUP
-            filled = used[:, None] & (e < E // HALVES)[None, :]
-            keys = load_numbers(k, k_scales, k_lows, place, group, filled, 0, BITS)
-            if BITS == 16:  # both at once; quantised ones would need too many registers
-                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
-            scores = tl.dot(low_q, tl.trans(keys.to(DOT)), input_precision="ieee")
-            if BITS == 4:
-                keys = load_numbers(k, k_scales, k_lows, place, group, filled, 1, BITS)
-                scores = tl.dot(high_q, tl.trans(keys.to(DOT)), scores, input_precision="ieee")
-            scores = limited(scores * factor, cap, CAPPED)
-            weights, shrink, top, sum = softmax_step(scores, visible, top, sum)
-            weights = weights.to(DOT)
-            if BITS != 16:
-                values = load_numbers(v, v_scales, v_lows, place, group, filled, 0, BITS)
-            low = tl.dot(weights, values.to(DOT), low * shrink, input_precision="ieee")
-            if BITS == 4:
-                values = load_numbers(v, v_scales, v_lows, place, group, filled, 1, BITS)
-                high = tl.dot(weights, values.to(DOT), high * shrink, input_precision="ieee")
+    stored = k, v, k_scales, k_lows, v_scales, v_lows
+    strides = G, S, batch_stride, slot_stride
+    low, high, top, sum = attend_share(
+        low_q, high_q, *stored, at, real, *strides, factor, cap,
+        E, GROUP, BITS, BS, STEPS, DOT, CAUSAL, CAPPED,
+    )  # fmt: skip
     result = out + ((b * T + t) * (G * R) + g * R + r)[:, None] * E + e[None, :] * HALVES
     if SPLITS == 1:
         finish(low, high, sum, result, cells, BITS)
     else:
-        part = (tl.program_id(0) * SPLITS + split) * (R * T) + i
-        store_part(parts, tops, part, low, high, top, sum, e, real, cells, E, BITS)
-        tl.debug_barrier()  # all of this program has been stored before it counts as arrived
-        if tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1:
-            tl.store(arrived + tl.program_id(0), 0)
-            combine(parts, tops, result, e, i, real, cells, R * T, E, BQ, WIDTH, BITS, SPLITS)
+        store_part(parts, tops, low, high, top, sum, e, i, real, cells, R * T, E, BITS, SPLITS)
+        if arrives_last(arrived, SPLITS):
+            low, high, sum = combine(
+                parts, tops, e, i, real, cells, R * T, E, BQ, WIDTH, BITS, SPLITS
+            )
+            finish(low, high, sum, result, cells, BITS)
 
 
 @triton.jit
 def store_part(
-    parts, tops, part, low, high, top, sum, e, real, mask, E: tl.constexpr, BITS: tl.constexpr
+    parts,
+    tops,
+    low,
+    high,
+    top,
+    sum,
+    e,
+    i,
+    real,
+    mask,
+    queries,
+    E: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Store a program's part for a key/value head, for the program that combines the parts.
 
     WIDTH: the channels of the tile, of an int4 cache half of them. low: (BQ, WIDTH), sums of
     weighted values, for int4 of the even channels; high: of the odd ones. top, sum: (BQ,), the
-    largest score and the sum of weights. part: (BQ,), each query's index in parts and tops, whose
-    first three dimensions count as one. e: (WIDTH,), 0, 1, ...: channel e or, for int4, channels 2e
-    and 2e + 1. real: (BQ,), False for padding; mask: the same for queries and channels. A barrier
-    must follow before the program counts as arrived.
+    largest score and the sum of weights. e: (WIDTH,), 0, 1, ...: channel e or, for int4, channels
+    2e and 2e + 1. i: (BQ,), indices of the queries; queries: R*T. real: (BQ,), False for padding;
+    mask: the same for queries and channels. arrives_last must follow.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
+    part = (tl.program_id(0) * SPLITS + tl.program_id(1)) * queries + i
     tl.store(tops + part * 2, top, real)
     tl.store(tops + part * 2 + 1, sum, real)
     place = parts + part[:, None] * E + e[None, :] * HALVES
     tl.store(place, low, mask)
     if BITS == 4:
         tl.store(place + 1, high, mask)
+
+
+@triton.jit
+def arrives_last(arrived, SPLITS: tl.constexpr):
+    """Count this program, which has stored its part for a key/value head. Return whether it is the
+    last of SPLITS; if so, the head's counter is 0 again."""
+    tl.debug_barrier()  # all of this program has been stored before it counts as arrived
+    counter = arrived + tl.program_id(0)
+    last = tl.atomic_add(counter, 1) == SPLITS - 1
+    tl.store(counter, 0, last)
+    return last
 
 
 @triton.jit
@@ -233,7 +303,6 @@ def finish(low, high, sum, result, mask, BITS: tl.constexpr):
 def combine(
     parts,
     tops,
-    result,
     e,
     i,
     real,
@@ -245,12 +314,11 @@ def combine(
     BITS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Combine the SPLITS parts of a key/value head and store the result, see finish.
+    """Combine the SPLITS parts of a key/value head; return low, high and sum of all slots.
 
     Run by the last program of a head. Parts with different largest scores are scaled to the largest
-    of all. parts, tops, e, real, mask: see store_part. result: see finish. i: (BQ,), indices of the
-    queries; queries: R*T. The loads bypass the L1 cache, which does not see what other
-    multiprocessors have stored.
+    of all. The parameters are those of store_part. The loads bypass the L1 cache, which does not
+    see what other multiprocessors have stored.
     """
     HALVES: tl.constexpr = 2 if BITS == 4 else 1
     top = tl.full((BQ,), -1e38, tl.float32)
@@ -270,4 +338,4 @@ def combine(
             part_high = tl.load(place + 1, mask, 0, cache_modifier=".cg")
             high = high * shrink[:, None] + part_high * weight[:, None]
         sum, top = sum * shrink + part_sum * weight, new_top
-    finish(low, high, sum, result, mask, BITS)
+    return low, high, sum

@@ -24,15 +24,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import attention, few_rows, inputs, one_row, rotate, to_fixed_point, unpack
+from kernels.gpu import (
+    attention,
+    few_rows,
+    inputs,
+    new_tokens,
+    one_row,
+    rotate,
+    to_fixed_point,
+    unpack,
+)
 from kernels.gpu.fixed_point import FixedPoint, Order
-from kernels.gpu.prologue import Prologue
+from kernels.gpu.prologue import HeadNorms, Prologue
 from kernels.gpu.support import dependent_launch
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 CHUNK_BYTES = 16  # of weights: a chunk of int8 or int4 inputs, see fixed_point.py
 MAX_ROWS_PER_PROGRAM = 64  # of a few-rows product: more rows take another read of the weights
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, see layers.positions
 COUNTERS = 65536  # at least as many as the largest weight, an output head, has tiles
 
 
@@ -92,15 +102,12 @@ def fixed_point(x: Tensor, order: Order, prologue: Prologue = Prologue()) -> Fix
     norm, eps, gated = prologue
     K, size = len(x) // (2 if gated else 1), order.size
     C = triton.cdiv(K, size)  # chunks of the row
-    q = x.new_empty(size // 8, C, 8, dtype=torch.int16)
-    units, sums = x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.int32)
+    fixed = empty_fixed_point(x, C, order)
     chunks = 512 // size  # of a program, which converts 512 inputs
     to_fixed_point.fixed_point_kernel[(triton.cdiv(C, chunks),)](
         x,
         norm,
-        q,
-        units,
-        sums,
+        *fixed,
         K,
         C,
         eps,
@@ -111,7 +118,16 @@ def fixed_point(x: Tensor, order: Order, prologue: Prologue = Prologue()) -> Fix
         BC=chunks,
         **norm_options(x, K, norm),
     )
-    return FixedPoint(q, units, sums)
+    return fixed
+
+
+def empty_fixed_point(x: Tensor, C: int, order: Order) -> FixedPoint:
+    """Allocate a FixedPoint of C chunks on the device of x."""
+    return FixedPoint(
+        x.new_empty(order.size // 8, C, 8, dtype=torch.int16),
+        x.new_empty(C, dtype=torch.float32),
+        x.new_empty(C, dtype=torch.int32),
+    )
 
 
 def int8_row(
@@ -454,8 +470,6 @@ def attend(
     (B, T, H, E), (G, width) = q.shape, k.shape[2:]
     R, bits = H // G, 8 * width // E if extra else 16
     splits, steps = shares(mask.shape[-1], B * G)
-    parts = q.new_empty(B * G, splits, R * T, E, dtype=torch.float32)
-    tops = q.new_empty(B * G, splits, R * T, 2, dtype=torch.float32)
     out = torch.empty_like(q)
     attention.attention_kernel[(B * G, splits)](
         q,
@@ -464,15 +478,12 @@ def attend(
         *(extra or (k, k, k, k)),  # of a dense cache: placeholders that the kernel does not read
         pos,
         mask,
-        parts,
-        tops,
-        arrivals(q.device),
+        *shared_parts(q, B * G, splits, R * T, E),
         out,
         T,
         G,
         mask.shape[-1],
-        k.stride(0) // (G * width),  # a token has G * width numbers
-        k.stride(1) // (G * width),
+        *cache_strides(k),
         *exponents(scale, softcap),
         R=R,
         E=E,
@@ -493,36 +504,116 @@ def attend(
 
 
 def rotate_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, k: Tensor, v: Tensor
+    qkv: Tensor, rotation: Rotation, norms: HeadNorms, pos: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Rotate new queries and keys; store keys and values in k and v, in place; return the rotated
-    queries, (B, T, H, E) in the dtype of qkv.
+    """Apply their norms to new queries and keys and rotate them; store keys and values in k and v,
+    in place; return the queries, (B, T, H, E) in the dtype of qkv.
 
-    qkv: (B, T, H + 2 G, E), queries, then keys, then values. cos, sin: (B, T, 1, pairs of channels)
-    float32. pos: (B, T) int64, slots of the cache. All of these contiguous. k, v: (B, slots + 1, G,
-    E), a cache's buffers or their first rows.
+    qkv: (B, T, H + 2 G, E), queries, then keys, then values. rotation: cosine and sine, (B, T, 1,
+    pairs of channels) float32 each. pos: (B, T) int64, slots of the cache. All of these contiguous.
+    k, v: (B, slots + 1, G, E), a cache's buffers or their first rows.
     """
-    (B, T, heads, E), G, P = qkv.shape, k.shape[2], cos.shape[-1]
+    (B, T, heads, E), G = qkv.shape, k.shape[2]
     q = qkv.new_empty(B, T, heads - 2 * G, E)
     rotate.rotate_kernel[(B * T, heads)](
         qkv,
-        cos,
-        sin,
+        *rotation,
         pos,
+        norms.q,
+        norms.k,
         q,
         k,
         v,
         T,
         heads - 2 * G,
         G,
-        k.stride(0) // (G * E),  # a token has G * E numbers
-        k.stride(1) // (G * E),
+        *cache_strides(k),
+        norms.eps,
         E=E,
         BE=triton.next_power_of_2(E),
-        P=P,
+        P=rotation[0].shape[-1],
+        NORM=norms.q is not None,
         **options(qkv, 1),
     )
     return q
+
+
+def attend_new_tokens(
+    qkv: Tensor,
+    rotation: Rotation,
+    norms: HeadNorms,
+    pos: Tensor,
+    cache: tuple[Tensor, Tensor],
+    visible: int,
+    scores: tuple[float, float | None],
+    order: Order | None = None,
+) -> Tensor | FixedPoint:
+    """Compute rotate_and_store and causal attention in one kernel -> (B, T, H, E) or, with an
+    order, one row of H * E as a FixedPoint.
+
+    cache: k and v, (B, slots + 1, G, E) each. visible: S. scores: scale and softcap, see
+    layers.kv_cache.Scores. order: INT8 or INT4; requires B = T = 1, and that its size divides E.
+    The other parameters are those of rotate_and_store. Only for few new tokens: the R*T queries of
+    a key/value head are one tile.
+    """
+    (B, T, heads, E), (k, v) = qkv.shape, cache
+    G = k.shape[2]
+    H = heads - 2 * G
+    splits, steps = shares(visible, B * G)
+    size = 0 if order is None else order.size
+    if order is None:
+        result = qkv.new_empty(B, T, H, E)
+        outputs = result, None, None
+    else:
+        outputs = result = empty_fixed_point(qkv, H * E // size, order)
+    new_tokens.new_tokens_kernel[(B * G, splits)](
+        qkv,
+        *rotation,
+        pos,
+        norms.q,
+        norms.k,
+        k,
+        v,
+        *shared_parts(qkv, B * G, splits, H // G * T, E),
+        *outputs,
+        T,
+        G,
+        visible,
+        *cache_strides(k),
+        *exponents(*scores),
+        norms.eps,
+        R=H // G,
+        E=E,
+        BE=max(16, triton.next_power_of_2(E)),  # tensor cores multiply at least 16 x 16
+        P=rotation[0].shape[-1],
+        BQ=max(16, triton.next_power_of_2(H // G * T)),
+        BS=SLOTS_PER_STEP,
+        STEPS=steps,
+        SPLITS=splits,
+        SIZE=size,
+        DOT=TENSOR_CORE_TYPES[qkv.dtype],
+        NORM=norms.q is not None,
+        CAPPED=scores[1] is not None,
+        **options(qkv, attention_warps(E, True)),
+    )
+    return result
+
+
+def shared_parts(
+    q: Tensor, heads: int, splits: int, queries: int, channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the arguments `parts`, `tops` and `arrived` of the attention kernels. heads: B * G;
+    splits: the programs of each; queries: R*T; channels: E."""
+    parts = q.new_empty(heads, splits, queries, channels, dtype=torch.float32)
+    tops = q.new_empty(heads, splits, queries, 2, dtype=torch.float32)
+    return parts, tops, arrivals(q.device)
+
+
+def cache_strides(k: Tensor) -> tuple[int, int]:
+    """Return the strides of a cache, (B, slots + 1, G, numbers or bytes of a head), from row to row
+    and from slot to slot, in tokens."""
+    token = k.shape[2] * k.shape[3]
+    return k.stride(0) // token, k.stride(1) // token
 
 
 def attention_warps(channels: int, causal: bool) -> int:

@@ -1,4 +1,4 @@
-"""The norm or gate before a product. Does not import Triton."""
+"""The norm or gate before a product, and the norms of heads. Does not import Triton."""
 
 from typing import NamedTuple
 
@@ -26,3 +26,12 @@ class Prologue(NamedTuple):
             gate, up = x.chunk(2, -1)
             return F.silu(gate) * up
         return x
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of the heads of queries and keys. q, k: the weights, (E,) each; None: no norms.
+    eps: added to the mean squares."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    eps: float = 0.0

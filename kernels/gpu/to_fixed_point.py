@@ -1,6 +1,7 @@
 """Conversion of a row of activations to 16-bit fixed point, for the one-row kernels.
 
 Start at fixed_point_kernel. Its reference is fixed_point.fixed_point, which explains the format.
+store_chunks is for kernels that convert their own results.
 
 Shapes: K in_features, C chunks of the row, SIZE inputs of a chunk.
 """
@@ -32,8 +33,7 @@ def fixed_point_kernel(
     """Compute the prologue of a row (inputs.py), then convert the row to fixed point: q, units
     and sums of a FixedPoint.
 
-    For each place in the result, k is the input that belongs there (fixed_point.Order). The bit
-    arithmetic is that of fixed_point.fixed_point.
+    For each place in the result, k is the input that belongs there (fixed_point.Order).
     """
     begin(PDL)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -44,6 +44,16 @@ def fixed_point_kernel(
     factor = tl.load(norm + k, k < K, 0).to(tl.float32) if NORM else 0.0
     wait(PDL)
     values = inputs(x, factor, k, K, eps, NORM, GATED, BLOCK)  # (BC, SIZE)
+    numbers, unit = to_fixed_point(values)
+    tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, numbers.to(tl.int16), c[:, None] < C)
+    tl.store(units + c, unit, c < C)
+    tl.store(sums + c, tl.sum(numbers, 1), c < C)
+
+
+@triton.jit
+def to_fixed_point(values):
+    """Convert chunks of numbers, (chunks, inputs) float32, to q, the same shape in int32, and the
+    chunks' units, float32. The bit arithmetic is that of fixed_point.fixed_point."""
     exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
@@ -51,7 +61,23 @@ def fixed_point_kernel(
     # Round to nearest, ties to even: adding 1.5 * 2**23 leaves no fraction bits.
     rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
     rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
-    tl.store(q + plane * (C * 8) + c[:, None] * 8 + place % 8, rounded.to(tl.int16), c[:, None] < C)
     poison = tl.sum(values * 0, 1)  # NaN for chunks with an infinite or NaN input, else 0
-    tl.store(units + c, unit.to(tl.float32, bitcast=True) + poison, c < C)
-    tl.store(sums + c, tl.sum(rounded, 1), c < C)
+    return rounded, unit.to(tl.float32, bitcast=True) + poison
+
+
+@triton.jit
+def store_chunks(values, c, real, q, units, sums, C, SIZE: tl.constexpr):
+    """Convert chunks of a row and store them in q, units and sums of a FixedPoint.
+
+    values: (chunks, SIZE) float32, in the order of the row. c: (chunks,), their indices in the row;
+    real: which of them to store. fixed_point.Order describes the places in q.
+    """
+    numbers, unit = to_fixed_point(values)
+    tl.store(units + c, unit, real)
+    tl.store(sums + c, tl.sum(numbers, 1), real)
+    NIBBLES: tl.constexpr = SIZE // 16
+    n = tl.arange(0, SIZE)
+    plane = n % NIBBLES * 2 + n // (2 * NIBBLES) % 2
+    place = n // (4 * NIBBLES) * 2 + n // NIBBLES % 2
+    address = q + plane[None, :] * (C * 8) + c[:, None] * 8 + place[None, :]
+    tl.store(address, numbers.to(tl.int16), real[:, None])
