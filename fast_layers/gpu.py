@@ -224,7 +224,7 @@ def attend_on_gpu(
     quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos: see
     kernel_attention. scale, softcap: see layers.kv_cache.Scores; scale must be given.
     """
-    from kernels.gpu import launch  # imports Triton
+    from kernels.gpu import launch_attention as launch  # imports Triton
 
     S, (_, T, H, E), (G, width) = mask.shape[-1], q.shape, k.shape[2:]
     queries = T * H // G  # of a key/value head
@@ -264,10 +264,10 @@ def attend_and_project(qkv, cos, sin, pos, mask, k, v, *rest):
     own (else the mask is read); scale and softcap, see layers.kv_cache.Scores; weight, scales,
     zeros and bias of wo, see gpu.Stored; the residual, (B, T, D). Returns (B, T, D).
 
-    Few causal queries: one kernel, and one for the product. Others: see gpu.rotate_and_store,
+    Few causal queries: one kernel, and one for the product. Others: see launch.rotate_and_store,
     attend_on_gpu and gpu.quantized_linear.
     """
-    from kernels.gpu import launch  # imports Triton
+    from kernels.gpu import launch_attention as launch  # imports Triton
 
     weights, eps, causal, scale, softcap, stored, residual = rest
     (B, T, heads, E), S, G = qkv.shape, mask.shape[-1], k.shape[2]

@@ -46,6 +46,7 @@ from kernels.gpu import (
     few_rows,
     inputs,
     launch,
+    launch_attention,
     one_row,
     to_fixed_point,
     unpack,
@@ -275,7 +276,7 @@ def check_attention(kind: str, softcap: float | None, bits: int, **sizes: int) -
     damage(cache, hidden.all(1))
     names = ("k_scales", "k_lows", "v_scales", "v_lows") if bits != 16 else ()
     extra = [cache.get_buffer(name) for name in names]
-    found = launch.attend(q, cache.k, cache.v, extra, mask, pos, 0.3, softcap)
+    found = launch_attention.attend(q, cache.k, cache.v, extra, mask, pos, 0.3, softcap)
     near(found, wanted, 1e-5, wanted.abs().max().item(), case)
     assert not launch.arrivals(cache.k.device).any(), "counters are not back at 0"
 
@@ -347,13 +348,13 @@ class NewTokens:
         k, v = (t.nan_to_num().float() for t in self.theirs.visible(S))
         wanted = grouped_attention(formula, q.float(), k, v, mask)
         given = self.qkv, self.rotation, self.norms, self.pos, (*self.mine.buffers(),), S
-        found = launch.attend_new_tokens(*given, (0.3, softcap))
+        found = launch_attention.attend_new_tokens(*given, (0.3, softcap))
         tolerance = 1e-5 + 8 * ROUNDING[self.qkv.dtype]
         near(found, wanted, tolerance, wanted.abs().max().item(), self.case)
         self.check_cache()
         for order in (INT4, INT8):
             if self.pos.numel() == 1 and self.qkv.shape[-1] % order.size == 0:
-                fixed = launch.attend_new_tokens(*given, (0.3, softcap), order)
+                fixed = launch_attention.attend_new_tokens(*given, (0.3, softcap), order)
                 for a, b in zip(fixed, fixed_point(found.flatten(), order), strict=True):
                     assert torch.equal(a, b), (self.case, order)
         assert not launch.arrivals(k.device).any(), "counters are not back at 0"
@@ -373,7 +374,10 @@ def rotate(seed: int, cases: int) -> None:
         sizes = {name: random.choice(some) for name, some in sizes.items()}
         tokens = NewTokens(sizes, random.choice(DTYPES), random.random() < 0.5)
         given = tokens.qkv, tokens.rotation, tokens.norms, tokens.pos
-        found, wanted = launch.rotate_and_store(*given, *tokens.mine.buffers()), tokens.rotated()
+        found, wanted = (
+            launch_attention.rotate_and_store(*given, *tokens.mine.buffers()),
+            tokens.rotated(),
+        )
         tolerance = 1e-6 + 2 * ROUNDING[found.dtype]
         near(found, wanted.float(), tolerance, wanted.float().abs().clamp_min(1.0) * 2, tokens.case)
         tokens.check_cache()
@@ -579,7 +583,10 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
             "SIZE": size, "DOT": tl.bfloat16, "NORM": norm, "CAPPED": False, "PDL": pdl,
         }  # fmt: skip
         types = {"out": "i16"} if size else {}
-        name, warps = f"new_tokens {E} {rows} {size} {norm}", launch.attention_warps(E, True)
+        name, warps = (
+            f"new_tokens {E} {rows} {size} {norm}",
+            launch_attention.attention_warps(E, True),
+        )
         yield name, new_tokens_kernels.new_tokens_kernel, types, constants, warps, 3
     shapes = (128, 16, True), (256, 16, True), (128, 16, False), (256, 32, False)
     for bits, (E, rows, causal) in itertools.product((16, 8, 4), shapes):
@@ -589,7 +596,7 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         }  # fmt: skip
         types = dict.fromkeys("kv", "bf16" if bits == 16 else "u8")
         name = f"attention {bits} {E} {rows} {'causal' if causal else 'masked'}"
-        warps = launch.attention_warps(E, causal)
+        warps = launch_attention.attention_warps(E, causal)
         yield name, attention.attention_kernel, types, constants, warps, 3
 
 

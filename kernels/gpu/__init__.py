@@ -10,8 +10,9 @@ In float32 up to 64 rows are multiplied one by one. int8 weights whose rows are 
 int8_product. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
 after it. rotate.py rotates queries and keys, and stores keys and values. attention.py attends over
 the KV cache, quantised or not, in a decoding step; new_tokens.py does the work of both in one
-kernel. columns.py has the loops of GPTQ and launches them; launch.py launches the other kernels.
-tiles.py lists the tile sizes of each kernel. This file imports Triton only when a kernel is called.
+kernel. columns.py has the loops of GPTQ and launches them; launch.py launches the kernels of
+products, launch_attention.py those of attention. tiles.py lists the tile sizes of each kernel. This
+file imports Triton only when a kernel is called.
 
 The products, attention and rotation are registered as PyTorch operators, which torch.compile calls
 without looking inside; a CUDA graph records the kernels that they launch. They do not use
