@@ -73,7 +73,13 @@ def product(kind: str, M: int, K: int, tile: Tile) -> Callable[[tuple[Tensor, ..
     x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
     if M > 1:
         call = {"int8": launch.int8_rows, "int4": launch.int4_rows}[kind]
-        return lambda weights: call(x, *weights, None, tile=tile)
+
+        def few_rows(weights: tuple[Tensor, ...]) -> Tensor:
+            zeros = weights[2] if kind == "int4" else None
+            rows = launch.scaled_rows(x, launch.spans_of(M, *weights[:2], zeros, tile))
+            return call(rows, *weights, None, None, x.dtype, tile)
+
+        return few_rows
     if kind == "dense":
         return lambda weights: launch.dense_row(x, *weights, None, tile)
     call, order = {"int8": (launch.int8_row, INT8), "int4": (launch.int4_row, INT4)}[kind]

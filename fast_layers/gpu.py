@@ -264,8 +264,8 @@ def attend_and_project(qkv, cos, sin, pos, mask, k, v, *rest):
     own (else the mask is read); scale and softcap, see layers.kv_cache.Scores; weight, scales,
     zeros and bias of wo, see gpu.Stored; the residual, (B, T, D). Returns (B, T, D).
 
-    Few causal queries: one kernel, and one for the product. Others: see launch.rotate_and_store,
-    attend_on_gpu and gpu.quantized_linear.
+    Few causal queries: by one kernel, which also converts its results for the product if it can.
+    Others: see launch.rotate_and_store, attend_on_gpu and gpu.quantized_linear.
     """
     from kernels.gpu import launch_attention as launch  # imports Triton
 
@@ -274,15 +274,15 @@ def attend_and_project(qkv, cos, sin, pos, mask, k, v, *rest):
     given = qkv.contiguous(), (cos.contiguous(), sin.contiguous()), gpu.HeadNorms(*weights, eps)
     pos, residual = pos.contiguous(), residual.flatten(0, 1)  # (B * T, D)
     queries = (heads // G - 2) * T  # of a key/value head
-    if not causal or queries > MAX_NEW_QUERIES or queries * E > MAX_NEW_NUMBERS:
+    if causal and queries <= MAX_NEW_QUERIES and queries * E <= MAX_NEW_NUMBERS:
+        form = gpu.input_form(B * T, stored, qkv.dtype)
+        form = form if form and launch.can_convert(form, qkv, G) else None
+        y = launch.attend_new_tokens(*given, pos, (k, v), S, (scale, softcap), form)
+        if form:
+            return gpu.multiply_converted(y, stored, residual, qkv.dtype).view(B, T, -1)
+    else:
         q = launch.rotate_and_store(*given, pos, k, v)
         y = attend_on_gpu(q, k, v, [], mask, pos if causal else None, scale, softcap)
-    else:
-        order = gpu.row_order(stored[0], stored[2]) if B * T == 1 else None
-        order = order if order and E % order.size == 0 else None
-        y = launch.attend_new_tokens(*given, pos, (k, v), S, (scale, softcap), order)
-        if order:
-            return gpu.row_product(y, stored, residual, qkv.dtype).view(B, T, -1)
     y = y.view(B * T, -1)  # (B * T, H * E)
     return gpu.quantized_linear(y, *stored, residual=residual).view(B, T, -1)
 

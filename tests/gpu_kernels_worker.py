@@ -54,6 +54,7 @@ from kernels.gpu import (
 from kernels.gpu import new_tokens as new_tokens_kernels
 from kernels.gpu import rotate as rotation_kernels
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order, fixed_point
+from kernels.gpu.scaled_rows import ScaledRows, Spans
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile
 from layers import kv_cache
 from layers.args import LayerType, ModelArgs, Rope
@@ -152,7 +153,7 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
         y = row_product(fixed, **stored, bias=given, residual=first, dtype=dtype, tile=one)
         near(y, p.exact[:1], p.tolerance, p.fixed_size[:1], p.case)
     if some:
-        check_few_rows(p, partial(rows, **stored, bias=given, residual=p.residual))
+        check_few_rows(p, rows, stored)
     if dtype == torch.float32 and M < 4:
         product = gpu.int8_product if groupsize is None else gpu.int4_product
         y = product(p.x, *stored.values(), given, p.residual, *gpu.Prologue())
@@ -164,16 +165,22 @@ def check_products(M: int, K: int, N: int, groupsize: int | None, bias: bool, dt
         near(y, wanted, p.tolerance, p.size[:1], p.case)
 
 
-def check_few_rows(p: Product, multiply: Any) -> None:
+def check_few_rows(p: Product, product: Any, stored: dict[str, Tensor]) -> None:
     """All rows together, and whether a row has the same bits beside others."""
     tile = FewRows(random.choice([16, 32]), 32, random.choice([1, 3]), 2, 2)
-    together = multiply(p.x, tile=tile)
+    tensors = stored["weight"], stored["scales"], stored.get("zeros")
+
+    def multiply(x: Tensor) -> Tensor:
+        rows = launch.scaled_rows(x, launch.spans_of(len(x), *tensors, tile))
+        return product(rows, **stored, bias=p.bias, residual=p.residual, dtype=x.dtype, tile=tile)
+
+    together = multiply(p.x)
     # float32 inputs are rounded to float16, as the weights are.
     tolerance = p.tolerance + (TOLERANCE if p.x.dtype == torch.float32 else 0)
     near(together, p.exact, tolerance, p.size, p.case)
     row, others = random.randrange(len(p.x)), torch.randn(p.x.shape).to(p.x.dtype)
     others[row] = p.x[row]
-    assert torch.equal(multiply(others, tile=tile)[row], together[row]), f"{p.case}: bits of a row"
+    assert torch.equal(multiply(others)[row], together[row]), f"{p.case}: bits of a row"
 
 
 def same(found: FixedPoint, x: Tensor, order: Order) -> None:
@@ -210,7 +217,8 @@ def check_prologues() -> None:
         same(launch.fixed_point(x, order, gate), gate.apply(x), order)
         rows, per_word, width = torch.randn(5, 2 * K), order.size // 4, -(-K // 32) * 32
         for prologue, some in ((norm, rows[:, :K]), (gate, rows)):
-            numbers, units = launch.scaled_rows(some, width, per_word, 64, prologue)
+            spans = Spans(width, per_word, 64)
+            numbers, units = launch.scaled_rows(some, spans, prologue)
             numbers = numbers.float().transpose(1, 2).flatten(1)  # (5, width)
             found = numbers * units.repeat_interleave(64, 1)[:, :width]
             wanted = F.pad(prologue.apply(some), (0, width - K))
@@ -300,6 +308,8 @@ class NewTokens:
     """Random new tokens, (B, T, H + 2 G, E), with norms of heads or without, and a cache of S slots
     that holds the tokens before them."""
 
+    converted = 0  # times that check_attention compared converted results
+
     def __init__(self, sizes: dict[str, int], dtype: torch.dtype, normed: bool):
         B, T, R, G, E, S = (sizes[name] for name in "BTRGES")
         self.case, self.split = (sizes, dtype, normed), (R * G, G, G)
@@ -352,12 +362,28 @@ class NewTokens:
         tolerance = 1e-5 + 8 * ROUNDING[self.qkv.dtype]
         near(found, wanted, tolerance, wanted.abs().max().item(), self.case)
         self.check_cache()
-        for order in (INT4, INT8):
-            if self.pos.numel() == 1 and self.qkv.shape[-1] % order.size == 0:
-                fixed = launch_attention.attend_new_tokens(*given, (0.3, softcap), order)
-                for a, b in zip(fixed, fixed_point(found.flatten(), order), strict=True):
-                    assert torch.equal(a, b), (self.case, order)
+        rows = found.flatten(0, 1).flatten(1)  # (B * T, H * E)
+        for form in (INT4, INT8, *(Spans(rows.shape[1], n, 64) for n in (4, 8))):
+            one_row = isinstance(form, Order)
+            fits = launch_attention.can_convert(form, self.qkv, k.shape[2])
+            if fits and (len(rows) == 1 or not one_row):
+                NewTokens.converted += 1
+                mine = launch_attention.attend_new_tokens(*given, (0.3, softcap), form)
+                theirs = fixed_point(rows[0], form) if one_row else launch.scaled_rows(rows, form)
+                for a, b in zip(mine, theirs, strict=True):
+                    # A GPU may add in another order, and round to another number.
+                    assert torch.equal(a, b) or not launch.INTERPRETED, (self.case, form)
+                size = rows.float().abs().max().item()
+                near(numbers_of(mine), numbers_of(theirs), tolerance, size, (self.case, form))
         assert not launch.arrivals(k.device).any(), "counters are not back at 0"
+
+
+def numbers_of(x: FixedPoint | ScaledRows) -> Tensor:
+    """The converted numbers, in the order in which they are stored."""
+    if isinstance(x, FixedPoint):
+        return x.q * x.units[:, None]  # (planes, C, 8)
+    numbers = x.numbers.float().transpose(1, 2).flatten(1)  # (M, K)
+    return numbers * x.units.repeat_interleave(numbers.shape[1] // x.units.shape[1], 1)
 
 
 def rotate(seed: int, cases: int) -> None:
@@ -395,6 +421,7 @@ def new_tokens(seed: int, cases: int) -> None:
         dtypes = (torch.float32, torch.float16) if launch.INTERPRETED else DTYPES
         tokens = NewTokens(sizes, random.choice(dtypes), random.random() < 0.5)
         tokens.check_attention(random.choice([None, 0.5, 50.0]))
+    assert NewTokens.converted >= cases // 2
 
 
 def loops(seed: int, cases: int) -> None:
@@ -450,7 +477,7 @@ def model(seed: int, cases: int) -> None:
         ):
             torch.library.impl(f"gpt_flex::{name}", "cpu")(on_gpu)
     kv_cache.WINDOW_SLACK = 19
-    gpu.one_by_one = lambda x: len(x) == 1  # float32 by the kernel for few rows, too
+    gpu.suits_few_rows = lambda dtype: True  # float32 by the kernel for few rows, too
     for case in itertools.islice(itertools.cycle(CASES_OF_MODEL), cases):
         mode, kv_dtype, softcap, qk_norm = case
         dense = random_model(replace(SMALL, attention_softcap=softcap, qk_norm=qk_norm))
@@ -576,13 +603,23 @@ def other_kernels(pdl: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         types = dict.fromkeys(("weight", "scales", "zeros", "q", "errors", "slope"), "fp32")
         kernel = getattr(columns, f"{name}_kernel")
         yield f"columns.{name}", kernel, types, {"ROWS": columns.ROWS_PER_PROGRAM, "BC": 128}, 4, 3
-    shapes = (64, 16, 32), (128, 16, 32), (128, 16, 16), (128, 16, 0), (128, 32, 0), (256, 16, 16)
-    for (E, rows, size), norm in itertools.product(shapes, (False, True)):
+
+
+def attention_kernels(
+    pdl: bool,
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """The same of attention, of new tokens and of others."""
+    shapes = (
+        (64, 16, 32, 0), (128, 16, 32, 0), (128, 16, 16, 0), (128, 16, 0, 0), (256, 16, 16, 0),
+        (128, 16, 512, 8), (128, 32, 256, 4), (256, 16, 512, 8),
+    )  # fmt: skip
+    for (E, rows, size, per_word), norm in itertools.product(shapes, (False, True)):
         constants = {
             "R": 4, "E": E, "BE": E, "P": E // 2, "BQ": rows, "BS": 64, "STEPS": 2, "SPLITS": 3,
-            "SIZE": size, "DOT": tl.bfloat16, "NORM": norm, "CAPPED": False, "PDL": pdl,
+            "SIZE": size, "PER_WORD": per_word, "DOT": tl.bfloat16, "NORM": norm, "CAPPED": False,
+            "PDL": pdl,
         }  # fmt: skip
-        types = {"out": "i16"} if size else {}
+        types = {"out": "fp16" if per_word else "i16"} if size else {}
         name, warps = (
             f"new_tokens {E} {rows} {size} {norm}",
             launch_attention.attention_warps(E, True),
@@ -606,6 +643,7 @@ def compile_all(capability: int) -> None:
     for name, kernel, types, constants, warps, stages in (
         *product_kernels(pdl),
         *other_kernels(pdl),
+        *attention_kernels(pdl),
     ):
         signature: dict[str, str] = {}
         for argument in kernel.arg_names:

@@ -7,7 +7,7 @@ Start at quantized_linear. The number of rows of a product chooses its kernel:
     more (prompts)                  unpack.py dequantises the weights, then cuBLAS multiplies
 
 In float32 up to 64 rows are multiplied one by one. int8 weights whose rows are not aligned: see
-int8_product. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
+input_form. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
 after it. rotate.py rotates queries and keys, and stores keys and values. attention.py attends over
 the KV cache, quantised or not, in a decoding step; new_tokens.py does the work of both in one
 kernel. columns.py has the loops of GPTQ and launches them; launch.py launches the kernels of
@@ -41,6 +41,7 @@ from torch import Tensor
 from kernels.gpu.fixed_point import INT4, INT8, FixedPoint, Order
 from kernels.gpu.prologue import HeadNorms as HeadNorms
 from kernels.gpu.prologue import Prologue
+from kernels.gpu.scaled_rows import ScaledRows, Spans
 from kernels.gpu.support import unsupported_reason
 
 # Weight, scales, zeros and bias of an Int4Linear or, with zeros None, of an Int8Linear.
@@ -138,79 +139,80 @@ def define(
 # The operators. launch.py imports Triton, which takes half a second: each function imports it. The
 # number of rows chooses the kernel within the operator, so that a compiled graph is right for any.
 def int4_product(x, weight, scales, zeros, bias, residual, *prologue):
-    """The operator int4_linear, see quantized_linear. Above MAX_FEW_ROWS rows, dequantise the
-    weights for cuBLAS. prologue: norm, eps, gated."""
-    from kernels.gpu import launch
-
-    prologue, x, stored = Prologue(*prologue), x.contiguous(), (weight, scales, zeros, bias)
-    if one_by_one(x):
-        return each_row(x, INT4, stored, prologue, residual)
-    if len(x) <= MAX_FEW_ROWS:
-        return launch.int4_rows(x, weight, scales, zeros, bias, residual, prologue)
-    x = launch.apply_prologue(x, prologue)
-    dense = launch.dequantize_int4(weight, scales, zeros, x.shape[1], x.dtype)
-    return added(F.linear(x, dense, bias), residual)
+    """The operator int4_linear, see quantized_linear. prologue: norm, eps, gated."""
+    return multiply(x, (weight, scales, zeros, bias), residual, Prologue(*prologue))
 
 
 def int8_product(x, weight, scales, bias, residual, *prologue):
-    """The operator int8_linear, see quantized_linear. prologue: norm, eps, gated.
+    """The operator int8_linear, see quantized_linear. prologue: norm, eps, gated."""
+    return multiply(x, (weight, scales, None, bias), residual, Prologue(*prologue))
 
-    One row, or few float32 rows: the kernel for one row, if rows of weights are aligned to 16
-    bytes. Else up to MAX_FEW_ROWS rows, not float32: the kernel for few rows, if aligned to 4
-    bytes. Else dequantise the weights for cuBLAS.
+
+def multiply(x: Tensor, stored: Stored, residual: Tensor | None, prologue: Prologue) -> Tensor:
+    """Compute quantized_linear, whose parameters these are, by the kernels for its rows."""
+    from kernels.gpu import launch
+
+    x = x.contiguous()
+    M, K = len(x), x.shape[1] // (2 if prologue.gated else 1)
+    if 1 < M <= MAX_FEW_ROWS and not suits_few_rows(x.dtype):
+        residuals = [None] * M if residual is None else residual.split(1)
+        rows = zip(x.split(1), residuals, strict=True)
+        return torch.cat([multiply(row, stored, more, prologue) for row, more in rows])
+    form = input_form(M, stored, x.dtype)
+    if isinstance(form, Order):
+        return multiply_converted(
+            launch.fixed_point(x[0], form, prologue), stored, residual, x.dtype
+        )
+    if isinstance(form, Spans):
+        return multiply_converted(launch.scaled_rows(x, form, prologue), stored, residual, x.dtype)
+    weight, scales, zeros, bias = stored
+    x = launch.apply_prologue(x, prologue)
+    if zeros is None:
+        dense = launch.dequantize_int8(weight, scales, x.dtype)
+    else:
+        dense = launch.dequantize_int4(weight, scales, zeros, K, x.dtype)
+    return added(F.linear(x, dense, bias), residual)
+
+
+def suits_few_rows(dtype: torch.dtype) -> bool:
+    """Return whether rows of this dtype may be multiplied by the kernel for few rows. Not float32,
+    which is for comparing devices: the kernel would round inputs to float16, more coarsely than
+    16-bit fixed point."""
+    return dtype != torch.float32
+
+
+def input_form(M: int, stored: Stored, dtype: torch.dtype) -> Order | Spans | None:
+    """Return the form in which the kernels of a quantised linear take M rows of a dtype: an Order
+    of fixed point for one row, Spans of scaled rows for up to MAX_FEW_ROWS.
+
+    None: dequantised weights and cuBLAS multiply them. The kernels read int8 weights only if the
+    rows are aligned, to 16 bytes for one row and to 4 bytes for few.
     """
     from kernels.gpu import launch
 
-    prologue, x, stored = Prologue(*prologue), x.contiguous(), (weight, scales, None, bias)
-    if one_by_one(x) and row_order(weight, None):
-        return each_row(x, INT8, stored, prologue, residual)
-    if len(x) <= MAX_FEW_ROWS and x.dtype != torch.float32 and aligned(weight, 4):
-        return launch.int8_rows(x, weight, scales, bias, residual, prologue)
-    x = launch.apply_prologue(x, prologue)
-    return added(F.linear(x, launch.dequantize_int8(weight, scales, x.dtype), bias), residual)
+    weight, scales, zeros, _ = stored
+    if M == 1 and (zeros is not None or aligned(weight, INT8.size)):
+        return INT8 if zeros is None else INT4
+    few = M <= MAX_FEW_ROWS and suits_few_rows(dtype)
+    if few and (zeros is not None or aligned(weight, 4)):
+        return launch.spans_of(M, weight, scales, zeros)
+    return None
 
 
-def one_by_one(x: Tensor) -> bool:
-    """Return whether to multiply x, (M, K), row by row with the kernel for one row: one row, and up
-    to MAX_FEW_ROWS rows in float32, which is for comparing devices: the kernel for few rows would
-    round inputs to float16, more coarsely than 16-bit fixed point."""
-    return len(x) == 1 or (x.dtype == torch.float32 and len(x) <= MAX_FEW_ROWS)
-
-
-def row_order(weight: Tensor, zeros: Tensor | None) -> Order | None:
-    """Return the order of fixed point by which the kernel for one row takes inputs of a linear.
-    None: the kernel cannot read its weights, whose rows are not aligned to 16 bytes."""
-    if zeros is not None:
-        return INT4
-    return INT8 if aligned(weight, INT8.size) else None
-
-
-def row_product(
-    x: FixedPoint, stored: Stored, residual: Tensor | None, dtype: torch.dtype
+def multiply_converted(
+    x: FixedPoint | ScaledRows, stored: Stored, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply one row by the weights of a linear -> (1, N) in dtype, plus the bias and the
-    residual, (1, N). x: in the linear's row_order."""
+    """Multiply M rows, in the linear's input_form, by its weights -> (M, N) in dtype, plus the bias
+    and the residual, (M, N)."""
     from kernels.gpu import launch
 
     weight, scales, zeros, bias = stored
+    one_row = isinstance(x, FixedPoint)
     if zeros is None:
-        return launch.int8_row(x, weight, scales, bias, residual, dtype)
-    return launch.int4_row(x, weight, scales, zeros, bias, residual, dtype)
-
-
-def each_row(
-    x: Tensor, order: Order, stored: Stored, prologue: Prologue, residual: Tensor | None
-) -> Tensor:
-    """Multiply the rows of x, (M, K) or, with a gate, (M, 2 K), one by one -> (M, N). order: the
-    linear's row_order. residual: (M, N)."""
-    from kernels.gpu import launch
-
-    residuals = [None] * len(x) if residual is None else residual.split(1)
-    rows = [launch.fixed_point(row, order, prologue) for row in x]
-    products = [
-        row_product(row, stored, more, x.dtype) for row, more in zip(rows, residuals, strict=True)
-    ]
-    return products[0] if len(products) == 1 else torch.cat(products)
+        product = launch.int8_row if one_row else launch.int8_rows
+        return product(x, weight, scales, bias, residual, dtype)
+    product = launch.int4_row if one_row else launch.int4_rows
+    return product(x, weight, scales, zeros, bias, residual, dtype)
 
 
 def added(y: Tensor, residual: Tensor | None) -> Tensor:

@@ -89,8 +89,7 @@ def scale_kernel(
     """Compute the prologue of each row (inputs.py), then scale it to float16 of at most 2**15:
     each span of SPAN inputs by its unit, a power of two.
 
-    The launch has (M, ceil(Kp / SPAN)) programs. A span with an infinite or NaN input gets the unit
-    NaN. The arithmetic on the exponent's bits is explained in fixed_point.fixed_point.
+    The launch has (M, ceil(Kp / SPAN)) programs.
     """
     begin(PDL)
     m, span = tl.program_id(0), tl.program_id(1)
@@ -98,14 +97,40 @@ def scale_kernel(
     factor = tl.load(norm + k, k < K, 0).to(tl.float32) if NORM else 0.0
     wait(PDL)
     values = inputs(x + m * x_stride, factor, k, K, eps, NORM, GATED, BLOCK)
-    exponent = tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True) & 0x7F800000
+    numbers, unit = scaled(values[None, :])
+    one = tl.arange(0, 1)
+    tl.store(units + m * tl.num_programs(1) + span + one, unit)
+    place = out + m * Kp + k % PER_WORD * (Kp // PER_WORD) + k // PER_WORD
+    tl.store(place[None, :], numbers, (k < Kp)[None, :])
+
+
+@triton.jit
+def scaled(values):
+    """Scale spans of numbers, (spans, SPAN) float32, to float16; return them and the spans' units.
+
+    A span with an infinite or NaN input gets the unit NaN. The arithmetic on the exponent's bits is
+    explained in fixed_point.fixed_point.
+    """
+    exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
-    poison = tl.sum(values * 0, 0)  # NaN if a value is infinite or NaN, else 0
-    place = units + m * tl.num_programs(1) + span
-    tl.store(place, unit.to(tl.float32, bitcast=True) + poison)
-    place = out + m * Kp + k % PER_WORD * (Kp // PER_WORD) + k // PER_WORD
-    tl.store(place, (values * inverse).to(tl.float16), k < Kp)
+    poison = tl.sum(values * 0, 1)  # NaN if a value is infinite or NaN, else 0
+    numbers = (values * inverse[:, None]).to(tl.float16)
+    return numbers, unit.to(tl.float32, bitcast=True) + poison
+
+
+@triton.jit
+def store_spans(values, m, k, real, out, units, K, PER_WORD: tl.constexpr, SPAN: tl.constexpr):
+    """Scale spans of rows and store them as scale_kernel does, for a kernel that has them.
+
+    values: (spans, SPAN) float32. m, k: (spans,), the row and the first input of each; real: which
+    of them to store. K: inputs of a row, without padding.
+    """
+    numbers, unit = scaled(values)
+    tl.store(units + m * (K // SPAN) + k // SPAN, unit, real)
+    input = k[:, None] + tl.arange(0, SPAN)[None, :]
+    place = m[:, None] * K + input % PER_WORD * (K // PER_WORD) + input // PER_WORD
+    tl.store(out + place, numbers, real[:, None])
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.gpu import few_rows, inputs, one_row, to_fixed_point, unpack
 from kernels.gpu.fixed_point import FixedPoint, Order
 from kernels.gpu.prologue import Prologue
+from kernels.gpu.scaled_rows import ScaledRows, Spans
 from kernels.gpu.support import dependent_launch
 from kernels.gpu.tiles import ONE_ROW, FewRows, OneRow, few_rows_tile, shape_class
 
@@ -198,37 +199,55 @@ def int4_row(
     return out
 
 
-def scaled_rows(
-    x: Tensor, width: int, per_word: int, span: int, prologue: Prologue
-) -> tuple[Tensor, Tensor]:
-    """Apply a prologue to x, (M, K) or, if gated, (M, 2 K), and scale it for a few-rows product.
+def spans_of(
+    M: int, weight: Tensor, scales: Tensor, zeros: Tensor | None, tile: FewRows | None = None
+) -> Spans:
+    """Return how the kernel for few rows takes M rows of the inputs of a linear. A step of its
+    program reads tile.words words (of 4 bytes) of each row of weights, or one group if that is
+    more; the inputs that it multiplies by them are a span. zeros: None for an Int8Linear."""
+    N, columns = weight.shape
+    if zeros is None:
+        tile = tile or few_rows_tile("int8", M, N, columns)
+        return Spans(columns, 4, 4 * tile.words)
+    tile = tile or few_rows_tile("int4", M, N, 2 * columns)
+    return Spans(2 * columns, 8, 8 * max(tile.words, group_words(weight, scales)))
 
-    x: contiguous. Returns out, (M, per_word, width / per_word) float16, and units, (M, ceil(width /
-    span)) float32: powers of two, whose product with out is x after the prologue. Input n of a row
-    is at (n % per_word, n // per_word) and has unit n // span. width: inputs of a stored row of
-    weights, K or K padded to whole groups. per_word: inputs that a word (4 bytes) of weights
-    multiplies. span: a power of two.
-    """
+
+def group_words(weight: Tensor, scales: Tensor) -> int:
+    """Return the words (of 4 bytes) of a group of the weights of an Int4Linear."""
+    return weight.shape[1] // scales.shape[1] // 4
+
+
+def scaled_rows(x: Tensor, spans: Spans, prologue: Prologue = Prologue()) -> ScaledRows:
+    """Apply a prologue to x, (M, K) or, if gated, (M, 2 K), and scale it for a few-rows product.
+    x: contiguous. spans: from spans_of."""
     norm, eps, gated = prologue
     M, K = len(x), x.shape[1] // (2 if gated else 1)
-    out = x.new_empty(M, per_word, width // per_word, dtype=torch.float16)
-    units = x.new_empty(M, triton.cdiv(width, span), dtype=torch.float32)
-    few_rows.scale_kernel[tuple(units.shape)](
+    rows = empty_scaled_rows(x, M, spans)
+    few_rows.scale_kernel[tuple(rows.units.shape)](
         x,
         norm,
-        out,
-        units,
+        *rows,
         K,
-        width,
+        spans.width,
         x.stride(0),
         eps,
-        PER_WORD=per_word,
-        SPAN=span,
+        PER_WORD=spans.per_word,
+        SPAN=spans.size,
         NORM=norm is not None,
         GATED=gated,
         **norm_options(x, K, norm),
     )
-    return out, units
+    return rows
+
+
+def empty_scaled_rows(x: Tensor, M: int, spans: Spans) -> ScaledRows:
+    """Allocate ScaledRows of M rows on the device of x."""
+    width, per_word, size = spans
+    return ScaledRows(
+        x.new_empty(M, per_word, width // per_word, dtype=torch.float16),
+        x.new_empty(M, triton.cdiv(width, size), dtype=torch.float32),
+    )
 
 
 def rows_of_tile(M: int) -> int:
@@ -237,33 +256,31 @@ def rows_of_tile(M: int) -> int:
 
 
 def int8_rows(
-    x: Tensor,
+    x: ScaledRows,
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None = None,
-    prologue: Prologue = Prologue(),
+    residual: Tensor | None,
+    dtype: torch.dtype,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by weight, (N, K) int8 -> (M, N) in x's dtype, plus the bias and the
-    residual, (M, N). prologue: applied to x first; if gated, x is (M, 2 K).
+    """Multiply M rows by weight, (N, K) int8 -> (M, N) in dtype, plus the bias and the residual,
+    (M, N). x: from scaled_rows, with the spans of the same tile.
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. K and
     weight.stride(0) must be multiples of 4.
     """
-    (N, K), M = weight.shape, len(x)
+    (N, K), M = weight.shape, len(x.units)
     tile = tile or few_rows_tile("int8", M, N, K)
-    numbers, units = scaled_rows(x, K, 4, 4 * tile.words, prologue)
-    out = x.new_empty(M, N)
+    out = scales.new_empty(M, N, dtype=dtype)
     few_rows.int8_kernel[grid(M, N, tile)](
-        numbers,
-        units,
+        *x,
         weight.view(torch.int32),
         scales,
         bias,
         residual,
         out,
-        *split_sums(x, N, tile),
+        *split_sums(scales, M, N, tile),
         M,
         N,
         K // 4,
@@ -276,43 +293,39 @@ def int8_rows(
         ADDS=residual is not None,
         PTX=not INTERPRETED,
         num_stages=tile.stages,
-        **options(x, tile.warps),
+        **options(scales, tile.warps),
     )
     return out
 
 
 def int4_rows(
-    x: Tensor,
+    x: ScaledRows,
     weight: Tensor,
     scales: Tensor,
     zeros: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None = None,
-    prologue: Prologue = Prologue(),
+    residual: Tensor | None,
+    dtype: torch.dtype,
     tile: FewRows | None = None,
 ) -> Tensor:
-    """Multiply x, (M, K), by the weights of an Int4Linear -> (M, N) in x's dtype, plus the bias and
-    the residual, (M, N). prologue: applied to x first; if gated, x is (M, 2 K).
+    """Multiply M rows by the weights of an Int4Linear -> (M, N) in dtype, plus the bias and the
+    residual, (M, N). x: from scaled_rows, with the spans of the same tile.
 
-    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. A program's
-    step reads tile.words words (of 4 bytes) of each row of weights, or one group if that is more.
+    For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster.
     """
-    (N, columns), M = weight.shape, len(x)
+    (N, columns), M = weight.shape, len(x.units)
     tile = tile or few_rows_tile("int4", M, N, 2 * columns)
-    words = columns // scales.shape[1] // 4  # words of a group
-    groups = max(1, tile.words // words)  # of a step
-    numbers, units = scaled_rows(x, 2 * columns, 8, 8 * words * groups, prologue)
-    out = x.new_empty(M, N)
+    words = group_words(weight, scales)
+    out = scales.new_empty(M, N, dtype=dtype)
     few_rows.int4_kernel[grid(M, N, tile)](
-        numbers,
-        units,
+        *x,
         weight.view(torch.int32),
         scales,
         zeros,
         bias,
         residual,
         out,
-        *split_sums(x, N, tile),
+        *split_sums(scales, M, N, tile),
         M,
         N,
         columns // 4,
@@ -324,13 +337,13 @@ def int4_rows(
         WORDS=words,
         BN=tile.outputs,
         BM=rows_of_tile(M),
-        GROUPS=groups,
+        GROUPS=max(1, tile.words // words),
         SPLITS=tile.splits,
         HAS_BIAS=bias is not None,
         ADDS=residual is not None,
         PTX=not INTERPRETED,
         num_stages=tile.stages,
-        **options(x, tile.warps),
+        **options(scales, tile.warps),
     )
     return out
 
@@ -341,12 +354,12 @@ def grid(M: int, N: int, tile: FewRows) -> tuple[int, int, int]:
     return triton.cdiv(N, tile.outputs), triton.cdiv(M, rows_of_tile(M)), tile.splits
 
 
-def split_sums(x: Tensor, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
+def split_sums(like: Tensor, M: int, N: int, tile: FewRows) -> tuple[Tensor, Tensor]:
     """Return the arguments `parts` and `arrived` of few_rows.finish_rows: memory for the sums of
-    programs that divide the inputs of x, (M, K), and counters. The memory is empty if they do not
-    divide them."""
-    size = tile.splits * len(x) * N if tile.splits > 1 else 0
-    return x.new_empty(size, dtype=torch.float32), arrivals(x.device)
+    programs that divide the inputs of a product, and counters, on the device of `like`. The memory
+    is empty if they do not divide them."""
+    size = tile.splits * M * N if tile.splits > 1 else 0
+    return like.new_empty(size, dtype=torch.float32), arrivals(like.device)
 
 
 @functools.cache

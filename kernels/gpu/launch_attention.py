@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kernels.gpu import attention, new_tokens, rotate
 from kernels.gpu.fixed_point import FixedPoint, Order
-from kernels.gpu.launch import arrivals, empty_fixed_point, options
+from kernels.gpu.launch import arrivals, empty_fixed_point, empty_scaled_rows, options
 from kernels.gpu.prologue import HeadNorms
+from kernels.gpu.scaled_rows import ScaledRows, Spans
 
 TENSOR_CORE_TYPES = {  # dtype of the queries -> type in which the attention kernel multiplies
     torch.bfloat16: tl.bfloat16,
@@ -128,26 +129,27 @@ def attend_new_tokens(
     cache: tuple[Tensor, Tensor],
     visible: int,
     scores: tuple[float, float | None],
-    order: Order | None = None,
-) -> Tensor | FixedPoint:
-    """Compute rotate_and_store and causal attention in one kernel -> (B, T, H, E) or, with an
-    order, one row of H * E as a FixedPoint.
+    form: Order | Spans | None = None,
+) -> Tensor | FixedPoint | ScaledRows:
+    """Compute rotate_and_store and causal attention in one kernel -> (B, T, H, E) or, with a form
+    that can_convert allows, B * T rows of H * E in that form.
 
     cache: k and v, (B, slots + 1, G, E) each. visible: S. scores: scale and softcap, see
-    layers.kv_cache.Scores. order: INT8 or INT4; requires B = T = 1, and that its size divides E.
-    The other parameters are those of rotate_and_store. Only for few new tokens: the R*T queries of
-    a key/value head are one tile.
+    layers.kv_cache.Scores. The other parameters are those of rotate_and_store. Only for few new
+    tokens: the R*T queries of a key/value head are one tile.
     """
     (B, T, heads, E), (k, v) = qkv.shape, cache
     G = k.shape[2]
     H = heads - 2 * G
     splits, steps = shares(visible, B * G)
-    size = 0 if order is None else order.size
-    if order is None:
+    if form is None:
         result = qkv.new_empty(B, T, H, E)
         outputs = result, None, None
+    elif isinstance(form, Order):
+        outputs = result = empty_fixed_point(qkv, H * E // form.size, form)
     else:
-        outputs = result = empty_fixed_point(qkv, H * E // size, order)
+        result = empty_scaled_rows(qkv, B * T, form)
+        outputs = *result, None
     new_tokens.new_tokens_kernel[(B * G, splits)](
         qkv,
         *rotation,
@@ -172,13 +174,25 @@ def attend_new_tokens(
         BS=SLOTS_PER_STEP,
         STEPS=steps,
         SPLITS=splits,
-        SIZE=size,
+        SIZE=0 if form is None else form.size,
+        PER_WORD=form.per_word if isinstance(form, Spans) else 0,
         DOT=TENSOR_CORE_TYPES[qkv.dtype],
         NORM=norms.q is not None,
         CAPPED=scores[1] is not None,
         **options(qkv, attention_warps(E, True)),
     )
     return result
+
+
+def can_convert(form: Order | Spans, qkv: Tensor, kv_heads: int) -> bool:
+    """Return whether attend_new_tokens can convert its results to a form: whether the chunks or
+    spans of a row lie within the queries of a key/value head. qkv: (B, T, H + 2 G, E)."""
+    heads, E = qkv.shape[2:]
+    if isinstance(form, Order):
+        return E % form.size == 0
+    H = heads - 2 * kv_heads
+    power_of_two = E >= 16 and triton.next_power_of_2(E) == E
+    return power_of_two and form.width == H * E and H // kv_heads * E % form.size == 0
 
 
 def shared_parts(

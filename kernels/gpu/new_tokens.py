@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.attention import arrives_last, attend_share, combine, store_part
+from kernels.gpu.few_rows import store_spans
 from kernels.gpu.inputs import begin, wait
 from kernels.gpu.rotate import rotated
 from kernels.gpu.to_fixed_point import store_chunks
@@ -34,9 +35,9 @@ def new_tokens_kernel(
     parts,  # see attention_kernel
     tops,
     arrived,
-    out,  # (B, T, H, E); q of a FixedPoint if SIZE > 0
-    units,  # of a FixedPoint, with SIZE > 0
-    sums,
+    out,  # (B, T, H, E); q of a FixedPoint, or the numbers of ScaledRows
+    units,  # of a FixedPoint or ScaledRows
+    sums,  # of a FixedPoint
     T,
     G,
     S,
@@ -53,7 +54,8 @@ def new_tokens_kernel(
     BS: tl.constexpr,
     STEPS: tl.constexpr,  # of BS slots each
     SPLITS: tl.constexpr,
-    SIZE: tl.constexpr,  # inputs of a chunk of fixed point; 0: store numbers
+    SIZE: tl.constexpr,  # inputs of a chunk of fixed point or of a span; 0: store numbers
+    PER_WORD: tl.constexpr,  # see scale_kernel; 0: fixed point, not spans
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     NORM: tl.constexpr,  # whether queries and keys have norms
     CAPPED: tl.constexpr,
@@ -62,13 +64,14 @@ def new_tokens_kernel(
     """Attend with the new queries of a key/value head to a program's share of the slots, after the
     norms, the rotation and the store of what is new.
 
-    The launch has (B * G, SPLITS) programs, see attention_kernel. SIZE > 0 requires B = T = 1: the
-    row of H * E results is stored as a FixedPoint. E is then a multiple of SIZE.
+    The launch has (B * G, SPLITS) programs, see attention_kernel. With SIZE > 0 the results are
+    converted for the product that follows, to a FixedPoint, which requires B = T = 1 and that SIZE
+    divides E, or to ScaledRows, which requires E = BE and that SIZE divides R * E.
     """
     begin(PDL)
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
     i, e = tl.arange(0, BQ), tl.arange(0, BE)  # the queries, the channels
-    real, channel = i < R * T, (e < E)[None, :]
+    real = i < R * T
     wait(PDL)
     token = b * T + i // R  # (BQ,), of the queries
     head = g * R + i % R
@@ -83,15 +86,15 @@ def new_tokens_kernel(
         q.to(DOT), q.to(DOT), k, v, k, k, v, v, at, real, G, S, batch_stride, slot_stride, factor,
         cap, E, E, 16, BS, STEPS, DOT, True, CAPPED,
     )  # fmt: skip
-    row, K = (token * (G * R) + head) * E, G * R * E
+    row = (token * (G * R) + head) * E
     if SPLITS == 1:
-        finish(low, sum, qkv, out, units, sums, row, real, channel, K, E, SIZE)
+        finish(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
     else:
-        cells = real[:, None] & channel
+        cells = real[:, None] & (e < E)[None, :]
         store_part(parts, tops, low, high, top, sum, e, i, real, cells, R * T, E, 16, SPLITS)
         if arrives_last(arrived, SPLITS):
             low, high, sum = combine(parts, tops, e, i, real, cells, R * T, E, BQ, BE, 16, SPLITS)
-            finish(low, sum, qkv, out, units, sums, row, real, channel, K, E, SIZE)
+            finish(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
 
 
 @triton.jit
@@ -138,24 +141,44 @@ def store_new(
 
 @triton.jit
 def finish(
-    low, sum, qkv, out, units, sums, row, real, channel, K, E: tl.constexpr, SIZE: tl.constexpr
+    low,
+    sum,
+    qkv,
+    out,
+    units,
+    sums,
+    row,
+    real,
+    T,
+    G,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    SIZE: tl.constexpr,
+    PER_WORD: tl.constexpr,
 ):
     """Store the weighted values, low, (BQ, BE), divided by the sums of the weights, (BQ,).
 
-    row: (BQ,), where the queries' heads begin in the result. real: (BQ,), False for padding
-    queries; channel: (1, BE), False for padding channels. K: H * E. qkv: of the dtype to which
-    results are rounded. SIZE: see new_tokens_kernel.
+    row: (BQ,), where the queries' heads begin in the result; real: False for padding queries. qkv:
+    of the dtype to which results are rounded. The other parameters are those of new_tokens_kernel.
     """
+    K = G * R * E
     sum = tl.where(sum > 0, sum, 1)[:, None]  # padding queries have a sum of 0
     y = (low / sum).to(qkv.dtype.element_ty)
     e = tl.arange(0, y.shape[1])
     if SIZE == 0:
-        tl.store(out + row[:, None] + e[None, :], y, real[:, None] & channel)
+        tl.store(out + row[:, None] + e[None, :], y, real[:, None] & (e < E)[None, :])
     else:
-        PIECES: tl.constexpr = y.shape[1] // SIZE  # of a query's row of the tile
-        COUNT: tl.constexpr = y.shape[0] * PIECES
-        piece = tl.arange(0, PIECES)[None, :]
-        c = tl.reshape(row[:, None] // SIZE + piece, (COUNT,))
-        exists = tl.reshape(real[:, None] & (piece * SIZE < E), (COUNT,))
-        chunks = tl.reshape(y.to(tl.float32), (COUNT, SIZE))
-        store_chunks(chunks, c, exists, out, units, sums, K // SIZE, SIZE)
+        COUNT: tl.constexpr = y.shape[0] * y.shape[1] // SIZE  # chunks or spans of the tile
+        pieces = tl.reshape(y.to(tl.float32), (COUNT, SIZE))
+        if PER_WORD == 0:
+            PIECES: tl.constexpr = y.shape[1] // SIZE  # of a query's row of the tile
+            piece = tl.arange(0, PIECES)[None, :]
+            c = tl.reshape(row[:, None] // SIZE + piece, (COUNT,))
+            exists = tl.reshape(real[:, None] & (piece * SIZE < E), (COUNT,))
+            store_chunks(pieces, c, exists, out, units, sums, K // SIZE, SIZE)
+        else:
+            b, g = tl.program_id(0) // G, tl.program_id(0) % G
+            first = tl.arange(0, COUNT) * SIZE  # in the tile
+            t = first // (R * E)
+            k = g * (R * E) + first % (R * E)
+            store_spans(pieces, b * T + t, k, t < T, out, units, K, PER_WORD, SIZE)
