@@ -45,8 +45,6 @@ from quant.linear import QuantizedLinear
 # Limits on the queries of a key/value head, R*T, and on their numbers, R*T*E. With more queries,
 # PyTorch is faster; more numbers do not fit into the registers of a Triton program.
 MAX_KERNEL_QUERIES, MAX_KERNEL_NUMBERS = 64, 64 * 128
-# The same of the kernel that also rotates and stores, which needs more registers.
-MAX_NEW_QUERIES, MAX_NEW_NUMBERS = 32, 32 * 128
 FUSED = FusedOperations((QuantizedLinear,), (F.silu,), (RMSNorm,), output_norms=False)
 
 
@@ -68,8 +66,8 @@ class OneRowLinear(Linear):
 
 class GPUBlock(FusedBlock):
     """A FusedBlock on the kernels of quantised linears. For up to 64 rows, norm, gate and residual
-    are part of a product's kernels; for one row, attention converts its results for wo. A decoding
-    step of Llama 3.1 8B in int4 has 8 kernels for each layer, and 16 without these. Where
+    are part of a product's kernels, and attention to a plain KVCache converts its results for wo. A
+    decoding step of Llama 3.1 8B in int4 has 8 kernels for each layer, and 16 without these. Where
     gpu.supports(x) is false, it computes as SequentialBlock does.
     """
 
@@ -90,14 +88,14 @@ class GPUBlock(FusedBlock):
         attention, feed_forward = self.attention, self.feed_forward
         qkv = product(attention.wqkv, x, norm_or_none(self.attention_norm))
         if self.operable and type(cache) is KVCache and is_kernel(cache.attention):
-            x = self.attend_and_project(qkv, rotation, mask, pos, cache, residual=x)
+            x = self.attend_and_add(qkv, rotation, mask, pos, cache, residual=x)
         else:
             y = attention.attend(qkv, rotation, mask, pos, cache)  # (B, T, H * E)
             x = product(attention.wo, y, residual=x)  # (B, T, D)
         hidden = product(feed_forward.w13, x, norm_or_none(self.ffn_norm))  # (B, T, 2 F)
         return product(feed_forward.w2, hidden, gated=True, residual=x)  # (B, T, D)
 
-    def attend_and_project(
+    def attend_and_add(
         self,
         qkv: Tensor,
         rotation: Rotation,
@@ -107,8 +105,7 @@ class GPUBlock(FusedBlock):
         residual: Tensor,
     ) -> Tensor:
         """Compute Attention.attend, then wo, plus the residual: (B, T, (H + 2 G) * E) -> (B, T, D).
-        One operator, so that its kernels can do the work of several; see attend_and_project below.
-        """
+        By one operator, attend_and_project, so that its kernels can do the work of several."""
         attention, scores = self.attention, cache.scores
         heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
         norms = [norm_or_none(attention.q_norm), norm_or_none(attention.k_norm)]
@@ -224,13 +221,13 @@ def attend_on_gpu(
     quantised cache, else empty. mask: (B, 1, R*T, S), 0 or -inf, the same for all heads. pos: see
     kernel_attention. scale, softcap: see layers.kv_cache.Scores; scale must be given.
     """
-    from kernels.gpu import launch_attention as launch  # imports Triton
+    from kernels.gpu import launch_attention  # imports Triton
 
     S, (_, T, H, E), (G, width) = mask.shape[-1], q.shape, k.shape[2:]
     queries = T * H // G  # of a key/value head
     if queries <= MAX_KERNEL_QUERIES and queries * E <= MAX_KERNEL_NUMBERS:
         given = mask.contiguous(), None if pos is None else pos.contiguous()
-        return launch.attend(q.contiguous(), k, v, extra, *given, scale, softcap)
+        return launch_attention.attend(q.contiguous(), k, v, extra, *given, scale, softcap)
     k, v = k[:, :S], v[:, :S]  # (B, S, G, E), or (B, S, G, E*bits/8) bytes
     if extra:
         k_scales, k_lows, v_scales, v_lows = (t[:, :S] for t in extra)
@@ -265,23 +262,22 @@ def attend_and_project(qkv, cos, sin, pos, mask, k, v, *rest):
     zeros and bias of wo, see gpu.Stored; the residual, (B, T, D). Returns (B, T, D).
 
     Few causal queries: by one kernel, which also converts its results for the product if it can.
-    Others: see launch.rotate_and_store, attend_on_gpu and gpu.quantized_linear.
+    Others: by rotate_and_store, attend_on_gpu and quantized_linear, one after another.
     """
-    from kernels.gpu import launch_attention as launch  # imports Triton
+    from kernels.gpu import launch_attention  # imports Triton
 
     weights, eps, causal, scale, softcap, stored, residual = rest
-    (B, T, heads, E), S, G = qkv.shape, mask.shape[-1], k.shape[2]
+    (B, T), S, G = qkv.shape[:2], mask.shape[-1], k.shape[2]
     given = qkv.contiguous(), (cos.contiguous(), sin.contiguous()), gpu.HeadNorms(*weights, eps)
-    pos, residual = pos.contiguous(), residual.flatten(0, 1)  # (B * T, D)
-    queries = (heads // G - 2) * T  # of a key/value head
-    if causal and queries <= MAX_NEW_QUERIES and queries * E <= MAX_NEW_NUMBERS:
+    pos, residual = pos.contiguous(), residual.flatten(0, 1).contiguous()  # (B * T, D)
+    if causal and launch_attention.fits_one_tile(qkv, G):
         form = gpu.input_form(B * T, stored, qkv.dtype)
-        form = form if form and launch.can_convert(form, qkv, G) else None
-        y = launch.attend_new_tokens(*given, pos, (k, v), S, (scale, softcap), form)
+        form = form if form and launch_attention.can_convert(form, qkv, G) else None
+        y = launch_attention.attend_new_tokens(*given, pos, (k, v), S, (scale, softcap), form)
         if form:
             return gpu.multiply_converted(y, stored, residual, qkv.dtype).view(B, T, -1)
     else:
-        q = launch.rotate_and_store(*given, pos, k, v)
+        q = launch_attention.rotate_and_store(*given, pos, k, v)
         y = attend_on_gpu(q, k, v, [], mask, pos if causal else None, scale, softcap)
     y = y.view(B * T, -1)  # (B * T, H * E)
     return gpu.quantized_linear(y, *stored, residual=residual).view(B, T, -1)

@@ -363,7 +363,8 @@ class NewTokens:
         near(found, wanted, tolerance, wanted.abs().max().item(), self.case)
         self.check_cache()
         rows = found.flatten(0, 1).flatten(1)  # (B * T, H * E)
-        for form in (INT4, INT8, *(Spans(rows.shape[1], n, 64) for n in (4, 8))):
+        spans = [Spans(rows.shape[1], n, size) for n in (4, 8) for size in (64, 512)]
+        for form in (INT4, INT8, *spans):
             one_row = isinstance(form, Order)
             fits = launch_attention.can_convert(form, self.qkv, k.shape[2])
             if fits and (len(rows) == 1 or not one_row):
@@ -413,9 +414,11 @@ def new_tokens(seed: int, cases: int) -> None:
     """Norms, rotation, store and causal attention in one kernel."""
     for _ in range(cases):
         sizes = {
-            "B": (1, 1, 3), "T": (1, 1, 2, 6), "G": (1, 2), "R": (1, 2, 4),
-            "E": (8, 24, 32, 64, 80), "S": (8, 64, 70, 129, 300),
+            "B": (1, 1, 3), "T": (1, 1, 2, 6), "G": (1, 2), "R": (1, 3, 4, 16),
+            "E": (8, 24, 32, 64, 80, 96, 128), "S": (8, 64, 70, 129, 300),
         }  # fmt: skip
+        # Few programs take several steps each, as programs of a long cache do.
+        launch_attention.ATTENTION_PROGRAMS = random.choice([1, 4, 128])
         sizes = {name: random.choice(some) for name, some in sizes.items()}
         # The interpreter's products of bfloat16 matrices multiply their bits as integers.
         dtypes = (torch.float32, torch.float16) if launch.INTERPRETED else DTYPES
@@ -521,6 +524,7 @@ INTEGERS = {
     "x_stride", "batch_stride", "slot_stride", "slope_stride", "factor_stride",
     "hessian_stride",
 }  # fmt: skip
+SMALL_INTEGERS = "M", "T", "H", "G", "S", "batch_stride", "slot_stride"  # not multiples of 16
 NUMBERS = "factor", "cap", "eps"  # round_kernel's factor is a matrix
 POINTERS = {
     "pairs": "i32", "units": "fp32", "sums": "i32", "zeros": "u8", "bias": "bf16", "out": "bf16",
@@ -658,7 +662,7 @@ def compile_all(capability: int) -> None:
         attributes = {
             (n,): ALIGNED
             for n, a in enumerate(kernel.arg_names)
-            if signature[a] not in ("constexpr", "fp32") and a != "M"
+            if signature[a] not in ("constexpr", "fp32") and a not in SMALL_INTEGERS
         }
         source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

@@ -14,7 +14,7 @@ kernel. columns.py has the loops of GPTQ and launches them; launch.py launches t
 products, launch_attention.py those of attention. tiles.py lists the tile sizes of each kernel. This
 file imports Triton only when a kernel is called.
 
-The products, attention and rotation are registered as PyTorch operators, which torch.compile calls
+The products and (in fast_layers/gpu.py) attention are PyTorch operators, which torch.compile calls
 without looking inside; a CUDA graph records the kernels that they launch. They do not use
 torch.library.triton_op, for two reasons: it does not pass on programmatic dependent launch, and the
 compiler would make a graph for each kernel that a number of rows can choose.
@@ -149,10 +149,11 @@ def int8_product(x, weight, scales, bias, residual, *prologue):
 
 
 def multiply(x: Tensor, stored: Stored, residual: Tensor | None, prologue: Prologue) -> Tensor:
-    """Compute quantized_linear, whose parameters these are, by the kernels for its rows."""
+    """Compute quantized_linear by the kernels for its rows. stored: weight, scales, zeros and bias;
+    the other parameters are those of quantized_linear."""
     from kernels.gpu import launch
 
-    x = x.contiguous()
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     M, K = len(x), x.shape[1] // (2 if prologue.gated else 1)
     if 1 < M <= MAX_FEW_ROWS and not suits_few_rows(x.dtype):
         residuals = [None] * M if residual is None else residual.split(1)
@@ -185,8 +186,9 @@ def input_form(M: int, stored: Stored, dtype: torch.dtype) -> Order | Spans | No
     """Return the form in which the kernels of a quantised linear take M rows of a dtype: an Order
     of fixed point for one row, Spans of scaled rows for up to MAX_FEW_ROWS.
 
-    None: dequantised weights and cuBLAS multiply them. The kernels read int8 weights only if the
-    rows are aligned, to 16 bytes for one row and to 4 bytes for few.
+    None: none of these; `multiply` then multiplies few float32 rows one by one, and others by
+    dequantised weights and cuBLAS. The kernels read int8 weights only if the rows are aligned, to
+    16 bytes for one row and to 4 bytes for few.
     """
     from kernels.gpu import launch
 

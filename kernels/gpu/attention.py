@@ -51,8 +51,9 @@ def visible_slots(at, real, first, S, BS: tl.constexpr, CAUSAL: tl.constexpr):
     """Return which of BS slots each query attends to, (BQ, BS), which of them any query does,
     (BS,), and whether there is one.
 
-    at: (BQ,), with CAUSAL the slots of the queries' own tokens, -1 for padding; else the addresses
-    of the queries' rows of the mask. real: (BQ,), False for padding. first: the first slot.
+    at: (BQ,), with CAUSAL the slots of the queries' own tokens, -1 where there is no query; else
+    the addresses of the queries' rows of the mask. real: (BQ,), False where there is no query.
+    first: the first slot.
     """
     s = first + tl.arange(0, BS)
     if CAUSAL:
@@ -186,7 +187,7 @@ def attention_kernel(
     S,
     batch_stride,  # from row to row of a cache, in tokens
     slot_stride,  # from slot to slot, in tokens
-    factor,  # of the products of queries and keys, see launch.exponents
+    factor,  # of the products of queries and keys, see launch_attention.exponents
     cap,  # of the scores, with CAPPED
     R: tl.constexpr,
     E: tl.constexpr,

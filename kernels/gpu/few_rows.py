@@ -32,7 +32,7 @@ Shapes: M rows, N out_features, K in_features, W words of a row of weights, P gr
 import triton
 import triton.language as tl
 
-from kernels.gpu.inputs import begin, inputs, wait
+from kernels.gpu.inputs import begin, inputs, units_of, wait
 
 # Load activations through the L1 cache, which the programs of a multiprocessor share: loading them
 # from the L2 cache would take as much of its bandwidth as the weights take.
@@ -108,15 +108,10 @@ def scale_kernel(
 def scaled(values):
     """Scale spans of numbers, (spans, SPAN) float32, to float16; return them and the spans' units.
 
-    A span with an infinite or NaN input gets the unit NaN. The arithmetic on the exponent's bits is
-    explained in fixed_point.fixed_point.
+    A span with an infinite or NaN input gets the unit NaN.
     """
-    exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
-    inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
-    poison = tl.sum(values * 0, 1)  # NaN if a value is infinite or NaN, else 0
-    numbers = (values * inverse[:, None]).to(tl.float16)
-    return numbers, unit.to(tl.float32, bitcast=True) + poison
+    unit, inverse, poison = units_of(values)
+    return (values * inverse[:, None]).to(tl.float16), unit + poison
 
 
 @triton.jit
@@ -124,7 +119,7 @@ def store_spans(values, m, k, real, out, units, K, PER_WORD: tl.constexpr, SPAN:
     """Scale spans of rows and store them as scale_kernel does, for a kernel that has them.
 
     values: (spans, SPAN) float32. m, k: (spans,), the row and the first input of each; real: which
-    of them to store. K: inputs of a row, without padding.
+    of them to store. K: inputs of a row, a multiple of SPAN; rows have no padding.
     """
     numbers, unit = scaled(values)
     tl.store(units + m * (K // SPAN) + k // SPAN, unit, real)
@@ -213,7 +208,7 @@ def zero_points(bytes, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def int4_kernel(
-    x,  # (M, 8, W) float16 from scale_kernel: every eighth input together
+    x,  # (M, 8, W) float16, the numbers of ScaledRows: every eighth input together
     units,  # (M, ceil(W / BW)) float32
     weight,  # (N, W) int32: eight nibbles each
     scales,  # (N, P) float16
@@ -303,7 +298,7 @@ def int4_kernel(
 
 @triton.jit
 def int8_kernel(
-    x,  # (M, 4, W) float16 from scale_kernel: every fourth input together
+    x,  # (M, 4, W) float16, the numbers of ScaledRows: every fourth input together
     units,  # (M, ceil(W / BW)) float32
     weight,  # (N, W) int32: four int8 each
     scales,  # (N,) float32

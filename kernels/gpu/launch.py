@@ -35,7 +35,7 @@ COUNTERS = 65536  # at least as many as the largest weight, an output head, has 
 
 
 def options(x: Tensor, warps: int) -> dict[str, object]:
-    """Return the launch options that all kernels of this file share.
+    """Return the launch options that all kernels of products and attention share.
 
     x: a tensor on the device. warps: of a program, 32 threads each. PDL tells the kernel, and
     launch_pdl the launch, that the kernel may start before the previous one has ended.
@@ -129,7 +129,7 @@ def int8_row(
 ) -> Tensor:
     """Multiply one row by weight, (N, K) int8 -> (1, N) in dtype, plus the bias and the residual.
 
-    x: the row in the order INT8, from fixed_point. K and weight.stride(0) must be multiples of 16.
+    x: the row in the order INT8. K and weight.stride(0) must be multiples of 16.
     """
     N, K = weight.shape
     tile = tile or ONE_ROW["int8"][shape_class(N, K)]
@@ -168,7 +168,7 @@ def int4_row(
     """Multiply one row by the weights of an Int4Linear -> (1, N) in dtype, plus the bias and the
     residual.
 
-    x: the row in the order INT4, from fixed_point.
+    x: the row in the order INT4.
     """
     N, columns = weight.shape
     tile = tile or ONE_ROW["int4"][shape_class(N, 2 * columns)]
@@ -265,7 +265,7 @@ def int8_rows(
     tile: FewRows | None = None,
 ) -> Tensor:
     """Multiply M rows by weight, (N, K) int8 -> (M, N) in dtype, plus the bias and the residual,
-    (M, N). x: from scaled_rows, with the spans of the same tile.
+    (M, N). x: with the spans_of the same tile.
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster. K and
     weight.stride(0) must be multiples of 4.
@@ -309,7 +309,7 @@ def int4_rows(
     tile: FewRows | None = None,
 ) -> Tensor:
     """Multiply M rows by the weights of an Int4Linear -> (M, N) in dtype, plus the bias and the
-    residual, (M, N). x: from scaled_rows, with the spans of the same tile.
+    residual, (M, N). x: with the spans_of the same tile.
 
     For up to MAX_FEW_ROWS rows: with more, dequantised weights and cuBLAS are faster.
     """

@@ -26,6 +26,7 @@ TENSOR_CORE_TYPES = {  # dtype of the queries -> type in which the attention ker
     torch.float32: tl.float32,
 }
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, see layers.positions
+MAX_NEW_NUMBERS = 32 * 128  # see fits_one_tile
 SLOTS_PER_STEP = 64  # of a program of the attention kernel
 ATTENTION_PROGRAMS = 128  # about one for each multiprocessor of an H100
 
@@ -134,9 +135,9 @@ def attend_new_tokens(
     """Compute rotate_and_store and causal attention in one kernel -> (B, T, H, E) or, with a form
     that can_convert allows, B * T rows of H * E in that form.
 
-    cache: k and v, (B, slots + 1, G, E) each. visible: S. scores: scale and softcap, see
-    layers.kv_cache.Scores. The other parameters are those of rotate_and_store. Only for few new
-    tokens: the R*T queries of a key/value head are one tile.
+    cache: k and v, (B, slots + 1, G, E) each. visible: S, above all of pos: keys and values beyond
+    are not stored. scores: scale and softcap, see layers.kv_cache.Scores. The other parameters are
+    those of rotate_and_store. Only where fits_one_tile(qkv, G).
     """
     (B, T, heads, E), (k, v) = qkv.shape, cache
     G = k.shape[2]
@@ -162,7 +163,6 @@ def attend_new_tokens(
         *outputs,
         T,
         G,
-        visible,
         *cache_strides(k),
         *exponents(*scores),
         norms.eps,
@@ -184,9 +184,19 @@ def attend_new_tokens(
     return result
 
 
+def fits_one_tile(qkv: Tensor, kv_heads: int) -> bool:
+    """Return whether the registers of a program of new_tokens_kernel hold the queries of a
+    key/value head, padded as it pads them. qkv: (B, T, H + 2 G, E). kv_heads: G."""
+    T, heads, E = qkv.shape[1:]
+    queries = max(16, triton.next_power_of_2((heads // kv_heads - 2) * T))
+    return queries * triton.next_power_of_2(E) <= MAX_NEW_NUMBERS
+
+
 def can_convert(form: Order | Spans, qkv: Tensor, kv_heads: int) -> bool:
-    """Return whether attend_new_tokens can convert its results to a form: whether the chunks or
-    spans of a row lie within the queries of a key/value head. qkv: (B, T, H + 2 G, E)."""
+    """Return whether attend_new_tokens can convert its results to a form: each chunk of fixed point
+    must lie within a head, each span within the heads of a key/value head, which must be of a power
+    of two of channels; rows of a span must have no padding. qkv: (B, T, H + 2 G, E). kv_heads: G.
+    """
     heads, E = qkv.shape[2:]
     if isinstance(form, Order):
         return E % form.size == 0

@@ -1,13 +1,15 @@
 """What lies between the products wqkv and wo of a layer, in one kernel: norms and rotary positions
 of new queries and keys, the store of keys and values in the cache, and causal attention.
 
-Start at new_tokens_kernel. In place of three kernels (rotate.py, attention.py, and for one row
-to_fixed_point.py): a kernel that follows another one waits for it, and for its first loads, 2 us of
-a layer of Llama 3.1 8B that takes 77 us in int4 on an H100.
+Start at new_tokens_kernel. It takes the place of three kernels: rotate.py, attention.py, and the
+conversion before the product wo (to_fixed_point.py or few_rows.scale_kernel). A kernel that follows
+another one waits for it, and for its own first loads: about 2 us of a layer of Llama 3.1 8B, which
+takes 77 us in int4 on an H100.
 
 The programs of a key/value head divide the visible slots among them, as in attention.py. The new
-tokens' keys and values are stored by the program whose share their slots belong to: no other
-program of this launch reads these slots. All programs rotate the head's queries and new keys.
+tokens' keys and values are stored by the program to whose share of slots they belong. The other
+programs read other slots or other heads, so none reads what this one writes. All programs rotate
+the head's queries and new keys.
 
 Shapes: those of attention.py; P pairs of rotated channels.
 """
@@ -40,7 +42,6 @@ def new_tokens_kernel(
     sums,  # of a FixedPoint
     T,
     G,
-    S,
     batch_stride,  # from row to row of a cache, in tokens
     slot_stride,  # from slot to slot, in tokens
     factor,  # see attention_kernel
@@ -54,7 +55,7 @@ def new_tokens_kernel(
     BS: tl.constexpr,
     STEPS: tl.constexpr,  # of BS slots each
     SPLITS: tl.constexpr,
-    SIZE: tl.constexpr,  # inputs of a chunk of fixed point or of a span; 0: store numbers
+    SIZE: tl.constexpr,  # inputs of a chunk of fixed point or of a span; 0: do not convert
     PER_WORD: tl.constexpr,  # see scale_kernel; 0: fixed point, not spans
     DOT: tl.constexpr,  # the type in which tensor cores multiply
     NORM: tl.constexpr,  # whether queries and keys have norms
@@ -64,9 +65,10 @@ def new_tokens_kernel(
     """Attend with the new queries of a key/value head to a program's share of the slots, after the
     norms, the rotation and the store of what is new.
 
-    The launch has (B * G, SPLITS) programs, see attention_kernel. With SIZE > 0 the results are
-    converted for the product that follows, to a FixedPoint, which requires B = T = 1 and that SIZE
-    divides E, or to ScaledRows, which requires E = BE and that SIZE divides R * E.
+    The launch has (B * G, SPLITS) programs, see attention_kernel; the new tokens' slots are below
+    SPLITS * STEPS * BS. With SIZE > 0 the results are converted for the product that follows: to a
+    FixedPoint, which requires B = T = 1 and that SIZE divides E, or to ScaledRows without padding,
+    which requires E = BE and that SIZE divides R * E.
     """
     begin(PDL)
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
@@ -83,18 +85,18 @@ def new_tokens_kernel(
         R, E, BE, P, BQ, STEPS * BS, NORM,
     )  # fmt: skip
     low, high, top, sum = attend_share(
-        q.to(DOT), q.to(DOT), k, v, k, k, v, v, at, real, G, S, batch_stride, slot_stride, factor,
-        cap, E, E, 16, BS, STEPS, DOT, True, CAPPED,
+        q.to(DOT), q.to(DOT), k, v, k, k, v, v, at, real, G, SPLITS * STEPS * BS, batch_stride,
+        slot_stride, factor, cap, E, E, 16, BS, STEPS, DOT, True, CAPPED,
     )  # fmt: skip
     row = (token * (G * R) + head) * E
     if SPLITS == 1:
-        finish(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
+        store_results(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
     else:
         cells = real[:, None] & (e < E)[None, :]
         store_part(parts, tops, low, high, top, sum, e, i, real, cells, R * T, E, 16, SPLITS)
         if arrives_last(arrived, SPLITS):
             low, high, sum = combine(parts, tops, e, i, real, cells, R * T, E, BQ, BE, 16, SPLITS)
-            finish(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
+            store_results(low, sum, qkv, out, units, sums, row, real, T, G, R, E, SIZE, PER_WORD)
 
 
 @triton.jit
@@ -120,10 +122,8 @@ def store_new(
     NORM: tl.constexpr,
 ):
     """Store keys and values of the new tokens whose slots are among this program's SHARE slots, and
-    make them visible to all its threads. The other parameters are those of new_tokens_kernel.
-
-    A token in a slot that no program has (padding, in a cache's last slot) is not stored.
-    """
+    wait until all its threads can read them from the cache. The other parameters are those of
+    new_tokens_kernel."""
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
     i, e = tl.arange(0, BQ), tl.arange(0, BE)  # i: the tokens, of which T are real
     token = b * T + i
@@ -140,9 +140,9 @@ def store_new(
 
 
 @triton.jit
-def finish(
-    low,
-    sum,
+def store_results(
+    weighted,
+    total,
     qkv,
     out,
     units,
@@ -156,14 +156,15 @@ def finish(
     SIZE: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """Store the weighted values, low, (BQ, BE), divided by the sums of the weights, (BQ,).
+    """Store `weighted`, (BQ, BE), sums of weighted values, divided by the sums of their weights,
+    total, (BQ,).
 
-    row: (BQ,), where the queries' heads begin in the result; real: False for padding queries. qkv:
-    of the dtype to which results are rounded. The other parameters are those of new_tokens_kernel.
+    row: (BQ,), where the queries' heads begin in the result; real: False where there is no query.
+    qkv: of the dtype to which results are rounded. The others are those of new_tokens_kernel.
     """
     K = G * R * E
-    sum = tl.where(sum > 0, sum, 1)[:, None]  # padding queries have a sum of 0
-    y = (low / sum).to(qkv.dtype.element_ty)
+    total = tl.where(total > 0, total, 1)[:, None]  # it is 0 where there is no query
+    y = (weighted / total).to(qkv.dtype.element_ty)
     e = tl.arange(0, y.shape[1])
     if SIZE == 0:
         tl.store(out + row[:, None] + e[None, :], y, real[:, None] & (e < E)[None, :])
@@ -180,5 +181,5 @@ def finish(
             b, g = tl.program_id(0) // G, tl.program_id(0) % G
             first = tl.arange(0, COUNT) * SIZE  # in the tile
             t = first // (R * E)
-            k = g * (R * E) + first % (R * E)
-            store_spans(pieces, b * T + t, k, t < T, out, units, K, PER_WORD, SIZE)
+            input = g * (R * E) + first % (R * E)
+            store_spans(pieces, b * T + t, input, t < T, out, units, K, PER_WORD, SIZE)

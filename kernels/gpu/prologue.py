@@ -29,8 +29,9 @@ class Prologue(NamedTuple):
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of the heads of queries and keys. q, k: the weights, (E,) each; None: no norms.
-    eps: added to the mean squares."""
+    """RMS norms of the heads of queries and keys, which are no prologue: the kernels of rotary
+    positions apply them. q, k: the weights, (E,) each, or both None: no norms. eps: added to the
+    mean squares."""
 
     q: Tensor | None = None
     k: Tensor | None = None

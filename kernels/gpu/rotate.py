@@ -2,7 +2,7 @@
 
 Start at rotate_kernel. Its reference is RMSNorm (layers/basic.py), RotaryPositions.rotate
 (layers/positions.py) and KVCache.store (layers/kv_cache.py). As three kernels they would take about
-three times as long. The attention kernel of new tokens (attention.py) calls `rotated`, too.
+three times as long. new_tokens.py calls `rotated`, too.
 
 Shapes: B rows of the batch, T new tokens, H query heads, G key/value heads, E head_dim, P pairs of
 rotated channels.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Spans(NamedTuple):
-    """The order of inputs, and how many share a unit.
+    """How ScaledRows lie in memory for the kernel of a linear.
 
     width: inputs of a stored row of weights, K or K padded to whole groups. per_word: inputs that a
     word (4 bytes) of weights multiplies, 4 or 8. size: inputs that share a unit, a power of two.

@@ -9,7 +9,7 @@ Shapes: K in_features, C chunks of the row, SIZE inputs of a chunk.
 import triton
 import triton.language as tl
 
-from kernels.gpu.inputs import begin, inputs, wait
+from kernels.gpu.inputs import begin, inputs, units_of, wait
 
 
 @triton.jit
@@ -53,16 +53,13 @@ def fixed_point_kernel(
 @triton.jit
 def to_fixed_point(values):
     """Convert chunks of numbers, (chunks, inputs) float32, to q, the same shape in int32, and the
-    chunks' units, float32. The bit arithmetic is that of fixed_point.fixed_point."""
-    exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
-    inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)
+    chunks' units, float32. A chunk with an infinite or NaN input gets the unit NaN."""
+    unit, inverse, poison = units_of(values)
     scaled = values * inverse[:, None]
     # Round to nearest, ties to even: adding 1.5 * 2**23 leaves no fraction bits.
     rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)
     rounded = tl.minimum(tl.maximum(rounded, -32768), 32767)
-    poison = tl.sum(values * 0, 1)  # NaN for chunks with an infinite or NaN input, else 0
-    return rounded, unit.to(tl.float32, bitcast=True) + poison
+    return rounded, unit + poison
 
 
 @triton.jit
