@@ -15,6 +15,7 @@ from load import load_model, make_views
 from text.generation_config import GenerationConfig
 
 GREEDY = GenerationConfig(max_new_tokens=70, temperature=0, ignore_eos=True)
+LENGTH = 100  # of the caches, which most tests share, since each length is compiled
 TEXTS = "Once upon a time", "The big dog", "Tim had a red ball. One day"
 
 
@@ -40,6 +41,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def ids(lm: LoadedModel, texts: tuple[str, ...], **options) -> list[list[int]]:
     prompts = [lm.tokenizer.encode(text) for text in texts]
+    options.setdefault("caches", lm.make_caches(len(texts), LENGTH))
     return [c.ids for c in complete(lm, prompts, GREEDY, **options)]
 
 
@@ -48,7 +50,7 @@ def eager(lm: LoadedModel) -> LoadedModel:
 
 
 def test_only_the_first_call_of_its_shapes_goes_through_dynamo(lm: LoadedModel, direct: list[bool]):
-    caches = [lm.make_caches(1, 100) for _ in range(2)]
+    caches = [lm.make_caches(1, LENGTH) for _ in range(2)]
     wanted = [ids(eager(lm), (text,)) for text in TEXTS]
     assert ids(lm, TEXTS[:1], caches=caches[0]) == wanted[0]
     # Prefill, then steps of 64, 96 and 100 visible positions, each once.
@@ -66,7 +68,7 @@ def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, direc
     batch = ids(lm, TEXTS)
     assert batch == ids(eager(lm), TEXTS)
     assert [ids(lm, (text,))[0] for text in TEXTS] == batch
-    caches, key_pos = lm.make_caches(1, 100), torch.arange(64)
+    caches, key_pos = lm.make_caches(1, LENGTH), torch.arange(64)
     with torch.inference_mode():
         for dtype in (torch.long, torch.int32, torch.long, torch.int32):
             token, pos = torch.tensor([[7]], dtype=dtype), torch.tensor([[0]])
@@ -75,29 +77,32 @@ def test_other_shapes_and_dtypes_find_graphs_of_their_own(lm: LoadedModel, direc
     assert direct[-2:] == [True, True]
 
 
-def test_a_recorded_graph_keeps_no_cache_alive(lm: LoadedModel):
-    caches = lm.make_caches(1, 91)  # of a shape that is new
-    ids(lm, TEXTS[:1], caches=caches)
-    kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
-    del caches
-    gc.collect()
-    assert not any(ref() is not None for ref in kept)
+def test_neither_an_interrupted_call_nor_a_recorded_one_keeps_a_cache_alive(
+    lm: LoadedModel, direct: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    """And an interrupted call is not recorded."""
 
-
-def test_an_interrupted_call_is_not_recorded(lm: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*args) -> None:
         raise KeyboardInterrupt
 
-    caches = lm.make_caches(1, 150)  # of a shape that is new
+    def new_caches() -> tuple[list, list[weakref.ref]]:
+        caches = lm.make_caches(1, 150)  # of a shape that is new
+        return caches, [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
+
+    caches, kept = new_caches()
     with monkeypatch.context() as patched:
         patched.setattr(CompiledGraphCache, "record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ids(lm, TEXTS[:1], caches=caches)
-    kept = [weakref.ref(tensor) for cache in caches for tensor in cache.buffers()]
     del caches
     gc.collect()
-    assert not any(ref() is not None for ref in kept)
-    assert ids(lm, TEXTS[:1], caches=lm.make_caches(1, 150)) == ids(eager(lm), TEXTS[:1])
+    assert kept and not any(ref() is not None for ref in kept)
+    caches, kept = new_caches()
+    assert ids(lm, TEXTS[:1], caches=caches) == ids(eager(lm), TEXTS[:1])
+    assert direct[:2] == [False, False] and direct[-1]
+    del caches
+    gc.collect()
+    assert kept and not any(ref() is not None for ref in kept)
 
 
 def test_weights_that_change_in_place_are_seen(lm: LoadedModel):

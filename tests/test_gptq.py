@@ -1,5 +1,7 @@
 """GPTQ against float64, against a worked example, and from texts to a file."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -90,30 +92,51 @@ def test_inputs_that_never_occur_or_hang_together_entirely_do_no_harm():
         assert row_errors(buffers, W, H).isfinite().all()
 
 
-@pytest.fixture(params=["demo", "demo-opt"])
-def demo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    folder = shutil.copytree(ROOT / "checkpoints" / request.param, tmp_path / request.param)
+@pytest.fixture(scope="module", params=["demo", "demo-opt"])
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gptq") / request.param
+    shutil.copytree(ROOT / "checkpoints" / request.param, folder)
     text = (
         ROOT / "benchmarks" / "texts" / "lookup.jsonl"
     ).read_text() + "Once there was a dog. It ran home to its mom. " * 150
-    (tmp_path / "text.txt").write_text(text)
+    (folder.parent / "text.txt").write_text(text)
     return folder
 
 
-def run(folder: Path) -> int:
+def target(folder: Path) -> Path:
+    return folder / "model_int4-gptq.g128.pth"
+
+
+def run(folder: Path) -> tuple[int, str]:
+    """Returns the exit status and what was said."""
     options = ["--checkpoint_path", folder, "--mode", "int4-gptq", "--groupsize", 128]
     options += ["--calibration_file", folder.parent / "text.txt", "--calibration_seq_length", 96]
-    options += ["--train_steps", 0]
-    return quantize.main(quantize.parse_args([str(o) for o in [*options, "--device", "cpu"]]))
+    # A full batch of texts and one that is not.
+    options += ["--calibration_samples", gptq.TEXTS_PER_BATCH + 4, "--train_steps", 0]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = quantize.main(quantize.parse_args([str(o) for o in [*options, "--device", "cpu"]]))
+    return code, said.getvalue()
 
 
-def test_each_linear_is_better_than_rounded_and_the_next_sees_it(demo: Path, capsys):
-    assert run(demo) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if ": error " in line]
-    source, file = (
-        Checkpoint(demo / "model.safetensors"),
-        Checkpoint(demo / "model_int4-gptq.g128.pth"),
-    )
+@pytest.fixture(scope="module")
+def whole(demo: Path) -> tuple[Path, str]:
+    """The file of a run without a break, and what it said. Another run's files lay in its way."""
+    work = demo / "model_int4-gptq.g128.pth.partial"
+    work.mkdir()
+    (work / "identity.json").write_text(json.dumps(["another"]))
+    torch.save((4, *torch.zeros(2, 1, 1, 1)), work / "state.pt")  # four finished blocks
+    code, said = run(demo)
+    assert code == 0
+    file = target(demo).rename(demo.parent / "whole.pth")  # the next run begins anew
+    return file, said
+
+
+def test_each_linear_is_better_than_rounded_and_the_next_sees_it(
+    demo: Path, whole: tuple[Path, str]
+):
+    source, file = Checkpoint(demo / "model.safetensors"), Checkpoint(whole[0])
+    said = [line for line in whole[1].splitlines() if ": error " in line]
     per_block = sum(
         "layers.0." in name and ".weight" in name and "norm" not in name for name in source.tensors
     )
@@ -123,21 +146,17 @@ def test_each_linear_is_better_than_rounded_and_the_next_sees_it(demo: Path, cap
             float(line.split(word)[1].split(",")[0]) for word in ("error ", "rounding ")
         )
         assert error < rounding
-    assert (
-        file.scheme["mode"] == "int4-gptq"
-        and not (demo / "model_int4-gptq.g128.pth.partial").exists()
-    )
+    assert file.scheme["mode"] == "int4-gptq"
+    assert not (demo / "model_int4-gptq.g128.pth.partial").exists()
     name = "layers.0.attention.wqkv"
     buffers = {leaf: file.read(f"{name}.{leaf}") for leaf in ("weight", "scales", "zeros")}
     rounded = round_int4(source.read(f"{name}.weight", torch.float32), 128)
     assert not torch.equal(unpack_nibbles(buffers["weight"]), unpack_nibbles(rounded["weight"]))
 
 
-def test_a_run_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monkeypatch, capsys):
-    assert run(demo) == 0
-    target = demo / "model_int4-gptq.g128.pth"
-    whole = target.read_bytes()
-    target.unlink()
+def test_a_run_that_broke_off_is_taken_up_and_ends_the_same(
+    demo: Path, whole: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+):
     original = CalibratedBlock.outputs
     calls = []
 
@@ -148,20 +167,16 @@ def test_a_run_that_broke_off_is_taken_up_and_ends_the_same(demo: Path, monkeypa
         return original(block)
 
     monkeypatch.setattr(CalibratedBlock, "outputs", breaks_off)
-    assert run(demo) == 130
-    assert not target.exists() and not list(demo.glob("*.tmp"))
-    capsys.readouterr()
+    assert run(demo)[0] == 130
+    assert not target(demo).exists() and not list(demo.glob("*.tmp"))
     monkeypatch.setattr(CalibratedBlock, "outputs", original)
-    assert run(demo) == 0
-    log = capsys.readouterr().err
-    assert "continuing the interrupted run in" in log
-    assert "layers.0." not in log and "layers.2." in log
-    assert target.read_bytes() == whole
+    code, said = run(demo)
+    assert code == 0
+    assert "continuing the interrupted run in" in said
+    assert "layers.0." not in said and "layers.2." in said
+    assert target(demo).read_bytes() == whole[0].read_bytes()
 
 
-def test_what_another_run_left_is_not_taken_up(demo: Path, capsys: pytest.CaptureFixture):
-    work = demo / "model_int4-gptq.g128.pth.partial"
-    work.mkdir()
-    (work / "identity.json").write_text(json.dumps(["another"]))
-    assert run(demo) == 0
-    assert "continuing the interrupted run in" not in capsys.readouterr().err
+def test_what_another_run_left_is_not_taken_up(whole: tuple[Path, str]):
+    assert "continuing the interrupted run in" not in whole[1]
+    assert "layers.0." in whole[1]

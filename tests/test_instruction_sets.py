@@ -20,6 +20,7 @@ from kernels.cpu.build import FLAGS, FOLDER, INSTRUCTION_SETS, compiler, support
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 SEED = int(os.environ.get("GPT_FLEX_FUZZ_SEED", "1"))
 CASES = 12
+EMULATED_CASES = 6  # the first of them: an emulated program runs fifty times as long
 # 11 products and attentions are printed twice; 3 norms, 3 GELUs, 3 SiLUs, 3 rotations, 4 sums of
 # neurons and 3 packed matrices once.
 LINES_PER_CASE = 2 * 11 + 4 * 3 + 4 + 3
@@ -52,9 +53,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     return compiled_as
 
 
-def lines(*command: str | Path) -> list[str]:
+def lines(*command: str | Path, cases: int = CASES) -> list[str]:
     done = subprocess.run(
-        [*command, str(SEED), str(CASES)], capture_output=True, text=True, timeout=300
+        [*command, str(SEED), str(cases)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -62,12 +63,14 @@ def lines(*command: str | Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(compiled: Compile) -> list[str]:
-    """Return the lines of the plain form. Optimised, it would take 40 seconds to compile."""
-    return lines(compiled("scalar", compiler(), *INSTRUCTION_SETS["scalar"].flags, "-O0"))
+    """Return the lines of the plain form. With -O3 it would take 40 seconds to compile."""
+    return lines(compiled("scalar", compiler(), *INSTRUCTION_SETS["scalar"].flags, "-Og"))
 
 
-def assert_same(found: list[str], expected: list[str]) -> None:
-    assert len(found) == len(expected) == LINES_PER_CASE * CASES
+def assert_same(found: list[str], expected: list[str], cases: int = CASES) -> None:
+    assert len(expected) == LINES_PER_CASE * CASES
+    expected = expected[: LINES_PER_CASE * cases]
+    assert len(found) == len(expected)
     different = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]]
     assert not different, f"seed {SEED}: {different[:5]}"
 
@@ -84,8 +87,10 @@ def test_bits_are_those_of_the_plain_form(name: str, compiled: Compile, expected
 def test_arm_gives_the_same_bits_under_emulation(name: str, compiled: Compile, expected: list[str]):
     if not shutil.which(ARM_EMULATOR):
         pytest.skip(f"{ARM_EMULATOR} is not installed (Debian: qemu-user)")
-    program = compiled(name, ARM_COMPILER, "-static", *INSTRUCTION_SETS[name].flags)
-    assert_same(lines(ARM_EMULATOR, program), expected)
+    # -Og compiles in a quarter of the time of -O3, which the instruction sets of this CPU have.
+    program = compiled(name, ARM_COMPILER, "-static", *INSTRUCTION_SETS[name].flags, "-Og")
+    found = lines(ARM_EMULATOR, program, cases=EMULATED_CASES)
+    assert_same(found, expected, EMULATED_CASES)
 
 
 @pytest.mark.parametrize("name, flags", [("avx512", ()), ("avx512_vnni", ("-DEMULATED_VNNI",))])
@@ -103,9 +108,9 @@ def test_avx512_gives_the_same_bits_under_emulation(
     vectors.write_text(text.replace('"+v"', '"+m"'))
     emulation = "-include", str(SOURCE.with_name("emulated_avx512.h")), f"-I{folder}"
     avx2 = INSTRUCTION_SETS["avx2"].flags
-    # -O1 compiles in half the time; GCC warns that vectors of 512 bits are passed in memory.
-    program = compiled(name, "g++", *avx2, "-O1", "-Wno-psabi", *emulation, *flags)
-    assert_same(lines(program), expected)
+    # -O0 compiles soonest; GCC warns that vectors of 512 bits are passed in memory.
+    program = compiled(name, "g++", *avx2, "-O0", "-Wno-psabi", *emulation, *flags)
+    assert_same(lines(program, cases=EMULATED_CASES), expected, EMULATED_CASES)
 
 
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(expected: list[str]):

@@ -5,7 +5,10 @@ import argparse
 import pytest
 import torch
 
-from scripts.train_demo import CONFIGS, CONTEXT, train
+from scripts import train_demo
+from scripts.train_demo import CONFIGS, train
+
+CONTEXT = 64  # tokens of a window; the script's 512 would take eight times as long
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
@@ -16,6 +19,7 @@ def test_training_lowers_the_loss(
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"intermediate_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 32}
     monkeypatch.setitem(CONFIGS, name, CONFIGS[name] | small)
+    monkeypatch.setattr(train_demo, "CONTEXT", CONTEXT)
     torch.manual_seed(0)
     stream = torch.arange(128 * (CONTEXT + 1)) % 7
     options = {"lr": 1e-2, "steps": 12, "batch": 2, "log_every": 11, "device": "cpu", "seed": 0}
