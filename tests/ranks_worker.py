@@ -1,16 +1,24 @@
-"""Runs on each rank of a test, which on_ranks in test_tp.py starts.
+"""Runs models and commands on several ranks, for tests: see on_ranks in test_tp.py, and serve.
 
-torchrun --nproc_per_node=N tests/ranks_worker.py CASES.json RESULTS.pt
+python tests/ranks_worker.py N CASES.json RESULTS.pt
+
+The process imports what all ranks need, and then starts them as torchrun does (launch), but as
+copies of itself: to import torch and its compiler takes four seconds.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from common import window_slack
+from torch.distributed import TCPStore
 
 import tp
 from engine import complete
+from host.torch_private import import_dynamo
 from layers.kv_cache import WINDOW_SLACK
 from load import load_model
 from pp import BroadcastSampler
@@ -30,6 +40,7 @@ from tiers.policy import Policy, Share
 
 TEXTS = "Once upon a time", "Lily", "Tim and his dog saw a big red ball. They"
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 
 
 def answers(
@@ -126,6 +137,80 @@ class counted:
             setattr(tp, name, call)
 
 
+def launch(count: int, work: Callable[..., Any], *given: Any) -> int:
+    """Call work(*given) on `count` ranks, and end all when one fails, as torchrun does. Return the
+    exit code of the first that failed, or 0. This process must have no other threads."""
+    import_dynamo()  # a collective does so
+    port, sender = FORK.Pipe(duplex=False)
+    store = FORK.Process(target=keep_store, args=(sender,))
+    store.start()
+    environment = {"MASTER_PORT": port.recv(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [
+        FORK.Process(
+            target=run_rank, args=(environment | {"RANK": n, "LOCAL_RANK": n}, work, given)
+        )
+        for n in range(count)
+    ]
+    for rank in ranks:
+        rank.start()
+    code, left = 0, set(ranks)
+    while left:
+        connection.wait(rank.sentinel for rank in left)
+        ended = {rank for rank in left if not rank.is_alive()}
+        left -= ended
+        for rank in ended:
+            if rank.exitcode and not code:
+                code = rank.exitcode
+                what = f"Signal {-code}" if code < 0 else f"exit code {code}"
+                print(f"{rank.name}: {what}", file=sys.stderr, flush=True)
+                for other in left:
+                    other.terminate()
+    store.kill()
+    store.join()
+    return code
+
+
+def keep_store(port: connection.Connection) -> None:
+    """Run the store through which ranks meet, in a process that no rank's end ends."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """A parent that is killed, because it took too long, cannot end its ranks."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def run_rank(environment: dict[str, int], work: Callable[..., Any], given: Sequence[Any]) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    work(*given)
+
+
+def serve() -> None:
+    """Run commands on ranks, each of which stdin has a line of JSON for: the number of ranks, the
+    words, and files for stdout and stderr. Answer with the exit code."""
+    for name in ("eval", "generate"):
+        importlib.import_module(name)  # once, and not on each rank
+    jobs, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # ranks may read their stdin
+    for line in jobs:
+        count, words, *streams = json.loads(line)
+        for number, name in enumerate(streams, 1):
+            file = os.open(name, os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, number)
+            os.close(file)
+        print(launch(count, command, words), file=replies, flush=True)
+
+
+def command(words: Sequence[str]) -> None:
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def main(cases: Path, results: Path) -> None:
     torch.set_num_threads(1)
     ranks = join_process_group(CPU)
@@ -135,4 +220,7 @@ def main(cases: Path, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 1:
+        sys.exit(launch(int(sys.argv[1]), main, Path(sys.argv[2]), Path(sys.argv[3])))
+    else:
+        serve()

@@ -8,7 +8,6 @@ import platform
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +15,15 @@ import pytest
 import torch
 from common import ROOT, window_slack
 
+import generate
 import plan
 from cli.arguments import nbytes
+from cli.options import parse_args
 from load import load_model
 from options.settings import PlanOptions
 from plan import ModelSpec, sizes
 from tiers.kv_cache import TieredCaches
-from tiers.planner import Planner, Sizes, Workload
+from tiers.planner import Planner, Prediction, Sizes, Split, Workload
 from tiers.policy import Policy, Share
 from tiers.probe import Curve, Machine, sample_args
 from weights.hf import model_args
@@ -99,15 +100,23 @@ def test_the_chosen_policy_is_nearly_the_best_of_all(number: int, device_is_cpu:
 
 
 def every_rate(planner: Planner, work: Workload, budgets: dict[str, float]) -> list[float]:
+    """The rates of the policies that fit, by the parts of Planner.predict, to compute each once."""
     rates, layers = [], planner.sizes.layers
     for policy in planner.groupings(Policy(), work.texts):
         cells = layers * policy.micro_batches
         weights = splits(layers, planner.device_is_cpu, 1)
         caches = splits(cells, planner.device_is_cpu, max(1, cells // 6))
-        for weight, cache in itertools.product(weights, caches):
-            found = planner.predict(dataclasses.replace(policy, weights=weight, cache=cache), work)
-            if all(found.memory[tier] <= budgets[tier] for tier in budgets):
-                rates.append(found.rate)
+        counts = [weight.counts(layers) for weight in weights]
+        for cache in caches:
+            policy = dataclasses.replace(policy, cache=cache)
+            cell_counts = planner.cell_counts(policy, work)
+            for weight, count in zip(weights, counts, strict=True):
+                split = Split(count, cell_counts)
+                memory = planner.memory(policy, split, work)
+                if all(memory[tier] <= budgets[tier] for tier in budgets):
+                    policy = dataclasses.replace(policy, weights=weight)
+                    times = planner.times(policy, split, work)
+                    rates.append(Prediction(policy, work, split, memory, *times).rate)
     return rates
 
 
@@ -282,32 +291,44 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def generate(*options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "generate.py"), "--device", "cpu", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_command(capfd: pytest.CaptureFixture) -> Callable[..., subprocess.CompletedProcess]:
+    """A function that runs generate.py in this process."""
+
+    def run(*options: object) -> subprocess.CompletedProcess:
+        args = parse_args(["--device", "cpu", *map(str, options)])
+        capfd.readouterr()
+        code = generate.main(args)
+        return subprocess.CompletedProcess(options, code, *capfd.readouterr())
+
+    return run
 
 
-def test_a_run_by_hand_says_what_was_realised(tmp_path: Path):
+def test_a_run_by_hand_says_what_was_realised(
+    run_command: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+):
     options = "--prompt", "Once upon a time", "--max_new_tokens", 20, "--temperature", 0
-    plainly = generate(*options)
+    plainly = run_command(*options)
     shares = "--percent", 30, 20, 50, 0, 100, 0, "--offload_dir", tmp_path
-    moving = generate(*options, *shares, "--gpu_batch_size", 1, "--num_gpu_batches", 2)
+    moving = run_command(*options, *shares, "--gpu_batch_size", 1, "--num_gpu_batches", 2)
     assert moving.returncode == 0, moving.stderr
     assert moving.stdout == plainly.stdout
     assert "weights     50.0 % memory, 50.0 % disk" in moving.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_needs_a_config_alone(tmp_path: Path):
+def test_a_plan_needs_a_config_alone(
+    run_command: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+):
     config = json.loads((lm_path() / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = "--random_weights", tmp_path / "config.json", "--prompt", 64, "--plan"
-    found = generate(*options, "--offload_dir", tmp_path, "--max_new_tokens", 16)
+    found = run_command(*options, "--offload_dir", tmp_path, "--max_new_tokens", 16)
     assert found.returncode == 0, found.stderr
     verdict, *more = found.stdout.splitlines()
     assert re.fullmatch(r"plan: fits memory; about \S+ tokens/s; bound by computing", verdict)
     assert "device" not in found.stdout and any("is free" in line for line in more)
-    again = generate(*options, "--offload_dir", tmp_path / "none", "--host_memory", "1MB")
+    again = run_command(*options, "--offload_dir", tmp_path / "none", "--host_memory", "1MB")
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     assert again.returncode == 2
     assert "does not fit" in again.stderr and "allow more" in again.stderr.splitlines()[-1]

@@ -1,11 +1,13 @@
 """Tensor parallelism gives one process's tokens; what ranks load, hold and communicate."""
 
+import functools
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,9 @@ def on_ranks(count: int, cases: list[dict[str, Any]], folder: Path) -> list[list
     """Run the cases on `count` ranks; return each rank's results, see ranks_worker.answers."""
     asked, results = folder / "cases.json", folder / "results"
     asked.write_text(json.dumps(cases))
-    words = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}", WORKER]
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, words), asked, results],
+        [sys.executable, WORKER, str(count), asked, results],
+        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # no pool of processes a rank
         capture_output=True,
         text=True,
         timeout=300,
@@ -94,13 +96,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[f"{name}-int4"] = quantised(found[name], "--mode", "int4")
     text = folder / "text.txt"
     text.write_text("Once upon a time there was a little girl. " * 200)
-    gptq = "--mode", "int4-gptq", "--train_steps", "0", "--calibration_file", str(text)
-    found["demo-gptq"] = quantised(
-        found["demo"], *gptq, "--calibration_seq_length", "64", "--calibration_samples", "8"
-    )
     # Two key/value heads; three groups of 32 neurons for each of two ranks: two share a byte.
-    found["random"] = random_llama(folder / "random")
-    found["random-int4"] = quantised(found["random"], "--mode", "int4")
+    random = found["random"] = random_llama(folder / "random")
+    found["random-int8"] = quantised(random, "--mode", "int8")
+    found["random-int4"] = quantised(random, "--mode", "int4")
+    gptq = "--mode", "int4-gptq", "--train_steps", "0", "--calibration_file", str(text)
+    found["random-gptq"] = quantised(
+        random, *gptq, "--calibration_seq_length", "64", "--calibration_samples", "2"
+    )
     return found
 
 
@@ -113,51 +116,76 @@ OTHERS = [
     {"name": "demo-opt", "how": {"temperature": 0.8, "ignore_eos": False}},
     {"name": "demo", "percent": [0, 50, 0, 0]},
 ]
-STORED = ["demo", "demo-opt", "demo-int8", "demo-opt-int8", "demo-int4", "demo-opt-int4"]
-STORED += ["demo-gptq", "random", "random-int4"]
-# All of the demos were tried on both; each takes 20 s on two cores.
-COMPILED = {2: ["demo-opt", "demo-int4"], 4: ["demo", "demo-int8"]}
-# In groups of 32 four ranks cannot share the random model's neurons, nor the demo OPT's heads.
-CASES = {2: STORED, 4: [name for name in STORED if name not in ("random-int4", "demo-opt-int4")]}
+# In groups of 32 four ranks cannot share the random model's neurons, nor the demo OPT's heads. Two
+# of four ranks have the same key/value head of the random model.
+CASES = {
+    2: ["demo", "demo-opt", "demo-int8", "demo-opt-int4", "random", "random-int4", "random-gptq"],
+    4: ["demo", "demo-opt", "demo-int4", "demo-opt-int8", "random", "random-int8"],
+}
+# All of the demos were tried on both; a rank takes 3 to 9 s for each, so two ranks must do: the
+# graphs of four differ in sizes alone. The vocabulary of the random model is uneven on two, too.
+COMPILED = {2: ["demo-opt", "demo-int4", "random-int8"], 4: []}
+
+
+@pytest.fixture(scope="module")
+def run_all(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], list[list[dict[str, Any]]]]:
+    """A function of the number of ranks, which returns, for each case, all ranks' results."""
+
+    @functools.cache
+    def run(count: int) -> list[list[dict[str, Any]]]:
+        cases = [{"name": name} for name in CASES[count]]
+        cases += [{"name": name, "compile": True} for name in COMPILED[count]]
+        cases += OTHERS if count == 2 else []
+        cases = [case | {"path": str(checkpoints[case["name"]])} for case in cases]
+        for case in cases:
+            del case["name"]
+        by_rank = on_ranks(count, cases, tmp_path_factory.mktemp("ranks"))
+        return list(zip(*by_rank, strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
+    """A function of a model's name, which returns what one process answers."""
+    return functools.cache(lambda name: answers(str(checkpoints[name]), None))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(
-    request: pytest.FixtureRequest,
-    checkpoints: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, run_all: Callable[[int], list[list[dict[str, Any]]]]
 ) -> tuple[int, dict[tuple[str, bool], list[dict[str, Any]]]]:
     """Return the number of ranks, and all ranks' results for each model, eager and compiled."""
     count = request.param
     names = [(name, False) for name in CASES[count]] + [(name, True) for name in COMPILED[count]]
-    cases = [{"path": str(checkpoints[name]), "compile": compile} for name, compile in names]
-    by_rank = on_ranks(count, cases, tmp_path_factory.mktemp("ranks"))
-    return count, dict(zip(names, zip(*by_rank, strict=True), strict=True))
+    return count, dict(zip(names, run_all(count)[: len(names)], strict=True))
 
 
-def test_tokens_and_logits_are_those_of_one_rank(found, checkpoints: dict[str, Path]):
+def test_tokens_and_logits_are_those_of_one_rank(found, alone: Callable[[str], dict[str, Any]]):
     """Distinct prompts: gpt-fast's sharding gives every row of a batch what row 0 attends to."""
     _, results = found
-    by_name = {name: answers(str(checkpoints[name]), None) for name, _ in results}
     for (name, compile), by_rank in results.items():
-        alone = by_name[name]
-        assert len({tuple(ids) for ids in alone["ids"]}) == len(TEXTS)
+        expected = alone(name)
+        assert len({tuple(ids) for ids in expected["ids"]}) == len(TEXTS)
         for rank, result in enumerate(by_rank):
-            assert result["ids"] == alone["ids"], (name, compile, rank)
-            error = (result["logits"] - alone["logits"]).abs().max()
+            assert result["ids"] == expected["ids"], (name, compile, rank)
+            error = (result["logits"] - expected["logits"]).abs().max()
             assert error < 1e-4, (name, compile, rank)
 
 
-def test_drafts_caches_and_tiers(checkpoints: dict[str, Path], tmp_path: Path):
-    cases = [dict(case) for case in OTHERS]
-    for case in cases:
-        case["path"] = str(checkpoints[case.pop("name")])
-    by_rank = on_ranks(2, cases, tmp_path)
-    for n, case in enumerate(cases):
-        alone = {k: v for k, v in case.items() if k not in ("draft", "percent")}
-        expected = answers(alone.pop("path"), None, **alone)["ids"]
+def test_drafts_caches_and_tiers(
+    checkpoints: dict[str, Path],
+    run_all: Callable[[int], list[list[dict[str, Any]]]],
+    alone: Callable[[str], dict[str, Any]],
+):
+    for case, by_rank in zip(OTHERS, run_all(2)[-len(OTHERS) :], strict=True):
+        more = {k: v for k, v in case.items() if k not in ("name", "draft", "percent")}
+        path = str(checkpoints[case["name"]])
+        expected = answers(path, None, **more) if more else alone(case["name"])
         for rank in range(2):
-            assert by_rank[rank][n]["ids"] == expected, (OTHERS[n], rank)
+            assert by_rank[rank]["ids"] == expected["ids"], (case, rank)
 
 
 def test_all_ranks_have_the_same_logits(found):
@@ -212,7 +240,7 @@ def rank_of(path: Path, ranks: Ranks) -> torch.nn.Module:
 def test_packed_int4_sharding_is_sharding_then_packing(tmp_path: Path):
     draw = random.Random(SEED)
     print("seed", SEED)
-    for n in range(12):
+    for n in range(8):
         count, groupsize = draw.choice((2, 3, 4)), draw.choice((32, 64))
         heads = count * draw.randint(1, 2)
         shape = {
@@ -288,10 +316,10 @@ WIDTHS = (32, 64, 96, 128, 192, 256)  # heads times their channels, or neurons
 
 def small_models() -> Iterator[tuple[dict[str, int], dict[str, Any] | None, int]]:
     """Yield shapes of wo's and w2's shards, schemes, and numbers of ranks that divide them."""
-    for count, width, scheme in itertools.product((1, 2, 3, 4), WIDTHS, SCHEMES):
-        for heads in {count, 2 * count}:
-            if width % heads or width // heads % 2:
-                continue
+    draw = random.Random(SEED)
+    for count, width, scheme in itertools.product((2, 3, 4), WIDTHS, SCHEMES):
+        every = [n for n in (count, 2 * count) if width % n == 0 and width // n % 2 == 0]
+        for heads in draw.sample(every, min(1, len(every))):
             shape = {
                 "num_attention_heads": heads,
                 "num_key_value_heads": 2 if heads % 2 == 0 and count <= 2 else heads,
@@ -350,4 +378,4 @@ def test_a_share_is_the_share_of_the_dense_weights(tmp_path: Path):
                 assert torch.equal(found, wanted), case
                 if theirs.bias is not None:
                     assert torch.equal(mine.bias, theirs.bias[rows]), case
-    assert tried > 250
+    assert tried > 100
