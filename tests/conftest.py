@@ -33,8 +33,8 @@ FAST = {
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        "flash config_keys families_modes tp generate quantize families windows family_tokenizers "
-        "gptq ranks compiled speculate instruction_sets offload compaction eval harness"
+        "windows speculate families_modes flash tp offload on_pretended_cuda config_keys "
+        "compaction instruction_sets harness generate prepare first_minutes ranks eval compiled"
     ).split()
 ]
 sys.path.insert(0, str(ROOT))
