@@ -104,8 +104,9 @@ class GPUBlock(FusedBlock):
         cache: KVCache,
         residual: Tensor,
     ) -> Tensor:
-        """Compute Attention.attend, then wo, plus the residual: (B, T, (H + 2 G) * E) -> (B, T, D).
-        By one operator, attend_and_project, so that its kernels can do the work of several."""
+        """Compute Attention.attend of qkv, (B, T, (H + 2 G) * E), then wo, plus the residual ->
+        (B, T, D). By one operator, attend_and_project, which can use one kernel where separate
+        operators would need several."""
         attention, scores = self.attention, cache.scores
         heads = qkv.unflatten(2, (-1, attention.head_dim))  # (B, T, H + 2 G, E)
         norms = [norm_or_none(attention.q_norm), norm_or_none(attention.k_norm)]

@@ -518,11 +518,11 @@ def test_trained_predictors_find_active_neurons(data_dir: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_training_makes_a_predictor_better_than_it_begins(seed: int):
-    """For the same recall on held-out inputs it predicts fewer neurons."""
+    """At the same recall on held-out inputs it predicts fewer neurons than without training."""
     print("seed", SEED + seed)
     generator = torch.Generator().manual_seed(SEED + seed)
     lm = load_model(ROOT / "checkpoints" / "demo-opt", device="cpu", dtype=torch.float32)
-    # Clusters: of a single Gaussian the initial values are already the best.
+    # In clusters: training could not improve on the initial values for inputs of one Gaussian.
     centres = 2 * torch.randn(30, lm.model.args.dim, generator=generator)
     x = centres[torch.randint(30, (24, 64), generator=generator)]  # (B, T, D)
     x = x + 0.3 * torch.randn(x.shape, generator=generator)

@@ -9,10 +9,10 @@ Start at quantized_linear. The number of rows of a product chooses its kernel:
 In float32 up to 64 rows are multiplied one by one. int8 weights whose rows are not aligned: see
 input_form. inputs.py computes a norm or gate (prologue.py) within the kernels of the product
 after it. rotate.py rotates queries and keys, and stores keys and values. attention.py attends over
-the KV cache, quantised or not, in a decoding step; new_tokens.py does the work of both in one
-kernel. columns.py has the loops of GPTQ and launches them; launch.py launches the kernels of
-products, launch_attention.py those of attention. tiles.py lists the tile sizes of each kernel. This
-file imports Triton only when a kernel is called.
+the KV cache, quantised or not, in a decoding step; new_tokens.py does in one kernel the work of
+both, and the conversion before the product that follows. columns.py has the loops of GPTQ and
+launches them; launch.py launches the kernels of products, launch_attention.py those of attention.
+tiles.py lists the tile sizes of each kernel. This file imports Triton only when a kernel is called.
 
 The products and (in fast_layers/gpu.py) attention are PyTorch operators, which torch.compile calls
 without looking inside; a CUDA graph records the kernels that they launch. They do not use
@@ -149,8 +149,10 @@ def int8_product(x, weight, scales, bias, residual, *prologue):
 
 
 def multiply(x: Tensor, stored: Stored, residual: Tensor | None, prologue: Prologue) -> Tensor:
-    """Compute quantized_linear by the kernels for its rows. stored: weight, scales, zeros and bias;
-    the other parameters are those of quantized_linear."""
+    """Compute quantized_linear by the kernels for the number of rows and the dtype of x.
+
+    stored: weight, scales, zeros and bias; the others are the parameters of quantized_linear.
+    """
     from kernels.gpu import launch
 
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
@@ -184,11 +186,11 @@ def suits_few_rows(dtype: torch.dtype) -> bool:
 
 def input_form(M: int, stored: Stored, dtype: torch.dtype) -> Order | Spans | None:
     """Return the form in which the kernels of a quantised linear take M rows of a dtype: an Order
-    of fixed point for one row, Spans of scaled rows for up to MAX_FEW_ROWS.
+    of fixed point for one row; Spans of scaled rows for 2 to MAX_FEW_ROWS, and for one row of which
+    the int8 weights are aligned to 4 bytes only.
 
-    None: none of these; `multiply` then multiplies few float32 rows one by one, and others by
-    dequantised weights and cuBLAS. The kernels read int8 weights only if the rows are aligned, to
-    16 bytes for one row and to 4 bytes for few.
+    None: neither kernel takes them, for example rows of int8 weights that are not aligned, or
+    several rows of float32. `multiply` takes float32 rows one by one.
     """
     from kernels.gpu import launch
 

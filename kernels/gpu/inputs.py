@@ -1,5 +1,5 @@
-"""Parts that the kernels share: begin and wait, which order launches, the prologue of a row, and
-the units of converted activations.
+"""Parts that the kernels share: begin and wait, which put launches in order, the prologue of a row,
+and the units of converted activations.
 
 Start at inputs. A prologue is a norm or a gate that the first kernel of a product applies to its
 rows; see prologue.py. PDL: whether the launch allows programmatic dependent launch, so that a
@@ -56,9 +56,12 @@ def inputs(row, factor, k, K, eps, NORM: tl.constexpr, GATED: tl.constexpr, BLOC
 
 @triton.jit
 def units_of(values):
-    """Return the unit, a power of two, of each row of values, (rows, inputs) float32: with it the
-    largest is 2**14 to 2**15. Also returns 1 / unit, and 0 or, for a row with an infinite or NaN
-    input, NaN. (rows,) each. The bit arithmetic is explained in fixed_point.fixed_point."""
+    """Return the unit, a power of two, of each row of values, (rows, inputs) float32.
+
+    In these units a row's largest magnitude is from 2**14 to below 2**15, less if it is 0 or tiny.
+    Also returns 1 / unit, and a number that is NaN if the row has an infinite or NaN input, else 0.
+    (rows,) each. The bit arithmetic is explained in fixed_point.fixed_point.
+    """
     exponent = tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent, 30 << 23) - (14 << 23)
     inverse = ((254 << 23) - unit).to(tl.float32, bitcast=True)

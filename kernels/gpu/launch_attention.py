@@ -185,17 +185,19 @@ def attend_new_tokens(
 
 
 def fits_one_tile(qkv: Tensor, kv_heads: int) -> bool:
-    """Return whether the registers of a program of new_tokens_kernel hold the queries of a
-    key/value head, padded as it pads them. qkv: (B, T, H + 2 G, E). kv_heads: G."""
+    """Return whether the queries of a key/value head, padded to powers of two, are few enough for
+    the registers of a program of new_tokens_kernel. qkv: (B, T, H + 2 G, E). kv_heads: G."""
     T, heads, E = qkv.shape[1:]
     queries = max(16, triton.next_power_of_2((heads // kv_heads - 2) * T))
     return queries * triton.next_power_of_2(E) <= MAX_NEW_NUMBERS
 
 
 def can_convert(form: Order | Spans, qkv: Tensor, kv_heads: int) -> bool:
-    """Return whether attend_new_tokens can convert its results to a form: each chunk of fixed point
-    must lie within a head, each span within the heads of a key/value head, which must be of a power
-    of two of channels; rows of a span must have no padding. qkv: (B, T, H + 2 G, E). kv_heads: G.
+    """Return whether attend_new_tokens can convert its results to a form.
+
+    Fixed point: each chunk must lie within a head. Spans: each must lie within the query heads of
+    one key/value head, E must be a power of two of at least 16, and rows must have no padding. qkv:
+    (B, T, H + 2 G, E). kv_heads: G.
     """
     heads, E = qkv.shape[2:]
     if isinstance(form, Order):

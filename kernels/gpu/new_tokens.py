@@ -3,8 +3,8 @@ of new queries and keys, the store of keys and values in the cache, and causal a
 
 Start at new_tokens_kernel. It takes the place of three kernels: rotate.py, attention.py, and the
 conversion before the product wo (to_fixed_point.py or few_rows.scale_kernel). A kernel that follows
-another one waits for it, and for its own first loads: about 2 us of a layer of Llama 3.1 8B, which
-takes 77 us in int4 on an H100.
+another one waits for it, and for its own first loads: about 2 us each, where a layer of Llama 3.1
+8B takes 77 us in int4 on an H100.
 
 The programs of a key/value head divide the visible slots among them, as in attention.py. The new
 tokens' keys and values are stored by the program to whose share of slots they belong. The other
@@ -132,7 +132,7 @@ def store_new(
     keys = rotated(address, cos + angle, sin + angle, k_norm, eps, i < T, E, BE, P, NORM)
     channel = (e < E)[None, :]
     values = tl.load(address[:, None] + G * E + e[None, :], (i < T)[:, None] & channel, 0)
-    mine = (i < T) & (slot // SHARE == tl.program_id(1))  # -1 // SHARE: masked by i < T
+    mine = (i < T) & (slot // SHARE == tl.program_id(1))  # a slot of -1 is excluded by i < T
     place = ((b * batch_stride + slot * slot_stride) * G + g)[:, None] * E + e[None, :]
     tl.store(k + place, keys.to(k.dtype.element_ty), mine[:, None] & channel)
     tl.store(v + place, values.to(v.dtype.element_ty), mine[:, None] & channel)
@@ -156,8 +156,9 @@ def store_results(
     SIZE: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """Store `weighted`, (BQ, BE), sums of weighted values, divided by the sums of their weights,
-    total, (BQ,).
+    """Divide sums of weighted values, `weighted`, (BQ, BE), by the sums of their weights, `total`,
+    (BQ,). Store the quotients: in their dtype if SIZE is 0, else as a FixedPoint if PER_WORD is 0,
+    else as ScaledRows.
 
     row: (BQ,), where the queries' heads begin in the result; real: False where there is no query.
     qkv: of the dtype to which results are rounded. The others are those of new_tokens_kernel.
